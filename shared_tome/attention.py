@@ -1,0 +1,71 @@
+"""Proportional attention without a mask.
+
+A key that stands for s tokens should weigh s times as much: softmax(q k / sqrt(d) + log s) (Bolya et al.,
+arXiv 2210.09461, section 3, "Tracking Token Size"). A mask would cost the fast kernels; a few more channels
+of the head give the same logits: 1 in the query, log(s) * sqrt(d) in the key.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Fast attention kernels want a head size that divides by 8.
+_ALIGN = 8
+
+
+def extend_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v with channels that add `bias` to the logits of each key.
+
+    Args:
+        q: [..., N, d], k and v: [..., M, d].
+        bias: the same for all heads, broadcastable to k's [..., M], float32.
+    Returns:
+        the three with d + p channels, p from 2 to 9, to be used with scale d ** -0.5; the result's first d
+        channels are the attention's (v's further channels are zero).
+    """
+    d = q.shape[-1]
+    room = -(-(d + 2) // _ALIGN) * _ALIGN - d
+    # Two channels, the second with the first one's rounding error: in bfloat16 one alone is off by 0.4%.
+    scaled = bias.float() * d**0.5
+    high = scaled.to(k.dtype)
+    low = (scaled - high.float()).to(k.dtype)
+    extra = torch.stack((high, low), dim=-1).expand(*k.shape[:-1], 2)
+    k = torch.cat((k, F.pad(extra, (0, room - 2))), dim=-1)
+    ones = F.pad(q.new_ones(2), (0, room - 2)).expand(*q.shape[:-1], room)
+    q = torch.cat((q, ones), dim=-1)
+    return q, k, F.pad(v, (0, room))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention over heads, with a bias for each key.
+
+    Args:
+        q: [B, H, N, d], k and v: [B, H, M, d], bias: [B or 1, M] or None.
+    Returns:
+        [B, H, N, d].
+    """
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    d = q.shape[-1]
+    q, k, v = extend_heads(q, k, v, bias[:, None])
+    return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
+
+
+def attend_tokens(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor, attention) -> Tensor:
+    """The same for hosts that keep heads and channels together and bring their own kernel.
+
+    Args:
+        q: [B, N, H * d], k and v: [B, M, H * d], bias: [B or 1, M].
+        attention: called as attention(q, k, v, scale) on [B, ., H * (d + p)], gives [B, N, H * (d + p)].
+    Returns:
+        [B, N, H * d].
+    """
+    batch, tokens, channels = q.shape
+    d = channels // heads
+    q, k, v = (x.reshape(batch, -1, heads, d) for x in (q, k, v))  # (B, N, H, d)
+    q, k, v = extend_heads(q, k, v, bias[:, :, None])
+    q, k, v = (x.flatten(2) for x in (q, k, v))  # (B, N, H * (d + p))
+    out = attention(q, k, v, d**-0.5)
+    return out.reshape(batch, tokens, heads, -1)[..., :d].reshape(batch, tokens, channels)

@@ -1,0 +1,132 @@
+"""What the layers of one call of a denoiser share: its seed, its step, and the tokens drawn for it.
+
+An adapter makes a ModelCall for each call of the model and asks it for a plan at each attention layer. It is owned
+by that call, so clones, threads and several samplers cannot mix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import ToMeConfig
+from .curve import curve_order
+from .grid import Grid, grid_at
+from .matching import match_tokens
+from .noise import fold_seed
+from .plan import Plan
+from .sampling import SamplePlan, kept_count, walk_rows, walk_table
+from .schedule import serves_layer
+
+# Layers whose tokens are drawn in one go; no denoiser in use has more at a level that pays but SDXL's deepest.
+_DRAWN_AT_ONCE = 16
+
+
+class ModelCall:
+    """Plans for the layers of one call.
+
+    Args:
+        config: with the ratio that holds at this step (see schedule.ratio_at).
+        full: the latent's own grid, from which levels are counted.
+        device: where the tokens are.
+        seed: a number, or a tensor [] or [B] with one number for each row of the batch; None: config.seed.
+        step: number or 0-d tensor: a tensor costs no synchronisation.
+    """
+
+    def __init__(
+        self,
+        config: ToMeConfig,
+        full: Grid,
+        device: torch.device,
+        seed: int | Tensor | None = None,
+        step: int | Tensor = 0,
+    ):
+        self.config, self.full, self.step = config, full, step
+        seed = config.seed if seed is None else seed
+        if not isinstance(seed, Tensor):
+            seed = torch.full((), fold_seed(seed), dtype=torch.int64, device=device)
+        self.seed = seed
+        self._layers: dict[Grid, int] = {}
+        self._walks: dict[Grid, Tensor] = {}
+        self._drawn: dict[Grid, Tensor] = {}
+        # Made here and not where they are used: that may be inside a compiled graph.
+        levels = (grid_at(full, level) for level in range(4)) if config.method == "sample" else ()
+        self._orders = {grid: curve_order(grid, device) for grid in levels if self.serves(grid)}
+
+    def serves(self, grid: Grid) -> bool:
+        """Whether a layer on this grid is merged at all."""
+        return self.config.ratio > 0.0 and serves_layer(self.config, grid, self.full)
+
+    def plan(self, metric: Tensor, grid: Grid) -> Plan | None:
+        """The plan for the next layer on this grid, or None where it is to be left alone.
+
+        metric: [B, N, C]; each call counts as a layer, in the order in which the model runs them.
+        """
+        if not self.serves(grid):
+            return None
+        layer = self._layers.get(grid, 0)
+        self._layers[grid] = layer + 1
+        if self.config.method == "sample":
+            plan = self._sample(metric.shape[0], grid, layer)
+        else:
+            plan = match_tokens(metric, grid, self.config, seed=self.seed, step=self.step, layer=layer)
+        return None if plan.is_identity else plan
+
+    def _sample(self, batch: int, grid: Grid, layer: int) -> Plan:
+        """As sampling.sample_plan, but drawn for many layers at once."""
+        tokens = grid[0] * grid[1]
+        kept = kept_count(tokens, int(tokens * self.config.ratio))
+        if kept == tokens:
+            return Plan(batch, tokens, tokens, self.seed.device)
+        place = layer % _DRAWN_AT_ONCE
+        if place == 0:
+            if grid not in self._walks:
+                order = self._orders[grid] if grid in self._orders else curve_order(grid, self.seed.device)
+                self._walks[grid] = walk_table(grid, kept, self.seed, order)
+            self._drawn[grid] = walk_rows(self._walks[grid], tokens, self.step, layer, _DRAWN_AT_ONCE)
+        return SamplePlan(batch, grid, self._drawn[grid][place])
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> MergedAttention | None:
+        """What the next self-attention layer on this grid is to be given, or None where it is left alone.
+
+        q, k, v: [B, N, C], before or after their projections; pass the same tensor where they are the same.
+        """
+        plan = self.plan(q, grid)
+        if plan is None:
+            return None
+        kind = self.config.kind
+        merged = {id(q): plan.merge(q)} if kind.queries else {}
+        if kind.keys:
+            for x in (k, v):
+                if id(x) not in merged:
+                    merged[id(x)] = plan.merge(x)
+        weighted = self.config.proportional and kind.keys and not kind.fills
+        return MergedAttention(
+            plan=plan,
+            q=merged[id(q)] if kind.queries else q,
+            k=merged[id(k)] if kind.keys else k,
+            v=merged[id(v)] if kind.keys else v,
+            bias=plan.key_bias() if weighted else None,
+            merges_queries=kind.queries,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class MergedAttention:
+    """One attention layer's inputs, merged, and the way back.
+
+    q: [B, N or M, C]; k, v: [B, M or N, C]; bias: [b, M], to be added to the logits of each key, or None.
+    """
+
+    plan: Plan
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    merges_queries: bool
+
+    def unmerge(self, out: Tensor) -> Tensor:
+        """The attention's output [B, N or M, C] -> [B, N, C]."""
+        return self.plan.unmerge(out) if self.merges_queries else out

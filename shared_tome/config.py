@@ -1,0 +1,340 @@
+"""Every option of ToMe, once: name, default, range, label and help text.
+
+The ComfyUI node, the AUTOMATIC1111 panel, the settings page and the command line are made from
+`ToMeConfig.widgets()`; nobody repeats a range or a text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+MAX_SEED = 2**64 - 1
+MAX_LEVEL = 3
+# `sample` and `downsample` keep at least one token of each 64 (an 8x8 cell): beyond that the measured
+# pictures fall apart, and a single key for the whole image is never what somebody wants.
+MAX_RUN = 64
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method does with the two sides of an attention layer.
+
+    queries, keys: whether they are merged. matches: whether similar tokens are looked for.
+    reduce: forces how a merged token gets its value (None: the option `reduce` decides).
+    fills: tokens that went come back as zeros instead of as a copy.
+    """
+
+    queries: bool
+    keys: bool
+    matches: bool
+    summary: str
+    reduce: str | None = None
+    fills: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "sample": Method(
+        False,
+        True,
+        False,
+        "keys and values from one random real token of each cell, another one in every layer and step",
+        "pick",
+    ),
+    "merge": Method(True, True, True, "similar tokens become one, for queries, keys and values (the ToMe paper)"),
+    "merge_queries": Method(True, False, True, "only queries are merged (what ComfyUI's own node does)"),
+    "merge_keys": Method(False, True, True, "only keys and values are merged"),
+    "downsample": Method(False, True, False, "keys and values from the top-left token of each cell (ToDo)", "pick"),
+    "prune": Method(
+        True, True, True, "similar tokens are dropped and come back as zeros (for comparison)", "pick", True
+    ),
+}
+PARTITIONS = {
+    "random_2d": "a random token of each cell",
+    "fixed_2d": "the top-left token of each cell",
+    "random": "anywhere in the image",
+    "alternate": "every other token (the vision transformer paper's)",
+}
+REDUCES = {"mean": "the mean of the merged tokens", "pick": "the destination's own value"}
+LEVELS = ("auto", "0", "0,1", "0,1,2", "0,1,2,3", "1", "1,2", "1,2,3", "2", "2,3", "3")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a person sees of one option, and what values it takes."""
+
+    label: str
+    help: str
+    minimum: float | None = None
+    maximum: float | None = None
+    step: float | None = None
+    choices: tuple[str, ...] | None = None
+    advanced: bool = False
+    parts: tuple[str, ...] = ()  # an option of several numbers shows as one widget each
+
+
+@dataclass(frozen=True)
+class Widget:
+    """One control of a user interface."""
+
+    name: str
+    default: Any
+    option: Option
+
+
+def _option(default: Any, label: str, help: str, **kwargs: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"option": Option(label, help, **kwargs)})
+
+
+def _lines(table: dict[str, Any]) -> str:
+    return "\n".join(f"{name}: {getattr(entry, 'summary', entry)}." for name, entry in table.items())
+
+
+@dataclass(frozen=True)
+class ToMeConfig:
+    """All that can be chosen. Immutable; a value out of range raises ValueError naming it.
+
+    Tokens x [B, N, C] lie on a grid (height, width), N = height * width.
+    """
+
+    ratio: float = _option(
+        0.75,
+        "Ratio",
+        "The share of the tokens that attention does without. 0 changes nothing. Higher is faster and "
+        "further from the unmerged picture. Matching methods can take away at most 1 - 1/(stride x * stride y).",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.05,
+    )
+    stride: tuple[int, int] = _option(
+        (2, 2),
+        "Stride",
+        "The width and height, in tokens, of the cell that keeps one destination token. sample goes by the ratio alone.",
+        minimum=1,
+        maximum=8,
+        step=1,
+        parts=("x", "y"),
+    )
+    method: str = _option("sample", "Method", _lines(METHODS), choices=tuple(METHODS))
+    seed: int = _option(
+        0,
+        "Seed",
+        "Random choices depend on this number, the step and the layer alone: the same seed gives the same picture.",
+        minimum=0,
+        maximum=MAX_SEED,
+        step=1,
+    )
+    partition: str = _option(
+        "random_2d",
+        "Partition",
+        "Where destination tokens lie, for the methods that match.\n" + _lines(PARTITIONS),
+        choices=tuple(PARTITIONS),
+        advanced=True,
+    )
+    levels: str = _option(
+        "auto",
+        "Levels",
+        "At which resolutions to merge: 0 is the latent's own, each further level has half the width and height. "
+        "auto takes every layer that has at least 'min tokens'.",
+        choices=LEVELS,
+        advanced=True,
+    )
+    start: float = _option(
+        0.0,
+        "Start",
+        "The share of the steps after which merging begins. Early steps decide the composition: 0.4 costs a part "
+        "of the gain and stays much closer to the unmerged picture.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.05,
+        advanced=True,
+    )
+    end: float = _option(
+        1.0,
+        "End",
+        "The share of the steps after which merging stops.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.05,
+        advanced=True,
+    )
+    ratio_end: float = _option(
+        -1.0,
+        "Ratio at the end",
+        "The ratio moves in a straight line from 'ratio' to this value between start and end. -1: it stays.",
+        minimum=-1.0,
+        maximum=1.0,
+        step=0.05,
+        advanced=True,
+    )
+    cross_attention: bool = _option(
+        False,
+        "Cross-attention",
+        "Merge the queries of the attention to the prompt too. For methods that match. Costs fidelity, gains little.",
+        advanced=True,
+    )
+    mlp: bool = _option(
+        False,
+        "MLP",
+        "Merge the tokens of the feed-forward layers too. For methods that match. Costs much fidelity.",
+        advanced=True,
+    )
+    proportional: bool = _option(
+        True,
+        "Proportional attention",
+        "A key that stands for several tokens weighs as much as they did. Nearer to the unmerged picture.",
+        advanced=True,
+    )
+    reduce: str = _option(
+        "mean",
+        "Reduce",
+        "What value a merged token takes.\n" + _lines(REDUCES),
+        choices=tuple(REDUCES),
+        advanced=True,
+    )
+    min_tokens: int = _option(
+        2048,
+        "Min tokens",
+        "Layers with fewer tokens are left alone: their attention costs less than merging it.",
+        minimum=0,
+        maximum=2**20,
+        step=256,
+        advanced=True,
+    )
+    share_match: bool = _option(
+        False,
+        "Share match",
+        "Look for similar tokens once for the prompted and unprompted rows of a batch: half the matching. The "
+        "picture then depends a little on whether the host runs both in one batch.",
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        if -1.0 < self.ratio_end < 0.0:
+            raise ValueError(f"ratio_end must be -1 (stay at ratio) or lie in 0 to 1, got {self.ratio_end}")
+        if self.start > self.end:
+            raise ValueError(f"start must not be after end, got start {self.start} and end {self.end}")
+        for name in ("cross_attention", "mlp"):
+            if getattr(self, name) and not self.kind.matches:
+                able = ", ".join(key for key, kind in METHODS.items() if kind.matches)
+                raise ValueError(f"{name} needs a method that matches tokens ({able}), got method {self.method!r}")
+
+    @property
+    def kind(self) -> Method:
+        """The method's row of METHODS."""
+        return METHODS[self.method]
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is ever merged."""
+        return (self.ratio == 0.0 and self.ratio_end <= 0.0) or self.start == self.end
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether what is done depends on the step (and the host must know where it is)."""
+        return self.start > 0.0 or self.end < 1.0 or self.ratio_end >= 0.0
+
+    @property
+    def level_set(self) -> frozenset[int] | None:
+        """The levels named by `levels`, or None for auto."""
+        return None if self.levels == "auto" else frozenset(int(part) for part in self.levels.split(","))
+
+    @property
+    def ratio_cap(self) -> float:
+        """The highest ratio that the method can reach on a grid that divides by the stride."""
+        if self.method == "sample":
+            return 1.0 - 1.0 / MAX_RUN
+        if self.kind.matches and self.partition == "alternate":
+            return 0.5
+        return 1.0 - 1.0 / (self.stride[0] * self.stride[1])
+
+    def replace(self, **changes: Any) -> ToMeConfig:
+        """A copy with some options changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """Every option by its name."""
+        return {field.name: field.metadata["option"] for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def widgets(cls) -> list[Widget]:
+        """The controls of a user interface, in order; `stride` becomes stride_x and stride_y."""
+        found = []
+        for field in dataclasses.fields(cls):
+            option: Option = field.metadata["option"]
+            if not option.parts:
+                found.append(Widget(field.name, field.default, option))
+            for part, default in zip(option.parts, field.default if option.parts else (), strict=True):
+                found.append(
+                    Widget(
+                        f"{field.name}_{part}",
+                        default,
+                        dataclasses.replace(option, label=f"{option.label} {part}", parts=()),
+                    )
+                )
+        return found
+
+    @classmethod
+    def from_widgets(cls, **values: Any) -> ToMeConfig:
+        """The config for a user interface's values; those not given keep their defaults.
+
+        Raises ValueError for an unknown name or a value out of range.
+        """
+        known = {widget.name: widget.default for widget in cls.widgets()}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown ToMe option {unknown[0]!r}; there are {', '.join(known)}")
+        known.update(values)
+        for field in dataclasses.fields(cls):
+            parts = field.metadata["option"].parts
+            if parts:
+                known[field.name] = tuple(known.pop(f"{field.name}_{part}") for part in parts)
+        return cls(**known)
+
+
+def _checked(field: dataclasses.Field, value: Any) -> Any:
+    """The value in its canonical type. Raises ValueError naming option, value and range."""
+    option: Option = field.metadata["option"]
+    if option.choices is not None:
+        if field.name == "levels" and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if field.name == "levels" and isinstance(value, (tuple, list, set, frozenset)):
+            value = ",".join(str(level) for level in value)
+        if field.name == "levels" and isinstance(value, str) and value != "auto":
+            return _checked_levels(value)
+        if value not in option.choices:
+            raise ValueError(f"{field.name} must be one of {', '.join(option.choices)}, got {value!r}")
+        return value
+    if isinstance(field.default, bool):
+        if not isinstance(value, (bool, int)) or value not in (False, True):
+            raise ValueError(f"{field.name} must be true or false, got {value!r}")
+        return bool(value)
+    if option.parts:
+        if isinstance(value, (int, float)):
+            value = (value,) * len(option.parts)
+        if not isinstance(value, (tuple, list)) or len(value) != len(option.parts):
+            wanted = f"{len(option.parts)} whole numbers in {option.minimum} to {option.maximum}"
+            raise ValueError(f"{field.name} must be {wanted}, got {value!r}")
+        return tuple(_number(field.name, part, option, int) for part in value)
+    return _number(field.name, value, option, type(field.default))
+
+
+def _number(name: str, value: Any, option: Option, kind: type) -> Any:
+    word = "a whole number" if kind is int else "a number"
+    wanted = f"{name} must be {word} in {option.minimum} to {option.maximum}, got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(wanted)
+    if not option.minimum <= value <= option.maximum or (kind is int and value != int(value)):  # NaN lies nowhere
+        raise ValueError(wanted)
+    return kind(value)
+
+
+def _checked_levels(value: str) -> str:
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part.isdecimal() and int(part) <= MAX_LEVEL for part in parts):
+        raise ValueError(f"levels must be auto or numbers from 0 to {MAX_LEVEL} with commas, got {value!r}")
+    return ",".join(str(level) for level in sorted({int(part) for part in parts}))

@@ -1,0 +1,51 @@
+"""A space-filling curve over a grid: tokens that follow each other in it are neighbours in the picture."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .grid import Grid
+
+
+def curve_order(grid: Grid, device: torch.device) -> Tensor:
+    """The tokens of a grid in the order of a Hilbert curve, [N] int64. Do not write to it: it is shared.
+
+    A pure function of its arguments, remembered because it costs a sort. Traced anew under torch.compile, where
+    a remembered tensor would become a constant of the graph.
+    """
+    if torch.compiler.is_compiling():
+        return hilbert_order(grid, device)
+    return _remembered_order(grid, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _remembered_order(grid: Grid, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return hilbert_order(grid, device)
+
+
+def hilbert_order(grid: Grid, device: torch.device) -> Tensor:
+    """The same, computed: the Hilbert curve of the enclosing square, without the tokens outside the grid.
+
+    A grid with one row or column is left in its own order.
+    """
+    height, width = grid
+    index = torch.arange(height * width, device=device)
+    if height == 1 or width == 1:
+        return index
+    y, x = index // width, index % width
+    distance = torch.zeros_like(index)
+    side = 1 << (max(height, width) - 1).bit_length()
+    half = side // 2
+    # The classic bit-by-bit walk: which quadrant, then turn the quadrant to stand as the whole does.
+    while half:
+        right, down = (x & half) > 0, (y & half) > 0
+        distance = distance + half * half * ((3 * right.long()) ^ down.long())
+        flip = right & ~down
+        x, y = torch.where(flip, side - 1 - x, x), torch.where(flip, side - 1 - y, y)
+        x, y = torch.where(down, x, y), torch.where(down, y, x)
+        half //= 2
+    return distance.argsort()

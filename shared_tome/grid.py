@@ -1,0 +1,39 @@
+"""From token counts to grids and levels. The host tells the grid wherever it knows it."""
+
+from __future__ import annotations
+
+import math
+
+Grid = tuple[int, int]  # (height, width)
+
+
+def halve(size: int, times: int) -> int:
+    """The size after `times` stride-2 convolutions with padding 1: (n + 1) // 2 each."""
+    for _ in range(times):
+        size = (size + 1) // 2
+    return size
+
+
+def grid_at(full: Grid, level: int) -> Grid:
+    """The grid at a level: 0 is the latent's own, each further one is half as high and wide."""
+    return halve(full[0], level), halve(full[1], level)
+
+
+def level_of(grid: Grid, full: Grid) -> int:
+    """The level nearest to a grid by its area (Deep Shrink and its kind make grids between two levels)."""
+    area = max(1, grid[0] * grid[1])
+    return min(range(8), key=lambda level: abs(math.log2(math.prod(grid_at(full, level)) / area)))
+
+
+def grid_of(tokens: int, full: Grid, levels: int = 8) -> Grid | None:
+    """The grid of a layer with that many tokens, or None where no level has as many.
+
+    For hosts that tell only the latent's size (AUTOMATIC1111, diffusers).
+    """
+    for level in range(levels):
+        height, width = grid_at(full, level)
+        if height * width == tokens:
+            return height, width
+        if height * width < tokens:
+            return None
+    return None

@@ -1,0 +1,161 @@
+"""The outcome of a match: how to merge tokens and how to bring them back.
+
+`Plan` is the identity; `MergePlan` holds the groups that matching found; `SamplePlan` (sampling.py) the tokens
+drawn. Index tensors have b rows: 1 where one choice serves the whole batch, the batch, or a divisor of it (row i
+takes row i % b).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Plan:
+    """Merges N tokens into M and back. This base class merges nothing: both return their argument.
+
+    batch, tokens, kept: B, N and M.
+    """
+
+    is_identity = True
+
+    def __init__(self, batch: int, tokens: int, kept: int, device: torch.device):
+        self.batch, self.tokens, self.kept, self.device = batch, tokens, kept, device
+
+    @property
+    def ratio(self) -> float:
+        """The share of the tokens that really goes (after the cap)."""
+        return 1.0 - self.kept / self.tokens
+
+    @property
+    def index(self) -> Tensor:
+        """[B, M]: the token that represents each group."""
+        return torch.arange(self.tokens, device=self.device).expand(self.batch, -1)
+
+    @property
+    def groups(self) -> Tensor:
+        """[B, N]: which merged token each token belongs to."""
+        return torch.arange(self.tokens, device=self.device).expand(self.batch, -1)
+
+    @property
+    def sizes(self) -> Tensor:
+        """[B, M] float32: how many tokens each stands for; they sum to N."""
+        return torch.ones(self.batch, self.kept, dtype=torch.float32, device=self.device)
+
+    def merge(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """x [B, N, C] -> [B, M, C]; weights [B, N]: how much each token counts in a mean (None: all alike)."""
+        return x
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """y [B, M, C] -> [B, N, C]: each token takes its group's value."""
+        return y
+
+    def merge_sizes(self, sizes: Tensor) -> Tensor:
+        """Token sizes [B, N] -> [B, M], summed by group (for repeated merging)."""
+        return sizes
+
+    def key_bias(self) -> Tensor | None:
+        """log(sizes) [1 or B, M] for proportional attention; None where it would change nothing."""
+        return None
+
+
+class MergePlan(Plan):
+    """Groups of similar tokens, each with a destination.
+
+    Args:
+        index: [b, M] the representative of each merged token, groups: [b, N], sizes: [b, M].
+        mean: merged tokens are means; otherwise the representative's own value.
+        fills: tokens that went come back as zeros (prune).
+    """
+
+    is_identity = False
+
+    def __init__(
+        self, batch: int, index: Tensor, groups: Tensor, *, mean: bool = False, fills: bool = False, even: bool = False
+    ):
+        super().__init__(batch, groups.shape[1], index.shape[1], index.device)
+        self._index, self._groups, self._sizes = index, groups, group_counts(groups, index.shape[1])
+        self.mean, self.fills, self.even = mean, fills, even
+
+    @property
+    def index(self) -> Tensor:
+        return spread_rows(self._index, self.batch)
+
+    @property
+    def groups(self) -> Tensor:
+        return spread_rows(self._groups, self.batch)
+
+    @property
+    def sizes(self) -> Tensor:
+        return spread_rows(self._sizes, self.batch)
+
+    def merge(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        if not self.mean:
+            return take(x, self._index)
+        if weights is None:
+            total, summed = self._sizes, group_sum(x, self._groups, self.kept)
+        else:
+            total = self.merge_sizes(weights)
+            summed = group_sum(x.float() * weights[..., None].float(), self._groups, self.kept)
+        return (summed / spread_rows(total, x.shape[0])[..., None]).to(x.dtype)
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        out = take(y, self._groups)
+        if not self.fills:
+            return out
+        stays = torch.zeros(self._groups.shape, dtype=y.dtype, device=y.device).scatter(1, self._index, 1.0)
+        return out * spread_rows(stays, y.shape[0])[..., None]
+
+    def merge_sizes(self, sizes: Tensor) -> Tensor:
+        return group_sum(sizes[..., None], self._groups, self.kept)[..., 0]
+
+    def key_bias(self) -> Tensor | None:
+        if self.even:
+            return None
+        return (self._sizes if self._sizes.shape[0] == 1 else self.sizes).log()
+
+
+def spread_rows(rows: Tensor, batch: int) -> Tensor:
+    """[b, ...] -> [batch, ...], row i from row i % b. Raises ValueError where b does not divide the batch."""
+    if rows.shape[0] == batch:
+        return rows
+    if rows.shape[0] == 1:
+        return rows.expand(batch, *rows.shape[1:])
+    if batch % rows.shape[0]:
+        raise ValueError(f"a plan for {rows.shape[0]} rows does not fit a batch of {batch}")
+    return rows.repeat(batch // rows.shape[0], *(1,) * (rows.dim() - 1))
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, N, C] and index [b, K] -> [B, K, C] in one gather."""
+    if index.shape[0] == 1:
+        return x.index_select(1, index[0])
+    index = _flat(spread_rows(index, x.shape[0]), x.shape[1])  # (B * K,)
+    return x.reshape(-1, x.shape[-1]).index_select(0, index).reshape(x.shape[0], -1, x.shape[-1])  # (B, K, C)
+
+
+def group_sum(x: Tensor, groups: Tensor, kept: int) -> Tensor:
+    """x [B, N, C] summed by groups [b, N] -> [B, M, C] in float32."""
+    batch, _, channels = x.shape
+    out = x.new_zeros((batch * kept, channels), dtype=torch.float32)
+    index = _flat(spread_rows(groups, batch), kept)  # (B * N,)
+    rows = x.reshape(-1, channels).float()  # (B * N, C)
+    if x.device.type == "cuda":
+        # index_add adds in an order that changes from run to run there; index_put sorts first.
+        out = out.index_put((index,), rows, accumulate=True)
+    else:
+        out = out.index_add(0, index, rows)
+    return out.reshape(batch, kept, channels)  # (B, M, C)
+
+
+def group_counts(groups: Tensor, kept: int) -> Tensor:
+    """groups [b, N] -> how many tokens each of the M has, [b, M] float32."""
+    # Sums of ones are exact in any order, so the unordered add is as good as another.
+    ones = torch.ones(groups.shape, dtype=torch.float32, device=groups.device)
+    return torch.zeros(groups.shape[0], kept, dtype=torch.float32, device=groups.device).scatter_add(1, groups, ones)
+
+
+def _flat(index: Tensor, size: int) -> Tensor:
+    """index [B, K] into rows of `size` -> [B * K] into the flattened rows."""
+    offset = torch.arange(index.shape[0], device=index.device)[:, None] * size
+    return (index + offset).reshape(-1)

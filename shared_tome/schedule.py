@@ -1,0 +1,30 @@
+"""Which layers, which steps, how many tokens: pure functions of the config.
+
+Sources: Bolya and Hoffman (arXiv 2303.17604), Table 3b (levels) and Table 3c (schedules over the steps).
+"""
+
+from __future__ import annotations
+
+from .config import ToMeConfig
+from .grid import Grid, level_of
+
+
+def ratio_at(config: ToMeConfig, progress: float) -> float:
+    """The ratio at a point of the run, 0 where nothing is merged.
+
+    progress: 0 at the first step, towards 1 at the last (step / steps).
+    """
+    if not config.start <= progress or (progress >= config.end and config.end < 1.0):
+        return 0.0
+    if config.ratio_end < 0.0:
+        return config.ratio
+    way = (progress - config.start) / (config.end - config.start) if config.end > config.start else 0.0
+    return config.ratio + (config.ratio_end - config.ratio) * min(1.0, max(0.0, way))
+
+
+def serves_layer(config: ToMeConfig, grid: Grid, full: Grid) -> bool:
+    """Whether a layer on this grid is to be merged; full: the latent's own grid."""
+    if grid[0] * grid[1] < max(2, config.min_tokens):
+        return False
+    levels = config.level_set
+    return levels is None or level_of(grid, full) in levels
