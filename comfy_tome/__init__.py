@@ -1,0 +1,5 @@
+"""ToMe in ComfyUI."""
+
+from .nodes import NODES
+
+__all__ = ["NODES"]

@@ -1,0 +1,222 @@
+"""ToMe in ComfyUI's U-Nets (SD1.x, SD2.x, SDXL, SVD's spatial layers and what is built like them).
+
+The node adds one wrapper around `apply_model`. For each call of the model it makes a `UNetCall` and puts that
+call's patches into a copy of the call's own transformer_options: the attention patch last and the output patch
+first, so that ToMe sits right around the attention whatever else is on the model and in whatever order the nodes
+stand. Nothing outlives the call: clones, several samplers, several GPUs and control networks cannot mix.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..shared_tome import ModelCall, ToMeConfig
+from ..shared_tome.attention import attend_tokens
+from ..shared_tome.plan import Plan
+from ..shared_tome.schedule import ratio_at
+from .log import say_once
+
+KEY = "ToMe"
+_DIFFUSION_MODEL = "diffusion_model"  # comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+
+
+class UNetPatch:
+    """The wrapper around `apply_model`. Holds the config alone; safe to share between clones and threads."""
+
+    def __init__(self, config: ToMeConfig):
+        self.config = config
+
+    def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        args, options = _find_options(args, kwargs)
+        config = self._config_now(options)
+        if config.ratio == 0.0:
+            return executor(x, t, *args, **kwargs)
+        call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=_step(options, x.device))
+        patch = UNetCall(call, options)
+        # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
+        # transformer_options, so without this a compiled model would keep the patches it first saw.
+        kwargs["tome"] = patch.key
+        args, kwargs = _put_options(args, kwargs, patch.options)
+        with patch.mlp_hooks(executor.class_obj):
+            return executor(x, t, *args, **kwargs)
+
+    def _config_now(self, options: dict[str, Any]) -> ToMeConfig:
+        """The config with this step's ratio; only a schedule needs to know the step on the host."""
+        if not self.config.is_scheduled:
+            return self.config
+        return self.config.replace(ratio=ratio_at(self.config, _progress(options)), ratio_end=-1.0)
+
+
+class UNetCall:
+    """The patches of one call of the model, and the options that carry them."""
+
+    def __init__(self, call: ModelCall, options: dict[str, Any]):
+        self.call = call
+        # The seed is a tensor and so an input of a compiled graph; all else is decided in Python.
+        self.key = repr(call.config.replace(seed=0))
+        self._pending: Tensor | None = None
+        self._block_plan: Plan | None = None
+        self._replaced = set(options.get("patches_replace", {}).get("attn1", {}))
+        self._attention = options.get("optimized_attention_override")
+        self.options = self._patched(options)
+
+    def _patched(self, options: dict[str, Any]) -> dict[str, Any]:
+        options = dict(options)
+        patches = dict(options.get("patches", {}))
+        patches["attn1_patch"] = [*patches.get("attn1_patch", ()), self.before_attention]
+        patches["attn1_output_patch"] = [self.after_attention, *patches.get("attn1_output_patch", ())]
+        config = self.call.config
+        if config.cross_attention:
+            patches["attn2_patch"] = [*patches.get("attn2_patch", ()), self.before_cross_attention]
+            patches["attn2_output_patch"] = [self.after_cross_attention, *patches.get("attn2_output_patch", ())]
+        options["patches"] = patches
+        if config.proportional and config.kind.keys and not config.kind.fills:
+            options["optimized_attention_override"] = self.attention
+        wrappers = dict(options.get("wrappers", {}))
+        wrappers[_DIFFUSION_MODEL] = {**wrappers.get(_DIFFUSION_MODEL, {}), KEY: [self._check_key]}
+        options["wrappers"] = wrappers
+        return options
+
+    def _check_key(self, executor: Any, *args: Any, tome: str = "", **kwargs: Any) -> Tensor:
+        if tome != self.key:  # reading it is what makes torch.compile guard on it
+            raise RuntimeError("another node changed ToMe's argument 'tome' on its way to the model")
+        return executor(*args, **kwargs)
+
+    def before_attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple:
+        """attn1_patch: q, k, v [B, N, C] before their projections."""
+        self._block_plan = self._pending = None
+        grid = self._grid(q, k, v, extra_options)
+        if grid is None:
+            return q, k, v
+        layer = self.call.attention(q, k, v, grid)
+        if layer is None:
+            return q, k, v
+        if self.call.config.kind.matches:
+            self._block_plan = layer.plan
+        self._pending = layer.bias
+        extra_options[KEY] = layer
+        return layer.q, layer.k, layer.v
+
+    def after_attention(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        """attn1_output_patch: out [B, N or M, C], after the output projection, before the residual."""
+        self._pending = None
+        layer = extra_options.pop(KEY, None)
+        return out if layer is None else layer.unmerge(out)
+
+    def before_cross_attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple:
+        """attn2_patch: the block's match serves the queries of its cross-attention."""
+        plan = self._block_plan
+        if plan is None or q.shape[1] != plan.tokens:
+            return q, k, v
+        extra_options[KEY] = plan
+        return plan.merge(q), k, v
+
+    def after_cross_attention(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        """attn2_output_patch."""
+        plan = extra_options.pop(KEY, None)
+        return out if plan is None else plan.unmerge(out)
+
+    def attention(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+        """optimized_attention_override: adds the sizes to the logits; another node's override is called, not lost."""
+        bias, self._pending = self._pending, None
+
+        def inner(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
+            if self._attention is not None:
+                return self._attention(func, q, k, v, heads, *args, **kwargs, **more)
+            return func(q, k, v, heads, *args, **kwargs, **more)
+
+        if bias is None or k.shape[1] != bias.shape[1]:
+            return inner(q, k, v)
+        return attend_tokens(q, k, v, heads, bias, lambda q, k, v, scale: inner(q, k, v, scale=scale))
+
+    def _grid(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple[int, int] | None:
+        """The grid of this call's tokens, or None where it is to be left alone."""
+        shape = extra_options.get("activations_shape")
+        block = extra_options.get("block")
+        where = f"{block[0]} block {block[1]}" if block is not None else "unnamed block"
+        if shape is None or len(shape) != 4 or q.dim() != 3:
+            say_once("a layer that does not tell its grid is left alone", where)
+            return None
+        grid = (shape[2], shape[3])
+        if not self.call.serves(grid):
+            return None
+        if q.shape[0] != shape[0] or q.shape[1] != grid[0] * grid[1]:
+            say_once(
+                "a layer whose tokens are not those of its grid is left alone: another node has tiled or merged "
+                "them, or it attends over time",
+                f"{where}, {tuple(q.shape[:2])} for a grid of {grid[0]}x{grid[1]}",
+            )
+            return None
+        if k.shape[:2] != q.shape[:2] or v.shape[:2] != q.shape[:2]:
+            say_once("a layer that does not attend to its own tokens is left alone", where)
+            return None
+        place = extra_options.get("block_index", 0)
+        if block is not None and (block in self._replaced or (*block, place) in self._replaced):
+            say_once("a layer whose attention another node replaces is left alone", where)
+            return None
+        return grid
+
+    @contextmanager
+    def mlp_hooks(self, base_model: Any):
+        """For the option `mlp`: hooks on the feed-forward layers, gone when the call ends in whatever way."""
+        if not self.call.config.mlp:
+            yield
+            return
+        handles = []
+        try:
+            for module in base_model.diffusion_model.modules():
+                if hasattr(module, "attn1") and hasattr(module, "ff"):
+                    handles.append(module.ff.register_forward_pre_hook(self._before_mlp))
+                    handles.append(module.ff.register_forward_hook(self._after_mlp))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before_mlp(self, module: Any, args: tuple) -> tuple:
+        plan = self._block_plan
+        if plan is None or args[0].shape[1] != plan.tokens:
+            self._block_plan = None
+            return args
+        return (plan.merge(args[0]), *args[1:])
+
+    def _after_mlp(self, module: Any, args: tuple, out: Tensor) -> Tensor:
+        plan = self._block_plan
+        return out if plan is None else plan.unmerge(out)
+
+
+def _find_options(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """apply_model(x, t, c_concat, c_crossattn, control, transformer_options): by place or by name."""
+    if len(args) > 3:
+        return args, args[3]
+    return args, kwargs.get("transformer_options", {})
+
+
+def _put_options(args: tuple, kwargs: dict[str, Any], options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    if len(args) > 3:
+        return (*args[:3], options, *args[4:]), kwargs
+    return args, {**kwargs, "transformer_options": options}
+
+
+def _step(options: dict[str, Any], device: torch.device) -> Tensor | int:
+    """Which step of the sampler this is, as a 0-d tensor on the device: no synchronisation.
+
+    Counted in noise levels and not in calls: samplers that call the model twice a step, area conditioning and
+    split batches all come to the same number.
+    """
+    sigmas, sigma = options.get("sample_sigmas"), options.get("sigmas")
+    if sigmas is None or sigma is None:
+        return 0
+    return (sigmas.to(device) > sigma.to(device).flatten()[0] * (1 + 1e-4)).sum()
+
+
+def _progress(options: dict[str, Any]) -> float:
+    """How far the sampler is, 0 to 1 in steps. Synchronises, once a step and only for a schedule."""
+    sigmas = options.get("sample_sigmas")
+    if sigmas is None or len(sigmas) < 2:
+        return 0.0
+    return int(_step(options, sigmas.device)) / (len(sigmas) - 1)
