@@ -1,5 +1,1 @@
-"""ToMe in ComfyUI."""
-
-from .nodes import NODES
-
-__all__ = ["NODES"]
+"""ToMe in ComfyUI. Imports nothing by itself: the nodes need ComfyUI, the U-Net's patches (unet.py) do not."""

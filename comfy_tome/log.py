@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-import torch
+from ..shared_tome.curve import is_compiling
 
 logger = logging.getLogger("ToMe")
 _said: set[str] = set()  # reasons logged already; nothing that is computed depends on it
@@ -15,7 +15,7 @@ def say_once(reason: str, where: str = "") -> None:
 
     Silent while torch.compile traces: a log call would break the graph.
     """
-    if torch.compiler.is_compiling() or reason in _said:
+    if is_compiling() or reason in _said:
         return
     _said.add(reason)
     logger.info("[ToMe] %s", f"{reason} ({where})" if where else reason)

@@ -172,7 +172,7 @@ def sample(
 
 @contextmanager
 def watch(model: Any) -> Iterator[dict[str, list[int]]]:
-    """Record the tokens that reach each projection: {"input_blocks.1.1.transformer_blocks.0.attn1.to_q": [1024, ...]}."""
+    """Record the tokens that reach each projection: {"input_blocks.1.1. ... .attn1.to_q": [1024, ...]}."""
     seen: dict[str, list[int]] = {}
     handles = []
     for name, module in model.model.diffusion_model.named_modules():

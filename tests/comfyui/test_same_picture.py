@@ -138,7 +138,7 @@ def test_two_samplers_of_one_graph_do_not_mix(sd15, tome, comfy_nodes):
 
 def test_threads_do_not_mix(comfy_nodes, tome):
     """Several GPUs run one thread each with the same patches: here two threads with a model each, on the CPU."""
-    import threading
+    from concurrent.futures import ThreadPoolExecutor
 
     from .host import small_unet
 
@@ -166,12 +166,8 @@ def test_threads_do_not_mix(comfy_nodes, tome):
 
     alone = [call(0), call(1)]
     for _ in range(3):
-        together: list = [None, None]
-        threads = [threading.Thread(target=lambda i=i: together.__setitem__(i, call(i))) for i in (0, 1)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(call, (0, 1)))
         assert torch.equal(together[0], alone[0]) and torch.equal(together[1], alone[1])
 
 

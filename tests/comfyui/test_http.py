@@ -1,0 +1,111 @@
+"""A real ComfyUI server over HTTP: the demo workflow, and what a person gets for bad input."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .host import REPO, comfyui_dir
+
+sys.path.insert(0, str(REPO))
+from installer import workflow
+from installer.client import ComfyClient, PromptError
+from installer.server import ComfyServer
+
+pytestmark = pytest.mark.slow
+SETTINGS = workflow.Settings(steps=4, cfg=3.0, sampler="euler", scheduler="simple")
+SUBJECT = workflow.Subject("astronaut", "astronaut", seed=7)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory) -> ComfyClient:
+    if comfyui_dir() is None:
+        pytest.skip("COMFYUI_DIR does not name a ComfyUI (`python install.py test` brings one)")
+    base: Path = tmp_path_factory.mktemp("comfyui")
+    with ComfyServer(comfyui_dir(), base, environment={"TOME_DEMO": "1"}) as client:
+        yield client
+
+
+def graph(client, tome):
+    return workflow.demo_workflow(client.node("ToMeDemoModel"), SUBJECT, SETTINGS, tome)
+
+
+def picture(client, tome=None) -> np.ndarray:
+    result = client.run(graph(client, tome))
+    (data,) = client.images(result)
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.int16)
+
+
+def tome_values(client, **changes):
+    return {**workflow.defaults(client.node("ToMe")), **changes}
+
+
+def test_demo_workflow_makes_a_picture_near_the_unmerged_one(client):
+    plain = picture(client)
+    assert plain.shape == (64, 64, 3) and plain.std() > 20
+    merged = picture(client, tome_values(client))
+    assert (merged != plain).any()
+    assert np.abs(merged - plain).mean() < 8  # of 255; another seed is some 60 away
+    again = picture(client, tome_values(client, ratio=0.5))
+    assert (again != merged).any()
+    assert (picture(client, tome_values(client, ratio=0.0)) == plain).all()
+
+
+def test_required_inputs_alone_are_enough(client):
+    """Advanced widgets are optional: workflows saved before one existed keep running."""
+    values = {name: tome_values(client)[name] for name in client.node("ToMe")["input"]["required"] if name != "model"}
+    assert set(values) == {"ratio", "stride_x", "stride_y", "method", "seed"}
+    assert (picture(client, values) == picture(client, tome_values(client))).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"ratio": 1.5}, "value_bigger_than_max"),
+        ({"ratio": -0.1}, "value_smaller_than_min"),
+        ({"ratio": "much"}, "invalid_input_type"),
+        ({"stride_x": 0}, "value_smaller_than_min"),
+        ({"method": "magic"}, "value_not_in_list"),
+        ({"min_tokens": -1}, "value_smaller_than_min"),
+    ],
+)
+def test_bad_value_is_http_400(client, change, kind):
+    with pytest.raises(PromptError) as refused:
+        client.post_prompt(graph(client, tome_values(client, **change)))
+    assert refused.value.status == 400
+    (error,) = refused.value.body["node_errors"]["tome"]["errors"]
+    assert error["type"] == kind and error["extra_info"]["input_name"] == next(iter(change))
+
+
+def test_missing_input_is_http_400(client):
+    prompt = graph(client, tome_values(client))
+    del prompt["tome"]["inputs"]["model"]
+    with pytest.raises(PromptError) as refused:
+        client.post_prompt(prompt)
+    assert refused.value.status == 400
+    assert refused.value.body["node_errors"]["tome"]["errors"][0]["type"] == "required_input_missing"
+
+
+def test_values_that_do_not_go_together_are_told_before_sampling(client):
+    with pytest.raises(PromptError, match="mlp needs a method that matches tokens .* got method 'sample'"):
+        client.run(graph(client, tome_values(client, mlp=True)))
+
+
+def test_two_nodes_are_told_before_sampling(client):
+    prompt = graph(client, tome_values(client))
+    prompt["second"] = {"class_type": "ToMe", "inputs": {**tome_values(client), "model": ["tome", 0]}}
+    prompt[workflow.SAMPLER]["inputs"]["model"] = ["second", 0]
+    with pytest.raises(PromptError, match="already merged by another ToMe node"):
+        client.run(prompt)
+
+
+def test_demo_node_is_for_the_demo_alone(client, tmp_path):
+    assert "ToMeDemoModel" in client.get("/object_info")
+    with ComfyServer(comfyui_dir(), tmp_path) as ordinary:
+        known = ordinary.get("/object_info")
+    assert "ToMe" in known and "ToMeDemoModel" not in known
