@@ -25,17 +25,35 @@ def extend_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor,
         the three with d + p channels, p from 2 to 9, to be used with scale d ** -0.5; the result's first d
         channels are the attention's (v's further channels are zero).
     """
-    d = q.shape[-1]
-    room = -(-(d + 2) // _ALIGN) * _ALIGN - d
+    return extend_query(q), extend_key(k, bias), extend_value(v)
+
+
+def extra_channels(d: int) -> int:
+    """How many channels (p) the three functions below add to a head of d."""
+    return -(-(d + 2) // _ALIGN) * _ALIGN - d
+
+
+def extend_query(q: Tensor) -> Tensor:
+    """q [..., N, d] -> [..., N, d + p], the part of extend_heads for hosts that project one at a time."""
+    room = extra_channels(q.shape[-1])
+    ones = F.pad(q.new_ones(2), (0, room - 2)).expand(*q.shape[:-1], room)
+    return torch.cat((q, ones), dim=-1)
+
+
+def extend_key(k: Tensor, bias: Tensor) -> Tensor:
+    """k [..., M, d] -> [..., M, d + p]; bias as in extend_heads."""
+    d = k.shape[-1]
     # Two channels, the second with the first one's rounding error: in bfloat16 one alone is off by 0.4%.
     scaled = bias.float() * d**0.5
     high = scaled.to(k.dtype)
     low = (scaled - high.float()).to(k.dtype)
     extra = torch.stack((high, low), dim=-1).expand(*k.shape[:-1], 2)
-    k = torch.cat((k, F.pad(extra, (0, room - 2))), dim=-1)
-    ones = F.pad(q.new_ones(2), (0, room - 2)).expand(*q.shape[:-1], room)
-    q = torch.cat((q, ones), dim=-1)
-    return q, k, F.pad(v, (0, room))
+    return torch.cat((k, F.pad(extra, (0, extra_channels(d) - 2))), dim=-1)
+
+
+def extend_value(v: Tensor) -> Tensor:
+    """v [..., M, d] -> [..., M, d + p]."""
+    return F.pad(v, (0, extra_channels(v.shape[-1])))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -110,7 +110,7 @@ class ToMeConfig:
     stride: tuple[int, int] = _option(
         (2, 2),
         "Stride",
-        "The width and height, in tokens, of the cell that keeps one destination token. sample goes by the ratio alone.",
+        "Width and height, in tokens, of the cell that keeps one destination token. sample goes by the ratio alone.",
         minimum=1,
         maximum=8,
         step=1,

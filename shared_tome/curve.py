@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .grid import Grid
 
+# Torch 2.1 and 2.2 (AUTOMATIC1111 1.10 pins 2.1.2) do not have it.
+is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
+
 
 def curve_order(grid: Grid, device: torch.device) -> Tensor:
     """The tokens of a grid in the order of a Hilbert curve, [N] int64. Do not write to it: it is shared.
@@ -16,7 +19,7 @@ def curve_order(grid: Grid, device: torch.device) -> Tensor:
     A pure function of its arguments, remembered because it costs a sort. Traced anew under torch.compile, where
     a remembered tensor would become a constant of the graph.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return hilbert_order(grid, device)
     return _remembered_order(grid, device)
 
@@ -48,4 +51,4 @@ def hilbert_order(grid: Grid, device: torch.device) -> Tensor:
         x, y = torch.where(flip, side - 1 - x, x), torch.where(flip, side - 1 - y, y)
         x, y = torch.where(down, x, y), torch.where(down, y, x)
         half //= 2
-    return distance.argsort()
+    return distance.to(torch.int32).argsort()  # not every backend sorts int64

@@ -64,8 +64,6 @@ def match_tokens(
     seed = _seed(config, generator, seed, metric.device)
     if config.method == "sample":
         return sample_plan(batch, grid, goes, seed, step, layer)
-    if config.method == "downsample":
-        config = config.replace(partition="fixed_2d")  # it goes by cells, whatever the option says
     dst_tokens = dst_count(grid, config)
     goes = min(goes, tokens - dst_tokens - int(class_token))
     if goes <= 0 or dst_tokens <= int(distill_token):
@@ -153,7 +151,7 @@ def _downsample(batch: int, grid: Grid, goes: int, config: ToMeConfig, device: t
     """ToDo (Smith et al., arXiv 2402.13573): the top-left token of each cell; below the cap some others stay too."""
     tokens = grid[0] * grid[1]
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    src, dst = partition(grid, config.replace(partition="fixed_2d"), zero)
+    src, dst = partition(grid, config, zero)
     stay_count = src.shape[1] - goes
     # Which others stay is spread evenly and never drawn.
     spread = torch.arange(stay_count, device=device) * src.shape[1] // max(1, stay_count)

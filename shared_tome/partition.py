@@ -20,13 +20,18 @@ def cells_of(grid: Grid, stride: tuple[int, int]) -> tuple[int, int, int, int]:
     return grid[0] // cell_height, grid[1] // cell_width, cell_height, cell_width
 
 
+def partition_of(config: ToMeConfig) -> str:
+    """The partition that holds: downsample goes by cells, whatever the option says."""
+    return "fixed_2d" if config.method == "downsample" else config.partition
+
+
 def dst_count(grid: Grid, config: ToMeConfig) -> int:
     """How many tokens the partition keeps as destinations."""
-    tokens = grid[0] * grid[1]
-    if config.partition == "alternate":
+    tokens, name = grid[0] * grid[1], partition_of(config)
+    if name == "alternate":
         return max(1, tokens // 2)
     rows, columns, cell_height, cell_width = cells_of(grid, config.stride)
-    if config.partition == "random":
+    if name == "random":
         return max(1, tokens // (cell_height * cell_width))
     return rows * columns
 
@@ -39,20 +44,20 @@ def partition(grid: Grid, config: ToMeConfig, key: Tensor) -> tuple[Tensor, Tens
     Returns:
         src [b, N - D] and dst [b, D], token indexes in ascending order, b = 1 or B.
     """
-    tokens = grid[0] * grid[1]
+    tokens, name = grid[0] * grid[1], partition_of(config)
     key = key.reshape(-1)  # (b,)
     device = key.device
-    if config.partition == "alternate":
+    if name == "alternate":
         index = torch.arange(tokens, device=device)
         return index[None, ::2], index[None, 1::2]
     count = dst_count(grid, config)
-    if config.partition == "random":
-        dst = bits(key, tokens).topk(count, dim=-1).indices  # (b, D)
+    if name == "random":
+        dst = (bits(key, tokens) >> 1).to(torch.int32).topk(count, dim=-1).indices  # (b, D)
         return split_off(dst, tokens)
     rows, columns, cell_height, cell_width = cells_of(grid, config.stride)
     row = torch.arange(rows, device=device)[:, None] * cell_height  # (rows, 1)
     column = torch.arange(columns, device=device)[None] * cell_width  # (1, columns)
-    if config.partition == "random_2d":
+    if name == "random_2d":
         offset = (bits(key, count) % (cell_height * cell_width)).reshape(-1, rows, columns)
         row, column = row + offset // cell_width, column + offset % cell_width  # (b, rows, columns)
     dst = (row * grid[1] + column).reshape(-1, count)  # (b, D)

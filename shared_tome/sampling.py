@@ -93,9 +93,10 @@ def walk_table(grid: Grid, kept: int, seed: Tensor, order: Tensor) -> Tensor:
     longest = -(-tokens // kept)
     slot = torch.arange(longest, device=seed.device)  # (L,)
     noise = bits(key(seed.reshape(-1), tokens, kept), kept * longest).reshape(-1, kept, longest)  # (b, M, L)
-    # Slots beyond a shorter run's end sort last, where walk_rows never looks.
-    noise = noise + ((slot >= length[:, None]).long() << 32)
-    slot = noise.argsort(dim=-1)  # (b, M, L)
+    # Slots beyond a shorter run's end sort last, where walk_rows never looks. In 31 bits: not every backend sorts
+    # int64; stable, so that equal numbers fall the same way everywhere.
+    noise = ((noise >> 2) + ((slot >= length[:, None]).long() << 30)).to(torch.int32)
+    slot = noise.argsort(dim=-1, stable=True)  # (b, M, L)
     return order[(start[:, None] + slot).clamp_max(tokens - 1)]
 
 

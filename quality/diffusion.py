@@ -1,0 +1,121 @@
+"""Noise schedule, deterministic sampling, averaging of weights and learning rate of the small model.
+
+v-prediction is Salimans and Ho, "Progressive Distillation" (arXiv 2202.00512): of x_t = cos(a) x_0 + sin(a) e
+the network gives v = cos(a) e - sin(a) x_0. Guidance is Ho and Salimans (arXiv 2207.12598), the deterministic
+sampler DDIM (arXiv 2010.02502).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+STEPS = 1000
+SIGMA_MIN, SIGMA_MAX = 0.01, 100.0
+
+
+def cosine_sigmas(steps: int = STEPS, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX) -> Tensor:
+    """Noise over signal at each training step, [steps], rising: tan of evenly spaced angles.
+
+    This is the cosine schedule (Nichol and Dhariwal, arXiv 2102.09672) cut off at both ends, so that no entry
+    is zero, infinite or equal to another, which samplers that look steps up by sigma rely on.
+    """
+    angles = torch.linspace(math.atan(sigma_min), math.atan(sigma_max), steps, dtype=torch.float64)
+    return angles.tan().float()
+
+
+def signal_and_noise(sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of picture and noise, cos(a) and sin(a), for tan(a) = sigmas; same shape."""
+    signal = (1 + sigmas**2).rsqrt()
+    return signal, signal * sigmas
+
+
+def noisy(x0: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """Noisy pictures and the v to predict, both [B, C, H, W], from pictures, noise and sigmas [B]."""
+    signal, share = (f[:, None, None, None] for f in signal_and_noise(sigmas))  # (B, 1, 1, 1)
+    return signal * x0 + share * noise, signal * noise - share * x0
+
+
+def loss_weights(sigmas: Tensor, gamma: float = 6.0, floor: float = 0.15) -> Tensor:
+    """Weight of each sample's loss, [B]: 1 where noise prevails, less for nearly clean pictures.
+
+    After min-SNR (Hang et al., arXiv 2303.09556), but with the plain v-loss kept at high noise, where a few
+    sampling steps decide what the picture shows.
+    """
+    snr = sigmas**-2
+    return (gamma / (snr + 1)).clamp(floor, 1.0)
+
+
+def stratified_steps(batch: int, steps: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Training steps [B], one from each of B equal slices of the schedule: a less noisy loss."""
+    offset = torch.rand(batch, generator=generator, device=device)
+    return ((torch.arange(batch, device=device) + offset) * (steps / batch)).long().clamp(max=steps - 1)
+
+
+def sampling_steps(count: int, steps: int = STEPS) -> list[int]:
+    """``count`` entries of the schedule, noisiest first: what ComfyUI calls the "simple" scheduler."""
+    return [steps - 1 - int(i * steps / count) for i in range(count)]
+
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def sample(
+    model: Denoiser,
+    noise: Tensor,
+    context: Tensor,
+    unconditional: Tensor,
+    sigmas: Tensor,
+    steps: int = 30,
+    guidance: float = 3.0,
+) -> Tensor:
+    """Pictures [B, 3, H, W] of about -1 to 1 from ``noise`` [B, 3, H, W] of unit variance.
+
+    model: (x, timesteps [B], context) -> v. context: [B, M, D]. unconditional: [1, M, D].
+    sigmas: [STEPS], see :func:`cosine_sigmas`.
+    """
+    batch = noise.shape[0]
+    both = torch.cat((context, unconditional.expand(batch, -1, -1)))  # (2B, M, D)
+    order = sampling_steps(steps, len(sigmas))
+    signals, shares = signal_and_noise(sigmas)
+    x = noise
+    for i, t in enumerate(order):
+        times = torch.full((2 * batch,), float(t), device=noise.device)
+        v, v_free = model(torch.cat((x, x)), times, both).float().chunk(2)
+        v = v_free + guidance * (v - v_free)
+        x0 = signals[t] * x - shares[t] * v
+        noise_now = shares[t] * x + signals[t] * v
+        last = i + 1 == len(order)
+        x = x0 if last else signals[order[i + 1]] * x0 + shares[order[i + 1]] * noise_now
+    return x
+
+
+class Ema:
+    """Exponential moving average of parameters, a short one at first: early checkpoints are worth a look."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.count = 0
+        self.source = list(parameters)
+        self.average = [p.detach().clone() for p in self.source]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.source], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
+        for target, value in zip(parameters, self.average, strict=True):
+            target.copy_(value)
+
+
+def learning_rate(step: int, progress: float, peak: float, warmup: int = 150, final: float = 0.02) -> float:
+    """Linear warm-up over steps, then a cosine over ``progress`` (0 to 1 of the budget) to final·peak."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    return peak * min(1.0, (step + 1) / warmup) * (final + (1 - final) * cosine)
