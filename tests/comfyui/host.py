@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,20 +26,9 @@ def comfyui_dir() -> Path | None:
 def start() -> dict[str, Any]:
     """Import ComfyUI, load this repository as a custom node, and return all node classes by id."""
     sys.path.insert(0, str(REPO))
-    from installer import shims
+    from installer import inprocess
 
-    shims.install()
-    sys.path.insert(0, str(comfyui_dir()))
-    base = tempfile.mkdtemp(prefix="tome-comfyui-")
-    arguments = ["main.py", "--cpu", "--use-pytorch-cross-attention", "--disable-api-nodes", "--base-directory", base]
-    sys.argv, kept = [*arguments, "--database-url", "sqlite:///:memory:"], sys.argv
-    try:
-        import comfy.options
-
-        comfy.options.enable_args_parsing()
-        import comfy.cli_args
-    finally:
-        sys.argv = kept
+    inprocess.start(comfyui_dir(), ["--cpu"])
     import nodes
 
     async def load() -> None:

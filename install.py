@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Sets ToMe up, shows it and tests it. Without arguments: a check that is silent when all is well.
+
+ComfyUI-Manager and AUTOMATIC1111 run this file without arguments, in their own Python, at each start.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 (the one file that an older Python may be asked to run)
+    sys.exit(f"ToMe needs Python 3.10 or newer; this is Python {sys.version_info[0]}.{sys.version_info[1]}.")
+
+import argparse
+from pathlib import Path
+
+from installer.console import SetupError, complain
+
+ROOT = Path(__file__).resolve().parent
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="install.py", description=__doc__.split("\n\n")[0])
+    commands = top.add_subparsers(dest="command", metavar="command")
+
+    demo = commands.add_parser("demo", help="make pictures in a real ComfyUI without and with ToMe")
+    of_your_own = "a ComfyUI of your own (default: COMFYUI_DIR, else one is fetched)"
+    demo.add_argument("--comfyui", metavar="DIR", help=of_your_own)
+    stable = "a Stable Diffusion checkpoint instead of the small demo model"
+    demo.add_argument("--checkpoint", metavar="FILE", help=stable)
+    demo.add_argument("--out", metavar="DIR", default="out", help="where the results go (default: out)")
+
+    tests = "run ruff and every test; further arguments go to pytest"
+    commands.add_parser("test", help=tests, add_help=False)
+
+    for name, title in (("comfyui", "ComfyUI"), ("a1111", "AUTOMATIC1111, Forge or reForge")):
+        host = commands.add_parser(name, help=f"link this repository into a {title}")
+        host.add_argument("folder", metavar="DIR", help=f"the folder that {title} lies in")
+        how = host.add_mutually_exclusive_group()
+        how.add_argument("--copy", action="store_true", help="copy instead of linking")
+        how.add_argument("--remove", action="store_true", help="take the link or the copy out again")
+    return top
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command and return the exit status."""
+    options, rest = parser().parse_known_args(arguments)
+    if rest and options.command != "test":
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command is None:
+        from installer.check import problem
+
+        found = problem()
+        if found:
+            print(found)
+        return 1 if found else 0
+    if options.command == "demo":
+        from installer.run import demo
+
+        return demo(options.comfyui, options.checkpoint, options.out)
+    if options.command == "test":
+        from installer.run import test
+
+        return test(rest)
+    from installer import link
+
+    host = link.COMFYUI if options.command == "comfyui" else link.A1111
+    folder = Path(options.folder)
+    print(link.remove(folder, host) if options.remove else link.add(folder, host, copy=options.copy))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except SetupError as error:
+        complain(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

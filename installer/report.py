@@ -1,0 +1,162 @@
+"""From the demo's pictures and times to compare.png and a table, in numbers that can be checked."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import sheet
+from .workflow import Settings, Subject
+
+
+@dataclass
+class Outcome:
+    """What came out for one subject: pictures [H, W, 3] and seconds a step, by "unmerged" and "ToMe"."""
+
+    subject: Subject
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def psnr(self) -> float:
+        return sheet.psnr(self.pictures["unmerged"], self.pictures["ToMe"])
+
+    @property
+    def speed_up(self) -> float:
+        return self.seconds["unmerged"] / self.seconds["ToMe"]
+
+
+@dataclass
+class Summary:
+    """The numbers over all subjects, and what they were measured with."""
+
+    model: str
+    settings: Settings
+    tome: dict[str, Any]
+    unmerged: float
+    merged: float
+    psnr: float
+    groups: np.ndarray  # [h, w]: which kept token each token belongs to, in one layer of one step
+    kept: np.ndarray  # [h, w]: True for the tokens that stay there
+    pictures: int
+    machine: str = ""
+
+    @property
+    def speed_up(self) -> float:
+        return self.unmerged / self.merged
+
+
+def summarise(
+    outcomes: Sequence[Outcome], tome: Mapping[str, Any], settings: Settings, model: str, pixels_a_token: int
+) -> Summary:
+    """The medians of the times, the mean fidelity, and one layer's tokens as the node's settings choose them."""
+    groups, kept = one_layer(outcomes[0].pictures["unmerged"], tome, settings.size // pixels_a_token)
+    return Summary(
+        model=model,
+        settings=settings,
+        tome=dict(tome),
+        unmerged=statistics.median(outcome.seconds["unmerged"] for outcome in outcomes),
+        merged=statistics.median(outcome.seconds["ToMe"] for outcome in outcomes),
+        psnr=statistics.fmean(outcome.psnr for outcome in outcomes),
+        groups=groups,
+        kept=kept,
+        pictures=len(outcomes),
+    )
+
+
+def one_layer(picture: np.ndarray, tome: Mapping[str, Any], side: int) -> tuple[np.ndarray, np.ndarray]:
+    """(groups, kept) [side, side] of the first full-resolution layer in the first step.
+
+    What `sample` and `downsample` choose depends on the seed alone, so this is what the model did. Methods
+    that match look at the model's own activations; the picture's colours stand in for them here.
+    """
+    import torch
+    from PIL import Image
+
+    from shared_tome import ToMeConfig, match_tokens
+
+    small = Image.fromarray(picture).resize((side, side), Image.Resampling.BOX)
+    metric = torch.from_numpy(np.asarray(small, dtype=np.float32) / 127.5 - 1.0).reshape(1, -1, 3)  # (1, N, 3)
+    plan = match_tokens(metric, (side, side), ToMeConfig.from_widgets(**tome), step=0, layer=0)
+    kept = np.zeros(side * side, bool)
+    kept[plan.index[0].numpy()] = True
+    return plan.groups[0].numpy().reshape(side, side), kept.reshape(side, side)
+
+
+def table(summary: Summary) -> str:
+    """The numbers as a Markdown table with what they mean below it."""
+    total, stay = summary.kept.size, int(summary.kept.sum())
+    head = ("", "seconds a step", "speed-up", "PSNR", "tokens kept")
+    rows = (
+        ("unmerged", f"{summary.unmerged:.3f}", "", "", f"{total:,}"),
+        (
+            "ToMe",
+            f"{summary.merged:.3f}",
+            f"{summary.speed_up:.2f} x",
+            decibels(summary.psnr),
+            f"{stay:,} ({100 * stay / total:.0f} %)",
+        ),
+    )
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in (head, ["-" * width for width in widths], *rows)
+    ]
+    return "\n".join([*lines, "", *notes(summary)])
+
+
+def notes(summary: Summary) -> list[str]:
+    """What was measured, in words."""
+    settings, tome = summary.settings, summary.tome
+    several = summary.pictures > 1
+    median = f"; the median of {summary.pictures} pictures" if several else "; one picture"
+    mean = ", the mean of them" if several else ""
+    lines = [
+        f"{summary.model}, {settings.size}x{settings.size} pixels, {settings.steps} steps of {settings.sampler}, "
+        f"cfg {settings.cfg:g}; ToMe: {tome['method']}, ratio {tome['ratio']:g}, the node's defaults.",
+        f"{summary.machine}.",
+        f"Seconds a step: the time ComfyUI spends in the KSampler node, divided by its steps{median}.",
+        f"PSNR: ToMe's picture against the unmerged one of the same seed{mean}. "
+        "Tokens kept, and the map: the first full-resolution layer in the first step.",
+    ]
+    if summary.speed_up < 1.02:
+        lines.append("ToMe is not faster here. It pays where there are many tokens: large pictures.")
+    return lines
+
+
+def decibels(value: float) -> str:
+    """PSNR in words."""
+    return "the same" if math.isinf(value) else f"{value:.1f} dB"
+
+
+def write(summary: Summary, outcomes: Sequence[Outcome], out: Path) -> list[Path]:
+    """Write compare.png and compare.md and return where they are."""
+    out.mkdir(parents=True, exist_ok=True)
+    stay, total = int(summary.kept.sum()), summary.kept.size
+    rows = [
+        sheet.Row(
+            unmerged=outcome.pictures["unmerged"],
+            tome=outcome.pictures["ToMe"],
+            groups=summary.groups,
+            kept=summary.kept,
+            notes=(
+                f"{outcome.subject.name}, seed {outcome.subject.seed}",
+                f"{outcome.seconds['ToMe']:.3f} s a step, {outcome.speed_up:.2f} x",
+                f"PSNR {decibels(outcome.psnr)}",
+                f"{stay:,} of {total:,} tokens stay (the dots)",
+            ),
+        )
+        for outcome in outcomes
+    ]
+    columns = ("Unmerged", "ToMe", "Difference x {factor}", "Who stands for whom")
+    subtitle = f"Same seed, same steps: {summary.speed_up:.2f} times as fast, PSNR {decibels(summary.psnr)}"
+    picture, text = out / "compare.png", out / "compare.md"
+    sheet.draw("Token Merging in ComfyUI", subtitle, columns, rows, notes(summary)).save(picture, optimize=True)
+    text.write_text(table(summary) + "\n", encoding="utf-8")
+    return [picture, text]

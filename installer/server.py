@@ -1,0 +1,172 @@
+"""A real ComfyUI server that is up inside a `with` and gone after it, whatever happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from . import link
+from .client import ComfyClient, PromptError
+from .console import SetupError
+from .paths import ROOT
+
+FOLDERS = ("custom_nodes", "models", "input", "output", "temp", "user")
+SMALL_MACHINE = 4  # cores
+
+
+class ComfyServer:
+    """Starts `comfyui`'s main.py with `python` on a free loopback port, with this pack in its custom_nodes.
+
+    base: a folder of the server's own for models, pictures and custom nodes; made when it is not there.
+    Entering returns a ComfyClient. Raises SetupError, with the end of the log, when it does not start.
+    """
+
+    def __init__(
+        self,
+        comfyui: Path,
+        base: Path,
+        python: Path | str = sys.executable,
+        pack: Path | None = ROOT,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        timeout: float = 180.0,
+    ) -> None:
+        self.comfyui = Path(comfyui).resolve()
+        self.base = Path(base).resolve()
+        self.python = str(python)
+        self.pack = pack
+        self.arguments = tuple(arguments)
+        self.environment = dict(environment or {})
+        self.timeout = timeout
+        self.log = self.base / "server.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> ComfyClient:
+        try:
+            return self.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __exit__(self, *failure: object) -> None:
+        self.stop()
+
+    def start(self) -> ComfyClient:
+        """Start the server and wait until it answers; `with` is the better way, as it stops it too."""
+        for name in FOLDERS:
+            (self.base / name).mkdir(parents=True, exist_ok=True)
+        if self.pack is not None:
+            put_pack(self.base / "custom_nodes", self.pack)
+        port = free_port()
+        runner = Path(__file__).with_name("serve.py")
+        command = [
+            self.python, str(runner), str(self.comfyui / "main.py"),
+            "--listen", "127.0.0.1", "--port", str(port),
+            "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
+            "--disable-auto-launch", "--disable-api-nodes", "--use-pytorch-cross-attention",
+            *self.arguments,
+        ]  # fmt: skip
+        own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
+        with self.log.open("wb") as log:
+            try:
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
+                    cwd=self.comfyui, env=self._environment(), start_new_session=os.name != "nt", **own_group,
+                )  # fmt: skip
+            except OSError as error:
+                raise SetupError(f"ComfyUI could not be started with {self.python}: {error}") from error
+        client = ComfyClient(f"http://127.0.0.1:{port}")
+        self._wait_until_up(client)
+        return client
+
+    def stop(self) -> None:
+        """Stop the server and all that it started. Harmless when there is none."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        _end_group(process, signal.SIGTERM)
+        try:
+            process.wait(timeout=5)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            pass
+        _end_group(process, getattr(signal, "SIGKILL", signal.SIGTERM))
+        process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+
+    def tail(self, lines: int = 25) -> str:
+        """The end of the server's log."""
+        try:
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def _environment(self) -> dict[str, str]:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+        environment["HF_HUB_OFFLINE"] = environment["TRANSFORMERS_OFFLINE"] = "1"
+        # On few cores, one of them busy, threads that spin while they wait made a step 3 to 6 times slower;
+        # threads that sleep cost nothing there, and use all cores where they are free.
+        if (os.cpu_count() or 1) <= SMALL_MACHINE:
+            environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            environment.setdefault("GOMP_SPINCOUNT", "0")
+            environment.setdefault("KMP_BLOCKTIME", "0")
+        environment.pop("PYTHONPATH", None)
+        return {**environment, **self.environment}
+
+    def _wait_until_up(self, client: ComfyClient) -> None:
+        assert self.process is not None
+        end = time.monotonic() + self.timeout
+        while time.monotonic() < end:
+            code = self.process.poll()
+            if code is not None:
+                stopped = f"ComfyUI stopped while it started (exit code {code})."
+                raise SetupError(f"{stopped}\n{self.told()}", HINT)
+            try:
+                client.get("/system_stats")
+                return
+            except PromptError:
+                time.sleep(0.2)
+        raise SetupError(f"ComfyUI did not answer within {self.timeout:.0f} s.\n{self.told()}", HINT)
+
+    def told(self) -> str:
+        """The end of the log, for an error message."""
+        return f"The end of {self.log}:\n" + "\n".join(f"  | {line}" for line in self.tail().splitlines())
+
+
+HINT = (
+    "If a package is missing, that ComfyUI wants another set than ours: install its own requirements.txt,\n"
+    "or leave --comfyui and COMFYUI_DIR out to use the version that is known to work."
+)
+
+
+def put_pack(custom_nodes: Path, pack: Path) -> None:
+    """Link (or copy) the pack into a custom_nodes folder of our own making."""
+    place = custom_nodes / link.COMFYUI.name
+    link.put(place, pack)
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _end_group(process: subprocess.Popen[bytes], how: int) -> None:
+    """Signal the server and what it started; they share a group of their own."""
+    if os.name == "nt":
+        if process.poll() is None:
+            tree = ["taskkill", "/T", "/F", "/PID", str(process.pid)]
+            subprocess.run(tree, capture_output=True, check=False)
+        return
+    try:
+        os.killpg(process.pid, how)
+    except (ProcessLookupError, PermissionError):
+        pass

@@ -1,0 +1,140 @@
+"""The demo's workflow, in ComfyUI's API format: a model, perhaps ToMe, the sampler, a picture."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Workflow = dict[str, dict[str, Any]]
+SAMPLER = "sampler"
+
+# Classes to show, best first; whichever of them the demo model knows.
+FAVOURITES = ("astronaut", "motorcycle", "mountains", "cat", "coffee", "photographer")
+PROMPTS = (
+    "photograph of an astronaut on the moon, detailed, sharp focus",
+    "a cat on a windowsill in the morning sun, photograph",
+    "a lighthouse on a cliff above the sea, oil painting",
+)
+NEGATIVE = "blurry, low quality"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One picture to make: its caption, what the model is asked for, its seed."""
+
+    name: str
+    text: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are sampled; the same with and without ToMe."""
+
+    steps: int
+    cfg: float
+    sampler: str = "euler"
+    scheduler: str = "normal"
+    size: int = 64
+
+
+def defaults(known: Mapping[str, Any]) -> dict[str, Any]:
+    """A node's widgets at their defaults, from what /object_info tells of it."""
+    values = {}
+    for part in ("required", "optional"):
+        for name, (kind, *rest) in (known["input"].get(part) or {}).items():
+            options = rest[0] if rest else {}
+            if "default" in options:
+                values[name] = options["default"]
+            elif isinstance(kind, list) and kind:
+                values[name] = kind[0]
+            elif kind == "COMBO" and options.get("options"):
+                values[name] = options["options"][0]
+    return values
+
+
+def choices(known: Mapping[str, Any], name: str) -> list[str]:
+    """What a node's list widget offers."""
+    kind, *rest = {**known["input"].get("required", {}), **known["input"].get("optional", {})}[name]
+    return list(kind if isinstance(kind, list) else rest[0]["options"])
+
+
+def demo_subjects(known: Mapping[str, Any], count: int) -> list[Subject]:
+    """The first `count` classes of the demo model that are worth showing."""
+    offered = choices(known, "subject")
+    ordered = [name for name in FAVOURITES if name in offered]
+    ordered += [name for name in offered if name not in ordered]
+    return [Subject(name, name, 7 + place) for place, name in enumerate(ordered[:count])]
+
+
+def prompt_subjects(count: int) -> list[Subject]:
+    """Prompts for a real checkpoint."""
+    return [Subject(text.split(",")[0], text, 7 + place) for place, text in enumerate(PROMPTS[:count])]
+
+
+def demo_workflow(
+    known: Mapping[str, Any], subject: Subject, settings: Settings, tome: Mapping[str, Any] | None
+) -> Workflow:
+    """The small demo model (`known` is its node), with a ToMe node of the values `tome` or (None) without."""
+    values = defaults(known) | {"subject": subject.text, "size": settings.size}
+    workflow: Workflow = {"model": {"class_type": "ToMeDemoModel", "inputs": values}}
+    outputs = {"model": ["model", 0], "positive": ["model", 1], "negative": ["model", 2]}
+    return _finish(workflow, outputs, ["model", 3], ["model", 4], subject, settings, tome)
+
+
+def checkpoint_workflow(name: str, subject: Subject, settings: Settings, tome: Mapping[str, Any] | None) -> Workflow:
+    """A Stable Diffusion checkpoint through ComfyUI's own loader, with or without ToMe."""
+    size = {"width": settings.size, "height": settings.size, "batch_size": 1}
+    workflow: Workflow = {
+        "model": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}},
+        "positive": {"class_type": "CLIPTextEncode", "inputs": {"text": subject.text, "clip": ["model", 1]}},
+        "negative": {"class_type": "CLIPTextEncode", "inputs": {"text": NEGATIVE, "clip": ["model", 1]}},
+        "latent": {"class_type": "EmptyLatentImage", "inputs": size},
+    }
+    outputs = {"model": ["model", 0], "positive": ["positive", 0], "negative": ["negative", 0]}
+    return _finish(workflow, outputs, ["model", 2], ["latent", 0], subject, settings, tome)
+
+
+def _finish(
+    workflow: Workflow,
+    outputs: dict[str, list[Any]],
+    vae: list[Any],
+    latent: list[Any],
+    subject: Subject,
+    settings: Settings,
+    tome: Mapping[str, Any] | None,
+) -> Workflow:
+    if tome is not None:
+        workflow["tome"] = {"class_type": "ToMe", "inputs": {**tome, "model": outputs["model"]}}
+        outputs = {**outputs, "model": ["tome", 0]}
+    workflow[SAMPLER] = {
+        "class_type": "KSampler",
+        "inputs": {
+            **outputs,
+            "latent_image": latent,
+            "seed": subject.seed,
+            "steps": settings.steps,
+            "cfg": settings.cfg,
+            "sampler_name": settings.sampler,
+            "scheduler": settings.scheduler,
+            "denoise": 1.0,
+        },
+    }
+    workflow["picture"] = {"class_type": "VAEDecode", "inputs": {"samples": [SAMPLER, 0], "vae": vae}}
+    workflow["show"] = {"class_type": "PreviewImage", "inputs": {"images": ["picture", 0]}}
+    return workflow
+
+
+def native_size(checkpoint: Path) -> int:
+    """The side in pixels that a checkpoint was trained for, as far as a .safetensors file's names tell."""
+    try:
+        with checkpoint.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            names = json.loads(file.read(min(length, 2**27)))
+    except (OSError, ValueError, struct.error, MemoryError):
+        return 512
+    return 1024 if any(name.startswith("conditioner.embedders.1.") for name in names) else 512
