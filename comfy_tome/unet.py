@@ -45,10 +45,13 @@ class UNetPatch:
             return executor(x, t, *args, **kwargs)
 
     def _config_now(self, options: dict[str, Any]) -> ToMeConfig:
-        """The config with this step's ratio; only a schedule needs to know the step on the host."""
-        if not self.config.is_scheduled:
-            return self.config
-        return self.config.replace(ratio=ratio_at(self.config, _progress(options)), ratio_end=-1.0)
+        """The config of this call: this step's ratio (only a schedule needs to know the step on the host)."""
+        config = self.config
+        if config.is_scheduled:
+            config = config.replace(ratio=ratio_at(config, _progress(options)), ratio_end=-1.0)
+        if config.share_match and sorted(options.get("cond_or_uncond", ())) != [0, 1]:
+            config = config.replace(share_match=False)  # the halves of this batch are not the same images
+        return config
 
 
 class UNetCall:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MIN_PYTHON = (3, 10)
-MIN_TORCH = (2, 0)
+MIN_TORCH = (2, 1)
 
 COMFYUI_VERSION = "0.30.0"
 # ComfyUI is no package itself. This one's source distribution carries the whole of it, unchanged.

@@ -6,6 +6,7 @@ by that call, so clones, threads and several samplers cannot mix.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +77,7 @@ class ModelCall:
 
     def _sample(self, batch: int, grid: Grid, layer: int) -> Plan:
         """As sampling.sample_plan, but drawn for many layers at once."""
-        tokens = grid[0] * grid[1]
+        tokens = math.prod(grid)
         kept = kept_count(tokens, int(tokens * self.config.ratio))
         if kept == tokens:
             return Plan(batch, tokens, tokens, self.seed.device)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import math
 
-Grid = tuple[int, int]  # (height, width)
+# (height, width); video, frame after frame, is (frames, height, width); sound is one row, (1, length).
+Grid = tuple[int, ...]
+
+
+def split_frames(grid: Grid) -> tuple[int, int, int]:
+    """(frames, height, width) of any grid."""
+    return (1, *grid) if len(grid) == 2 else grid
 
 
 def halve(size: int, times: int) -> int:
@@ -15,13 +21,13 @@ def halve(size: int, times: int) -> int:
 
 
 def grid_at(full: Grid, level: int) -> Grid:
-    """The grid at a level: 0 is the latent's own, each further one is half as high and wide."""
-    return halve(full[0], level), halve(full[1], level)
+    """The grid at a level: 0 is the latent's own, each further one is half as high and wide, with as many frames."""
+    return (*full[:-2], halve(full[-2], level), halve(full[-1], level))
 
 
 def level_of(grid: Grid, full: Grid) -> int:
     """The level nearest to a grid by its area (Deep Shrink and its kind make grids between two levels)."""
-    area = max(1, grid[0] * grid[1])
+    area = max(1, math.prod(grid))
     return min(range(8), key=lambda level: abs(math.log2(math.prod(grid_at(full, level)) / area)))
 
 

@@ -6,11 +6,13 @@ similar pairs merge. Never writes more than a chunk of the score matrix; one top
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .config import ToMeConfig
-from .grid import Grid
+from .grid import Grid, split_frames
 from .noise import fold_seed, key
 from .partition import cells_of, dst_count, partition, split_off
 from .plan import MergePlan, Plan, spread_rows, take
@@ -36,7 +38,7 @@ def match_tokens(
 
     Args:
         metric: [B, N, C], what similarity is measured on. Methods that match nothing use its shape alone.
-        grid: (height, width) with height * width == N.
+        grid: (height, width) with height * width == N; for video (frames, height, width).
         config: ratio, stride, method, partition, reduce, seed and share_match count here.
         generator: where random choices come from, instead of the seed. The global generator never is.
         seed: instead of config.seed: a number, a tensor [] or one number for each row [B] (int64).
@@ -51,8 +53,8 @@ def match_tokens(
             "alternate", or a distillation token without a class token.
     """
     batch, tokens, _ = metric.shape
-    if grid[0] * grid[1] != tokens:
-        raise ValueError(f"a grid of {grid[0]}x{grid[1]} has {grid[0] * grid[1]} tokens, the metric has {tokens}")
+    if math.prod(grid) != tokens:
+        raise ValueError(f"a grid of {'x'.join(map(str, grid))} has {math.prod(grid)} tokens, the metric has {tokens}")
     if (class_token or distill_token) and not (config.kind.matches and config.partition == "alternate"):
         raise ValueError(
             "class and distillation tokens need a method that matches and partition 'alternate', "
@@ -149,7 +151,7 @@ def _distill_second(index: Tensor, groups: Tensor, stay_count: int) -> tuple[Ten
 
 def _downsample(batch: int, grid: Grid, goes: int, config: ToMeConfig, device: torch.device) -> Plan:
     """ToDo (Smith et al., arXiv 2402.13573): the top-left token of each cell; below the cap some others stay too."""
-    tokens = grid[0] * grid[1]
+    tokens = math.prod(grid)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     src, dst = partition(grid, config, zero)
     stay_count = src.shape[1] - goes
@@ -157,11 +159,14 @@ def _downsample(batch: int, grid: Grid, goes: int, config: ToMeConfig, device: t
     spread = torch.arange(stay_count, device=device) * src.shape[1] // max(1, stay_count)
     gone, index = split_off(torch.cat((src[:, spread], dst), dim=1), tokens)
     rows, columns, cell_height, cell_width = cells_of(grid, config.stride)
-    row = (gone // grid[1] // cell_height).clamp_max(rows - 1) * cell_height
-    column = (gone % grid[1] // cell_width).clamp_max(columns - 1) * cell_width
+    frames, height, width = split_frames(grid)
+    row = (gone // width % height // cell_height).clamp_max(rows - 1) * cell_height
+    column = (gone % width // cell_width).clamp_max(columns - 1) * cell_width
+    frame = gone // (height * width) * height * width
     # One row each, so searched as plain lists: the place of the cell's own token among those that stay.
-    target = torch.searchsorted(index[0].contiguous(), (row * grid[1] + column)[0])[None]
+    target = torch.searchsorted(index[0].contiguous(), (frame + row * width + column)[0])[None]
     own = torch.arange(index.shape[1], device=device)[None]
     groups = torch.empty(1, tokens, dtype=torch.int64, device=device).scatter(1, gone, target).scatter(1, index, own)
-    even = goes == tokens - rows * columns and rows * cell_height * columns * cell_width == tokens
+    cells = frames * rows * columns
+    even = goes == tokens - cells and cells * cell_height * cell_width == tokens
     return MergePlan(batch, index, groups, even=even)

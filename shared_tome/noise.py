@@ -33,14 +33,15 @@ def key(seed: Tensor, *words: int | Tensor) -> Tensor:
     """One 32-bit key for a seed [] or [B] and some words (step, layer, purpose), the shape of seed.
 
     The seed is folded as fold_seed does: an int64 tensor with a 64-bit seed's bits, or with its fold, gives the same.
+    Each word has an odd factor of its own and all are hashed once: a hash for each would cost a dozen launches more.
     """
-    hashed = mix(seed + ((seed >> 32) & _MASK) * _GOLDEN)
+    total, factor = seed + ((seed >> 32) & _MASK) * _GOLDEN, _GOLDEN
     for word in words:
-        hashed = mix(hashed + _GOLDEN + word * 0x632BE5AB)
-    return hashed
+        factor = (factor * _GOLDEN) & _MASK
+        total = total + (word + 1) * factor
+    return mix(total)
 
 
 def bits(key: Tensor, count: int) -> Tensor:
     """`count` random numbers in 0 to 2**32 - 1 for each key: [] gives [count], [B] gives [B, count]."""
-    counter = torch.arange(count, device=key.device, dtype=torch.int64) * _GOLDEN
-    return mix(key[..., None] ^ mix(counter + 1))
+    return mix(key[..., None] + torch.arange(count, device=key.device, dtype=torch.int64) * _GOLDEN)

@@ -6,18 +6,21 @@ Sources: "alternate" is Bolya et al. (arXiv 2210.09461), section 3; the others a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .config import ToMeConfig
-from .grid import Grid
+from .grid import Grid, split_frames
 from .noise import bits
 
 
 def cells_of(grid: Grid, stride: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(rows, columns, cell height, cell width) of the whole cells; a grid thinner than a cell clamps it."""
-    cell_height, cell_width = min(stride[1], grid[0]), min(stride[0], grid[1])
-    return grid[0] // cell_height, grid[1] // cell_width, cell_height, cell_width
+    """(rows, columns, cell height, cell width) of a frame's whole cells; a grid thinner than a cell clamps it."""
+    height, width = grid[-2:]
+    cell_height, cell_width = min(stride[1], height), min(stride[0], width)
+    return height // cell_height, width // cell_width, cell_height, cell_width
 
 
 def partition_of(config: ToMeConfig) -> str:
@@ -27,13 +30,13 @@ def partition_of(config: ToMeConfig) -> str:
 
 def dst_count(grid: Grid, config: ToMeConfig) -> int:
     """How many tokens the partition keeps as destinations."""
-    tokens, name = grid[0] * grid[1], partition_of(config)
+    tokens, name = math.prod(grid), partition_of(config)
     if name == "alternate":
-        return max(1, tokens // 2)
+        return tokens // 2
     rows, columns, cell_height, cell_width = cells_of(grid, config.stride)
     if name == "random":
         return max(1, tokens // (cell_height * cell_width))
-    return rows * columns
+    return split_frames(grid)[0] * rows * columns
 
 
 def partition(grid: Grid, config: ToMeConfig, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +47,7 @@ def partition(grid: Grid, config: ToMeConfig, key: Tensor) -> tuple[Tensor, Tens
     Returns:
         src [b, N - D] and dst [b, D], token indexes in ascending order, b = 1 or B.
     """
-    tokens, name = grid[0] * grid[1], partition_of(config)
+    tokens, name = math.prod(grid), partition_of(config)
     key = key.reshape(-1)  # (b,)
     device = key.device
     if name == "alternate":
@@ -52,15 +55,17 @@ def partition(grid: Grid, config: ToMeConfig, key: Tensor) -> tuple[Tensor, Tens
         return index[None, ::2], index[None, 1::2]
     count = dst_count(grid, config)
     if name == "random":
-        dst = (bits(key, tokens) >> 1).to(torch.int32).topk(count, dim=-1).indices  # (b, D)
+        dst = (bits(key, tokens) - 2**31).to(torch.int32).topk(count, dim=-1).indices  # (b, D)
         return split_off(dst, tokens)
     rows, columns, cell_height, cell_width = cells_of(grid, config.stride)
+    frames, height, width = split_frames(grid)
+    frame = torch.arange(frames, device=device)[:, None, None] * height * width  # (frames, 1, 1)
     row = torch.arange(rows, device=device)[:, None] * cell_height  # (rows, 1)
     column = torch.arange(columns, device=device)[None] * cell_width  # (1, columns)
     if name == "random_2d":
-        offset = (bits(key, count) % (cell_height * cell_width)).reshape(-1, rows, columns)
-        row, column = row + offset // cell_width, column + offset % cell_width  # (b, rows, columns)
-    dst = (row * grid[1] + column).reshape(-1, count)  # (b, D)
+        offset = (bits(key, count) % (cell_height * cell_width)).reshape(-1, frames, rows, columns)
+        row, column = row + offset // cell_width, column + offset % cell_width  # (b, frames, rows, columns)
+    dst = (frame + row * width + column).reshape(-1, count)  # (b, D)
     return split_off(dst, tokens)
 
 

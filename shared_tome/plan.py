@@ -103,8 +103,8 @@ class MergePlan(Plan):
         out = take(y, self._groups)
         if not self.fills:
             return out
-        stays = torch.zeros(self._groups.shape, dtype=y.dtype, device=y.device).scatter(1, self._index, 1.0)
-        return out * spread_rows(stays, y.shape[0])[..., None]
+        stays = torch.zeros(self._groups.shape, dtype=torch.bool, device=y.device).scatter(1, self._index, True)
+        return torch.where(spread_rows(stays, y.shape[0])[..., None], out, 0.0)
 
     def merge_sizes(self, sizes: Tensor) -> Tensor:
         return group_sum(sizes[..., None], self._groups, self.kept)[..., 0]

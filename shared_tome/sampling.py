@@ -8,6 +8,8 @@ a layer sees them all (a low-discrepancy walk). Nothing is matched, nothing is u
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ class SamplePlan(Plan):
     is_identity = False
 
     def __init__(self, batch: int, grid: Grid, index: Tensor):
-        super().__init__(batch, grid[0] * grid[1], index.shape[1], index.device)
+        super().__init__(batch, math.prod(grid), index.shape[1], index.device)
         self.grid, self._index = grid, index
         self.even = self.tokens % self.kept == 0
 
@@ -64,7 +66,7 @@ def sample_plan(batch: int, grid: Grid, goes: int, seed: Tensor, step: int | Ten
         goes: how many of the N tokens go; capped so that one of MAX_RUN stays.
         seed: [] or [B], int64. step: number or 0-d tensor. layer: the layer's place among those of its grid.
     """
-    tokens = grid[0] * grid[1]
+    tokens = math.prod(grid)
     kept = kept_count(tokens, goes)
     if kept == tokens:
         return Plan(batch, tokens, tokens, seed.device)
@@ -88,7 +90,7 @@ def walk_table(grid: Grid, kept: int, seed: Tensor, order: Tensor) -> Tensor:
 
     It depends on the seed alone, so every step finds the same one. order: curve_order(grid).
     """
-    tokens = grid[0] * grid[1]
+    tokens = math.prod(grid)
     start, length = run_lengths(tokens, kept, seed.device)
     longest = -(-tokens // kept)
     slot = torch.arange(longest, device=seed.device)  # (L,)

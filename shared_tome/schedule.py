@@ -5,6 +5,8 @@ Sources: Bolya and Hoffman (arXiv 2303.17604), Table 3b (levels) and Table 3c (s
 
 from __future__ import annotations
 
+import math
+
 from .config import ToMeConfig
 from .grid import Grid, level_of
 
@@ -24,7 +26,7 @@ def ratio_at(config: ToMeConfig, progress: float) -> float:
 
 def serves_layer(config: ToMeConfig, grid: Grid, full: Grid) -> bool:
     """Whether a layer on this grid is to be merged; full: the latent's own grid."""
-    if grid[0] * grid[1] < max(2, config.min_tokens):
+    if math.prod(grid) < max(2, config.min_tokens):
         return False
     levels = config.level_set
     return levels is None or level_of(grid, full) in levels

@@ -47,6 +47,13 @@ def test_prompt_and_negative_in_one_batch_or_two(sd15, tome, method, monkeypatch
     assert (merged - merged_split).norm() / merged.norm() <= max(1e-5, 10 * own)
 
 
+def test_share_match_only_where_both_halves_are_the_same_images(sd15, tome):
+    """Half the matching with guidance; without it the halves of a batch of two are different images."""
+    shared, own = tome(sd15, method="merge", share_match=True), tome(sd15, method="merge")
+    assert not torch.equal(sample(shared), sample(own))
+    assert torch.equal(sample(shared, batch=2, cfg=1.0), sample(own, batch=2, cfg=1.0))
+
+
 def test_steps_and_layers_choose_anew(sd15, tome):
     """One noise level twice gives one choice; another noise level another."""
     chosen = []
