@@ -39,7 +39,9 @@ def test_says_in_one_line_that_torch_is_missing(monkeypatch):
     assert "no PyTorch" in check.problem() and "\n" not in check.problem()
 
 
-@pytest.mark.parametrize(("version", "fine"), [("1.13.1+cu117", False), ("2.0.1", False), ("2.1.2", True), ("2.13.0+cpu", True)])
+@pytest.mark.parametrize(
+    ("version", "fine"), [("1.13.1+cu117", False), ("2.0.1", False), ("2.1.2", True), ("2.13.0+cpu", True)]
+)
 def test_says_that_torch_is_too_old(monkeypatch, version, fine):
     monkeypatch.setattr(check.metadata, "version", lambda name: version)
     assert (check.problem() == "") is fine
