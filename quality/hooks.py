@@ -1,0 +1,147 @@
+"""Puts a variant of ToMe on the lab's U-Net through the core's ModelCall.
+
+What is measured is the core's own arithmetic; this is only the adapter. As in the hosts, tokens are merged before
+the projections, brought back after the output projection, and a block's match serves its cross-attention and MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from shared_tome.attention import attend
+from shared_tome.grid import Grid, grid_of
+from shared_tome.plan import Plan
+from shared_tome.schedule import ratio_at, serves_layer
+
+from .methods import Variant
+from .unet import BasicTransformerBlock, CrossAttention, FeedForward, UNet
+
+
+class Run:
+    """A variant during one run of a sampler: the plans of the current step, and a count of the work left.
+
+    Call `begin` before each call of the model. seed: [b], one number a picture, b a divisor of the batch's rows.
+    dtype: of the attention's q, k and v (None: the model's own).
+    """
+
+    def __init__(self, variant: Variant, dtype: torch.dtype | None = None):
+        self.variant, self.dtype = variant, dtype
+        self.call = None
+        self.full: Grid = (0, 0)
+        self.plan: Plan | None = None  # the current block's, for cross-attention and MLP
+        self.memory: dict = {}  # what a variant keeps from step to step
+        self.work = {"full": 0, "left": 0, "all": 0, "all_left": 0}
+
+    def begin(self, full: Grid, device: torch.device, seed: Tensor, step: int, steps: int) -> None:
+        config = self.variant.config
+        self.full, self.call, self.plan = full, None, None
+        now = config.replace(ratio=ratio_at(config, step / steps), start=0.0, end=1.0, ratio_end=-1.0)
+        if now.ratio > 0.0:
+            self.call = self.variant.make(now, full, device, seed, step, self.memory)
+
+    def count(self, grid: Grid, tokens: int, queries: int, keys: int) -> None:
+        """Count the work of Q K^T and A V; all blocks of a level have the same width for each token."""
+        full, left = tokens * tokens, queries * keys
+        if self.variant.is_merged and serves_layer(self.variant.config, grid, self.full):
+            self.work["full"] += full
+            self.work["left"] += left
+        self.work["all"] += full
+        self.work["all_left"] += left
+
+    @property
+    def cost(self) -> float:
+        """The share of the merged layers' attention work that is left, over the whole run."""
+        return self.work["left"] / self.work["full"] if self.work["full"] else 1.0
+
+    @property
+    def cost_all(self) -> float:
+        """The same over every self-attention of the model."""
+        return self.work["all_left"] / self.work["all"] if self.work["all"] else 1.0
+
+
+class MergedSelfAttention(nn.Module):
+    """Stands in for a block's attn1."""
+
+    def __init__(self, inner: CrossAttention, run: Run):
+        super().__init__()
+        self.inner, self.run = inner, run
+
+    def forward(self, x: Tensor) -> Tensor:
+        run, inner = self.run, self.inner
+        tokens = x.shape[1]
+        grid = grid_of(tokens, run.full)
+        layer = None if run.call is None else run.call.attention(x, x, x, grid)
+        run.plan = None
+        if layer is None:
+            run.count(grid, tokens, tokens, tokens)
+            if run.dtype is None:
+                return inner(x)
+            q, k, v = (self._heads(project, x) for project in (inner.to_q, inner.to_k, inner.to_v))
+            return self._out(attend(q, k, v), x.dtype)
+        if run.call.config.kind.matches:
+            run.plan = layer.plan
+        run.count(grid, tokens, layer.q.shape[1], layer.k.shape[1])
+        q, k, v = self._heads(inner.to_q, layer.q), self._heads(inner.to_k, layer.k), self._heads(inner.to_v, layer.v)
+        if run.variant.attend is not None:
+            out = run.variant.attend(q, k, v, layer, self._heads(inner.to_k, x), self._heads(inner.to_v, x))
+        else:
+            out = attend(q, k, v, layer.bias)  # (B, H, N or M, d)
+        return layer.unmerge(self._out(out, x.dtype))  # (B, N, C)
+
+    def _heads(self, project: nn.Linear, x: Tensor) -> Tensor:
+        """x [B, N, C] -> [B, H, N, d]."""
+        x = self.inner._split(project(x))
+        return x if self.run.dtype is None else x.to(self.run.dtype)
+
+    def _out(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x [B, H, N, d] -> [B, N, C]."""
+        return self.inner.to_out(x.to(dtype).transpose(1, 2).flatten(2))
+
+
+class MergedCrossAttention(nn.Module):
+    """Stands in for a block's attn2: its queries go by the block's own match."""
+
+    def __init__(self, inner: CrossAttention, run: Run):
+        super().__init__()
+        self.inner, self.run = inner, run
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        plan = self.run.plan
+        if plan is None or not self.run.variant.config.cross_attention:
+            return self.inner(x, context)
+        return plan.unmerge(self.inner(plan.merge(x), context))
+
+
+class MergedFeedForward(nn.Module):
+    """Stands in for a block's ff."""
+
+    def __init__(self, inner: FeedForward, run: Run):
+        super().__init__()
+        self.inner, self.run = inner, run
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self.run.plan
+        if plan is None or not self.run.variant.config.mlp:
+            return self.inner(x)
+        return plan.unmerge(self.inner(plan.merge(x)))
+
+
+@contextmanager
+def merged(unet: UNet, variant: Variant, dtype: torch.dtype | None = None) -> Iterator[Run]:
+    """Puts a variant on a U-Net; the U-Net is what it was when the block is left in whatever way. dtype: see Run."""
+    run = Run(variant, dtype)
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    plain = [(block.attn1, block.attn2, block.ff) for block in blocks]
+    try:
+        for block in blocks:
+            block.attn1 = MergedSelfAttention(block.attn1, run)
+            block.attn2 = MergedCrossAttention(block.attn2, run)
+            block.ff = MergedFeedForward(block.ff, run)
+        yield run
+    finally:
+        for block, (attn1, attn2, ff) in zip(blocks, plain, strict=True):
+            block.attn1, block.attn2, block.ff = attn1, attn2, ff

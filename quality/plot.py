@@ -1,0 +1,371 @@
+"""Draws the plots and writes the tables of docs/quality.md from a measurement's CSV.
+
+    python -m quality.plot --plots docs/images --tables docs/quality.md
+
+Tables stand between the markers `<!-- table NAME -->` and `<!-- end -->`; `--check` changes nothing and fails where a
+table and the CSV disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .methods import CATALOGUE
+from .samplers import SAMPLERS
+
+Row = dict[str, str]
+PAPER, INK, GRID = "#fbfbf9", "#22262b", "#d9d9d4"
+# family: (colour, marker, line). Colours after Okabe and Ito, told apart by colour-blind eyes too.
+STYLES: dict[str, tuple[str, str, str]] = {
+    "sample": ("#0072b2", "o", "-"),
+    "sample from 0.05": ("#56b4e9", "D", "--"),
+    "sample from 0.1": ("#56b4e9", "v", "--"),
+    "sample from 0.2": ("#56b4e9", "o", "--"),
+    "sample from 0.4": ("#56b4e9", "s", "--"),
+    "sample from 0.6": ("#56b4e9", "^", "--"),
+    "ToDo": ("#009e73", "D", "-"),
+    "merge_keys, pick": ("#cc79a7", "v", "-"),
+    "merge_keys, mean": ("#cc79a7", "v", ":"),
+    "merge_queries": ("#8c6d31", "P", "-"),
+    "merge, proportional": ("#e69f00", "s", "-"),
+    "tomesd": ("#d55e00", "s", "-"),
+    "prune": ("#7a7a7a", "X", "-"),
+    "ToDo from 0.2": ("#009e73", "D", "--"),
+    "merge, proportional from 0.2": ("#e69f00", "s", "--"),
+    "tomesd from 0.2": ("#d55e00", "s", "--"),
+}
+TITLES = {"tomesd": "as tomesd does", "ToDo": "downsample (ToDo)"}
+
+
+def title(family: str) -> str:
+    name, _, start = family.partition(" from ")
+    name = TITLES.get(name, name)
+    return f"{name}, after {round(float(start) * 100)}% of the steps" if start else name
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV, each with the PSNR of its single pictures as `singles`, numbers with spaces between."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with path.with_suffix(".pictures.csv").open(newline="") as file:
+        singles = {(row[0], row[1]): " ".join(row[2:]) for row in list(csv.reader(file))[1:]}
+    for row in rows:
+        row["singles"] = singles[row["variant"], row["sampler"]]
+    return rows
+
+
+def results(folder: Path = Path(__file__).parent / "results") -> list[Row]:
+    """All rows that are kept with the project."""
+    paths = sorted(path for path in folder.glob("*.csv") if not path.name.endswith(".pictures.csv"))
+    return [row for path in paths for row in read(path)]
+
+
+def of_set(rows: Sequence[Row], name: str, sampler: str) -> list[Row]:
+    """The measured rows of a set, in the set's order."""
+    found = {row["variant"]: row for row in rows if row["sampler"] == sampler}
+    return [found[variant] for variant in CATALOGUE.sets[name] if variant in found]
+
+
+# -- tables -------------------------------------------------------------------------------------------------------
+
+
+def percent(share: str) -> str:
+    value = 100 * float(share)
+    return f"{value:.0f}%" if value >= 9.5 else f"{value:.1f}%"
+
+
+def with_error(value: str, error: str, sign: bool = False, digits: int = 1) -> str:
+    if value == "":
+        return ""
+    if value == "inf":
+        return "the same"
+    number = round(float(value), digits) + 0.0  # + 0.0: no "-0.0"
+    return f"{number:{'+' if sign else ''}.{digits}f} ± {float(error):.{digits}f}"
+
+
+NOTHING = "Not measured yet."
+CELLS: dict[str, tuple[str, Callable[[Row], str]]] = {
+    "variant": ("what", lambda r: r["variant"]),
+    "cost": ("attention left", lambda r: percent(r["cost"])),
+    "cost_all": ("of all layers", lambda r: percent(r["cost_all"])),
+    "psnr": ("PSNR, dB", lambda r: with_error(r["psnr"], r["psnr_se"])),
+    "gain": ("over tomesd 0.5", lambda r: with_error(r["gain"], r["gain_se"], sign=True)),
+    "ssim": ("SSIM", lambda r: f"{float(r['ssim']):.3f}"),
+    "fd_gap": ("Fréchet, change", lambda r: with_error(r["fd_gap"], r["fd_gap_se"], sign=True, digits=2)),
+    "step": ("step, ms", lambda r: f"{float(r['step_ms']):.1f}" if r["step_ms"] else ""),
+    "speedup": ("speed", lambda r: f"{float(r['speedup']):.2f}x" if r["speedup"] else ""),
+}
+
+
+def table(rows: Sequence[Row], cells: str) -> str:
+    if len(rows) < 3:
+        return NOTHING
+    names = cells.split()
+    head = [CELLS[name][0] for name in names]
+    lines = [head, ["---", *("---:" for _ in names[1:])]]
+    lines += [[CELLS[name][1](row) for name in names] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def frontier(rows: Sequence[Row], sampler: str) -> list[Row]:
+    """What the plots show: every method, and late starts."""
+    found = {row["variant"]: row for name in ("frontier", "starts") for row in of_set(rows, name, sampler)}
+    return [row for row in found.values() if row["family"] in STYLES or row["family"] == "unmerged"]
+
+
+def frontier_table(rows: Sequence[Row]) -> str:
+    chosen = frontier(rows, "ddim30")
+    order = sorted(chosen, key=lambda r: -float(r["psnr"]))
+    return table(order, "variant cost psnr gain ssim fd_gap step speedup")
+
+
+def sampling_table(rows: Sequence[Row]) -> str:
+    return table(of_set(rows, "sampling", "ddim30"), "variant cost psnr gain ssim")
+
+
+def paper_table(rows: Sequence[Row]) -> str:
+    chosen = of_set(rows, "paper", "ddim30")
+    if len(chosen) < 5:
+        return NOTHING
+    return table(chosen, "variant cost cost_all psnr gain ssim fd_gap")
+
+
+def samplers_table(rows: Sequence[Row]) -> str:
+    found = {(row["variant"], row["sampler"]): row for row in rows}
+    names = [s for s in SAMPLERS if any(row["sampler"] == s for row in rows)]
+    lines = [["what", *(SAMPLERS[s].title for s in names)], ["---", *("---:" for _ in names)]]
+    for variant in CATALOGUE.sets["main"][1:]:
+        cells = [found.get((variant, s)) for s in names]
+        if sum(cell is not None for cell in cells) > 1:
+            lines.append([variant, *("" if c is None else with_error(c["psnr"], c["psnr_se"]) for c in cells)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if len(lines) > 3 else NOTHING
+
+
+def starts_table(rows: Sequence[Row]) -> str:
+    chosen = [row for row in of_set(rows, "starts", "ddim30") if " from " in row["variant"]]
+    return table(chosen, "variant cost psnr gain ssim fd_gap step speedup")
+
+
+PRESETS = {"Quality": "sample 0.75 from 0.2", "Balanced": "sample 0.9375 from 0.2", "Fast": "sample 0.9375"}
+
+
+def presets_table(rows: Sequence[Row]) -> str:
+    found = {row["variant"]: row for row in rows if row["sampler"] == "ddim30"}
+    lines = table([found[name] for name in PRESETS.values()], "variant cost psnr gain ssim fd_gap step speedup")
+    head, rule, *rest = lines.splitlines()
+    named = [f"| {name} {line}" for name, line in zip(PRESETS, rest, strict=True)]
+    return "\n".join([f"| preset {head}", f"| --- {rule}", *named])
+
+
+PAIRS = (
+    ("sample 0.75", "downsample 2x2"),
+    ("sample 0.9375", "downsample 4x4"),
+    ("sample 0.5", "merge_keys pick 0.5"),
+    ("sample 0.75", "merge_keys mean 0.75"),
+    ("sample 0.9375 from 0.2", "sample 0.75"),
+    ("merge 0.25", "tomesd 0.25"),
+    ("merge 0.5", "tomesd 0.5"),
+    ("merge 0.75", "tomesd 0.75"),
+    ("merge_keys pick 0.5", "merge_keys mean 0.5"),
+    ("merge_keys pick 0.75", "merge_keys mean 0.75"),
+    *(
+        (f"sample {ratio}", f"sample {ratio}, {word}")
+        for ratio in ("0.75", "0.9375")
+        for word in ("independent", "walk by layers", "walk by steps", "once a step", "once", "own token kept")
+    ),
+)
+
+
+def pairs_table(rows: Sequence[Row]) -> str:
+    """Differences picture by picture, and how many pictures each side spoils (under 30 dB)."""
+    found = {row["variant"]: [float(x) for x in row["singles"].split()] for row in rows if row["sampler"] == "ddim30"}
+    lines = [
+        "| this | minus this | dB, picture by picture | under 30 dB: this | that |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for one, other in PAIRS:
+        if one in found and other in found:
+            a, b = found[one], found[other]
+            gaps = [x - y for x, y in zip(a, b, strict=True)]
+            error = statistics.stdev(gaps) / len(gaps) ** 0.5
+            spoiled = (f"{100 * sum(x < 30 for x in side) / len(side):.0f}%" for side in (a, b))
+            difference = with_error(str(statistics.fmean(gaps)), str(error), sign=True)
+            lines.append("| " + " | ".join((one, other, difference, *spoiled)) + " |")
+    return "\n".join(lines)
+
+
+def floor_table(rows: Sequence[Row]) -> str:
+    """One sentence: what rounding alone does."""
+    row = next(row for row in rows if row["variant"] == "unmerged, float32")
+    return f"Unmerged in float32 against unmerged in {row['precision']} precision: {row['psnr']} dB."
+
+
+def about(rows: Sequence[Row]) -> str:
+    """Where the numbers come from; one line for each combination."""
+    columns = ("device", "torch", "date", "commit", "model", "images", "seeds", "precision")
+    kinds = dict.fromkeys(tuple(row[column] for column in columns) for row in rows)
+    shapes = sorted({row["step_shape"] for row in rows if row["step_shape"]})
+    lines = [
+        f"- {device}, torch {torch}, {when}, commit {commit or 'unknown'}, model {model}; {images} pictures a row over "
+        f"{seeds} seeds, precision {precision}"
+        for device, torch, when, commit, model, images, seeds, precision in kinds
+    ]
+    return "\n".join([*lines, *(f"- timed step: float16, input {shape}" for shape in shapes)])
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "about": about,
+    "frontier": frontier_table,
+    "samplers": samplers_table,
+    "sampling": sampling_table,
+    "pairs": pairs_table,
+    "presets": presets_table,
+    "starts": starts_table,
+    "floor": floor_table,
+    "paper": paper_table,
+}
+
+
+def with_tables(text: str, rows: Sequence[Row]) -> str:
+    """The page with every table written anew."""
+
+    def write(match: re.Match) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(f"no table is named {name!r}; there are {', '.join(TABLES)}")
+        return f"<!-- table {name} -->\n{TABLES[name](rows)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", write, text, flags=re.DOTALL)
+
+
+# -- plots --------------------------------------------------------------------------------------------------------
+
+
+def _axes(title: str, x_label: str):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9.5, 5.6), dpi=130, facecolor=PAPER)
+    axes.set_facecolor(PAPER)
+    axes.set_title(title, color=INK, loc="left", fontsize=12, pad=12)
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel("PSNR to the unmerged picture, dB", color=INK)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.tick_params(colors=INK)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+    return figure, axes
+
+
+def _draw(axes, rows: Sequence[Row], x: Callable[[Row], float]) -> None:
+    for family, (colour, marker, line) in STYLES.items():
+        mine = sorted((row for row in rows if row["family"] == family), key=x)
+        if not mine:
+            continue
+        axes.errorbar(
+            [x(row) for row in mine],
+            [float(row["psnr"]) for row in mine],
+            yerr=[float(row["psnr_se"]) for row in mine],
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            markersize=6,
+            markerfacecolor=PAPER if " from " in family else colour,
+            linewidth=2.4 if family == "sample" else 1.4,
+            elinewidth=1,
+            capsize=2,
+            label=title(family),
+            zorder=3 if family.startswith("sample") else 2,
+        )
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=INK, fontsize=9)
+
+
+def plot_cost(rows: Sequence[Row], path: Path, sampler: str = "ddim30") -> None:
+    """PSNR against the share of the attention's work that is left."""
+    figure, axes = _axes(
+        f"Fidelity against the attention that is left ({SAMPLERS[sampler].title})",
+        "work left in the merged layers' attention (logarithmic)",
+    )
+    axes.set_xscale("log", base=2)
+    ticks = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+    axes.set_xticks(ticks, [f"{100 * t:.3g}%" for t in ticks])
+    _draw(axes, [r for r in frontier(rows, sampler) if r["psnr"] != "inf"], lambda r: float(r["cost"]))
+    _save(figure, path)
+
+
+def plot_time(rows: Sequence[Row], path: Path, sampler: str = "ddim30") -> None:
+    """PSNR against the measured time of a step, with the unmerged step as a line."""
+    chosen = [r for r in frontier(rows, sampler) if r["step_ms"]]
+    device, shape = chosen[0]["device"], chosen[0]["step_shape"]
+    figure, axes = _axes(
+        f"Fidelity against the measured time of a step ({SAMPLERS[sampler].title})",
+        f"median time of a U-Net step, ms ({device}, float16, {shape}, matching in plain torch)",
+    )
+    full = [float(r["step_ms"]) for r in chosen if r["psnr"] == "inf"]
+    for time in full:
+        axes.axvline(time, color=INK, linewidth=1.2, linestyle=":")
+        axes.text(time, 1.0, " unmerged", color=INK, fontsize=9, va="top", transform=axes.get_xaxis_transform())
+    _draw(axes, [r for r in chosen if r["psnr"] != "inf"], lambda r: float(r["step_ms"]))
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", facecolor=PAPER, metadata={"Software": None})
+
+
+def sheet(folder: Path, sampler: str, variants: Sequence[str], pictures: int, scale: int, path: Path) -> None:
+    """Strips of quality.measure below each other, named: a page of pictures side by side."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    strips = [Image.open(folder / f"{sampler} {name}.png").convert("RGB") for name in variants]
+    side = strips[0].height
+    strips = [s.crop((0, 0, side * pictures, side)).resize((side * pictures * scale, side * scale), 0) for s in strips]
+    left, height = 190, side * scale + 4
+    page = Image.new("RGB", (left + strips[0].width + 4, height * len(strips) + 4), PAPER)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
+    for i, (name, strip) in enumerate(zip(variants, strips, strict=True)):
+        page.paste(strip, (left, i * height + 4))
+        draw.text((8, i * height + height // 2 - 6), name, fill=INK, font=font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path, quality=90)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m quality.plot", description=__doc__.splitlines()[0])
+    parser.add_argument("csv", type=Path, nargs="*", help="default: all of quality/results")
+    parser.add_argument("--plots", type=Path, help="folder for quality-cost.png and quality-time.png")
+    parser.add_argument("--tables", type=Path, help="page whose tables to write")
+    parser.add_argument("--check", action="store_true", help="only say whether the page agrees with the CSV")
+    parser.add_argument("--strips", type=Path, help="folder of quality.measure --strips")
+    parser.add_argument("--sheet", type=Path, help="picture to write from the strips")
+    parser.add_argument("--sheet-sampler", default="ddim30")
+    parser.add_argument("--sheet-rows", nargs="+", default=["unmerged", "tomesd 0.5"], help="variants, from the top")
+    parser.add_argument("--sheet-pictures", type=int, default=8)
+    args = parser.parse_args(argv)
+    rows = [row for path in args.csv for row in read(path)] or results()
+    if args.plots:
+        plot_cost(rows, args.plots / "quality-cost.png")
+        plot_time(rows, args.plots / "quality-time.png")
+    if args.tables:
+        text = args.tables.read_text(encoding="utf-8")
+        fresh = with_tables(text, rows)
+        if args.check:
+            if fresh != text:
+                parser.exit(1, f"{args.tables} does not agree with the CSV: run without --check\n")
+        else:
+            args.tables.write_text(fresh, encoding="utf-8")
+    if args.strips and args.sheet:
+        sheet(args.strips, args.sheet_sampler, args.sheet_rows, args.sheet_pictures, 2, args.sheet)
+
+
+if __name__ == "__main__":
+    main()
