@@ -8,9 +8,8 @@ from ..shared_tome import ToMeConfig
 from .dit import DiTPatch
 from .dit_models import SERVED, dit_model, unwrapped
 from .log import logger
-from .unet import KEY, UNetPatch
-
-_APPLY_MODEL = "apply_model"  # comfy.patcher_extension.WrappersMP.APPLY_MODEL
+from .model_call import APPLY_MODEL, KEY
+from .unet import UNetPatch
 
 
 def apply_to_model(model: Any, config: ToMeConfig) -> Any:
@@ -29,14 +28,14 @@ def apply_to_model(model: Any, config: ToMeConfig) -> Any:
         check_dit_options(model, config)
     clone = model.clone()
     if not config.is_off:
-        clone.add_wrapper_with_key(_APPLY_MODEL, KEY, UNetPatch(config) if has_unet else DiTPatch(config))
+        clone.add_wrapper_with_key(APPLY_MODEL, KEY, UNetPatch(config) if has_unet else DiTPatch(config))
         clone.set_attachments(KEY, config)
     return clone
 
 
 def find_merger(model: Any) -> str | None:
     """The name of the node that already merges this model's tokens, or None."""
-    if model.get_wrappers(_APPLY_MODEL, KEY):
+    if model.get_wrappers(APPLY_MODEL, KEY):
         return "another ToMe node"
     patches = model.model_options.get("transformer_options", {}).get("patches", {})
     for patch in patches.get("attn1_patch", ()):

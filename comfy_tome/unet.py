@@ -11,17 +11,13 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention import attend_tokens
 from ..shared_tome.plan import Plan
-from ..shared_tome.schedule import ratio_at
 from .log import say_once
-
-KEY = "ToMe"
-_DIFFUSION_MODEL = "diffusion_model"  # comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+from .model_call import DIFFUSION_MODEL, KEY, config_at, find_options, put_options, step_of
 
 
 class UNetPatch:
@@ -31,24 +27,22 @@ class UNetPatch:
         self.config = config
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        args, options = _find_options(args, kwargs)
+        args, options = find_options(args, kwargs)
         config = self._config_now(options)
         if config.ratio == 0.0:
             return executor(x, t, *args, **kwargs)
-        call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=_step(options, x.device))
+        call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=step_of(options, x.device))
         patch = UNetCall(call, options)
         # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
         # transformer_options, so without this a compiled model would keep the patches it first saw.
         kwargs["tome"] = patch.key
-        args, kwargs = _put_options(args, kwargs, patch.options)
+        args, kwargs = put_options(args, kwargs, patch.options)
         with patch.mlp_hooks(executor.class_obj):
             return executor(x, t, *args, **kwargs)
 
     def _config_now(self, options: dict[str, Any]) -> ToMeConfig:
-        """The config of this call: this step's ratio (only a schedule needs to know the step on the host)."""
-        config = self.config
-        if config.is_scheduled:
-            config = config.replace(ratio=ratio_at(config, _progress(options)), ratio_end=-1.0)
+        """The config of this call: this step's ratio, and one match for both halves only where they are alike."""
+        config = config_at(self.config, options)
         if config.share_match and sorted(options.get("cond_or_uncond", ())) != [0, 1]:
             config = config.replace(share_match=False)  # the halves of this batch are not the same images
         return config
@@ -80,7 +74,7 @@ class UNetCall:
         if config.proportional and config.kind.keys and not config.kind.fills:
             options["optimized_attention_override"] = self.attention
         wrappers = dict(options.get("wrappers", {}))
-        wrappers[_DIFFUSION_MODEL] = {**wrappers.get(_DIFFUSION_MODEL, {}), KEY: [self._check_key]}
+        wrappers[DIFFUSION_MODEL] = {**wrappers.get(DIFFUSION_MODEL, {}), KEY: [self._check_key]}
         options["wrappers"] = wrappers
         return options
 
@@ -190,36 +184,3 @@ class UNetCall:
     def _after_mlp(self, module: Any, args: tuple, out: Tensor) -> Tensor:
         plan = self._block_plan
         return out if plan is None else plan.unmerge(out)
-
-
-def _find_options(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """apply_model(x, t, c_concat, c_crossattn, control, transformer_options): by place or by name."""
-    if len(args) > 3:
-        return args, args[3]
-    return args, kwargs.get("transformer_options", {})
-
-
-def _put_options(args: tuple, kwargs: dict[str, Any], options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    if len(args) > 3:
-        return (*args[:3], options, *args[4:]), kwargs
-    return args, {**kwargs, "transformer_options": options}
-
-
-def _step(options: dict[str, Any], device: torch.device) -> Tensor | int:
-    """Which step of the sampler this is, as a 0-d tensor on the device: no synchronisation.
-
-    Counted in noise levels and not in calls: samplers that call the model twice a step, area conditioning and
-    split batches all come to the same number.
-    """
-    sigmas, sigma = options.get("sample_sigmas"), options.get("sigmas")
-    if sigmas is None or sigma is None:
-        return 0
-    return (sigmas.to(device) > sigma.to(device).flatten()[0] * (1 + 1e-4)).sum()
-
-
-def _progress(options: dict[str, Any]) -> float:
-    """How far the sampler is, 0 to 1 in steps. Synchronises, once a step and only for a schedule."""
-    sigmas = options.get("sample_sigmas")
-    if sigmas is None or len(sigmas) < 2:
-        return 0.0
-    return int(_step(options, sigmas.device)) / (len(sigmas) - 1)

@@ -1,0 +1,362 @@
+"""ToMe in ComfyUI's diffusion transformers (the table in dit_models.py), images, video and sound.
+
+As for U-Nets (unet.py): one wrapper around `apply_model` puts what a call needs into a copy of that call's own
+transformer_options, and nothing outlives the call. Here it is one `optimized_attention_override`. It sees q, k and v
+of every attention after their position embedding; where their number is that of the call's own tokens, the image's
+keys and values (and the queries, for methods that merge them) go through the core and all other tokens stay: text,
+references, padding. An override that another node has set is called in turn.
+
+In one softmax with text, each image token that stands for n counts n times (Bolya et al., arXiv 2210.09461, section
+3), or the text would win: log(n) is added to its logits by further channels of the head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..shared_tome import ModelCall, ToMeConfig
+from ..shared_tome.attention import extend_heads, extra_channels
+from ..shared_tome.grid import Grid
+from ..shared_tome.plan import Plan
+from .dit_models import DiTModel, Told, cross_lengths, dit_model, unwrapped
+from .log import say_once
+from .model_call import DIFFUSION_MODEL, KEY, config_at, find_options, put_options, step_of
+
+_COMPILE_KEY = "torch.compile"  # comfy_api.torch_helpers.torch_compile.COMPILE_KEY
+# ComfyUI's attention functions that take heads of any size and mind `scale`; sage's two do not.
+_ANY_SIZE = tuple(f"attention_{name}" for name in ("basic", "sub_quad", "split", "xformers", "pytorch", "flash"))
+# Head sizes that every attention kernel in use takes (SageAttention: these alone).
+_SAFE_SIZES = (64, 96, 128)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a call's tokens lie: `head` tokens, the image's, `tail` tokens (None: as many as are left over).
+
+    alone: some layers have the image's only. crosses: lengths that a cross-attention may have. together: attention
+    calls of one layer that want the same tokens.
+    """
+
+    grid: Grid
+    head: int | None
+    tail: int | None
+    alone: bool = False
+    crosses: tuple[int, ...] = ()
+    together: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """How many of them are the image's, N."""
+        return math.prod(self.grid)
+
+    @classmethod
+    def of(cls, facts: DiTModel, model: Any, shape: tuple[int, ...], told: Told) -> Layout | None:
+        """The layout of a call, or None where its image tokens do not lie on a grid."""
+        grid = facts.grid(model, tuple(shape), told)
+        if grid is None:
+            return None
+        return cls(
+            grid,
+            None if facts.head is None else facts.head(model, told),
+            None if facts.tail is None else facts.tail(model, told, grid),
+            facts.alone,
+            cross_lengths(told) if facts.crosses else (),
+            facts.calls(model),
+        )
+
+    def start(self, length: int, img_slice: list[int] | None = None) -> int | None:
+        """Where the image begins among `length` tokens; None where these are not this call's tokens.
+
+        img_slice: [end of the text, end], where the model tells it.
+        """
+        head, tail = self.head, self.tail
+        if head is None:
+            start = length - self.tokens - tail
+            return start if start >= 0 else None
+        if tail is None:
+            return head if length >= head + self.tokens else None
+        if length == head + self.tokens + tail:
+            return head
+        if self.alone and length == self.tokens:
+            return 0
+        # Another node has added tokens: to the text, or behind the image. Only the model itself can tell which.
+        if img_slice is not None and img_slice[1] == length >= img_slice[0] + self.tokens + tail:
+            return img_slice[0]
+        return None
+
+
+class DiTPatch:
+    """The wrapper around `apply_model`. Holds the config alone; safe to share between clones and threads."""
+
+    def __init__(self, config: ToMeConfig):
+        self.config = config.replace(levels="0")  # a transformer has one resolution
+
+    def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        args, options = find_options(args, kwargs)
+        patch = self._patch(unwrapped(executor.class_obj.diffusion_model), x, options, {**kwargs, **_prompt(args)})
+        if patch is None:
+            return executor(x, t, *args, **kwargs)
+        if patch.facts.compiles:
+            kwargs["tome"] = patch.key
+        args, kwargs = put_options(args, kwargs, patch.options)
+        return executor(x, t, *args, **kwargs)
+
+    def _patch(self, model: Any, x: Tensor, options: dict[str, Any], told: Told) -> DiTCall | None:
+        """What this call gets, or None where it is left alone."""
+        config, facts = config_at(self.config, options), dit_model(model)
+        if config.ratio == 0.0 or facts is None:
+            return None
+        layout = Layout.of(facts, model, x.shape, told)
+        if layout is None:
+            say_once("an image whose tokens do not lie on one grid is left alone", facts.name)
+            return None
+        if not facts.compiles and _COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}):
+            say_once("under torch.compile this model is left alone: it would not notice ToMe", facts.name)
+            return None
+        call = ModelCall(config, layout.grid, x.device, step=step_of(options, x.device))
+        if not call.serves(layout.grid):
+            return None
+        return DiTCall(call, facts, layout, options)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an attention function, and how its tensors lie: [B, H, L, d] where split, else [B, L, H * d]."""
+
+    func: Any
+    heads: int  # of the queries; keys and values may have fewer
+    kwargs: dict[str, Any]
+    split: bool
+    length: int
+    d: int
+
+    @classmethod
+    def of(cls, func: Any, q: Tensor, k: Tensor, heads: int, args: tuple, kwargs: dict[str, Any]) -> Call:
+        """From what optimized_attention(q, k, v, heads, mask, attn_precision, ...) is called with."""
+        kwargs = {**kwargs, **dict(zip(("mask", "attn_precision"), args, strict=False))}
+        split = bool(kwargs.get("skip_reshape"))
+        d = q.shape[-1] if split else q.flatten(2).shape[-1] // heads
+        return cls(func, heads, kwargs, split, k.shape[2 if split else 1], d)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[..., L or 1, L]."""
+        return self.kwargs.get("mask")
+
+    def replace(self, **kwargs: Any) -> Call:
+        """The call with other keywords."""
+        return dataclasses.replace(self, kwargs={**self.kwargs, **kwargs})
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Without a variant of the second layout, [B, L, H, d] (SD3's values)."""
+        return x if self.split else x.flatten(2)
+
+    def flattened(self) -> Call:
+        """The call on what `flat` gives."""
+        return dataclasses.replace(self.replace(skip_reshape=False, skip_output_reshape=False), split=False)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """[B, L, H * d] of either."""
+        return x.transpose(1, 2).flatten(2) if self.split else x
+
+
+class DiTCall:
+    """The override of one call of the model, and the options that carry it."""
+
+    def __init__(self, call: ModelCall, facts: DiTModel, layout: Layout, options: dict[str, Any]):
+        self.call, self.facts, self.layout = call, facts, layout
+        # What is done must stand in a guard of its own, as in unet.py: all that a compiled graph takes for granted.
+        # The seed is a tensor and so one of its inputs.
+        self.key = repr((call.config.replace(seed=0), layout))
+        self._served = 0
+        self._plan: Plan | None = None
+        self._around: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._override = options.get("optimized_attention_override")
+        wrappers = dict(options.get("wrappers", {}))
+        wrappers[DIFFUSION_MODEL] = {**wrappers.get(DIFFUSION_MODEL, {}), KEY: [self._check_key]}
+        self.options = {**options, "optimized_attention_override": self.attention, "wrappers": wrappers}
+
+    def _check_key(self, executor: Any, *args: Any, tome: str = "", **kwargs: Any) -> Tensor:
+        if self.facts.compiles and tome != self.key:  # reading it is what makes torch.compile guard on it
+            raise RuntimeError("another node changed ToMe's argument 'tome' on its way to the model")
+        return executor(*args, **kwargs)
+
+    def attention(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+        """optimized_attention_override: q, k, v [B, L, H * d], or [B, H, L, d] with skip_reshape."""
+        call = Call.of(func, q, k, heads, args, kwargs)
+        start = self._start(q, v, call)
+        plan = self._plan_at(start, call.plain(k), call)
+        if plan is None:
+            return self._run(func, q, k, v, heads, *args, **kwargs)
+        serve = self._merged if self.call.config.kind.matches else self._sampled
+        return serve(call, *(call.plain(x) for x in (q, k, v)), start, plan)
+
+    def _run(self, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The attention as it would be without ToMe: another node's override goes first."""
+        return func(*args, **kwargs) if self._override is None else self._override(func, *args, **kwargs)
+
+    def _start(self, q: Tensor, v: Tensor, call: Call) -> int | None:
+        """Where the image's tokens begin; None for an attention that is none of ours."""
+        options, length = call.kwargs.get("transformer_options") or {}, call.length
+        if self.facts.numbered and "block_index" not in options:
+            return None  # a refiner, before the blocks
+        place = 2 if call.split else 1
+        if q.shape[place] != length or v.shape[place] != length:
+            return None  # to another's tokens
+        start = self.layout.start(length, options.get("img_slice"))
+        if start is None and length > self.layout.tokens:
+            say_once(
+                "an attention whose tokens are not its text, its image and its references is left alone: another "
+                "node has added some",
+                f"{self.facts.name}, {length} tokens for {self.layout}",
+            )
+        if start is not None and length in self.layout.crosses:
+            say_once("an image of as many tokens as its prompt is left alone: self- and cross-attention look alike")
+            return None
+        return start
+
+    def _plan_at(self, start: int | None, k: Tensor, call: Call) -> Plan | None:
+        """The plan of this layer; None where it is left alone."""
+        if start is None:
+            return None
+        if call.mask is not None and (call.mask.dim() < 2 or call.mask.shape[-1] != call.length):
+            say_once("an attention whose mask is not one over its keys is left alone", self.facts.name)
+            return None
+        matches = self.call.config.kind.matches
+        if matches and self._weighs and not self._takes_wider_heads(call.d):
+            return None
+        if self._served % self.layout.together == 0:
+            image = (k if matches or not call.split else k[:, 0]).narrow(-2, start, self.layout.tokens)
+            # The ViT paper's metric: keys averaged over the heads. What matches nothing wants its shape alone.
+            metric = (
+                image if not matches else image.mean(1) if call.split else image.unflatten(-1, (-1, call.d)).mean(2)
+            )
+            self._plan = self.call.plan(metric, self.layout.grid)  # metric [B, N, .]
+        self._served += 1
+        plan = self._plan
+        if plan is not None and not matches and self._others(start, call.length, plan)[2] is not None:
+            return plan if self._takes_wider_heads(call.d) else None
+        return plan
+
+    @property
+    def _weighs(self) -> bool:
+        """Whether a key that stands for several counts for as many."""
+        config = self.call.config
+        return config.proportional and config.kind.keys and not config.kind.fills
+
+    def _takes_wider_heads(self, d: int) -> bool:
+        """Whether the attention that is to be called takes heads of d channels with weights on them."""
+        width = d + extra_channels(d)
+        if self._override is None or width <= _SAFE_SIZES[-1]:
+            return True
+        say_once(
+            f"an attention whose keys need weights (text beside the image, or an uneven ratio) is left whole: heads of "
+            f"{width} channels may be more than another node's attention takes",
+            self.facts.name,
+        )
+        return False
+
+    def _sampled(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
+        """Keys and values from some of the image's tokens, the same for all rows, and all others: no unmerge."""
+        before, after, bias = self._others(start, call.length, plan)
+        index = torch.cat((before, plan.index[0] + start, after))  # (K,)
+        k, v = (x.index_select(-2 if call.split else 1, index) for x in (k, v))
+        if call.mask is not None:
+            call = call.replace(mask=call.mask.index_select(-1, index))
+        return self._weighted(call, q, k, v, bias)
+
+    def _others(self, start: int, length: int, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What all layers of a length share: the tokens before and after the image, and log(counts) [1, K] or None."""
+        if (start, length) not in self._around:
+            index = torch.arange(length, device=plan.device)
+            before, after = index[:start], index[start + plan.tokens :]
+            even = length == plan.tokens and plan.even  # alone and alike: softmax takes no notice
+            bias = None if even or not self._weighs else F.pad(plan.sizes[:1].log(), (len(before), len(after)))
+            self._around[start, length] = before, after, bias
+        return self._around[start, length]
+
+    def _merged(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
+        """Methods that match: the image's part of queries, keys and values merged; the queries' outcome unmerged."""
+        kind, before, after = self.call.config.kind, start, call.length - start - plan.tokens
+
+        def merge(x: Tensor) -> Tensor:  # [B, L, C] -> [B, K, C]
+            first, image, last = x.split((before, plan.tokens, after), dim=1)
+            return torch.cat((first, plan.merge(image), last), dim=1)
+
+        def unmerge(x: Tensor) -> Tensor:  # [B, K, C] -> [B, L, C]
+            first, image, last = x.split((before, plan.kept, after), dim=1)
+            return torch.cat((first, plan.unmerge(image), last), dim=1)
+
+        flat = call.flattened()
+        if call.mask is not None:
+            flat = flat.replace(mask=_take_mask(call.mask, call.length, start, plan, kind.queries, kind.keys))
+        q, k, v = (call.flat(x) for x in (q, k, v))  # (B, L, H * d)
+        q = merge(q) if kind.queries else q
+        k, v = (merge(k), merge(v)) if kind.keys else (k, v)
+        out = self._weighted(flat, q, k, v, F.pad(plan.sizes.log(), (before, after)) if self._weighs else None)
+        out = unmerge(out) if kind.queries else out
+        return out.unflatten(-1, (call.heads, -1)).transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out
+
+    def _weighted(self, call: Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """The attention with bias [b, K] added to its logits: by further channels of the head, for no mask is fast."""
+        func, heads, kwargs, d = call.func, call.heads, dict(call.kwargs), call.d
+        if bias is None:
+            return self._run(func, q, k, v, heads, **kwargs)
+        scale = kwargs.pop("scale", None) or d**-0.5
+        if not call.split:
+            q, k, v = (x.unflatten(-1, (-1, d)) for x in (q, k, v))  # (B, L, H, d)
+        bias = bias[:, None] if call.split else bias[:, :, None]
+        q, k, v = extend_heads(q, k, v, bias * (d**-0.5 / scale))
+        if self._override is None:
+            func, kwargs["scale"] = _any_size(func), scale
+        else:
+            # Another node's attention may know a few sizes only and may not mind `scale`: what it would take by
+            # itself must be right.
+            width = next(size for size in _SAFE_SIZES if size >= q.shape[-1])
+            q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+            q = q * (scale * width**0.5)
+        width = q.shape[-1]
+        if not call.split:
+            q, k, v = (x.flatten(2) for x in (q, k, v))  # (B, L, H * width)
+        out = self._run(func, q, k, v, heads, **kwargs)
+        if kwargs.get("skip_output_reshape"):
+            return out[..., :d]  # (B, H, L, d)
+        return out.unflatten(-1, (heads, width))[..., :d].flatten(2)  # (B, L, H * d)
+
+
+def _prompt(args: tuple) -> Told:
+    """apply_model's c_crossattn, where it comes by place."""
+    return {"c_crossattn": args[1]} if len(args) > 1 else {}
+
+
+def _any_size(func: Any) -> Any:
+    """ComfyUI's attention function, or its PyTorch one where that knows a few head sizes only."""
+    name = getattr(func, "__name__", "")
+    if name in _ANY_SIZE:
+        return func
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    say_once(f"the weighted keys of an attention with text go through PyTorch's attention, not {name}")
+    return attention_pytorch
+
+
+def _take_mask(mask: Tensor, length: int, start: int, plan: Plan, queries: bool, keys: bool) -> Tensor:
+    """A mask [B or 1, ..., L or 1, L], or [L, L], for merged tokens: that of each one's own representative."""
+    mask = mask[None] if mask.dim() == 2 else mask
+    index = torch.arange(length, device=mask.device).expand(plan.batch, -1)
+    index = torch.cat((index[:, :start], plan.index + start, index[:, start + plan.tokens :]), dim=1)  # (B, K)
+    mask = mask.expand(plan.batch, *mask.shape[1:])
+    index = index.reshape(plan.batch, *(1,) * (mask.dim() - 2), -1)
+    if keys:
+        mask = mask.gather(-1, index.expand(*mask.shape[:-1], -1))
+    if queries and mask.shape[-2] == length:
+        index = index.transpose(-1, -2)  # (B, ..., K, 1)
+        mask = mask.gather(-2, index.expand(*mask.shape[:-2], -1, mask.shape[-1]))
+    return mask

@@ -1,0 +1,327 @@
+"""Small diffusion transformers of ComfyUI's own classes, and one call of each with what it wants to be told.
+
+Two blocks, two or four heads, float32. Weights are random but fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+from . import host
+
+FLUX = {
+    "in_channels": 16, "out_channels": 16, "vec_in_dim": 32, "context_in_dim": 48, "hidden_size": 64, "mlp_ratio": 2.0,
+    "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [8, 12, 12], "theta": 10000, "patch_size": 2,
+    "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": [], "image_model": "flux",
+}  # fmt: skip
+WAN = {
+    "image_model": "wan2.1", "model_type": "t2v", "dim": 64, "out_dim": 16, "in_dim": 16, "ffn_dim": 128,
+    "num_heads": 2, "num_layers": 2, "text_dim": 48, "freq_dim": 32, "patch_size": (1, 2, 2), "qk_norm": True,
+    "cross_attn_norm": True,
+}  # fmt: skip
+LUMINA = {
+    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 64, "n_layers": 2, "n_refiner_layers": 1,
+    "n_heads": 2, "n_kv_heads": 1, "qk_norm": True, "axes_dims": [8, 12, 12], "axes_lens": [300, 512, 512],
+    "cap_feat_dim": 48, "multiple_of": 32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Small:
+    """One small model.
+
+    supported: its class in comfy.supported_models; unet_config; latent: a shape [B, C, ...] for two rows.
+    image, others: how many tokens its attention sees of the image, and beside it. layers: attentions to be served.
+    told: further keywords of apply_model, made from a generator.
+    """
+
+    supported: str
+    unet_config: dict[str, Any]
+    latent: tuple[int, ...]
+    image: int
+    others: int
+    layers: int = 2
+    text: tuple[int, int] = (7, 48)
+    told: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()  # parts that this call does not use and that come in one size, a large one
+
+
+CHROMA = {
+    **{key: value for key, value in FLUX.items() if key != "guidance_embed"}, "image_model": "chroma", "in_dim": 64,
+    "out_dim": 64, "hidden_dim": 64, "n_layers": 1,
+}  # fmt: skip
+COSMOS = {
+    "max_img_h": 64, "max_img_w": 64, "max_frames": 16, "in_channels": 16, "out_channels": 16, "patch_spatial": 2,
+    "patch_temporal": 1, "model_channels": 64, "num_blocks": 2, "num_heads": 2, "crossattn_emb_channels": 48,
+    "pos_emb_cls": "rope3d", "use_adaln_lora": True, "adaln_lora_dim": 16, "rope_enable_fps_modulation": False,
+}  # fmt: skip
+STABLE_AUDIO = {
+    "audio_model": "dit1.0", "io_channels": 16, "embed_dim": 64, "depth": 2, "num_heads": 2, "cond_token_dim": 32,
+    "global_cond_dim": 64, "project_cond_tokens": False, "num_memory_tokens": 3,
+}  # fmt: skip
+VIDEO = (2, 16, 3, 8, 12)  # 3 x 4 x 6 = 72 tokens
+PICTURE = (2, 16, 16, 24)  # 8 x 12 = 96 tokens
+
+
+SMALL: dict[str, Small] = {
+    "flux": Small("FluxSchnell", FLUX, PICTURE, 96, 7, told={"y": (2, 32)}),
+    "chroma": Small(
+        "Chroma", {**CHROMA, "in_channels": 64, "out_channels": 64}, PICTURE, 96, 7, told={"guidance": (2,)}
+    ),
+    "radiance": Small(
+        "ChromaRadiance",
+        {**CHROMA, "image_model": "chroma_radiance", "in_channels": 3, "out_channels": 3, "patch_size": 4,
+         "nerf_hidden_size": 8, "nerf_mlp_ratio": 2, "nerf_depth": 1, "nerf_max_freqs": 4, "nerf_tile_size": 0,
+         "nerf_final_head_type": "conv", "nerf_embedder_dtype": None, "use_x0": False,
+         "use_sequential_txt_ids": False},
+        (2, 3, 32, 48), 96, 7, told={"guidance": (2,)},
+    ),
+    "sd3": Small(
+        "SD3",
+        {"in_channels": 16, "depth": 2, "patch_size": 2, "pos_embed_max_size": 32, "num_patches": 1024,
+         "adm_in_channels": 32, "context_size": 48, "qk_norm": "rms", "x_block_self_attn_layers": [0],
+         "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 48, "out_features": 128}}},
+        PICTURE, 96, 7, layers=3, told={"y": (2, 32)},
+    ),
+    "qwen": Small(
+        "QwenImage",
+        {"image_model": "qwen_image", "in_channels": 64, "out_channels": 16, "num_layers": 2,
+         "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 48, "axes_dims_rope": (8, 12, 12)},
+        (2, 16, 1, 16, 24), 96, 7,
+    ),
+    "lumina": Small("Lumina2", LUMINA, PICTURE, 96, 7, constants={"num_tokens": 7}),
+    "zimage": Small(
+        "ZImage", {**LUMINA, "dim": 256, "n_heads": 8, "n_kv_heads": 8, "z_image_modulation": True,
+                   "pad_tokens_multiple": 20},
+        PICTURE, 96, 20 + 4, constants={"num_tokens": 7},
+    ),
+    "hunyuan": Small(
+        "HunyuanVideo",
+        {"image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2],
+         "vec_in_dim": 32, "context_in_dim": 48, "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1,
+         "depth_single_blocks": 1, "axes_dim": [8, 12, 12], "theta": 256, "qkv_bias": True, "guidance_embed": False,
+         "byt5": False, "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None,
+         "meanflow_sum": False},
+        VIDEO, 72, 7, told={"y": (2, 32)},
+    ),
+    "wan": Small("WAN21_T2V", WAN, VIDEO, 72, 0),
+    "wan_fun": Small(
+        "WAN21_T2V", {**WAN, "in_dim_ref_conv": 16}, VIDEO, 72, 24,
+        told={"reference_latent": (2, 16, 8, 12)},
+    ),
+    "ltxv": Small(
+        "LTXV",
+        {"image_model": "ltxv", "in_channels": 16, "cross_attention_dim": 64, "attention_head_dim": 32,
+         "num_attention_heads": 2, "caption_channels": 48, "num_layers": 2},
+        (2, 16, 3, 4, 6), 72, 0, constants={"attention_mask": None},
+    ),
+    "vace": Small(
+        "WAN21_Vace", {**WAN, "model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}, VIDEO, 72, 0, layers=3,
+        told={"vace_context": (2, 1, 96, 3, 8, 12)}, constants={"vace_strength": [1.0]},
+    ),
+    "camera": Small(
+        "WAN21_Camera", {**WAN, "model_type": "camera"}, VIDEO, 72, 0, told={"clip_fea": (2, 11, 1280)}
+    ),
+    "s2v": Small(
+        "WAN22_S2V", {**WAN, "model_type": "s2v", "audio_inject_layers": [0], "audio_dim": 64}, VIDEO, 72, 24,
+        told={"reference_latent": (2, 16, 1, 8, 12)},
+    ),
+    "humo": Small(
+        "WAN21_HuMo", {**WAN, "model_type": "humo"}, VIDEO, 72, 24, told={"reference_latent": (2, 16, 1, 8, 12)}
+    ),
+    "scail": Small(
+        "WAN21_SCAIL", {**WAN, "model_type": "scail"}, VIDEO, 72, 24 + 12,
+        told={"reference_latent": (2, 16, 1, 8, 12), "pose_latents": (2, 16, 2, 4, 6), "clip_fea": (2, 11, 1280)},
+    ),
+    "cosmos": Small("CosmosT2IPredict2", {**COSMOS, "image_model": "cosmos_predict2"}, VIDEO, 72, 0),
+    "anima": Small(
+        "Anima", {**COSMOS, "image_model": "anima"}, (2, 16, 1, 16, 24), 96, 0, absent=("anima.model.LLMAdapter",)
+    ),
+    "hidream": Small(
+        "HiDream",
+        {"image_model": "hidream", "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 1,
+         "num_single_layers": 1, "attention_head_dim": 32, "num_attention_heads": 2, "caption_channels": [48, 40],
+         "text_emb_dim": 32, "num_routed_experts": 2, "num_activated_experts": 1, "axes_dims_rope": (8, 12, 12),
+         "max_resolution": (64, 64), "llama_layers": [0, 1]},
+        PICTURE, 96, 7 + 5 + 5, told={"y": (2, 32), "encoder_hidden_states_llama3": (2, 2, 5, 40)},
+    ),
+    "aura": Small(
+        "AuraFlow",
+        {"in_channels": 4, "out_channels": 4, "patch_size": 2, "dim": 64, "n_layers": 2, "n_double_layers": 1,
+         "n_heads": 2, "global_conddim": 64, "cond_seq_dim": 48, "max_seq": 1024},
+        (2, 4, 16, 24), 96, 7 + 8,
+    ),
+    "stable_audio": Small(
+        "StableAudio", STABLE_AUDIO, (2, 16, 96), 96, 1 + 3, text=(7, 32), told={"global_embed": (2, 64)},
+        absent=("audio.embedders.NumberConditioner",),
+    ),
+    "stable_audio_3": Small(
+        "StableAudio", {**STABLE_AUDIO, "attn_kwargs": {"differential": True}, "global_cond_type": "adaLN"},
+        (2, 16, 96), 96, 3, layers=4, text=(7, 32), told={"global_embed": (2, 64)},
+        absent=("audio.embedders.NumberConditioner",),
+    ),
+}  # fmt: skip
+
+
+def small(name: str, **changes: Any) -> Any:
+    """A ModelPatcher around the small model; changes to its unet_config."""
+    import comfy.model_patcher
+    import comfy.supported_models
+    import torch
+
+    which = SMALL[name]
+    unet_config = {**which.unet_config, **changes, "dtype": torch.float32}
+    model_config = comfy.supported_models.__dict__[which.supported](unet_config)
+    model_config.unet_config = unet_config  # BASE.__init__ adds to it
+    with ExitStack() as stack:
+        for path in which.absent:
+            stack.enter_context(mock.patch(f"comfy.ldm.{path}", _Absent))
+        model = model_config.get_model({}, "")
+    host.fill(model.diffusion_model)
+    with torch.no_grad():
+        for key, x in (*model.diffusion_model.named_buffers(), *model.diffusion_model.named_parameters()):
+            if key == "pos_embed":
+                x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(9)))
+            elif key.endswith(".gamma"):
+                x.fill_(1.0)
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+class _Absent:
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def call(
+    model: Any, name: str, *, latent: tuple[int, ...] | None = None, seed: int = 0, sigma: float = 0.7, **told: Any
+) -> Any:
+    """The model's outcome, through apply_model with the patcher's options and wrappers.
+
+    sigma: the sampler's noise level, one of three; the model itself is told 0.7.
+    """
+    import torch
+
+    which = SMALL[name]
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(latent or which.latent, generator=generator)
+    given = {"c_crossattn": torch.randn(len(x), *which.text, generator=generator)}
+    given.update({key: torch.randn(len(x), *shape[1:], generator=generator) for key, shape in which.told.items()})
+    given.update(which.constants)
+    given.update(told)
+    with torch.no_grad():
+        return model.model.apply_model(
+            x, torch.full((len(x),), 0.7), transformer_options=options_of(model, sigma), **given
+        )
+
+
+def kept(image: int, ratio: float) -> int:
+    """How many of the image's tokens `sample` keeps."""
+    return max(-(-image // 64), image - int(image * ratio))
+
+
+def served(seen: list[Seen], which: Small, image: int | None = None) -> list[Seen]:
+    """The calls whose keys were sampled, or would be: those of an unmerged run with the image's tokens in them.
+
+    Refiners (Lumina's) look like the image alone; they run first.
+    """
+    image = which.image if image is None else image
+    calls = [one for one in seen if one.q.shape[-2] >= image and one.k.shape[-2] not in (7, 11)]
+    return calls[len(calls) - which.layers :]
+
+
+def options_of(model: Any, sigma: float) -> dict[str, Any]:
+    """transformer_options as the sampler makes them."""
+    import torch
+
+    options = dict(model.model_options["transformer_options"])
+    options["wrappers"] = {kind: {key: list(x) for key, x in keyed.items()} for kind, keyed in model.wrappers.items()}
+    return {
+        **options,
+        "sigmas": torch.tensor([sigma]),
+        "sample_sigmas": torch.tensor([1.0, 0.7, 0.3, 0.0]),
+        "cond_or_uncond": [0, 1],
+    }
+
+
+@dataclass(eq=False)
+class Seen:
+    """One attention call: what reached the kernel. q, k, v: [B, H, L, d]."""
+
+    q: Any
+    k: Any
+    v: Any
+    mask: Any
+    scale: float | None
+
+
+@contextmanager
+def watch() -> Iterator[list[Seen]]:
+    """What reaches torch's attention, whatever ran before it."""
+    import comfy.ops
+
+    seen: list[Seen] = []
+    kept = comfy.ops.scaled_dot_product_attention
+
+    def spy(q, k, v, *args, **kwargs):
+        seen.append(Seen(q, k, v, kwargs.get("attn_mask"), kwargs.get("scale")))
+        return kept(q, k, v, *args, **kwargs)
+
+    comfy.ops.scaled_dot_product_attention = spy
+    try:
+        yield seen
+    finally:
+        comfy.ops.scaled_dot_product_attention = kept
+
+
+def lengths(seen: list[Seen]) -> list[tuple[int, int]]:
+    """(queries, keys) of each call."""
+    return [(one.q.shape[-2], one.k.shape[-2]) for one in seen]
+
+
+def sample(model: Any, name: str, *, steps: int = 2, seed: int = 1, cfg: float = 3.0, **latent: Any) -> Any:
+    """The latent that ComfyUI's own KSampler makes of one picture (or as many as `batch`)."""
+    import nodes
+    import torch
+
+    which = SMALL[name]
+    shape = (latent.get("batch", 1), *which.latent[1:])
+
+    def conditioning(seed: int) -> list:
+        generator = torch.Generator().manual_seed(seed)
+        pooled = torch.randn(1, 32, generator=generator)
+        return [[torch.randn(1, *which.text, generator=generator), {"pooled_output": pooled}]]
+
+    return nodes.KSampler().sample(
+        model,
+        seed,
+        steps,
+        cfg,
+        "euler",
+        "simple",
+        conditioning(1),
+        conditioning(2),
+        {"samples": torch.zeros(shape)},
+        1.0,
+    )[0]["samples"]
+
+
+def bare(grid: tuple[int, ...], head: int = 0, tail: int = 0, override: Any = None, **values: Any) -> Any:
+    """attention(q, k, v, heads, **kwargs) of one layer of a call, without a model around it."""
+    import torch
+    from comfy.ldm.modules.attention import optimized_attention
+
+    dit, table = host.pack_module("dit"), host.pack_module("dit_models")
+    config = dit.ToMeConfig(**{"min_tokens": 0, **values})
+    options = {} if override is None else {"optimized_attention_override": override}
+    made = dit.ModelCall(config, grid, torch.device("cpu"))
+    patch = dit.DiTCall(made, table.DIT_MODELS[0], dit.Layout(grid, head, tail), options)
+    told = {**patch.options, "block_index": 0}
+    return lambda q, k, v, heads, **kwargs: optimized_attention(q, k, v, heads, transformer_options=told, **kwargs)

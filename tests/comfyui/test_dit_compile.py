@@ -1,0 +1,81 @@
+"""TorchCompileModel with transformers: a patch takes effect whatever was compiled before, in both orders."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from . import dit_host, host
+from .dit_host import call, sample
+
+OPTIONS = [{"ratio": 0.5}, {"method": "merge", "ratio": 0.5}]
+
+
+@pytest.fixture
+def compiled(comfy_nodes):
+    torch._dynamo.reset()
+    yield lambda model: host.run_node(comfy_nodes["TorchCompileModel"], model=model, backend="eager")
+    torch._dynamo.reset()
+
+
+def same(a, b):
+    error = float((a - b).norm() / b.norm())
+    assert error < 1e-4, "a compiled model gave another picture than the eager one"
+
+
+@pytest.mark.parametrize("tome_first", [True, False], ids=["tome first", "compile first"])
+def test_takes_effect_after_a_plain_compiled_run(tome, compiled, tome_first):
+    name, model = "flux", dit_host.small("flux")
+    plain = call(model, name)
+    same(call(compiled(model), name), plain)
+    for options in OPTIONS if tome_first else OPTIONS[:1]:
+        eager = call(tome(model, **options), name)
+        assert (eager - plain).norm() / plain.norm() > 1e-3
+        same(call(compiled(tome(model, **options)) if tome_first else tome(compiled(model), **options), name), eager)
+    same(call(compiled(model), name), plain)
+
+
+def test_the_key_says_what_a_graph_takes_for_granted(comfy_nodes):
+    """Where the image lies is fixed in a graph, also in one that the compiler made for any size: another size, or
+    another length of the text, needs another. Another seed does not."""
+    dit, table = host.pack_module("dit"), host.pack_module("dit_models")
+
+    def key(grid=(8, 12), head=7, tail=0, seed=0, **values):
+        config = dit.ToMeConfig(min_tokens=0, seed=seed, **values)
+        call = dit.ModelCall(config, grid, torch.device("cpu"))
+        return dit.DiTCall(call, table.DIT_MODELS[0], dit.Layout(grid, head, tail), {}).key
+
+    others = [{"grid": (12, 8)}, {"grid": (1, 8, 12)}, {"head": 8}, {"tail": 4}, {"ratio": 0.5}, {"method": "merge"}]
+    keys = [key(), *(key(**other) for other in others)]
+    assert len(set(keys)) == len(keys) and key(seed=3) == key()
+
+
+def test_seed_and_step_need_no_new_graph(tome, compiled):
+    model = dit_host.small("flux")
+    sample(compiled(tome(model, seed=1)), "flux", steps=2)
+    frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert frames > 0
+    other = sample(compiled(tome(model, seed=2)), "flux", steps=3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames
+    same(other, sample(tome(model, seed=2), "flux", steps=3))
+
+
+def test_no_graph_break_of_ours(tome, compiled):
+    model = dit_host.small("flux")
+    call(compiled(model), "flux")
+    breaks = dict(torch._dynamo.utils.counters["graph_break"])
+    call(compiled(tome(model)), "flux")
+    call(compiled(tome(model, method="merge")), "flux")
+    assert not {reason for reason in torch._dynamo.utils.counters["graph_break"] if reason not in breaks}
+
+
+@pytest.mark.parametrize("tome_first", [True, False], ids=["tome first", "compile first"])
+def test_a_model_that_runs_no_wrappers_is_left_alone(tome, compiled, caplog, tome_first):
+    model = dit_host.small("sd3")
+    both = compiled(tome(model)) if tome_first else tome(compiled(model))
+    host.forget_log()
+    with caplog.at_level(logging.INFO, logger="ToMe"):
+        same(call(both, "sd3"), call(model, "sd3"))
+    assert "[ToMe] under torch.compile this model is left alone: it would not notice ToMe (SD3)" in caplog.messages
