@@ -1,9 +1,25 @@
 """Token Merging: the core. Imports torch alone and knows no host."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .attention import attend
 from .call import ModelCall
 from .config import METHODS, ToMeConfig
 from .matching import match_tokens
 from .plan import Plan
 
-__all__ = ["METHODS", "ModelCall", "Plan", "ToMeConfig", "attend", "match_tokens"]
+if TYPE_CHECKING:
+    from .scripts import apply_patch, remove_patch
+
+__all__ = ["METHODS", "ModelCall", "Plan", "ToMeConfig", "apply_patch", "attend", "match_tokens", "remove_patch"]
+
+
+def __getattr__(name: str) -> Any:
+    """The face for scripts, loaded when it is asked for: hosts do without."""
+    if name in ("apply_patch", "remove_patch"):
+        from . import scripts
+
+        return getattr(scripts, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import kernels
 from .config import ToMeConfig
 from .curve import curve_order
 from .grid import Grid, grid_at
@@ -83,18 +84,24 @@ class ModelCall:
             return Plan(batch, tokens, tokens, self.seed.device)
         place = layer % _DRAWN_AT_ONCE
         if place == 0:
-            if grid not in self._walks:
-                order = self._orders[grid] if grid in self._orders else curve_order(grid, self.seed.device)
-                self._walks[grid] = walk_table(grid, kept, self.seed, order)
-            self._drawn[grid] = walk_rows(self._walks[grid], tokens, self.step, layer, _DRAWN_AT_ONCE)
+            order = self._orders[grid] if grid in self._orders else curve_order(grid, self.seed.device)
+            drawn = kernels.draw(order, kept, self.seed, self.step, layer, _DRAWN_AT_ONCE)
+            if drawn is None:
+                if grid not in self._walks:
+                    self._walks[grid] = walk_table(grid, kept, self.seed, order)
+                drawn = walk_rows(self._walks[grid], tokens, self.step, layer, _DRAWN_AT_ONCE)
+            self._drawn[grid] = drawn
         return SamplePlan(batch, grid, self._drawn[grid][place])
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> MergedAttention | None:
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, metric: Tensor | None = None
+    ) -> MergedAttention | None:
         """What the next self-attention layer on this grid is to be given, or None where it is left alone.
 
         q, k, v: [B, N, C], before or after their projections; pass the same tensor where they are the same.
+        metric: [B, N, D], what similarity is measured on; None: q.
         """
-        plan = self.plan(q, grid)
+        plan = self.plan(q if metric is None else metric, grid)
         if plan is None:
             return None
         kind = self.config.kind

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import kernels
 from .config import ToMeConfig
 from .grid import Grid, split_frames
 from .noise import fold_seed, key
@@ -20,6 +21,9 @@ from .sampling import sample_plan
 
 # Scores held at one time: 16M are 32 MiB in half precision.
 CHUNK = 2**24
+# Whether the src that stay come most similar first, as in tomesd, also where a kernel could leave them as they come,
+# which needs no sort. Attention does not see the order; whoever compares plans between devices does.
+KEEPS_ORDER = True
 
 
 def match_tokens(
@@ -72,13 +76,15 @@ def match_tokens(
         return Plan(batch, tokens, tokens, metric.device)
     if config.method == "downsample":
         return _downsample(batch, grid, goes, config, metric.device)
-    src, dst = partition(grid, config, key(seed, step, layer, 1))
+    src, dst = _split(grid, config, seed, step, layer)
     shared = metric[: max(1, batch // 2)] if config.share_match and batch % 2 == 0 else metric
     src, dst = src[: shared.shape[0]], dst[: shared.shape[0]]
-    similarity, target = nearest(shared, src, dst, distill_token)
+    found = kernels.nearest(shared, src, dst, distill_token)
+    similarity, target = nearest(shared, src, dst, distill_token) if found is None else found
     if class_token:
         similarity = torch.cat((torch.full_like(similarity[:, :1], -torch.inf), similarity[:, 1:]), dim=1)
-    index, groups = _grouped(similarity, target, src, dst, goes, class_token)
+    made = kernels.select(similarity, target, src, dst, goes) if class_token or not KEEPS_ORDER else None
+    index, groups = _grouped(similarity, target, src, dst, goes, class_token) if made is None else made
     if distill_token:
         index, groups = _distill_second(index, groups, src.shape[1] - goes)
     kind = config.kind
@@ -94,6 +100,17 @@ def _seed(config: ToMeConfig, generator: torch.Generator | None, seed: int | Ten
     if isinstance(seed, Tensor):
         return seed.to(device=device, dtype=torch.int64)
     return torch.full((), fold_seed(seed), dtype=torch.int64, device=device)
+
+
+def _split(grid: Grid, config: ToMeConfig, seed: Tensor, step: int | Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """The layer's src [b, S] and dst [b, D]."""
+    if config.partition in ("random_2d", "fixed_2d"):
+        parts = kernels.split(
+            grid, cells_of(grid, config.stride)[2:], config.partition == "random_2d", seed, step, layer
+        )
+        if parts is not None:
+            return parts
+    return partition(grid, config, key(seed, step, layer, 1))
 
 
 @torch.no_grad()

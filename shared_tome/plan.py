@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import kernels
+
 
 class Plan:
     """Merges N tokens into M and back. This base class merges nothing: both return their argument.
@@ -74,7 +76,9 @@ class MergePlan(Plan):
         self, batch: int, index: Tensor, groups: Tensor, *, mean: bool = False, fills: bool = False, even: bool = False
     ):
         super().__init__(batch, groups.shape[1], index.shape[1], index.device)
-        self._index, self._groups, self._sizes = index, groups, group_counts(groups, index.shape[1])
+        self._index, self._groups = index, groups
+        self._chain = kernels.links(index, groups) if mean else None
+        self._sizes = group_counts(groups, index.shape[1]) if self._chain is None else kernels.sizes_of(self._chain)
         self.mean, self.fills, self.even = mean, fills, even
 
     @property
@@ -93,6 +97,9 @@ class MergePlan(Plan):
         if not self.mean:
             return take(x, self._index)
         if weights is None:
+            mean = None if self._chain is None else kernels.mean(x, self._index, self._groups, self._chain)
+            if mean is not None:
+                return mean
             total, summed = self._sizes, group_sum(x, self._groups, self.kept)
         else:
             total = self.merge_sizes(weights)
@@ -128,6 +135,9 @@ def spread_rows(rows: Tensor, batch: int) -> Tensor:
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """x [B, N, C] and index [b, K] -> [B, K, C] in one gather."""
+    taken = kernels.gather(x, index)
+    if taken is not None:
+        return taken
     if index.shape[0] == 1:
         return x.index_select(1, index[0])
     index = _flat(spread_rows(index, x.shape[0]), x.shape[1])  # (B * K,)

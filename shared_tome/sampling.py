@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import kernels
 from .config import MAX_RUN
 from .curve import curve_order
 from .grid import Grid
@@ -70,8 +71,11 @@ def sample_plan(batch: int, grid: Grid, goes: int, seed: Tensor, step: int | Ten
     kept = kept_count(tokens, goes)
     if kept == tokens:
         return Plan(batch, tokens, tokens, seed.device)
-    walk = walk_table(grid, kept, seed, curve_order(grid, seed.device))
-    return SamplePlan(batch, grid, walk_rows(walk, tokens, step, layer, 1)[0])
+    order = curve_order(grid, seed.device)
+    drawn = kernels.draw(order, kept, seed, step, layer, 1)
+    if drawn is None:
+        drawn = walk_rows(walk_table(grid, kept, seed, order), tokens, step, layer, 1)
+    return SamplePlan(batch, grid, drawn[0])
 
 
 def kept_count(tokens: int, goes: int) -> int:

@@ -1,0 +1,119 @@
+"""Proportional attention under an attention code that is not ours.
+
+The bias of each key is added by more channels of each head (attention.py). The host's attention runs between to_q,
+to_k, to_v and to_out, so hooks on these four widen and narrow the heads and the code in between (sdp, xformers,
+sub-quadratic, Doggettx, diffusers' processors, ...) needs no change. These codes scale the logits in one of two ways:
+by the layer's own `scale` or by the size of the heads they are given. Which one is found out by trying.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import extend_key, extend_query, extend_value, extra_channels
+
+OWN, GIVEN = "own", "given"
+
+
+def stretch(d: int, rule: str) -> float:
+    """What queries and biases are multiplied by, so that the logits come out right for heads of d channels."""
+    return math.sqrt((d + extra_channels(d)) / d) if rule == GIVEN else 1.0
+
+
+def widen_query(q: Tensor, heads: int, rule: str) -> Tensor:
+    """q [B, N, H * d] -> [B, N, H * (d + p)]."""
+    q = q.unflatten(-1, (heads, -1))  # (B, N, H, d)
+    return extend_query(q * stretch(q.shape[-1], rule) if rule == GIVEN else q).flatten(2)
+
+
+def widen_key(k: Tensor, heads: int, rule: str, bias: Tensor) -> Tensor:
+    """k [B, M, H * d] and bias [B, M] -> [B, M, H * (d + p)]."""
+    k = k.unflatten(-1, (heads, -1))  # (B, M, H, d)
+    return extend_key(k, bias[:, :, None] * stretch(k.shape[-1], rule)).flatten(2)
+
+
+def widen_value(v: Tensor, heads: int) -> Tensor:
+    """v [B, M, H * d] -> [B, M, H * (d + p)]."""
+    return extend_value(v.unflatten(-1, (heads, -1))).flatten(2)
+
+
+def narrow(out: Tensor, heads: int, d: int) -> Tensor:
+    """out [B, N, H * (d + p)] -> [B, N, H * d]."""
+    return out.unflatten(-1, (heads, -1))[..., :d].flatten(2)
+
+
+def width(heads: int, d: int) -> int:
+    """H * (d + p)."""
+    return heads * (d + extra_channels(d))
+
+
+def find_rule(
+    forward: Callable[..., Tensor],
+    d: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    layer: Callable[..., Any] = SimpleNamespace,
+    heads: int = 2,
+    context: str = "context",
+) -> str | None:
+    """How an attention's forward(self, x, context) scales: OWN, GIVEN, or None where widened heads do not go.
+
+    Runs it on a few fixed tokens in place of a layer and compares with attention in float64. Draws nothing.
+
+    Args:
+        layer: makes the `self` that forward gets, from its parts by name (to_q, heads, scale, ...).
+        heads: how many it is told that there are. context: the name of the argument that keys are made from.
+    """
+    tokens, keys = 6, 5
+    q, k, v = (_waves(n, heads * d, phase) for n, phase in ((tokens, 0.0), (keys, 1.0), (keys, 2.0)))
+    bias = torch.arange(keys, dtype=torch.float64)[None] / 2  # (1, M)
+    q = q * d**0.5 / 4  # logits of a few units, so that a wrong scale shows
+    expected = _attention(q, k, v, heads, bias)
+    given = [t.to(device, dtype) for t in (q, k, v)]
+    x = given[0].new_zeros(1, tokens, width(heads, d))
+    arguments = {context: given[0].new_zeros(1, keys, heads * d)}
+    errors = {}
+    for rule in (OWN, GIVEN):
+        try:
+            with torch.no_grad():
+                found = forward(layer(**_parts(rule, heads, d, *given, bias.float().to(device))), x, **arguments)
+            found = narrow(found, heads, d)
+        except Exception:  # whatever a foreign attention raises on heads that it did not expect
+            continue
+        if found.shape == expected.shape:
+            errors[rule] = float((found.cpu().double() - expected).abs().max())
+    best = min(errors, key=errors.get, default=None)
+    return best if best is not None and errors[best] < 0.02 else None
+
+
+def _parts(rule: str, heads: int, d: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> dict[str, Any]:
+    return {
+        "heads": heads,
+        "dim_head": d,
+        "scale": d**-0.5,
+        "training": False,
+        "backend": None,
+        "attention_op": None,
+        "to_q": lambda x: widen_query(q, heads, rule),
+        "to_k": lambda x: widen_key(k, heads, rule, bias),
+        "to_v": lambda x: widen_value(v, heads),
+        "to_out": nn.Sequential(nn.Identity(), nn.Identity()),
+    }
+
+
+def _waves(tokens: int, channels: int, phase: float) -> Tensor:
+    index = torch.arange(tokens * channels, dtype=torch.float64).reshape(1, tokens, channels)
+    return torch.sin(index * 0.7 + phase + index**2 * 0.01)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor) -> Tensor:
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (1, H, ., d)
+    logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias[:, None, None]
+    return (logits.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)

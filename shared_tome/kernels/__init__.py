@@ -1,0 +1,146 @@
+"""Optional Triton kernels for what merging does between the matrix products. Plain torch is the specification.
+
+Importing this package imports no triton; the first tensor on a CUDA device does. Every function here returns None
+where no kernel serves (no CUDA device, no triton, gradients asked for, TOME_KERNELS=0), and the caller goes on in
+plain torch. A kernel that does not compile on a machine says so once in the log and plain torch takes over for good.
+Under torch.compile each is one custom operator, so it breaks no graph and no new seed or step needs another one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+
+import torch
+from torch import Tensor
+
+from ..curve import is_compiling
+from ..grid import Grid, split_frames
+
+log = logging.getLogger("ToMe")
+
+# 0 turns all kernels off.
+SWITCH = "TOME_KERNELS"
+# One for each copy of the package in a process: hosts load it under names of their own.
+NAMESPACE = re.sub(r"\W", "_", __name__)
+# Triton's interpreter runs kernels on the CPU, for the tests alone; it must be asked for before triton is imported.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Cells in a row of the grid that one program of `split` takes.
+_WIDEST = 4096
+# src of a row that one program of `select` holds.
+_SELECTED = 8192
+
+
+def ready() -> bool:
+    """Whether kernels can run in this process: triton is there and torch is new enough. Loads them the first time."""
+    return _load() is not None
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import all of dynamo along with the core.
+ready._dynamo_marked_constant = True
+
+
+@functools.lru_cache(maxsize=1)
+def _load():
+    if os.environ.get(SWITCH, "1") == "0" or not hasattr(torch.library, "custom_op"):  # torch 2.4
+        return None
+    try:
+        from .impl import ops
+    except Exception as error:  # a broken triton raises what it likes
+        log.info("no Triton kernels (%s: %s); plain torch does the work", type(error).__name__, error)
+        return None
+    return ops
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether kernels may be used on these tensors."""
+    first = tensors[0]
+    if not (first.is_cuda or (_INTERPRETED and first.device.type == "cpu")):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return all(x.device == first.device for x in tensors) and ready()
+
+
+def _op(name: str):
+    """The operator: direct where nothing is traced, since torch's dispatcher costs more than a launch."""
+    return getattr(getattr(torch.ops, NAMESPACE), name) if is_compiling() else _load().DIRECT[name]
+
+
+def _step(step: int | Tensor, device: torch.device) -> tuple[Tensor | None, int] | None:
+    """A step as (tensor, 0) or (None, number); None where it is of another kind or elsewhere."""
+    if not isinstance(step, Tensor):
+        return None, step
+    fits = step.numel() == 1 and step.device == device and not step.is_floating_point()
+    return (step, 0) if fits else None
+
+
+def draw(order: Tensor, kept: int, seed: Tensor, step: int | Tensor, layer: int, count: int) -> Tensor | None:
+    """sampling.walk_table and walk_rows, equal bit for bit, in one launch: the choices [count, b, M] of the layers
+    `layer` to `layer + count - 1`. order: [N]; seed: [] or [b], int64; step: number or 0-d."""
+    at = _step(step, seed.device)
+    if at is None or not serves(seed, order):
+        return None
+    return _op("draw")(order, seed, *at, kept, layer, count)
+
+
+def split(
+    grid: Grid, cell: tuple[int, int], random: bool, seed: Tensor, step: int | Tensor, layer: int
+) -> tuple[Tensor, Tensor] | None:
+    """partition.partition of a grid by cells (height, width) with the key of match_tokens, equal bit for bit, in one
+    launch: src [b, N - D] and dst [b, D]. random: a random token of each cell, otherwise the top-left one."""
+    at = _step(step, seed.device)
+    if at is None or grid[-1] // cell[1] > _WIDEST or not serves(seed):
+        return None
+    return _op("split")(seed, *at, layer, *split_frames(grid), *cell, random)
+
+
+def nearest(metric: Tensor, src: Tensor, dst: Tensor, distill_token: bool = False) -> tuple[Tensor, Tensor] | None:
+    """matching.nearest in two launches that write no score: similarity [B, S] in metric's dtype and target [B, S].
+
+    metric: [B, N, C], src: [b, S], dst: [b, D]. Equal up to rounding; of equals the first as a rule.
+    """
+    metric = metric.detach()  # nobody asks for a choice's gradient
+    if metric.dtype not in _DTYPES or src.shape[1] == 0 or not serves(metric, src, dst):
+        return None
+    return _op("nearest")(metric, src, dst, int(distill_token))
+
+
+def select(similarity: Tensor, target: Tensor, src: Tensor, dst: Tensor, goes: int) -> tuple[Tensor, Tensor] | None:
+    """matching._grouped with in_order, in one launch: index [B, M] and groups [B, N].
+
+    similarity, target: [B, S], src: [b, S], dst: [b, D]. Of equal similarities at the edge the first stay.
+    """
+    similarity = similarity.detach()
+    able = similarity.dtype in _DTYPES and goes < src.shape[1] <= _SELECTED
+    if not able or not serves(similarity, target, src, dst):
+        return None
+    return _op("select")(similarity, target, src, dst, goes)
+
+
+def links(index: Tensor, groups: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What `mean` needs of a plan, and its sizes: see sizes_of. index: [b, M], groups: [b, N].
+
+    Its order changes from run to run; no result depends on it.
+    """
+    return _op("links")(index, groups) if serves(groups, index) else None
+
+
+def sizes_of(chain: tuple[Tensor, Tensor]) -> Tensor:
+    """The groups' sizes [b, M] float32, from `links`."""
+    return chain[0][0].view(torch.float32)
+
+
+def mean(x: Tensor, index: Tensor, groups: Tensor, chain: tuple[Tensor, Tensor]) -> Tensor | None:
+    """The mean of each group, x [B, N, C] -> [B, M, C], bit-equal on repeat; chain: from `links`."""
+    return _op("mean")(x, index, groups, *chain) if x.dtype in _DTYPES and serves(x, groups) else None
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor | None:
+    """plan.take: x [B, N, C] and index [b, K] -> [B, K, C] in one launch. Not under torch.compile, which fuses it."""
+    if is_compiling() or x.dtype not in _DTYPES or index.numel() == 0 or not serves(x, index):
+        return None
+    return _op("gather")(x, index)

@@ -1,0 +1,70 @@
+"""Rows by a list of indexes, unmerging and picking, in one launch whatever the number of the lists' rows.
+
+The specification is plan.take.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .compiler import channel_block, power_of_two, tl, triton
+
+# (rows of a program, most channels at a time, warps). On an H200, 1,024 x 1280 tokens: 3.6 us, with 64 channels 5.5;
+# 8 to 64 rows and 2 to 8 warps are within 5% of each other elsewhere.
+_CONFIG = (32, 256, 4)
+
+
+@triton.jit
+def _gather_kernel(
+    x,
+    index,
+    out,
+    count,
+    channels,
+    batch_stride,
+    token_stride,
+    channel_stride,
+    index_rows,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """One program: ROWS rows of one batch row, all channels."""
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = row < count
+    token = tl.load(index + (batch % index_rows) * count + row, mask=valid, other=0).to(tl.int64)
+    source = x + batch * batch_stride + token * token_stride  # (ROWS,)
+    target = out + (batch * count + row) * channels
+    for part in tl.static_range(STEPS):
+        channel = part * BLOCK + tl.arange(0, BLOCK)
+        mask = valid[:, None] & (channel < channels)[None, :]
+        value = tl.load(source[:, None] + channel[None, :] * channel_stride, mask=mask, other=0.0)
+        tl.store(target[:, None] + channel[None, :], value, mask=mask)
+
+
+def launch_gather(x: Tensor, index: Tensor, config: tuple[int, int, int] = _CONFIG) -> Tensor:
+    """x [B, N, C] and index [b, K] -> [B, K, C], row i by the list i % b."""
+    rows, widest, warps = config
+    batch, _, channels = x.shape
+    if batch % index.shape[0]:
+        raise ValueError(f"a plan for {index.shape[0]} rows does not fit a batch of {batch}")
+    count = index.shape[1]
+    rows = min(rows, power_of_two(count))
+    block = channel_block(channels, widest)
+    out = torch.empty((batch, count, channels), dtype=x.dtype, device=x.device)
+    _gather_kernel[(-(-count // rows), batch)](
+        x,
+        index.contiguous(),
+        out,
+        count,
+        channels,
+        *x.stride(),
+        index.shape[0],
+        ROWS=rows,
+        BLOCK=block,
+        STEPS=-(-channels // block),
+        num_warps=warps,
+    )
+    return out

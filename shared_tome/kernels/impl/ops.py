@@ -1,0 +1,191 @@
+"""The kernels as operators of torch: each with a fake for tracing and with plain torch to fall back on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import ToMeConfig
+from .. import NAMESPACE, log
+from .draw import launch_draw
+from .gather import launch_gather
+from .mean import launch_links, launch_mean
+from .nearest import launch_nearest
+from .select import launch_select
+from .split import launch_split
+
+# Called where nothing is traced; each runs what stands in LAUNCH, or plain torch.
+DIRECT: dict[str, Callable[..., Any]] = {}
+LAUNCH: dict[str, Callable[..., Any]] = {}
+_broken: set[str] = set()
+
+
+def _operator(name: str, arguments: str, results: str, launch: Callable, plain: Callable, fake: Callable) -> None:
+    """Define one: `launch` runs the kernel, `plain` is the specification, `fake` gives shapes alone."""
+
+    def run(*given):
+        if name not in _broken:
+            try:
+                with _on_device_of(next(x for x in given if isinstance(x, Tensor))):
+                    return LAUNCH[name](*given)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:  # what a compiler raises is not for us to list
+                _broken.add(name)
+                reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+                log.warning("the %s kernel does not run here, plain torch takes over (%s)", name, reason)
+        return plain(*given)
+
+    DIRECT[name], LAUNCH[name] = run, launch
+    schema = f"({arguments}) -> {results}"
+    torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=schema).register_fake(fake)
+
+
+def _on_device_of(x: Tensor):
+    """Triton launches on the current device."""
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
+
+
+def _rows(seed: Tensor) -> int:
+    return seed.numel()
+
+
+def _plain_draw(order, seed, step, number, kept, layer, count):
+    from ...sampling import walk_rows, walk_table
+
+    tokens = order.shape[0]
+    return walk_rows(walk_table((1, tokens), kept, seed, order), tokens, number if step is None else step, layer, count)
+
+
+def _fake_draw(order, seed, step, number, kept, layer, count):
+    return order.new_empty((count, _rows(seed), kept))
+
+
+def _plain_split(seed, step, number, layer, frames, height, width, cell_height, cell_width, random):
+    from ...noise import key
+    from ...partition import partition
+
+    config = ToMeConfig(
+        method="merge", stride=(cell_width, cell_height), partition="random_2d" if random else "fixed_2d"
+    )
+    return partition((frames, height, width), config, key(seed, number if step is None else step, layer, 1))
+
+
+def _fake_split(seed, step, number, layer, frames, height, width, cell_height, cell_width, random):
+    kept = frames * (height // cell_height) * (width // cell_width)
+    rows = _rows(seed)
+    return seed.new_empty((rows, frames * height * width - kept)), seed.new_empty((rows, kept))
+
+
+def _plain_nearest(metric, src, dst, first):
+    from ...matching import nearest
+
+    return nearest(metric, src, dst, bool(first))
+
+
+def _fake_nearest(metric, src, dst, first):
+    shape = (metric.shape[0], src.shape[1])
+    return metric.new_empty(shape), src.new_empty(shape)
+
+
+def _plain_select(similarity, target, src, dst, goes):
+    from ...matching import _grouped
+
+    return _grouped(similarity, target, src, dst, goes, True)
+
+
+def _fake_select(similarity, target, src, dst, goes):
+    rows, tokens = similarity.shape[0], src.shape[1] + dst.shape[1]
+    return src.new_empty((rows, tokens - goes)), src.new_empty((rows, tokens))
+
+
+def _plain_links(index, groups):
+    from ...plan import group_counts
+
+    _broken.add("mean")  # without chains there is no mean by them
+    heads, following = _fake_links(index, groups)
+    heads[0] = group_counts(groups, index.shape[1]).view(torch.int32)
+    return heads, following
+
+
+def _fake_links(index, groups):
+    heads = index.new_empty((2, *index.shape), dtype=torch.int32)
+    return heads, index.new_empty(groups.shape, dtype=torch.int32)
+
+
+def _plain_mean(x, index, groups, heads, following):
+    from ...plan import group_sum, spread_rows
+
+    sizes = spread_rows(heads[0].view(torch.float32), x.shape[0])
+    return (group_sum(x, groups, index.shape[1]) / sizes[..., None]).to(x.dtype)
+
+
+def _fake_mean(x, index, groups, heads, following):
+    return x.new_empty((x.shape[0], index.shape[1], x.shape[2]))
+
+
+def _plain_gather(x, index):
+    from ...plan import spread_rows
+
+    return x.gather(1, spread_rows(index, x.shape[0])[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _fake_gather(x, index):
+    return x.new_empty((x.shape[0], index.shape[1], x.shape[2]))
+
+
+_operator(
+    "draw",
+    "Tensor order, Tensor seed, Tensor? step, SymInt number, SymInt kept, SymInt layer, SymInt count",
+    "Tensor",
+    launch_draw,
+    _plain_draw,
+    _fake_draw,
+)
+_operator(
+    "split",
+    "Tensor seed, Tensor? step, SymInt number, SymInt layer, SymInt frames, SymInt height, SymInt width, "
+    "SymInt cell_height, SymInt cell_width, bool random",
+    "(Tensor, Tensor)",
+    launch_split,
+    _plain_split,
+    _fake_split,
+)
+_operator(
+    "nearest",
+    "Tensor metric, Tensor src, Tensor dst, SymInt first",
+    "(Tensor, Tensor)",
+    launch_nearest,
+    _plain_nearest,
+    _fake_nearest,
+)
+_operator(
+    "select",
+    "Tensor similarity, Tensor target, Tensor src, Tensor dst, SymInt goes",
+    "(Tensor, Tensor)",
+    launch_select,
+    _plain_select,
+    _fake_select,
+)
+_operator(
+    "links",
+    "Tensor index, Tensor groups",
+    "(Tensor, Tensor)",
+    launch_links,
+    _plain_links,
+    _fake_links,
+)
+_operator(
+    "mean",
+    "Tensor x, Tensor index, Tensor groups, Tensor heads, Tensor following",
+    "Tensor",
+    launch_mean,
+    _plain_mean,
+    _fake_mean,
+)
+_operator("gather", "Tensor x, Tensor index", "Tensor", launch_gather, _plain_gather, _fake_gather)

@@ -1,0 +1,362 @@
+"""The module hooks of scripts.py on a U-Net of diffusers' or ldm's classes.
+
+A hook on the U-Net makes the state of each call; hooks on the blocks keep their input (what the paper measures
+similarity on) and merge and unmerge around attn1, attn2 and ff. Nothing of the host is replaced or copied.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .call import MergedAttention, ModelCall
+from .config import ToMeConfig
+from .grid import Grid, grid_of
+from .heads import find_rule, narrow, widen_key, widen_query, widen_value
+from .plan import Plan, spread_rows
+from .schedule import ratio_at
+from .script_steps import Steps
+
+logger = logging.getLogger("ToMe")
+_PROJECTIONS = ("to_q", "to_k", "to_v")
+
+
+def served_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The transformer blocks with a self-attention of the kind we know."""
+    for module in model.modules():
+        attn1 = getattr(module, "attn1", None)
+        if isinstance(attn1, nn.Module) and all(hasattr(attn1, name) for name in (*_PROJECTIONS, "to_out", "heads")):
+            yield module
+
+
+@dataclass(eq=False)
+class _Pass:
+    """One block in one call: what its hooks hand to each other."""
+
+    metric: Tensor  # [B, N, C], the block's input
+    layer: MergedAttention | None = None
+    plan: Plan | None = None  # the block's match, for attn1's queries alone, attn2 and ff
+    open: dict[str, Plan] = field(default_factory=dict)
+    bias: Tensor | None = None  # [B, M]
+    rule: str = ""
+    head_size: int = 0
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of the model. passes: by block."""
+
+    model: ModelCall
+    batch: int
+    passes: dict[_Block, _Pass] = field(default_factory=dict)
+
+
+class BaseAttachment:
+    """The hooks on one model, and the calls under way: one a thread, gone when the call ends."""
+
+    def __init__(self, config: ToMeConfig, pipe: Any, timestep_scale: float = 1.0):
+        self.config, self.steps = config, Steps(pipe, timestep_scale)
+        self._handles: list[Any] = []
+        self._calls: dict[int, Any] = {}
+        self._said: set[str] = set()
+
+    def detach(self, model: nn.Module) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._calls.clear()
+
+    @property
+    def call(self) -> Any:
+        """What this thread's call of the model knows, or None."""
+        return self._calls.get(threading.get_ident())
+
+    @call.setter
+    def call(self, value: Any) -> None:
+        if value is None:
+            self._calls.pop(threading.get_ident(), None)
+        else:
+            self._calls[threading.get_ident()] = value
+
+    def say(self, message: str) -> None:
+        """Tell once what is left alone and why."""
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning("[ToMe] %s", message)
+
+    def model_call(self, grid: Grid, timestep: Any, device: torch.device) -> ModelCall | None:
+        """The core's state for this call, or None where nothing is merged now."""
+        step, config = self.steps.step(timestep, device), self.config
+        if config.is_scheduled:
+            config = config.replace(ratio=ratio_at(config, self.steps.progress(timestep)), ratio_end=-1.0)
+        return ModelCall(config, grid, device, step=step) if config.ratio > 0.0 else None
+
+    def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
+        self.call = None
+
+
+class Attachment(BaseAttachment):
+    """On a U-Net. merge_attn: whether attn1 is merged at all."""
+
+    def __init__(self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True):
+        super().__init__(config, pipe)
+        self.merge_attn = merge_attn
+        self._rules: dict[tuple, str | None] = {}
+        self._blocks = [_Block(self) for _ in served_blocks(model)]
+        self._handles += [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            model.register_forward_hook(self._after_model),
+        ]
+        for hooked, block in zip(self._blocks, served_blocks(model), strict=True):
+            self._handles += hooked.hook(block)
+
+    def detach(self, model: nn.Module) -> None:
+        super().detach(model)
+        for block in self._blocks:
+            block.forget_projections()
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.call = None  # also of one that ended in an exception
+        x = argument(args, kwargs, 0, "sample", "x")
+        if not isinstance(x, Tensor) or x.dim() != 4:  # (B, C, H, W)
+            self.say("a call whose input is not [B, C, H, W] (video) is left alone")
+            return
+        timestep = argument(args, kwargs, 1, "timestep", "timesteps", "t")
+        call = self.model_call((x.shape[2], x.shape[3]), timestep, x.device)
+        if call is not None:
+            self.call = _Call(call, x.shape[0])
+
+    def rule(self, attn1: nn.Module, d: int, x: Tensor) -> str | None:
+        """How the layer's attention code scales (heads.find_rule), asked once for each."""
+        dtype = x.dtype if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
+        forward, names = type(attn1).forward, _names(attn1)
+        key = (forward, type(getattr(attn1, "processor", None)), attn1.heads, d, x.device, dtype)
+        if key not in self._rules:
+            self._rules[key] = find_rule(
+                forward, d, x.device, dtype, layer=_stand_in(attn1), heads=attn1.heads, context=names[1]
+            )
+            if self._rules[key] is None:
+                self.say("this attention processor takes no weights of keys; proportional attention is off")
+        return self._rules[key]
+
+
+class _Block:
+    """The hooks of one transformer block. Holds no state of a call and no module."""
+
+    def __init__(self, owner: Attachment):
+        self.owner = owner
+        self._hooked: list[weakref.ref] = []  # the projections that carry the hooks below
+        self._projection_handles: list[Any] = []
+
+    def hook(self, block: nn.Module) -> list[Any]:
+        """Register; returns the handles."""
+        config, attn1 = self.owner.config, block.attn1
+        # Ours is the last to see attn1's inputs and the first to see its output: right around the attention.
+        handles = [
+            block.register_forward_pre_hook(self._before_block, with_kwargs=True),
+            block.register_forward_hook(self._after_block),
+            attn1.register_forward_pre_hook(self._before_attention, with_kwargs=True),
+            attn1.register_forward_hook(self._after_attention, prepend=True),
+        ]
+        for name, wanted in (("attn2", config.cross_attention), ("ff", config.mlp)):
+            module = getattr(block, name, None)
+            if wanted and isinstance(module, nn.Module):
+                handles += [
+                    # partial and not a closure: a deep copy of the model gets hooks of its own.
+                    module.register_forward_pre_hook(functools.partial(self._merge_input, name), with_kwargs=True),
+                    module.register_forward_hook(functools.partial(self._unmerge_output, name), prepend=True),
+                ]
+        return handles
+
+    @property
+    def now(self) -> _Pass | None:
+        """This block's pass in this thread's call."""
+        call = self.owner.call
+        return None if call is None else call.passes.get(self)
+
+    def _before_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = argument(args, kwargs, 0, "hidden_states", "x")
+        if self.owner.call is not None and isinstance(x, Tensor):
+            self.owner.call.passes[self] = _Pass(x)
+
+    def _after_block(self, block: nn.Module, args: tuple, out: Any) -> None:
+        if self.owner.call is not None:
+            self.owner.call.passes.pop(self, None)
+
+    def _before_attention(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        now = self.now
+        if now is None:
+            return None
+        name, context_name = _names(attn1)
+        x = argument(args, kwargs, 0, name)
+        context = argument(args, kwargs, 1, context_name)
+        grid = self._grid(x, now)
+        if grid is None:
+            return None
+        call, own = self.owner.call.model, context is None or context is x
+        kind = call.config.kind
+        if self.owner.merge_attn and own:
+            if not self._can_merge_keys(attn1, args, kwargs, kind):
+                return None
+            now.layer = call.attention(x, x, x, grid, metric=now.metric)
+            if now.layer is None:
+                return None
+            now.plan = now.layer.plan if kind.matches else None
+            self._weigh(attn1, now)
+            return _with(args, kwargs, name, now.layer.q, context_name, now.layer.k)
+        if not kind.matches:
+            return None
+        now.plan = call.plan(now.metric, grid)
+        if now.plan is None or not (self.owner.merge_attn and kind.queries):
+            return None
+        now.open["attn1"] = now.plan  # keys of its own (the block only attends to a prompt): queries alone
+        return _with(args, kwargs, name, now.plan.merge(x))
+
+    def _after_attention(self, attn1: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        now = self.now
+        if now is None:
+            return None
+        layer, now.layer, now.bias = now.layer, None, None
+        if layer is not None:
+            return layer.unmerge(out)
+        plan = now.open.pop("attn1", None)
+        return None if plan is None else plan.unmerge(out)
+
+    def _grid(self, x: Any, now: _Pass) -> Grid | None:
+        """The grid of this layer's tokens, or None where it is to be left alone."""
+        call = self.owner.call
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[:2] != now.metric.shape[:2]:
+            return None
+        grid = grid_of(x.shape[1], call.model.full)
+        if grid is None or x.shape[0] != call.batch:
+            self.owner.say("a layer whose tokens are not those of the image (it attends over time) is left alone")
+            return None
+        return grid if call.model.serves(grid) else None
+
+    def _can_merge_keys(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any], kind: Any) -> bool:
+        if kind.keys and argument(args, kwargs, 2, "attention_mask", "mask") is not None:
+            self.owner.say("a self-attention with a mask is left alone")
+            return False
+        if getattr(attn1, "fused_projections", False) and kind.keys != kind.queries:
+            self.owner.say(
+                "fused projections allow no keys of their own; call unfuse_qkv_projections() or choose method merge"
+            )
+            return False
+        return True
+
+    def _weigh(self, attn1: nn.Module, now: _Pass) -> None:
+        """Get ready to widen the heads where keys have weights."""
+        layer = now.layer
+        if layer.bias is None:
+            return
+        if getattr(attn1, "fused_projections", False):
+            self.owner.say("fused projections take no weights of keys; proportional attention is off")
+            return
+        inner = getattr(attn1.to_q, "out_features", layer.q.shape[-1])
+        head_size = inner // attn1.heads
+        rule = self.owner.rule(attn1, head_size, layer.q)
+        if rule is not None:
+            self._follow_projections(attn1)
+            now.rule, now.head_size = rule, head_size
+            now.bias = spread_rows(layer.bias, layer.k.shape[0])
+
+    def _follow_projections(self, attn1: nn.Module) -> None:
+        """Have the hooks on the projections that are there now: a LoRA loaded later puts others in their place."""
+        to_out = attn1.to_out[0] if isinstance(attn1.to_out, (nn.Sequential, nn.ModuleList)) else attn1.to_out
+        modules = [getattr(attn1, name) for name in _PROJECTIONS] + [to_out]
+        if [ref() for ref in self._hooked] == modules:
+            return
+        self.forget_projections()
+        self._hooked = [weakref.ref(module) for module in modules]
+        self._projection_handles = [
+            getattr(attn1, name).register_forward_hook(functools.partial(self._widen, name, attn1.heads))
+            for name in _PROJECTIONS
+        ]
+        narrow_input = functools.partial(self._narrow, attn1.heads)
+        self._projection_handles.append(to_out.register_forward_pre_hook(narrow_input, prepend=True))
+
+    def forget_projections(self) -> None:
+        """Take the hooks off the projections."""
+        for handle in self._projection_handles:
+            handle.remove()
+        self._projection_handles, self._hooked = [], []
+
+    def _widen(self, name: str, heads: int, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        now = self.now
+        if now is None or now.bias is None:
+            return None
+        if name == "to_q":
+            return widen_query(out, heads, now.rule)
+        return widen_key(out, heads, now.rule, now.bias) if name == "to_k" else widen_value(out, heads)
+
+    def _narrow(self, heads: int, module: nn.Module, args: tuple) -> tuple | None:
+        now = self.now
+        return None if now is None or now.bias is None else (narrow(args[0], heads, now.head_size), *args[1:])
+
+    def _merge_input(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        """Before attn2 or ff: the block's match serves it too."""
+        now = self.now
+        x = argument(args, kwargs, 0, "hidden_states", "x")
+        if now is None or now.plan is None or not isinstance(x, Tensor):
+            return None
+        if x.shape[:2] != (now.plan.batch, now.plan.tokens):
+            return None
+        now.open[name] = now.plan
+        return _with(args, kwargs, "hidden_states" if "hidden_states" in kwargs else "x", now.plan.merge(x))
+
+    def _unmerge_output(self, name: str, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        plan = None if self.now is None else self.now.open.pop(name, None)
+        return None if plan is None else plan.unmerge(out)
+
+
+def argument(args: tuple, kwargs: dict[str, Any], place: int, *names: str) -> Any:
+    """An argument by place or by one of its names."""
+    if len(args) > place:
+        return args[place]
+    return next((kwargs[name] for name in names if name in kwargs), None)
+
+
+def _with(
+    args: tuple, kwargs: dict[str, Any], name: str, x: Tensor, context_name: str = "", context: Any = None
+) -> tuple[tuple, dict[str, Any]]:
+    """(args, kwargs) with other tokens, and with a context unless it is these tokens."""
+    args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
+    if context is not None and context is not x:
+        args, kwargs = (args[:1] + (context,) + args[2:], kwargs) if len(args) > 1 else (
+            args, {**kwargs, context_name: context}
+        )  # fmt: skip
+    return args, kwargs
+
+
+def _names(attn1: nn.Module) -> tuple[str, str]:
+    """What diffusers or ldm call the tokens and what the keys are made from."""
+    return _names_of(type(attn1).forward)
+
+
+@functools.lru_cache(maxsize=64)
+def _names_of(forward: Callable[..., Any]) -> tuple[str, str]:
+    if "encoder_hidden_states" in inspect.signature(forward).parameters:
+        return "hidden_states", "encoder_hidden_states"
+    return "x", "context"
+
+
+def _stand_in(attn1: nn.Module) -> Callable[..., nn.Module]:
+    """Makes a copy of a layer (its parameters shared, its hooks left behind) with other projections."""
+
+    def make(**parts: Any) -> nn.Module:
+        layer = copy.copy(attn1)
+        layer.__dict__["_modules"] = {**attn1._modules, **{name: parts[name] for name in (*_PROJECTIONS, "to_out")}}
+        return layer
+
+    return make

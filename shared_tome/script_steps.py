@@ -1,0 +1,77 @@
+"""Which step a script's sampler is at, told from the timestep that the model is called with."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Diffusion models in use count their noise levels from 0 to 999.
+_TRAINED = 1000
+
+
+class Steps:
+    """Follows one model.
+
+    pipe: the pipeline whose scheduler knows the timesteps, where there is one.
+    scale: what the pipeline divides them by before the model gets them (Flux: 1000).
+    """
+
+    def __init__(self, pipe: Any = None, scale: float = 1.0):
+        self.scale = scale
+        try:
+            self._pipe = weakref.ref(pipe)
+        except TypeError:  # None, or what cannot be referred to weakly
+            self._pipe = lambda: pipe
+        self._last: Tensor | None = None
+        self._count: Tensor | None = None
+
+    def _timesteps(self, timestep: Any) -> Tensor | None:
+        """All timesteps of this run, rounded as the one that the model gets, or None."""
+        scheduler = getattr(self._pipe(), "scheduler", None)
+        found = getattr(scheduler, "timesteps", None)
+        if not isinstance(found, Tensor) or not getattr(scheduler, "num_inference_steps", None):
+            return None
+        if isinstance(timestep, Tensor) and timestep.is_floating_point():
+            found = found.to(timestep.dtype)
+        return (found / self.scale if self.scale != 1.0 else found).float()
+
+    def step(self, timestep: Any, device: torch.device) -> Tensor | int:
+        """The number of the step as a 0-d tensor on the device, without a synchronisation.
+
+        The timesteps above this one, where they are known. Otherwise counted: another timestep is the next step, a
+        higher one the first step of another run.
+        """
+        if timestep is None:
+            return 0
+        now = _first(timestep, device)
+        known = self._timesteps(timestep)
+        if known is not None:
+            return (known.to(device) > now).sum()
+        if self._last is None or self._last.device != now.device:
+            self._count = torch.zeros((), dtype=torch.int64, device=device)
+        else:
+            self._count = torch.where(now > self._last, 0, self._count + (now != self._last))
+        self._last = now
+        return self._count
+
+    def progress(self, timestep: Any) -> float:
+        """How far the run is, 0 to 1. Synchronises; only a schedule asks.
+
+        By steps where a pipeline knows them, otherwise by the timestep itself.
+        """
+        if timestep is None:
+            return 0.0
+        now, known = float(_first(timestep, torch.device("cpu"))), self._timesteps(timestep)
+        if known is not None and len(known):
+            return int((known.cpu() > now).sum()) / len(known)
+        return min(1.0, max(0.0, 1.0 - (now * self.scale + 1.0) / _TRAINED))
+
+
+def _first(timestep: Any, device: torch.device) -> Tensor:
+    """The first row's timestep, float32 []."""
+    if isinstance(timestep, Tensor):
+        return timestep.detach().reshape(-1)[0].to(device, torch.float32)
+    return torch.full((), float(timestep), dtype=torch.float32, device=device)

@@ -1,0 +1,361 @@
+"""The module hooks of vit.py.
+
+How a block is merged in its middle without its forward being copied: it computes x + mlp(norm2(x)). A hook before
+norm2 gives it the merged tokens; one behind the MLP branch adds the branch's output to them, keeps the sum and hands
+zeros to the block, which adds these to the unmerged x; one behind the block puts the kept sum in place of that.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import attend_tokens
+from .config import ToMeConfig
+from .matching import match_tokens
+from .plan import take
+from .sdpa import Handler, HostAttention, SdpaHooks
+
+SCHEDULES = ("constant", "falling")
+RESTORES = ("last", "all", "none")
+SERVED = "timm's VisionTransformer and the CLIP and SigLIP vision towers of transformers and ComfyUI"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of vit.apply_patch."""
+
+    r: int | Sequence[int] | None = None
+    ratio: float | None = None
+    schedule: str = "constant"
+    proportional: bool = True
+    restore: str = "last"
+    trace: bool = False
+
+    def check(self, depth: int) -> None:
+        """Raises ValueError naming what is out of range for that many blocks."""
+        if (self.r is None) == (self.ratio is None):
+            raise ValueError(f"give r or ratio, one of the two, got r={self.r!r} and ratio={self.ratio!r}")
+        if self.ratio is not None and not 0.0 <= self.ratio < 1.0:
+            raise ValueError(f"ratio must lie in 0 to 1, without 1, got {self.ratio!r}")
+        for name, choices in (("schedule", SCHEDULES), ("restore", RESTORES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.r is None:
+            return
+        numbers = (self.r,) if isinstance(self.r, int) else tuple(self.r)
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+            raise ValueError(f"r must be a whole number from 0 on, or a list of them, got {self.r!r}")
+        if not isinstance(self.r, int) and len(numbers) != depth:
+            raise ValueError(f"r must have one number for each of the {depth} blocks, got {len(numbers)}")
+
+    def per_block(self, depth: int, tokens: int) -> tuple[int, ...]:
+        """How many of that many tokens (without the prefix) go in each block, before each block's own limit."""
+        if self.r is not None and not isinstance(self.r, int):
+            return tuple(self.r)
+        total = self.r * depth if self.r is not None else int(tokens * self.ratio)
+        return spread_total(total, depth, self.schedule)
+
+
+@functools.lru_cache(maxsize=256)
+def spread_total(total: int, depth: int, schedule: str) -> tuple[int, ...]:
+    """`total` over the blocks in whole numbers: evenly, or falling in a straight line to 0. The sum is exact."""
+    weights = [1.0] * depth
+    if schedule == "falling" and depth > 1:
+        weights = [2.0 * (depth - 1 - i) / (depth - 1) for i in range(depth)]
+    edges, way = [0], 0.0
+    for weight in weights:
+        way += weight
+        edges.append(int(total * way / depth + 0.5))
+    return tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
+
+
+@dataclass(frozen=True, eq=False)
+class Tower:
+    """A vision transformer's blocks, and how to reach the parts of one.
+
+    attention, norm, tail: names of the attention, of the norm before the MLP, and of the last module of the MLP's
+    branch. prefix: how many tokens stand before the patches. explicit: the host hands the attention function to the
+    attention (ComfyUI).
+    """
+
+    blocks: list[nn.Module]
+    attention: str
+    norm: str
+    tail: str
+    prefix: int
+    explicit: bool = False
+
+
+def find_tower(model: nn.Module) -> Tower:
+    """Raises ValueError where there is none that is served."""
+    tower = _timm_tower(model) or _clip_tower(model)
+    if tower is None:
+        raise ValueError(f"ToMe does not know {type(model).__name__} as a vision transformer. It serves {SERVED}")
+    return tower
+
+
+def _timm_tower(model: nn.Module) -> Tower | None:
+    blocks = list(getattr(model, "blocks", ()))
+    if not blocks or not hasattr(model, "num_prefix_tokens"):
+        return None
+    for block in blocks:
+        attention = getattr(block, "attn", None)
+        if type(block).__name__ != "Block" or type(attention).__name__ != "Attention":
+            return None  # others turn keys by their place or have no residual between attention and MLP
+        if not getattr(attention, "fused_attn", False):
+            raise ValueError("ToMe needs timm's fused attention; see timm.layers.set_fused_attn")
+    if getattr(model, "grad_checkpointing", False):
+        raise ValueError("ToMe does not go with gradient checkpointing, which runs blocks twice; turn it off")
+    tail = next(name for name in ("drop_path2", "ls2", "mlp") if hasattr(blocks[0], name))
+    return Tower(blocks, "attn", "norm2", tail, model.num_prefix_tokens)
+
+
+def _clip_tower(model: nn.Module) -> Tower | None:
+    """transformers' and ComfyUI's towers have the same layout."""
+    names = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
+    found = []
+    for path, module in model.named_modules():
+        layers = getattr(module, "layers", None)
+        if "text_model" in path.split(".") or not isinstance(layers, nn.ModuleList) or not len(layers):
+            continue
+        if all(hasattr(layer, name) for layer in layers for name in names):
+            found.append(list(layers))
+    embeddings = [m for path, m in model.named_modules() if hasattr(m, "patch_embedding")]
+    if len(found) != 1 or len(embeddings) != 1:
+        return None
+    prefix = int(getattr(embeddings[0], "class_embedding", None) is not None)
+    attention = found[0][0].self_attn
+    kernel = getattr(getattr(attention, "config", None), "_attn_implementation", "sdpa")
+    if kernel != "sdpa":
+        raise ValueError(f"ToMe needs attn_implementation='sdpa', this model has {kernel!r}")
+    explicit = "optimized_attention" in inspect.signature(type(attention).forward).parameters
+    return Tower(found[0], "self_attn", "layer_norm2", "mlp", prefix, explicit)
+
+
+class _Call:
+    """One call of a tower: what its tokens stand for by now."""
+
+    def __init__(self, per_block: tuple[int, ...], prefix: int, follows: bool):
+        self.per_block, self.prefix, self.follows = per_block, prefix, follows
+        self.sizes: Tensor | None = None  # [B, M]; None: all 1
+        self.bias: Tensor | None = None  # [B, M], their logarithm
+        self.sources: Tensor | None = None  # [B, N]
+        self.metric: Tensor | None = None  # [B, M, d], this block's keys
+        self.middle: Tensor | None = None  # [B, M, C], the merged tokens before the MLP
+        self.out: Tensor | None = None  # [B, M, C], the block's output
+        self.counts: list[int] = []
+
+    def merge(self, x: Tensor, goes: int) -> Tensor | None:
+        """x [B, N, C] -> [B, N - goes, C], by the block's keys; None where nothing is to go."""
+        metric, self.metric = self.metric, None
+        tokens, prefix = x.shape[1], self.prefix
+        goes = min(goes, (tokens - prefix) // 2)
+        if goes <= 0 or metric is None:
+            return None
+        # Registers beyond the two tokens that matching can keep in place are put aside.
+        aside = prefix - 1 if prefix > 2 else 0
+        count = tokens - aside
+        plan = match_tokens(
+            metric[:, aside:], (1, count), _config(goes, count), class_token=prefix > 0, distill_token=prefix == 2
+        )
+        if plan.is_identity:
+            return None
+        merged, sizes, groups = x[:, aside:], self.sizes, plan.groups
+        if sizes is None:
+            merged, sizes = plan.merge(merged), plan.sizes
+            kept = sizes.new_ones(sizes.shape[0], aside)
+        else:
+            merged, kept = plan.merge(merged, weights=sizes[:, aside:]), sizes[:, :aside]
+            sizes = plan.merge_sizes(sizes[:, aside:])
+        if aside:
+            merged, sizes = torch.cat((x[:, :aside], merged), dim=1), torch.cat((kept, sizes), dim=1)
+            groups = torch.cat((torch.arange(aside, device=x.device).expand(x.shape[0], -1), groups + aside), dim=1)
+        self.sizes, self.bias = sizes, None
+        if self.follows:
+            self.sources = groups if self.sources is None else groups.gather(1, self.sources)
+        return merged
+
+    def key_bias(self) -> Tensor | None:
+        """log(sizes) [B, M], or None where all are 1."""
+        if self.bias is None and self.sizes is not None:
+            self.bias = self.sizes.log()
+        return self.bias
+
+
+@functools.lru_cache(maxsize=1024)
+def _config(goes: int, count: int) -> ToMeConfig:
+    return ToMeConfig(ratio=(goes + 0.5) / count, method="merge", partition="alternate", min_tokens=0)
+
+
+class Attachment:
+    """The hooks on one tower, and the calls under way: one a thread.
+
+    thread: merge this thread's calls alone (None: every thread's).
+    """
+
+    def __init__(self, tower: Tower, options: Options, thread: int | None = None):
+        self.options, self.thread = options, thread
+        self.depth, self.prefix = len(tower.blocks), tower.prefix
+        self.last: tuple[Tensor, Tensor, tuple[int, ...]] | None = None
+        self._calls: dict[int, _Call] = {}
+        self._handles: list[Any] = []
+        for place, block in enumerate(tower.blocks):
+            self._handles += _Block(self, place).hook(block, tower)
+
+    def detach(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._calls.clear()
+
+    @property
+    def call(self) -> _Call | None:
+        """This thread's call."""
+        return self._calls.get(threading.get_ident())
+
+    def begin(self, x: Tensor) -> None:
+        """The first block is about to run on x [B, N, C]."""
+        if self.thread not in (None, threading.get_ident()):
+            return
+        follows = self.options.trace or self.options.restore != "none"
+        per_block = self.options.per_block(self.depth, x.shape[1] - self.prefix)
+        self._calls[threading.get_ident()] = _Call(per_block, self.prefix, follows)
+
+    def end(self, tokens: Tensor) -> None:
+        """The last block is done with its tokens [B, M, C]."""
+        call = self._calls.pop(threading.get_ident())
+        if self.options.trace:
+            batch, count, _ = tokens.shape
+            sources, sizes = call.sources, call.sizes
+            if sources is None:
+                sources = torch.arange(count, device=tokens.device).expand(batch, -1)
+                sizes = torch.ones(batch, count, device=tokens.device)
+            self.last = (sources, sizes, tuple(call.counts))
+
+
+class _Block:
+    """The hooks of one block. Holds no state of a call and no module."""
+
+    def __init__(self, owner: Attachment, place: int):
+        self.owner, self.place = owner, place
+
+    def hook(self, block: nn.Module, tower: Tower) -> list[Any]:
+        """Register; returns the handles."""
+        attention = getattr(block, tower.attention)
+        handles = [
+            block.register_forward_pre_hook(self._before_block, with_kwargs=True),
+            getattr(block, tower.norm).register_forward_pre_hook(self._before_norm),
+            getattr(block, tower.tail).register_forward_hook(self._after_tail),
+            block.register_forward_hook(self._after_block, prepend=True),
+        ]
+        if tower.explicit:
+            handles.append(attention.register_forward_pre_hook(self._give_attention, with_kwargs=True))
+        else:
+            handles += SdpaHooks(attention, self._before_attention).handles
+        return handles
+
+    def _before_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        if getattr(block, "gradient_checkpointing", False) and block.training:
+            raise ValueError("ToMe does not go with gradient checkpointing, which runs blocks twice; turn it off")
+        if self.place == 0:
+            self.owner.begin(args[0] if args else kwargs[_name(kwargs)])
+        call = self.owner.call
+        if call is None or call.out is None:
+            return None
+        out, call.out = call.out, None  # the merged tokens, where the host got them restored
+        if args:
+            return (out, *args[1:]), kwargs
+        return args, {**kwargs, _name(kwargs): out}
+
+    def _wants_attention(self, call: _Call | None) -> bool:
+        if call is None:
+            return False
+        return call.per_block[self.place] > 0 or (self.owner.options.proportional and call.sizes is not None)
+
+    def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
+        return self._attend if self._wants_attention(self.owner.call) else None
+
+    def _attend(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [B, H, M, d] -> [B, H, M, d]."""
+        if not attention.is_plain:
+            raise ValueError("ToMe does not go with masked attention: merged tokens have no place in the mask")
+        call = self.owner.call
+        if call.per_block[self.place] > 0:
+            call.metric = k.detach().mean(dim=1)  # (B, M, d)
+        return attention(q, k, v, bias=call.key_bias() if self.owner.options.proportional else None)
+
+    def _give_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        """ComfyUI: attention(x, mask, optimized_attention), the last called as f(q, k, v, heads, mask)."""
+        call = self.owner.call
+        if not self._wants_attention(call):
+            return None
+        names = ("x", "mask", "optimized_attention")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if given.get("mask") is not None:
+            raise ValueError("ToMe does not go with masked attention: merged tokens have no place in the mask")
+        host, goes = given["optimized_attention"], call.per_block[self.place]
+        proportional = self.owner.options.proportional
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+            """q, k, v [B, M, H * d] -> [B, M, H * d]."""
+            if goes > 0:
+                call.metric = k.detach().unflatten(-1, (heads, -1)).mean(dim=2)  # (B, M, d)
+            bias = call.key_bias() if proportional else None
+            if bias is None:
+                return host(q, k, v, heads, *args, **kwargs)
+            inner = functools.partial(_with_scale, host, heads, args, kwargs)
+            return attend_tokens(q, k, v, heads, bias, inner)
+
+        return (), {**given, "optimized_attention": attend}
+
+    def _before_norm(self, norm: nn.Module, args: tuple) -> tuple | None:
+        call = self.owner.call
+        if call is None:
+            return None
+        call.middle = call.merge(args[0], call.per_block[self.place])
+        call.counts.append((args[0] if call.middle is None else call.middle).shape[1])
+        return None if call.middle is None else (call.middle, *args[1:])
+
+    def _after_tail(self, tail: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        call = self.owner.call
+        if call is None or call.middle is None:
+            return None
+        call.out, call.middle = call.middle + out, None
+        return out.new_zeros(1, 1, 1)
+
+    def _after_block(self, block: nn.Module, args: tuple, out: Any) -> Any:
+        call = self.owner.call
+        if call is None:
+            return None
+        tokens, call.out = call.out, None
+        if tokens is None:
+            tokens = out[0] if isinstance(out, tuple) else out
+        is_last, restore = self.place == self.owner.depth - 1, self.owner.options.restore
+        if is_last:
+            self.owner.end(tokens)
+        shown = tokens
+        if call.sources is not None and (restore == "all" or (restore == "last" and is_last)):
+            shown = take(tokens, call.sources)  # (B, N, C)
+            if not is_last:
+                call.out = tokens
+        return (shown, *out[1:]) if isinstance(out, tuple) else shown
+
+
+def _name(kwargs: dict[str, Any]) -> str:
+    """What a block calls its tokens."""
+    return "hidden_states" if "hidden_states" in kwargs else "x"
+
+
+def _with_scale(
+    host: Any, heads: int, args: tuple, kwargs: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> Tensor:
+    return host(q, k, v, heads, *args, **{**kwargs, "scale": scale})
