@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..shared_tome import ToMeConfig
 from ..shared_tome.config import Widget
+from .clip_vision import ToMeCLIPVision
 from .log import logger
 from .patch import apply_to_model
 
@@ -62,4 +63,4 @@ class ToMe(io.ComfyNode):
         return io.NodeOutput(apply_to_model(model, config))
 
 
-NODES: list[type[io.ComfyNode]] = [ToMe]
+NODES: list[type[io.ComfyNode]] = [ToMe, ToMeCLIPVision]

@@ -28,6 +28,9 @@ class Absent:
             raise AttributeError(name)
         return Absent(f"{self._name}.{name}")
 
+    def __mro_entries__(self, bases: tuple[object, ...]) -> tuple[type, ...]:
+        return ()  # timm derives classes from torchvision's; those are never used here
+
     def __call__(self, *args: object, **kwargs: object) -> None:
         package = self._name.partition(".")[0]
         raise RuntimeError(f"{self._name} was called, but there is no {package} that fits this torch")
