@@ -1,0 +1,154 @@
+"""ToMe in Forge and reForge: the patches of ComfyUI's node, put into a clone of the pass's U-Net.
+
+Their U-Net carries ComfyUI's attn1 patches but no wrappers around `apply_model`; the one hook that sees each call
+with its transformer_options is `model_function_wrapper`. It takes a single function, so one that stands there
+already is called by ours. Both programs put the unpatched U-Net back before each pass: nothing needs removing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..comfy_tome.unet import UNetCall
+from ..shared_tome import ModelCall
+from ..shared_tome.grid import grid_of
+from ..shared_tome.heads import GIVEN, narrow, widen_key, widen_query, widen_value
+from ..shared_tome.plan import spread_rows
+from .hooks import NotServed, served_blocks
+from .sampling import Sampling
+
+_WRAPPER = "model_function_wrapper"
+_MARK = "is_tome"
+
+
+def is_forge(sd_model: Any) -> bool:
+    """Whether the host is Forge or reForge."""
+    return hasattr(sd_model, "forge_objects")
+
+
+def patch(sd_model: Any, sampling: Sampling) -> None:
+    """Give this pass a merged clone of the U-Net; called twice, the second replaces the first.
+
+    Raises NotServed: the model has no self-attention that takes patches (Flux and other transformers).
+    """
+    unet = sd_model.forge_objects.unet.clone()
+    diffusion_model = unet.model.diffusion_model
+    if next(served_blocks(diffusion_model), None) is None:
+        raise NotServed(f"{type(diffusion_model).__name__} has no self-attention that ToMe knows; nothing is merged")
+    inner = _without_ours(unet.model_options.get(_WRAPPER))
+    unet.set_model_unet_function_wrapper(_wrapper(diffusion_model, sampling, inner))
+    sd_model.forge_objects.unet = unet
+
+
+def unpatch(sd_model: Any) -> None:
+    """Take our wrapper out of this pass's U-Net, if it is there."""
+    objects = getattr(sd_model, "forge_objects", None)
+    wrapper = objects.unet.model_options.get(_WRAPPER) if objects is not None else None
+    if not getattr(wrapper, _MARK, False):
+        return
+    unet = objects.unet.clone()
+    inner = _without_ours(wrapper)
+    if inner is None:
+        unet.model_options.pop(_WRAPPER, None)
+    else:
+        unet.set_model_unet_function_wrapper(inner)
+    objects.unet = unet
+
+
+def _without_ours(wrapper: Callable | None) -> Callable | None:
+    while getattr(wrapper, _MARK, False):
+        wrapper = wrapper.inner
+    return wrapper
+
+
+def _wrapper(diffusion_model: nn.Module, sampling: Sampling, inner: Callable | None) -> Callable:
+    """A plain function, because clone() copies objects deeply and would part them from the sampling's state."""
+
+    def tome_wrapper(apply_model: Callable, args: dict[str, Any]) -> Tensor:
+        def run(args: dict[str, Any]) -> Tensor:
+            if inner is not None:
+                return inner(apply_model, args)
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+        x = args["input"]  # (B, C, H, W): whole batches of images, prompts and negative prompts one after another
+        rows = tuple(row % len(sampling.seeds) for row in range(x.shape[0]))
+        call = sampling.call(tuple(x.shape[-2:]), x.shape[0], x.device, rows) if x.dim() == 4 else None
+        if call is None:
+            return run(args)
+        ours = ForgeCall(call, args["c"].get("transformer_options", {}), x.shape[0])
+        with ours.hooks(diffusion_model):
+            return run({**args, "c": {**args["c"], "transformer_options": ours.options}})
+
+    tome_wrapper.inner = inner
+    setattr(tome_wrapper, _MARK, True)
+    return tome_wrapper
+
+
+class ForgeCall(UNetCall):
+    """ComfyUI's patches where the grid is not told and the attention cannot be overridden."""
+
+    def __init__(self, call: ModelCall, options: dict[str, Any], batch: int):
+        super().__init__(call, options)
+        self._batch = batch
+        for name in ("wrappers", "optimized_attention_override"):  # these are ComfyUI's; keep what was there
+            self.options.pop(name, None)
+            if name in options:
+                self.options[name] = options[name]
+
+    @contextmanager
+    def hooks(self, diffusion_model: nn.Module) -> Iterator[None]:
+        """The hooks of one call: on the feed-forward layers for `mlp`, on the projections for keys with weights."""
+        config = self.call.config
+        handles: list[Any] = []
+        try:
+            for block in served_blocks(diffusion_model):
+                if config.proportional and config.kind.keys and not config.kind.fills:
+                    handles += self._widen(block)
+                if config.mlp and hasattr(block, "ff"):
+                    handles.append(block.ff.register_forward_pre_hook(self._before_mlp))
+                    handles.append(block.ff.register_forward_hook(self._after_mlp))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _grid(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple[int, int] | None:
+        grid = grid_of(q.shape[1], self.call.full) if q.dim() == 3 else None
+        if grid is not None and "activations_shape" not in extra_options:
+            extra_options = {**extra_options, "activations_shape": (self._batch, q.shape[2], *grid)}
+        return super()._grid(q, k, v, extra_options)
+
+    def _widen(self, block: nn.Module) -> list[Any]:
+        """Forge's attention codes all scale by the size of the heads that they are given (heads.GIVEN)."""
+        attn1 = block.attn1
+        heads = getattr(attn1, "heads", None) or block.n_heads
+        state: dict[str, Any] = {}
+
+        def after_query(module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+            # The pending bias is this layer's: attn1_patch sets it right before and attn1_output_patch clears it.
+            if self._pending is None:
+                return None
+            state["d"] = out.shape[-1] // heads
+            return widen_query(out, heads, GIVEN)
+
+        def after_key(module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+            if self._pending is None:
+                return None
+            return widen_key(out, heads, GIVEN, spread_rows(self._pending, out.shape[0]))
+
+        def after_value(module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+            return None if self._pending is None else widen_value(out, heads)
+
+        def before_out(module: nn.Module, args: tuple) -> tuple | None:
+            return None if self._pending is None else (narrow(args[0], heads, state["d"]), *args[1:])
+
+        return [
+            attn1.to_q.register_forward_hook(after_query),
+            attn1.to_k.register_forward_hook(after_key),
+            attn1.to_v.register_forward_hook(after_value),
+            attn1.to_out.register_forward_pre_hook(before_out),
+        ]

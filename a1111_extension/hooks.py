@@ -1,0 +1,279 @@
+"""ToMe on a U-Net of the ldm or sgm classes, by module hooks.
+
+Nothing is replaced: the host's attention codes, LoRA and other extensions keep working. A hook on the model makes
+the state of each call and one after it takes it away; hooks on the blocks' attn1 (attn2, ff) merge and unmerge.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..shared_tome import ModelCall
+from ..shared_tome.call import MergedAttention
+from ..shared_tome.grid import Grid, grid_of
+from ..shared_tome.heads import find_rule, narrow, widen_key, widen_query, widen_value, width
+from ..shared_tome.plan import Plan, spread_rows
+from .sampling import Sampling
+
+# Those whose hooks are on a model. Not a registry to work with: it only serves to take off what a crash left on.
+_attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+
+class NotServed(Exception):
+    """This model has nothing that ToMe can merge. The text is for a person."""
+
+
+def detach_all() -> None:
+    """Take off every hook that is on any model, whoever put it there and whatever became of it."""
+    for attachment in list(_attached):
+        attachment.detach()
+
+
+def served_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The transformer blocks with a self-attention of the kind we know."""
+    for module in model.modules():
+        attn1 = getattr(module, "attn1", None)
+        if isinstance(attn1, nn.Module) and all(hasattr(attn1, name) for name in ("to_q", "to_k", "to_v", "to_out")):
+            yield module
+
+
+class Attachment:
+    """The hooks of one sampling pass on one diffusion model. `detach` may be called at any time, and twice.
+
+    Raises NotServed.
+    """
+
+    def __init__(self, model: nn.Module | None, sampling: Sampling):
+        self.sampling = sampling
+        self.model: nn.Module | None = None
+        self.call: ModelCall | None = None
+        self._handles: list[Any] = []
+        self._rules: dict[tuple, str | None] = {}
+        self.attach(model)
+
+    def attach(self, model: nn.Module | None) -> None:
+        """Move to this model; nothing happens where the hooks are on it already."""
+        if model is not None and model is self.model:
+            return
+        self.detach()
+        blocks = list(served_blocks(model)) if model is not None else []
+        if not blocks:
+            raise NotServed(f"{type(model).__name__} has no self-attention that ToMe knows; nothing is merged")
+        self.model = model
+        _attached.add(self)
+        try:
+            self._handles += [
+                model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+                model.register_forward_hook(self._after_model),
+            ]
+            for block in blocks:
+                self._handles += _Block(self, block).hook(block)
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.model = self.call = None
+        _attached.discard(self)
+
+    def say(self, message: str) -> None:
+        """Tell what was left alone and why, in the log."""
+        self.sampling.notes.say(message, shown=False)
+
+    def rule(self, attention: nn.Module, d: int, x: Tensor) -> str | None:
+        """heads.find_rule for a layer, remembered for this pass: the active optimization cannot change in it."""
+        forward = _plain_forward(attention)
+        dtype = x.dtype if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
+        key = (forward, d, x.device, dtype)
+        if key not in self._rules:
+            self._rules[key] = find_rule(forward, d, x.device, dtype)
+            if self._rules[key] is None:
+                self.say("the active attention optimization takes no weights of keys; proportional attention is off")
+        return self._rules[key]
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("x")
+        self.call = None
+        if isinstance(x, Tensor) and x.dim() == 4:  # (B, C, H, W)
+            self.call = self.sampling.call((x.shape[2], x.shape[3]), x.shape[0], x.device)
+            self.batch = x.shape[0]
+
+    def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
+        self.call = None
+
+
+class _Block:
+    """The hooks of one transformer block, and what they hand to each other during one call of it."""
+
+    def __init__(self, owner: Attachment, block: nn.Module):
+        self.owner = owner
+        self.heads = getattr(block.attn1, "heads", None)
+        self.reset()
+
+    def reset(self) -> None:
+        self.layer: MergedAttention | None = None
+        self.plan: Plan | None = None  # the block's match, for attn2 and ff
+        self.open: dict[str, Plan] = {}
+        self.query: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.rule: str | None = None
+        self.head_size = 0
+
+    def hook(self, block: nn.Module) -> list[Any]:
+        """Register; returns the handles."""
+        config = self.owner.sampling.config
+        attn1 = block.attn1
+        # Ours is the last to see the inputs and the first to see the output: right around the attention.
+        handles = [
+            attn1.register_forward_pre_hook(self._before_attention, with_kwargs=True),
+            attn1.register_forward_hook(self._after_attention, prepend=True),
+        ]
+        if config.proportional and config.kind.keys and not config.kind.fills and self.heads:
+            to_out = attn1.to_out[0] if isinstance(attn1.to_out, (nn.Sequential, nn.ModuleList)) else attn1.to_out
+            handles += [
+                attn1.to_q.register_forward_pre_hook(self._before_query, prepend=True),
+                attn1.to_q.register_forward_hook(self._after_query),
+                attn1.to_k.register_forward_hook(self._after_key),
+                attn1.to_v.register_forward_hook(self._after_value),
+                to_out.register_forward_pre_hook(self._before_out, prepend=True),
+            ]
+        for name, wanted in (("attn2", config.cross_attention), ("ff", config.mlp)):
+            module = getattr(block, name, None)
+            if wanted and isinstance(module, nn.Module):
+                handles += [
+                    module.register_forward_pre_hook(self._merge_input(name), with_kwargs=True),
+                    module.register_forward_hook(self._unmerge_output(name), prepend=True),
+                ]
+        return handles
+
+    def _before_attention(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        self.reset()  # a call that ended in an exception may have left something
+        call = self.owner.call
+        if call is None:
+            return None
+        x = args[0] if args else kwargs.get("x")
+        context = args[1] if len(args) > 1 else kwargs.get("context")
+        grid = self._grid(call, attn1, x, context)
+        layer = call.attention(x, x, x, grid) if grid is not None else None
+        if layer is None:
+            return None
+        self.layer = layer
+        if call.config.kind.matches:
+            self.plan = layer.plan
+        q = self._with_bias(attn1, layer)
+        if len(args) > 1:
+            args = (q, layer.k, *args[2:])
+        elif args:
+            args, kwargs = (q,), {**kwargs, "context": layer.k}
+        else:
+            kwargs = {**kwargs, "x": q, "context": layer.k}
+        return args, kwargs
+
+    def _after_attention(self, attn1: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        layer, self.layer = self.layer, None
+        self.query = self.bias = None
+        return None if layer is None else layer.unmerge(out)
+
+    def _grid(self, call: ModelCall, attn1: nn.Module, x: Any, context: Any) -> Grid | None:
+        """The grid of this layer's tokens, or None where it is to be left alone."""
+        owner = self.owner
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            return None
+        if context is not None and context is not x:
+            owner.say("another extension gives the self-attention keys of its own; such calls are left alone")
+            return None
+        grid = grid_of(x.shape[1], call.full)
+        if grid is None or x.shape[0] != owner.batch:
+            owner.say(
+                f"{x.shape[1]} tokens in {x.shape[0]} rows are no level of {call.full[0]}x{call.full[1]} in "
+                f"{owner.batch} rows; such layers are left alone"
+            )
+            return None
+        if not call.serves(grid):
+            return None
+        if _is_taken(attn1):
+            owner.say("HyperTile or another extension has replaced the self-attention; such layers are left alone")
+            return None
+        return grid
+
+    def _with_bias(self, attn1: nn.Module, layer: MergedAttention) -> Tensor:
+        """Get ready to widen the heads where keys have weights. Returns what attn1 gets as x."""
+        if layer.bias is None or not self.heads:
+            return layer.q
+        inner = getattr(attn1.to_q, "out_features", layer.q.shape[-1])
+        head_size = inner // self.heads
+        rule = self.owner.rule(attn1, head_size, layer.q)
+        if rule is None:
+            return layer.q
+        self.rule, self.head_size = rule, head_size
+        self.bias = spread_rows(layer.bias, layer.k.shape[0])
+        self.query = layer.q
+        # The sdp code takes the head size from x's channels: it gets a stand-in of that shape (no memory), and
+        # to_q gets the real one.
+        return layer.q.new_zeros(1, 1, 1).expand(*layer.q.shape[:2], width(self.heads, head_size))
+
+    def _before_query(self, module: nn.Module, args: tuple) -> tuple | None:
+        query, self.query = self.query, None
+        return None if query is None else (query,)
+
+    def _after_query(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        return None if self.bias is None else widen_query(out, self.heads, self.rule)
+
+    def _after_key(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        return None if self.bias is None else widen_key(out, self.heads, self.rule, self.bias)
+
+    def _after_value(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        return None if self.bias is None else widen_value(out, self.heads)
+
+    def _before_out(self, module: nn.Module, args: tuple) -> tuple | None:
+        bias, self.bias = self.bias, None
+        return None if bias is None else (narrow(args[0], self.heads, self.head_size),)
+
+    def _merge_input(self, name: str) -> Any:
+        """A pre-hook for attn2 or ff: the block's match serves it too."""
+
+        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+            x = args[0] if args else None
+            if self.plan is None or not isinstance(x, Tensor) or x.shape[:2] != (self.plan.batch, self.plan.tokens):
+                return None
+            self.open[name] = self.plan
+            return (self.plan.merge(x), *args[1:]), kwargs
+
+        return before
+
+    def _unmerge_output(self, name: str) -> Any:
+        def after(module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+            plan = self.open.pop(name, None)
+            return None if plan is None else plan.unmerge(out)
+
+        return after
+
+
+def _hypertile(attn1: nn.Module) -> Any:
+    """What HyperTile keeps on a layer that it once took."""
+    return getattr(attn1, "__webui_hypertile_params", None)
+
+
+def _is_taken(attn1: nn.Module) -> bool:
+    """Whether somebody replaced this very layer's forward. HyperTile leaves its wrapper there when it is off."""
+    if "forward" not in vars(attn1):
+        return False
+    params = _hypertile(attn1)
+    return params is None or bool(getattr(params, "enabled", True))
+
+
+def _plain_forward(attn1: nn.Module) -> Any:
+    """The function that runs between the projections: forward(self, x, context)."""
+    params = _hypertile(attn1)
+    if "forward" in vars(attn1) and params is not None:
+        return getattr(params.forward, "__func__", params.forward)
+    return type(attn1).forward

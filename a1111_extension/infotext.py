@@ -1,0 +1,85 @@
+"""What a picture's text says of ToMe, and how it comes back by "send to txt2img"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .options import WIDGETS, Settings, is_valid
+
+_ALWAYS = ("ratio", "method")
+LABELS = {
+    widget.name: f"ToMe {widget.option.label[:1].lower() + widget.option.label[1:]}".replace("mLP", "MLP")
+    for widget in WIDGETS
+    if widget.name != "enabled"
+}
+
+
+def write(parameters: dict[str, Any], settings: Settings) -> None:
+    """Put ToMe's options into p.extra_generation_params: ratio, method, and all that is not the default."""
+    erase(parameters)
+    if settings.is_off:
+        return
+    values = values_of(settings)
+    for widget in WIDGETS[1:]:
+        value = values[widget.name]
+        if widget.name in _ALWAYS or value != widget.default:
+            parameters[LABELS[widget.name]] = value
+
+
+def erase(parameters: dict[str, Any]) -> None:
+    """Take them out again."""
+    for label in LABELS.values():
+        parameters.pop(label, None)
+
+
+def values_of(settings: Settings) -> dict[str, Any]:
+    """Settings as named values."""
+    values: dict[str, Any] = {"enabled": settings.enabled}
+    for widget in WIDGETS[1:]:
+        name, _, part = widget.name.rpartition("_")
+        if hasattr(settings.config, widget.name):
+            values[widget.name] = getattr(settings.config, widget.name)
+        elif part in ("x", "y"):
+            values[widget.name] = getattr(settings.config, name)["xy".index(part)]
+        else:
+            values[widget.name] = getattr(settings, widget.name)
+    return values
+
+
+def read(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Named values from a parsed infotext, with defaults for what it leaves out; None where ToMe was not on.
+
+    A value that this version does not know becomes the default.
+    """
+    if LABELS["ratio"] not in parameters:
+        return None
+    values: dict[str, Any] = {"enabled": True}
+    for widget in WIDGETS[1:]:
+        value = _parsed(parameters.get(LABELS[widget.name]), widget.default)
+        values[widget.name] = value if is_valid(widget.name, value) else widget.default
+    return values
+
+
+def paste_function(name: str) -> Any:
+    """For the host's paste fields: parsed infotext -> the value of one option, or None to leave it."""
+
+    def paste(parameters: Mapping[str, Any]) -> Any:
+        values = read(parameters)
+        if values is None:
+            # A picture made without ToMe is made again without it.
+            return False if name == "enabled" else None
+        return values[name]
+
+    return paste
+
+
+def _parsed(text: Any, default: Any) -> Any:
+    if text is None:
+        return default
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[str(text).lower()]
+        return type(default)(text)
+    except (KeyError, ValueError):
+        return default

@@ -1,0 +1,117 @@
+"""The options of the panel: those of ToMeConfig and the few that only this host has, and what comes back of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..shared_tome import ToMeConfig
+from ..shared_tome.config import Option, Widget
+
+SEED_RULES = ("image", "fixed")
+
+_RATIO, *_OTHERS = ToMeConfig.widgets()
+_OWN = (
+    Widget("enabled", False, Option("ToMe", "Merge tokens.")),
+    Widget(
+        "hires_ratio",
+        -1.0,
+        Option("Hires ratio", "The ratio of the hires pass. -1: the same.", minimum=-1.0, maximum=1.0, step=0.05),
+    ),
+    Widget(
+        "seed_rule",
+        "image",
+        Option(
+            "Seed rule",
+            "image: each image by its own seed, so that one from a batch is the same as made alone. "
+            "fixed: by the number in 'Seed', whatever the image's.",
+            choices=SEED_RULES,
+            advanced=True,
+        ),
+    ),
+)
+# The order of the API's list: do not change it, add to its end.
+WIDGETS: tuple[Widget, ...] = (_OWN[0], _RATIO, *_OWN[1:], *_OTHERS)
+NAMES = tuple(widget.name for widget in WIDGETS)
+_OWN_NAMES = tuple(widget.name for widget in _OWN)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one generation is to do."""
+
+    enabled: bool
+    hires_ratio: float
+    seed_rule: str
+    config: ToMeConfig
+
+    def for_pass(self, hires: bool) -> ToMeConfig:
+        """The config of the first or of the hires pass."""
+        if hires and self.hires_ratio >= 0.0:
+            return self.config.replace(ratio=self.hires_ratio)
+        return self.config
+
+    @property
+    def is_off(self) -> bool:
+        """Whether neither pass merges anything."""
+        return not self.enabled or (self.for_pass(False).is_off and self.for_pass(True).is_off)
+
+
+def settings_from(values: Mapping[str, Any]) -> Settings:
+    """Settings from named values; a missing one, or None, is the default.
+
+    Raises ValueError naming the option and its range. Where ToMe is off, the other values are not looked at.
+    """
+    unknown = sorted(set(values) - set(NAMES))
+    if unknown:
+        raise ValueError(f"unknown ToMe option {unknown[0]!r}; there are {', '.join(NAMES)}")
+    known = {widget.name: widget.default for widget in WIDGETS}
+    known.update((name, value) for name, value in values.items() if value is not None)
+    enabled, hires_ratio, seed_rule = (known.pop(name) for name in _OWN_NAMES)
+    if enabled not in (True, False):
+        raise ValueError(f"enabled must be true or false, got {enabled!r}")
+    if not enabled:
+        return Settings(False, -1.0, SEED_RULES[0], ToMeConfig())
+    if seed_rule not in SEED_RULES:
+        raise ValueError(f"seed_rule must be one of {', '.join(SEED_RULES)}, got {seed_rule!r}")
+    number = isinstance(hires_ratio, (int, float)) and not isinstance(hires_ratio, bool)
+    if not number or not (hires_ratio == -1.0 or 0.0 <= hires_ratio <= 1.0):
+        raise ValueError(f"hires_ratio must be -1 (the same) or a number in 0 to 1, got {hires_ratio!r}")
+    return Settings(True, float(hires_ratio), seed_rule, ToMeConfig.from_widgets(**known))
+
+
+def named(values: Sequence[Any]) -> dict[str, Any]:
+    """The host's list of arguments by name. An API request may put one object with names in the first place."""
+    if values and isinstance(values[0], Mapping):
+        return {**dict(zip(NAMES[1:], values[1:], strict=False)), "enabled": True, **values[0]}
+    return dict(zip(NAMES, values, strict=False))  # a short list leaves the rest at its defaults
+
+
+def is_valid(name: str, value: Any) -> bool:
+    """Whether a single value is one that the option takes (on its own, with defaults for the rest)."""
+    values = {"enabled": True, name: value}
+    if name in ("cross_attention", "mlp"):  # need a method that matches
+        values["method"] = "merge"
+    try:
+        settings_from(values)
+    except ValueError:
+        return False
+    return True
+
+
+def control(widget: Widget) -> tuple[str, dict[str, Any]]:
+    """The gradio class for an option and its arguments, without the value, label and help text."""
+    option = widget.option
+    if option.choices is not None:
+        return "Dropdown", {"choices": list(option.choices)}
+    if isinstance(widget.default, bool):
+        return "Checkbox", {}
+    if (option.maximum - option.minimum) / option.step > 1000:  # no slider can be set that finely
+        return "Number", {"precision": 0}
+    return "Slider", {"minimum": option.minimum, "maximum": option.maximum, "step": option.step}
+
+
+def by_name(widgets: Iterable[Widget] = WIDGETS) -> dict[str, Widget]:
+    """Every option by its name."""
+    return {widget.name: widget for widget in widgets}

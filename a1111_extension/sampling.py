@@ -1,0 +1,77 @@
+"""What one sampling pass knows: its config, the images' seeds and where the sampler is. The same for all hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..shared_tome import ModelCall, ToMeConfig
+from ..shared_tome.grid import Grid
+from ..shared_tome.noise import fold_seed
+from ..shared_tome.schedule import ratio_at
+from .notes import Notes
+from .seeds import RowCursor, Rows, period, prompt_counts, rows_of_step
+
+
+class Sampling:
+    """One sampling pass.
+
+    Args:
+        config: of this pass, with its schedule.
+        seeds: one a image.
+    """
+
+    def __init__(self, config: ToMeConfig, seeds: Sequence[int], notes: Notes):
+        self.config, self.notes = config, notes
+        self.seeds = tuple(fold_seed(int(seed)) for seed in seeds) or (0,)
+        self.step, self.progress = 0, 0.0
+        self._rows = RowCursor(len(self.seeds))
+        self._tensors: dict[tuple[Rows, torch.device], torch.Tensor] = {}
+
+    def begin_step(self, step: int, total: int, rows: int | None = None, cond: Any = None) -> None:
+        """The sampler is about to call the model.
+
+        Args:
+            step, total: in calls of the denoiser. The host's own step number lags by one after the first step and
+                stands still in samplers that call twice a step.
+            rows: how many rows it made, cond: its conditioning, which tells the prompts of each image.
+        """
+        self.step, self.progress = step, min(step / max(1, total), 1.0 - 1e-6)
+        if rows is None:
+            self._rows.begin(None)
+            return
+        images = len(self.seeds)
+        counts = prompt_counts(cond, images)
+        if counts is None:
+            counts = (max(1, rows // images - 1),) * images
+        found = rows_of_step(rows, counts)
+        if found is None:
+            self.notes.say(f"{rows} rows for {images} images are not understood; their choices go by row", shown=False)
+        self._rows.begin(found)
+
+    def call(self, full: Grid, batch: int, device: torch.device, rows: Rows | None = None) -> ModelCall | None:
+        """The state of one call of the model, or None where nothing is merged now.
+
+        full: the latent's grid, batch: its rows; rows: their images, where the caller knows better than the step.
+        """
+        if rows is None:
+            rows = self._rows.take(batch)  # even if not merged: the cursor has to move on
+        config = self.config
+        if config.is_scheduled:
+            config = config.replace(ratio=ratio_at(config, self.progress), ratio_end=-1.0)
+        if config.ratio == 0.0:
+            return None
+        if config.share_match and (batch % 2 or rows[: batch // 2] != rows[batch // 2 :]):
+            config = config.replace(share_match=False)  # the halves are not the same images
+        return ModelCall(config, full, device, seed=self._seed(rows, device), step=self.step)
+
+    def _seed(self, rows: Rows, device: torch.device) -> torch.Tensor:
+        """[b] int64: one number a row, no longer than needed (rows that repeat share one choice)."""
+        rows = tuple(row for row in rows)[: period([self.seeds[row] for row in rows])]
+        if (rows, device) not in self._tensors:
+            self._tensors[rows, device] = torch.tensor(
+                [self.seeds[row] for row in rows], dtype=torch.int64, device=device
+            )
+        return self._tensors[rows, device]

@@ -1,0 +1,220 @@
+"""The script that AUTOMATIC1111, Forge and reForge run with each generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modules import script_callbacks, scripts
+
+from . import forge, hooks, infotext, panel, settings, xyz
+from .notes import Notes, logger, set_up_log
+from .options import Settings, named, settings_from
+from .sampling import Sampling
+
+_STATE = "tome_state"
+
+
+class _State:
+    """What one processing object owns: its settings and, while it samples, its hooks."""
+
+    def __init__(self, owner: Any, chosen: Settings):
+        self.owner, self.settings, self.notes = owner, chosen, Notes(owner)
+        self.attachment: hooks.Attachment | None = None
+        self.sampling: Sampling | None = None
+        self.patched: Any = None  # Forge: the sd_model whose U-Net was patched for this pass
+
+    def detach(self) -> None:
+        attachment, self.attachment = self.attachment, None
+        self.sampling = self.patched = None
+        if attachment is not None:
+            attachment.detach()
+
+
+def _state(p: Any) -> _State | None:
+    """The state that p owns itself: a copy of p carries its original's, which is not to be used."""
+    state = getattr(p, _STATE, None)
+    return state if state is not None and state.owner is p else None
+
+
+class ToMeScript(scripts.Script):
+    """Callbacks in the order in which the host calls them."""
+
+    def title(self) -> str:
+        return "ToMe"
+
+    def show(self, is_img2img: bool) -> Any:
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        # The API calls this too, on no page, to learn the defaults.
+        controls, self.infotext_fields = panel.build(self.elem_id, settings.start_values(is_img2img), is_img2img)
+        self.paste_field_names = panel.paste_names()
+        return controls
+
+    def before_process(self, p: Any, *args: Any) -> None:
+        # The checkpoint may yet change: nothing is hooked here. But a crash may have left hooks on.
+        hooks.detach_all()
+        try:
+            chosen = settings_from({**named(args), **xyz.overrides_of(p)})
+        except ValueError as error:
+            chosen = settings_from({"enabled": False})
+            self._refuse(p, str(error))
+        setattr(p, _STATE, _State(p, chosen))
+        if chosen.enabled:
+            _wrap_close(p)
+
+    def process(self, p: Any, *args: Any) -> None:
+        state = _state(p)
+        if state is not None:
+            infotext.write(p.extra_generation_params, state.settings)
+
+    def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        state = _state(p)
+        if state is None or not state.settings.enabled:
+            return
+        state.detach()
+        hires = bool(getattr(p, "is_hr_pass", False))
+        config = state.settings.for_pass(hires)
+        try:
+            if not config.is_off:
+                _check_alone(p, hires)
+                self._start(p, state, Sampling(config, _seeds(p, state.settings), state.notes))
+        except hooks.NotServed as reason:
+            state.detach()
+            state.notes.say(str(reason))
+            _leave_out(p, hires)
+        if config.is_off and forge.is_forge(p.sd_model):
+            forge.unpatch(p.sd_model)
+
+    def _start(self, p: Any, state: _State, sampling: Sampling) -> None:
+        config = sampling.config
+        if config.ratio > config.ratio_cap:
+            state.notes.say(
+                f"ratio {config.ratio:g} is more than method {config.method} can take at stride "
+                f"{config.stride[0]}x{config.stride[1]}; {config.ratio_cap:g} is what it does"
+            )
+        state.sampling = sampling
+        if forge.is_forge(p.sd_model):
+            forge.patch(p.sd_model, sampling)
+            state.patched = p.sd_model
+        else:
+            state.attachment = hooks.Attachment(_diffusion_model(p.sd_model), sampling)
+
+    def post_sample(self, p: Any, ps: Any, *args: Any) -> None:
+        _detach(p)
+
+    def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
+        _detach(p)
+
+    def _refuse(self, p: Any, reason: str) -> None:
+        """A value that is not possible: an API request gets HTTP 422, a person a picture without ToMe and a line."""
+        if not getattr(p, "is_api", False):
+            Notes(p).say(f"off for this picture: {reason}")
+            return
+        logger.info("[ToMe] request refused: %s", reason)
+
+        def init(*args: Any, **kwargs: Any) -> None:
+            from fastapi import HTTPException
+
+            raise HTTPException(status_code=422, detail=f"ToMe: {reason}")
+
+        # The host swallows what a callback raises. What p's own methods raise reaches the client.
+        p.init = init
+
+
+def _on_cfg_denoiser(params: Any) -> None:
+    """Each call of the denoiser, before its rows go to the model."""
+    denoiser = getattr(params, "denoiser", None)
+    p = getattr(denoiser, "p", None)
+    state = _state(p) if p is not None else None
+    if state is None or state.sampling is None:
+        return
+    total = getattr(denoiser, "total_steps", None)
+    step = denoiser.step if total else params.sampling_step
+    total = total or params.total_sampling_steps
+    try:
+        if state.attachment is None:  # Forge: its calls tell their rows
+            state.sampling.begin_step(step, total)
+            if p.sd_model is not state.patched:  # the refiner brought another one
+                forge.patch(p.sd_model, state.sampling)
+                state.patched = p.sd_model
+            return
+        conditioning = (getattr(denoiser.sampler, "sampler_extra_args", None) or {}).get("cond")
+        state.sampling.begin_step(step, total, params.x.shape[0], conditioning)
+        state.attachment.attach(_diffusion_model(p.sd_model))  # the same for the others
+    except hooks.NotServed as reason:
+        state.detach()
+        state.notes.say(str(reason))
+
+
+def _detach(p: Any) -> None:
+    state = _state(p)
+    if state is not None:
+        state.detach()
+
+
+def _wrap_close(p: Any) -> None:
+    """Take the hooks off in p.close too: the host calls it whatever happened."""
+    owner = getattr(vars(p).get("close"), "tome_owner", None)
+    if owner is p:
+        return
+    if owner is not None:
+        del p.close  # p is a copy, and this is its original's
+    original = p.close
+
+    def close() -> None:
+        try:
+            _detach(p)
+        finally:
+            vars(p).pop("close", None)
+            original()
+
+    close.tome_owner = p
+    p.close = close
+
+
+def _check_alone(p: Any, hires: bool) -> None:
+    """Raises NotServed where somebody else merges tokens or brings a U-Net that we cannot see into."""
+    builtin = getattr(p.sd_model, "applied_token_merged_ratio", 0) or 0
+    ratio = getattr(p, "get_token_merging_ratio", None)
+    if builtin > 0 or (ratio is not None and ratio(for_hr=hires) > 0):
+        raise hooks.NotServed(
+            "stands aside, because the built-in token merging is on (Settings, Optimizations, Token merging ratio)"
+        )
+    if getattr(_sd_unet(), "current_unet", None) is not None:
+        raise hooks.NotServed("stands aside, because another U-Net is active (Settings, Stable Diffusion, SD Unet)")
+
+
+def _sd_unet() -> Any:
+    try:
+        from modules import sd_unet
+    except ImportError:  # Forge has none
+        return None
+    return sd_unet
+
+
+def _leave_out(p: Any, hires: bool) -> None:
+    """The picture's text is not to claim what was not done."""
+    if not hires:
+        infotext.erase(p.extra_generation_params)
+    elif infotext.LABELS["ratio"] in p.extra_generation_params:
+        p.extra_generation_params[infotext.LABELS["hires_ratio"]] = 0.0
+
+
+def _seeds(p: Any, chosen: Settings) -> list[int]:
+    seeds = list(getattr(p, "seeds", None) or [0])
+    return [chosen.config.seed] * len(seeds) if chosen.seed_rule == "fixed" else seeds
+
+
+def _diffusion_model(sd_model: Any) -> Any:
+    return getattr(getattr(sd_model, "model", None), "diffusion_model", None)
+
+
+def register() -> None:
+    """Hand our callbacks to the host. Called each time that it loads its scripts."""
+    set_up_log()
+    if not hasattr(scripts.Script, "process_before_every_sampling"):
+        logger.info("[ToMe] this web UI is too old: version 1.9 or newer is needed")
+    script_callbacks.on_cfg_denoiser(_on_cfg_denoiser)
+    script_callbacks.on_ui_settings(settings.add_settings)
+    script_callbacks.on_before_ui(xyz.add_axes)

@@ -1,0 +1,72 @@
+"""Builds the panel with the real gradio. Runs in gradio's environment; torch comes from the tests' own.
+
+python build_panel.py SITE_PACKAGES_WITH_TORCH
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.append(sys.argv[1])  # last: where both have a package, gradio's is taken
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import gradio as gr
+
+from tests.a1111 import host as program
+
+
+class InputAccordion:
+    """As the host's: a hidden checkbox with an accordion that follows it. The host's is a gr.Checkbox itself; here
+    it has one, because gradio 4 writes a .pyi file beside each new component class.
+    """
+
+    def __init__(self, value, label, elem_id):
+        self.checkbox = gr.Checkbox(value, label=label, elem_id=f"{elem_id}-checkbox", visible=False)
+        self.accordion = gr.Accordion(label=label, elem_id=elem_id, open=value)
+
+    def __enter__(self):
+        self.accordion.__enter__()
+        return self.checkbox
+
+    def __exit__(self, *exc):
+        self.accordion.__exit__(*exc)
+
+
+def main() -> None:
+    """Build, ask again as the API does, and print what came of it as JSON."""
+
+    host = program.Host()
+    host.modules["modules.ui_components"].InputAccordion = InputAccordion
+    host.modules.pop("gradio")
+    sys.modules.update(host.modules)
+    warnings.simplefilter("error", UserWarning)
+    with gr.Blocks() as page:
+        host.start()
+        runner = host.tabs["txt2img"]
+        for info in host.opts.data_labels.values():
+            info.component(label=info.label, value=info.default, **info.component_args)
+    with gr.Blocks():
+        again = [control.value for control in runner.scripts[0].ui(False)]
+    described = page.get_config_file()["components"]
+    controls = runner.inputs[1:]
+    paste = dict(zip(("enabled", "ratio"), runner.scripts[0].infotext_fields, strict=False))
+    print(
+        json.dumps(
+            {
+                "values": [control.value for control in controls],
+                "again": again,
+                "kinds": [part["type"] for part in described],
+                "ids": [control.elem_id for control in controls],
+                "settings": len(host.opts.data_labels),
+                "texts": json.dumps(described),
+                "pasted": type(paste["ratio"][0].value)(paste["ratio"][1]({"ToMe ratio": "0.35"})),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

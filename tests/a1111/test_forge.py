@@ -1,0 +1,299 @@
+"""Forge and reForge: their patched U-Net played by a small one that takes ComfyUI's patches."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ON = [{"ratio": 0.5, "min_tokens": 0}]
+
+
+class _Attention(nn.Module):
+    """As Forge's: the head size from what the projections give; value apart from context."""
+
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.heads, self.dim_head = heads, channels // heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels, bias=False) for _ in range(3))
+        self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(0.0))
+
+    def forward(self, x, context=None, value=None, mask=None, transformer_options=None):
+        context = x if context is None else context
+        value = context if value is None else value
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(value)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _Block(nn.Module):
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.n_heads, self.d_head = heads, channels // heads
+        self.attn1 = _Attention(channels, heads)
+        self.ff = nn.Sequential(nn.Linear(channels, channels), nn.GELU())
+        self.norm1, self.norm3 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+
+    def forward(self, x, options):
+        extra = {name: value for name, value in options.items() if name != "patches"}
+        patches, n, context, value = options.get("patches", {}), self.norm1(x), None, None
+        for patch in patches.get("attn1_patch", ()):
+            context = n if context is None else context
+            n, context, value = patch(n, context, context if value is None else value, extra)
+        out = self.attn1(n, context=context, value=value)
+        for patch in patches.get("attn1_output_patch", ()):
+            out = patch(out, extra)
+        x = x + out
+        return x + self.ff(self.norm3(x))
+
+
+class _UNet(nn.Module):
+    """Two levels on tokens; odd sizes halve with (n + 1) // 2. Tells the grid only where `tells` is on (reForge)."""
+
+    def __init__(self, tells):
+        super().__init__()
+        self.tells = tells
+        self.into, self.back = nn.Conv2d(4, 32, 3, padding=1), nn.Conv2d(32, 4, 3, padding=1)
+        self.blocks = nn.ModuleList([_Block(32, 4), _Block(32, 4)])
+        self.down = nn.Conv2d(32, 32, 3, stride=2, padding=1)
+
+    def forward(self, x, t, context=None, transformer_options=None, **kwargs):
+        options, h = transformer_options or {}, self.into(x)
+        for number, block in enumerate(self.blocks):
+            options["block"] = ("input", number)
+            if self.tells:
+                options["activations_shape"] = list(h.shape)
+            size = h.shape[-2:]
+            h = h + block(h.flatten(2).transpose(1, 2), options).transpose(1, 2).unflatten(2, size)
+            if number == 0:
+                h = self.down(h)
+        return F.interpolate(self.back(h), x.shape[-2:])
+
+
+class _KModel(nn.Module):
+    def __init__(self, tells=False):
+        super().__init__()
+        self.diffusion_model = _UNet(tells)
+
+    def apply_model(self, x, t, c_crossattn=None, transformer_options=None, **kwargs):
+        # reForge knows the first and would call it; neither is for these hosts.
+        assert not {"wrappers", "optimized_attention_override"} & set(transformer_options)
+        return self.diffusion_model(x, t, context=c_crossattn, transformer_options=transformer_options)
+
+
+class _Patcher:
+    def __init__(self, model):
+        self.model, self.model_options = model, {"transformer_options": {}}
+
+    def clone(self):
+        twin = _Patcher(self.model)
+        twin.model_options = copy.deepcopy(self.model_options)
+        return twin
+
+    def set_model_unet_function_wrapper(self, wrapper):
+        self.model_options["model_function_wrapper"] = wrapper
+
+
+class _Loaded:
+    """Forge's sd_model. The sampler goes through forge_objects.unet, rows [prompts of all images, negatives]."""
+
+    def __init__(self, tells=False, diffusion_model=None):
+        torch.manual_seed(0)
+        model = _KModel(tells)
+        for block in model.diffusion_model.blocks:
+            block.attn1.to_q.weight.data *= 4
+            block.attn1.to_k.weight.data *= 4
+        if diffusion_model is not None:
+            model.diffusion_model = diffusion_model
+        self.original = types.SimpleNamespace(unet=_Patcher(model))
+        self.model = types.SimpleNamespace(diffusion_model=self._run)
+        self.reset()
+
+    def reset(self):
+        self.forge_objects = types.SimpleNamespace(unet=self.original.unet)
+
+    def _run(self, x, sigma, context=None):
+        options = self.forge_objects.unet.model_options
+        c = {"c_crossattn": context, "transformer_options": options["transformer_options"].copy()}
+        apply_model = self.forge_objects.unet.model.apply_model
+        wrapper = options.get("model_function_wrapper")
+        if wrapper is None:
+            return apply_model(x, sigma, **c)
+        return wrapper(apply_model, {"input": x, "timestep": sigma, "c": c, "cond_or_uncond": [0, 1]})
+
+
+@pytest.fixture(params=[False, True], ids=["forge", "reforge"])
+def forge_host(host, request):
+    host.shared.sd_model, host.forge = _Loaded(request.param), True
+    return host
+
+
+def _hooks(host):
+    model = host.shared.sd_model.original.unet.model
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("method", ["sample", "merge", "merge_queries", "merge_keys", "downsample", "prune"])
+def test_every_method_and_nothing_left(forge_host, method):
+    args = [{**ON[0], "method": method}]
+    plain, _ = forge_host.generate()
+    merged, p = forge_host.generate(args)
+    assert (merged[0] != plain[0]).any() and merged[0].isfinite().all() and not p.comments
+    assert (forge_host.generate(args)[0][0] == merged[0]).all()
+    assert (forge_host.generate()[0][0] == plain[0]).all() and _hooks(forge_host) == 0
+
+
+def test_keys_weigh_as_much_as_they_stand_for(forge_host, tome):
+    """Against float64, as in test_hooks."""
+    from .test_hooks import _reference
+
+    block = forge_host.shared.sd_model.original.unet.model.diffusion_model.blocks[0]
+    seen = {}
+    block.norm1.register_forward_hook(lambda m, args, out: seen.setdefault("x", out.clone()))
+    forge_host.generate([{**ON[0], "method": "merge"}], steps=1)
+    sampling = tome.core.ToMeConfig(ratio=0.5, min_tokens=0, method="merge")
+    expected, bias = _reference(tome, block.attn1, seen["x"], (16, 16), sampling, 1)
+    config = sampling.replace(proportional=False)
+    without, _ = _reference(tome, block.attn1, seen["x"], (16, 16), config, 1)
+    found = []
+    block.attn1.register_forward_hook(lambda m, args, out: found.append(out))
+    forge_host.generate([{**ON[0], "method": "merge"}], steps=1)
+    call = tome.core.ModelCall(sampling, (16, 16), torch.device("cpu"), seed=torch.tensor([1]))
+    layer = call.attention(seen["x"], seen["x"], seen["x"], (16, 16))
+    out = layer.unmerge(found[0]).double()
+    assert bias is not None and (out - expected).abs().max() < 1e-5 < (without - expected).abs().max()
+
+
+def test_odd_sizes(forge_host):
+    plain, _ = forge_host.generate(width=328, height=264, steps=1)
+    merged, p = forge_host.generate(ON, width=328, height=264, steps=1)
+    assert (merged[0] != plain[0]).any() and merged[0].isfinite().all() and not p.comments
+
+
+def test_the_second_call_in_hires_is_idempotent(forge_host, tome, monkeypatch):
+    ratios = []
+    original = tome.sampling.Sampling.call
+
+    def call(self, *args, **kwargs):
+        made = original(self, *args, **kwargs)
+        ratios.append(made.config.ratio if made is not None else 0.0)
+        return made
+
+    monkeypatch.setattr(tome.sampling.Sampling, "call", call)
+    forge_host.generate([{**ON[0], "hires_ratio": 0.25}], enable_hr=True)
+    assert ratios == [0.5] * 3 + [0.25] * 2, "one merge a call, however often the callback came"
+    wrapper = forge_host.shared.sd_model.forge_objects.unet.model_options["model_function_wrapper"]
+    assert wrapper.inner is None
+
+
+def test_hires_off_takes_the_wrapper_out_again(forge_host):
+    forge_host.generate([{**ON[0], "hires_ratio": 0.0}], enable_hr=True)
+    assert "model_function_wrapper" not in forge_host.shared.sd_model.forge_objects.unet.model_options
+
+
+def test_a_wrapper_of_another_extension_is_called(forge_host):
+    calls = []
+
+    def other(apply_model, args):
+        calls.append(args["input"].shape[0])
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    forge_host.shared.sd_model.original.unet.set_model_unet_function_wrapper(other)
+    plain, _ = forge_host.generate()
+    count = len(calls)
+    merged, _ = forge_host.generate(ON)
+    assert len(calls) == 2 * count and (merged[0] != plain[0]).any()
+
+
+def test_a_clone_made_after_us_keeps_the_step(forge_host, tome):
+    """clone() copies model_options deeply."""
+    merged, _ = forge_host.generate([{**ON[0], "start": 0.5}], steps=4)
+    plain, _ = forge_host.generate(steps=4)
+    script = type(forge_host.tabs["txt2img"].scripts[0])
+    original = script.process_before_every_sampling
+
+    def and_clone(self, p, *args, **kwargs):
+        original(self, p, *args, **kwargs)
+        p.sd_model.forge_objects.unet = p.sd_model.forge_objects.unet.clone()
+
+    script.process_before_every_sampling = and_clone
+    try:
+        again, _ = forge_host.generate([{**ON[0], "start": 0.5}], steps=4)
+    finally:
+        script.process_before_every_sampling = original
+    assert (again[0] == merged[0]).all() and (merged[0] != plain[0]).any()
+
+
+def test_an_image_of_four_is_the_same_made_alone(forge_host):
+    four, _ = forge_host.generate(ON, seeds=(5, 6, 7, 8), batch_size=4)
+    for seed, image in zip((5, 6, 7, 8), four, strict=True):
+        alone, _ = forge_host.generate(ON, seeds=(seed,))
+        assert (alone[0] - image).abs().max() < 1e-3
+
+
+def test_an_exception_leaves_no_hook(forge_host):
+    model = forge_host.shared.sd_model.original.unet.model
+    handle = model.diffusion_model.blocks[1].norm3.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        forge_host.generate([{**ON[0], "method": "merge", "mlp": True}])
+    handle.remove()
+    assert _hooks(forge_host) == 0
+
+
+def test_mlp(forge_host):
+    sizes = set()
+    for block in forge_host.shared.sd_model.original.unet.model.diffusion_model.blocks:
+        block.ff[1].register_forward_hook(lambda m, args, out: sizes.add(out.shape[1]))
+    forge_host.generate([{**ON[0], "method": "merge", "mlp": True}])
+    assert sizes == {128, 32}
+
+
+def test_tiled_tokens_are_left_alone(forge_host):
+    """Forge's HyperTile: a quarter of the tokens in four times the rows looks like the next level."""
+
+    def tile(q, k, v, extra):
+        return tuple(t.reshape(-1, t.shape[1] // 4, t.shape[2]) for t in (q, k, v))
+
+    def untile(out, extra):
+        return out.reshape(-1, out.shape[1] * 4, out.shape[2])
+
+    patches = {"attn1_patch": [tile], "attn1_output_patch": [untile]}
+    forge_host.shared.sd_model.original.unet.model_options["transformer_options"]["patches"] = patches
+    plain, _ = forge_host.generate()
+    assert (forge_host.generate(ON)[0][0] == plain[0]).all()
+
+
+def test_a_refiner_is_patched_too(forge_host):
+    base, refiner = forge_host.shared.sd_model, _Loaded()
+
+    def make(args):
+        forge_host.shared.sd_model = base
+        refiner.reset()
+        return forge_host.generate(args, steps=4, refiner=refiner)[0][0]
+
+    plain, late = make(None), make([{**ON[0], "start": 0.5}])
+    assert (late != plain).any() and (make(None) == plain).all()
+
+
+def test_a_model_without_attn1_says_so(host):
+    """Flux and other transformers."""
+
+    class IntegratedFluxTransformer2DModel(nn.Module):
+        def forward(self, x, t, context=None, transformer_options=None):
+            return x * 0.1
+
+    host.shared.sd_model, host.forge = _Loaded(diffusion_model=IntegratedFluxTransformer2DModel()), True
+    plain, _ = host.generate()
+    found, p = host.generate(ON)
+    assert (plain[0] == found[0]).all() and not p.extra_generation_params
+    assert any("IntegratedFluxTransformer2DModel" in text for text in p.comments)
+
+
+def test_built_in_token_merging_goes_first(forge_host):
+    plain, _ = forge_host.generate()
+    found, p = forge_host.generate(ON, token_merging_ratio=0.4)
+    assert (plain[0] == found[0]).all() and any("built-in" in text for text in p.comments)

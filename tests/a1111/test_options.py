@@ -1,0 +1,311 @@
+"""What comes in: arguments, settings, the plot's axes; what goes out: the picture's text."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+
+import pytest
+
+NAMES = ("enabled", "ratio", "hires_ratio", "seed_rule")
+
+
+def test_every_option_of_the_core_is_in_the_panel_with_its_own_range_and_text(host, tome):
+    widgets = {widget.name: widget for widget in tome.options.WIDGETS}
+    controls = dict(zip(tome.options.NAMES, host.tabs["txt2img"].inputs[1:], strict=True))
+    for widget in tome.core.ToMeConfig.widgets():
+        option, control = widget.option, controls[widget.name]
+        assert widgets[widget.name].option == option
+        assert (control.label, control.info, control.value) == (option.label, option.help, widget.default)
+        for name in ("minimum", "maximum"):
+            if hasattr(control, name):
+                assert getattr(control, name) == getattr(option, name)
+        if option.choices:
+            assert tuple(control.choices) == option.choices
+
+
+def test_the_order_of_arguments_is_a_promise(tome):
+    """Scripts that use the API count on it: new options go to the end."""
+    assert tome.options.NAMES[:16] == (
+        "enabled", "ratio", "hires_ratio", "seed_rule", "stride_x", "stride_y", "method", "seed", "partition",
+        "levels", "start", "end", "ratio_end", "cross_attention", "mlp", "proportional",
+    )  # fmt: skip
+
+
+def test_ui_has_no_side_effects(host):
+    script = host.tabs["txt2img"].scripts[0]
+    data, callbacks = dict(host.opts.data), {name: list(found) for name, found in host.callbacks.items()}
+    state = {name: value for name, value in vars(script).items() if name not in ("infotext_fields",)}
+    first, second = script.ui(False), script.ui(False)
+    assert [c.value for c in first] == [c.value for c in second]
+    assert host.opts.data == data and host.callbacks == callbacks
+    assert {name: value for name, value in vars(script).items() if name not in ("infotext_fields",)} == state
+
+
+def test_the_host_does_not_freeze_the_start_values(host):
+    assert all(control.do_not_save_to_config for control in host.tabs["txt2img"].inputs[1:])
+
+
+def test_element_ids_are_the_tabs_own(host):
+    ids = [control.elem_id for tab in host.tabs.values() for control in tab.inputs[1:]]
+    assert len(ids) == len(set(ids)) and all(ids)
+
+
+@pytest.mark.parametrize("level", [None, "WARNING", "INFO"])
+def test_our_lines_are_seen_whatever_logging_the_host_has_set_up(tome, monkeypatch, capsys, level):
+    """A1111 sets up none, reForge shows warnings alone."""
+    import logging
+
+    root, ours = logging.RootLogger(level or "WARNING"), tome.notes.logger
+    if level is not None:
+        root.addHandler(logging.StreamHandler())
+    monkeypatch.setattr(logging, "root", root)
+    for name, value in (("parent", root), ("handlers", []), ("propagate", True), ("level", 0), ("_cache", {})):
+        monkeypatch.setattr(ours, name, value)
+    tome.notes.set_up_log()
+    tome.notes.Notes().say("hello")
+    assert capsys.readouterr().err == "[ToMe] hello\n"
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_a_short_list_keeps_the_defaults(host):
+    _, p = host.generate([True, 0.5])
+    assert p.extra_generation_params == {"ToMe ratio": 0.5, "ToMe method": "sample"}
+
+
+def test_nulls_keep_the_defaults(host):
+    _, p = host.generate([True, None, None, None, 3])
+    assert p.extra_generation_params == {"ToMe ratio": 0.75, "ToMe stride x": 3, "ToMe method": "sample"}
+
+
+def test_names_in_one_object(host):
+    _, p = host.generate([{"ratio": 0.25, "method": "merge", "stride_y": 4}])
+    assert p.extra_generation_params == {"ToMe ratio": 0.25, "ToMe method": "merge", "ToMe stride y": 4}
+
+
+def test_the_settings_are_the_defaults_of_a_short_list_and_of_names(host):
+    host.opts.data["tome_method"] = "merge"
+    host.start()
+    for args in ([True, 0.5], [{"ratio": 0.5}]):
+        _, p = host.generate(args)
+        assert p.extra_generation_params["ToMe method"] == "merge"
+
+
+BAD = [
+    ([True, 7], "ratio must be a number in 0.0 to 1.0, got 7"),
+    ([True, "0.5"], "ratio"),
+    ([True, float("nan")], "ratio"),
+    (["yes", 0.5], "enabled"),
+    ([True, 0.5, -0.5], "hires_ratio"),
+    ([True, 0.5, True], "hires_ratio"),
+    ([True, 0.5, None, "random"], "seed_rule"),
+    ([{"rato": 0.5}], "rato"),
+    ([{"method": "tomato"}], "method"),
+    ([{"levels": "9"}], "levels"),
+    ([{"start": 0.9, "end": 0.1}], "start"),
+    ([{"mlp": True}], "mlp"),
+    ([{"stride_x": 2.5}], "stride"),
+    ([[True]], "enabled"),
+]
+
+
+@pytest.mark.parametrize(("args", "text"), BAD)
+def test_a_bad_value_in_a_request_is_http_422(host, monkeypatch, args, text):
+    import sys
+
+    class HTTPException(Exception):
+        def __init__(self, status_code, detail):
+            super().__init__(detail)
+            self.status_code, self.detail = status_code, detail
+
+    monkeypatch.setitem(sys.modules, "fastapi", types.SimpleNamespace(HTTPException=HTTPException))
+    with pytest.raises(HTTPException) as error:
+        host.generate(args)
+    assert error.value.status_code == 422 and text in error.value.detail
+
+
+@pytest.mark.parametrize(("args", "text"), BAD)
+def test_a_bad_value_of_a_person_is_a_line_and_a_picture_without(host, args, text):
+    plain, _ = host.generate()
+    runner = host.tabs["txt2img"]
+    from . import host as program
+
+    values = [*args, *runner.defaults[1 + len(args) :]]
+    p = program.Processing(host, scripts=runner, script_args=(0, *values))
+    found = host.process_images(p)
+    assert (found[0] == plain[0]).all() and not p.extra_generation_params
+    assert any(text in comment and "off for this picture" in comment for comment in p.comments)
+
+
+def test_off_looks_at_nothing_else(host):
+    _, p = host.generate([False, 99, "x"])
+    assert not p.comments
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_settings_page(host, tome):
+    labels = host.opts.data_labels
+    assert {f"tome_{name}" for name in tome.options.NAMES} | {"tome_img2img_ratio"} == set(labels)
+    assert all(info.section == ("tome", "ToMe") for info in labels.values())
+    assert labels["tome_ratio"].component_args == {"minimum": 0.0, "maximum": 1.0, "step": 0.05}
+
+
+def test_a_setting_changes_what_the_panel_starts_with(host):
+    host.opts.data.update(tome_ratio=0.4, tome_enabled=True, tome_method="merge")
+    host.start()
+    for tab in host.tabs.values():
+        assert tab.defaults[1:3] == [True, 0.4] and "merge" in tab.defaults
+
+
+def test_img2img_may_start_with_a_ratio_of_its_own(host):
+    host.opts.data.update(tome_ratio=0.4, tome_img2img_ratio=0.2)
+    host.start()
+    assert host.tabs["txt2img"].defaults[2] == 0.4 and host.tabs["img2img"].defaults[2] == 0.2
+    host.opts.data.update(tome_img2img_ratio=0.0)
+    host.start()
+    assert host.tabs["img2img"].defaults[2] == 0.0
+
+
+def test_on_by_default_merges_without_being_asked(host):
+    plain, _ = host.generate()
+    host.opts.data.update(tome_enabled=True, tome_min_tokens=0)
+    host.start()
+    assert (host.generate()[0][0] != plain[0]).any()
+
+
+def test_a_setting_out_of_range_is_passed_over(host):
+    host.opts.data.update(tome_ratio=5, tome_method="tomato", tome_img2img_ratio="x", tome_start=0.5)
+    host.start()
+    defaults = host.tabs["img2img"].defaults
+    assert defaults[2] == 0.75 and "sample" in defaults and 0.5 in defaults
+
+
+# --- infotext ---------------------------------------------------------------------------------------------------------
+
+
+def _parse(text):
+    """The host's own pattern, in short: name: value, with quotes around values that hold commas."""
+    found = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', text)
+    return {key: value.strip('"') for key, value in found}
+
+
+def _write(parameters):
+    return ", ".join(f'{k}: "{v}"' if "," in str(v) else f"{k}: {v}" for k, v in parameters.items())
+
+
+def test_what_is_written_is_read_back(host, tome):
+    config = tome.core.ToMeConfig(
+        ratio=0.35, stride=(2, 3), method="merge", partition="random", levels="0,1", start=0.1, end=0.9, ratio_end=0.0,
+        cross_attention=True, mlp=True, proportional=False, reduce="pick", min_tokens=512, share_match=True, seed=2**40,
+    )  # fmt: skip
+    for field in dataclasses.fields(config):
+        assert getattr(config, field.name) != field.default, f"{field.name} is not put to the test"
+    chosen = tome.options.Settings(True, 0.2, "fixed", config)
+    parameters = {"Steps": 20}
+    tome.infotext.write(parameters, chosen)
+    values = tome.infotext.read(_parse(_write(parameters)))
+    assert tome.options.settings_from(values) == chosen
+
+
+def test_defaults_are_read_back_too(host, tome):
+    chosen = tome.options.settings_from({"enabled": True})
+    parameters = {}
+    tome.infotext.write(parameters, chosen)
+    assert parameters == {"ToMe ratio": 0.75, "ToMe method": "sample"}
+    assert tome.options.settings_from(tome.infotext.read(_parse(_write(parameters)))) == chosen
+
+
+def test_paste_fields_set_every_control(host, tome):
+    script = host.tabs["txt2img"].scripts[0]
+    controls = script.infotext_fields
+    assert len(controls) == len(tome.options.WIDGETS)
+    parameters = {"ToMe ratio": "0.35", "ToMe method": "merge", "ToMe MLP": "True", "ToMe min tokens": "512"}
+    pasted = {name: field[1](parameters) for name, field in zip(tome.options.NAMES, controls, strict=True)}
+    assert pasted["enabled"] is True and pasted["ratio"] == 0.35 and pasted["mlp"] is True
+    assert pasted["min_tokens"] == 512 and pasted["stride_x"] == 2
+    without = [field[1]({"Steps": "20"}) for field in controls]
+    assert without[0] is False and set(without[1:]) == {None}
+
+
+@pytest.mark.parametrize(
+    ("label", "value"), [("ToMe method", "tomato"), ("ToMe levels", "x"), ("ToMe MLP", "maybe"), ("ToMe start", "?")]
+)
+def test_an_unknown_value_in_a_picture_becomes_the_default(tome, label, value):
+    values = tome.infotext.read({"ToMe ratio": "0.5", label: value})
+    assert tome.options.settings_from(values) == tome.options.settings_from({"enabled": True, "ratio": 0.5})
+
+
+# --- the plot ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grid(host):
+    """xyz_grid.py's module as the host keeps it."""
+
+    class AxisOption:
+        def __init__(self, label, type, apply, format_value=None, confirm=None, cost=0.0, choices=None, prepare=None):
+            self.label, self.type, self.apply, self.confirm, self.choices = label, type, apply, confirm, choices
+
+    module = types.SimpleNamespace(AxisOption=AxisOption, axis_options=[AxisOption("Nothing", str, None)])
+    script_class = type("Script", (), {"__module__": "xyz_grid.py"})
+    host.scripts.scripts_data.append(types.SimpleNamespace(script_class=script_class, module=module))
+    for callback in host.callbacks["before_ui"] * 2:  # twice must not double them
+        callback()
+    host.scripts.scripts_data.pop()
+    return {option.label: option for option in module.axis_options}
+
+
+def test_axes_reach_the_generation_and_switch_tome_on(host, grid):
+    assert list(grid) == [
+        "Nothing", "[ToMe] Ratio", "[ToMe] Hires ratio", "[ToMe] Method", "[ToMe] Stride", "[ToMe] Start",
+    ]  # fmt: skip
+    from . import host as program
+
+    runner = host.tabs["txt2img"]
+    p = program.Processing(host, scripts=runner, script_args=tuple(runner.defaults))
+    grid["[ToMe] Ratio"].apply(p, 0.3, [0.3])
+    grid["[ToMe] Method"].apply(p, "merge", ["merge"])
+    grid["[ToMe] Stride"].apply(p, "2x4", ["2x4"])
+    grid["[ToMe] Start"].apply(p, 0.2, [0.2])
+    host.process_images(p)
+    assert p.extra_generation_params == {
+        "ToMe ratio": 0.3, "ToMe stride y": 4, "ToMe method": "merge", "ToMe start": 0.2,
+    }  # fmt: skip
+
+
+def test_a_copy_for_another_cell_of_the_plot_shares_nothing(host, grid):
+    import copy
+
+    from . import host as program
+
+    runner = host.tabs["txt2img"]
+    p = program.Processing(host, scripts=runner, script_args=tuple(runner.defaults))
+    grid["[ToMe] Ratio"].apply(p, 0.3, [0.3])
+    twin = copy.copy(p)
+    grid["[ToMe] Ratio"].apply(twin, 0.6, [0.6])
+    assert p.tome_overrides["ratio"] == 0.3 and twin.tome_overrides["ratio"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("axis", "values"),
+    [
+        ("Ratio", [0.5, 1.5]),
+        ("Method", ["sample", "tomato"]),
+        ("Stride", ["2", "0"]),
+        ("Stride", ["2x2x2"]),
+        ("Start", [2.0]),
+    ],
+)
+def test_a_bad_value_on_an_axis_stops_the_plot_before_it_starts(grid, axis, values):
+    with pytest.raises(RuntimeError, match="ToMe: "):
+        grid[f"[ToMe] {axis}"].confirm(None, values)
+
+
+def test_good_values_on_an_axis_pass(grid):
+    for axis, values in (("Ratio", [0.0, 1.0]), ("Method", ["merge"]), ("Stride", ["2", "4x2"]), ("Start", [0.4])):
+        grid[f"[ToMe] {axis}"].confirm(None, values)

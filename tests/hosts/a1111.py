@@ -1,0 +1,616 @@
+"""Runs ToMe in a real AUTOMATIC1111, reForge or Forge and prints a table of what was right.
+
+    python tests/hosts/a1111.py DIR [--markdown FILE] [--size PIXELS] [--only WORD] [-- the host's own arguments]
+
+DIR is a checkout that starts by itself, with at least one checkpoint. The host runs twice, with nobody at its page:
+first without this extension, for the pictures to compare with, then with it. For the second run this repository is
+linked into DIR/extensions, and beside it a small extension that counts hooks and makes the U-Net fail when asked;
+both are taken out again. On a CPU give `-- --use-cpu all --no-half --skip-torch-cuda-test`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from installer import link
+
+HELPER = '''
+from modules import scripts
+
+
+class Helper(scripts.Script):
+    """Arguments: [fail]. Tells in the picture's comments how many hooks are on the U-Net before a generation."""
+
+    def title(self):
+        return "ToMe host test"
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img):
+        import gradio as gr
+
+        return [gr.Checkbox(False, label="fail")]
+
+    def before_process(self, p, *args):
+        unet = self._unet(p)
+        p.comment(f"hooks: {sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules())}")
+
+    def process_before_every_sampling(self, p, fail=False, *args, **kwargs):
+        if not fail:
+            return
+        unet = self._unet(p)
+        calls = []
+
+        def stop(*_):
+            calls.append(1)
+            if len(calls) == 2:
+                handle.remove()
+                raise RuntimeError("the U-Net fails, as the test asked")
+
+        handle = unet.middle_block[0].register_forward_pre_hook(stop)
+
+    def _unet(self, p):
+        objects = getattr(p.sd_model, "forge_objects", None)
+        return (objects.unet.model if objects is not None else p.sd_model.model).diffusion_model
+'''
+METHODS = ("sample", "merge", "merge_queries", "merge_keys", "downsample", "prune")
+ON = {"ratio": 0.5, "min_tokens": 0}
+BASE = {
+    "prompt": "a lighthouse on a rock", "negative_prompt": "blurry", "steps": 4, "width": 256, "height": 256,
+    "seed": 1, "sampler_name": "Euler", "scheduler": "Automatic", "cfg_scale": 5,
+}  # fmt: skip
+
+
+class Failed(Exception):
+    """A check that did not come out. The text goes into the table."""
+
+
+class Skipped(Exception):
+    """A check that this host or this set-up cannot run."""
+
+
+class Reply:
+    """What the host answered."""
+
+    def __init__(self, status: int, body: dict[str, Any]):
+        self.status, self.body = status, body
+
+    @property
+    def images(self) -> list[np.ndarray]:
+        if self.status != 200:
+            raise Failed(f"HTTP {self.status}: {str(self.body.get('detail') or self.body)[:200]}")
+        return [
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB"), dtype=np.int16)
+            for image in self.body["images"]
+        ]
+
+    @property
+    def image(self) -> np.ndarray:
+        return self.images[0]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return json.loads(self.body["info"])
+
+    @property
+    def text(self) -> str:
+        return self.info["infotexts"][0]
+
+    @property
+    def told(self) -> str:
+        return json.dumps(self.info.get("comments") or self.info.get("extra_generation_params")) + self.body["info"]
+
+
+class Server:
+    """The host, running headless."""
+
+    def __init__(self, folder: Path, arguments: list[str], log: Path):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        python = next((p for p in (folder / "venv/bin/python", folder / "venv/Scripts/python.exe") if p.exists()), None)
+        command = [
+            str(python or sys.executable),
+            "launch.py",
+            "--api",
+            "--port",
+            str(self.port),
+            *arguments,
+        ]
+        self.log = log
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            )
+        started = time.monotonic()
+        while True:
+            if self.process.poll() is not None:
+                raise SystemExit(f"the host ended with {self.process.returncode}; see {log}")
+            # Not a request sooner: one that comes while the host sets up its API makes it fall over.
+            if "Startup time" in log.read_text(errors="replace"):
+                try:
+                    if self.post("txt2img", {**BASE, "steps": 1}).status == 200:
+                        break
+                except OSError:
+                    pass
+            if time.monotonic() - started > 600:
+                self.stop()
+                raise SystemExit(f"the host did not start in 10 minutes; see {log}")
+            time.sleep(1)
+        # A setting that a request overrides stays overridden after it where config.json does not have it (a fault of
+        # the host), so every request says all that any check overrides.
+        now = self.call("options").body
+        names = ("batch_cond_uncond", "token_merging_ratio", "hypertile_enable_unet")
+        self.settings = {name: now[name] for name in names if name in now}
+
+    def call(self, path: str, body: Any = None, method: str | None = None) -> Reply:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/sdapi/v1/{path}", data, {"Content-Type": "application/json"}, method=method
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=600) as answer:
+                return Reply(answer.status, json.loads(answer.read() or b"null"))
+        except urllib.error.HTTPError as error:
+            return Reply(error.code, json.loads(error.read() or b"{}"))
+
+    def post(self, path: str, body: Any) -> Reply:
+        return self.call(path, body, "POST")
+
+    def make(self, tome: Any = None, path: str = "txt2img", fail: bool = False, **request: Any) -> Reply:
+        """A picture. tome: None, the list of arguments, or a dict of names."""
+        always = {}
+        if tome is not None:
+            always["ToMe"] = {"args": [tome] if isinstance(tome, dict) else tome}
+        if fail:
+            always["ToMe host test"] = {"args": [True]}
+        settings = {**self.settings, **request.pop("override_settings", {})}
+        return self.post(path, {**BASE, **request, "override_settings": settings, "alwayson_scripts": always})
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def apart(one: np.ndarray, two: np.ndarray) -> int:
+    """The largest difference of two pictures, in 1/255."""
+    if one.shape != two.shape:
+        raise Failed(f"sizes {one.shape} and {two.shape}")
+    return int(np.abs(one - two).max())
+
+
+def mean(one: np.ndarray, two: np.ndarray) -> float:
+    return float(np.abs(one - two).mean())
+
+
+def same(one: np.ndarray, two: np.ndarray, what: str, within: int = 0) -> None:
+    distance = apart(one, two)
+    if distance > within:
+        raise Failed(f"{what}: {distance}/255 apart (mean {mean(one, two):.2f})")
+
+
+def other(one: np.ndarray, two: np.ndarray, what: str) -> None:
+    if apart(one, two) == 0:
+        raise Failed(f"{what}: no difference")
+
+
+class List:
+    """The checks. Each method named check_* is one row; its docstring is the row's text, what it returns its detail."""
+
+    def __init__(self, server: Server, before: dict[str, np.ndarray], folder: Path):
+        self.server, self.before, self.folder = server, before, folder
+        self.forge = (folder / "modules_forge").is_dir()
+        self.make = server.make
+        self.source = Image.fromarray(before["plain"].astype(np.uint8))
+
+    def _plain(self, what: str) -> None:
+        reply = self.make()
+        same(reply.image, self.before["plain"], f"the picture without ToMe after {what}")
+        hooks = [part for part in reply.told.replace('"', " ").split("hooks: ")[1:]]
+        if hooks and not self.forge and not hooks[0].startswith("0"):
+            raise Failed(f"hooks are left after {what}: {hooks[0][:6]}")
+
+    def _image(self) -> str:
+        buffer = io.BytesIO()
+        self.source.save(buffer, "PNG")
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    def check_off(self) -> str:
+        """Off and ratio 0: bit-equal to no extension at all"""
+        for tome in (None, [False, 0.9], [True, 0.0], {"ratio": 0.0}):
+            same(self.make(tome).image, self.before["plain"], f"with {tome}")
+        reply = self.make([True, 0.0], enable_hr=True, hr_scale=1.5, hr_upscaler="Latent", denoising_strength=0.7)
+        same(reply.image, self.before["hires"], "hires")
+        return "txt2img, hires"
+
+    def check_methods(self) -> str:
+        """Each method changes the picture, repeats bit for bit, and is gone after"""
+        found = []
+        for method in METHODS:
+            tome = {**ON, "method": method}
+            image = self.make(tome).image
+            other(image, self.before["plain"], method)
+            same(self.make(tome).image, image, f"{method} again")
+            found.append(f"{method} {mean(image, self.before['plain']):.1f}")
+        self._plain("merging")
+        return "mean difference of 255: " + ", ".join(found)
+
+    def check_exception(self) -> str:
+        """An exception in the U-Net leaves nothing behind"""
+        reply = self.make({**ON, "method": "merge"}, fail=True)
+        if reply.status == 200:
+            raise Failed("the U-Net did not fail")
+        self._plain("an exception")
+        return f"HTTP {reply.status}, then bit-equal"
+
+    def check_interrupt(self) -> str:
+        """An interrupt leaves nothing behind"""
+        replies: list[Reply] = []
+        thread = threading.Thread(target=lambda: replies.append(self.make(ON, steps=60)))
+        thread.start()
+        for _ in range(200):
+            time.sleep(0.1)
+            state = self.server.call("progress").body["state"]
+            if state["sampling_step"] >= 2 and state["sampling_steps"] == 60:
+                break
+        self.server.post("interrupt", {})
+        thread.join()
+        self._plain("an interrupt")
+        return f"stopped at step {state['sampling_step']} of 60"
+
+    def check_batch(self) -> str:
+        """An image of a batch of four is the same made alone (`sample`: to 1/255)"""
+        found = []
+        for method in ("sample", "merge"):
+            tome = {**ON, "method": method}
+            plain, four = self.make(batch_size=4).images[-4:], self.make(tome, batch_size=4).images[-4:]
+            distances, without = [], []
+            for i in range(4):
+                distances.append(apart(four[i], self.make(tome, seed=1 + i).image))
+                without.append(apart(plain[i], self.make(seed=1 + i).image))
+            found.append(f"{method} {max(distances)}/255")
+            if method == "sample" and max(distances) > max(1, *without):
+                raise Failed(f"{distances} of 255 apart (without ToMe {without})")
+        return ", ".join(found) + f"; without ToMe {max(without)}/255"
+
+    def check_batches(self) -> str:
+        """Batches after each other take their own seeds"""
+        two = self.make(ON, n_iter=2).images[-2:]
+        same(two[1], self.make(ON, seed=2).image, "the second")
+        return ""
+
+    def check_prompts(self) -> str:
+        """ "a AND b", prompts of different length, batch_cond_uncond off: right and reproducible"""
+        long = "a lighthouse, " * 40
+        cases = {
+            "AND": {"prompt": "a lighthouse AND a rock :0.5"},
+            "long": {"prompt": long},
+            "long AND": {"prompt": f"{long} AND a rock"},
+        }
+        worst = 0
+        for name, request in cases.items():
+            image = self.make(ON, **request).image
+            other(image, self.make(**request).image, name)
+            same(self.make(ON, **request).image, image, f"{name} again")
+            if not self.forge:
+                split = self.make(ON, **request, override_settings={"batch_cond_uncond": False}).image
+                base = self.make(**request, override_settings={"batch_cond_uncond": False}).image
+                limit = max(1, apart(base, self.make(**request).image))
+                worst = max(worst, apart(split, image))
+                same(split, image, f"{name} in split calls", limit)
+            pair = self.make(ON, **request, batch_size=2).images[-2:]
+            worst = max(worst, apart(pair[0], image))
+            same(pair[0], image, f"{name} in a batch of two", 1)
+        return f"at most {worst}/255 between the ways of splitting"
+
+    def check_sizes(self) -> str:
+        """264x328 and 200x264 pixels are merged at every level"""
+        for width, height in ((264, 328), (200, 264)):
+            plain = self.make(width=width, height=height).image
+            for method in ("sample", "merge"):
+                reply = self.make({**ON, "method": method}, width=width, height=height)
+                other(reply.image, plain, f"{width}x{height} {method}")
+        if "no level of" in self.server.log.read_text(errors="replace"):
+            raise Failed("a layer was left alone: see the log")
+        return ""
+
+    def check_hires(self) -> str:
+        """Hires fix, with a ratio of its own"""
+        request = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
+        same_ratio = self.make(ON, **request)
+        own = self.make({**ON, "hires_ratio": 0.25}, **request)
+        none = self.make({**ON, "hires_ratio": 0.0}, **request)
+        other(same_ratio.image, self.before["hires"], "hires")
+        other(own.image, same_ratio.image, "a ratio of its own")
+        other(none.image, own.image, "ratio 0 in the hires pass")
+        same(self.make(ON, **request).image, same_ratio.image, "hires again")
+        if "ToMe hires ratio: 0.25" not in own.text:
+            raise Failed(f"the text does not tell: {own.text}")
+        self._plain("hires fix")
+        return ""
+
+    def check_img2img(self) -> str:
+        """img2img and inpainting"""
+        mask = Image.new("L", self.source.size)
+        mask.paste(255, (0, 0, mask.width // 2, mask.height))
+        buffer = io.BytesIO()
+        mask.save(buffer, "PNG")
+        masks = {"mask": base64.b64encode(buffer.getvalue()).decode(), "inpainting_fill": 1}
+        for name, more in (("img2img", {}), ("inpaint", masks)):
+            request = {"path": "img2img", "init_images": [self._image()], "denoising_strength": 0.75, **more}
+            plain, image = self.make(**request).image, self.make(ON, **request).image
+            other(image, plain, name)
+            same(self.make(ON, **request).image, image, f"{name} again")
+            same(self.make([True, 0.0], **request).image, plain, f"{name} at ratio 0")
+        return ""
+
+    def check_samplers(self) -> str:
+        """Samplers of every kind"""
+        done = []
+        for sampler in ("Euler a", "Heun", "DPM++ 2M", "DPM++ SDE", "DPM2", "DDIM", "UniPC", "LCM"):
+            plain = self.make(sampler_name=sampler)
+            if plain.status != 200:
+                continue
+            image = self.make(ON, sampler_name=sampler).image
+            other(image, plain.image, sampler)
+            same(self.make(ON, sampler_name=sampler).image, image, f"{sampler} again")
+            done.append(sampler)
+        return ", ".join(done)
+
+    def check_schedule(self) -> str:
+        """Start and end by the steps"""
+        full, late = self.make(ON).image, self.make({**ON, "start": 0.5}).image
+        other(late, full, "start 0.5")
+        other(late, self.before["plain"], "start 0.5")
+        plain = self.before["plain"]
+        return f"mean difference {mean(late, plain):.1f} from half way on, {mean(full, plain):.1f} all the way"
+
+    def check_optimizations(self) -> str:
+        """Every attention optimization, keys with weights included"""
+        if self.forge:
+            raise Skipped("chosen at the start in this host")
+        was = self.server.call("options").body["cross_attention_optimization"]
+        names = [
+            "None", "InvokeAI", "Doggettx", "V1 - original v1", "sub-quadratic", "sdp - scaled dot product",
+            "sdp-no-mem - scaled dot product without memory efficient attention",
+        ]  # fmt: skip
+        done, first = [], {}
+        try:
+            for name in names:
+                self.server.post("options", {"cross_attention_optimization": name})
+                plain = self.make().image
+                for method in ("merge", "sample"):
+                    size = {"width": 264, "height": 200}  # odd, so that `sample` has weights too
+                    reply = self.make({**ON, "method": method}, **size)
+                    first.setdefault(method, reply.image)
+                    if mean(reply.image, first[method]) > 1.0:
+                        raise Failed(f"{name}, {method}: mean {mean(reply.image, first[method]):.2f} from the others")
+                same(self.make().image, plain, f"{name}, without ToMe after it")
+                done.append(name.split(" - ")[0])
+        finally:
+            self.server.post("options", {"cross_attention_optimization": was})
+        if "proportional attention is off" in self.server.log.read_text(errors="replace"):
+            raise Failed("an optimization took no weights: see the log")
+        return ", ".join(done)
+
+    def check_refiner(self) -> str:
+        """A refiner of another configuration"""
+        models = [model["title"] for model in self.server.call("sd-models").body]
+        now = self.server.call("options").body["sd_model_checkpoint"]
+        others = [title for title in models if title.split(" ")[0] != str(now).split(" ")[0] and "refiner" in title]
+        others = others or [title for title in models if title.split(" ")[0] != str(now).split(" ")[0]]
+        if not others:
+            raise Skipped("needs a second checkpoint")
+        if self.forge:
+            raise Skipped("not tried in this host")
+        request = {"refiner_checkpoint": others[0], "refiner_switch_at": 0.5, "steps": 6}
+        plain, image = self.make(**request).image, self.make(ON, **request).image
+        other(image, plain, "the refiner")
+        same(self.make(**request).image, plain, "without ToMe after it")
+        late = self.make({**ON, "start": 0.6}, **request).image
+        other(late, plain, "the refiner's own steps")
+        self._plain("a refiner")
+        return others[0].split(" ")[0]
+
+    def check_built_in(self) -> str:
+        """Built-in token merging goes first, and that is said"""
+        settings = {"override_settings": {"token_merging_ratio": 0.5}}
+        reply = self.make(ON, **settings)
+        same(reply.image, self.make(**settings).image, "with both on")
+        if "built-in token merging" not in self.server.log.read_text(errors="replace"):
+            raise Failed("the log does not say so")
+        if "ToMe ratio" in reply.text:
+            raise Failed(f"the text claims it: {reply.text}")
+        return ""
+
+    def check_hypertile(self) -> str:
+        """HyperTile goes first; after it ToMe works again"""
+        options = self.server.call("options").body
+        if "hypertile_enable_unet" not in options:
+            raise Skipped("not in this host")
+        settings = {"override_settings": {"hypertile_enable_unet": True}}
+        plain, image = self.make(**settings).image, self.make(ON, **settings).image
+        same(image, plain, "on the layers that it tiles", 255)
+        if "HyperTile" not in self.server.log.read_text(errors="replace"):
+            raise Failed("the log does not say so")
+        other(self.make(ON).image, self.make().image, "ToMe after HyperTile")
+        return f"mean difference with both {mean(image, plain):.2f}"
+
+    def check_api(self) -> str:
+        """A short list keeps the defaults; a bad value is HTTP 422"""
+        reply = self.make([True, 0.4])
+        if "ToMe ratio: 0.4, ToMe method: sample," not in reply.text + ",":
+            raise Failed(f"the text is {reply.text}")
+        for bad in ([True, 7], [True, "0.5"], {"rato": 0.5}, {"method": "tomato"}, {"start": 0.9, "end": 0.1}):
+            answer = self.make(bad)
+            if answer.status != 422 or "ToMe: " not in str(answer.body):
+                raise Failed(f"{bad}: HTTP {answer.status} {str(answer.body)[:150]}")
+        self._plain("refused requests")
+        return str(self.make([True, 7]).body["detail"])
+
+    def check_infotext(self) -> str:
+        """The picture's text makes the same picture again"""
+        tome = {
+            **ON, "ratio": 0.45, "method": "merge", "stride_x": 4, "levels": "0,1", "start": 0.25, "reduce": "pick"
+        }  # fmt: skip
+        reply = self.make(tome)
+        again = self.server.post("txt2img", {**BASE, "infotext": reply.text})
+        if "infotext" not in str(self.server.call("cmd-flags").status) and again.status != 200:
+            raise Skipped("this host's API takes no text")
+        same(again.image, reply.image, "from its text")
+        return reply.text[reply.text.index("ToMe ") :].partition(", Version")[0]
+
+    def check_plot(self) -> str:
+        """X/Y/Z plot: axes for ratio and method"""
+        info = [s for s in self.server.call("script-info").body if "x/y/z" in s["name"] and not s["is_img2img"]]
+        if not info:
+            raise Skipped("no plot in this host")
+        args = [a.get("value") for a in info[0]["args"]]
+        labels = info[0]["args"][0].get("choices") or []
+        args[0], args[1] = labels.index("[ToMe] Ratio"), "0, 0.5"
+        args[2] = []
+        args[3], args[4], args[5] = labels.index("[ToMe] Method"), "", ["sample", "merge"]
+        args[6], args[7], args[8] = labels.index("Nothing"), "", []
+        names = [a.get("label") for a in info[0]["args"]]
+        for place, name in enumerate(names):
+            if name == "Include Sub Images":
+                args[place] = True
+        always = {"ToMe": {"args": [{"enabled": False, "min_tokens": 0}]}}  # the axes switch it on
+        reply = self.server.post(
+            "txt2img", {**BASE, "script_name": info[0]["name"], "script_args": args, "alwayson_scripts": always}
+        )
+        images = reply.images
+        if len(images) < 5:
+            raise Skipped(f"{len(images)} pictures came back")
+        same(images[1], images[3], "ratio 0 by two methods")
+        other(images[2], images[4], "two methods")
+        self._plain("a plot")
+        return f"{len(images)} pictures"
+
+    def check_settings(self) -> str:
+        """The page has the panel in both tabs, and Settings the defaults"""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.server.port}/config", timeout=60) as answer:
+            page = answer.read().decode()
+        for name in ("script_txt2img_tome_ratio", "script_img2img_tome_method", "setting_tome_ratio"):
+            if name not in page:
+                raise Failed(f"the page has no {name}")
+        return f"{len(set(re.findall('setting_tome_[a-z0-9_]+', page)))} settings"
+
+    def check_last(self) -> str:
+        """After all of it: bit-equal to no extension at all, no traceback of ours in the log"""
+        self._plain("everything")
+        text = self.server.log.read_text(errors="replace")
+        if any(word in text for word in ("sd_webui_tome", "a1111_extension/")):
+            raise Failed("there is one: see the log")
+        return ""
+
+
+def first_run(server: Server) -> dict[str, np.ndarray]:
+    """The pictures of a host that has no ToMe."""
+    request = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
+    found = {"plain": server.make().image, "hires": server.make(**request).image}
+    same(server.make().image, found["plain"], "the host itself does not repeat")
+    if found["plain"].std() < 3:
+        raise SystemExit("the checkpoint's picture is flat; choose another checkpoint or seed")
+    return found
+
+
+def version_of(folder: Path) -> str:
+    """What the checkout says of itself."""
+    for name in ("CHANGELOG.md", "NEWS.md"):
+        path = folder / name
+        if path.exists():
+            line = next((line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("## ")), "")
+            return line[3:].strip()
+    return "unknown"
+
+
+def run_list(checks: List, only: str) -> list[tuple[str, str, str]]:
+    rows = []
+    for name in [name for name in vars(List) if name.startswith("check_") and only in name]:
+        method: Callable[[], str] = getattr(checks, name)
+        started = time.monotonic()
+        try:
+            result, detail = "right", method()
+        except Skipped as reason:
+            result, detail = "not run", str(reason)
+        except Failed as reason:
+            result, detail = "WRONG", str(reason)
+        except Exception as error:
+            result, detail = "WRONG", f"{type(error).__name__}: {error}"
+        rows.append(((method.__doc__ or name).strip(), result, detail))
+        print(f"{result:8} {rows[-1][0]} ({time.monotonic() - started:.0f} s) {detail}", flush=True)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
+    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="of the pictures (default: 256)")
+    parser.add_argument("--only", default="", metavar="WORD", help="only checks whose name has this word")
+    arguments = sys.argv[1:]
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    options, own = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+    BASE.update(width=options.size, height=options.size)
+    folder = link.find_host(options.folder, link.A1111)
+    link.remove(folder, link.A1111)
+    shutil.rmtree(folder / "extensions" / "tome-host-test", ignore_errors=True)  # of a run that was cut short
+    logs = Path(tempfile.mkdtemp(prefix="tome-host-"))
+    helper = folder / "extensions" / "tome-host-test"
+    print(f"logs: {logs}", flush=True)
+    server = Server(folder, own, logs / "without.log")
+    try:
+        before = first_run(server)
+    finally:
+        server.stop()
+    try:
+        print(link.add(folder, link.A1111))
+        (helper / "scripts").mkdir(parents=True, exist_ok=True)
+        (helper / "scripts" / "tome_host_test.py").write_text(HELPER)
+        server = Server(folder, own, logs / "with.log")
+        try:
+            rows = run_list(List(server, before, folder), options.only)
+        finally:
+            server.stop()
+    finally:
+        shutil.rmtree(helper, ignore_errors=True)
+        link.remove(folder, link.A1111)
+    table = ["| what | result | detail |", "|---|---|---|"]
+    table += [f"| {what} | {result} | {detail.replace('|', '/')} |" for what, result, detail in rows]
+    if options.markdown:
+        options.markdown.write_text("\n".join(table) + "\n", encoding="utf-8")
+    count = {word: sum(result == word for _, result, _ in rows) for word in ("right", "WRONG", "not run")}
+    print(f"{folder.name} {version_of(folder)}: {', '.join(f'{number} {word}' for word, number in count.items())}")
+    return 1 if count["WRONG"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
