@@ -1,0 +1,75 @@
+"""Triton may be missing, broken or unwanted: the core does its work all the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = (
+    "import shared_tome\n"
+    "for method in ('merge', 'sample'):\n"
+    "    config = shared_tome.ToMeConfig(method=method, min_tokens=0)\n"
+    "    plan = shared_tome.match_tokens(torch.randn(1, 64, 16), (8, 8), config)\n"
+    "    assert plan.kept == 16 and plan.merge(torch.randn(1, 64, 16)).shape == (1, 16, 16)\n"
+)
+
+
+def python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_on_the_cpu_triton_is_never_imported():
+    python(f"import sys, torch\n{WORK}assert 'triton' not in sys.modules and 'torch._dynamo' not in sys.modules")
+
+
+@pytest.mark.parametrize("error", ["ImportError", "RuntimeError", "OSError"])
+def test_a_triton_that_cannot_be_imported(error):
+    """Asked for by the interpreter's variable, which stands for a GPU here."""
+    said = python(
+        "import sys, logging, torch\n"
+        "logging.basicConfig(level=logging.INFO)\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] == 'triton': raise {error}('not here')\n"
+        "for name in [name for name in sys.modules if name.partition('.')[0] == 'triton']: del sys.modules[name]\n"
+        f"sys.meta_path.insert(0, Block())\n{WORK}{WORK}",
+        TRITON_INTERPRET="1",
+    )
+    assert said.count("INFO:ToMe:no Triton kernels") == 1
+
+
+def test_switched_off():
+    python(
+        f"import sys, torch\n{WORK}assert 'triton' not in sys.modules and not shared_tome.kernels.ready()",
+        TRITON_INTERPRET="1",
+        TOME_KERNELS="0",
+    )
+
+
+def test_two_copies_in_one_process(tmp_path):
+    """Hosts load the core under names of their own; operators must not collide."""
+    pytest.importorskip("triton")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "__init__.py").write_text("")
+    (tmp_path / "x" / "shared_tome").symlink_to(ROOT / "shared_tome", target_is_directory=True)
+    out = python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from shared_tome import kernels as a\n"
+        "from x.shared_tome import kernels as b\n"
+        "print(a.ready(), b.ready(), a.NAMESPACE, b.NAMESPACE)"
+    )
+    assert out.split() == ["True", "True", "shared_tome_kernels", "x_shared_tome_kernels"]
