@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from installer.inprocess import pack_module
 from shared_tome import ToMeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +71,13 @@ def options() -> str:
     return _table(["control", "values", "default", "what it does"], rows)
 
 
-MAKERS: dict[str, Callable[[], str]] = {"speed": speed, "options": options}
+def served() -> str:
+    """The transformers that ComfyUI's node serves."""
+    rows = pack_module("comfy_tome.dit_models").DIT_MODELS
+    return f"{', '.join(row.name for row in rows)}.\n"
+
+
+MAKERS: dict[str, Callable[[], str]] = {"speed": speed, "options": options, "served": served}
 
 
 def filled(text: str) -> str:
