@@ -104,7 +104,9 @@ def nearest(metric: Tensor, src: Tensor, dst: Tensor, distill_token: bool = Fals
     metric: [B, N, C], src: [b, S], dst: [b, D]. Equal up to rounding; of equals the first as a rule.
     """
     metric = metric.detach()  # nobody asks for a choice's gradient
-    if metric.dtype not in _DTYPES or src.shape[1] == 0 or not serves(metric, src, dst):
+    # On a GPU float32 stays with cuBLAS: without matrix units the kernel has nothing on it, and nobody has timed it.
+    known = metric.dtype in _DTYPES and not (metric.is_cuda and metric.dtype == torch.float32)
+    if not known or src.shape[1] == 0 or not serves(metric, src, dst):
         return None
     return _op("nearest")(metric, src, dst, int(distill_token))
 

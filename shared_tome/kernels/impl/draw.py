@@ -11,8 +11,8 @@ from torch import Tensor
 from .compiler import power_of_two, tl, triton
 from .noise import FIRST, GOLDEN, SECOND, fold, mix, times
 
-# Runs times slots that a program of 4 warps holds. On an H200, 16 layers of 4,096 tokens at ratio 0.75: 3.5 us with
-# 256, 4.5 with 512, 7.2 with 1,024.
+# Runs times slots that a program of 4 warps holds. On an H200, 16 layers at ratio 0.75 of 4,096, 16,384 and 65,536
+# tokens: 2.3, 3.8 and 10.2 us, with 128 2.4, 4.7 and 13.9.
 _ELEMENTS = 256
 
 

@@ -1,0 +1,408 @@
+"""The Triton kernels beside plain torch and their floors: `python -m benchmarks.kernels --out kernels.csv`.
+
+Checks each kernel on real shapes first (three ways: kernel, the same dtype in torch, float64), then times it in a
+captured CUDA graph. `--variants` times the settings that were tried as well; `--warm 0/8` compiles a part of them and
+stops, for several processes side by side. docs/kernels.md says what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared_tome import ModelCall, ToMeConfig, kernels, matching
+from shared_tome.curve import curve_order
+from shared_tome.noise import key
+from shared_tome.partition import partition
+from shared_tome.plan import group_counts, group_sum, take
+from shared_tome.sampling import walk_rows, walk_table
+
+from .common import DTYPES, machine, microseconds, save
+
+# (grid, channels): SD1.5 level 0 at 512, 1024 and 2048 pixels, SDXL levels 1 and 2 at 1024 and 2048.
+SHAPES = [
+    ((64, 64), 320),
+    ((128, 128), 320),
+    ((256, 256), 320),
+    ((64, 64), 640),
+    ((32, 32), 1280),
+    ((128, 128), 640),
+    ((64, 64), 1280),
+]
+LAYERS = 16
+# Calls in one captured graph, since a replay costs about as much as a small kernel; fewer where a call is long.
+CALLS = 10
+LONG_CALLS = 2
+
+
+def smooth_tokens(batch: int, grid: tuple[int, int], channels: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Tokens [B, N, C] that resemble their neighbours, as a picture's do: groups differ in size."""
+    torch.manual_seed(0)
+    coarse = torch.randn(batch, channels, max(1, grid[0] // 8), max(1, grid[1] // 8), device=device)
+    x = F.interpolate(coarse, size=grid, mode="bilinear") + 0.5 * torch.randn(batch, channels, *grid, device=device)
+    return x.flatten(2).transpose(1, 2).to(dtype).contiguous()
+
+
+class Case:
+    """One shape's inputs, made in plain torch."""
+
+    def __init__(self, grid: tuple[int, int], channels: int, args: argparse.Namespace):
+        self.grid, self.channels, self.tokens = grid, channels, grid[0] * grid[1]
+        dtype = DTYPES[args.dtype]
+        self.x = smooth_tokens(args.batch, grid, channels, dtype, "cuda")
+        self.seed = torch.full((), 5, dtype=torch.int64, device="cuda")
+        self.step = torch.full((), 3, dtype=torch.int64, device="cuda")
+        self.config = ToMeConfig(ratio=0.5, method="merge", min_tokens=0)
+        self.src, self.dst = partition(grid, self.config, key(self.seed, self.step, 0, 1))
+        self.goes = self.tokens // 2
+        self.similarity, self.target = matching.nearest(self.x, self.src, self.dst)
+        given = (self.similarity, self.target, self.src, self.dst, self.goes, True)
+        self.index, self.groups = matching._grouped(*given)
+        self.kept = self.index.shape[1]
+        self.sizes = group_counts(self.groups, self.kept)
+
+
+# (kernel, variant, call of the kernel, call of plain torch or None, check or None)
+Job = tuple[str, str, Callable[[], Any], Callable[[], Any] | None, Callable[[Any], str] | None]
+
+
+def jobs(case: Case, variants: bool) -> Iterator[Job]:
+    """What is run on one shape."""
+    from shared_tome.kernels.impl import draw, gather, mean, nearest, select, split
+
+    x, src, dst = case.x, case.src, case.dst
+    yield "copy", "", x.clone, None, None
+    if case.channels in (320, 1280):
+        order = curve_order(case.grid, x.device)
+        for ratio in (0.75, 0.9375):
+            kept = case.tokens - int(case.tokens * ratio)
+
+            def plain(kept=kept):
+                walk = walk_table(case.grid, kept, case.seed, order)
+                return walk_rows(walk, case.tokens, case.step, 0, LAYERS)
+
+            for elements in (256, 128) if variants else (256,):
+                yield (
+                    "draw",
+                    f"{ratio} {elements if variants else ''}".strip(),
+                    lambda kept=kept, elements=elements: draw.launch_draw(
+                        order, case.seed, case.step, 0, kept, 0, LAYERS, elements
+                    ),
+                    plain if elements == 256 else None,
+                    lambda got, plain=plain: "" if torch.equal(got, plain()) else "NOT EQUAL",
+                )
+        yield (
+            "split",
+            "",
+            lambda: split.launch_split(case.seed, case.step, 0, 0, 1, *case.grid, 2, 2, True),
+            lambda: partition(case.grid, case.config, key(case.seed, case.step, 0, 1)),
+            lambda got: "" if torch.equal(got[0], src) and torch.equal(got[1], dst) else "NOT EQUAL",
+        )
+    reached = Reached(case)
+    settings = nearest_variants() if variants else [None]
+    for setting in settings:
+        name = "" if setting is None else "/".join(str(value) for value in vars(setting).values())
+        yield (
+            "nearest",
+            name,
+            lambda setting=setting: nearest.launch_nearest(x, src, dst, 0, setting),
+            (lambda: matching.nearest(x, src, dst)) if setting == settings[0] else None,
+            reached.check,
+        )
+    if case.channels in (320, 1280):
+        for warps in (None, 32) if variants else (None,):
+            if src.shape[1] > 2 * kernels._SELECTED:
+                break
+            yield (
+                "select",
+                str(warps) if variants else "",
+                lambda warps=warps: select.launch_select(case.similarity, case.target, src, dst, case.goes, warps),
+                (lambda: matching._grouped(case.similarity, case.target, src, dst, case.goes, False))
+                if warps is None
+                else None,
+                lambda got: check_select(case, got),
+            )
+        yield (
+            "links",
+            "",
+            lambda: mean.launch_links(case.index, case.groups),
+            lambda: group_counts(case.groups, case.kept),
+            lambda got: "" if torch.equal(kernels.sizes_of(got), case.sizes) else "NOT EQUAL",
+        )
+    chain = mean.launch_links(case.index, case.groups)
+    tried = [(4, 64, 1), (8, 64, 1), (8, 64, 2), (2, 64, 1)]
+    for setting in tried if variants else [mean._CONFIG]:
+        yield (
+            "mean",
+            str(setting) if variants else "",
+            lambda setting=setting: mean.launch_mean(x, case.index, case.groups, *chain, setting),
+            (lambda: (group_sum(x, case.groups, case.kept) / case.sizes[..., None]).to(x.dtype))
+            if setting == mean._CONFIG
+            else None,
+            lambda got: check_mean(case, got),
+        )
+    y = take(x, case.index)
+    yield (
+        "gather",
+        "",
+        lambda: gather.launch_gather(y, case.groups),
+        lambda: take(y, case.groups),
+        lambda got: "" if torch.equal(got, without_kernels(lambda: take(y, case.groups))()) else "NOT EQUAL",
+    )
+
+
+def nearest_variants() -> list:
+    """Settings worth timing, those in use first."""
+    from shared_tome.kernels.impl.nearest import Config
+
+    tiles = ((128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (64, 256, 64, 4, 4), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4))
+    splits = [Config(*tiles[0], splits) for splits in (1, 2, 4)]
+    return [Config(*tiles[0]), *splits, *(Config(*tile) for tile in tiles[1:])]
+
+
+class Reached:
+    """The similarity that a choice of dst reaches, in float64, of 512 src of each row."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.sample = torch.arange(0, case.src.shape[1], max(1, case.src.shape[1] // 512), device="cuda")
+        x = case.x.double()
+        unit = x / x.norm(dim=-1, keepdim=True)
+        self.a, self.b = take(unit, case.src[:, self.sample]), take(unit, case.dst)
+        self.best = (self.a @ self.b.transpose(1, 2)).amax(-1)  # (B, 512)
+        self.plain = self.errors(case.similarity, case.target)
+
+    def errors(self, similarity: Tensor, target: Tensor) -> tuple[float, float]:
+        """(how much less similar the chosen are than the best, how far off the similarity is said to be), at worst."""
+        chosen = target[:, self.sample][..., None].expand(-1, -1, self.b.shape[-1])
+        reached = (self.a * self.b.gather(1, chosen)).sum(-1)
+        said = similarity[:, self.sample].double()
+        return float((self.best - reached).max()), float((said - self.best).abs().max())
+
+    def check(self, got: tuple[Tensor, Tensor]) -> str:
+        found, score = self.errors(*got)
+        text = f"{found:.1e} {score:.1e} (torch {self.plain[0]:.1e} {self.plain[1]:.1e})"
+        # Both choose wrongly where scores are closer than rounding; torch's are rounded to half precision first.
+        return ("" if found <= 2 * self.plain[1] and score <= 2 * self.plain[1] else "WORSE THAN TORCH ") + text
+
+
+def check_select(case: Case, got: tuple[Tensor, Tensor]) -> str:
+    """The same similarities stay as topk keeps; groups and index agree."""
+    index, groups = got
+    stay = case.kept - case.dst.shape[1]
+    place = torch.empty_like(groups).scatter_(
+        1,
+        case.src.expand(groups.shape[0], -1),
+        torch.arange(case.src.shape[1], device="cuda").expand(groups.shape[0], -1),
+    )
+    chosen = case.similarity.gather(1, place.gather(1, index[:, :stay])).sort(dim=1).values
+    expected = case.similarity.topk(stay, dim=1, largest=False).values.sort(dim=1).values
+    own = groups.gather(1, index)
+    fine = torch.equal(chosen, expected) and torch.equal(own, torch.arange(case.kept, device="cuda").expand_as(own))
+    ascending = bool((index[:, 1:stay] > index[:, : stay - 1]).all())
+    total = torch.equal(
+        group_counts(groups, case.kept).sum(1), torch.full((groups.shape[0],), float(case.tokens)).cuda()
+    )
+    return "" if fine and ascending and total else "NOT EQUAL"
+
+
+def check_mean(case: Case, got: Tensor) -> str:
+    shape = (case.x.shape[0], case.kept, case.channels)
+    index = case.groups[..., None].expand(-1, -1, case.channels)
+    exact = torch.zeros(shape, dtype=torch.float64, device="cuda").scatter_add_(1, index, case.x.double())
+    exact /= case.sizes.double()[..., None]
+    plain = (group_sum(case.x, case.groups, case.kept) / case.sizes[..., None]).to(case.x.dtype)
+    here, there = ((made.double() - exact).abs().max() for made in (got, plain))
+    return ("" if here <= 1.01 * there else "WORSE THAN TORCH ") + f"{here:.1e} (torch {there:.1e})"
+
+
+def layer_jobs(case: Case) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """All that merging adds to a layer, and a layer's share of what sampling draws."""
+
+    def merged():
+        call = ModelCall(case.config, case.grid, case.x.device, seed=case.seed, step=case.step)
+        made = call.attention(case.x, case.x, case.x, case.grid)
+        return made.unmerge(made.q), made.bias
+
+    def relaxed():
+        matching.KEEPS_ORDER = False
+        try:
+            return merged()
+        finally:
+            matching.KEEPS_ORDER = True
+
+    sampling = ToMeConfig(ratio=0.75, min_tokens=0)
+
+    def sampled():
+        call = ModelCall(sampling, case.grid, case.x.device, seed=case.seed, step=case.step)
+        for _ in range(4):
+            made = call.attention(case.x, case.x, case.x, case.grid)
+        return made.k
+
+    yield "whole merge", merged
+    yield "whole merge, src in their order", relaxed
+    yield "4 x sample", sampled
+
+
+def timed(call: Callable[[], Any], seconds: float, calls: int = CALLS) -> dict[str, float]:
+    """microseconds() of one call, several of them in one captured graph."""
+
+    def several():
+        for _ in range(calls):
+            call()
+
+    return {name: value / calls for name, value in microseconds(several, graph=True, min_time=seconds).items()}
+
+
+def launches(call: Callable[[], Any]) -> int:
+    """How many kernels and memory operations one call starts."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
+
+
+def without_kernels(call: Callable[[], Any]) -> Callable[[], Any]:
+    serves = kernels.serves
+
+    def run():
+        kernels.serves = lambda *tensors: False
+        try:
+            return call()
+        finally:
+            kernels.serves = serves
+
+    return run
+
+
+def measure(grid: tuple[int, int], channels: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    case = Case(grid, channels, args)
+    about = {"tokens": case.tokens, "channels": channels, "batch": args.batch, "dtype": args.dtype}
+    copy, calls = 0.0, LONG_CALLS if case.tokens > 2**15 else CALLS
+    for name, variant, call, plain, check in jobs(case, args.variants):
+        if args.only and name not in args.only and name != "copy":
+            continue
+        row = {**about, "kernel": name, "variant": variant}
+        try:
+            said = check(call()) if check else ""
+            if said and check and name in ("mean", "select") and not torch.equal(_first(call()), _first(call())):
+                said = "DIFFERS ON REPEAT " + said
+            time = timed(call, args.seconds, calls)
+        except Exception as error:  # a setting that does not fit this GPU
+            print(f"{name} {variant} {case.tokens} x {channels}: {type(error).__name__} {str(error)[:90]}", flush=True)
+            continue
+        copy = time["median"] if name == "copy" else copy
+        torch_us = timed(without_kernels(plain), args.seconds, calls)["median"] if plain else ""
+        yield {
+            **row,
+            "us": time["median"],
+            "p20": time["p20"],
+            "p80": time["p80"],
+            "torch_us": torch_us,
+            "copy_us": copy,
+            "launches": "",
+            "torch_launches": "",
+            "check": said,
+        }
+    if args.only:
+        return
+    for name, call in layer_jobs(case):
+        time, plain = timed(call, args.seconds, calls), timed(without_kernels(call), args.seconds, calls)
+        first = args.launches and (grid, channels) == SHAPES[args.shapes[0]]
+        count = [launches(call), launches(without_kernels(call))] if first else ["", ""]
+        yield {
+            **about,
+            "kernel": name,
+            "variant": "",
+            "us": time["median"],
+            "p20": time["p20"],
+            "p80": time["p80"],
+            "torch_us": plain["median"],
+            "copy_us": copy,
+            "launches": count[0],
+            "torch_launches": count[1],
+            "check": "",
+        }
+
+
+def _first(made: Any) -> Tensor:
+    return made if isinstance(made, Tensor) else made[0]
+
+
+def warm(part: str, args: argparse.Namespace) -> None:
+    """Compile every n-th of all settings by running them once."""
+    number, count = (int(value) for value in part.split("/"))
+    every = 0
+    for grid, channels in SHAPES:
+        if (grid, channels) in (((256, 256), 320), ((128, 128), 640)):
+            continue  # the same kernels as a smaller one's
+        case = Case(grid, channels, args)
+        for _, _, call, _, _ in jobs(case, args.variants):
+            every += 1
+            if every % count == number:
+                try:
+                    call()
+                except Exception:  # said when it is timed
+                    pass
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", dest="dtypes", default=["float16"], nargs="+", choices=list(DTYPES))
+    parser.add_argument("--batch", type=int, default=2, help="2 is one image with guidance")
+    parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="numbers of shapes")
+    parser.add_argument("--only", nargs="+", help="names of kernels")
+    parser.add_argument("--variants", action="store_true", help="time the settings that were tried too")
+    parser.add_argument("--launches", action="store_true", help="count the first shape's launches, by torch's profiler")
+    parser.add_argument("--warm", help="compile this part of all settings (for example 0/8) and stop")
+    parser.add_argument("--seconds", type=float, default=0.05, help="time spent on each number")
+    parser.add_argument("--json", action="store_true", help="one JSON list on stdout instead of a table")
+    parser.add_argument("--commit", default=None, help="where the tree is no git checkout")
+    parser.add_argument("--out", type=Path, help="a CSV file to write as well")
+    args = parser.parse_args()
+    if not torch.cuda.is_available() or not kernels.ready():
+        sys.exit("the kernels need a CUDA device and Triton")
+    with torch.no_grad():
+        if args.warm:
+            args.dtype = args.dtypes[0]
+            return warm(args.warm, args)
+        about = {**machine("cuda", args.commit), "triton": __import__("triton").__version__}
+        rows: list[dict[str, Any]] = []
+        for dtype in args.dtypes:
+            args.dtype = dtype
+            for number in args.shapes:
+                if dtype == "float32" and math.prod(SHAPES[number][0]) > 4096:
+                    continue  # no matrix units: seconds
+                for row in measure(*SHAPES[number], args):
+                    rows.append({**row, **about})
+                    if not args.json:
+                        show_row(row)
+                save(rows, args.out)
+            args.variants = False  # those are for half precision
+    if args.json:
+        print(json.dumps(rows, indent=1))
+
+
+def show_row(row: dict[str, Any]) -> None:
+    plain = f"{row['torch_us']:8.1f}" if row["torch_us"] != "" else " " * 8
+    counts = f" {row['launches']}/{row['torch_launches']} launches" if row["launches"] != "" else ""
+    print(
+        f"{row['tokens']:6} x {row['channels']:4} {row['kernel']:8} {row['variant']:24} {row['us']:8.1f} us, "
+        f"torch {plain}{counts} {row['check']}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
