@@ -30,25 +30,25 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _measured_on(row: dict[str, str]) -> str:
-    driver = f", driver {row['driver']}" if row["driver"] else ""
-    return f"\n{row['machine']}{driver}, torch {row['torch']}, {row['date']}, commit {row['commit']}.\n"
-
-
 def speed() -> str:
-    """Steps of a real ComfyUI, unmerged and with each variant."""
-    rows = _read("comfyui-h200")
+    """Steps of a real ComfyUI, unmerged and with each variant: both runs there are."""
+    rows = _read("comfyui-h200") + _read("comfyui-h200-2")
     variants = list(dict.fromkeys(row["variant"] for row in rows if row["variant"] != "unmerged"))
-    jobs = list(dict.fromkeys((row["model"], row["pixels"]) for row in rows))
-    by_key = {(row["model"], row["pixels"], row["variant"]): row for row in rows}
+    jobs = sorted({(row["model"], int(row["pixels"]), row["commit"]) for row in rows})
+    by_key = {(row["model"], int(row["pixels"]), row["commit"], row["variant"]): row for row in rows}
     names = {"sd15": "SD 1.5", "sdxl": "SDXL"}
     body = []
-    for model, pixels in jobs:
-        base = by_key[model, pixels, "unmerged"]
-        cells = [f"{names[model]} {pixels}²", f"{float(base['step_ms']):.0f} ms"]
-        cells += [f"{float(by_key[model, pixels, variant]['speedup']):.2f}x" for variant in variants]
+    for model, pixels, commit in jobs:
+        base = by_key[model, pixels, commit, "unmerged"]
+        spread = f"{float(base['step_p20']):.0f} to {float(base['step_p80']):.0f}"
+        cells = [f"{names[model]} {pixels}²", commit, f"{float(base['step_ms']):.0f} ms ({spread})"]
+        cells += [f"{float(by_key[model, pixels, commit, variant]['speedup']):.2f}x" for variant in variants]
         body.append(cells)
-    return _table(["model, pixels", "unmerged step", *variants], body) + _measured_on(rows[0])
+    about = rows[0]
+    return (
+        _table(["model, pixels", "commit", "unmerged step (p20 to p80)", *variants], body)
+        + f"\n{about['machine']}, driver {about['driver']}, torch {about['torch']}, {about['date']}; median steps.\n"
+    )
 
 
 def options() -> str:
