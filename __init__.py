@@ -7,6 +7,7 @@ if __package__:  # empty where pytest collects this folder; the relative imports
 
     from .comfy_tome.nodes import NODES
 
+    WEB_DIRECTORY = "./web"  # its docs/ are the nodes' help pages
     _nodes = list(NODES)
     if os.environ.get("TOME_DEMO") == "1":  # set by `install.py demo`: its model is of no use to anybody else
         from .demo.nodes import NODES as _demo_nodes

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from where the facts are: `python -m benchmarks.tables`.
+"""Writes the tables of README.md and of the node's help from where the facts are: `python -m benchmarks.tables`.
 
 Between `<!-- NAME -->` and `<!-- end -->` stands what the function of that name makes from the committed CSVs or from
 ToMeConfig. A test compares, so that no page goes stale.
@@ -16,7 +16,7 @@ from shared_tome import ToMeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results")
-PAGES = ("README.md",)
+PAGES = ("README.md", "web/docs/ToMe.md")
 _BLOCK = re.compile(r"(<!-- (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 

@@ -104,6 +104,13 @@ def test_two_nodes_are_told_before_sampling(client):
         client.run(prompt)
 
 
+@pytest.mark.parametrize("node", ["ToMe", "ToMeCLIPVision"])
+def test_help_page_is_served(client, node):
+    """Where the page looks for it when a person opens a node's help."""
+    pack = client.node(node)["python_module"].removeprefix("custom_nodes.")
+    assert client.request(f"/extensions/{pack}/docs/{node}.md").decode().startswith("# ToMe")
+
+
 def test_demo_node_is_for_the_demo_alone(client, tmp_path):
     assert "ToMeDemoModel" in client.get("/object_info")
     with ComfyServer(comfyui_dir(), tmp_path) as ordinary:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import tables
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), *sorted((ROOT / "web").glob("**/*.md"))]
 
 
 @pytest.mark.parametrize("page", tables.PAGES)
@@ -40,3 +40,10 @@ def test_readme_names_what_there_is():
         assert (ROOT / (folder.replace(".", "/") + ".py")).exists(), folder
     for command in re.findall(r"python install\.py (\w+)", text):
         assert command in ("demo", "test", "comfyui", "a1111")
+
+
+def test_every_node_has_a_help_page():
+    nodes = set()
+    for file in (ROOT / "comfy_tome").glob("*.py"):
+        nodes |= set(re.findall(r'node_id="(\w+)"', file.read_text(encoding="utf-8")))
+    assert nodes == {page.stem for page in (ROOT / "web" / "docs").glob("*.md")}
