@@ -143,7 +143,7 @@ class ToMeConfig:
     start: float = _option(
         0.0,
         "Start",
-        "The share of the steps after which merging begins. Early steps decide the composition: 0.4 costs a part "
+        "The share of the steps after which merging begins. The first steps decide the composition: 0.2 costs a fifth "
         "of the gain and stays much closer to the unmerged picture.",
         minimum=0.0,
         maximum=1.0,
