@@ -106,7 +106,7 @@ class ForgeCall(UNetCall):
         handles: list[Any] = []
         try:
             for block in served_blocks(diffusion_model):
-                if config.proportional and config.kind.keys and not config.kind.fills:
+                if config.weighs_keys:
                     handles += self._widen(block)
                 if config.mlp and hasattr(block, "ff"):
                     handles.append(block.ff.register_forward_pre_hook(self._before_mlp))

@@ -137,7 +137,7 @@ class _Block:
             attn1.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             attn1.register_forward_hook(self._after_attention, prepend=True),
         ]
-        if config.proportional and config.kind.keys and not config.kind.fills and self.heads:
+        if config.weighs_keys and self.heads:
             to_out = attn1.to_out[0] if isinstance(attn1.to_out, (nn.Sequential, nn.ModuleList)) else attn1.to_out
             handles += [
                 attn1.to_q.register_forward_pre_hook(self._before_query, prepend=True),

@@ -10,7 +10,7 @@ import torch
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.grid import Grid
 from ..shared_tome.noise import fold_seed
-from ..shared_tome.schedule import ratio_at
+from ..shared_tome.schedule import config_at
 from .notes import Notes
 from .seeds import RowCursor, Rows, period, prompt_counts, rows_of_step
 
@@ -58,9 +58,7 @@ class Sampling:
         """
         if rows is None:
             rows = self._rows.take(batch)  # even if not merged: the cursor has to move on
-        config = self.config
-        if config.is_scheduled:
-            config = config.replace(ratio=ratio_at(config, self.progress), ratio_end=-1.0)
+        config = config_at(self.config, lambda: self.progress)
         if config.ratio == 0.0:
             return None
         if config.share_match and (batch % 2 or rows[: batch // 2] != rows[batch // 2 :]):

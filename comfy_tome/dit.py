@@ -25,9 +25,10 @@ from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention import extend_heads, extra_channels
 from ..shared_tome.grid import Grid
 from ..shared_tome.plan import Plan
+from ..shared_tome.schedule import config_at
 from .dit_models import DiTModel, Told, cross_lengths, dit_model, unwrapped
 from .log import say_once
-from .model_call import DIFFUSION_MODEL, KEY, config_at, find_options, put_options, step_of
+from .model_call import DIFFUSION_MODEL, KEY, find_options, progress_of, put_options, step_of
 
 _COMPILE_KEY = "torch.compile"  # comfy_api.torch_helpers.torch_compile.COMPILE_KEY
 # ComfyUI's attention functions that take heads of any size and mind `scale`; sage's two do not.
@@ -110,7 +111,7 @@ class DiTPatch:
 
     def _patch(self, model: Any, x: Tensor, options: dict[str, Any], told: Told) -> DiTCall | None:
         """What this call gets, or None where it is left alone."""
-        config, facts = config_at(self.config, options), dit_model(model)
+        config, facts = config_at(self.config, lambda: progress_of(options)), dit_model(model)
         if config.ratio == 0.0 or facts is None:
             return None
         layout = Layout.of(facts, model, x.shape, told)
@@ -248,8 +249,7 @@ class DiTCall:
     @property
     def _weighs(self) -> bool:
         """Whether a key that stands for several counts for as many."""
-        config = self.call.config
-        return config.proportional and config.kind.keys and not config.kind.fills
+        return self.call.config.weighs_keys
 
     def _takes_wider_heads(self, d: int) -> bool:
         """Whether the attention that is to be called takes heads of d channels with weights on them."""

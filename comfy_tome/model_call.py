@@ -7,9 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..shared_tome import ToMeConfig
-from ..shared_tome.schedule import ratio_at
-
 KEY = "ToMe"
 APPLY_MODEL = "apply_model"  # comfy.patcher_extension.WrappersMP.APPLY_MODEL
 DIFFUSION_MODEL = "diffusion_model"  # comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
@@ -46,10 +43,3 @@ def progress_of(options: dict[str, Any]) -> float:
     if sigmas is None or len(sigmas) < 2:
         return 0.0
     return int(step_of(options, sigmas.device)) / (len(sigmas) - 1)
-
-
-def config_at(config: ToMeConfig, options: dict[str, Any]) -> ToMeConfig:
-    """The config with this step's ratio. Only a schedule needs to know the step on the host."""
-    if not config.is_scheduled:
-        return config
-    return config.replace(ratio=ratio_at(config, progress_of(options)), ratio_end=-1.0)

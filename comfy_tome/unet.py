@@ -16,8 +16,9 @@ from torch import Tensor
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention import attend_tokens
 from ..shared_tome.plan import Plan
+from ..shared_tome.schedule import config_at
 from .log import say_once
-from .model_call import DIFFUSION_MODEL, KEY, config_at, find_options, put_options, step_of
+from .model_call import DIFFUSION_MODEL, KEY, find_options, progress_of, put_options, step_of
 
 
 class UNetPatch:
@@ -42,7 +43,7 @@ class UNetPatch:
 
     def _config_now(self, options: dict[str, Any]) -> ToMeConfig:
         """The config of this call: this step's ratio, and one match for both halves only where they are alike."""
-        config = config_at(self.config, options)
+        config = config_at(self.config, lambda: progress_of(options))
         if config.share_match and sorted(options.get("cond_or_uncond", ())) != [0, 1]:
             config = config.replace(share_match=False)  # the halves of this batch are not the same images
         return config
@@ -71,7 +72,7 @@ class UNetCall:
             patches["attn2_patch"] = [*patches.get("attn2_patch", ()), self.before_cross_attention]
             patches["attn2_output_patch"] = [self.after_cross_attention, *patches.get("attn2_output_patch", ())]
         options["patches"] = patches
-        if config.proportional and config.kind.keys and not config.kind.fills:
+        if config.weighs_keys:
             options["optimized_attention_override"] = self.attention
         wrappers = dict(options.get("wrappers", {}))
         wrappers[DIFFUSION_MODEL] = {**wrappers.get(DIFFUSION_MODEL, {}), KEY: [self._check_key]}

@@ -30,7 +30,7 @@ class ModelCall:
     """Plans for the layers of one call.
 
     Args:
-        config: with the ratio that holds at this step (see schedule.ratio_at).
+        config: with the ratio that holds at this step (see schedule.config_at).
         full: the latent's own grid, from which levels are counted.
         device: where the tokens are.
         seed: a number, or a tensor [] or [B] with one number for each row of the batch; None: config.seed.
@@ -110,13 +110,12 @@ class ModelCall:
             for x in (k, v):
                 if id(x) not in merged:
                     merged[id(x)] = plan.merge(x)
-        weighted = self.config.proportional and kind.keys and not kind.fills
         return MergedAttention(
             plan=plan,
             q=merged[id(q)] if kind.queries else q,
             k=merged[id(k)] if kind.keys else k,
             v=merged[id(v)] if kind.keys else v,
-            bias=plan.key_bias() if weighted else None,
+            bias=plan.key_bias() if self.config.weighs_keys else None,
             merges_queries=kind.queries,
         )
 

@@ -233,6 +233,11 @@ class ToMeConfig:
         return (self.ratio == 0.0 and self.ratio_end <= 0.0) or self.start == self.end
 
     @property
+    def weighs_keys(self) -> bool:
+        """Whether a key that stands for several tokens is to weigh as much as they did."""
+        return self.proportional and self.kind.keys and not self.kind.fills
+
+    @property
     def is_scheduled(self) -> bool:
         """Whether what is done depends on the step (and the host must know where it is)."""
         return self.start > 0.0 or self.end < 1.0 or self.ratio_end >= 0.0

@@ -6,6 +6,7 @@ Sources: Bolya and Hoffman (arXiv 2303.17604), Table 3b (levels) and Table 3c (s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from .config import ToMeConfig
 from .grid import Grid, level_of
@@ -22,6 +23,14 @@ def ratio_at(config: ToMeConfig, progress: float) -> float:
         return config.ratio
     way = (progress - config.start) / (config.end - config.start) if config.end > config.start else 0.0
     return config.ratio + (config.ratio_end - config.ratio) * min(1.0, max(0.0, way))
+
+
+def config_at(config: ToMeConfig, progress: Callable[[], float]) -> ToMeConfig:
+    """The config with the ratio of one step.
+
+    progress: asked only where there is a schedule, since knowing it may cost a host a synchronisation.
+    """
+    return config.replace(ratio=ratio_at(config, progress()), ratio_end=-1.0) if config.is_scheduled else config
 
 
 def serves_layer(config: ToMeConfig, grid: Grid, full: Grid) -> bool:

@@ -24,7 +24,7 @@ from .config import ToMeConfig
 from .grid import Grid, grid_of
 from .heads import find_rule, narrow, widen_key, widen_query, widen_value
 from .plan import Plan, spread_rows
-from .schedule import ratio_at
+from .schedule import config_at
 from .script_steps import Steps
 
 logger = logging.getLogger("ToMe")
@@ -97,9 +97,8 @@ class BaseAttachment:
 
     def model_call(self, grid: Grid, timestep: Any, device: torch.device) -> ModelCall | None:
         """The core's state for this call, or None where nothing is merged now."""
-        step, config = self.steps.step(timestep, device), self.config
-        if config.is_scheduled:
-            config = config.replace(ratio=ratio_at(config, self.steps.progress(timestep)), ratio_end=-1.0)
+        step = self.steps.step(timestep, device)
+        config = config_at(self.config, lambda: self.steps.progress(timestep))
         return ModelCall(config, grid, device, step=step) if config.ratio > 0.0 else None
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
