@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,14 +14,18 @@ from torch import Tensor
 
 from shared_tome.schedule import ratio_at
 
+from .data import make_bank
+from .diffusion import clean
 from .hooks import Run, merged
 from .methods import Variant
-from .samplers import SAMPLERS, run, step_sigmas
-from .train import load_model
+from .model import load_model, picture_set
+from .samplers import parse_sampler, run, step_sigmas
+from .tensors import as_pictures
 from .unet import UNet
 
-GUIDANCE = 3.0
+KNOWN_SEED = 303  # of the pictures to inpaint; see quality/classifier.py
 PRECISIONS = ("float32", "mixed", "half")
+REMEMBERED = 0.4  # share of the first steps whose predictions are kept
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,22 @@ class Timing:
         return iter((self.p20, self.median, self.p80))
 
 
+@dataclass
+class FirstSteps:
+    """What the unmerged run of a sampler predicted: variants that begin later have the same first steps.
+
+    sampler: its name. predicted: x0 by (first picture's number, step). layers: the grids of a step's attention.
+    """
+
+    sampler: str = ""
+    predicted: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    layers: list[tuple[int, int]] = field(default_factory=list)
+
+
 class Bench:
     """Makes pictures with a variant of ToMe, always from the same noise and the same mix of classes.
 
+    file: a model of pixels or latents, v or epsilon (quality/model.py); what comes out is decoded pictures.
     images: for each seed, classes in turn. batch: pictures at a time; each has a prompted and an unprompted row.
     precision: float32 (TF32 off); mixed (float32, but convolutions and linear layers in TF32 and self-attention in
     float16; the row "unmerged, float32" says how far that is from float32); half (float16 weights).
@@ -52,15 +70,19 @@ class Bench:
         self, file: Path, device: str, images: int, seeds: int, batch: int, precision: str = "float32"
     ) -> None:
         self.device, self.images, self.seeds, self.batch = torch.device(device), images, seeds, batch
-        model, self.table, metadata = load_model(file)
-        self.size = int(metadata["size"])
+        model, self.table, self.metadata = load_model(file)
+        self.size = int(self.metadata["size"])
         self.hash = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-        self.tokens = model.class_tokens.detach().to(self.device)  # (K + 1, M, D)
         self.dtype = torch.float16 if precision == "half" else torch.float32
         self.mixed = precision == "mixed"
-        self.unet = model.unet.to(self.device, self.dtype).requires_grad_(False)
-        self._timed: dict[tuple[str, float], Timing] = {}
+        self.model = model.to(self.device).requires_grad_(False)
+        self.tokens = model.class_tokens.detach()  # (K + 1, M, D)
+        self.unet = model.unet.to(self.dtype)
+        self.painted = model.painted_shape(self.size)  # (C, h, w)
+        self._timed: dict[tuple, Timing] = {}
         self._timed_unet: UNet | None = None
+        self._first_steps = FirstSteps()
+        self._to_inpaint: Tensor | None = None
 
     def context(self, classes: Tensor) -> Tensor:
         """Prompted rows, then as many unprompted ones: [2 * b, M, D] for class numbers [b]."""
@@ -68,21 +90,41 @@ class Bench:
         return torch.cat((self.tokens[classes], free)).to(self.dtype)
 
     def pictures(self, variant: Variant, sampler: str) -> tuple[Tensor, Run]:
-        """Pictures [seeds * images, 3, H, W] in float32 on the device, and the run with its count of work."""
+        """Pictures [seeds * images, 3, H, W] in float32 on the device, and the run with its count of work.
+
+        sampler: a name, with or without guidance (quality/samplers.py).
+        """
         done = []
         mixed = self.mixed and not variant.strict
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = mixed
+        if not variant.is_merged and not variant.strict:
+            self._first_steps = FirstSteps(sampler)
         for seed in range(self.seeds):
             generator = torch.Generator().manual_seed(1000 + seed)
-            start = torch.randn((self.images, 3, self.size, self.size), generator=generator)
+            start = torch.randn((self.images, *self.painted), generator=generator)
             for first in range(0, self.images, self.batch):
                 part = start[first : first + self.batch].to(self.device)
                 with merged(self.unet, variant, torch.float16 if mixed else None) as state:
-                    done.append(self._sample(part, state, sampler, seed, first))
+                    painted = self._sample(part, state, sampler, seed, first)
+                done.append(self.model.decode(painted))
         return torch.cat(done), state
 
+    def unknown(self, pictures: Tensor, sampler: str) -> Tensor:
+        """The part of pictures [n, 3, H, W] that the sampler paints: the right half where it inpaints, else all."""
+        return pictures[..., self.size // 2 :] if parse_sampler(sampler)[0].inpaint else pictures
+
+    def _known(self, first: int, count: int) -> Tensor:
+        """Real pictures to inpaint [count, C, h, w], of the classes of the pictures from number ``first`` on."""
+        if self._to_inpaint is None:
+            pictures, classes = picture_set(self.metadata), len(self.tokens) - 1
+            each = math.ceil(self.images / classes)
+            bank = torch.from_numpy(make_bank(each, KNOWN_SEED, workers=0, pictures=pictures))[:classes]
+            in_turn = bank.transpose(0, 1).flatten(0, 1)[: self.images]  # (images, size, size, 3)
+            self._to_inpaint = self.model.encode(as_pictures(in_turn.to(self.device)))
+        return self._to_inpaint[first : first + count]
+
     def _sample(self, start: Tensor, state: Run, name: str, seed: int, first: int) -> Tensor:
-        count, sampler = len(start), SAMPLERS[name]
+        count, (sampler, guidance), prediction = len(start), parse_sampler(name), self.model.prediction
         order, sigmas = step_sigmas(self.table, sampler.steps)
         place = torch.arange(first, first + count, device=self.device)
         context = self.context(place % (len(self.tokens) - 1))
@@ -92,28 +134,53 @@ class Bench:
         if state.variant.per_row:
             tome_seed = torch.cat((tome_seed, tome_seed + 50_000_017))
         generator = torch.Generator(self.device).manual_seed(7_000_000 + 1000 * seed + first)
+        known = self._known(first, count) if sampler.inpaint else None
+        half = self.painted[2] // 2
+        first_steps, unmerged = self._first_steps, not state.variant.is_merged
+        remembered = first_steps.sampler == name and not state.variant.strict
 
         def noise() -> Tensor:
             return torch.randn(start.shape, generator=generator, device=self.device)
 
-        def denoised(x: Tensor, step: int) -> Tensor:
+        def paint(x: Tensor, step: int) -> Tensor:
             sigma = sigmas[step]
             signal = (1 + sigma**2) ** -0.5
             x = x * signal
-            state.begin((self.size, self.size), self.device, tome_seed, step, sampler.steps)
+            state.begin(self.painted[1:], self.device, tome_seed, step, sampler.steps)
             times = torch.full((2 * count,), float(order[step]), device=self.device)
-            v, free = self.unet(torch.cat((x, x)).to(self.dtype), times, context).float().chunk(2)
-            v = free + GUIDANCE * (v - free)
-            return signal * x - sigma * signal * v
+            out, free = self.unet(torch.cat((x, x)).to(self.dtype), times, context).float().chunk(2)
+            out = free + guidance * (out - free)
+            return clean(prediction, x, out, signal, sigma * signal)
+
+        def denoised(x: Tensor, step: int) -> Tensor:
+            key, share = (seed, first, step), step / sampler.steps
+            # Until a variant begins, it has the unmerged run's pictures, bit for bit.
+            early = (
+                remembered
+                and share < REMEMBERED
+                and not any(ratio_at(state.variant.config, i / sampler.steps) for i in range(step + 1))
+            )
+            if early and not unmerged and key in first_steps.predicted:
+                state.begin(self.painted[1:], self.device, tome_seed, step, sampler.steps)
+                state.count_unmerged(first_steps.layers)
+                return first_steps.predicted[key]
+            if known is not None:
+                x = torch.cat((known[..., :half] + sigmas[step] * start[..., :half], x[..., half:]), dim=-1)
+            x0 = paint(x, step)
+            if known is not None:
+                x0 = torch.cat((known[..., :half], x0[..., half:]), dim=-1)
+            if early and unmerged:
+                first_steps.predicted[key], first_steps.layers = x0, state.seen
+            return x0
 
         return run(sampler, denoised, start, sigmas, noise)
 
     def timing(self, variant: Variant, sampler: str, size: int, rows: int, repeats: int) -> Timing | None:
-        """A step's time in half precision at ``size`` pixels a side, the mean over the sampler's steps.
+        """A step's time in half precision at ``size`` pixels (or latents) a side, the mean over the sampler's steps.
 
         None where the variant is not to be timed. All that merging needs is counted: seeds, draws, match, unmerge.
         """
-        steps = SAMPLERS[sampler].steps
+        steps = parse_sampler(sampler)[0].steps
         ratios = [ratio_at(variant.config, i / steps) for i in range(steps)]
         if repeats == 0 or not variant.timed or len(set(ratios)) > 2:
             return None
@@ -122,7 +189,9 @@ class Bench:
 
     @torch.no_grad()
     def _time(self, variant: Variant, ratio: float, size: int, rows: int, repeats: int) -> Timing:
-        place = (variant.name if ratio else "", ratio)
+        config = variant.config.replace(ratio=ratio, start=0.0, end=1.0, ratio_end=-1.0)
+        # A late start alone does not change what a step does.
+        place = (config, variant.make, variant.attend) if ratio else ()
         if place in self._timed:
             return self._timed[place]
         gpu = self.device.type == "cuda"
@@ -130,11 +199,10 @@ class Bench:
         if self._timed_unet is None:
             self._timed_unet = deepcopy(self.unet).to(dtype)
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn((rows, 3, size, size), generator=generator).to(self.device, dtype)
+        x = torch.randn((rows, self.painted[0], size, size), generator=generator).to(self.device, dtype)
         context = self.context(torch.arange(rows // 2, device=self.device) % (len(self.tokens) - 1)).to(dtype)
         times = torch.full((rows,), 500.0, device=self.device)
         seed = torch.zeros((), dtype=torch.int64, device=self.device)  # as the hosts: one for the batch
-        config = variant.config.replace(ratio=ratio, start=0.0, end=1.0, ratio_end=-1.0)
         took = []
         with merged(self._timed_unet, replace(variant, config=config)) as state:
             for i in range(repeats + 3):

@@ -1,7 +1,8 @@
-"""Noise schedule, deterministic sampling, averaging of weights and learning rate of the small model.
+"""Noise schedules, predictions, deterministic sampling, averaging of weights and learning rate of the lab's models.
 
 v-prediction is Salimans and Ho, "Progressive Distillation" (arXiv 2202.00512): of x_t = cos(a) x_0 + sin(a) e
-the network gives v = cos(a) e - sin(a) x_0. Guidance is Ho and Salimans (arXiv 2207.12598), the deterministic
+the network gives v = cos(a) e - sin(a) x_0. epsilon-prediction is Ho et al. (arXiv 2006.11239): the network gives
+e, the noise. Guidance is Ho and Salimans (arXiv 2207.12598), the deterministic
 sampler DDIM (arXiv 2010.02502).
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 STEPS = 1000
 SIGMA_MIN, SIGMA_MAX = 0.01, 100.0
+PREDICTIONS = ("v", "epsilon")
 
 
 def cosine_sigmas(steps: int = STEPS, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX) -> Tensor:
@@ -27,26 +29,54 @@ def cosine_sigmas(steps: int = STEPS, sigma_min: float = SIGMA_MIN, sigma_max: f
     return angles.tan().float()
 
 
+def scaled_linear_sigmas(steps: int = STEPS, first: float = 0.00085, last: float = 0.012) -> Tensor:
+    """Noise over signal at each training step, [steps], rising from 0.03 to 14.6: the schedule of Stable Diffusion 1.x.
+
+    The roots of the betas are evenly spaced (Rombach et al., arXiv 2112.10752).
+    """
+    betas = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
+    kept = (1 - betas).cumprod(0)
+    return ((1 - kept) / kept).sqrt().float()
+
+
+SCHEDULES: dict[str, Callable[[], Tensor]] = {"cosine": cosine_sigmas, "scaled_linear": scaled_linear_sigmas}
+
+
 def signal_and_noise(sigmas: Tensor) -> tuple[Tensor, Tensor]:
     """The factors of picture and noise, cos(a) and sin(a), for tan(a) = sigmas; same shape."""
     signal = (1 + sigmas**2).rsqrt()
     return signal, signal * sigmas
 
 
-def noisy(x0: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """Noisy pictures and the v to predict, both [B, C, H, W], from pictures, noise and sigmas [B]."""
+def noisy(x0: Tensor, noise: Tensor, sigmas: Tensor, prediction: str = "v") -> tuple[Tensor, Tensor]:
+    """Noisy pictures and what to predict, both [B, C, H, W], from pictures, noise and sigmas [B]."""
     signal, share = (f[:, None, None, None] for f in signal_and_noise(sigmas))  # (B, 1, 1, 1)
-    return signal * x0 + share * noise, signal * noise - share * x0
+    target = signal * noise - share * x0 if prediction == "v" else noise
+    return signal * x0 + share * noise, target
 
 
-def loss_weights(sigmas: Tensor, gamma: float = 6.0, floor: float = 0.15) -> Tensor:
+def clean(prediction: str, x: Tensor, out: Tensor, signal: Tensor | float, share: Tensor | float) -> Tensor:
+    """The picture that a network's output stands for; x = signal * picture + share * noise, all [B, C, H, W]."""
+    if prediction == "v":
+        return signal * x - share * out
+    return (x - share * out) / signal
+
+
+def noise_in(prediction: str, x: Tensor, out: Tensor, signal: Tensor | float, share: Tensor | float) -> Tensor:
+    """The noise that a network's output stands for; see clean."""
+    return share * x + signal * out if prediction == "v" else out
+
+
+def loss_weights(sigmas: Tensor, prediction: str = "v", gamma: float = 6.0, floor: float = 0.15) -> Tensor:
     """Weight of each sample's loss, [B]: 1 where noise prevails, less for nearly clean pictures.
 
     After min-SNR (Hang et al., arXiv 2303.09556), but with the plain v-loss kept at high noise, where a few
-    sampling steps decide what the picture shows.
+    sampling steps decide what the picture shows. An error of epsilon is one of v times the signal's factor, so it
+    weighs more the noisier the picture: up to 10 times.
     """
     snr = sigmas**-2
-    return (gamma / (snr + 1)).clamp(floor, 1.0)
+    weights = (gamma / (snr + 1)).clamp(floor, 1.0)
+    return weights if prediction == "v" else (weights * (1 + sigmas**2)).clamp(max=10.0)
 
 
 def stratified_steps(batch: int, steps: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -72,11 +102,12 @@ def sample(
     sigmas: Tensor,
     steps: int = 30,
     guidance: float = 3.0,
+    prediction: str = "v",
 ) -> Tensor:
-    """Pictures [B, 3, H, W] of about -1 to 1 from ``noise`` [B, 3, H, W] of unit variance.
+    """Pictures (or latents) [B, C, H, W] of about -1 to 1 from ``noise`` [B, C, H, W] of unit variance.
 
-    model: (x, timesteps [B], context) -> v. context: [B, M, D]. unconditional: [1, M, D].
-    sigmas: [STEPS], see :func:`cosine_sigmas`.
+    model: (x, timesteps [B], context) -> prediction. context: [B, M, D]. unconditional: [1, M, D].
+    sigmas: [STEPS], see SCHEDULES. prediction: one of PREDICTIONS.
     """
     batch = noise.shape[0]
     both = torch.cat((context, unconditional.expand(batch, -1, -1)))  # (2B, M, D)
@@ -85,10 +116,10 @@ def sample(
     x = noise
     for i, t in enumerate(order):
         times = torch.full((2 * batch,), float(t), device=noise.device)
-        v, v_free = model(torch.cat((x, x)), times, both).float().chunk(2)
-        v = v_free + guidance * (v - v_free)
-        x0 = signals[t] * x - shares[t] * v
-        noise_now = shares[t] * x + signals[t] * v
+        out, free = model(torch.cat((x, x)), times, both).float().chunk(2)
+        out = free + guidance * (out - free)
+        x0 = clean(prediction, x, out, signals[t], shares[t])
+        noise_now = noise_in(prediction, x, out, signals[t], shares[t])
         last = i + 1 == len(order)
         x = x0 if last else signals[order[i + 1]] * x0 + shares[order[i + 1]] * noise_now
     return x

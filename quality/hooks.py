@@ -35,22 +35,30 @@ class Run:
         self.plan: Plan | None = None  # the current block's, for cross-attention and MLP
         self.memory: dict = {}  # what a variant keeps from step to step
         self.work = {"full": 0, "left": 0, "all": 0, "all_left": 0}
+        self.seen: list[Grid] = []  # of the current step's attention layers, in their order
 
     def begin(self, full: Grid, device: torch.device, seed: Tensor, step: int, steps: int) -> None:
         config = self.variant.config
-        self.full, self.call, self.plan = full, None, None
+        self.full, self.call, self.plan, self.seen = full, None, None, []
         now = config.replace(ratio=ratio_at(config, step / steps), start=0.0, end=1.0, ratio_end=-1.0)
         if now.ratio > 0.0:
             self.call = self.variant.make(now, full, device, seed, step, self.memory)
 
     def count(self, grid: Grid, tokens: int, queries: int, keys: int) -> None:
         """Count the work of Q K^T and A V; all blocks of a level have the same width for each token."""
+        self.seen.append(grid)
         full, left = tokens * tokens, queries * keys
         if self.variant.is_merged and serves_layer(self.variant.config, grid, self.full):
             self.work["full"] += full
             self.work["left"] += left
         self.work["all"] += full
         self.work["all_left"] += left
+
+    def count_unmerged(self, grids: list[Grid]) -> None:
+        """Count layers whose result was known, as if they had been run."""
+        for grid in grids:
+            tokens = grid[0] * grid[1]
+            self.count(grid, tokens, tokens, tokens)
 
     @property
     def cost(self) -> float:

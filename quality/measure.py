@@ -3,8 +3,10 @@
     python -m quality.measure --model demo/model.safetensors --out quality/results/demo.csv \
         --plan frontier:ddim30,main:euler_a20+lcm6 --classifier out/classifier.safetensors
 
-A row for each variant (quality/methods.py) and sampler. Stop it when you like: rows already in the file are not
-measured again. Beside OUT.csv, OUT.pictures.csv has the PSNR of every single picture, for paired comparisons.
+A row for each variant (quality/methods.py) and sampler; "ddim30@g7.5" is a sampler with guidance 7.5 instead of 3.
+Stop it when you like: rows already in the file are not measured again. Beside OUT.csv, OUT.pictures.csv has the PSNR
+of every single picture, for paired comparisons. PSNR, SSIM and the Frechet distance are of decoded pictures where the
+model paints latents; PSNR and SSIM of the painted half where the sampler inpaints.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -27,9 +30,10 @@ from tqdm import tqdm
 
 from . import classifier
 from .bench import PRECISIONS, Bench, Timing
+from .hooks import Run
 from .methods import BASELINE, CATALOGUE, UNMERGED, Variant
 from .metrics import frechet, frechet_gap, psnr, ssim, standard_error, to_range
-from .samplers import SAMPLERS
+from .samplers import GUIDANCE, SAMPLERS, parse_sampler
 
 COLUMNS = (
     "variant family sampler psnr psnr_se ssim ssim_se gain gain_se cost cost_all "
@@ -41,11 +45,11 @@ SAME = ("images", "seeds", "precision", "device", "model")
 Key = tuple[str, str]
 
 
-def parse_plan(plan: str, samplers: Sequence[str]) -> list[Key]:
+def parse_plan(plan: str, samplers: Sequence[str], guidance: float = GUIDANCE) -> list[Key]:
     """(variant, sampler) in the order to measure them, each once.
 
     plan: entries with commas between, or a file with one a line; an entry is a set's or (in a file) a variant's
-    name, with or without ":sampler+sampler".
+    name, with or without ":sampler+sampler". guidance: of samplers that name none.
     """
     path = Path(plan)
     entries = path.read_text().splitlines() if path.is_file() else plan.split(",")
@@ -56,8 +60,9 @@ def parse_plan(plan: str, samplers: Sequence[str]) -> list[Key]:
             continue
         names = CATALOGUE.sets.get(name.strip(), [name.strip()])
         for sampler in some.strip().split("+") if some.strip() else samplers:
-            if sampler not in SAMPLERS:
-                raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+            if guidance != GUIDANCE and "@g" not in sampler:
+                sampler = f"{sampler}@g{guidance:g}"
+            parse_sampler(sampler)
             for one in names:
                 if one not in CATALOGUE.variants:
                     raise ValueError(f"no set or variant is named {one!r}; sets: {', '.join(CATALOGUE.sets)}")
@@ -75,6 +80,15 @@ def describe(variant: Variant) -> str:
     return " ".join([*words, *(["per_row"] if variant.per_row else [])])
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """Of one variant and sampler: pictures [n, 3, H, W], 0 to 255, their features [n, D], and the run."""
+
+    ranged: Tensor
+    features: Tensor | None
+    run: Run
+
+
 class Measurement:
     """Rows of one file."""
 
@@ -82,6 +96,9 @@ class Measurement:
         self.args = args
         self.bench = Bench(args.model, args.device, args.images // args.seeds, args.seeds, args.batch, args.precision)
         self.judge = classifier.load(args.classifier) if args.classifier else None
+        data = self.bench.metadata["data"]
+        if self.judge and self.judge.data != data:
+            raise ValueError(f"{args.classifier} knows the pictures {self.judge.data!r}, the model paints {data!r}")
         gpu = self.bench.device.type == "cuda"
         self.stamp = {
             "images": args.images // args.seeds * args.seeds,
@@ -98,7 +115,7 @@ class Measurement:
         self.singles_file = self.out.with_suffix(".pictures.csv")
         self.rows = self._read_rows()
         self.singles = self._read_singles()
-        self.reference: tuple[str, Tensor, Tensor | None] | None = None
+        self.references: dict[str, Pictures] = {}
 
     def _read_rows(self) -> dict[Key, dict[str, str]]:
         if not self.out.is_file():
@@ -124,20 +141,23 @@ class Measurement:
             rows = list(csv.reader(file))[1:]
         return {(row[0], row[1]): torch.tensor([float(x) for x in row[2:]], dtype=torch.float64) for row in rows}
 
-    def _reference(self, sampler: str) -> tuple[Tensor, Tensor | None]:
-        """The unmerged pictures, 0 to 255, and their features; one sampler's are kept at a time."""
-        if self.reference is None or self.reference[0] != sampler:
-            pictures, _ = self.bench.pictures(CATALOGUE.variants[UNMERGED], sampler)
-            features = self.judge.features(pictures) if self.judge else None
-            self.reference = (sampler, to_range(pictures), features)
-        return self.reference[1:]
+    def _pictures(self, variant: Variant, sampler: str) -> Pictures:
+        pictures, run = self.bench.pictures(variant, sampler)
+        return Pictures(to_range(pictures), self.judge.features(pictures) if self.judge else None, run)
+
+    def _reference(self, sampler: str) -> Pictures:
+        """The unmerged pictures, made once for each sampler."""
+        if sampler not in self.references:
+            self.references[sampler] = self._pictures(CATALOGUE.variants[UNMERGED], sampler)
+        return self.references[sampler]
 
     def measure(self, variant: Variant, sampler: str) -> dict[str, object]:
         """One row; the PSNR of every picture is put into self.singles."""
-        reference, base_features = self._reference(sampler)
-        pictures, run = self.bench.pictures(variant, sampler)
-        ranged = to_range(pictures)
-        single, alike = psnr(ranged, reference).cpu(), ssim(ranged, reference).cpu()  # (n,)
+        reference = self._reference(sampler)
+        made = reference if variant.name == UNMERGED else self._pictures(variant, sampler)
+        run, features = made.run, made.features
+        ranged, expected = (self.bench.unknown(x.ranged, sampler) for x in (made, reference))
+        single, alike = psnr(ranged, expected).cpu(), ssim(ranged, expected).cpu()  # (n,)
         self.singles[variant.name, sampler] = single
         row = dict.fromkeys(COLUMNS, "") | self.stamp
         row |= {"variant": variant.name, "family": variant.family, "sampler": sampler}
@@ -149,8 +169,7 @@ class Measurement:
             row |= {"gain": f"{gain.mean():.3f}", "gain_se": f"{standard_error(gain):.3f}"}
         row |= {"cost": f"{run.cost:.5f}", "cost_all": f"{run.cost_all:.5f}"}
         if self.judge:
-            features = self.judge.features(pictures)
-            gap, error = frechet_gap(features, base_features, self.judge.real)
+            gap, error = frechet_gap(features, reference.features, self.judge.real)
             row |= {"fd": f"{frechet(features, self.judge.real):.4f}"}
             row |= {"fd_gap": f"{gap:.4f}", "fd_gap_se": f"{error:.4f}"}
         row |= self._times(variant, sampler)
@@ -158,7 +177,7 @@ class Measurement:
         if not variant.is_merged:
             row["method"] = UNMERGED
         if self.args.strips:
-            save_strip(self.args.strips / f"{sampler} {variant.name}.png", ranged[self.args.strip_pictures])
+            save_strip(self.args.strips / f"{sampler} {variant.name}.png", made.ranged[self.args.strip_pictures])
         return row
 
     def _times(self, variant: Variant, sampler: str) -> dict[str, str]:
@@ -172,7 +191,7 @@ class Measurement:
             "step_p20": f"{timing.p20:.3f}",
             "step_p80": f"{timing.p80:.3f}",
             "speedup": f"{full.median / timing.median:.3f}",
-            "step_shape": f"{shape[1]}x3x{shape[0]}x{shape[0]}",
+            "step_shape": f"{shape[1]}x{self.bench.painted[0]}x{shape[0]}x{shape[0]}",
         }
 
     def write(self, row: dict[str, object]) -> None:
@@ -220,6 +239,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="CSV file; rows are added to it")
     parser.add_argument("--plan", default="frontier", help=f"sets ({', '.join(CATALOGUE.sets)}) or a file")
     parser.add_argument("--samplers", default="ddim30", help=f"for entries that name none: {', '.join(SAMPLERS)}")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of samplers that name none (default 3)")
     parser.add_argument("--images", type=int, default=264, help="pictures a row, over all seeds")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--batch", type=int, default=132, help="pictures at a time")
@@ -230,7 +250,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", default="", help="what was measured, where there is no git to ask")
     parser.add_argument("--strips", type=Path, help="folder for some pictures of each row, side by side")
     parser.add_argument("--strip-pictures", default="0,1,2,3,4,5,6,7,8,9", help="which, by number")
-    parser.add_argument("--time-size", type=int, default=128, help="pixels a side of the timed step")
+    parser.add_argument("--time-size", type=int, default=128, help="pixels or latents a side of the timed step")
     parser.add_argument("--time-rows", type=int, default=16, help="rows of the timed step's batch")
     parser.add_argument("--time-repeats", type=int, default=12, help="0: no timing")
     args = parser.parse_args(argv)
@@ -238,7 +258,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--images must be a multiple of --seeds, got {args.images} and {args.seeds}")
     args.strip_pictures = [int(number) for number in args.strip_pictures.split(",") if int(number) < args.images]
     try:
-        args.keys = parse_plan(args.plan, args.samplers.split(","))
+        args.keys = parse_plan(args.plan, args.samplers.split(","), args.guidance)
     except ValueError as error:
         parser.error(str(error))
     return args

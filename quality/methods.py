@@ -222,6 +222,25 @@ class Catalogue:
 UNMERGED = "unmerged"
 BASELINE = "tomesd 0.5"
 """What gains are counted from."""
+# What decides the defaults, the most telling rows first; the first eight are the set "few".
+KEY = (
+    UNMERGED,
+    BASELINE,
+    "sample 0.75",
+    "sample 0.9375",
+    "sample 0.75 from 0.2",
+    "sample 0.9375 from 0.2",
+    "downsample 2x2",
+    "downsample 4x4",
+    "sample 0.9375 from 0.1",
+    "sample 0.75 from 0.1",
+    "tomesd 0.5 from 0.2",
+    "downsample 4x4 from 0.2",
+    "sample 0.5",
+    "sample 0.984375 from 0.2",
+    "merge 0.5",
+    "merge_keys pick 0.75",
+)
 
 
 def catalogue() -> Catalogue:
@@ -235,6 +254,7 @@ def catalogue() -> Catalogue:
     _sampling(c)
     _starts(c, tomesd)
     _paper(c, tomesd)
+    c.sets["key"], c.sets["few"] = list(KEY), list(KEY[:8])
     return c
 
 

@@ -1,9 +1,11 @@
 """Draws the plots and writes the tables of docs/quality.md from a measurement's CSV.
 
     python -m quality.plot --plots docs/images --tables docs/quality.md
+    python -m quality.plot --of lab --plots docs/images
 
 Tables stand between the markers `<!-- table NAME -->` and `<!-- end -->`; `--check` changes nothing and fails where a
-table and the CSV disagree.
+table and the CSV disagree. A table NAME is of the model that quality/results/demo.csv measured, NAME@lab of that of
+lab.csv.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .methods import CATALOGUE
-from .samplers import SAMPLERS
+from .samplers import GUIDANCE, SAMPLERS, parse_sampler
 
 Row = dict[str, str]
 PAPER, INK, GRID = "#fbfbf9", "#22262b", "#d9d9d4"
@@ -56,13 +58,23 @@ def read(path: Path) -> list[Row]:
         singles = {(row[0], row[1]): " ".join(row[2:]) for row in list(csv.reader(file))[1:]}
     for row in rows:
         row["singles"] = singles[row["variant"], row["sampler"]]
+        row["file"] = path.stem
     return rows
 
 
 def results(folder: Path = Path(__file__).parent / "results") -> list[Row]:
     """All rows that are kept with the project."""
-    paths = sorted(path for path in folder.glob("*.csv") if not path.name.endswith(".pictures.csv"))
+    paths = sorted(path for path in folder.glob("*.csv") if path.with_suffix(".pictures.csv").is_file())
     return [row for path in paths for row in read(path)]
+
+
+MAIN = "demo"
+
+
+def of_model(rows: Sequence[Row], file: str) -> list[Row]:
+    """The rows, of whatever file, of the models that a file (its name without .csv) measured; "": demo, else all."""
+    models = {row["model"] for row in rows if row["file"] == (file or MAIN)}
+    return [row for row in rows if row["model"] in models or not (models or file)]
 
 
 def of_set(rows: Sequence[Row], name: str, sampler: str) -> list[Row]:
@@ -135,10 +147,16 @@ def paper_table(rows: Sequence[Row]) -> str:
     return table(chosen, "variant cost cost_all psnr gain ssim fd_gap")
 
 
+def sampler_title(name: str) -> str:
+    sampler, guidance = parse_sampler(name)
+    return sampler.title if guidance == GUIDANCE else f"{sampler.title}, guidance {guidance:g}"
+
+
 def samplers_table(rows: Sequence[Row]) -> str:
     found = {(row["variant"], row["sampler"]): row for row in rows}
-    names = [s for s in SAMPLERS if any(row["sampler"] == s for row in rows)]
-    lines = [["what", *(SAMPLERS[s].title for s in names)], ["---", *("---:" for _ in names)]]
+    measured = dict.fromkeys(row["sampler"] for row in rows)
+    names = [s for s in SAMPLERS if s in measured] + [s for s in measured if s not in SAMPLERS]
+    lines = [["what", *(sampler_title(s) for s in names)], ["---", *("---:" for _ in names)]]
     for variant in CATALOGUE.sets["main"][1:]:
         cells = [found.get((variant, s)) for s in names]
         if sum(cell is not None for cell in cells) > 1:
@@ -156,6 +174,8 @@ PRESETS = {"Quality": "sample 0.75 from 0.2", "Balanced": "sample 0.9375 from 0.
 
 def presets_table(rows: Sequence[Row]) -> str:
     found = {row["variant"]: row for row in rows if row["sampler"] == "ddim30"}
+    if not found.keys() >= set(PRESETS.values()):
+        return NOTHING
     lines = table([found[name] for name in PRESETS.values()], "variant cost psnr gain ssim fd_gap step speedup")
     head, rule, *rest = lines.splitlines()
     named = [f"| {name} {line}" for name, line in zip(PRESETS, rest, strict=True)]
@@ -201,7 +221,9 @@ def pairs_table(rows: Sequence[Row]) -> str:
 
 def floor_table(rows: Sequence[Row]) -> str:
     """One sentence: what rounding alone does."""
-    row = next(row for row in rows if row["variant"] == "unmerged, float32")
+    row = next((row for row in rows if row["variant"] == "unmerged, float32"), None)
+    if row is None:
+        return NOTHING
     return f"Unmerged in float32 against unmerged in {row['precision']} precision: {row['psnr']} dB."
 
 
@@ -235,10 +257,11 @@ def with_tables(text: str, rows: Sequence[Row]) -> str:
     """The page with every table written anew."""
 
     def write(match: re.Match) -> str:
-        name = match[1]
+        name, _, file = match[1].partition("@")
         if name not in TABLES:
             raise ValueError(f"no table is named {name!r}; there are {', '.join(TABLES)}")
-        return f"<!-- table {name} -->\n{TABLES[name](rows)}\n<!-- end -->"
+        chosen = of_model(rows, file)
+        return f"<!-- table {match[1]} -->\n{TABLES[name](chosen) if chosen else NOTHING}\n<!-- end -->"
 
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", write, text, flags=re.DOTALL)
 
@@ -322,12 +345,13 @@ def _save(figure, path: Path) -> None:
     figure.savefig(path, bbox_inches="tight", facecolor=PAPER, metadata={"Software": None})
 
 
-def sheet(folder: Path, sampler: str, variants: Sequence[str], pictures: int, scale: int, path: Path) -> None:
+def sheet(folder: Path, sampler: str, variants: Sequence[str], pictures: int, path: Path) -> None:
     """Strips of quality.measure below each other, named: a page of pictures side by side."""
     from PIL import Image, ImageDraw, ImageFont
 
     strips = [Image.open(folder / f"{sampler} {name}.png").convert("RGB") for name in variants]
     side = strips[0].height
+    scale = max(1, 128 // side)  # small pictures twice as large
     strips = [s.crop((0, 0, side * pictures, side)).resize((side * pictures * scale, side * scale), 0) for s in strips]
     left, height = 190, side * scale + 4
     page = Image.new("RGB", (left + strips[0].width + 4, height * len(strips) + 4), PAPER)
@@ -343,6 +367,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m quality.plot", description=__doc__.splitlines()[0])
     parser.add_argument("csv", type=Path, nargs="*", help="default: all of quality/results")
     parser.add_argument("--plots", type=Path, help="folder for quality-cost.png and quality-time.png")
+    parser.add_argument("--of", default="", help="plot the model that this file measured (default demo)")
     parser.add_argument("--tables", type=Path, help="page whose tables to write")
     parser.add_argument("--check", action="store_true", help="only say whether the page agrees with the CSV")
     parser.add_argument("--strips", type=Path, help="folder of quality.measure --strips")
@@ -353,8 +378,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rows = [row for path in args.csv for row in read(path)] or results()
     if args.plots:
-        plot_cost(rows, args.plots / "quality-cost.png")
-        plot_time(rows, args.plots / "quality-time.png")
+        chosen, suffix = of_model(rows, args.of), f"-{args.of}" if args.of else ""
+        if not chosen:
+            parser.error(f"no row is of a file {args.of}.csv")
+        plot_cost(chosen, args.plots / f"quality-cost{suffix}.png")
+        plot_time(chosen, args.plots / f"quality-time{suffix}.png")
     if args.tables:
         text = args.tables.read_text(encoding="utf-8")
         fresh = with_tables(text, rows)
@@ -364,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             args.tables.write_text(fresh, encoding="utf-8")
     if args.strips and args.sheet:
-        sheet(args.strips, args.sheet_sampler, args.sheet_rows, args.sheet_pictures, 2, args.sheet)
+        sheet(args.strips, args.sheet_sampler, args.sheet_rows, args.sheet_pictures, args.sheet)
 
 
 if __name__ == "__main__":

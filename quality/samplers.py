@@ -68,9 +68,12 @@ def _log(x: float) -> float:
 
 @dataclass(frozen=True)
 class Sampler:
+    """inpaint: half of each picture is known, the sampler paints the rest."""
+
     update: Update
     steps: int
     title: str
+    inpaint: bool = False
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -78,7 +81,23 @@ SAMPLERS: dict[str, Sampler] = {
     "euler_a20": Sampler(euler_a, 20, "Euler ancestral, 20 steps"),
     "dpmpp2m15": Sampler(dpmpp2m, 15, "DPM++ 2M, 15 steps"),
     "lcm6": Sampler(lcm, 6, "LCM-like, 6 steps"),
+    "inpaint30": Sampler(ddim, 30, "Inpainting half, DDIM, 30 steps", inpaint=True),
 }
+GUIDANCE = 3.0
+
+
+def parse_sampler(name: str) -> tuple[Sampler, float]:
+    """A sampler and its guidance from "ddim30" (guidance 3) or "ddim30@g7.5"."""
+    plain, _, guidance = name.partition("@g")
+    if plain not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, with @g7.5 or none after it, got {name!r}")
+    try:
+        value = float(guidance) if guidance else GUIDANCE
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 100.0:
+        raise ValueError(f"guidance must be a number from 0 to 100, got {guidance!r} in {name!r}")
+    return SAMPLERS[plain], value
 
 
 def step_sigmas(table: Tensor, steps: int) -> tuple[list[int], list[float]]:

@@ -224,7 +224,7 @@ class Stage(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """Predicts v from a noisy picture. See :meth:`forward`."""
+    """Predicts v or the noise from a noisy picture or latent. See :meth:`forward`."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -280,9 +280,9 @@ class UNet(nn.Module):
         _zero(self.out[-1])
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None) -> Tensor:
-        """v [B, 3, H, W] of noisy pictures.
+        """The prediction [B, out_channels, H, W] for noisy pictures or latents.
 
-        x: [B, 3, H, W], noisy, of about unit variance. timesteps: [B], 0 to 999, where 999 is pure noise.
+        x: [B, in_channels, H, W], noisy, of about unit variance. timesteps: [B], 0 to 999, where 999 is pure noise.
         context: [B, M, context_dim], the tokens of a class.
         """
         emb = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(x.dtype))  # (B, E)

@@ -73,7 +73,7 @@ def sampled(nodes: ModuleType) -> dict:
     from comfy.ldm.modules.attention import BasicTransformerBlock
 
     from quality.diffusion import sample
-    from quality.train import load_model
+    from quality.model import load_model
 
     demo = nodes.demo
     names = demo.class_names()

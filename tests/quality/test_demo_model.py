@@ -41,7 +41,7 @@ def test_model_file() -> None:
     """Small enough for a repository, with all that is needed to run it."""
     from quality.data import CLASS_NAMES
     from quality.diffusion import cosine_sigmas
-    from quality.train import load_model
+    from quality.model import load_model
 
     assert Path(MODEL).stat().st_size < 16_000_000
     model, sigmas, metadata = load_model(MODEL)

@@ -21,7 +21,7 @@ from quality import classifier, diffusion, measure, samplers
 from quality.bench import Bench
 from quality.hooks import Run, merged
 from quality.methods import CATALOGUE, Variant
-from quality.train import SIGMAS_KEY, TOKENS_KEY, UNET_PREFIX, load_model
+from quality.model import SIGMAS_KEY, TOKENS_KEY, UNET_PREFIX, load_model
 from quality.unet import UNet, UNetConfig
 from shared_tome import ModelCall, ToMeConfig
 

@@ -201,10 +201,12 @@ def test_shared_matches_are_made_once(monkeypatch, options, expected):
 
 def test_the_catalogue_has_what_it_promises():
     sets = methods.CATALOGUE.sets
-    assert set(sets) == {"frontier", "sampling", "main", "paper", "floor", "starts"}
+    assert set(sets) == {"frontier", "sampling", "main", "paper", "floor", "starts", "key", "few"}
+    assert len(sets["key"]) == 16 and sets["few"] == sets["key"][:8]
+    assert all(name in methods.CATALOGUE.variants for name in sets["key"])
     families = {methods.CATALOGUE.variants[name].family for name in sets["frontier"]} - {"unmerged"}
     assert families <= set(plot.STYLES)
-    for name in ("frontier", "sampling", "main", "starts", "paper"):
+    for name in ("frontier", "sampling", "main", "starts", "paper", "key", "few"):
         assert sets[name][:2] == [methods.UNMERGED, methods.BASELINE]
 
 
@@ -231,3 +233,18 @@ def test_a_changed_number_is_noticed():
 def test_the_results_name_their_origin():
     for row in plot.results():
         assert row["device"] and row["torch"] and row["date"] and row["commit"] and row["model"], row["variant"]
+
+
+def test_a_second_models_rows_have_tables_of_their_own():
+    rows = plot.results()
+    second = [dict(row, model="other", file="lab", psnr="77.0") for row in rows]
+    page = "<!-- table presets -->\n<!-- end -->\n<!-- table presets@lab -->\n<!-- end -->"
+    alone, both = plot.with_tables(page, rows), plot.with_tables(page, rows + second)
+    assert "Not measured yet" in alone
+    assert alone.split("<!-- end -->")[0] == both.split("<!-- end -->")[0]
+    assert both.count("77.0 ") == len(plot.PRESETS)
+
+
+def test_a_samplers_title_tells_its_guidance():
+    assert plot.sampler_title("ddim30") == "DDIM, 30 steps"
+    assert plot.sampler_title("ddim30@g7.5") == "DDIM, 30 steps, guidance 7.5"

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from quality import data
-from quality.train import CONFIGS, SIZE, load_model, main
+from quality.data import SIZE
+from quality.model import load_model
+from quality.train import CONFIGS, main
 from quality.unet import UNet, UNetConfig
 
 pytest.importorskip("skimage", reason="the photographs come with scikit-image")

@@ -1,0 +1,154 @@
+"""A U-Net with the tokens of its classes, in pixels or in an autoencoder's latents; its file; its pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .autoencoder import FACTOR, Autoencoder, AutoencoderConfig
+from .data import PictureSet
+from .diffusion import PREDICTIONS, sample
+from .sets import SETS
+from .tensors import autocast
+from .unet import UNet, UNetConfig
+
+UNET_PREFIX, AUTOENCODER_PREFIX = "model.diffusion_model.", "first_stage_model."
+TOKENS_KEY, SIGMAS_KEY = "class_tokens", "sigmas"
+
+
+class ClassModel(nn.Module):
+    """A U-Net and the tokens of its classes; the last row of the tokens is "any class", for guidance.
+
+    prediction: "v" or "epsilon". autoencoder: None for a U-Net that paints pixels.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        classes: int,
+        tokens: int,
+        prediction: str = "v",
+        autoencoder: AutoencoderConfig | None = None,
+    ) -> None:
+        super().__init__()
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+        self.unet = UNet(config)
+        self.class_tokens = nn.Parameter(torch.randn(classes + 1, tokens, config.context_dim))
+        self.prediction = prediction
+        self.autoencoder = Autoencoder(autoencoder).requires_grad_(False) if autoencoder else None
+
+    def context(self, classes: Tensor) -> Tensor:
+        """Tokens [B, M, D] of class numbers [B]."""
+        return self.class_tokens[classes]
+
+    def painted_shape(self, size: int) -> tuple[int, int, int]:
+        """(channels, height, width) of what the U-Net paints for a picture of ``size`` pixels a side."""
+        side = size // FACTOR if self.autoencoder else size
+        return self.unet.config.in_channels, side, side
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor, chunk: int = 66) -> Tensor:
+        """Pictures [B, 3, H, W], -1 to 1, -> what the U-Net paints [B, C, h, w], in float32."""
+        if self.autoencoder is None:
+            return pictures
+        return torch.cat([self.autoencoder.encode(part) for part in pictures.split(chunk)])
+
+    @torch.no_grad()
+    def decode(self, painted: Tensor, chunk: int = 66) -> Tensor:
+        """What the U-Net paints [B, C, h, w] -> pictures [B, 3, H, W] of about -1 to 1, in float32."""
+        if self.autoencoder is None:
+            return painted
+        return torch.cat([self.autoencoder.decode(part).float() for part in painted.split(chunk)])
+
+
+def save_model(path: Path, model: ClassModel, sigmas: Tensor, training: dict, pictures: PictureSet) -> None:
+    """Write weights (float16), tokens and schedule, with what they mean in the metadata."""
+    state = {UNET_PREFIX + k: v for k, v in model.unet.state_dict().items()}
+    state[TOKENS_KEY] = model.class_tokens.detach()
+    metadata = {
+        "format": "pt",
+        "classes": json.dumps(list(pictures.classes)),
+        "unet": json.dumps(model.unet.config.to_dict()),
+        "prediction": model.prediction,
+        "data": pictures.name,
+        "size": str(pictures.size),
+        "training": json.dumps(training),
+    }
+    if model.autoencoder is not None:
+        state |= {AUTOENCODER_PREFIX + k: v for k, v in model.autoencoder.state_dict().items()}
+        metadata["autoencoder"] = json.dumps(model.autoencoder.config.to_dict())
+        metadata["latent"] = json.dumps(model.painted_shape(pictures.size))
+    tensors = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in state.items()}
+    tensors[SIGMAS_KEY] = sigmas.cpu().contiguous()
+    partial = path.with_suffix(".part")
+    save_file(tensors, partial, metadata=metadata)
+    partial.replace(path)  # a run that is stopped while writing leaves the last whole file
+
+
+def load_model(path: Path | str) -> tuple[ClassModel, Tensor, dict[str, str]]:
+    """A trained model in float32 on the CPU, its sigmas [1000] and its metadata.
+
+    Metadata that an older file lacks: prediction is "v", data is "demo", no autoencoder.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {k: file.get_tensor(k) for k in file.keys()}
+    metadata = {"prediction": "v", "data": "demo"} | metadata
+    sigmas, tokens = tensors.pop(SIGMAS_KEY), tensors.pop(TOKENS_KEY).float()
+    autoencoder = (
+        AutoencoderConfig.from_dict(json.loads(metadata["autoencoder"])) if "autoencoder" in metadata else None
+    )
+    config = UNetConfig.from_dict(json.loads(metadata["unet"]))
+    model = ClassModel(config, tokens.shape[0] - 1, tokens.shape[1], metadata["prediction"], autoencoder)
+    parts = [(UNET_PREFIX, model.unet)]
+    if model.autoencoder is not None:
+        parts.append((AUTOENCODER_PREFIX, model.autoencoder))
+    for prefix, part in parts:
+        part.load_state_dict({k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)})
+    model.class_tokens.data.copy_(tokens)
+    return model.eval(), sigmas, metadata
+
+
+def picture_set(metadata: dict[str, str]) -> PictureSet:
+    """What a model was trained on."""
+    if metadata["data"] not in SETS:
+        raise ValueError(f"data must be one of {', '.join(SETS)}, got {metadata['data']!r}")
+    return SETS[metadata["data"]]
+
+
+@torch.no_grad()
+def sample_grid(
+    model: ClassModel, sigmas: Tensor, pictures: PictureSet, columns: int = 8, steps: int = 30, seed: int = 0
+) -> Image.Image:
+    """A picture with a row for each class; the same noise for the same seed on every device."""
+    device, size, count = sigmas.device, pictures.size, len(pictures.classes)
+    classes = torch.arange(count, device=device).repeat_interleave(columns)
+    shape = (len(classes), *model.painted_shape(size))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    with autocast(device):
+        painted = sample(
+            model.unet,
+            noise,
+            model.context(classes),
+            model.class_tokens[-1:],
+            sigmas,
+            steps=steps,
+            prediction=model.prediction,
+        )
+        found = model.decode(painted)
+    pixels = ((found.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)  # (B, size, size, 3)
+    rows = pixels.cpu().numpy().reshape(count, columns, size, size, 3)
+    canvas = np.full((count * (size + 2), columns * (size + 2), 3), 255, np.uint8)
+    for row, pictures_of_class in enumerate(rows):
+        for column, picture in enumerate(pictures_of_class):
+            top, left = row * (size + 2), column * (size + 2)
+            canvas[top : top + size, left : left + size] = picture
+    return Image.fromarray(canvas)

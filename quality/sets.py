@@ -1,0 +1,8 @@
+"""The picture sets by name."""
+
+from __future__ import annotations
+
+from .data import DEMO, PictureSet
+from .data_fine import FINE
+
+SETS: dict[str, PictureSet] = {pictures.name: pictures for pictures in (DEMO, FINE)}

@@ -1,0 +1,148 @@
+"""Ways to have r tokens fewer in a block, for comparison with bipartite matching (the ViT paper's Table 1).
+
+Each is an Attachment (shared_tome/vit_hooks.py) that decides otherwise; hooks, weights and schedules are the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared_tome.plan import MergePlan, Plan, take
+from shared_tome.vit_hooks import Attachment, Call, Options, attach
+
+SEED = 505
+
+
+def _scores(metric: Tensor, prefix: int, generator: torch.Generator) -> Tensor:
+    """A random number for each patch [B, N - prefix]."""
+    shape = (metric.shape[0], metric.shape[1] - prefix)
+    return torch.rand(shape, generator=generator, device=metric.device)
+
+
+def _with_prefix(chosen: Tensor, prefix: int) -> Tensor:
+    """The prefix tokens before chosen patches [B, M], whose numbers begin with the first patch."""
+    first = torch.arange(prefix, device=chosen.device).expand(chosen.shape[0], -1)
+    return torch.cat((first, chosen + prefix), dim=1)
+
+
+class Random(Attachment):
+    """Random patches merge into random others."""
+
+    def begin(self, x: Tensor) -> None:
+        self.generator = torch.Generator(x.device).manual_seed(SEED)
+        super().begin(x)
+
+    def match(self, metric: Tensor, prefix: int, goes: int) -> Plan:
+        batch, tokens, _ = metric.shape
+        order = _scores(metric, prefix, self.generator).argsort(dim=1)  # (B, patches)
+        index = _with_prefix(order[:, goes:].sort(dim=1).values, prefix)  # (B, M)
+        kept = index.shape[1]
+        target = torch.randint(prefix, kept, (batch, goes), generator=self.generator, device=metric.device)
+        own = torch.arange(kept, device=metric.device).expand(batch, -1)
+        groups = torch.empty((batch, tokens), dtype=torch.int64, device=metric.device)
+        groups = groups.scatter(1, index, own).scatter(1, order[:, :goes] + prefix, target)
+        return MergePlan(batch, index, groups, mean=True)
+
+
+class RandomPruning(Random):
+    """Random patches go and leave nothing behind."""
+
+    def importance(self, metric: Tensor, prefix: int) -> Tensor:
+        """How much each patch counts, [B, N - prefix]: the least important go."""
+        return _scores(metric, prefix, self.generator)
+
+    def match(self, metric: Tensor, prefix: int, goes: int) -> Plan:
+        batch, tokens, _ = metric.shape
+        stays = self.importance(metric, prefix).topk(tokens - prefix - goes, dim=1).indices
+        index = _with_prefix(stays.sort(dim=1).values, prefix)
+        own = torch.arange(index.shape[1], device=metric.device).expand(batch, -1)
+        # Those that go are counted with token 0, which keeps its own value.
+        groups = torch.zeros((batch, tokens), dtype=torch.int64, device=metric.device).scatter(1, index, own)
+        return MergePlan(batch, index, groups, mean=False)
+
+
+class Pruning(RandomPruning):
+    """The patches to which the class token attends least go. Needs a class token."""
+
+    def metric(self, q: Tensor, k: Tensor) -> Tensor:
+        logits = q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, H, 1, M)
+        return logits.detach().float().softmax(dim=-1).mean(dim=1).transpose(1, 2)  # (B, M, 1)
+
+    def importance(self, metric: Tensor, prefix: int) -> Tensor:
+        return metric[:, prefix:, 0]
+
+
+class KMeans(Attachment):
+    """k-means on the same keys, from evenly spread patches; each centre keeps the patch that it began with."""
+
+    iterations = 2
+
+    def match(self, metric: Tensor, prefix: int, goes: int) -> Plan:
+        batch, tokens, _ = metric.shape
+        unit = F.normalize(metric[:, prefix:], dim=-1)  # (B, patches, d)
+        patches = tokens - prefix
+        clusters = patches - goes
+        first = (torch.arange(clusters, device=metric.device) * patches // clusters).expand(batch, -1)
+        centres, own = take(unit, first), torch.arange(clusters, device=metric.device).expand(batch, -1)
+        for last in range(self.iterations):
+            nearest = (unit @ centres.transpose(1, 2)).argmax(dim=-1)  # (B, patches)
+            nearest = nearest.scatter(1, first, own)  # so that none is empty
+            if last < self.iterations - 1:
+                member = (nearest[:, None] == own[:, :, None]).to(unit.dtype)  # (B, clusters, patches)
+                centres = F.normalize(member @ unit, dim=-1)
+        head = torch.arange(prefix, device=metric.device).expand(batch, -1)
+        return MergePlan(batch, _with_prefix(first, prefix), torch.cat((head, nearest + prefix), dim=1), mean=True)
+
+
+class KMeansLonger(KMeans):
+    """The same with five iterations."""
+
+    iterations = 5
+
+
+class SlicedCall(Call):
+    """Takes the first tokens and forgets the others."""
+
+    def merge(self, x: Tensor, goes: int) -> Tensor | None:
+        self.metric = None
+        goes = min(goes, (x.shape[1] - self.prefix) // 2)
+        return x[:, : x.shape[1] - goes] if goes > 0 else None
+
+
+class Sliced(Attachment):
+    """As many tokens fewer at no cost: how fast any method could be. Its outputs mean nothing."""
+
+    call_type = SlicedCall
+
+    def metric(self, q: Tensor, k: Tensor) -> Tensor:
+        return k
+
+
+METHODS: dict[str, type[Attachment]] = {
+    "bipartite": Attachment,
+    "bipartite, unweighted": Attachment,
+    "k-means, 2 iterations": KMeans,
+    "k-means, 5 iterations": KMeansLonger,
+    "random merging": Random,
+    "pruning by attention": Pruning,
+    "random pruning": RandomPruning,
+    "limit": Sliced,
+}
+# Sizes count as weights of keys in all but these: what is pruned weighs nothing.
+UNWEIGHTED = ("bipartite, unweighted", "pruning by attention", "random pruning")
+
+
+def apply(model: nn.Module, method: str, r: int | list[int], schedule: str = "constant") -> None:
+    """Put a method on a model that reads its class token, in place of what was on it."""
+    options = Options(r=r, schedule=schedule, proportional=method not in UNWEIGHTED, restore="none")
+    attach(model, options, METHODS[method])
+
+
+def late(r: int, depth: int) -> list[int]:
+    """A list for r: nothing in the first third of the blocks, the same sum in equal parts in the others."""
+    start = depth // 3
+    after, total = depth - start, r * depth
+    edges = [total * i // after for i in range(after + 1)]
+    return [0] * start + [b - a for a, b in zip(edges, edges[1:], strict=False)]
