@@ -1,23 +1,44 @@
-"""What the benchmarks share: timing, the machine's description, output."""
+"""What the benchmarks share: timing, the machine's description, output that a later run goes on with."""
 
 from __future__ import annotations
 
 import csv
 import datetime
+import importlib.metadata
 import io
 import json
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def priority(backend: str) -> list[SDPBackend]:
+    """The attention kernels to try: `backend` first, then the others for heads that it does not take."""
+    first = [] if backend == "default" else [BACKENDS[backend]]
+    return first + [kernel for kernel in BACKENDS.values() if kernel not in first]
+
+
+def attention_by(backend: str) -> Any:
+    """A context in which torch's attention runs by `priority(backend)`."""
+    return sdpa_kernel(priority(backend), set_priority=True)
 
 
 def machine(device: str, commit: str | None = None) -> dict[str, str]:
@@ -36,6 +57,19 @@ def machine(device: str, commit: str | None = None) -> dict[str, str]:
     }
 
 
+def versions(*packages: str) -> str:
+    """The packages that are there, with their versions, in one cell."""
+    found = []
+    for package in packages:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found.append(f"cudnn {torch.backends.cudnn.version()}")
+    return ", ".join(found)
+
+
 def _first_line(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
@@ -44,23 +78,74 @@ def _first_line(command: list[str]) -> str:
     return done.stdout.strip().partition("\n")[0]
 
 
-def microseconds(call: Callable[[], Any], *, graph: bool = False, min_time: float = 0.2) -> dict[str, float]:
+def microseconds(
+    call: Callable[[], Any],
+    *,
+    graph: bool = False,
+    min_time: float = 0.2,
+    generators: Sequence[torch.Generator] = (),
+) -> dict[str, float]:
     """The time of one call: {"median", "p20", "p80"} in microseconds, after warming up.
 
     graph: as a captured CUDA graph, so without the gaps between launches that eager running leaves.
+    generators: what the call draws from; a captured graph must know them.
     """
     call()
     if graph:
-        call = _captured(call)
+        call = captured(call, lambda: generators)
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    # The timer synchronises the GPU around each block of calls; ten blocks give a spread.
-    number = max(1, round(min_time / 10 / timer.timeit(1).mean))
-    times = [1e6 * timer.timeit(number).mean for _ in range(10)]
-    steps = statistics.quantiles(times, n=5, method="inclusive")
-    return {"median": statistics.median(times), "p20": steps[0], "p80": steps[-1]}
+    # The timer synchronises the GPU around each block of calls; ten blocks give a spread, two serve for a try.
+    blocks = 10 if min_time >= 0.01 else 2
+    number = max(1, round(min_time / blocks / timer.timeit(1).mean))
+    return spread([1e6 * timer.timeit(number).mean for _ in range(blocks)])
 
 
-def _captured(call: Callable[[], Any]) -> Callable[[], None]:
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """{"median", "p20", "p80"}."""
+    if len(times) == 1:
+        return {"median": times[0], "p20": times[0], "p80": times[0]}
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return {"median": statistics.median(times), "p20": fifths[0], "p80": fifths[-1]}
+
+
+def seconds_of(call: Callable[[], Any], device: str, repeats: int = 1) -> float:
+    """How long one call takes, the GPU's work included. repeats: calls in a row that are timed together."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def turn_of(call: Callable[[], Any], device: str, together: float = 0.05) -> Callable[[], list[float]]:
+    """A turn for take_turns. Short calls run several in a row, about `together` seconds of them, as a sampler runs
+    them: the launch of one then overlaps with the work of the one before."""
+    repeats = min(20, max(1, round(together / seconds_of(call, device)))) if device == "cuda" else 1
+    return lambda: [seconds_of(call, device, repeats)]
+
+
+def take_turns(
+    turns: dict[str, Callable[[], Sequence[Any]]], seconds: float, least: int = 5, most: int = 200
+) -> dict[str, list[Any]]:
+    """What each turn measured, one after the other and round after round, so that a drift of the machine meets all.
+
+    Rounds are begun until `seconds` have passed, at least `least` and at most `most` of them.
+    """
+    found: dict[str, list[Any]] = {name: [] for name in turns}
+    start = time.perf_counter()
+    for done in range(most):
+        if done >= least and time.perf_counter() - start >= seconds:
+            break
+        for name, turn in turns.items():
+            found[name] += turn()
+    return found
+
+
+def captured(call: Callable[[], Any], generators: Callable[[], Sequence[torch.Generator]] = list) -> Callable[[], None]:
+    """Replays one call as a CUDA graph. generators: what the call draws from, asked for after warming up."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -68,16 +153,73 @@ def _captured(call: Callable[[], Any]) -> Callable[[], None]:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    for generator in generators():
+        graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         call()
     return graph.replay
 
 
+class Budget:
+    """How long a run may go on. minutes: None for as long as it takes."""
+
+    def __init__(self, minutes: float | None):
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def spent(self) -> bool:
+        return self._end is not None and time.monotonic() > self._end
+
+
+class Store:
+    """The rows of a benchmark: those that an earlier run left in the file, and those of this one.
+
+    path: a CSV file, written anew with each row, so that an interrupted run keeps what it has; None: memory alone.
+    keys: the columns that tell one row from another.
+    """
+
+    def __init__(self, path: Path | None, keys: Sequence[str]):
+        self.path, self.keys = path, tuple(keys)
+        self.rows: list[dict[str, Any]] = []
+        if path is not None and path.exists():
+            with path.open(encoding="utf-8", newline="") as file:
+                self.rows = list(csv.DictReader(file))
+            missing = [key for row in self.rows[:1] for key in self.keys if key not in row]
+            if missing:
+                raise ValueError(f"{path} has no column {missing[0]!r}: it is of another benchmark or an older form")
+        self._seen = {self._key(row) for row in self.rows}
+
+    def _key(self, row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[key]) for key in self.keys)
+
+    def has(self, **row: Any) -> bool:
+        """Whether there is a row with these keys."""
+        return self._key(row) in self._seen
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Another row; one with keys that are there already is left out."""
+        if self._key(row) not in self._seen:
+            self.rows.append(row)
+            self._seen.add(self._key(row))
+            save(self.rows, self.path)
+
+
+def add_output_options(parser: ArgumentParser, resumes: bool = True) -> None:
+    """What all benchmarks have in common on the command line."""
+    parser.add_argument("--commit", default=None, help="where the tree is no git checkout")
+    parser.add_argument("--json", action="store_true", help="one JSON list on stdout instead of CSV")
+    kept = "; rows that are in it are not measured again" if resumes else ""
+    parser.add_argument("--out", type=Path, help=f"a CSV file to write as well{kept}")
+    if resumes:
+        parser.add_argument("--minutes", type=float, default=None, help="begin nothing new after this time")
+
+
 def as_csv(rows: list[dict[str, Any]]) -> str:
-    """The rows as CSV text, floats to two places."""
+    """The rows as CSV text."""
     text = io.StringIO()
     if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(_rounded(rows))
     return text.getvalue()
@@ -96,4 +238,11 @@ def show(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 
 def _rounded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()} for row in rows]
+    """Floats to two places, shares to four."""
+    return [
+        {
+            key: round(value, 2 if abs(value) >= 1 else 4) if isinstance(value, float) else value
+            for key, value in row.items()
+        }
+        for row in rows
+    ]

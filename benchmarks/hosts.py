@@ -1,8 +1,9 @@
 """A real ComfyUI's KSampler with its full-size U-Nets: `COMFYUI_DIR=... python -m benchmarks.hosts`.
 
 Weights are random: what is timed does not depend on them. Whole steps are timed, guidance included, from the
-sampler's callback, the GPU synchronised at each. "limit" leaves the merged layers' attention out altogether: no
-method can be faster at the same levels.
+sampler's callback, the GPU synchronised at each. The variants take turns, a short run of the sampler each, so that a
+drift of the machine meets them all; the first run of each and the first two steps of every run do not count. "limit"
+leaves the merged layers' attention out altogether: no method can be faster at the same levels.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from tqdm import tqdm
 
 from installer import inprocess
 
-from .common import machine, save, show
+from .common import BACKENDS, Budget, Store, add_output_options, machine, priority, show, spread, take_turns, versions
 
-MODELS = {"sd15": ("SD15", 768), "sdxl": ("SDXL", 2048)}
+# name: (class in comfy.supported_models, channels of the prompt, channels of level 0, min_tokens). tiny: for a try.
+MODELS = {"sd15": ("SD15", 768, 320, 2048), "sdxl": ("SDXL", 2048, 320, 2048), "tiny": ("SD15", 768, 32, 64)}
+KEYS = ("model", "pixels", "backend", "variant")
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "unmerged": None,
     "sample 0.5": {"ratio": 0.5},
@@ -44,14 +47,14 @@ def build(kind: str, device: torch.device, dtype: torch.dtype) -> Any:
     import comfy.model_patcher
     import comfy.supported_models
 
-    name, context = MODELS[kind]
+    name, context, channels, _ = MODELS[kind]
     model_class = getattr(comfy.supported_models, name)
     unet = dict(model_class.unet_config)
     common = {
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "context_dim": context,
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": channels, "context_dim": context,
         "use_spatial_transformer": True, "legacy": False, "use_temporal_attention": False, "dtype": dtype,
     }  # fmt: skip
-    if kind == "sd15":
+    if name == "SD15":
         layout = {
             "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
             "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1,
@@ -76,6 +79,27 @@ def build(kind: str, device: torch.device, dtype: torch.dtype) -> Any:
     return comfy.model_patcher.ModelPatcher(model.to(device), device, device)
 
 
+@contextmanager
+def choose_attention(backend: str) -> Iterator[None]:
+    """ComfyUI's PyTorch attention by this kernel where it can; "default" is ComfyUI's own order.
+
+    Raises ValueError where ComfyUI has no such order: on the CPU, or with a torch that cannot set one.
+    """
+    import comfy.ops
+
+    if backend == "default":
+        yield
+        return
+    kept = getattr(comfy.ops, "SDPA_BACKEND_PRIORITY", None)
+    if kept is None:
+        raise ValueError(f"this ComfyUI sets no order of attention kernels here, so {backend!r} cannot be chosen")
+    comfy.ops.SDPA_BACKEND_PRIORITY = priority(backend)
+    try:
+        yield
+    finally:
+        comfy.ops.SDPA_BACKEND_PRIORITY = kept
+
+
 def step_times(model: Any, kind: str, size: int, steps: int) -> list[float]:
     """Seconds of each step but the first two, of one image with guidance."""
     import comfy.sample
@@ -98,7 +122,7 @@ def step_times(model: Any, kind: str, size: int, steps: int) -> list[float]:
     return [b - a for a, b in zip(marks[1:], marks[2:], strict=False)]
 
 
-def variant(model: Any, name: str) -> Any:
+def variant(model: Any, kind: str, name: str) -> Any:
     """The model with one variant on it."""
     if name == "comfyui core 0.5":
         from comfy_extras.nodes_tomesd import TomePatchModel
@@ -107,16 +131,17 @@ def variant(model: Any, name: str) -> Any:
     if VARIANTS[name] is None:
         return model
     patch = inprocess.pack_module("comfy_tome.patch")
-    return patch.apply_to_model(model, patch.ToMeConfig(**VARIANTS[name]))
+    return patch.apply_to_model(model, patch.ToMeConfig(**VARIANTS[name], min_tokens=MODELS[kind][3]))
 
 
 @contextmanager
-def without_attention(model: Any, kind: str, size: int, min_tokens: int) -> Iterator[None]:
+def without_attention(model: Any, kind: str, size: int) -> Iterator[None]:
     """The self-attention of the layers that the defaults merge gives its input back, at no cost."""
     from shared_tome.grid import grid_at
 
+    _, _, channels, min_tokens = MODELS[kind]
     served = {
-        320 * mult
+        channels * mult
         for level, mult in enumerate((1, 2, 4))
         if (grid := grid_at((size // 8, size // 8), level)) and grid[0] * grid[1] >= min_tokens
     }
@@ -131,59 +156,78 @@ def without_attention(model: Any, kind: str, size: int, min_tokens: int) -> Iter
             del layer.forward
 
 
-def measure(kind: str, size: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The rows of one model and size. Variants take turns, so that a drift of the machine meets them all."""
-    from contextlib import nullcontext
+def measure(
+    model: Any, kind: str, size: int, names: Sequence[str], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """The rows of one model and size, all from the same rounds."""
 
-    from shared_tome import ToMeConfig
+    def turn(name: str, steps: int = args.steps) -> list[float]:
+        with without_attention(model, kind, size) if name == "limit" else nullcontext():
+            return step_times(variant(model, kind, name), kind, size, steps)
 
-    device = torch.device(args.device)
-    model = build(kind, device, torch.float16 if args.device == "cuda" else torch.float32)
-    times: dict[str, list[float]] = {name: [] for name in args.variants}
-    for _ in range(args.rounds):
-        for name in times:
-            with without_attention(model, kind, size, ToMeConfig().min_tokens) if name == "limit" else nullcontext():
-                times[name] += step_times(variant(model, name), kind, size, args.steps)
-    base = statistics.median(times["unmerged"]) if "unmerged" in times else float("nan")
-    for name, found in times.items():
-        fifths = statistics.quantiles(found, n=5, method="inclusive")
+    for name in names:
+        turn(name, 2)  # warm
+    found = take_turns({name: lambda name=name: turn(name) for name in names}, args.seconds, args.least)
+    base = statistics.median(found["unmerged"])
+    for name, times in found.items():
+        time = spread(times)
         yield {
             "host": "ComfyUI",
             "model": kind,
             "pixels": size,
+            "backend": args.backend,
             "variant": name,
-            "step_ms": 1e3 * statistics.median(found),
-            "step_p20": 1e3 * fifths[0],
-            "step_p80": 1e3 * fifths[-1],
-            "speedup": base / statistics.median(found),
-            "steps": len(found),
+            "step_ms": 1e3 * time["median"],
+            "step_p20": 1e3 * time["p20"],
+            "step_p80": 1e3 * time["p80"],
+            "speedup": f"{base / time['median']:.3f}",
+            "steps": len(times),
             "device": args.device,
         }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--comfyui", type=Path, default=os.environ.get("COMFYUI_DIR"), required="COMFYUI_DIR" not in os.environ
-    )
+    named = os.environ.get("COMFYUI_DIR")
+    parser.add_argument("--comfyui", type=Path, default=named, required=named is None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=["sd15", "sdxl"], choices=list(MODELS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[512, 768, 1024, 1536, 2048])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--commit", default=None, help="where the tree is no git checkout")
-    parser.add_argument("--json", action="store_true", help="one JSON list on stdout instead of CSV")
-    parser.add_argument("--out", type=Path, help="a CSV file to write as well")
+    parser.add_argument("--attention", dest="backends", nargs="+", default=["default"], choices=["default", *BACKENDS])
+    parser.add_argument("--steps", type=int, default=6, help="of each run; the first two do not count")
+    parser.add_argument("--seconds", type=float, default=12.0, help="time for the rounds of one model and size")
+    parser.add_argument("--least", type=int, default=3, help="rounds that are run in any case")
+    add_output_options(parser)
     args = parser.parse_args()
-    inprocess.start(Path(args.comfyui), ["--cpu"] if args.device == "cpu" else ["--gpu-only"], absent=["av"])
-    about = machine(args.device, args.commit)
-    rows: list[dict[str, Any]] = []
-    jobs = [(kind, size) for kind in args.models for size in args.sizes if kind == "sd15" or size >= 1024]
-    for kind, size in tqdm(jobs, file=sys.stderr):
-        rows += [{**row, **about} for row in measure(kind, size, args)]
-        save(rows, args.out)  # as it goes, so that an interrupted run keeps what it has
-    show(rows, args.json)
+    if args.steps < 3:
+        parser.error(f"--steps must be 3 or more, for two do not count, got {args.steps}")
+    on_gpu = args.device == "cuda"
+    inprocess.start(Path(args.comfyui), ["--gpu-only"] if on_gpu else ["--cpu"], absent=["av"])
+    store, budget = Store(args.out, KEYS), Budget(args.minutes)
+    about = {**machine(args.device, args.commit), "versions": versions("triton")}
+    jobs = [
+        (kind, size, backend)
+        for backend in args.backends
+        for kind in args.models
+        for size in args.sizes
+        if kind != "sdxl" or size >= 1024
+    ]
+    models: dict[str, Any] = {}
+    for kind, size, args.backend in tqdm(jobs, file=sys.stderr):
+        key = {"model": kind, "pixels": size, "backend": args.backend}
+        wanted = [name for name in args.variants if not store.has(**key, variant=name)]
+        if not wanted:
+            continue
+        if budget.spent:
+            print("stopped by --minutes; the same command goes on", file=sys.stderr)
+            break
+        if kind not in models:
+            models[kind] = build(kind, torch.device(args.device), torch.float16 if on_gpu else torch.float32)
+        with choose_attention(args.backend):
+            for row in measure(models[kind], kind, size, list(dict.fromkeys(["unmerged", *wanted])), args):
+                store.add({**row, **about})
+    show(store.rows, args.json)
 
 
 if __name__ == "__main__":

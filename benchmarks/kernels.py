@@ -8,15 +8,12 @@ stops, for several processes side by side. docs/kernels.md says what the numbers
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shared_tome import ModelCall, ToMeConfig, kernels, matching
@@ -26,7 +23,10 @@ from shared_tome.partition import partition
 from shared_tome.plan import group_counts, group_sum, take
 from shared_tome.sampling import walk_rows, walk_table
 
-from .common import DTYPES, machine, microseconds, save
+from .common import DTYPES, Budget, Store, add_output_options, machine, microseconds, show
+from .kernel_case import Case, Reached, check_mean, check_select
+
+KEYS = ("tokens", "channels", "batch", "dtype", "kernel", "variant")
 
 # (grid, channels): SD1.5 level 0 at 512, 1024 and 2048 pixels, SDXL levels 1 and 2 at 1024 and 2048.
 SHAPES = [
@@ -42,33 +42,6 @@ LAYERS = 16
 # Calls in one captured graph, since a replay costs about as much as a small kernel; fewer where a call is long.
 CALLS = 10
 LONG_CALLS = 2
-
-
-def smooth_tokens(batch: int, grid: tuple[int, int], channels: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Tokens [B, N, C] that resemble their neighbours, as a picture's do: groups differ in size."""
-    torch.manual_seed(0)
-    coarse = torch.randn(batch, channels, max(1, grid[0] // 8), max(1, grid[1] // 8), device=device)
-    x = F.interpolate(coarse, size=grid, mode="bilinear") + 0.5 * torch.randn(batch, channels, *grid, device=device)
-    return x.flatten(2).transpose(1, 2).to(dtype).contiguous()
-
-
-class Case:
-    """One shape's inputs, made in plain torch."""
-
-    def __init__(self, grid: tuple[int, int], channels: int, args: argparse.Namespace):
-        self.grid, self.channels, self.tokens = grid, channels, grid[0] * grid[1]
-        dtype = DTYPES[args.dtype]
-        self.x = smooth_tokens(args.batch, grid, channels, dtype, "cuda")
-        self.seed = torch.full((), 5, dtype=torch.int64, device="cuda")
-        self.step = torch.full((), 3, dtype=torch.int64, device="cuda")
-        self.config = ToMeConfig(ratio=0.5, method="merge", min_tokens=0)
-        self.src, self.dst = partition(grid, self.config, key(self.seed, self.step, 0, 1))
-        self.goes = self.tokens // 2
-        self.similarity, self.target = matching.nearest(self.x, self.src, self.dst)
-        given = (self.similarity, self.target, self.src, self.dst, self.goes, True)
-        self.index, self.groups = matching._grouped(*given)
-        self.kept = self.index.shape[1]
-        self.sizes = group_counts(self.groups, self.kept)
 
 
 # (kernel, variant, call of the kernel, call of plain torch or None, check or None)
@@ -169,62 +142,6 @@ def nearest_variants() -> list:
     return [Config(*tiles[0]), *splits, *(Config(*tile) for tile in tiles[1:])]
 
 
-class Reached:
-    """The similarity that a choice of dst reaches, in float64, of 512 src of each row."""
-
-    def __init__(self, case: Case):
-        self.case = case
-        self.sample = torch.arange(0, case.src.shape[1], max(1, case.src.shape[1] // 512), device="cuda")
-        x = case.x.double()
-        unit = x / x.norm(dim=-1, keepdim=True)
-        self.a, self.b = take(unit, case.src[:, self.sample]), take(unit, case.dst)
-        self.best = (self.a @ self.b.transpose(1, 2)).amax(-1)  # (B, 512)
-        self.plain = self.errors(case.similarity, case.target)
-
-    def errors(self, similarity: Tensor, target: Tensor) -> tuple[float, float]:
-        """(how much less similar the chosen are than the best, how far off the similarity is said to be), at worst."""
-        chosen = target[:, self.sample][..., None].expand(-1, -1, self.b.shape[-1])
-        reached = (self.a * self.b.gather(1, chosen)).sum(-1)
-        said = similarity[:, self.sample].double()
-        return float((self.best - reached).max()), float((said - self.best).abs().max())
-
-    def check(self, got: tuple[Tensor, Tensor]) -> str:
-        found, score = self.errors(*got)
-        text = f"{found:.1e} {score:.1e} (torch {self.plain[0]:.1e} {self.plain[1]:.1e})"
-        # Both choose wrongly where scores are closer than rounding; torch's are rounded to half precision first.
-        return ("" if found <= 2 * self.plain[1] and score <= 2 * self.plain[1] else "WORSE THAN TORCH ") + text
-
-
-def check_select(case: Case, got: tuple[Tensor, Tensor]) -> str:
-    """The same similarities stay as topk keeps; groups and index agree."""
-    index, groups = got
-    stay = case.kept - case.dst.shape[1]
-    place = torch.empty_like(groups).scatter_(
-        1,
-        case.src.expand(groups.shape[0], -1),
-        torch.arange(case.src.shape[1], device="cuda").expand(groups.shape[0], -1),
-    )
-    chosen = case.similarity.gather(1, place.gather(1, index[:, :stay])).sort(dim=1).values
-    expected = case.similarity.topk(stay, dim=1, largest=False).values.sort(dim=1).values
-    own = groups.gather(1, index)
-    fine = torch.equal(chosen, expected) and torch.equal(own, torch.arange(case.kept, device="cuda").expand_as(own))
-    ascending = bool((index[:, 1:stay] > index[:, : stay - 1]).all())
-    total = torch.equal(
-        group_counts(groups, case.kept).sum(1), torch.full((groups.shape[0],), float(case.tokens)).cuda()
-    )
-    return "" if fine and ascending and total else "NOT EQUAL"
-
-
-def check_mean(case: Case, got: Tensor) -> str:
-    shape = (case.x.shape[0], case.kept, case.channels)
-    index = case.groups[..., None].expand(-1, -1, case.channels)
-    exact = torch.zeros(shape, dtype=torch.float64, device="cuda").scatter_add_(1, index, case.x.double())
-    exact /= case.sizes.double()[..., None]
-    plain = (group_sum(case.x, case.groups, case.kept) / case.sizes[..., None]).to(case.x.dtype)
-    here, there = ((made.double() - exact).abs().max() for made in (got, plain))
-    return ("" if here <= 1.01 * there else "WORSE THAN TORCH ") + f"{here:.1e} (torch {there:.1e})"
-
-
 def layer_jobs(case: Case) -> Iterator[tuple[str, Callable[[], Any]]]:
     """All that merging adds to a layer, and a layer's share of what sampling draws."""
 
@@ -285,12 +202,15 @@ def without_kernels(call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def measure(grid: tuple[int, int], channels: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(grid: tuple[int, int], channels: int, args: argparse.Namespace, store: Store) -> Iterator[dict[str, Any]]:
+    """The rows of one shape that the store does not have."""
     case = Case(grid, channels, args)
     about = {"tokens": case.tokens, "channels": channels, "batch": args.batch, "dtype": args.dtype}
     copy, calls = 0.0, LONG_CALLS if case.tokens > 2**15 else CALLS
     for name, variant, call, plain, check in jobs(case, args.variants):
         if args.only and name not in args.only and name != "copy":
+            continue
+        if store.has(**about, kernel=name, variant=variant) and name != "copy":  # the others' rows need the copy's time
             continue
         row = {**about, "kernel": name, "variant": variant}
         try:
@@ -317,6 +237,8 @@ def measure(grid: tuple[int, int], channels: int, args: argparse.Namespace) -> I
     if args.only:
         return
     for name, call in layer_jobs(case):
+        if store.has(**about, kernel=name, variant=""):
+            continue
         time, plain = timed(call, args.seconds, calls), timed(without_kernels(call), args.seconds, calls)
         first = args.launches and (grid, channels) == SHAPES[args.shapes[0]]
         count = [launches(call), launches(without_kernels(call))] if first else ["", ""]
@@ -367,9 +289,7 @@ def main() -> None:
     parser.add_argument("--launches", action="store_true", help="count the first shape's launches, by torch's profiler")
     parser.add_argument("--warm", help="compile this part of all settings (for example 0/8) and stop")
     parser.add_argument("--seconds", type=float, default=0.05, help="time spent on each number")
-    parser.add_argument("--json", action="store_true", help="one JSON list on stdout instead of a table")
-    parser.add_argument("--commit", default=None, help="where the tree is no git checkout")
-    parser.add_argument("--out", type=Path, help="a CSV file to write as well")
+    add_output_options(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available() or not kernels.ready():
         sys.exit("the kernels need a CUDA device and Triton")
@@ -378,30 +298,33 @@ def main() -> None:
             args.dtype = args.dtypes[0]
             return warm(args.warm, args)
         about = {**machine("cuda", args.commit), "triton": __import__("triton").__version__}
-        rows: list[dict[str, Any]] = []
-        for dtype in args.dtypes:
-            args.dtype = dtype
-            for number in args.shapes:
-                if dtype == "float32" and math.prod(SHAPES[number][0]) > 4096:
-                    continue  # no matrix units: seconds
-                for row in measure(*SHAPES[number], args):
-                    rows.append({**row, **about})
-                    if not args.json:
-                        show_row(row)
-                save(rows, args.out)
-            args.variants = False  # those are for half precision
+        store, budget = Store(args.out, KEYS), Budget(args.minutes)
+        # Without matrix units a large shape takes seconds.
+        jobs = [
+            (dtype, SHAPES[number])
+            for dtype in args.dtypes
+            for number in args.shapes
+            if dtype != "float32" or math.prod(SHAPES[number][0]) <= 4096
+        ]
+        every = args.variants
+        for args.dtype, shape in jobs:
+            if budget.spent:
+                print("stopped by --minutes; the same command goes on", file=sys.stderr)
+                break
+            args.variants = every and args.dtype == args.dtypes[0]  # those are for half precision
+            for row in measure(*shape, args, store):
+                store.add({**row, **about})
+                print(as_line(row), file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
-        print(json.dumps(rows, indent=1))
+        show(store.rows, True)
 
 
-def show_row(row: dict[str, Any]) -> None:
+def as_line(row: dict[str, Any]) -> str:
+    """A row for people."""
     plain = f"{row['torch_us']:8.1f}" if row["torch_us"] != "" else " " * 8
     counts = f" {row['launches']}/{row['torch_launches']} launches" if row["launches"] != "" else ""
-    print(
-        f"{row['tokens']:6} x {row['channels']:4} {row['kernel']:8} {row['variant']:24} {row['us']:8.1f} us, "
-        f"torch {plain}{counts} {row['check']}",
-        flush=True,
-    )
+    what = f"{row['tokens']:6} x {row['channels']:4} {row['dtype']:8} {row['kernel']:8} {row['variant']:24}"
+    return f"{what} {row['us']:8.1f} us, torch {plain}{counts} {row['check']}"
 
 
 if __name__ == "__main__":

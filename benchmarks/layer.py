@@ -9,19 +9,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from shared_tome import METHODS, ModelCall, ToMeConfig
 from shared_tome.attention import attend
 
-from .common import DTYPES, machine, microseconds, save, show
+from .common import BACKENDS, DTYPES, add_output_options, attention_by, machine, microseconds, save, show
 
 # (name, grid, channels, heads): SD1.5 levels 0 and 1, SDXL levels 1 and 2.
 SHAPES = {
@@ -39,17 +37,6 @@ SHAPES = {
 }
 RATIOS = {"sample": (0.5, 0.75, 0.9375), "downsample": (0.75,)}
 LAYERS = 4
-BACKENDS = {
-    "default": [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ],
-    "cudnn": [SDPBackend.CUDNN_ATTENTION],
-    "flash": [SDPBackend.FLASH_ATTENTION],
-    "efficient": [SDPBackend.EFFICIENT_ATTENTION],
-}
 
 
 class Layer(torch.nn.Module):
@@ -82,13 +69,14 @@ def merged_step(layer: Layer, x: Tensor, grid: tuple[int, int], config: ToMeConf
     return run
 
 
-def tomesd_layer(layer: Layer, x: Tensor, grid: tuple[int, int], ratio: float) -> Callable[[], Tensor] | None:
+def tomesd_layer(
+    layer: Layer, x: Tensor, grid: tuple[int, int], ratio: float, generator: torch.Generator
+) -> Callable[[], Tensor] | None:
     """PyPI's tomesd around the same layer, or None where it is not installed."""
     try:
         from tomesd.merge import bipartite_soft_matching_random2d
     except ImportError:
         return None
-    generator = torch.Generator(x.device)
 
     def run() -> Tensor:
         merge, unmerge = bipartite_soft_matching_random2d(
@@ -108,8 +96,10 @@ def measure(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     layer = Layer(channels, heads).to(args.device, dtype)
     x = torch.randn(args.batch, grid[0] * grid[1], channels, device=args.device, dtype=dtype)
 
-    def time(call: Callable[[], Any], can_capture: bool = True) -> dict[str, float]:
-        return microseconds(call, graph=args.graph and can_capture, min_time=args.seconds)
+    generator = torch.Generator(args.device)  # tomesd's
+
+    def time(call: Callable[[], Any], *generators: torch.Generator) -> dict[str, float]:
+        return microseconds(call, graph=args.graph, min_time=args.seconds, generators=generators)
 
     full = time(lambda: layer(x, x, x))
     for method in METHODS:
@@ -123,8 +113,7 @@ def measure(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
             plan = make().plan
             y = plan.merge(x)
-            # tomesd's generator draws on the device, which a captured graph does not allow.
-            theirs = tomesd_layer(layer, x, grid, ratio) if method == "merge" else None
+            theirs = tomesd_layer(layer, x, grid, ratio, generator) if method == "merge" else None
             yield {
                 "shape": shape,
                 "tokens": grid[0] * grid[1],
@@ -145,7 +134,7 @@ def measure(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "match_us": time(lambda: ModelCall(config, grid, x.device).plan(x, grid))["median"],  # noqa: B023
                 "merge_us": time(lambda: plan.merge(x))["median"],  # noqa: B023
                 "unmerge_us": time(lambda: plan.unmerge(y))["median"] if config.kind.queries else 0.0,  # noqa: B023
-                "tomesd_total_us": time(theirs, can_capture=False)["median"] if theirs else "",
+                "tomesd_total_us": time(theirs, generator)["median"] if theirs else "",
             }
 
 
@@ -155,18 +144,16 @@ def main() -> None:
     parser.add_argument("--dtype", default=None, choices=list(DTYPES), help="float16 on a GPU, float32 on the CPU")
     parser.add_argument("--batch", type=int, default=2, help="2 is one image with guidance")
     parser.add_argument("--shapes", nargs="+", default=None, choices=list(SHAPES))
-    parser.add_argument("--backend", default="default", choices=list(BACKENDS), help="attention kernel on a GPU")
+    parser.add_argument("--backend", default="default", choices=["default", *BACKENDS], help="on a GPU")
     parser.add_argument("--graph", action="store_true", help="capture each call as a CUDA graph")
     parser.add_argument("--seconds", type=float, default=0.2, help="time spent on each number")
-    parser.add_argument("--json", action="store_true", help="one JSON list on stdout instead of CSV")
-    parser.add_argument("--commit", default=None, help="where the tree is no git checkout")
-    parser.add_argument("--out", type=Path, help="a CSV file to write as well")
+    add_output_options(parser, resumes=False)
     args = parser.parse_args()
     args.dtype = args.dtype or ("float16" if args.device == "cuda" else "float32")
     shapes = args.shapes or (["sd15-512"] if args.device == "cpu" else list(SHAPES))
     about = machine(args.device, args.commit)
     rows: list[dict[str, Any]] = []
-    with torch.no_grad(), sdpa_kernel(BACKENDS[args.backend], set_priority=True):
+    with torch.no_grad(), attention_by(args.backend):
         for shape in tqdm(shapes, file=sys.stderr):
             rows += [{**row, **about} for row in measure(shape, args)]
             save(rows, args.out)  # as it goes, so that an interrupted run keeps what it has

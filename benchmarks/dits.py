@@ -1,0 +1,193 @@
+"""ComfyUI's own transformers with blocks of full size, random weights and few of them: for dit.py."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DiT:
+    """A model: its class in comfy.supported_models and unet_config.
+
+    depths: where its blocks are: (how many are made here, how many the real model has).
+    text: (tokens, channels) of the prompt; told: further arguments of apply_model by shape.
+    latents: [B, C, ...] by the name of the size. patch: of the latent's last dimensions.
+    """
+
+    supported: str
+    config: dict[str, Any]
+    depths: dict[str, tuple[int, int]]
+    text: tuple[int, int]
+    latents: dict[str, tuple[int, ...]]
+    patch: tuple[int, ...]
+    told: dict[str, tuple[int, ...]]
+    joint: bool = True  # image and text in one attention
+
+    def tokens(self, size: str) -> int:
+        """The image's or video's."""
+        shape = self.latents[size][-len(self.patch) :]
+        return math.prod(-(-length // side) for length, side in zip(shape, self.patch, strict=True))
+
+
+_FLUX = {
+    "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096,
+    "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 2, "depth_single_blocks": 4,
+    "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
+    "txt_ids_dims": [],
+}  # fmt: skip
+_WAN = {
+    "image_model": "wan2.1", "model_type": "t2v", "dim": 5120, "in_dim": 16, "out_dim": 16, "ffn_dim": 13824,
+    "num_heads": 40, "num_layers": 3, "text_dim": 4096, "freq_dim": 256, "patch_size": (1, 2, 2), "qk_norm": True,
+    "cross_attn_norm": True,
+}  # fmt: skip
+_QWEN = {
+    "image_model": "qwen_image", "in_channels": 64, "out_channels": 16, "num_layers": 3, "attention_head_dim": 128,
+    "num_attention_heads": 24, "joint_attention_dim": 3584, "axes_dims_rope": (16, 56, 56),
+}  # fmt: skip
+_IMAGE = (2, 2)
+
+MODELS: dict[str, DiT] = {
+    "flux": DiT(
+        "Flux", _FLUX, {"double_blocks": (2, 19), "single_blocks": (4, 38)}, (512, 4096),
+        {"1024²": (1, 16, 128, 128), "2048²": (1, 16, 256, 256)}, _IMAGE, {"y": (1, 768), "guidance": (1,)},
+    ),
+    "qwen": DiT(
+        "QwenImage", _QWEN, {"transformer_blocks": (3, 60)}, (128, 3584), {"1328²": (1, 16, 1, 166, 166)}, _IMAGE, {},
+    ),
+    "wan": DiT(
+        "WAN21_T2V", _WAN, {"blocks": (3, 40)}, (512, 4096),
+        {"832x480, 81 frames": (1, 16, 21, 60, 104), "1280x720, 81 frames": (1, 16, 21, 90, 160)}, (1, 2, 2), {},
+        joint=False,
+    ),
+    "flux-tiny": DiT(
+        "Flux",
+        {**_FLUX, "vec_in_dim": 32, "context_in_dim": 48, "hidden_size": 64, "num_heads": 2, "axes_dim": [8, 12, 12],
+         "depth": 1, "depth_single_blocks": 2},
+        {"double_blocks": (1, 19), "single_blocks": (2, 38)}, (7, 48), {"192x128": (1, 16, 16, 24)}, _IMAGE,
+        {"y": (1, 32), "guidance": (1,)},
+    ),
+    "wan-tiny": DiT(
+        "WAN21_T2V", {**_WAN, "dim": 64, "ffn_dim": 128, "num_heads": 2, "num_layers": 2, "text_dim": 48},
+        {"blocks": (2, 40)}, (7, 48), {"96x64, 9 frames": (1, 16, 3, 8, 12)}, (1, 2, 2), {}, joint=False,
+    ),
+}  # fmt: skip
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A ModelPatcher. Call installer.inprocess.start() first."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    which = MODELS[name]
+    config = dict(which.config)
+    made = getattr(comfy.supported_models, which.supported)(config)
+    made.unet_config = dict(which.config)  # the class adds to what it is given
+    made.set_inference_dtype(dtype, None)
+    with torch.device(device):
+        model = made.get_model({}, "", device=device)
+    with torch.no_grad():
+        for parameter in model.diffusion_model.parameters():
+            parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(0.5)
+    return comfy.model_patcher.ModelPatcher(model.to(device), device, device)
+
+
+class Call:
+    """One call of the model at one size, as the sampler makes it."""
+
+    def __init__(self, name: str, size: str, device: torch.device):
+        which, generator = MODELS[name], torch.Generator().manual_seed(0)
+
+        def draw(shape: tuple[int, ...]) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device)
+
+        self.x = draw(which.latents[size])
+        self.sigma = torch.full((1,), 0.7, device=device)
+        self.told = {"c_crossattn": draw((1, *which.text)), **{key: draw(shape) for key, shape in which.told.items()}}
+        self.levels = torch.linspace(1.0, 0.0, 21, device=device)
+
+    @torch.no_grad()
+    def __call__(self, model: Any) -> Tensor:
+        options = dict(model.model_options["transformer_options"])
+        options["wrappers"] = {kind: dict(keyed) for kind, keyed in model.wrappers.items()}
+        options.update(sigmas=self.sigma, sample_sigmas=self.levels, cond_or_uncond=[0])
+        return model.model.apply_model(self.x, self.sigma, transformer_options=options, **self.told)
+
+
+def without_attention(model: Any, tokens: int) -> Any:
+    """A clone whose attentions of `tokens` or more to themselves give their queries back, at next to no cost."""
+
+    def skip(func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+        split = kwargs.get("skip_reshape")
+        if q.shape[2 if split else 1] != k.shape[2 if split else 1] or q.shape[2 if split else 1] < tokens:
+            return func(q, k, v, heads, *args, **kwargs)
+        if kwargs.get("skip_output_reshape"):
+            return q if split else q.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, L, d)
+        return q.transpose(1, 2).flatten(2) if split else q  # (B, L, H * d)
+
+    clone = model.clone()
+    clone.model_options["transformer_options"]["optimized_attention_override"] = skip
+    return clone
+
+
+class BlockClock:
+    """How long a call and each of its blocks take, the GPU's work included."""
+
+    def __init__(self, model: Any, name: str, device: torch.device):
+        self.depths, self.on_gpu = MODELS[name].depths, device.type == "cuda"
+        self.kinds = {kind: getattr(model.model.diffusion_model, kind) for kind in self.depths}
+        self._marks: dict[str, list[tuple[Any, Any]]] = {}
+
+    def _mark(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) if self.on_gpu else 1e3 * (end - begin)
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        handles = []
+
+        def begin(module: Any, args: Any, kind: str) -> None:
+            self._marks[kind].append((self._mark(), None))
+
+        def end(module: Any, args: Any, out: Any, kind: str) -> None:
+            self._marks[kind][-1] = (self._marks[kind][-1][0], self._mark())
+
+        try:
+            for kind, blocks in self.kinds.items():
+                for block in blocks:
+                    handles.append(block.register_forward_pre_hook(lambda m, a, kind=kind: begin(m, a, kind)))
+                    handles.append(block.register_forward_hook(lambda m, a, o, kind=kind: end(m, a, o, kind)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def time(self, call: Any) -> tuple[float, float]:
+        """(milliseconds of this call, of one with as many blocks as the real model has)."""
+        self._marks = {kind: [] for kind in self.kinds}
+        with self._hooks():
+            start = self._mark()
+            call()
+            stop = self._mark()
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        total = full = self._between(start, stop)
+        for kind, (made, depth) in self.depths.items():
+            times = [self._between(*marks) for marks in self._marks[kind]]
+            if len(times) != made:
+                raise RuntimeError(f"{len(times)} calls of {kind}, {made} were expected")
+            full += (depth - made) * sum(times) / made
+        return total, full
