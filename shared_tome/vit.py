@@ -19,9 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .vit_hooks import Attachment, Options, find_tower
-
-_NAME = "_shared_tome_vit"  # the attribute of the patched model that keeps its attachment
+from .vit_hooks import NAME, Options, attach, detach
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +29,13 @@ class Trace:
     sources: [B, N], the merged token that each of the first block's tokens went into.
     sizes: [B, M], how many tokens each of the last block's stands for.
     counts: how many tokens each block's MLP had.
+    steps: for each block the sources [B, N] behind it; the last is `sources`.
     """
 
     sources: Tensor
     sizes: Tensor
     counts: tuple[int, ...]
+    steps: tuple[Tensor, ...]
 
 
 def apply_patch(
@@ -68,26 +68,19 @@ def apply_patch(
     Raises:
         ValueError: an argument out of range, or a model that is not served.
     """
-    options = Options(r, ratio, schedule, proportional, restore, trace)
-    tower = find_tower(model)
-    options.check(len(tower.blocks))
-    remove_patch(model)
-    setattr(model, _NAME, Attachment(tower, options))
+    attach(model, Options(r, ratio, schedule, proportional, restore, trace))
     return model
 
 
 def remove_patch(model: nn.Module) -> nn.Module:
     """Undo apply_patch: the model is what it was, without a hook. Does nothing where there is none."""
-    attachment = getattr(model, _NAME, None)
-    if attachment is not None:
-        attachment.detach()
-        delattr(model, _NAME)
+    detach(model)
     return model
 
 
 def trace(model: Any) -> Trace:
     """The last call's trace. Raises ValueError where there was none."""
-    attachment = getattr(model, _NAME, None)
+    attachment = getattr(model, NAME, None)
     if attachment is None or not attachment.options.trace or attachment.last is None:
         raise ValueError("nothing was traced: call apply_patch(model, ..., trace=True) and then the model")
     return Trace(*attachment.last)

@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend_tokens
 from .config import ToMeConfig
 from .matching import match_tokens
-from .plan import take
+from .plan import MergePlan, Plan, take
 from .sdpa import Handler, HostAttention, SdpaHooks
 
+NAME = "_shared_tome_vit"  # the attribute of a patched model that keeps its attachment
 SCHEDULES = ("constant", "falling")
 RESTORES = ("last", "all", "none")
 SERVED = "timm's VisionTransformer and the CLIP and SigLIP vision towers of transformers and ComfyUI"
@@ -140,11 +142,12 @@ def _clip_tower(model: nn.Module) -> Tower | None:
     return Tower(found[0], "self_attn", "layer_norm2", "mlp", prefix, explicit)
 
 
-class _Call:
+class Call:
     """One call of a tower: what its tokens stand for by now."""
 
-    def __init__(self, per_block: tuple[int, ...], prefix: int, follows: bool):
-        self.per_block, self.prefix, self.follows = per_block, prefix, follows
+    def __init__(self, owner: Attachment, per_block: tuple[int, ...], first: int):
+        self.owner, self.per_block, self.prefix, self.first = owner, per_block, owner.prefix, first
+        self.follows = owner.options.trace or owner.options.restore != "none"
         self.sizes: Tensor | None = None  # [B, M]; None: all 1
         self.bias: Tensor | None = None  # [B, M], their logarithm
         self.sources: Tensor | None = None  # [B, N]
@@ -152,31 +155,27 @@ class _Call:
         self.middle: Tensor | None = None  # [B, M, C], the merged tokens before the MLP
         self.out: Tensor | None = None  # [B, M, C], the block's output
         self.counts: list[int] = []
+        self.steps: list[Tensor | None] = []  # sources behind each block, where they are traced
 
     def merge(self, x: Tensor, goes: int) -> Tensor | None:
         """x [B, N, C] -> [B, N - goes, C], by the block's keys; None where nothing is to go."""
         metric, self.metric = self.metric, None
-        tokens, prefix = x.shape[1], self.prefix
-        goes = min(goes, (tokens - prefix) // 2)
+        prefix = self.prefix
+        goes = min(goes, (x.shape[1] - prefix) // 2)
         if goes <= 0 or metric is None:
             return None
         # Registers beyond the two tokens that matching can keep in place are put aside.
         aside = prefix - 1 if prefix > 2 else 0
-        count = tokens - aside
-        plan = match_tokens(
-            metric[:, aside:], (1, count), _config(goes, count), class_token=prefix > 0, distill_token=prefix == 2
-        )
+        plan = self.owner.match(metric[:, aside:], prefix - aside, goes)
         if plan.is_identity:
             return None
-        merged, sizes, groups = x[:, aside:], self.sizes, plan.groups
-        if sizes is None:
-            merged, sizes = plan.merge(merged), plan.sizes
-            kept = sizes.new_ones(sizes.shape[0], aside)
+        groups = plan.groups
+        if self.sizes is None:
+            merged, sizes = plan.merge(x[:, aside:]), plan.sizes
         else:
-            merged, kept = plan.merge(merged, weights=sizes[:, aside:]), sizes[:, :aside]
-            sizes = plan.merge_sizes(sizes[:, aside:])
-        if aside:
-            merged, sizes = torch.cat((x[:, :aside], merged), dim=1), torch.cat((kept, sizes), dim=1)
+            merged, sizes = _merge_again(plan, x[:, aside:], self.sizes[:, aside:])
+        if aside:  # they stay 1
+            merged, sizes = torch.cat((x[:, :aside], merged), dim=1), F.pad(sizes, (aside, 0), value=1.0)
             groups = torch.cat((torch.arange(aside, device=x.device).expand(x.shape[0], -1), groups + aside), dim=1)
         self.sizes, self.bias = sizes, None
         if self.follows:
@@ -190,22 +189,37 @@ class _Call:
         return self.bias
 
 
+def _merge_again(plan: MergePlan, x: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens x [B, N, C] that stand for sizes [B, N] already -> [B, M, C] and the sizes' sums [B, M].
+
+    As plan.merge(x, weights=sizes), by way of the plain mean, which has a kernel.
+    """
+    # Sums of whole numbers are exact in any order, so the unordered add is as good as another.
+    total = sizes.new_zeros(sizes.shape[0], plan.kept).scatter_add(1, plan.groups, sizes)
+    if not plan.mean:
+        return plan.merge(x), total
+    weights = sizes * (plan.sizes / total).gather(1, plan.groups)  # (B, N), a group's have the mean 1
+    return plan.merge(x * weights[..., None]).to(x.dtype), total  # float32 in between
+
+
 @functools.lru_cache(maxsize=1024)
 def _config(goes: int, count: int) -> ToMeConfig:
     return ToMeConfig(ratio=(goes + 0.5) / count, method="merge", partition="alternate", min_tokens=0)
 
 
 class Attachment:
-    """The hooks on one tower, and the calls under way: one a thread.
+    """The hooks on one tower, and the calls under way: one a thread. Other ways to merge are subclasses.
 
     thread: merge this thread's calls alone (None: every thread's).
     """
 
+    call_type = Call
+
     def __init__(self, tower: Tower, options: Options, thread: int | None = None):
         self.options, self.thread = options, thread
         self.depth, self.prefix = len(tower.blocks), tower.prefix
-        self.last: tuple[Tensor, Tensor, tuple[int, ...]] | None = None
-        self._calls: dict[int, _Call] = {}
+        self.last: tuple[Tensor, Tensor, tuple[int, ...], tuple[Tensor, ...]] | None = None
+        self._calls: dict[int, Call] = {}
         self._handles: list[Any] = []
         for place, block in enumerate(tower.blocks):
             self._handles += _Block(self, place).hook(block, tower)
@@ -218,28 +232,36 @@ class Attachment:
         self._calls.clear()
 
     @property
-    def call(self) -> _Call | None:
+    def call(self) -> Call | None:
         """This thread's call."""
         return self._calls.get(threading.get_ident())
+
+    def metric(self, q: Tensor, k: Tensor) -> Tensor:
+        """What similarity is measured on, [B, M, d], from a block's q and k [B, H, M, d]."""
+        return k.detach().mean(dim=1)
+
+    def match(self, metric: Tensor, prefix: int, goes: int) -> Plan:
+        """Which tokens of metric [B, M, d] merge: `goes` fewer, the first `prefix` (at most 2) alone and in place."""
+        count = metric.shape[1]
+        config = _config(goes, count)
+        return match_tokens(metric, (1, count), config, class_token=prefix > 0, distill_token=prefix == 2)
 
     def begin(self, x: Tensor) -> None:
         """The first block is about to run on x [B, N, C]."""
         if self.thread not in (None, threading.get_ident()):
             return
-        follows = self.options.trace or self.options.restore != "none"
         per_block = self.options.per_block(self.depth, x.shape[1] - self.prefix)
-        self._calls[threading.get_ident()] = _Call(per_block, self.prefix, follows)
+        self._calls[threading.get_ident()] = self.call_type(self, per_block, x.shape[1])
 
     def end(self, tokens: Tensor) -> None:
         """The last block is done with its tokens [B, M, C]."""
         call = self._calls.pop(threading.get_ident())
         if self.options.trace:
             batch, count, _ = tokens.shape
-            sources, sizes = call.sources, call.sizes
-            if sources is None:
-                sources = torch.arange(count, device=tokens.device).expand(batch, -1)
-                sizes = torch.ones(batch, count, device=tokens.device)
-            self.last = (sources, sizes, tuple(call.counts))
+            sizes = torch.ones(batch, count, device=tokens.device) if call.sizes is None else call.sizes
+            every = torch.arange(call.first, device=tokens.device).expand(batch, -1)  # (B, N)
+            steps = tuple(every if sources is None else sources for sources in call.steps)
+            self.last = (steps[-1], sizes, tuple(call.counts), steps)
 
 
 class _Block:
@@ -276,10 +298,9 @@ class _Block:
             return (out, *args[1:]), kwargs
         return args, {**kwargs, _name(kwargs): out}
 
-    def _wants_attention(self, call: _Call | None) -> bool:
-        if call is None:
-            return False
-        return call.per_block[self.place] > 0 or (self.owner.options.proportional and call.sizes is not None)
+    def _wants_attention(self, call: Call | None) -> bool:
+        weighted = self.owner.options.proportional
+        return call is not None and (call.per_block[self.place] > 0 or (weighted and call.sizes is not None))
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
         return self._attend if self._wants_attention(self.owner.call) else None
@@ -290,7 +311,7 @@ class _Block:
             raise ValueError("ToMe does not go with masked attention: merged tokens have no place in the mask")
         call = self.owner.call
         if call.per_block[self.place] > 0:
-            call.metric = k.detach().mean(dim=1)  # (B, M, d)
+            call.metric = self.owner.metric(q, k)
         return attention(q, k, v, bias=call.key_bias() if self.owner.options.proportional else None)
 
     def _give_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -308,7 +329,7 @@ class _Block:
         def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
             """q, k, v [B, M, H * d] -> [B, M, H * d]."""
             if goes > 0:
-                call.metric = k.detach().unflatten(-1, (heads, -1)).mean(dim=2)  # (B, M, d)
+                call.metric = self.owner.metric(*(x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k)))
             bias = call.key_bias() if proportional else None
             if bias is None:
                 return host(q, k, v, heads, *args, **kwargs)
@@ -323,6 +344,8 @@ class _Block:
             return None
         call.middle = call.merge(args[0], call.per_block[self.place])
         call.counts.append((args[0] if call.middle is None else call.middle).shape[1])
+        if self.owner.options.trace:
+            call.steps.append(call.sources)
         return None if call.middle is None else (call.middle, *args[1:])
 
     def _after_tail(self, tail: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
@@ -348,6 +371,22 @@ class _Block:
             if not is_last:
                 call.out = tokens
         return (shown, *out[1:]) if isinstance(out, tuple) else shown
+
+
+def attach(model: nn.Module, options: Options, kind: type[Attachment] = Attachment) -> None:
+    """Hook a model, in place of what was on it. kind: a subclass that measures or matches in its own way."""
+    tower = find_tower(model)
+    options.check(len(tower.blocks))
+    detach(model)
+    setattr(model, NAME, kind(tower, options))
+
+
+def detach(model: nn.Module) -> None:
+    """Take the hooks off, if there are any."""
+    attachment = getattr(model, NAME, None)
+    if attachment is not None:
+        attachment.detach()
+        delattr(model, NAME)
 
 
 def _name(kwargs: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import shared_tome.vit as vit
+from shared_tome import match_tokens, vit_hooks
 from shared_tome.vit_hooks import spread_total
 
 from . import reference
@@ -98,6 +99,43 @@ def test_equals_the_papers_loops(name, rs):
         weighted, _, _ = expected(model, x, rs)
         assert (outputs - weighted).abs().max() > 1e-4, "the weights must matter"
         assert torch.equal(model(x), before)
+
+
+@torch.no_grad()
+def test_each_step_of_the_trace_is_what_a_shorter_model_ends_with():
+    model = make("class")
+    x, rs = images(model), [4, 0, 6, 3, 0]
+    vit.apply_patch(model, rs, trace=True)
+    model(x)
+    trace = vit.trace(model)
+    assert len(trace.steps) == 5 and torch.equal(trace.steps[-1], trace.sources)
+    assert torch.equal(trace.steps[0], trace.steps[1]), "nothing merges in the second block"
+    for depth in (1, 2, 3, 4):
+        vit.apply_patch(model, rs[:depth] + [0] * (5 - depth), trace=True)
+        model(x)
+        assert torch.equal(vit.trace(model).sources, trace.steps[depth - 1])
+        assert trace.steps[depth - 1].max() + 1 == trace.counts[depth - 1]
+    vit.apply_patch(model, 0, trace=True)
+    model(x)
+    assert all(torch.equal(step, torch.arange(26).expand(2, -1)) for step in vit.trace(model).steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_merging_again_weighs_by_size_in_any_precision(dtype):
+    """Sizes up to 200 and values near half precision's largest: means in float32, rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(2, 12, 5, generator=generator) * 9000).to(dtype)
+    sizes = torch.randint(1, 200, (2, 12), generator=generator).float()
+    plan = match_tokens(torch.randn(2, 12, 4, generator=generator), (1, 12), vit_hooks._config(4, 12))
+    merged, total = vit_hooks._merge_again(plan, x, sizes)
+    assert merged.dtype == dtype
+    for row in range(2):
+        for place in range(plan.kept):
+            inside = plan.groups[row] == place
+            weight = sizes[row, inside].double()
+            mean = (x[row, inside].double() * weight[:, None]).sum(0) / weight.sum()
+            assert total[row, place] == weight.sum()
+            torch.testing.assert_close(merged[row, place].double(), mean.to(dtype).double(), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -15,7 +15,7 @@ from .compiler import channel_block, power_of_two, tl, triton
 _CONFIG = (32, 256, 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _gather_kernel(
     x,
     index,

@@ -21,7 +21,7 @@ _CONFIG = (4, 64, 1)
 _TOKENS = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "kept"])
 def _links_kernel(index, groups, sizes, head, following, tokens, kept, BLOCK: tl.constexpr):
     """One program: BLOCK tokens of one row."""
     row = tl.program_id(1).to(tl.int64)
@@ -36,7 +36,7 @@ def _links_kernel(index, groups, sizes, head, following, tokens, kept, BLOCK: tl
     tl.atomic_add(sizes + row * kept + group, tl.full((BLOCK,), 1.0, tl.float32), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "kept"])
 def _mean_kernel(
     x,
     index,

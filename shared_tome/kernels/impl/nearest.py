@@ -67,7 +67,7 @@ def splits_for(metric: Tensor, programs: int, tiles: int) -> int:
     return min(able, key=lambda splits: -(-programs * splits // width) / splits + _SPLIT_COST * splits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dst_count", "tiles"])
 def _unit_kernel(
     metric,
     dst,
@@ -112,7 +112,7 @@ def _write(best, place, norm, similarity, target, out, mask, smallest):
     tl.store(target + out, place.to(tl.int64), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["src_count", "dst_count"])
 def _nearest_kernel(
     metric,
     src,

@@ -27,7 +27,7 @@ def _ordered(value, BITS: tl.constexpr):
         return tl.where(code >= top, code ^ tl.full((), 0xFFFFFFFF, tl.uint32), code + top)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["src_count", "dst_count", "stay"])
 def _select_kernel(
     similarity,
     target,
