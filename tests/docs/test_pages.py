@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -40,6 +41,34 @@ def test_readme_names_what_there_is():
         assert (ROOT / (folder.replace(".", "/") + ".py")).exists(), folder
     for command in re.findall(r"python install\.py (\w+)", text):
         assert command in ("demo", "test", "comfyui", "a1111")
+
+
+def messages() -> list[re.Pattern]:
+    """All texts of the code, with anything where a value is put in."""
+    found = []
+    for folder in ("shared_tome", "comfy_tome", "a1111_extension"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [re.escape(p.value) if isinstance(p, ast.Constant) else ".+" for p in node.values]
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    parts = [re.sub("%[a-z]", ".+", re.escape(node.value))]
+                else:
+                    continue
+                if len("".join(part for part in parts if part != ".+")) > 20:  # and not a value alone
+                    found.append(re.compile("".join(parts)))
+    return found
+
+
+def test_troubleshooting_quotes_what_the_code_says():
+    """A quoted line of five words or more is one that the code writes, or the beginning of one."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [" ".join(line.split()) for line in re.findall(r"`([^`]+)`", text)]
+    quoted = [line for line in quoted if len(line.split()) >= 5]
+    assert len(quoted) > 10
+    known = messages()
+    for line in quoted:
+        assert any(m.fullmatch(line) or m.pattern.startswith(re.escape(line)) for m in known), line
 
 
 def test_every_node_has_a_help_page():
