@@ -68,7 +68,7 @@ class ToMeCLIPVision(io.ComfyNode):
             category="model/patch",
             description="Token Merging in the image encoder: similar patches become one on the way through its layers. "
             "What it gives out keeps its shape.",
-            search_aliases=["token merging", "ToMe", "clip vision", "siglip", "ip-adapter", "redux", "faster"],
+            search_aliases=["ToMe", "clip vision", "siglip", "ip-adapter", "redux"],
             inputs=[
                 io.ClipVision.Input("clip_vision", tooltip="A CLIP or SigLIP image encoder. It is not changed."),
                 io.Float.Input(

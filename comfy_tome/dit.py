@@ -25,12 +25,13 @@ from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention import extend_heads, extra_channels
 from ..shared_tome.grid import Grid
 from ..shared_tome.plan import Plan
+from ..shared_tome.report import CallTally, why_not_served
 from ..shared_tome.schedule import config_at
 from .dit_models import DiTModel, Told, cross_lengths, dit_model, unwrapped
-from .log import say_once
+from .log import leave_alone, say_once
 from .model_call import DIFFUSION_MODEL, KEY, find_options, progress_of, put_options, step_of
+from .record import COMPILE_KEY, CallRecord, begin
 
-_COMPILE_KEY = "torch.compile"  # comfy_api.torch_helpers.torch_compile.COMPILE_KEY
 # ComfyUI's attention functions that take heads of any size and mind `scale`; sage's two do not.
 _ANY_SIZE = tuple(f"attention_{name}" for name in ("basic", "sub_quad", "split", "xformers", "pytorch", "flash"))
 # Head sizes that every attention kernel in use takes (SageAttention: these alone).
@@ -101,30 +102,44 @@ class DiTPatch:
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         args, options = find_options(args, kwargs)
-        patch = self._patch(unwrapped(executor.class_obj.diffusion_model), x, options, {**kwargs, **_prompt(args)})
+        config = config_at(self.config, lambda: progress_of(options))
+        record = begin(executor, x, t, args, kwargs, self.config, config)
+        told = {**kwargs, **_prompt(args)}
+        patch = self._patch(config, unwrapped(executor.class_obj.diffusion_model), x, options, told, record)
         if patch is None:
             return executor(x, t, *args, **kwargs)
         if patch.facts.compiles:
             kwargs["tome"] = patch.key
         args, kwargs = put_options(args, kwargs, patch.options)
-        return executor(x, t, *args, **kwargs)
+        out = executor(x, t, *args, **kwargs)
+        if record is not None:
+            record.end()
+        return out
 
-    def _patch(self, model: Any, x: Tensor, options: dict[str, Any], told: Told) -> DiTCall | None:
+    @staticmethod
+    def _patch(
+        config: ToMeConfig, model: Any, x: Tensor, options: dict[str, Any], told: Told, record: CallRecord | None
+    ) -> DiTCall | None:
         """What this call gets, or None where it is left alone."""
-        config, facts = config_at(self.config, lambda: progress_of(options)), dit_model(model)
+        facts = dit_model(model)
         if config.ratio == 0.0 or facts is None:
             return None
         layout = Layout.of(facts, model, x.shape, told)
         if layout is None:
-            say_once("an image whose tokens do not lie on one grid is left alone", facts.name)
+            leave_alone(record, "an image whose tokens do not lie on one grid is left alone", facts.name)
             return None
-        if not facts.compiles and _COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}):
-            say_once("under torch.compile this model is left alone: it would not notice ToMe", facts.name)
+        if record is not None:
+            record.lies_on(layout.grid)
+        if not facts.compiles and COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}):
+            reason = "under torch.compile this model is left alone: it would not notice ToMe"
+            leave_alone(record, reason, facts.name, grid=layout.grid)
             return None
         call = ModelCall(config, layout.grid, x.device, step=step_of(options, x.device))
         if not call.serves(layout.grid):
+            if record is not None:
+                record.left_alone(why_not_served(config, layout.grid, layout.grid), facts.name, layout.grid)
             return None
-        return DiTCall(call, facts, layout, options)
+        return DiTCall(call, facts, layout, options, None if record is None or record.run.compiled else record)
 
 
 @dataclass(frozen=True)
@@ -171,8 +186,11 @@ class Call:
 class DiTCall:
     """The override of one call of the model, and the options that carry it."""
 
-    def __init__(self, call: ModelCall, facts: DiTModel, layout: Layout, options: dict[str, Any]):
+    def __init__(
+        self, call: ModelCall, facts: DiTModel, layout: Layout, options: dict[str, Any], record: CallTally | None = None
+    ):
         self.call, self.facts, self.layout = call, facts, layout
+        self._record = record
         # What is done must stand in a guard of its own, as in unet.py: all that a compiled graph takes for granted.
         # The seed is a tensor and so one of its inputs.
         self.key = repr((call.config.replace(seed=0), layout))
@@ -213,13 +231,13 @@ class DiTCall:
             return None  # to another's tokens
         start = self.layout.start(length, options.get("img_slice"))
         if start is None and length > self.layout.tokens:
-            say_once(
+            self._leave(
                 "an attention whose tokens are not its text, its image and its references is left alone: another "
                 "node has added some",
-                f"{self.facts.name}, {length} tokens for {self.layout}",
+                f"{length} tokens for {self.layout}",
             )
         if start is not None and length in self.layout.crosses:
-            say_once("an image of as many tokens as its prompt is left alone: self- and cross-attention look alike")
+            self._leave("an image of as many tokens as its prompt is left alone: self- and cross-attention look alike")
             return None
         return start
 
@@ -228,12 +246,13 @@ class DiTCall:
         if start is None:
             return None
         if call.mask is not None and (call.mask.dim() < 2 or call.mask.shape[-1] != call.length):
-            say_once("an attention whose mask is not one over its keys is left alone", self.facts.name)
+            self._leave("an attention whose mask is not one over its keys is left alone")
             return None
         matches = self.call.config.kind.matches
         if matches and self._weighs and not self._takes_wider_heads(call.d):
             return None
-        if self._served % self.layout.together == 0:
+        first = self._served % self.layout.together == 0
+        if first:
             image = (k if matches or not call.split else k[:, 0]).narrow(-2, start, self.layout.tokens)
             # The ViT paper's metric: keys averaged over the heads. What matches nothing wants its shape alone.
             metric = (
@@ -243,8 +262,23 @@ class DiTCall:
         self._served += 1
         plan = self._plan
         if plan is not None and not matches and self._others(start, call.length, plan)[2] is not None:
-            return plan if self._takes_wider_heads(call.d) else None
+            if not self._takes_wider_heads(call.d):
+                plan = None
+        if first and self._record is not None and plan is self._plan:
+            self._record.layer(self._name(call), self.layout.grid, plan)
+        elif first and self._record is not None:
+            self._record.count(self.layout.grid)
         return plan
+
+    def _name(self, call: Call) -> str:
+        """The block as the log names it."""
+        options = call.kwargs.get("transformer_options") or {}
+        if "block_index" not in options:
+            return self.facts.name
+        return f"{options.get('block_type', '')} block {options['block_index']}".lstrip()
+
+    def _leave(self, reason: str, detail: str = "") -> None:
+        leave_alone(self._record, reason, self.facts.name, detail, self.layout.grid)
 
     @property
     def _weighs(self) -> bool:
@@ -256,10 +290,9 @@ class DiTCall:
         width = d + extra_channels(d)
         if self._override is None or width <= _SAFE_SIZES[-1]:
             return True
-        say_once(
+        self._leave(
             f"an attention whose keys need weights (text beside the image, or an uneven ratio) is left whole: heads of "
-            f"{width} channels may be more than another node's attention takes",
-            self.facts.name,
+            f"{width} channels may be more than another node's attention takes"
         )
         return False
 

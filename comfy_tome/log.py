@@ -1,10 +1,18 @@
-"""One line a reason: what was left alone and why, said once a process and not at every step."""
+"""One line a reason: what was left alone and why, said once a process and not at every step.
+
+The same reasons stand in ToMe Report: `leave_alone` is the one way to both.
+"""
 
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from ..shared_tome.curve import is_compiling
+
+if TYPE_CHECKING:
+    from ..shared_tome.grid import Grid
+    from ..shared_tome.report import CallTally
 
 logger = logging.getLogger("ToMe")
 _said: set[str] = set()  # reasons logged already; nothing that is computed depends on it
@@ -19,3 +27,17 @@ def say_once(reason: str, where: str = "") -> None:
         return
     _said.add(reason)
     logger.info("[ToMe] %s", f"{reason} ({where})" if where else reason)
+
+
+def leave_alone(
+    record: CallTally | None, reason: str, where: str, detail: str = "", grid: Grid | None = None, part: int = 0
+) -> None:
+    """Say why a layer is left alone: once to the log, each time to the call's record, where there is one.
+
+    where: the layer's block; detail: what only the log is to say beside it.
+    """
+    if is_compiling():
+        return
+    if record is not None:
+        record.left_alone(reason, where, grid, part)
+    say_once(reason, f"{where}, {detail}" if detail else where)

@@ -7,10 +7,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..shared_tome import ToMeConfig
-from ..shared_tome.config import Widget
+from ..shared_tome.config import CUSTOM, PRESETS, Widget
+from ..shared_tome.report import capped
 from .clip_vision import ToMeCLIPVision
 from .log import logger
 from .patch import apply_to_model
+from .record_nodes import NODES as RECORD_NODES
 
 
 def _input(widget: Widget) -> io.Input:
@@ -29,9 +31,23 @@ def _input(widget: Widget) -> io.Input:
         return io.Boolean.Input(widget.name, **common)
     numbers = {"min": option.minimum, "max": option.maximum, "step": option.step}
     if isinstance(widget.default, int):
-        return io.Int.Input(widget.name, **numbers, **common)
-    mode = io.NumberDisplay.slider if widget.name == "ratio" else None
-    return io.Float.Input(widget.name, **numbers, round=0.001, display_mode=mode, **common)
+        # By itself the page gives whatever is called seed a control that draws another one after each picture.
+        after = {"control_after_generate": False} if widget.name == "seed" else {}
+        return io.Int.Input(widget.name, **numbers, **after, **common)
+    if widget.name == "ratio":
+        common |= {"display_mode": io.NumberDisplay.slider, "extra_dict": {"tome_presets": _presets()}}
+    return io.Float.Input(widget.name, **numbers, round=0.0001, **common)
+
+
+def _presets() -> dict[str, Any]:
+    """What web/tome.js makes its control "preset" of."""
+    help = "Sets " + ", ".join(next(iter(PRESETS.values())).options) + ".\n"
+    return {
+        "presets": {name: preset.options for name, preset in PRESETS.items()},
+        "custom": CUSTOM,
+        "label": "Preset",
+        "help": help + "\n".join(f"{name}: {preset.summary}." for name, preset in PRESETS.items()),
+    }
 
 
 class ToMe(io.ComfyNode):
@@ -55,12 +71,9 @@ class ToMe(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, **values: Any) -> io.NodeOutput:
         config = ToMeConfig.from_widgets(**values)
-        if config.ratio > config.ratio_cap:
-            logger.info(
-                "[ToMe] ratio %g is more than method %s can take at stride %dx%d: %g is what it does",
-                config.ratio, config.method, *config.stride, config.ratio_cap,
-            )  # fmt: skip
+        if capped(config):
+            logger.info("[ToMe] %s", capped(config))
         return io.NodeOutput(apply_to_model(model, config))
 
 
-NODES: list[type[io.ComfyNode]] = [ToMe, ToMeCLIPVision]
+NODES: list[type[io.ComfyNode]] = [ToMe, ToMeCLIPVision, *RECORD_NODES]

@@ -16,9 +16,11 @@ from torch import Tensor
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention import attend_tokens
 from ..shared_tome.plan import Plan
+from ..shared_tome.report import CallTally, why_not_served
 from ..shared_tome.schedule import config_at
-from .log import say_once
+from .log import leave_alone
 from .model_call import DIFFUSION_MODEL, KEY, find_options, progress_of, put_options, step_of
+from .record import begin
 
 
 class UNetPatch:
@@ -30,16 +32,20 @@ class UNetPatch:
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         args, options = find_options(args, kwargs)
         config = self._config_now(options)
+        record = begin(executor, x, t, args, kwargs, self.config, config)
         if config.ratio == 0.0:
             return executor(x, t, *args, **kwargs)
         call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=step_of(options, x.device))
-        patch = UNetCall(call, options)
+        patch = UNetCall(call, options, None if record is None or record.run.compiled else record)
         # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
         # transformer_options, so without this a compiled model would keep the patches it first saw.
         kwargs["tome"] = patch.key
         args, kwargs = put_options(args, kwargs, patch.options)
         with patch.mlp_hooks(executor.class_obj):
-            return executor(x, t, *args, **kwargs)
+            out = executor(x, t, *args, **kwargs)
+        if record is not None:
+            record.end()
+        return out
 
     def _config_now(self, options: dict[str, Any]) -> ToMeConfig:
         """The config of this call: this step's ratio, and one match for both halves only where they are alike."""
@@ -52,8 +58,9 @@ class UNetPatch:
 class UNetCall:
     """The patches of one call of the model, and the options that carry them."""
 
-    def __init__(self, call: ModelCall, options: dict[str, Any]):
+    def __init__(self, call: ModelCall, options: dict[str, Any], record: CallTally | None = None):
         self.call = call
+        self._record = record
         # The seed is a tensor and so an input of a compiled graph; all else is decided in Python.
         self.key = repr(call.config.replace(seed=0))
         self._pending: Tensor | None = None
@@ -91,6 +98,9 @@ class UNetCall:
         if grid is None:
             return q, k, v
         layer = self.call.attention(q, k, v, grid)
+        if self._record is not None:
+            plan = None if layer is None else layer.plan
+            self._record.layer(block_name(extra_options), grid, plan, extra_options.get("block_index", 0))
         if layer is None:
             return q, k, v
         if self.call.config.kind.matches:
@@ -121,42 +131,55 @@ class UNetCall:
     def attention(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         """optimized_attention_override: adds the sizes to the logits; another node's override is called, not lost."""
         bias, self._pending = self._pending, None
-
-        def inner(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
-            if self._attention is not None:
-                return self._attention(func, q, k, v, heads, *args, **kwargs, **more)
-            return func(q, k, v, heads, *args, **kwargs, **more)
-
+        before = self._attention
         if bias is None or k.shape[1] != bias.shape[1]:
-            return inner(q, k, v)
-        return attend_tokens(q, k, v, heads, bias, lambda q, k, v, scale: inner(q, k, v, scale=scale))
+            if before is None:
+                return func(q, k, v, heads, *args, **kwargs)
+            return before(func, q, k, v, heads, *args, **kwargs)
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            if before is None:
+                return func(q, k, v, heads, *args, scale=scale, **kwargs)
+            return before(func, q, k, v, heads, *args, scale=scale, **kwargs)
+
+        return attend_tokens(q, k, v, heads, bias, attention)
 
     def _grid(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple[int, int] | None:
         """The grid of this call's tokens, or None where it is to be left alone."""
         shape = extra_options.get("activations_shape")
-        block = extra_options.get("block")
-        where = f"{block[0]} block {block[1]}" if block is not None else "unnamed block"
         if shape is None or len(shape) != 4 or q.dim() != 3:
-            say_once("a layer that does not tell its grid is left alone", where)
+            self._leave("a layer that does not tell its grid is left alone", extra_options)
             return None
         grid = (shape[2], shape[3])
         if not self.call.serves(grid):
+            if self._record is not None:
+                reason = why_not_served(self.call.config, grid, self.call.full)
+                self._record.left_alone(reason, block_name(extra_options), grid, extra_options.get("block_index", 0))
             return None
+        block = extra_options.get("block")
         if q.shape[0] != shape[0] or q.shape[1] != grid[0] * grid[1]:
-            say_once(
+            self._leave(
                 "a layer whose tokens are not those of its grid is left alone: another node has tiled or merged "
                 "them, or it attends over time",
-                f"{where}, {tuple(q.shape[:2])} for a grid of {grid[0]}x{grid[1]}",
+                extra_options,
+                f"{tuple(q.shape[:2])} for a grid of {grid[0]}x{grid[1]}",
+                grid,
             )
             return None
         if k.shape[:2] != q.shape[:2] or v.shape[:2] != q.shape[:2]:
-            say_once("a layer that does not attend to its own tokens is left alone", where)
+            self._leave("a layer that does not attend to its own tokens is left alone", extra_options, grid=grid)
             return None
         place = extra_options.get("block_index", 0)
         if block is not None and (block in self._replaced or (*block, place) in self._replaced):
-            say_once("a layer whose attention another node replaces is left alone", where)
+            self._leave("a layer whose attention another node replaces is left alone", extra_options, grid=grid)
             return None
         return grid
+
+    def _leave(
+        self, reason: str, extra_options: dict[str, Any], detail: str = "", grid: tuple[int, int] | None = None
+    ) -> None:
+        place = extra_options.get("block_index", 0)
+        leave_alone(self._record, reason, block_name(extra_options), detail, grid, place)
 
     @contextmanager
     def mlp_hooks(self, base_model: Any):
@@ -185,3 +208,9 @@ class UNetCall:
     def _after_mlp(self, module: Any, args: tuple, out: Tensor) -> Tensor:
         plan = self._block_plan
         return out if plan is None else plan.unmerge(out)
+
+
+def block_name(extra_options: dict[str, Any]) -> str:
+    """The block as the log names it."""
+    block = extra_options.get("block")
+    return f"{block[0]} block {block[1]}" if block is not None else "unnamed block"

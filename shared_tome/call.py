@@ -50,6 +50,7 @@ class ModelCall:
         if not isinstance(seed, Tensor):
             seed = torch.full((), fold_seed(seed), dtype=torch.int64, device=device)
         self.seed = seed
+        self._served: dict[Grid, bool] = {}
         self._layers: dict[Grid, int] = {}
         self._walks: dict[Grid, Tensor] = {}
         self._drawn: dict[Grid, Tensor] = {}
@@ -59,7 +60,9 @@ class ModelCall:
 
     def serves(self, grid: Grid) -> bool:
         """Whether a layer on this grid is merged at all."""
-        return self.config.ratio > 0.0 and serves_layer(self.config, grid, self.full)
+        if grid not in self._served:  # a model asks once a layer
+            self._served[grid] = self.config.ratio > 0.0 and serves_layer(self.config, grid, self.full)
+        return self._served[grid]
 
     def plan(self, metric: Tensor, grid: Grid) -> Plan | None:
         """The plan for the next layer on this grid, or None where it is to be left alone.

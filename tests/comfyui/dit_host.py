@@ -189,6 +189,8 @@ def small(name: str, **changes: Any) -> Any:
                 x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(9)))
             elif key.endswith(".gamma"):
                 x.fill_(1.0)
+            elif key.endswith("inv_freq"):  # a checkpoint brings it; without one it is whatever lay in memory
+                x.copy_(1e4 ** -torch.linspace(0, 1, len(x)))
     return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 

@@ -1,0 +1,144 @@
+"""The report's data: what a tally counts, and the two forms that it is read in."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared_tome import ToMeConfig
+from shared_tome.config import LEVELS
+from shared_tome.grid import grid_at
+from shared_tome.plan import Plan
+from shared_tome.report import CallTally, StepTime, Tally, capped, why_not_served
+from shared_tome.schedule import serves_layer
+
+FULL = (64, 64)
+
+
+def plan(kept, tokens=4096):
+    return Plan(1, tokens, kept, "cpu")
+
+
+def filled(steps=3, ratio=0.75, **options):
+    """Two layers merged at level 0, one of level 1 left alone, in each step."""
+    tally = Tally(ToMeConfig(ratio=ratio, **options), of_steps=4)
+    for step in range(steps):
+        tally.call(step, ratio)
+        call = CallTally(tally, FULL)
+        call.layer("input block 1", FULL, plan(1024))
+        call.left_alone("fewer than min tokens 2048", "input block 4", (32, 32))
+        call.layer("output block 9", FULL, plan(1024))
+    return tally
+
+
+def test_text_says_all_that_was_counted():
+    text = filled().report().text()
+    assert text.startswith("ToMe: method sample, ratio 0.75, seed 0\n3 of 4 steps, merged in 3; 3 calls of the model")
+    assert "- level 0 (64x64): 4096 to 1024 tokens (-75%), 2 layers: input block 1, output block 9" in text
+    assert "- level 1 (32x32), 1024 tokens, 1 layer: fewer than min tokens 2048 (input block 4)" in text
+
+
+def test_json_holds_the_numbers():
+    time = StepTime(40.0, 25.0, 5, 2, 3, 0.75, "cpu")
+    data = json.loads(filled().report(time, ["a note"]).to_json())
+    assert data["options"]["method"] == "sample" and data["options"]["stride"] == [2, 2]
+    assert (data["steps"], data["of_steps"], data["merged_steps"], data["calls"]) == (3, 4, 3, 3)
+    first, left, last = data["layers"]
+    assert first == {
+        "where": "input block 1", "part": 0, "level": 0, "grid": [64, 64], "number": 0, "before": 4096,
+        "after": [1024, 1024], "calls": 3, "reason": "",
+    }  # fmt: skip
+    assert left["reason"] == "fewer than min tokens 2048" and left["after"] is None and left["level"] == 1
+    assert last["number"] == 1
+    assert (data["time"]["without_ms"], data["time"]["with_ms"], data["time"]["speedup"]) == (40.0, 25.0, 1.6)
+    assert data["notes"] == ["a note"]
+
+
+def test_line_for_logs():
+    time = StepTime(40.0, 25.0, 5, 1, 3, 0.75, "cpu")
+    assert filled().report(time).line() == (
+        "sample 0.75, level 0 (64x64): 4096 to 1024 tokens in 2 layers, 40 to 25 ms a step"
+    )
+    assert "nothing was merged" in Tally(ToMeConfig()).report().line()
+
+
+def test_time_says_what_was_measured():
+    text = filled().report(StepTime(40.0, 25.0, 5, 2, 3, 0.75, "cpu")).text()
+    assert "A step, 2 calls: 40 ms without, 25 ms with ToMe: 1.60x (step 3 at ratio 0.75, median of 5, cpu)" in text
+
+
+def test_a_ratio_that_moves_shows_its_range():
+    tally = Tally(ToMeConfig(ratio=0.5, ratio_end=0.0))
+    for step, kept in enumerate((2048, 2560, 3072)):
+        tally.call(step, 0.5)
+        CallTally(tally, FULL).layer("input block 1", FULL, plan(kept))
+    (layer,) = tally.report().merged
+    assert layer.after == (2048, 3072) and layer.calls == 3
+    assert "4096 to 2048...3072 tokens" in tally.report().text()
+    assert "ratio 0.5 to 0," in tally.report().text()
+
+
+def test_steps_in_which_nothing_was_merged():
+    tally = Tally(ToMeConfig(start=0.5), of_steps=4)
+    for step, ratio in enumerate((0.0, 0.0, 0.75, 0.75)):
+        tally.call(step, ratio)
+        tally.call(step, ratio)
+    report = tally.report()
+    assert (report.steps, report.merged_steps, report.calls) == (4, 2, 8)
+    assert "4 steps, merged in 2, from start 0.5 to end 1; 8 calls" in report.text()
+    assert "Nothing was merged." in report.text()
+
+
+def test_the_cap_is_said():
+    assert capped(ToMeConfig(method="merge", ratio=0.75)) is None
+    said = capped(ToMeConfig(method="merge", ratio=0.9))
+    assert said == "ratio 0.9 is more than method merge can take at stride 2x2: 0.75 is what it does"
+    report = Tally(ToMeConfig(method="merge", ratio=0.9)).report()
+    assert said in report.text()
+    assert report.to_dict()["capped"] and report.to_dict()["ratio_cap"] == 0.75
+
+
+def test_a_layer_from_which_nothing_goes():
+    tally = Tally(ToMeConfig())
+    call = CallTally(tally, FULL)
+    assert call.layer("a", FULL, None) == 0
+    assert call.layer("b", FULL, plan(1024)) == 1
+    assert [layer.reason for layer in tally.layers()] == ["the ratio takes away no whole token", ""]
+
+
+@given(
+    st.sampled_from(LEVELS),
+    st.integers(0, 4096),
+    st.tuples(st.integers(1, 65), st.integers(1, 65)),
+    st.integers(0, 3),
+)
+def test_a_reason_is_given_just_where_a_layer_is_not_served(levels, min_tokens, full, level):
+    config, grid = ToMeConfig(levels=levels, min_tokens=min_tokens), grid_at(full, level)
+    assert (why_not_served(config, grid, full) is None) == serves_layer(config, grid, full)
+
+
+def test_several_threads_lose_nothing():
+    tally = Tally(ToMeConfig())
+
+    def fill():
+        for step in range(200):
+            tally.call(step, 0.5)
+            CallTally(tally, FULL).layer("input block 1", FULL, plan(1024))
+
+    threads = [threading.Thread(target=fill) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tally.calls == 800 and tally.layers()[0].calls == 800 and tally.steps == list(range(200))
+
+
+@pytest.mark.parametrize("where", ["Flux", "unnamed block", ""])
+def test_any_name_of_a_block(where):
+    tally = Tally(ToMeConfig())
+    CallTally(tally, FULL).layer(where, FULL, plan(1024))
+    assert where in tally.report().text()

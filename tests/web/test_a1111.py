@@ -1,0 +1,129 @@
+"""AUTOMATIC1111's page with the panel, in a real browser. By hand, or where A1111_DIR names a checkout that starts.
+
+A1111_ARGS are the host's own arguments: on a CPU "--use-cpu all --no-half --skip-torch-cuda-test". The repository is
+linked into its extensions for the test and taken out again. TOME_SCREENSHOTS=docs/images keeps a picture of the panel.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO))
+from installer import link
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+# Small enough for a CPU, so that the panel's own floor of tokens must go.
+SETTINGS = {"Sampling steps": "4", "Width": "256", "Height": "256", "Seed": "1"}
+PROMPT = "a lighthouse on a rock"
+
+
+def host_script() -> ModuleType:
+    """tests/hosts/a1111.py, which knows how such a host is started."""
+    spec = importlib.util.spec_from_file_location("tome_host_script", REPO / "tests" / "hosts" / "a1111.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def address(chromium, tmp_path_factory) -> Iterator[str]:
+    """Of the running host, this repository among its extensions."""
+    named = os.environ.get("A1111_DIR")
+    if not named:
+        pytest.skip("A1111_DIR does not name an AUTOMATIC1111 that starts by itself")
+    folder = link.find_host(Path(named), link.A1111)
+    arguments = shlex.split(os.environ.get("A1111_ARGS", ""))
+    before = (folder / link.A1111.extensions / link.A1111.name).exists()
+    link.add(folder, link.A1111)
+    try:
+        server = host_script().Server(folder, arguments, tmp_path_factory.mktemp("a1111") / "host.log")
+        try:
+            yield f"http://127.0.0.1:{server.port}"
+        finally:
+            server.stop()
+    finally:
+        if not before:
+            link.remove(folder, link.A1111)
+
+
+@pytest.fixture
+def page(address, new_page) -> Any:
+    """The txt2img tab, ready, with a small picture asked for."""
+    page = new_page(size=(1400, 1000))
+    page.goto(address)
+    page.locator("#txt2img_generate").wait_for()
+    page.locator("#txt2img_prompt textarea").fill(PROMPT)
+    for label, value in SETTINGS.items():
+        field = page.locator("#tab_txt2img").get_by_label(label, exact=True).first
+        field.fill(value)
+        field.press("Tab")
+    return page
+
+
+def control(page: Any, name: str) -> Any:
+    return page.locator(f"#script_txt2img_tome_{name}")
+
+
+def slide(page: Any, name: str, share: float) -> None:
+    """Take a slider's thumb where it is and let it go at `share` (0 to 1) of its range."""
+    bar = control(page, name).locator("input[type=range]")
+    bar.scroll_into_view_if_needed()
+    box, thumb = bar.bounding_box(), 16
+    low, high, now = (float(bar.evaluate(f"(bar) => bar.{part}")) for part in ("min", "max", "value"))
+
+    def place(share: float) -> tuple[float, float]:
+        return box["x"] + thumb / 2 + share * (box["width"] - thumb), box["y"] + box["height"] / 2
+
+    page.mouse.move(*place((now - low) / (high - low)))
+    page.mouse.down()
+    page.mouse.move(*place(share), steps=6)
+    page.mouse.up()
+
+
+def value(page: Any, name: str) -> float:
+    return float(control(page, name).locator("input[type=number]").input_value())
+
+
+def generate(page: Any) -> tuple[str, str]:
+    """Press Generate: the picture's address and the text under it."""
+    picture = page.locator("#txt2img_gallery img").first
+    before = picture.get_attribute("src") if picture.count() else ""
+    page.locator("#txt2img_generate").click()
+    shown = "[...document.querySelectorAll('#txt2img_gallery img')].some((i) => i.naturalWidth && i.src !== before)"
+    page.wait_for_function(f"(before) => {shown}", arg=before, timeout=300_000)
+    page.locator("#txt2img_interrupt").wait_for(state="hidden")
+    return picture.get_attribute("src"), page.locator("#html_info_txt2img").first.inner_text()
+
+
+def test_panel_makes_a_picture_and_tells_it(page, shoot):
+    panel = control(page, "enabled")
+    panel.scroll_into_view_if_needed()
+    assert not control(page, "ratio").is_visible()
+    _, text = generate(page)
+    assert PROMPT in text and "ToMe" not in text
+
+    panel.locator(".label-wrap").first.click()  # opens it and switches it on
+    control(page, "ratio").wait_for()
+    slide(page, "ratio", 0.5)
+    ratio = value(page, "ratio")
+    assert ratio == pytest.approx(0.5, abs=0.03)
+    control(page, "advanced").locator(".label-wrap").click()
+    field = control(page, "min_tokens").locator("input[type=number]")
+    field.fill("0")
+    field.press("Tab")
+    _, text = generate(page)
+    assert f"ToMe ratio: {ratio:g}" in text and "ToMe min tokens: 0" in text
+    control(page, "advanced").locator(".label-wrap").click()
+    field.wait_for(state="hidden")
+    shoot(panel, "a1111")

@@ -1,0 +1,275 @@
+"""ComfyUI's own web page in a real browser, against a real server: what a person sees and does with the nodes.
+
+`TOME_SCREENSHOTS=docs/images` makes the documentation's pictures anew.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO))
+from installer import workflow
+from installer.client import ComfyClient
+from installer.server import ComfyServer
+
+from .comfy_page import ComfyPage
+
+pytestmark = pytest.mark.slow
+
+SUBJECT = workflow.Subject("astronaut", "astronaut", seed=7)
+PLACES = {
+    "ToMeDemoModel": (0, 0), "ToMe": (320, 0), "KSampler": (640, 0), "VAEDecode": (640, 320), "SaveImage": (960, 0)
+}  # fmt: skip
+TYPES = list(PLACES)
+SIZE = (1480, 760)  # of the page, in pixels
+VIEW = {"scale": 1.0, "offset": [100.0, 140.0]}  # all nodes in sight
+# Other than the defaults, and fit to run: what is saved and loaded again.
+OTHER = {
+    "ratio": 0.6, "stride_x": 4, "stride_y": 3, "method": "merge", "seed": 11, "partition": "fixed_2d", "levels": "0",
+    "start": 0.1, "end": 0.9, "ratio_end": 0.3, "mlp": True, "proportional": False, "reduce": "pick",
+    "min_tokens": 1024,
+}  # fmt: skip
+HELP, LOCALES = REPO / "web" / "docs", REPO / "locales"
+# Those with a page or texts of their own, and one without, which gets the English page.
+LANGUAGES = sorted(
+    {"en", "tr"} | {page.stem for page in HELP.glob("*/*.md")} | {folder.name for folder in LOCALES.glob("*/")}
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """The server's own folder."""
+    return tmp_path_factory.mktemp("comfyui")
+
+
+@pytest.fixture(scope="module")
+def client(chromium, base) -> Iterator[ComfyClient]:
+    named = os.environ.get("COMFYUI_DIR")
+    if not named:
+        pytest.skip("COMFYUI_DIR does not name a ComfyUI (`python install.py test` brings one)")
+    pytest.importorskip("comfyui_frontend_package", reason="no comfyui-frontend-package, which is ComfyUI's page")
+    with ComfyServer(Path(named), base, environment={"TOME_DEMO": "1"}) as client:
+        yield client
+
+
+@pytest.fixture
+def visit(client, new_page) -> Callable[..., ComfyPage]:
+    """visit(settings, locale=...) opens the page with an empty workflow."""
+    return lambda settings=None, **options: ComfyPage(new_page(size=SIZE, **options), client, settings)
+
+
+def prompt(client: ComfyClient, **tome: Any) -> workflow.Workflow:
+    """The demo's workflow in API format, its picture saved; values of ToMe that are not named are the defaults."""
+    settings = workflow.Settings(steps=4, cfg=3.0, sampler="euler", scheduler="simple")
+    values = {**workflow.defaults(client.node("ToMe")), **tome}
+    made = workflow.demo_workflow(client.node("ToMeDemoModel"), SUBJECT, settings, values)
+    made["show"] = {"class_type": "SaveImage", "inputs": {**made["show"]["inputs"], "filename_prefix": "tome"}}
+    return made
+
+
+def load(page: ComfyPage, folder: Path, **tome: Any) -> None:
+    """Bring `prompt` into the page by dropping a file, put its nodes in sight and hold the seeds."""
+    numbers = {name: str(number) for number, name in enumerate(prompt(page.client), 1)}
+    nodes = {}
+    for name, node in prompt(page.client, **tome).items():
+        inputs = {key: [numbers[v[0]], v[1]] if isinstance(v, list) else v for key, v in node["inputs"].items()}
+        nodes[numbers[name]] = {**node, "inputs": inputs}
+    file = folder / "api.json"
+    file.write_text(json.dumps(nodes), encoding="utf-8")
+    page.load(file, TYPES)
+    made = page.page.evaluate("app.graph.serialize()")
+    for node in made["nodes"]:
+        node["pos"] = PLACES[node["type"]]
+        if node["type"] == "SaveImage":
+            node["size"] = [270, 350]
+        values = node.get("widgets_values") or []
+        node["widgets_values"] = ["fixed" if value == "randomize" else value for value in values]
+    made.setdefault("extra", {})["ds"] = VIEW
+    page.clear()
+    file = folder / "tome.json"
+    file.write_text(json.dumps(made), encoding="utf-8")
+    page.load(file, TYPES)
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.int16)
+
+
+def saved(base: Path) -> list[Path]:
+    return sorted((base / "output").glob("tome_*.png"))
+
+
+def test_node_is_found_by_search_and_added(visit, shoot):
+    page = visit()
+    found = page.search("token merging", "ToMe")
+    found.hover()
+    shoot(page.page, "search")
+    found.click()
+    page.page.get_by_role("search").wait_for(state="hidden")  # it fades, and takes clicks until it is gone
+    page.page.mouse.move(600, 300)  # a found node hangs on the mouse until it is put down
+    page.page.mouse.click(600, 300)
+    page.wait("!app.graph.nodes[0].flags.ghost")
+    assert page.types() == ["ToMe"]
+    known = page.client.node("ToMe")
+    shown = page.values("ToMe")
+    assert {name: shown[name] for name in workflow.defaults(known)} == workflow.defaults(known)
+
+
+def test_words_that_find_the_node(visit):
+    page = visit()
+    for words in ("tome", "tomesd", "token merging", "faster"):
+        page.search(words, "ToMe").wait_for()
+        page.close_search()
+
+
+def test_slider_follows_the_mouse(visit, tmp_path):
+    page = visit()
+    load(page, tmp_path)
+    page.drag(page.on_slider("ToMe", "ratio", 0.75), page.on_slider("ToMe", "ratio", 0.3))
+    assert page.values("ToMe")["ratio"] == pytest.approx(0.3, abs=0.011)
+    page.drag(page.on_slider("ToMe", "ratio", 0.3), page.on_slider("ToMe", "ratio", 1.2))
+    assert page.values("ToMe")["ratio"] == 1.0
+
+
+def test_slider_follows_the_mouse_in_nodes_2(visit, tmp_path):
+    page = visit({"Comfy.VueNodes.Enabled": True})
+    load(page, tmp_path)
+    thumb = page.page.get_by_role("slider").first
+    rail = page.page.get_by_label("ratio", exact=True).first.bounding_box()
+    middle = rail["y"] + rail["height"] / 2
+    box = thumb.bounding_box()
+    page.drag([box["x"] + box["width"] / 2, middle], [rail["x"] + 0.3 * rail["width"], middle])
+    assert page.values("ToMe")["ratio"] == pytest.approx(0.3, abs=0.06)
+
+
+def test_run_button_makes_the_picture_of_the_shown_values(visit, client, base, tmp_path, shoot):
+    page = visit()
+    load(page, tmp_path)
+    page.drag(page.on_slider("ToMe", "ratio", 0.75), page.on_slider("ToMe", "ratio", 0.5))
+    ratio = page.values("ToMe")["ratio"]
+    assert ratio == pytest.approx(0.5, abs=0.011)
+    before = saved(base)
+    page.run("SaveImage")
+    (file,) = set(saved(base)) - set(before)
+    page.page.get_by_text("Job completed").wait_for(state="hidden")
+    shoot(page.page, "graph", clip={"x": 59, "y": 38, "width": SIZE[0] - 59, "height": 600})
+    shown = page.ask("return [node.imgs[0].naturalWidth, node.imgs[0].naturalHeight]", "SaveImage")
+    assert shown == [64, 64]
+    asked, plain = prompt(client, ratio=ratio), prompt(client, ratio=0.0)
+    made = [client.images(client.wait(client.post_prompt(one)))[0] for one in (asked, plain)]
+    assert (pixels(file.read_bytes()) == pixels(made[0])).all()
+    assert (pixels(file.read_bytes()) != pixels(made[1])).any()
+
+
+def test_exported_workflow_loads_with_the_same_values(visit, tmp_path):
+    page = visit()
+    load(page, tmp_path, **OTHER)
+    values, links = page.all_values(), page.links()
+    assert {name: values["ToMe"][name] for name in OTHER} == OTHER and len(links) == 8
+    file = tmp_path / "exported.json"
+    page.export(file)
+    assert "ToMe" in {node["type"] for node in json.loads(file.read_text(encoding="utf-8"))["nodes"]}
+    page.clear()
+    page.open_by_menu(file, TYPES)
+    assert page.all_values() == values and page.links() == links
+    page.clear()
+    page.load(file, TYPES)
+    assert page.all_values() == values and page.links() == links
+
+
+def test_dropped_picture_brings_the_workflow_back(visit, base, tmp_path):
+    page = visit()
+    load(page, tmp_path, **OTHER)
+    values, links = page.all_values(), page.links()
+    before = saved(base)
+    page.run("SaveImage")
+    (file,) = set(saved(base)) - set(before)
+    other = visit()
+    other.load(file, TYPES)
+    assert other.all_values() == values and other.links() == links
+
+
+def plain(markdown: str) -> str:
+    """A line of a page as it is read."""
+    return " ".join(re.sub(r"[`*_]|\]\([^)]*\)|\[", "", markdown).split())
+
+
+def first_lines(page: Path) -> tuple[str, str]:
+    """The heading and the first paragraph."""
+    heading, paragraph = page.read_text(encoding="utf-8").split("\n\n")[:2]
+    return plain(heading.removeprefix("#")), plain(paragraph)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_help_and_texts_in(language, visit, shoot):
+    page = visit(locale=language)
+    nodes = [file.stem for file in sorted(HELP.glob("*.md"))]
+    assert "ToMe" in nodes
+    texts = own_texts(language)
+    assert page.page.evaluate("app.extensionManager.setting.get('Comfy.Locale')") == language
+    for node in nodes:
+        page.clear()
+        page.add(node, 100, 100)
+        file = HELP / node / f"{language}.md"
+        heading, paragraph = first_lines(file if file.exists() else HELP / f"{node}.md")
+        shown = page.help(node)
+        shown.get_by_role("heading", level=1).get_by_text(heading, exact=True).wait_for()
+        assert plain(shown.locator("p").first.inner_text()) == paragraph
+        if (node, language) == ("ToMe", "en"):
+            shoot(page.page, "help")
+        wanted = wanted_labels(page.client.node(node), texts.get(node, {}))
+        assert {name: labels(page, node)[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_tooltip_in(language, visit):
+    page = visit(locale=language)
+    page.add("ToMe", 100, 100)
+    page.page.mouse.move(*page.on_slider("ToMe", "ratio", 0.4))
+    page.page.mouse.move(*page.on_slider("ToMe", "ratio", 0.5))
+    texts = own_texts(language).get("ToMe", {}).get("inputs", {}).get("ratio", {})
+    wanted = texts.get("tooltip", page.client.node("ToMe")["input"]["required"]["ratio"][1]["tooltip"])
+    tooltip = page.page.locator(".node-tooltip")
+    tooltip.wait_for()
+    assert tooltip.inner_text() == wanted
+
+
+def own_texts(language: str) -> dict[str, Any]:
+    """What locales/ has for the nodes, by their names."""
+    file = LOCALES / language / "nodeDefs.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def labels(page: ComfyPage, node: str) -> dict[str, str]:
+    """What the page calls the node (""), and its widgets by name."""
+    code = "return {'': node.title, ...Object.fromEntries((node.widgets ?? []).map((w) => [w.name, w.label]))}"
+    return page.ask(code, node)
+
+
+def wanted_labels(known: dict[str, Any], texts: dict[str, Any]) -> dict[str, str]:
+    wanted = {"": texts.get("display_name", known["display_name"])}
+    for part in ("required", "optional"):
+        for name, (_, *rest) in (known["input"].get(part) or {}).items():
+            if name in workflow.defaults(known):
+                label = (rest[0] if rest else {}).get("display_name", name)
+                wanted[name] = texts.get("inputs", {}).get(name, {}).get("name", label)
+    return wanted
+
+
+def test_seed_of_merging_stays_the_same_when_run(visit):
+    """The page gives every input named "seed" a control that rolls a new number after each run, unless told not to."""
+    page = visit()
+    page.add("ToMe", 100, 100)
+    assert "control_after_generate" not in page.values("ToMe")

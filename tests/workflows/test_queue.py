@@ -1,0 +1,160 @@
+"""Each workflow opened and queued in a real ComfyUI, with small models under the official file names."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .build import FOLDER, graphs
+from .convert import Mismatch, specs, to_prompt, widget_names
+from .graph import KINDS
+
+pytestmark = pytest.mark.slow
+NAMES = [graph.name for graph in graphs()]
+EACH = pytest.mark.parametrize("name", NAMES)
+SIZES = {"width": 128, "height": 128, "length": 5, "steps": 2}
+
+
+def workflow(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def small(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The prompt at a size for a CPU; merged however few the tokens are."""
+    prompt = copy.deepcopy(prompt)
+    for node in prompt.values():
+        for name, value in SIZES.items():
+            if name in node["inputs"]:
+                node["inputs"][name] = value
+        if node["class_type"] == "ToMe":
+            node["inputs"].update(min_tokens=0, start=0.0)
+    return prompt
+
+
+def without_tome(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The prompt with its ToMe nodes bypassed."""
+    models = {id: node["inputs"]["model"] for id, node in prompt.items() if node["class_type"] == "ToMe"}
+    prompt = {id: copy.deepcopy(node) for id, node in prompt.items() if id not in models}
+    for node in prompt.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] in models:
+                node["inputs"][name] = models[value[0]]
+    return prompt
+
+
+def saved(client: Any, prompt: dict[str, Any]) -> list[bytes]:
+    """Every file that the nodes for it save, once it is done; previews are left out."""
+    result = client.run(prompt)
+    result.outputs = {
+        id: out for id, out in result.outputs.items() if prompt[id]["class_type"] in ("SaveImage", "SaveVideo")
+    }
+    return client.images(result)
+
+
+def frames(data: bytes) -> np.ndarray:
+    """[frames, height, width, 3], 0 to 255, of a picture or a video."""
+    if data[:4] == b"\x89PNG":
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.int16)[None]
+    import av
+
+    with av.open(io.BytesIO(data)) as video:
+        return np.stack([frame.to_ndarray(format="rgb24").astype(np.int16) for frame in video.decode(video=0)])
+
+
+@EACH
+def test_server_offers_workflow_and_picture(client, name):
+    (pack,) = client.get("/workflow_templates")
+    assert name in client.get("/workflow_templates")[pack]
+    assert json.loads(client.request(f"/api/workflow_templates/{pack}/{name}.json")) == workflow(name)
+    assert client.request(f"/api/workflow_templates/{pack}/{name}.jpg")[:3] == b"\xff\xd8\xff"
+
+
+@EACH
+def test_values_and_links_are_those_of_the_nodes(info, name):
+    prompt = to_prompt(workflow(name), info)
+    config = {node["class_type"]: node["inputs"] for node in prompt.values()}["ToMe"]
+    assert set(config) == set(specs(info["ToMe"]))
+
+
+@EACH
+def test_queued_it_makes_a_picture_that_merging_changed(client, info, name):
+    prompt = small(to_prompt(workflow(name), info))
+    (merged,) = map(frames, saved(client, prompt))
+    assert merged.std() > 5, "one flat colour"
+    (plain,) = map(frames, saved(client, without_tome(prompt)))
+    assert merged.shape == plain.shape and len(merged) == (5 if "video" in name else 1)
+    assert (merged != plain).any()
+
+
+def test_comparison_shows_both_pictures(client, info):
+    """Left without ToMe, right with it, from the same noise."""
+    prompt = small(to_prompt(workflow("02_compare_with_and_without"), info))
+    (both,) = map(frames, saved(client, prompt))
+    (same,) = map(frames, saved(client, without_tome(prompt)))
+    assert both.shape == (1, 128, 128 + 8 + 128, 3)
+    assert (same[:, :, :128] == same[:, :, 136:]).all()
+    assert (both[:, :, :128] == same[:, :, :128]).all() and (both[:, :, 136:] != same[:, :, 136:]).any()
+
+
+def test_comparison_reports_and_maps_what_was_merged(client, info):
+    prompt = small(to_prompt(workflow("02_compare_with_and_without"), info))
+    ids = {node["class_type"]: id for id, node in prompt.items()}
+    outputs = client.run(prompt).outputs
+    (text,) = outputs[ids["ToMeReport"]]["text"]
+    ratio = prompt[ids["ToMe"]]["inputs"]["ratio"]
+    assert f"256 to {256 - int(256 * ratio)} tokens" in text  # 16 x 16
+    assert outputs[ids["PreviewImage"]]["images"]
+
+
+def test_hires_first_pass_is_unmerged(info):
+    prompt = to_prompt(workflow("03_sdxl_hires"), info)
+    samplers = [node["inputs"] for node in prompt.values() if node["class_type"] == "KSampler"]
+    assert [prompt[sampler["model"][0]]["class_type"] for sampler in samplers] == ["CheckpointLoaderSimple", "ToMe"]
+
+
+def test_mask_decides_what_is_painted(client, info):
+    prompt = small(to_prompt(workflow("04_inpaint"), info))
+    (painted,) = map(frames, saved(client, prompt))
+    for node in prompt.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["seed"] += 1
+    (other,) = map(frames, saved(client, prompt))
+    changed = np.abs(painted - other)[0].mean(axis=-1)
+    assert changed[64:96, 64:96].mean() > 4 * changed[:16].mean()
+
+
+def test_table_of_nodes_is_what_comfyui_tells(info):
+    """A file's sockets, widgets and outputs, in the page's order."""
+    for type, kind in KINDS.items():
+        if type == "MarkdownNote":
+            continue
+        names = [name for name, _ in widget_names(info[type])]
+        assert list(kind.widgets) == names[: len(kind.widgets)], type
+        order = [name for name in specs(info[type]) if name not in names]
+        sockets = [socket.split(":")[0] for socket in kind.sockets]
+        assert sockets == [name for name in order if name in sockets], type
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w["nodes"][3].update(type="TokenMerger"), "there is no node TokenMerger"),
+        (lambda w: w["nodes"][3]["widgets_values"].__setitem__(0, 1.5), "ToMe.ratio: 1.5 is not in"),
+        (lambda w: w["nodes"][3]["widgets_values"].__setitem__(3, "magic"), "ToMe.method: 'magic' is none of"),
+        (lambda w: w["nodes"][3]["widgets_values"].insert(5, 7), "ToMe has widgets"),
+        (lambda w: w["nodes"][1]["widgets_values"].__setitem__(0, "absent.ckpt"), "ckpt_name: 'absent.ckpt' is none"),
+        (lambda w: w["links"][0].__setitem__(2, 1), "link 1 of MODEL goes from CLIP"),
+        (lambda w: w["nodes"][3]["inputs"][0].update(link=None), "link 1 is not known at both"),
+    ],
+)
+def test_converter_finds_what_is_wrong(info, change, message):
+    broken = workflow("01_sd15_text_to_image")
+    change(broken)
+    with pytest.raises(Mismatch, match=message):
+        to_prompt(broken, info)
