@@ -70,23 +70,16 @@ def _by_variant(
 
 
 def speed() -> str:
-    """Steps of a real ComfyUI with its own choice of attention: the newest run, or the two that came before it."""
-    rows = [row for row in read("hosts-h200") if row["backend"] == "default"]
-    if rows:
-        made = _by_variant(rows, ("model", "pixels"), ["model, pixels"], lambda row: [_model(row)])
-        return f"{made}\n{about(rows)}; median steps.\n"
-    rows = read("comfyui-h200") + read("comfyui-h200-2")
-    variants = list(dict.fromkeys(row["variant"] for row in rows if row["variant"] != "unmerged"))
-    jobs = sorted({(row["model"], int(row["pixels"]), row["commit"]) for row in rows})
-    by_key = {(row["model"], int(row["pixels"]), row["commit"], row["variant"]): row for row in rows}
-    body = []
-    for job in jobs:
-        base = by_key[(*job, "unmerged")]
-        spread = f"{float(base['step_p20']):.0f} to {float(base['step_p80']):.0f}"
-        cells = [_model(base), job[2], f"{float(base['step_ms']):.0f} ms ({spread})"]
-        body.append(cells + [times(by_key[(*job, variant)]) for variant in variants])
-    head = ["model, pixels", "commit", "unmerged step (p20 to p80)", *variants]
-    return f"{table(head, body)}\n{about(rows[:1], commits=False)}; median steps.\n"
+    """Steps of a real ComfyUI with its own choice of attention: each model and size from the newest run that has it."""
+    rows: list[Row] = []
+    for name in ("hosts-h200", "comfyui-h200-2", "comfyui-h200"):
+        there = {(row["model"], row["pixels"]) for row in rows}
+        found = [row for row in read(name) if row.get("backend", "default") == "default"]
+        rows += [row for row in found if (row["model"], row["pixels"]) not in there]
+    if not rows:
+        return NOTHING
+    made = _by_variant(rows, ("model", "pixels"), ["model, pixels", "commit"], lambda row: [_model(row), row["commit"]])
+    return f"{made}\n{about(rows[:1], commits=False)}; median steps.\n"
 
 
 def _model(row: Row) -> str:

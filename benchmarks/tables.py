@@ -6,18 +6,21 @@ ToMeConfig. A test compares, so that no page goes stale.
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from installer.inprocess import pack_module
+from quality.plot import preset_variant
 from shared_tome import ToMeConfig
+from shared_tome.config import PRESETS
 
 from .speed_tables import MAKERS as SPEED
-from .speed_tables import table
+from .speed_tables import read, table
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "web/docs/ToMe.md", "docs/speed.md")
+PAGES = ("README.md", "web/docs/ToMe.md", "docs/speed.md", "docs/settings.md")
 _BLOCK = re.compile(r"(<!-- (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -47,7 +50,37 @@ def served() -> str:
     return f"{', '.join(row.name for row in rows)}.\n"
 
 
-MAKERS: dict[str, Callable[[], str]] = {"options": options, "served": served, **SPEED}
+def presets() -> str:
+    """The presets, what they do to the pictures of the quality lab's models and to the time of a run on the GPU."""
+    rows = []
+    for name, preset in PRESETS.items():
+        start = preset.options["start"]
+        cells = [name, ", ".join(f"{option} {value}" for option, value in preset.options.items()), preset.summary]
+        for model in ("demo", "lab"):
+            psnr = {row["variant"]: row["psnr"] for row in measured(model) if row["sampler"] == "ddim30"}
+            cells.append(f"{float(psnr[preset_variant(name)]):.1f} dB")
+        for pixels in ("1024", "2048"):
+            merged = f"{preset.options['method']} {preset.options['ratio']:g}"
+            step = {row["variant"]: float(row["step_ms"]) for row in read("steps-h200") if row["pixels"] == pixels
+                    and (row["model"], row["mode"], row["backend"]) == ("sd15", "graph", "cudnn")}  # fmt: skip
+            mean = start * step["unmerged"] + (1 - start) * step[merged]
+            cells.append(f"{step['unmerged'] / mean:.2f}x")
+        rows.append(cells)
+    head = ["preset", "sets", "", "PSNR, demo", "PSNR, lab", "SD 1.5 at 1024²", "at 2048²"]
+    note = (
+        "PSNR to the unmerged picture on the two models of docs/quality.md; the mean step of a run on an H200, as a "
+        "CUDA graph, with the first steps that are left alone (docs/speed.md)."
+    )
+    return f"{table(head, rows)}\n{note}\n"
+
+
+def measured(model: str) -> list[dict[str, str]]:
+    """The rows of quality/results/MODEL.csv."""
+    with (ROOT / "quality" / "results" / f"{model}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+MAKERS: dict[str, Callable[[], str]] = {"options": options, "presets": presets, "served": served, **SPEED}
 
 
 def filled(text: str) -> str:

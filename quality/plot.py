@@ -17,6 +17,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from shared_tome.config import PRESETS
+
 from .methods import CATALOGUE
 from .samplers import GUIDANCE, SAMPLERS, parse_sampler
 
@@ -127,7 +129,13 @@ def table(rows: Sequence[Row], cells: str) -> str:
 def frontier(rows: Sequence[Row], sampler: str) -> list[Row]:
     """What the plots show: every method, and late starts."""
     found = {row["variant"]: row for name in ("frontier", "starts") for row in of_set(rows, name, sampler)}
-    return [row for row in found.values() if row["family"] in STYLES or row["family"] == "unmerged"]
+    return timed_together([row for row in found.values() if row["family"] in STYLES or row["family"] == "unmerged"])
+
+
+def timed_together(rows: Sequence[Row]) -> list[Row]:
+    """The rows, without the times of those that were not measured with the unmerged one: they do not compare."""
+    file = next((row["file"] for row in rows if row["family"] == "unmerged"), "")
+    return [row if row["file"] == file else {**row, "step_ms": "", "speedup": ""} for row in rows]
 
 
 def frontier_table(rows: Sequence[Row]) -> str:
@@ -156,6 +164,7 @@ def samplers_table(rows: Sequence[Row]) -> str:
     found = {(row["variant"], row["sampler"]): row for row in rows}
     measured = dict.fromkeys(row["sampler"] for row in rows)
     names = [s for s in SAMPLERS if s in measured] + [s for s in measured if s not in SAMPLERS]
+    names = [s for s in names if sum(sampler == s for _, sampler in found) > 3]  # not what has only been begun
     lines = [["what", *(sampler_title(s) for s in names)], ["---", *("---:" for _ in names)]]
     for variant in CATALOGUE.sets["main"][1:]:
         cells = [found.get((variant, s)) for s in names]
@@ -165,18 +174,23 @@ def samplers_table(rows: Sequence[Row]) -> str:
 
 
 def starts_table(rows: Sequence[Row]) -> str:
-    chosen = [row for row in of_set(rows, "starts", "ddim30") if " from " in row["variant"]]
+    chosen = [row for row in timed_together(of_set(rows, "starts", "ddim30")) if " from " in row["variant"]]
     return table(chosen, "variant cost psnr gain ssim fd_gap step speedup")
 
 
-PRESETS = {"Quality": "sample 0.75 from 0.2", "Balanced": "sample 0.9375 from 0.2", "Fast": "sample 0.9375"}
+def preset_variant(name: str) -> str:
+    """The variant that a preset of the core is."""
+    options = PRESETS[name].options
+    start = f" from {options['start']:g}" if options["start"] else ""
+    return f"{options['method']} {options['ratio']:g}{start}"
 
 
 def presets_table(rows: Sequence[Row]) -> str:
     found = {row["variant"]: row for row in rows if row["sampler"] == "ddim30"}
-    if not found.keys() >= set(PRESETS.values()):
+    chosen = [preset_variant(name) for name in PRESETS]
+    if not found.keys() >= set(chosen):
         return NOTHING
-    lines = table([found[name] for name in PRESETS.values()], "variant cost psnr gain ssim fd_gap step speedup")
+    lines = table([found[name] for name in chosen], "variant cost psnr gain ssim fd_gap step speedup")
     head, rule, *rest = lines.splitlines()
     named = [f"| {name} {line}" for name, line in zip(PRESETS, rest, strict=True)]
     return "\n".join([f"| preset {head}", f"| --- {rule}", *named])
@@ -203,14 +217,20 @@ PAIRS = (
 
 def pairs_table(rows: Sequence[Row]) -> str:
     """Differences picture by picture, and how many pictures each side spoils (under 30 dB)."""
-    found = {row["variant"]: [float(x) for x in row["singles"].split()] for row in rows if row["sampler"] == "ddim30"}
+    found = {
+        (row["file"], row["variant"]): [float(x) for x in row["singles"].split()]
+        for row in rows
+        if row["sampler"] == "ddim30"
+    }
+    files = list(dict.fromkeys(file for file, _ in found))
     lines = [
         "| this | minus this | dB, picture by picture | under 30 dB: this | that |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
     for one, other in PAIRS:
-        if one in found and other in found:
-            a, b = found[one], found[other]
+        both = [file for file in files if {(file, one), (file, other)} <= found.keys()]
+        if both:  # pictures can be paired within a measurement alone
+            a, b = found[both[-1], one], found[both[-1], other]
             gaps = [x - y for x, y in zip(a, b, strict=True)]
             error = statistics.stdev(gaps) / len(gaps) ** 0.5
             spoiled = (f"{100 * sum(x < 30 for x in side) / len(side):.0f}%" for side in (a, b))
@@ -330,7 +350,7 @@ def plot_time(rows: Sequence[Row], path: Path, sampler: str = "ddim30") -> None:
     device, shape = chosen[0]["device"], chosen[0]["step_shape"]
     figure, axes = _axes(
         f"Fidelity against the measured time of a step ({SAMPLERS[sampler].title})",
-        f"median time of a U-Net step, ms ({device}, float16, {shape}, matching in plain torch)",
+        f"median time of a U-Net step, ms ({device}, float16, {shape}, eager)",
     )
     full = [float(r["step_ms"]) for r in chosen if r["psnr"] == "inf"]
     for time in full:
