@@ -34,9 +34,12 @@ def _input(widget: Widget) -> io.Input:
         # By itself the page gives whatever is called seed a control that draws another one after each picture.
         after = {"control_after_generate": False} if widget.name == "seed" else {}
         return io.Int.Input(widget.name, **numbers, **after, **common)
-    if widget.name == "ratio":
-        common |= {"display_mode": io.NumberDisplay.slider, "extra_dict": {"tome_presets": _presets()}}
-    return io.Float.Input(widget.name, **numbers, round=0.0001, **common)
+    if widget.name != "ratio":
+        return io.Float.Input(widget.name, **numbers, round=0.001, **common)
+    # The page shows as many digits as `step` has and would make 0.94 of 0.9375; a dragged slider moves by `round`.
+    numbers |= {"step": 0.0005, "round": option.step}
+    extra = {"tome_presets": _presets()}
+    return io.Float.Input(widget.name, **numbers, display_mode=io.NumberDisplay.slider, extra_dict=extra, **common)
 
 
 def _presets() -> dict[str, Any]:

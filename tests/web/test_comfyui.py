@@ -273,3 +273,33 @@ def test_seed_of_merging_stays_the_same_when_run(visit):
     page = visit()
     page.add("ToMe", 100, 100)
     assert "control_after_generate" not in page.values("ToMe")
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2"])
+def test_a_preset_sets_the_options_and_follows_them(nodes_2, visit, tmp_path):
+    """The control is worked out from the options: choosing one sets them, moving one shows it, and it is not saved."""
+    page = visit({"Comfy.VueNodes.Enabled": nodes_2})
+    page.add("ToMe", 100, 100)
+    told = page.client.node("ToMe")["input"]["required"]["ratio"][1]["tome_presets"]
+    shown = page.values("ToMe")
+    assert list(shown)[0] == "preset" and shown["preset"] == "Balanced"
+    for name, options in told["presets"].items():
+        page.set_value("ToMe", "preset", name)
+        now = page.values("ToMe")
+        assert {option: now[option] for option in options} == options and now["preset"] == name
+    page.set_value("ToMe", "ratio", 0.4)
+    assert page.values("ToMe")["preset"] == told["custom"]
+    for option, value in told["presets"]["Quality"].items():
+        page.set_value("ToMe", option, value)
+    assert page.values("ToMe")["preset"] == "Quality"
+    # What is saved is what a page without this control would save.
+    options = {name: value for name, value in page.values("ToMe").items() if name != "preset"}
+    made = page.page.evaluate("app.graph.serialize()")
+    assert made["nodes"][0]["widgets_values"] == list(options.values())
+    page.clear()
+    file = tmp_path / "preset.json"
+    file.write_text(json.dumps(made), encoding="utf-8")
+    page.load(file, ["ToMe"])
+    assert page.values("ToMe") == {"preset": "Quality", **options}
+    asked = page.page.evaluate("app.graphToPrompt()")["output"]
+    assert "preset" not in next(iter(asked.values()))["inputs"]
