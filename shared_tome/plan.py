@@ -135,10 +135,11 @@ def spread_rows(rows: Tensor, batch: int) -> Tensor:
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """x [B, N, C] and index [b, K] -> [B, K, C] in one gather."""
-    taken = kernels.gather(x, index)
+    one = index.shape[0] == 1
+    taken = kernels.gather(x, index) if not one or kernels.pays_to_gather(x, index) else None
     if taken is not None:
         return taken
-    if index.shape[0] == 1:
+    if one:
         return x.index_select(1, index[0])
     index = _flat(spread_rows(index, x.shape[0]), x.shape[1])  # (B * K,)
     return x.reshape(-1, x.shape[-1]).index_select(0, index).reshape(x.shape[0], -1, x.shape[-1])  # (B, K, C)

@@ -6,8 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from shared_tome import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = (
@@ -30,6 +34,17 @@ def python(code: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kept", "captured", "pays"),
+    [(4096, 1024, False, False), (4096, 1024, True, True), (65536, 16384, False, True)],
+)
+def test_a_small_copy_is_left_to_index_select_unless_captured(monkeypatch, tokens, kept, captured, pays):
+    """By size alone, so that no GPU is needed to see it."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    x = SimpleNamespace(is_cuda=True, shape=(2, tokens, 320), element_size=lambda: 2)
+    assert kernels.pays_to_gather(x, SimpleNamespace(shape=(1, kept))) == pays
 
 
 def test_on_the_cpu_triton_is_never_imported():
