@@ -1,7 +1,7 @@
 """Writes the tables of the pages from where the facts are: `python -m benchmarks.tables`.
 
-Between `<!-- NAME -->` and `<!-- end -->` stands what the function of that name makes from the committed CSVs or from
-ToMeConfig. A test compares, so that no page goes stale.
+Between `<!-- NAME -->` (or `<!-- NAME LANGUAGE -->`) and `<!-- end -->` stands what the function of that name makes
+from the committed CSVs or from ToMeConfig. A test compares, so that no page goes stale.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from quality.plot import preset_variant
 from shared_tome import ToMeConfig
 from shared_tome.config import PRESETS
 
+from .help_lists import LANGUAGES, controls, number_text
 from .speed_tables import MAKERS as SPEED
 from .speed_tables import read, table
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "web/docs/ToMe.md", "docs/speed.md", "docs/settings.md")
-_BLOCK = re.compile(r"(<!-- (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+HELP = ("web/docs/ToMe.md", *(f"web/docs/ToMe/{language}.md" for language in LANGUAGES))
+PAGES = ("README.md", *HELP, "docs/speed.md", "docs/settings.md")
+_BLOCK = re.compile(r"(<!-- (\w+)(?: ([\w-]+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def options() -> str:
@@ -36,7 +38,7 @@ def options() -> str:
         elif option.maximum is not None and option.maximum > 2**32:
             values = "any"
         else:
-            values = f"{option.minimum:g} to {option.maximum:g}"
+            values = f"{number_text(option.minimum)} to {number_text(option.maximum)}"
         shown = {True: "on", False: "off"}.get(widget.default) if isinstance(widget.default, bool) else widget.default
         text = option.help.replace("\n", "<br>")
         name = f"{option.label}{' (advanced)' if option.advanced else ''}"
@@ -80,12 +82,19 @@ def measured(model: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-MAKERS: dict[str, Callable[[], str]] = {"options": options, "presets": presets, "served": served, **SPEED}
+MAKERS: dict[str, Callable[..., str]] = {
+    "options": options, "controls": controls, "presets": presets, "served": served, **SPEED
+}  # fmt: skip
 
 
 def filled(text: str) -> str:
     """A page with its tables made anew. Raises KeyError for a table that nobody makes."""
-    return _BLOCK.sub(lambda found: f"{found[1]}{MAKERS[found[2]]()}{found[4]}", text)
+
+    def made(found: re.Match) -> str:
+        language = [found[3]] if found[3] else []
+        return f"{found[1]}{MAKERS[found[2]](*language)}{found[5]}"
+
+    return _BLOCK.sub(made, text)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 // The control "preset" on top of the node ToMe: it sets the options of a preset, and shows which one they are.
 // It is worked out from the options and not saved, so a workflow has one truth: the options themselves.
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 const NODE = "ToMe";
@@ -64,12 +65,25 @@ function addPreset(node, { presets, custom, label, help }) {
   show();
 }
 
+// What locales/ calls the control in the page's language: the page itself looks up only what the server sent.
+async function ownTexts() {
+  try {
+    const texts = await (await api.fetchApi("/i18n")).json();
+    const { name, tooltip } = texts[app.extensionManager.setting.get("Comfy.Locale")].nodeDefs[NODE].inputs[NAME];
+    return { label: name, help: tooltip };
+  } catch {
+    return {}; // no texts in this language, or a ComfyUI that has none at all
+  }
+}
+
 let presets = null;
 
 app.registerExtension({
   name: "ToMe.Presets",
-  beforeRegisterNodeDef(_type, definition) {
-    if (definition.name === NODE) presets = definition.input?.required?.ratio?.[1]?.tome_presets;
+  async beforeRegisterNodeDef(_type, definition) {
+    if (definition.name !== NODE) return;
+    presets = definition.input?.required?.ratio?.[1]?.tome_presets;
+    if (presets) presets = { ...presets, ...(await ownTexts()) };
   },
   nodeCreated(node) {
     if (node.comfyClass === NODE && presets) addPreset(node, presets);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -98,9 +99,10 @@ def test_steady_tones_merge_over_time_and_never_over_frequency(order):
     torch.testing.assert_close(plan.unmerge(merged), metric[None])
 
 
-def test_the_example_of_the_page_runs():
+def test_the_example_of_the_page_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     example = next(block for block in blocks if "match_tokens" in block)
-    names = {}
-    exec(compile(example, str(PAGE), "exec"), names)
+    file = tmp_path / "example.py"
+    file.write_text(example, encoding="utf-8")
+    names = runpy.run_path(str(file))
     assert names["clip"].kept == 4 * 7 * 7 and names["sound"].kept == 12 * 25

@@ -231,6 +231,9 @@ def test_help_and_texts_in(language, visit, shoot):
             shoot(page.page, "help")
         wanted = wanted_labels(page.client.node(node), texts.get(node, {}))
         assert {name: labels(page, node)[name] for name in wanted} == wanted
+        if node == "ToMe":  # its texts come with web/tome.js
+            known = texts.get(node, {}).get("inputs", {}).get("preset", {})
+            assert labels(page, node)["preset"] == known.get("name", "Preset")
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
