@@ -1,10 +1,11 @@
 """Weighing keys in one softmax with text, by attention alone: `python -m benchmarks.dit_attention`.
 
 A transformer's attention to image and text where the image's keys are sampled: each of them stands for several tokens
-and must weigh as much. Ways: "channels" adds channels to the heads (128 become 136; what ToMe does), "joined" attends
-to image and text in two calls and joins them by their log-sum-exps, "mask" adds the weights as a mask, "unweighted"
-leaves them out: wrong, and the floor. "full" attends to all tokens. Queries are the same in all; what is drawn and
-gathered is not counted. `error` is the largest difference to float64 on the first queries, of the largest value.
+and must weigh as much. Ways: "joined" attends to image and text in two calls and joins them by their log-sum-exps (what
+ToMe does where it can), "channels" adds channels to the heads (128 become 136; what it does elsewhere), "mask" adds the
+weights as a mask, "unweighted" leaves them out: wrong, and the floor. "full" attends to all tokens. Queries are the
+same in all; what is drawn and gathered is not counted. `error` is the largest difference to float64 on the first
+queries, of the largest value.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared_tome.attention import attend
+from shared_tome.joined import attend_in_parts, choose_kernel
 
 from .common import (
     BACKENDS,
@@ -52,28 +54,18 @@ WAYS = ("full", "unweighted", "channels", "joined", "mask")
 KEYS = ("shape", "backend", "dtype", "ratio", "way")
 
 
-def with_lse(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Attention [B, H, N, d] and the natural logarithm of each query's sum of exponentials [B, H, N, 1], float32."""
-    ops = torch.ops.aten
-    if not q.is_cuda:
-        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
-    elif backend == "cudnn":
-        out, lse = ops._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
-    elif backend == "efficient":
-        out, lse = ops._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
-    else:
-        out, lse = ops._scaled_dot_product_flash_attention(q, k, v)[:2]
-    # Some kernels pad the queries, one has a last dimension of one already.
-    return out, lse.reshape(*q.shape[:2], -1)[:, :, : q.shape[2], None].float()
-
-
 def joined(q: Tensor, k: Tensor, v: Tensor, image: int, weight: float, backend: str) -> Tensor:
     """The first `image` keys, each of this weight, and the rest in two calls. q [B, H, N, d], k and v [B, H, M, d]."""
     if image == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v)
-    out, lse = with_lse(q, k[:, :, :image], v[:, :, :image], backend)
-    text, text_lse = with_lse(q, k[:, :, image:], v[:, :, image:], backend)
-    return torch.lerp(text, out, (lse + math.log(weight) - text_lse).sigmoid().to(out.dtype))
+    cut = (image, k.shape[2] - image)
+    (image_k, text_k), (image_v, text_v) = k.split(cut, dim=2), v.split(cut, dim=2)
+    order = [backend, *BACKENDS] if backend in BACKENDS else list(BACKENDS)
+    kernel = choose_kernel(order, q.device, q.dtype, q.shape[-1])
+    if kernel is None:
+        raise RuntimeError(f"no kernel of {', '.join(order)} tells its log-sum-exps here")
+    parts = [(image_k, image_v, math.log(weight)), (text_k, text_v, 0.0)]
+    return attend_in_parts(q, parts, kernel).transpose(1, 2)
 
 
 def exactly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

@@ -7,12 +7,11 @@ keys and values (and the queries, for methods that merge them) go through the co
 references, padding. An override that another node has set is called in turn.
 
 In one softmax with text, each image token that stands for n counts n times (Bolya et al., arXiv 2210.09461, section
-3), or the text would win: log(n) is added to its logits by further channels of the head.
+3), or the text would win: log(n) is added to its logits (dit_attention.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -24,16 +23,16 @@ from torch import Tensor
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention import extend_heads, extra_channels
 from ..shared_tome.grid import Grid
+from ..shared_tome.joined import choose_kernel
 from ..shared_tome.plan import Plan
 from ..shared_tome.report import CallTally, why_not_served
 from ..shared_tome.schedule import config_at
+from .dit_attention import Around, Call, any_size, attend_joined, kernel_order, may_join, take_mask
 from .dit_models import DiTModel, Told, cross_lengths, dit_model, unwrapped
 from .log import leave_alone, say_once
 from .model_call import DIFFUSION_MODEL, KEY, find_options, progress_of, put_options, step_of
 from .record import COMPILE_KEY, CallRecord, begin
 
-# ComfyUI's attention functions that take heads of any size and mind `scale`; sage's two do not.
-_ANY_SIZE = tuple(f"attention_{name}" for name in ("basic", "sub_quad", "split", "xformers", "pytorch", "flash"))
 # Head sizes that every attention kernel in use takes (SageAttention: these alone).
 _SAFE_SIZES = (64, 96, 128)
 
@@ -142,47 +141,6 @@ class DiTPatch:
         return DiTCall(call, facts, layout, options, None if record is None or record.run.compiled else record)
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of an attention function, and how its tensors lie: [B, H, L, d] where split, else [B, L, H * d]."""
-
-    func: Any
-    heads: int  # of the queries; keys and values may have fewer
-    kwargs: dict[str, Any]
-    split: bool
-    length: int
-    d: int
-
-    @classmethod
-    def of(cls, func: Any, q: Tensor, k: Tensor, heads: int, args: tuple, kwargs: dict[str, Any]) -> Call:
-        """From what optimized_attention(q, k, v, heads, mask, attn_precision, ...) is called with."""
-        kwargs = {**kwargs, **dict(zip(("mask", "attn_precision"), args, strict=False))}
-        split = bool(kwargs.get("skip_reshape"))
-        d = q.shape[-1] if split else q.flatten(2).shape[-1] // heads
-        return cls(func, heads, kwargs, split, k.shape[2 if split else 1], d)
-
-    @property
-    def mask(self) -> Tensor | None:
-        """[..., L or 1, L]."""
-        return self.kwargs.get("mask")
-
-    def replace(self, **kwargs: Any) -> Call:
-        """The call with other keywords."""
-        return dataclasses.replace(self, kwargs={**self.kwargs, **kwargs})
-
-    def plain(self, x: Tensor) -> Tensor:
-        """Without a variant of the second layout, [B, L, H, d] (SD3's values)."""
-        return x if self.split else x.flatten(2)
-
-    def flattened(self) -> Call:
-        """The call on what `flat` gives."""
-        return dataclasses.replace(self.replace(skip_reshape=False, skip_output_reshape=False), split=False)
-
-    def flat(self, x: Tensor) -> Tensor:
-        """[B, L, H * d] of either."""
-        return x.transpose(1, 2).flatten(2) if self.split else x
-
-
 class DiTCall:
     """The override of one call of the model, and the options that carry it."""
 
@@ -191,13 +149,15 @@ class DiTCall:
     ):
         self.call, self.facts, self.layout = call, facts, layout
         self._record = record
+        self._override = options.get("optimized_attention_override")
+        self._kernels = kernel_order(call.seed.device) if self._override is None else ()
         # What is done must stand in a guard of its own, as in unet.py: all that a compiled graph takes for granted.
         # The seed is a tensor and so one of its inputs.
-        self.key = repr((call.config.replace(seed=0), layout))
+        self.key = repr((call.config.replace(seed=0), layout, self._kernels))
         self._served = 0
         self._plan: Plan | None = None
-        self._around: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
-        self._override = options.get("optimized_attention_override")
+        self._around: dict[tuple[int, int], Around] = {}
+        self._chosen: dict[tuple[torch.dtype, int], str | None] = {}
         wrappers = dict(options.get("wrappers", {}))
         wrappers[DIFFUSION_MODEL] = {**wrappers.get(DIFFUSION_MODEL, {}), KEY: [self._check_key]}
         self.options = {**options, "optimized_attention_override": self.attention, "wrappers": wrappers}
@@ -261,7 +221,7 @@ class DiTCall:
             self._plan = self.call.plan(metric, self.layout.grid)  # metric [B, N, .]
         self._served += 1
         plan = self._plan
-        if plan is not None and not matches and self._others(start, call.length, plan)[2] is not None:
+        if plan is not None and not matches and self._others(start, call.length, plan).bias is not None:
             if not self._takes_wider_heads(call.d):
                 plan = None
         if first and self._record is not None and plan is self._plan:
@@ -298,21 +258,44 @@ class DiTCall:
 
     def _sampled(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
         """Keys and values from some of the image's tokens, the same for all rows, and all others: no unmerge."""
-        before, after, bias = self._others(start, call.length, plan)
-        index = torch.cat((before, plan.index[0] + start, after))  # (K,)
-        k, v = (x.index_select(-2 if call.split else 1, index) for x in (k, v))
+        around = self._others(start, call.length, plan)
+        if self._kernels and around.sizes is not None and may_join(call, q, k, v):
+            out = self._joined(call, q, k, v, start, plan, around)
+            if out is not None:
+                return out
+        index = plan.index[0]
+        if call.length > plan.tokens:
+            index = torch.cat((around.before, index + start, around.after))  # (K,)
+        k, v = call.take(k, index), call.take(v, index)
         if call.mask is not None:
             call = call.replace(mask=call.mask.index_select(-1, index))
-        return self._weighted(call, q, k, v, bias)
+        return self._weighted(call, q, k, v, around.bias)
 
-    def _others(self, start: int, length: int, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What all layers of a length share: the tokens before and after the image, and log(counts) [1, K] or None."""
+    def _joined(
+        self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, around: Around
+    ) -> Tensor | None:
+        """The same by calls of torch's kernels that are joined; None where none of them serves."""
+        kernel = self._kernel(q, call.d)
+        if kernel is None:
+            return None
+        try:
+            return attend_joined(call, q, k, v, start, plan, around, kernel)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what a kernel refuses on some machine; the wider heads go everywhere
+            reason = str(error).strip().partition("\n")[0]
+            say_once(f"the {kernel} kernel joins no attentions here; heads are widened instead", reason)
+            self._kernels = ()
+            return None
+
+    def _kernel(self, q: Tensor, d: int) -> str | None:
+        if (q.dtype, d) not in self._chosen:  # torch is asked once a call and not once a layer
+            self._chosen[q.dtype, d] = choose_kernel(self._kernels, q.device, q.dtype, d)
+        return self._chosen[q.dtype, d]
+
+    def _others(self, start: int, length: int, plan: Plan) -> Around:
         if (start, length) not in self._around:
-            index = torch.arange(length, device=plan.device)
-            before, after = index[:start], index[start + plan.tokens :]
-            even = length == plan.tokens and plan.even  # alone and alike: softmax takes no notice
-            bias = None if even or not self._weighs else F.pad(plan.sizes[:1].log(), (len(before), len(after)))
-            self._around[start, length] = before, after, bias
+            self._around[start, length] = Around.of(plan, start, length, self._weighs)
         return self._around[start, length]
 
     def _merged(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
@@ -329,7 +312,7 @@ class DiTCall:
 
         flat = call.flattened()
         if call.mask is not None:
-            flat = flat.replace(mask=_take_mask(call.mask, call.length, start, plan, kind.queries, kind.keys))
+            flat = flat.replace(mask=take_mask(call.mask, call.length, start, plan, kind.queries, kind.keys))
         q, k, v = (call.flat(x) for x in (q, k, v))  # (B, L, H * d)
         q = merge(q) if kind.queries else q
         k, v = (merge(k), merge(v)) if kind.keys else (k, v)
@@ -348,7 +331,7 @@ class DiTCall:
         bias = bias[:, None] if call.split else bias[:, :, None]
         q, k, v = extend_heads(q, k, v, bias * (d**-0.5 / scale))
         if self._override is None:
-            func, kwargs["scale"] = _any_size(func), scale
+            func, kwargs["scale"] = any_size(func), scale
         else:
             # Another node's attention may know a few sizes only and may not mind `scale`: what it would take by
             # itself must be right.
@@ -367,29 +350,3 @@ class DiTCall:
 def _prompt(args: tuple) -> Told:
     """apply_model's c_crossattn, where it comes by place."""
     return {"c_crossattn": args[1]} if len(args) > 1 else {}
-
-
-def _any_size(func: Any) -> Any:
-    """ComfyUI's attention function, or its PyTorch one where that knows a few head sizes only."""
-    name = getattr(func, "__name__", "")
-    if name in _ANY_SIZE:
-        return func
-    from comfy.ldm.modules.attention import attention_pytorch
-
-    say_once(f"the weighted keys of an attention with text go through PyTorch's attention, not {name}")
-    return attention_pytorch
-
-
-def _take_mask(mask: Tensor, length: int, start: int, plan: Plan, queries: bool, keys: bool) -> Tensor:
-    """A mask [B or 1, ..., L or 1, L], or [L, L], for merged tokens: that of each one's own representative."""
-    mask = mask[None] if mask.dim() == 2 else mask
-    index = torch.arange(length, device=mask.device).expand(plan.batch, -1)
-    index = torch.cat((index[:, :start], plan.index + start, index[:, start + plan.tokens :]), dim=1)  # (B, K)
-    mask = mask.expand(plan.batch, *mask.shape[1:])
-    index = index.reshape(plan.batch, *(1,) * (mask.dim() - 2), -1)
-    if keys:
-        mask = mask.gather(-1, index.expand(*mask.shape[:-1], -1))
-    if queries and mask.shape[-2] == length:
-        index = index.transpose(-1, -2)  # (B, ..., K, 1)
-        mask = mask.gather(-2, index.expand(*mask.shape[:-2], -1, mask.shape[-1]))
-    return mask
