@@ -18,6 +18,8 @@ from ..shared_tome import ModelCall
 from ..shared_tome.grid import grid_of
 from ..shared_tome.heads import GIVEN, narrow, widen_key, widen_query, widen_value
 from ..shared_tome.plan import spread_rows
+from ..shared_tome.record import CallRecord
+from ..shared_tome.report import CallTally
 from .hooks import NotServed, served_blocks
 from .sampling import Sampling
 
@@ -40,6 +42,7 @@ def patch(sd_model: Any, sampling: Sampling) -> None:
     if next(served_blocks(diffusion_model), None) is None:
         raise NotServed(f"{type(diffusion_model).__name__} has no self-attention that ToMe knows; nothing is merged")
     inner = _without_ours(unet.model_options.get(_WRAPPER))
+    sampling.another_model()
     unet.set_model_unet_function_wrapper(_wrapper(diffusion_model, sampling, inner))
     sd_model.forge_objects.unet = unet
 
@@ -79,9 +82,13 @@ def _wrapper(diffusion_model: nn.Module, sampling: Sampling, inner: Callable | N
         call = sampling.call(tuple(x.shape[-2:]), x.shape[0], x.device, rows) if x.dim() == 4 else None
         if call is None:
             return run(args)
-        ours = ForgeCall(call, args["c"].get("transformer_options", {}), x.shape[0])
+        told = sampling.told
+        ours = ForgeCall(call, args["c"].get("transformer_options", {}), x.shape[0], told)
         with ours.hooks(diffusion_model):
-            return run({**args, "c": {**args["c"], "transformer_options": ours.options}})
+            out = run({**args, "c": {**args["c"], "transformer_options": ours.options}})
+        if isinstance(told, CallRecord):
+            told.end()
+        return out
 
     tome_wrapper.inner = inner
     setattr(tome_wrapper, _MARK, True)
@@ -91,8 +98,8 @@ def _wrapper(diffusion_model: nn.Module, sampling: Sampling, inner: Callable | N
 class ForgeCall(UNetCall):
     """ComfyUI's patches where the grid is not told and the attention cannot be overridden."""
 
-    def __init__(self, call: ModelCall, options: dict[str, Any], batch: int):
-        super().__init__(call, options)
+    def __init__(self, call: ModelCall, options: dict[str, Any], batch: int, told: CallTally | None = None):
+        super().__init__(call, options, told)
         self._batch = batch
         for name in ("wrappers", "optimized_attention_override"):  # these are ComfyUI's; keep what was there
             self.options.pop(name, None)

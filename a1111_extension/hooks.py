@@ -6,6 +6,7 @@ the state of each call and one after it takes it away; hooks on the blocks' attn
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,8 @@ from ..shared_tome.call import MergedAttention
 from ..shared_tome.grid import Grid, grid_of
 from ..shared_tome.heads import find_rule, narrow, widen_key, widen_query, widen_value, width
 from ..shared_tome.plan import Plan, spread_rows
+from ..shared_tome.record import CallRecord
+from ..shared_tome.report import CallTally, why_not_served
 from .sampling import Sampling
 
 # Those whose hooks are on a model. Not a registry to work with: it only serves to take off what a crash left on.
@@ -52,6 +55,7 @@ class Attachment:
         self.sampling = sampling
         self.model: nn.Module | None = None
         self.call: ModelCall | None = None
+        self.told: CallTally | None = None  # this call's, where somebody wants a report or a map
         self._handles: list[Any] = []
         self._rules: dict[tuple, str | None] = {}
         self.attach(model)
@@ -65,14 +69,16 @@ class Attachment:
         if not blocks:
             raise NotServed(f"{type(model).__name__} has no self-attention that ToMe knows; nothing is merged")
         self.model = model
+        self.sampling.another_model()
         _attached.add(self)
         try:
             self._handles += [
                 model.register_forward_pre_hook(self._before_model, with_kwargs=True),
                 model.register_forward_hook(self._after_model),
             ]
+            names = {module: name for name, module in model.named_modules()}
             for block in blocks:
-                self._handles += _Block(self, block).hook(block)
+                self._handles += _Block(self, block, names[block]).hook(block)
         except BaseException:
             self.detach()
             raise
@@ -82,7 +88,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.model = self.call = None
+        self.model = self.call = self.told = None
         _attached.discard(self)
 
     def say(self, message: str) -> None:
@@ -102,20 +108,24 @@ class Attachment:
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("x")
-        self.call = None
+        self.call = self.told = None
         if isinstance(x, Tensor) and x.dim() == 4:  # (B, C, H, W)
             self.call = self.sampling.call((x.shape[2], x.shape[3]), x.shape[0], x.device)
+            self.told = self.sampling.told
             self.batch = x.shape[0]
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
-        self.call = None
+        if isinstance(self.told, CallRecord):
+            self.told.end()
+        self.call = self.told = None
 
 
 class _Block:
     """The hooks of one transformer block, and what they hand to each other during one call of it."""
 
-    def __init__(self, owner: Attachment, block: nn.Module):
+    def __init__(self, owner: Attachment, block: nn.Module, name: str):
         self.owner = owner
+        self.where, self.part = block_place(name)
         self.heads = getattr(block.attn1, "heads", None)
         self.reset()
 
@@ -164,6 +174,9 @@ class _Block:
         context = args[1] if len(args) > 1 else kwargs.get("context")
         grid = self._grid(call, attn1, x, context)
         layer = call.attention(x, x, x, grid) if grid is not None else None
+        told = self.owner.told
+        if told is not None and grid is not None:
+            told.layer(self.where, grid, layer and layer.plan, self.part)
         if layer is None:
             return None
         self.layer = layer
@@ -185,25 +198,34 @@ class _Block:
 
     def _grid(self, call: ModelCall, attn1: nn.Module, x: Any, context: Any) -> Grid | None:
         """The grid of this layer's tokens, or None where it is to be left alone."""
-        owner = self.owner
+        batch = self.owner.batch
         if not isinstance(x, Tensor) or x.dim() != 3:
             return None
         if context is not None and context is not x:
-            owner.say("another extension gives the self-attention keys of its own; such calls are left alone")
+            self._leave("another extension gives the self-attention keys of its own; such calls are left alone")
             return None
         grid = grid_of(x.shape[1], call.full)
-        if grid is None or x.shape[0] != owner.batch:
-            owner.say(
+        if grid is None or x.shape[0] != batch:
+            self._leave(
                 f"{x.shape[1]} tokens in {x.shape[0]} rows are no level of {call.full[0]}x{call.full[1]} in "
-                f"{owner.batch} rows; such layers are left alone"
+                f"{batch} rows; such layers are left alone"
             )
             return None
         if not call.serves(grid):
+            if self.owner.told is not None:
+                reason = why_not_served(call.config, grid, call.full)
+                self.owner.told.left_alone(reason, self.where, grid, self.part)
             return None
         if _is_taken(attn1):
-            owner.say("HyperTile or another extension has replaced the self-attention; such layers are left alone")
+            reason = "HyperTile or another extension has replaced the self-attention; such layers are left alone"
+            self._leave(reason, grid)
             return None
         return grid
+
+    def _leave(self, reason: str, grid: Grid | None = None) -> None:
+        self.owner.say(reason)
+        if self.owner.told is not None:
+            self.owner.told.left_alone(reason.partition(";")[0], self.where, grid, self.part)
 
     def _with_bias(self, attn1: nn.Module, layer: MergedAttention) -> Tensor:
         """Get ready to widen the heads where keys have weights. Returns what attn1 gets as x."""
@@ -256,6 +278,16 @@ class _Block:
             return None if plan is None else plan.unmerge(out)
 
         return after
+
+
+def block_place(name: str) -> tuple[str, int]:
+    """A transformer block's module name as (block as reports name it, which transformer of that block)."""
+    found = re.search(r"(input|middle|output)_blocks?\b(?:\.(\d+))?", name)
+    part = re.search(r"transformer_blocks\.(\d+)$", name)
+    if found is None:
+        return name or "unnamed block", 0
+    number = found[2] if found[1] != "middle" else "0"  # the numbers within the middle block are not of blocks
+    return f"{found[1]} block {number}", int(part[1]) if part else 0
 
 
 def _hypertile(attn1: nn.Module) -> Any:

@@ -8,11 +8,14 @@ from typing import Any
 from .options import WIDGETS, Settings, is_valid
 
 _ALWAYS = ("ratio", "method")
+_SILENT = ("enabled", "map")  # the first shows by the others; a map changes no picture
+REPORT = "ToMe report"
 LABELS = {
     widget.name: f"ToMe {widget.option.label[:1].lower() + widget.option.label[1:]}".replace("mLP", "MLP")
     for widget in WIDGETS
-    if widget.name != "enabled"
+    if widget.name not in _SILENT
 }
+_TOLD = [widget for widget in WIDGETS if widget.name in LABELS]
 
 
 def write(parameters: dict[str, Any], settings: Settings) -> None:
@@ -21,7 +24,7 @@ def write(parameters: dict[str, Any], settings: Settings) -> None:
     if settings.is_off:
         return
     values = values_of(settings)
-    for widget in WIDGETS[1:]:
+    for widget in _TOLD:
         value = values[widget.name]
         if widget.name in _ALWAYS or value != widget.default:
             parameters[LABELS[widget.name]] = value
@@ -29,14 +32,14 @@ def write(parameters: dict[str, Any], settings: Settings) -> None:
 
 def erase(parameters: dict[str, Any]) -> None:
     """Take them out again."""
-    for label in LABELS.values():
+    for label in (*LABELS.values(), REPORT):
         parameters.pop(label, None)
 
 
 def values_of(settings: Settings) -> dict[str, Any]:
     """Settings as named values."""
     values: dict[str, Any] = {"enabled": settings.enabled}
-    for widget in WIDGETS[1:]:
+    for widget in _TOLD:
         name, _, part = widget.name.rpartition("_")
         if hasattr(settings.config, widget.name):
             values[widget.name] = getattr(settings.config, widget.name)
@@ -55,7 +58,7 @@ def read(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
     if LABELS["ratio"] not in parameters:
         return None
     values: dict[str, Any] = {"enabled": True}
-    for widget in WIDGETS[1:]:
+    for widget in _TOLD:
         value = _parsed(parameters.get(LABELS[widget.name]), widget.default)
         values[widget.name] = value if is_valid(widget.name, value) else widget.default
     return values

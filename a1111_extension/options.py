@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..shared_tome import ToMeConfig
-from ..shared_tome.config import Option, Widget
+from ..shared_tome.config import CUSTOM, PRESETS, Option, Widget
 
 SEED_RULES = ("image", "fixed")
+
+RATIO_STEP = ToMeConfig.options()["ratio"].step
+PRESET_OPTIONS = tuple(dict.fromkeys(option for preset in PRESETS.values() for option in preset.options))
 
 _RATIO, *_OTHERS = ToMeConfig.widgets()
 _OWN = (
@@ -17,7 +20,7 @@ _OWN = (
     Widget(
         "hires_ratio",
         -1.0,
-        Option("Hires ratio", "The ratio of the hires pass. -1: the same.", minimum=-1.0, maximum=1.0, step=0.05),
+        Option("Hires ratio", "The ratio of the hires pass. -1: the same.", minimum=-1.0, maximum=1.0, step=RATIO_STEP),
     ),
     Widget(
         "seed_rule",
@@ -31,20 +34,31 @@ _OWN = (
         ),
     ),
 )
+_MAP = Widget(
+    "map",
+    False,
+    Option(
+        "Add a map to the gallery",
+        "After each picture one more that shows over it which tokens became one: of the finest merged layer, in the "
+        "last step of the last pass. The picture itself stays the same.",
+        advanced=True,
+    ),
+)
 # The order of the API's list: do not change it, add to its end.
-WIDGETS: tuple[Widget, ...] = (_OWN[0], _RATIO, *_OWN[1:], *_OTHERS)
+WIDGETS: tuple[Widget, ...] = (_OWN[0], _RATIO, *_OWN[1:], *_OTHERS, _MAP)
 NAMES = tuple(widget.name for widget in WIDGETS)
-_OWN_NAMES = tuple(widget.name for widget in _OWN)
+_OWN_NAMES = tuple(widget.name for widget in (*_OWN, _MAP))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one generation is to do."""
+    """What one generation is to do. map: whether the gallery gets maps, which change no picture."""
 
     enabled: bool
     hires_ratio: float
     seed_rule: str
     config: ToMeConfig
+    map: bool = False
 
     def for_pass(self, hires: bool) -> ToMeConfig:
         """The config of the first or of the hires pass."""
@@ -68,7 +82,7 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
         raise ValueError(f"unknown ToMe option {unknown[0]!r}; there are {', '.join(NAMES)}")
     known = {widget.name: widget.default for widget in WIDGETS}
     known.update((name, value) for name, value in values.items() if value is not None)
-    enabled, hires_ratio, seed_rule = (known.pop(name) for name in _OWN_NAMES)
+    enabled, hires_ratio, seed_rule, wants_map = (known.pop(name) for name in _OWN_NAMES)
     if enabled not in (True, False):
         raise ValueError(f"enabled must be true or false, got {enabled!r}")
     if not enabled:
@@ -78,14 +92,37 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     number = isinstance(hires_ratio, (int, float)) and not isinstance(hires_ratio, bool)
     if not number or not (hires_ratio == -1.0 or 0.0 <= hires_ratio <= 1.0):
         raise ValueError(f"hires_ratio must be -1 (the same) or a number in 0 to 1, got {hires_ratio!r}")
-    return Settings(True, float(hires_ratio), seed_rule, ToMeConfig.from_widgets(**known))
+    if wants_map not in (True, False):
+        raise ValueError(f"map must be true or false, got {wants_map!r}")
+    return Settings(True, float(hires_ratio), seed_rule, ToMeConfig.from_widgets(**known), bool(wants_map))
 
 
 def named(values: Sequence[Any]) -> dict[str, Any]:
-    """The host's list of arguments by name. An API request may put one object with names in the first place."""
+    """The host's list of arguments by name. An API request may put one object with names in the first place.
+
+    There "preset" stands for the options that it makes; those that are named beside it win. Raises ValueError for an
+    unknown preset.
+    """
     if values and isinstance(values[0], Mapping):
-        return {**dict(zip(NAMES[1:], values[1:], strict=False)), "enabled": True, **values[0]}
+        given = dict(values[0])
+        preset = preset_options(given.pop("preset")) if "preset" in given else {}
+        return {**dict(zip(NAMES[1:], values[1:], strict=False)), "enabled": True, **preset, **given}
     return dict(zip(NAMES, values, strict=False))  # a short list leaves the rest at its defaults
+
+
+def preset_options(name: Any) -> dict[str, Any]:
+    """The options that a preset makes. Raises ValueError naming the presets."""
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return dict(PRESETS[name].options)
+
+
+def preset_of(*values: Any) -> str:
+    """The preset that values of PRESET_OPTIONS are, or CUSTOM."""
+    try:
+        return ToMeConfig(**dict(zip(PRESET_OPTIONS, values, strict=True))).preset
+    except ValueError:  # a field that somebody is still typing in
+        return CUSTOM
 
 
 def is_valid(name: str, value: Any) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 import gradio as gr
 from modules.ui_components import InputAccordion
 
-from ..shared_tome.config import Widget
+from ..shared_tome.config import CUSTOM, PRESETS, Widget
 from .infotext import LABELS, paste_function
-from .options import WIDGETS, control
+from .options import PRESET_OPTIONS, WIDGETS, control, preset_of
 
 try:
     from modules.infotext_utils import PasteField
@@ -29,6 +29,7 @@ def build(elem_id: Callable[[str], str], start: dict[str, Any], is_img2img: bool
     basic = [widget for widget in WIDGETS[1:] if not _is_advanced(widget)]
     advanced = [widget for widget in WIDGETS[1:] if _is_advanced(widget)]
     with InputAccordion(start["enabled"], label="ToMe", elem_id=elem_id("enabled")) as made["enabled"]:
+        preset = _make_preset(elem_id, start)
         for row in _rows(basic):
             with gr.Row():
                 for widget in row:
@@ -40,11 +41,39 @@ def build(elem_id: Callable[[str], str], start: dict[str, Any], is_img2img: bool
                 with gr.Row():
                     for widget in row:
                         made[widget.name] = _make(widget, elem_id, start)
+    _connect(preset, [made[name] for name in PRESET_OPTIONS])
     controls = [made[widget.name] for widget in WIDGETS]
-    for made_control in controls:
+    for made_control in (preset, *controls):
         # The page's ui-config.json would keep today's start values for ever and overrule the Settings.
         made_control.do_not_save_to_config = True
-    return controls, [_paste_field(made[widget.name], widget.name) for widget in WIDGETS]
+    return controls, [_paste_field(made[name], name) for name in ("enabled", *LABELS)]
+
+
+def _make_preset(elem_id: Callable[[str], str], start: dict[str, Any]) -> Any:
+    """A control that sets others and shows what they are. Not one of the script's own: the options are the truth."""
+    summaries = " ".join(f"{name}: {preset.summary}." for name, preset in PRESETS.items())
+    return gr.Radio(
+        choices=[*PRESETS, CUSTOM],
+        value=preset_of(*(start[name] for name in PRESET_OPTIONS)),
+        label="Preset",
+        info=summaries,
+        elem_id=elem_id("preset"),
+    )
+
+
+def _connect(preset: Any, options: list[Any]) -> None:
+    """Only a person's choice sets the options, so that the two ways cannot chase each other."""
+    quiet = {"queue": False, "show_progress": "hidden", "api_name": False}
+    preset.input(_choose_preset, [preset, *options], [preset, *options], **quiet)
+    for option in options:  # moved by hand, by a preset or by a pasted text
+        option.change(preset_of, options, [preset], **quiet)
+
+
+def _choose_preset(name: str, *values: Any) -> list[Any]:
+    """What the control and PRESET_OPTIONS become. To choose CUSTOM changes nothing."""
+    chosen = PRESETS[name].options if name in PRESETS else {}
+    values = [chosen.get(option, value) for option, value in zip(PRESET_OPTIONS, values, strict=True)]
+    return [preset_of(*values), *values]
 
 
 def _is_advanced(widget: Widget) -> bool:

@@ -10,6 +10,8 @@ import torch
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.grid import Grid
 from ..shared_tome.noise import fold_seed
+from ..shared_tome.record import CallRecord, Run, StepFacts
+from ..shared_tome.report import CallTally
 from ..shared_tome.schedule import config_at
 from .notes import Notes
 from .seeds import RowCursor, Rows, period, prompt_counts, rows_of_step
@@ -21,14 +23,32 @@ class Sampling:
     Args:
         config: of this pass, with its schedule.
         seeds: one a image.
+        report: whether layers are counted, keep_choices: whether what they chose is kept too, for a map.
+    Attributes:
+        run: what was counted and kept, None where neither is asked for.
+        told: what the layers of the call that was begun last are told to, None where nothing is.
     """
 
-    def __init__(self, config: ToMeConfig, seeds: Sequence[int], notes: Notes):
+    def __init__(
+        self,
+        config: ToMeConfig,
+        seeds: Sequence[int],
+        notes: Notes,
+        *,
+        report: bool = False,
+        keep_choices: bool = False,
+    ):
         self.config, self.notes = config, notes
         self.seeds = tuple(fold_seed(int(seed)) for seed in seeds) or (0,)
         self.step, self.progress = 0, 0.0
         self._rows = RowCursor(len(self.seeds))
         self._tensors: dict[tuple[Rows, torch.device], torch.Tensor] = {}
+        self.run = Run(config) if report or keep_choices else None
+        self.told: CallTally | None = None
+        self._keep_choices = keep_choices
+        self._told: set[tuple[float, Grid, int]] = set()
+        if self.run is not None:
+            self.run.images = len(self.seeds)
 
     def begin_step(self, step: int, total: int, rows: int | None = None, cond: Any = None) -> None:
         """The sampler is about to call the model.
@@ -39,6 +59,8 @@ class Sampling:
             rows: how many rows it made, cond: its conditioning, which tells the prompts of each image.
         """
         self.step, self.progress = step, min(step / max(1, total), 1.0 - 1e-6)
+        if self.run is not None:
+            self.run.tally.of_steps = total
         if rows is None:
             self._rows.begin(None)
             return
@@ -59,11 +81,29 @@ class Sampling:
         if rows is None:
             rows = self._rows.take(batch)  # even if not merged: the cursor has to move on
         config = config_at(self.config, lambda: self.progress)
+        self.told = None if self.run is None else self._tell(self.run, config, full, rows)
         if config.ratio == 0.0:
             return None
         if config.share_match and (batch % 2 or rows[: batch // 2] != rows[batch // 2 :]):
             config = config.replace(share_match=False)  # the halves are not the same images
         return ModelCall(config, full, device, seed=self._seed(rows, device), step=self.step)
+
+    def another_model(self) -> None:
+        """The calls to come are of another model: its layers are to be told too."""
+        self._told.clear()
+
+    def _tell(self, run: Run, config: ToMeConfig, full: Grid, rows: Rows) -> CallTally | None:
+        run.tally.call(self.step, config.ratio)
+        if not self._keep_choices:  # calls that are alike do the same: a report costs next to nothing
+            kind = (config.ratio, full, len(rows))
+            known = kind in self._told
+            self._told.add(kind)
+            return None if known or config.ratio == 0.0 else CallTally(run.tally, full)
+        run.note(self.step, StepFacts(config, full, full, self.seeds))
+        first: dict[int, int] = {}  # of each image's rows: that of its first prompt
+        for row, image in enumerate(rows):
+            first.setdefault(image, row)
+        return CallRecord(run, self.step, list(first.values()), full, list(first))
 
     def _seed(self, rows: Rows, device: torch.device) -> torch.Tensor:
         """[b] int64: one number a row, no longer than needed (rows that repeat share one choice)."""

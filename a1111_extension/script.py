@@ -6,9 +6,11 @@ from typing import Any
 
 from modules import script_callbacks, scripts
 
-from . import forge, hooks, infotext, panel, settings, xyz
+from ..shared_tome.record import Run
+from . import forge, gallery, hooks, infotext, panel, settings, xyz
 from .notes import Notes, logger, set_up_log
 from .options import Settings, named, settings_from
+from .report import tell
 from .sampling import Sampling
 
 _STATE = "tome_state"
@@ -22,6 +24,9 @@ class _State:
         self.attachment: hooks.Attachment | None = None
         self.sampling: Sampling | None = None
         self.patched: Any = None  # Forge: the sd_model whose U-Net was patched for this pass
+        self.report = settings.NO_REPORT
+        self.runs: dict[bool, Run] = {}  # this batch's first and hires pass, where a report or a map is wanted
+        self.maps: list[gallery.Map] = []
 
     def detach(self) -> None:
         attachment, self.attachment = self.attachment, None
@@ -67,6 +72,8 @@ class ToMeScript(scripts.Script):
         state = _state(p)
         if state is not None:
             infotext.write(p.extra_generation_params, state.settings)
+            if state.settings.enabled:  # not earlier: the request's own settings hold from here on
+                state.report = settings.report_kind()
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
         state = _state(p)
@@ -74,11 +81,22 @@ class ToMeScript(scripts.Script):
             return
         state.detach()
         hires = bool(getattr(p, "is_hr_pass", False))
+        if not hires:
+            state.runs.clear()  # of the batch before
         config = state.settings.for_pass(hires)
         try:
             if not config.is_off:
                 _check_alone(p, hires)
-                self._start(p, state, Sampling(config, _seeds(p, state.settings), state.notes))
+                sampling = Sampling(
+                    config,
+                    _seeds(p, state.settings),
+                    state.notes,
+                    report=state.report != settings.NO_REPORT,
+                    keep_choices=state.settings.map,
+                )
+                self._start(p, state, sampling)
+                if sampling.run is not None:
+                    state.runs[hires] = sampling.run
         except hooks.NotServed as reason:
             state.detach()
             state.notes.say(str(reason))
@@ -102,9 +120,25 @@ class ToMeScript(scripts.Script):
 
     def post_sample(self, p: Any, ps: Any, *args: Any) -> None:
         _detach(p)
+        state = _state(p)
+        if state is not None and state.runs and state.report != settings.NO_REPORT:
+            line = tell(state.runs)
+            state.notes.say(line, shown=False)
+            if state.report == settings.TEXT_REPORT:
+                p.extra_generation_params[infotext.REPORT] = line  # the batch's texts are made after this
+
+    def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
+        state = _state(p)
+        if state is not None and state.runs and state.settings.map:
+            last = state.runs[max(state.runs)]  # the hires pass's, where it merged
+            state.maps.append(gallery.Map.of(p, last, pp.image))
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         _detach(p)
+        state = _state(p)
+        if state is not None:
+            gallery.add(processed, state.maps)
+            state.maps = []
 
     def _refuse(self, p: Any, reason: str) -> None:
         """A value that is not possible: an API request gets HTTP 422, a person a picture without ToMe and a line."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from modules import scripts
 
-from .options import by_name, settings_from
+from ..shared_tome.config import PRESETS
+from .options import PRESET_OPTIONS, by_name, preset_options, settings_from
 
 # On p, and always a new dict: the plot copies p for each picture, and a copy shares what it holds.
 OVERRIDES = "tome_overrides"
@@ -47,6 +48,10 @@ def _stride(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
+def _preset(name: str) -> tuple:
+    return tuple(preset_options(name)[option] for option in PRESET_OPTIONS)
+
+
 def add_axes() -> None:
     """Called by the host before it builds its page."""
     grid = next((data.module for data in scripts.scripts_data if data.script_class.__module__ == "xyz_grid.py"), None)
@@ -54,6 +59,7 @@ def add_axes() -> None:
         return
     options = by_name()
     axes = [
+        ("preset", str, PRESET_OPTIONS, {"choices": lambda: list(PRESETS), "parse": _preset}),
         ("ratio", float, ("ratio",), {}),
         ("hires_ratio", float, ("hires_ratio",), {}),
         ("method", str, ("method",), {"choices": lambda: list(options["method"].option.choices)}),

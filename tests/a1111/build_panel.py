@@ -35,6 +35,21 @@ class InputAccordion:
         self.accordion.__exit__(*exc)
 
 
+def preset_events(config) -> list:
+    """(who, event, what it sets, whether it waits) of each event that has to do with txt2img's presets, by name."""
+    prefix = "script_txt2img_tome_"
+    names = {part["id"]: str(part["props"].get("elem_id", "")).removeprefix(prefix) for part in config["components"]}
+    ours = next(part["id"] for part in config["components"] if part["props"].get("elem_id") == f"{prefix}preset")
+    found = []
+    for event in config["dependencies"]:
+        if ours not in event["outputs"]:
+            continue
+        for target in event["targets"]:  # gradio 3: ids and one trigger; gradio 4: pairs
+            who, when = target if isinstance(target, (list, tuple)) else (target, event["trigger"])
+            found.append([names[who], when, [names[one] for one in event["outputs"]], bool(event["queue"])])
+    return found
+
+
 def main() -> None:
     """Build, ask again as the API does, and print what came of it as JSON."""
 
@@ -50,7 +65,8 @@ def main() -> None:
             info.component(label=info.label, value=info.default, **info.component_args)
     with gr.Blocks():
         again = [control.value for control in runner.scripts[0].ui(False)]
-    described = page.get_config_file()["components"]
+    config = page.get_config_file()
+    described = config["components"]
     controls = runner.inputs[1:]
     paste = dict(zip(("enabled", "ratio"), runner.scripts[0].infotext_fields, strict=False))
     print(
@@ -61,6 +77,7 @@ def main() -> None:
                 "kinds": [part["type"] for part in described],
                 "ids": [control.elem_id for control in controls],
                 "settings": len(host.opts.data_labels),
+                "preset": preset_events(config),
                 "texts": json.dumps(described),
                 "pasted": type(paste["ratio"][0].value)(paste["ratio"][1]({"ToMe ratio": "0.35"})),
             }

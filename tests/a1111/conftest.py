@@ -34,10 +34,13 @@ def loaded():
 @pytest.fixture(scope="package")
 def tome(loaded):
     """The extension's modules by name."""
-    names = ("forge", "hooks", "infotext", "notes", "options", "sampling", "script", "seeds", "settings", "xyz")
+    names = (
+        "forge", "gallery", "hooks", "infotext", "notes", "options", "panel", "report", "sampling", "script", "seeds",
+        "settings", "xyz",
+    )  # fmt: skip
     found = {name: sys.modules[f"{PACKAGE}.a1111_extension.{name}"] for name in names}
     core = sys.modules[f"{PACKAGE}.shared_tome"]
-    return SimpleNamespace(**found, core=core, heads=core.heads)
+    return SimpleNamespace(**found, core=core, maps=sys.modules[f"{PACKAGE}.shared_tome.maps"], heads=core.heads)
 
 
 @pytest.fixture

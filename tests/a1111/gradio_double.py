@@ -1,4 +1,4 @@
-"""As much of gradio as the panel uses: controls that remember what they were given."""
+"""As much of gradio as the panel uses: controls that remember what they were given, and their events."""
 
 from __future__ import annotations
 
@@ -17,8 +17,42 @@ class Component:
             raise TypeError(f"{type(self).__name__} takes no {', '.join(sorted(unknown))}")
         self.value = value
         self.label = arguments.get("label")
+        self.listeners: dict[str, list[tuple]] = {"change": [], "input": []}
         for name, argument in arguments.items():
             setattr(self, name, argument)
+
+    def change(self, fn: Any, inputs: list, outputs: list, *, queue: bool, show_progress: str, api_name: Any) -> None:
+        """Whenever the value is another one, whoever set it."""
+        self.listeners["change"].append((fn, inputs, outputs))
+
+    def input(self, fn: Any, inputs: list, outputs: list, *, queue: bool, show_progress: str, api_name: Any) -> None:
+        """When a person sets the value."""
+        self.listeners["input"].append((fn, inputs, outputs))
+
+    def choose(self, value: Any) -> int:
+        """As a person does. Returns how many functions ran."""
+        return _set({self: value}) + _run(self.listeners["input"])
+
+    def paste(self, value: Any) -> int:
+        """As the host does with a picture's text."""
+        return _set({self: value})
+
+
+def _set(values: dict[Component, Any]) -> int:
+    """All values first, then the events of those that changed: as the page does with what a function returns."""
+    changed = [control for control, value in values.items() if control.value != value]
+    for control, value in values.items():
+        control.value = value
+    return sum(_run(control.listeners["change"]) for control in changed)
+
+
+def _run(listeners: list[tuple]) -> int:
+    count = 0
+    for fn, inputs, outputs in listeners:
+        made = fn(*(control.value for control in inputs))
+        made = made if len(outputs) > 1 else [made]
+        count += 1 + _set(dict(zip(outputs, made, strict=True)))
+    return count
 
 
 class Slider(Component):
@@ -31,6 +65,10 @@ class Number(Component):
 
 class Dropdown(Component):
     takes = frozenset({"choices", "multiselect"})
+
+
+class Radio(Component):
+    takes = frozenset({"choices"})
 
 
 class Checkbox(Component):

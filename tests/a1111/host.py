@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import sys
 import types
 from contextlib import closing
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from . import gradio_double
@@ -56,7 +58,8 @@ class Script:
         pass
 
     setup = before_process = process = before_process_batch = process_batch = _nothing
-    process_before_every_sampling = before_hr = post_sample = postprocess_batch = postprocess = _nothing
+    process_before_every_sampling = before_hr = post_sample = postprocess_batch = _nothing
+    postprocess_image = postprocess = _nothing
 
 
 @dataclass
@@ -244,6 +247,29 @@ class Sampler:
 
 
 @dataclass
+class Processed:
+    """What a request gives back; callbacks may add to it. A grid of several pictures comes before them."""
+
+    images: list[Any]
+    infotexts: list[str]
+    info: str
+    index_of_first_image: int
+
+
+def _picture(latent: Tensor) -> Any:
+    """A PIL image of what was sampled, 8 pixels a token."""
+    pixels = ((latent[:3].float().clamp(-3, 3) + 3) / 6 * 255).to(torch.uint8)
+    pixels = pixels.repeat_interleave(8, 1).repeat_interleave(8, 2).permute(1, 2, 0).contiguous()
+    return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), pixels.numpy().tobytes())
+
+
+def quote(value: Any) -> str:
+    """As the host writes a value into a picture's text."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(",\n:") else text
+
+
+@dataclass
 class Processing:
     """One request. prompts: "a", or "a AND b", or a long one ("long: a")."""
 
@@ -263,6 +289,11 @@ class Processing:
     is_hr_pass: bool = False
     is_api: bool = False
     closed: int = 0
+    iteration: int = 0
+    batch_index: int = 0
+    return_mask: bool = False
+    override_settings: dict[str, Any] = field(default_factory=dict)
+    processed: Any = None  # of the whole request, for a test to look at
     scripts: Any = None
     script_args: tuple = ()
     extra_generation_params: dict[str, Any] = field(default_factory=dict)
@@ -387,14 +418,15 @@ class Host:
 
     def process_images(self, p: Processing) -> list[Tensor]:
         """The pictures (latents) of a request, [C, H, W] each."""
-        runner, images = p.scripts, []
+        runner, images, pictures, texts = p.scripts, [], [], []
         runner.call("before_process", p)
+        self.opts.data.update(p.override_settings)  # the host does so only now
         runner.call("process", p)
         with torch.no_grad():
             p.init(p.prompts, p.all_seeds, None)
             for n in range(len(p.all_seeds) // p.batch_size):
                 part = slice(n * p.batch_size, (n + 1) * p.batch_size)
-                p.seeds = p.all_seeds[part]
+                p.seeds, p.iteration = p.all_seeds[part], n
                 runner.call("before_process_batch", p)
                 runner.call("process_batch", p)
                 if self.forge:
@@ -404,7 +436,19 @@ class Host:
                 runner.call("post_sample", p, types.SimpleNamespace(samples=samples))
                 runner.call("postprocess_batch", p, samples, batch_number=n)
                 images += list(samples)
-        runner.call("postprocess", p, images)
+                for p.batch_index, latent in enumerate(samples):
+                    made = types.SimpleNamespace(image=_picture(latent))
+                    runner.call("postprocess_image", p, made)
+                    pictures.append(made.image)
+                    said = {"Seed": p.seeds[p.batch_index], **p.extra_generation_params}
+                    texts.append(", ".join(f"{name}: {quote(value)}" for name, value in said.items()))
+                    if p.return_mask:  # the host adds no text for it
+                        pictures.append(Image.new("RGB", made.image.size))
+        grid = len(pictures) > 1
+        if grid:
+            pictures.insert(0, Image.new("RGB", pictures[0].size)), texts.insert(0, texts[0])
+        p.processed = Processed(pictures, texts, texts[0], int(grid))
+        runner.call("postprocess", p, p.processed)
         return images
 
     def generate(self, tome: Any = None, tab: str = "txt2img", seeds: tuple = (1,), **request: Any) -> Any:

@@ -29,7 +29,7 @@ def test_the_order_of_callbacks_is_the_hosts(host):
     host.generate(ON)
     assert host.order == [
         "before_process", "process", "before_process_batch", "process_batch", "process_before_every_sampling",
-        "post_sample", "postprocess_batch", "postprocess",
+        "post_sample", "postprocess_batch", "postprocess_image", "postprocess",
     ]  # fmt: skip
 
 
@@ -400,7 +400,7 @@ def test_hypertile_is_left_alone_while_on_and_served_around_when_off(host, caplo
 
 
 def test_standing_aside_is_one_line(host, tome, monkeypatch):
-    lines = []
+    lines, host.opts.data["tome_report"] = [], "no"
     monkeypatch.setattr(tome.notes.logger, "info", lambda text, *args: lines.append(text % args))
     _use_hypertile(_unet(host), True)
     host.generate(ON)

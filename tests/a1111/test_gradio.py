@@ -51,6 +51,10 @@ def test_the_panel_and_the_settings_are_what_gradio_takes(python):
     assert found["values"][:3] == [False, 0.75, -1.0] and found["values"] == found["again"]
     assert {"slider", "dropdown", "checkbox", "number"} <= set(found["kinds"])
     assert len(found["ids"]) == len(set(found["ids"])) == len(found["values"])
-    assert found["settings"] == len(found["values"]) + 1
+    assert found["settings"] == len(found["values"]) + 2
     assert "similar tokens become one" in found["texts"]
     assert found["pasted"] == 0.35
+    options = ["method", "ratio", "start"]
+    assert ["preset", "input", ["preset", *options], False] in found["preset"]
+    shows = [[option, "change", ["preset"], False] for option in options]
+    assert all(event in found["preset"] for event in shows) and len(found["preset"]) == 4

@@ -31,6 +31,7 @@ def test_the_order_of_arguments_is_a_promise(tome):
         "enabled", "ratio", "hires_ratio", "seed_rule", "stride_x", "stride_y", "method", "seed", "partition",
         "levels", "start", "end", "ratio_end", "cross_attention", "mlp", "proportional",
     )  # fmt: skip
+    assert tome.options.NAMES[16:] == ("reduce", "min_tokens", "share_match", "map")
 
 
 def test_ui_has_no_side_effects(host):
@@ -103,6 +104,10 @@ BAD = [
     ([True, 0.5, True], "hires_ratio"),
     ([True, 0.5, None, "random"], "seed_rule"),
     ([{"rato": 0.5}], "rato"),
+    ([{"preset": "fast"}], "preset must be one of Quality, Balanced, Fast, got 'fast'"),
+    ([{"preset": "Custom"}], "preset"),
+    ([{"preset": ["Fast"]}], "preset"),
+    ([{"map": "yes"}], "map"),
     ([{"method": "tomato"}], "method"),
     ([{"levels": "9"}], "levels"),
     ([{"start": 0.9, "end": 0.1}], "start"),
@@ -150,9 +155,17 @@ def test_off_looks_at_nothing_else(host):
 
 def test_the_settings_page(host, tome):
     labels = host.opts.data_labels
-    assert {f"tome_{name}" for name in tome.options.NAMES} | {"tome_img2img_ratio"} == set(labels)
+    assert {f"tome_{name}" for name in tome.options.NAMES} | {"tome_img2img_ratio", "tome_report"} == set(labels)
     assert all(info.section == ("tome", "ToMe") for info in labels.values())
-    assert labels["tome_ratio"].component_args == {"minimum": 0.0, "maximum": 1.0, "step": 0.05}
+    step = tome.core.ToMeConfig.options()["ratio"].step
+    assert labels["tome_ratio"].component_args == {"minimum": 0.0, "maximum": 1.0, "step": step}
+    for name in ("hires_ratio", "img2img_ratio"):
+        assert labels[f"tome_{name}"].component_args == {"minimum": -1.0, "maximum": 1.0, "step": step}
+
+
+def test_the_report_alone_needs_no_new_page(host):
+    waits = {name for name, info in host.opts.data_labels.items() if "requires Reload UI" in info.comment_after}
+    assert set(host.opts.data_labels) - waits == {"tome_report"}
 
 
 def test_a_setting_changes_what_the_panel_starts_with(host):
@@ -223,9 +236,10 @@ def test_defaults_are_read_back_too(host, tome):
 def test_paste_fields_set_every_control(host, tome):
     script = host.tabs["txt2img"].scripts[0]
     controls = script.infotext_fields
-    assert len(controls) == len(tome.options.WIDGETS)
+    names = [name for name in tome.options.NAMES if name != "map"]  # a map changes no picture: no text tells of it
+    assert len(controls) == len(names)
     parameters = {"ToMe ratio": "0.35", "ToMe method": "merge", "ToMe MLP": "True", "ToMe min tokens": "512"}
-    pasted = {name: field[1](parameters) for name, field in zip(tome.options.NAMES, controls, strict=True)}
+    pasted = {name: field[1](parameters) for name, field in zip(names, controls, strict=True)}
     assert pasted["enabled"] is True and pasted["ratio"] == 0.35 and pasted["mlp"] is True
     assert pasted["min_tokens"] == 512 and pasted["stride_x"] == 2
     without = [field[1]({"Steps": "20"}) for field in controls]
@@ -262,7 +276,8 @@ def grid(host):
 
 def test_axes_reach_the_generation_and_switch_tome_on(host, grid):
     assert list(grid) == [
-        "Nothing", "[ToMe] Ratio", "[ToMe] Hires ratio", "[ToMe] Method", "[ToMe] Stride", "[ToMe] Start",
+        "Nothing", "[ToMe] Preset", "[ToMe] Ratio", "[ToMe] Hires ratio", "[ToMe] Method", "[ToMe] Stride",
+        "[ToMe] Start",
     ]  # fmt: skip
     from . import host as program
 
@@ -296,6 +311,7 @@ def test_a_copy_for_another_cell_of_the_plot_shares_nothing(host, grid):
     [
         ("Ratio", [0.5, 1.5]),
         ("Method", ["sample", "tomato"]),
+        ("Preset", ["Fast", "Custom"]),
         ("Stride", ["2", "0"]),
         ("Stride", ["2x2x2"]),
         ("Start", [2.0]),
@@ -307,5 +323,11 @@ def test_a_bad_value_on_an_axis_stops_the_plot_before_it_starts(grid, axis, valu
 
 
 def test_good_values_on_an_axis_pass(grid):
-    for axis, values in (("Ratio", [0.0, 1.0]), ("Method", ["merge"]), ("Stride", ["2", "4x2"]), ("Start", [0.4])):
+    for axis, values in (
+        ("Ratio", [0.0, 1.0]),
+        ("Preset", ["Fast"]),
+        ("Method", ["merge"]),
+        ("Stride", ["2", "4x2"]),
+        ("Start", [0.4]),
+    ):
         grid[f"[ToMe] {axis}"].confirm(None, values)

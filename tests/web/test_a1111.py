@@ -106,6 +106,64 @@ def generate(page: Any) -> tuple[str, str]:
     return picture.get_attribute("src"), page.locator("#html_info_txt2img").first.inner_text()
 
 
+def gallery(page: Any) -> int:
+    """How many pictures the gallery holds."""
+    return page.locator("#txt2img_gallery .thumbnail-item:not(.thumbnail-small)").count()
+
+
+def shown_preset(page: Any) -> str:
+    return control(page, "preset").locator("input:checked").evaluate("(radio) => radio.value")
+
+
+def wait_for_preset(page: Any, name: str) -> None:
+    checked = f"document.querySelector('#script_txt2img_tome_preset input:checked')?.value === '{name}'"
+    page.wait_for_function(checked, timeout=20_000)
+
+
+def test_presets_set_the_options_and_follow_them(page, shoot):
+    control(page, "enabled").locator(".label-wrap").first.click()
+    control(page, "ratio").wait_for()
+    assert shown_preset(page) == "Balanced"
+    for name, ratio, start in (("Fast", 0.9375, 0.1), ("Quality", 0.75, 0.2), ("Balanced", 0.75, 0.0)):
+        control(page, "preset").get_by_label(name, exact=True).check()
+        place = "#script_txt2img_tome_{} input[type=number]"
+        for option, number in (("ratio", ratio), ("start", start)):
+            page.wait_for_function(
+                f"Number(document.querySelector('{place.format(option)}').value) === {number}", timeout=20_000
+            )
+        page.wait_for_timeout(1000)  # what the options' own events answer must not move it
+        assert shown_preset(page) == name and value(page, "ratio") == ratio
+    slide(page, "ratio", 0.5)
+    wait_for_preset(page, "Custom")
+    ratio = value(page, "ratio")
+    assert ratio == pytest.approx(0.5, abs=0.03)
+    page.wait_for_timeout(1000)
+    assert value(page, "ratio") == ratio
+    field = control(page, "ratio").locator("input[type=number]")
+    field.fill("0.75")
+    field.press("Tab")
+    wait_for_preset(page, "Balanced")
+
+
+def test_a_map_stands_beside_the_picture(page, shoot):
+    control(page, "enabled").locator(".label-wrap").first.click()
+    control(page, "advanced").locator(".label-wrap").click()
+    field = control(page, "min_tokens").locator("input[type=number]")
+    field.fill("0")
+    field.press("Tab")
+    control(page, "map").locator("input").check()
+    for label in ("Width", "Height"):
+        field = page.locator("#tab_txt2img").get_by_label(label, exact=True).first
+        field.fill("512")
+        field.press("Tab")
+    generate(page)
+    assert gallery(page) == 2
+    page.locator("#txt2img_gallery .thumbnail-small").nth(1).click()
+    page.wait_for_timeout(1000)
+    assert "ToMe ratio: 0.75" in page.locator("#html_info_txt2img").first.inner_text()
+    shoot(page.locator("#txt2img_gallery"), "a1111-map")
+
+
 def test_panel_makes_a_picture_and_tells_it(page, shoot):
     panel = control(page, "enabled")
     panel.scroll_into_view_if_needed()
@@ -124,6 +182,7 @@ def test_panel_makes_a_picture_and_tells_it(page, shoot):
     field.press("Tab")
     _, text = generate(page)
     assert f"ToMe ratio: {ratio:g}" in text and "ToMe min tokens: 0" in text
+    assert gallery(page) == 1
     control(page, "advanced").locator(".label-wrap").click()
     field.wait_for(state="hidden")
     shoot(panel, "a1111")

@@ -1,0 +1,34 @@
+"""What was merged in a generation, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ..shared_tome.record import Run
+from ..shared_tome.report import Layer, Report
+
+
+def tell(runs: Mapping[bool, Run]) -> str:
+    """The line for a batch's passes. runs: by whether it is the hires pass."""
+    lines = {hires: _line(run.tally.report()) for hires, run in sorted(runs.items())}
+    return "; ".join(f"hires pass: {line}" if hires else line for hires, line in lines.items())
+
+
+def _line(report: Report) -> str:
+    left = _reasons(report.left_alone)
+    line = f"{report.line()}, in {report.merged_steps} of {report.steps} steps" if report.merged else report.line()
+    return f"{line}; left alone: {', '.join(left)}" if left else line
+
+
+def _reasons(layers: Iterable[Layer]) -> list[str]:
+    """How many layers of which levels, for each reason."""
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.reason, []).append(layer)
+    return [f"{_where(group)} ({reason})" for reason, group in groups.items()]
+
+
+def _where(layers: list[Layer]) -> str:
+    levels = sorted({layer.level for layer in layers if layer.level is not None})
+    at = f" at level{'s' if len(levels) > 1 else ''} {', '.join(map(str, levels))}" if levels else ""
+    return f"{len(layers)} layer{'s' if len(layers) != 1 else ''}{at}"
