@@ -10,18 +10,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from shared_tome.grid import Grid
 from shared_tome.schedule import ratio_at
 
 from .data import make_bank
-from .diffusion import clean
+from .diffusion import clean, signal_of
 from .hooks import Run, merged
 from .methods import Variant
 from .model import load_model, picture_set
 from .samplers import parse_sampler, run, step_sigmas
 from .tensors import as_pictures
-from .unet import UNet
 
 KNOWN_SEED = 303  # of the pictures to inpaint; see quality/classifier.py
 PRECISIONS = ("float32", "mixed", "half")
@@ -30,7 +30,7 @@ REMEMBERED = 0.4  # share of the first steps whose predictions are kept
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of a U-Net step: quantiles over repeats."""
+    """Milliseconds of a step: quantiles over repeats."""
 
     p20: float
     median: float
@@ -49,18 +49,18 @@ class Timing:
 class FirstSteps:
     """What the unmerged run of a sampler predicted: variants that begin later have the same first steps.
 
-    sampler: its name. predicted: x0 by (first picture's number, step). layers: the grids of a step's attention.
+    sampler: its name. predicted: x0 by (first picture's number, step). layers: grid and tokens of a step's attentions.
     """
 
     sampler: str = ""
     predicted: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-    layers: list[tuple[int, int]] = field(default_factory=list)
+    layers: list[tuple[Grid, int]] = field(default_factory=list)
 
 
 class Bench:
     """Makes pictures with a variant of ToMe, always from the same noise and the same mix of classes.
 
-    file: a model of pixels or latents, v or epsilon (quality/model.py); what comes out is decoded pictures.
+    file: a model of pixels or latents (quality/model.py); what comes out is decoded pictures.
     images: for each seed, classes in turn. batch: pictures at a time; each has a prompted and an unprompted row.
     precision: float32 (TF32 off); mixed (float32, but convolutions and linear layers in TF32 and self-attention in
     float16; the row "unmerged, float32" says how far that is from float32); half (float16 weights).
@@ -77,10 +77,11 @@ class Bench:
         self.mixed = precision == "mixed"
         self.model = model.to(self.device).requires_grad_(False)
         self.tokens = model.class_tokens.detach()  # (K + 1, M, D)
-        self.unet = model.unet.to(self.dtype)
+        self.network = model.network.to(self.dtype)
         self.painted = model.painted_shape(self.size)  # (C, h, w)
+        self.grid = self.network.grid(*self.painted[1:])
         self._timed: dict[tuple, Timing] = {}
-        self._timed_unet: UNet | None = None
+        self._timed_network: nn.Module | None = None
         self._first_steps = FirstSteps()
         self._to_inpaint: Tensor | None = None
 
@@ -104,7 +105,7 @@ class Bench:
             start = torch.randn((self.images, *self.painted), generator=generator)
             for first in range(0, self.images, self.batch):
                 part = start[first : first + self.batch].to(self.device)
-                with merged(self.unet, variant, torch.float16 if mixed else None) as state:
+                with merged(self.network, variant, torch.float16 if mixed else None) as state:
                     painted = self._sample(part, state, sampler, seed, first)
                 done.append(self.model.decode(painted))
         return torch.cat(done), state
@@ -144,11 +145,11 @@ class Bench:
 
         def paint(x: Tensor, step: int) -> Tensor:
             sigma = sigmas[step]
-            signal = (1 + sigma**2) ** -0.5
+            signal = signal_of(sigma, prediction)
             x = x * signal
-            state.begin(self.painted[1:], self.device, tome_seed, step, sampler.steps)
+            state.begin(self.grid, self.device, tome_seed, step, sampler.steps)
             times = torch.full((2 * count,), float(order[step]), device=self.device)
-            out, free = self.unet(torch.cat((x, x)).to(self.dtype), times, context).float().chunk(2)
+            out, free = self.network(torch.cat((x, x)).to(self.dtype), times, context).float().chunk(2)
             out = free + guidance * (out - free)
             return clean(prediction, x, out, signal, sigma * signal)
 
@@ -161,7 +162,7 @@ class Bench:
                 and not any(ratio_at(state.variant.config, i / sampler.steps) for i in range(step + 1))
             )
             if early and not unmerged and key in first_steps.predicted:
-                state.begin(self.painted[1:], self.device, tome_seed, step, sampler.steps)
+                state.begin(self.grid, self.device, tome_seed, step, sampler.steps)
                 state.count_unmerged(first_steps.layers)
                 return first_steps.predicted[key]
             if known is not None:
@@ -196,19 +197,19 @@ class Bench:
             return self._timed[place]
         gpu = self.device.type == "cuda"
         dtype = torch.float16 if gpu else torch.float32
-        if self._timed_unet is None:
-            self._timed_unet = deepcopy(self.unet).to(dtype)
+        if self._timed_network is None:
+            self._timed_network = deepcopy(self.network).to(dtype)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn((rows, self.painted[0], size, size), generator=generator).to(self.device, dtype)
         context = self.context(torch.arange(rows // 2, device=self.device) % (len(self.tokens) - 1)).to(dtype)
         times = torch.full((rows,), 500.0, device=self.device)
         seed = torch.zeros((), dtype=torch.int64, device=self.device)  # as the hosts: one for the batch
         took = []
-        with merged(self._timed_unet, replace(variant, config=config)) as state:
+        with merged(self._timed_network, replace(variant, config=config)) as state:
             for i in range(repeats + 3):
                 before = _now(gpu)
-                state.begin((size, size), self.device, seed, i, repeats + 3)
-                self._timed_unet(x, times, context)
+                state.begin(self.network.grid(size, size), self.device, seed, i, repeats + 3)
+                self._timed_network(x, times, context)
                 took.append((before, _now(gpu)))
         if gpu:
             torch.cuda.synchronize()

@@ -2,21 +2,25 @@
 
 v-prediction is Salimans and Ho, "Progressive Distillation" (arXiv 2202.00512): of x_t = cos(a) x_0 + sin(a) e
 the network gives v = cos(a) e - sin(a) x_0. epsilon-prediction is Ho et al. (arXiv 2006.11239): the network gives
-e, the noise. Guidance is Ho and Salimans (arXiv 2207.12598), the deterministic
+e, the noise. flow is the rectified flow of Liu et al. (arXiv 2209.03003), that of Stable Diffusion 3 and Flux: of
+x_t = (1 - t) x_0 + t e the network gives e - x_0. Guidance is Ho and Salimans (arXiv 2207.12598), the deterministic
 sampler DDIM (arXiv 2010.02502).
+
+All schedules are told as sigmas, noise over signal: tan(a), or t / (1 - t).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 STEPS = 1000
 SIGMA_MIN, SIGMA_MAX = 0.01, 100.0
-PREDICTIONS = ("v", "epsilon")
+PREDICTIONS = ("v", "epsilon", "flow")
 
 
 def cosine_sigmas(steps: int = STEPS, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX) -> Tensor:
@@ -39,19 +43,45 @@ def scaled_linear_sigmas(steps: int = STEPS, first: float = 0.00085, last: float
     return ((1 - kept) / kept).sqrt().float()
 
 
-SCHEDULES: dict[str, Callable[[], Tensor]] = {"cosine": cosine_sigmas, "scaled_linear": scaled_linear_sigmas}
+def flow_sigmas(steps: int = STEPS, shift: float = 1.0, margin: float = 0.001) -> Tensor:
+    """Noise over signal at each training step, [steps], rising: t / (1 - t) for evenly spaced t, then times shift.
+
+    shift: more noise for larger pictures, the root of how many times as many pixels they have (Esser et al., arXiv
+    2403.03206, section 5.3.2). margin: t begins and ends so far from 0 and 1, so that no entry is zero or infinite.
+    """
+    t = torch.linspace(margin, 1 - margin, steps, dtype=torch.float64)
+    return (shift * t / (1 - t)).float()
 
 
-def signal_and_noise(sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of picture and noise, cos(a) and sin(a), for tan(a) = sigmas; same shape."""
-    signal = (1 + sigmas**2).rsqrt()
+SCHEDULES: dict[str, Callable[[], Tensor]] = {
+    "cosine": cosine_sigmas,
+    "scaled_linear": scaled_linear_sigmas,
+    "flow": flow_sigmas,
+    "flow3": partial(flow_sigmas, shift=3.0),
+}
+
+
+def signal_of(sigma: float, prediction: str) -> float:
+    """The factor of the picture in what a network of this prediction is given, at one sigma."""
+    return 1 / (1 + sigma) if prediction == "flow" else (1 + sigma**2) ** -0.5
+
+
+def signal_and_noise(sigmas: Tensor, prediction: str = "v") -> tuple[Tensor, Tensor]:
+    """The factors of picture and noise in what the network is given; same shape as sigmas.
+
+    cos(a) and sin(a) for tan(a) = sigmas; of a flow 1 - t and t for t / (1 - t) = sigmas.
+    """
+    signal = 1 / (1 + sigmas) if prediction == "flow" else (1 + sigmas**2).rsqrt()
     return signal, signal * sigmas
 
 
 def noisy(x0: Tensor, noise: Tensor, sigmas: Tensor, prediction: str = "v") -> tuple[Tensor, Tensor]:
     """Noisy pictures and what to predict, both [B, C, H, W], from pictures, noise and sigmas [B]."""
-    signal, share = (f[:, None, None, None] for f in signal_and_noise(sigmas))  # (B, 1, 1, 1)
-    target = signal * noise - share * x0 if prediction == "v" else noise
+    signal, share = (f[:, None, None, None] for f in signal_and_noise(sigmas, prediction))  # (B, 1, 1, 1)
+    if prediction == "v":
+        target = signal * noise - share * x0
+    else:
+        target = noise - x0 if prediction == "flow" else noise
     return signal * x0 + share * noise, target
 
 
@@ -59,21 +89,25 @@ def clean(prediction: str, x: Tensor, out: Tensor, signal: Tensor | float, share
     """The picture that a network's output stands for; x = signal * picture + share * noise, all [B, C, H, W]."""
     if prediction == "v":
         return signal * x - share * out
-    return (x - share * out) / signal
+    return x - share * out if prediction == "flow" else (x - share * out) / signal
 
 
 def noise_in(prediction: str, x: Tensor, out: Tensor, signal: Tensor | float, share: Tensor | float) -> Tensor:
     """The noise that a network's output stands for; see clean."""
-    return share * x + signal * out if prediction == "v" else out
+    if prediction == "v":
+        return share * x + signal * out
+    return x + signal * out if prediction == "flow" else out
 
 
 def loss_weights(sigmas: Tensor, prediction: str = "v", gamma: float = 6.0, floor: float = 0.15) -> Tensor:
-    """Weight of each sample's loss, [B]: 1 where noise prevails, less for nearly clean pictures.
+    """Weight of each sample's loss, [B]: 1 where noise prevails, less for nearly clean pictures; of a flow 1.
 
     After min-SNR (Hang et al., arXiv 2303.09556), but with the plain v-loss kept at high noise, where a few
     sampling steps decide what the picture shows. An error of epsilon is one of v times the signal's factor, so it
     weighs more the noisier the picture: up to 10 times.
     """
+    if prediction == "flow":
+        return torch.ones_like(sigmas)
     snr = sigmas**-2
     weights = (gamma / (snr + 1)).clamp(floor, 1.0)
     return weights if prediction == "v" else (weights * (1 + sigmas**2)).clamp(max=10.0)
@@ -112,7 +146,7 @@ def sample(
     batch = noise.shape[0]
     both = torch.cat((context, unconditional.expand(batch, -1, -1)))  # (2B, M, D)
     order = sampling_steps(steps, len(sigmas))
-    signals, shares = signal_and_noise(sigmas)
+    signals, shares = signal_and_noise(sigmas, prediction)
     x = noise
     for i, t in enumerate(order):
         times = torch.full((2 * batch,), float(t), device=noise.device)

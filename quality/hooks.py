@@ -1,7 +1,9 @@
-"""Puts a variant of ToMe on the lab's U-Net through the core's ModelCall.
+"""Puts a variant of ToMe on the lab's U-Nets and DiTs through the core's ModelCall.
 
-What is measured is the core's own arithmetic; this is only the adapter. As in the hosts, tokens are merged before
-the projections, brought back after the output projection, and a block's match serves its cross-attention and MLP.
+What is measured is the core's own arithmetic; this is only the adapter, and does what the hosts' adapters do. In a
+U-Net tokens are merged before the projections, brought back after the output projection, and a block's match serves
+its cross-attention and MLP. In a DiT the image's queries, keys and values are merged where they meet the text's,
+behind the rotation; the text stays whole.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared_tome.attention import attend
@@ -17,6 +20,7 @@ from shared_tome.grid import Grid, grid_of
 from shared_tome.plan import Plan
 from shared_tome.schedule import ratio_at, serves_layer
 
+from .dit import DiT, JointAttention
 from .methods import Variant
 from .unet import BasicTransformerBlock, CrossAttention, FeedForward, UNet
 
@@ -35,7 +39,7 @@ class Run:
         self.plan: Plan | None = None  # the current block's, for cross-attention and MLP
         self.memory: dict = {}  # what a variant keeps from step to step
         self.work = {"full": 0, "left": 0, "all": 0, "all_left": 0}
-        self.seen: list[Grid] = []  # of the current step's attention layers, in their order
+        self.seen: list[tuple[Grid, int]] = []  # grid and tokens of the current step's attention layers, in their order
 
     def begin(self, full: Grid, device: torch.device, seed: Tensor, step: int, steps: int) -> None:
         config = self.variant.config
@@ -45,8 +49,11 @@ class Run:
             self.call = self.variant.make(now, full, device, seed, step, self.memory)
 
     def count(self, grid: Grid, tokens: int, queries: int, keys: int) -> None:
-        """Count the work of Q K^T and A V; all blocks of a level have the same width for each token."""
-        self.seen.append(grid)
+        """Count the work of Q K^T and A V; all blocks of a level have the same width for each token.
+
+        tokens: of the unmerged layer, text included where the softmax has it; so are queries and keys.
+        """
+        self.seen.append((grid, tokens))
         full, left = tokens * tokens, queries * keys
         if self.variant.is_merged and serves_layer(self.variant.config, grid, self.full):
             self.work["full"] += full
@@ -54,10 +61,9 @@ class Run:
         self.work["all"] += full
         self.work["all_left"] += left
 
-    def count_unmerged(self, grids: list[Grid]) -> None:
+    def count_unmerged(self, layers: list[tuple[Grid, int]]) -> None:
         """Count layers whose result was known, as if they had been run."""
-        for grid in grids:
-            tokens = grid[0] * grid[1]
+        for grid, tokens in layers:
             self.count(grid, tokens, tokens, tokens)
 
     @property
@@ -138,18 +144,80 @@ class MergedFeedForward(nn.Module):
         return plan.unmerge(self.inner(plan.merge(x)))
 
 
+class MergedJointAttention(nn.Module):
+    """Stands in for a DiT block's attention."""
+
+    def __init__(self, run: Run):
+        super().__init__()
+        self.run = run
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, text: int) -> Tensor:
+        run, dtype = self.run, q.dtype
+        if run.dtype is not None:
+            q, k, v = (x.to(run.dtype) for x in (q, k, v))
+        tokens, layer = q.shape[1], None
+        if run.call is not None:
+            image = k[:, text:]
+            # (B, N, d): the ViT paper's keys averaged over the heads; what matches nothing wants the shape alone.
+            metric = image.mean(2) if run.call.config.kind.matches else image[:, :, 0]
+            layer = run.call.attention(*(x[:, text:].flatten(2) for x in (q, k, v)), run.full, metric)
+        if layer is None:
+            run.count(run.full, tokens, tokens, tokens)
+            return _joint(q, k, v).to(dtype)
+        config = run.call.config
+        if config.kind.queries:
+            q = _beside(q[:, :text], layer.q)
+        if config.kind.keys:
+            k, v = _beside(k[:, :text], layer.k), _beside(v[:, :text], layer.v)
+        # Even where all of the image's keys stand for as many, the text's do not: plan.sizes and not layer.bias.
+        bias = F.pad(layer.plan.sizes.log(), (text, 0)) if config.weighs_keys else None  # (B, K)
+        run.count(run.full, tokens, q.shape[1], k.shape[1])
+        out = _joint(q, k, v, bias).to(dtype)
+        return torch.cat((out[:, :text], layer.unmerge(out[:, text:])), dim=1) if config.kind.queries else out
+
+
+def _beside(text: Tensor, image: Tensor) -> Tensor:
+    """text [B, T, H, d] and image [B, M, H * d] -> [B, T + M, H, d]."""
+    return torch.cat((text, image.unflatten(2, text.shape[2:])), dim=1)
+
+
+def _joint(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """q [B, L, H, d], k and v [B, K, H, d], bias [B, K] -> [B, L, H * d]."""
+    return attend(*(x.transpose(1, 2) for x in (q, k, v)), bias).transpose(1, 2).flatten(2)
+
+
+def check(network: UNet | DiT, variant: Variant) -> None:
+    """Raises ValueError for a variant that means nothing on this network."""
+    config = variant.config
+    if isinstance(network, DiT) and (variant.attend or config.cross_attention or config.mlp or config.levels != "0"):
+        raise ValueError(
+            f"{variant.name!r} cannot be measured on a DiT: it has one level, no cross-attention, and merges around "
+            "its attention alone"
+        )
+
+
+def _stand_ins(network: UNet | DiT, run: Run) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(block, its part's name, what is to take the part's place)."""
+    for block in network.modules():
+        if isinstance(block, BasicTransformerBlock):
+            yield block, "attn1", MergedSelfAttention(block.attn1, run)
+            yield block, "attn2", MergedCrossAttention(block.attn2, run)
+            yield block, "ff", MergedFeedForward(block.ff, run)
+        elif isinstance(getattr(block, "attention", None), JointAttention):
+            yield block, "attention", MergedJointAttention(run)
+
+
 @contextmanager
-def merged(unet: UNet, variant: Variant, dtype: torch.dtype | None = None) -> Iterator[Run]:
-    """Puts a variant on a U-Net; the U-Net is what it was when the block is left in whatever way. dtype: see Run."""
+def merged(network: UNet | DiT, variant: Variant, dtype: torch.dtype | None = None) -> Iterator[Run]:
+    """Puts a variant on a network, which is what it was when the block is left in whatever way. dtype: see Run."""
+    check(network, variant)
     run = Run(variant, dtype)
-    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
-    plain = [(block.attn1, block.attn2, block.ff) for block in blocks]
+    stand_ins = list(_stand_ins(network, run))
+    plain = [getattr(block, name) for block, name, _ in stand_ins]
     try:
-        for block in blocks:
-            block.attn1 = MergedSelfAttention(block.attn1, run)
-            block.attn2 = MergedCrossAttention(block.attn2, run)
-            block.ff = MergedFeedForward(block.ff, run)
+        for block, name, part in stand_ins:
+            setattr(block, name, part)
         yield run
     finally:
-        for block, (attn1, attn2, ff) in zip(blocks, plain, strict=True):
-            block.attn1, block.attn2, block.ff = attn1, attn2, ff
+        for (block, name, _), part in zip(stand_ins, plain, strict=True):
+            setattr(block, name, part)

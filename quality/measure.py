@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from . import classifier
 from .bench import PRECISIONS, Bench, Timing
-from .hooks import Run
+from .hooks import Run, check
 from .methods import BASELINE, CATALOGUE, UNMERGED, Variant
 from .metrics import frechet, frechet_gap, psnr, ssim, standard_error, to_range
 from .samplers import GUIDANCE, SAMPLERS, parse_sampler
@@ -99,6 +99,8 @@ class Measurement:
         data = self.bench.metadata["data"]
         if self.judge and self.judge.data != data:
             raise ValueError(f"{args.classifier} knows the pictures {self.judge.data!r}, the model paints {data!r}")
+        for name, _ in args.keys:
+            check(self.bench.network, CATALOGUE.variants[name])
         gpu = self.bench.device.type == "cuda"
         self.stamp = {
             "images": args.images // args.seeds * args.seeds,

@@ -254,6 +254,7 @@ def catalogue() -> Catalogue:
     _sampling(c)
     _starts(c, tomesd)
     _paper(c, tomesd)
+    _joint(c)
     c.sets["key"], c.sets["few"] = list(KEY), list(KEY[:8])
     return c
 
@@ -337,6 +338,18 @@ def _starts(c: Catalogue, tomesd: dict) -> None:
     for make, word in ((Independent, "independent"), (WalkLayers, "walk by layers")):
         options = {"ratio": 0.9375, "make": make, "timed": False, **late}
         c.add("starts", f"sample 0.9375 from 0.2, {word}", f"sample from 0.2, {word}", **options)
+
+
+def _joint(c: Catalogue) -> None:
+    """What only matters where text is in the same softmax: what weighing the kept tokens is worth."""
+    c.sets["joint"] = [UNMERGED, BASELINE]
+    for ratio in (0.75, 0.9375):
+        c.sets["joint"].append(f"sample {ratio:g}")
+        c.add("joint", f"sample {ratio:g}, unweighted", "sample, unweighted", ratio=ratio, proportional=False)
+    for stride, ratio in ((2, 0.75), (4, 0.9375)):
+        c.sets["joint"].append(f"downsample {stride}x{stride}")
+        options = {"method": "downsample", "ratio": ratio, "stride": (stride, stride), "proportional": False}
+        c.add("joint", f"downsample {stride}x{stride}, unweighted", "ToDo, unweighted", **options)
 
 
 def _paper(c: Catalogue, tomesd: dict) -> None:

@@ -1,4 +1,4 @@
-"""A U-Net with the tokens of its classes, in pixels or in an autoencoder's latents; its file; its pictures."""
+"""A U-Net or DiT with the tokens of its classes, in pixels or in an autoencoder's latents; its file; its pictures."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from torch import Tensor, nn
 from .autoencoder import FACTOR, Autoencoder, AutoencoderConfig
 from .data import PictureSet
 from .diffusion import PREDICTIONS, sample
+from .dit import DiT, DiTConfig
 from .sets import SETS
 from .tensors import autocast
 from .unet import UNet, UNetConfig
 
-UNET_PREFIX, AUTOENCODER_PREFIX = "model.diffusion_model.", "first_stage_model."
+NETWORK_PREFIX, AUTOENCODER_PREFIX = "model.diffusion_model.", "first_stage_model."  # as the hosts have them
 TOKENS_KEY, SIGMAS_KEY = "class_tokens", "sigmas"
+KINDS = {"unet": (UNet, UNetConfig), "dit": (DiT, DiTConfig)}
+"""Network and configuration by the name under which a file's metadata has the configuration."""
 
 
 class ClassModel(nn.Module):
-    """A U-Net and the tokens of its classes; the last row of the tokens is "any class", for guidance.
+    """A network and the tokens of its classes; the last row of the tokens is "any class", for guidance.
 
-    prediction: "v" or "epsilon". autoencoder: None for a U-Net that paints pixels.
+    prediction: one of PREDICTIONS. autoencoder: None for a network that paints pixels.
     """
 
     def __init__(
         self,
-        config: UNetConfig,
+        config: UNetConfig | DiTConfig,
         classes: int,
         tokens: int,
         prediction: str = "v",
@@ -40,7 +43,8 @@ class ClassModel(nn.Module):
         super().__init__()
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
-        self.unet = UNet(config)
+        self.kind = next(kind for kind, (_, sizes) in KINDS.items() if isinstance(config, sizes))
+        self.network = KINDS[self.kind][0](config)
         self.class_tokens = nn.Parameter(torch.randn(classes + 1, tokens, config.context_dim))
         self.prediction = prediction
         self.autoencoder = Autoencoder(autoencoder).requires_grad_(False) if autoencoder else None
@@ -50,20 +54,20 @@ class ClassModel(nn.Module):
         return self.class_tokens[classes]
 
     def painted_shape(self, size: int) -> tuple[int, int, int]:
-        """(channels, height, width) of what the U-Net paints for a picture of ``size`` pixels a side."""
+        """(channels, height, width) of what the network paints for a picture of ``size`` pixels a side."""
         side = size // FACTOR if self.autoencoder else size
-        return self.unet.config.in_channels, side, side
+        return self.network.config.in_channels, side, side
 
     @torch.no_grad()
     def encode(self, pictures: Tensor, chunk: int = 66) -> Tensor:
-        """Pictures [B, 3, H, W], -1 to 1, -> what the U-Net paints [B, C, h, w], in float32."""
+        """Pictures [B, 3, H, W], -1 to 1, -> what the network paints [B, C, h, w], in float32."""
         if self.autoencoder is None:
             return pictures
         return torch.cat([self.autoencoder.encode(part) for part in pictures.split(chunk)])
 
     @torch.no_grad()
     def decode(self, painted: Tensor, chunk: int = 66) -> Tensor:
-        """What the U-Net paints [B, C, h, w] -> pictures [B, 3, H, W] of about -1 to 1, in float32."""
+        """What the network paints [B, C, h, w] -> pictures [B, 3, H, W] of about -1 to 1, in float32."""
         if self.autoencoder is None:
             return painted
         return torch.cat([self.autoencoder.decode(part).float() for part in painted.split(chunk)])
@@ -71,12 +75,12 @@ class ClassModel(nn.Module):
 
 def save_model(path: Path, model: ClassModel, sigmas: Tensor, training: dict, pictures: PictureSet) -> None:
     """Write weights (float16), tokens and schedule, with what they mean in the metadata."""
-    state = {UNET_PREFIX + k: v for k, v in model.unet.state_dict().items()}
+    state = {NETWORK_PREFIX + k: v for k, v in model.network.state_dict().items()}
     state[TOKENS_KEY] = model.class_tokens.detach()
     metadata = {
         "format": "pt",
         "classes": json.dumps(list(pictures.classes)),
-        "unet": json.dumps(model.unet.config.to_dict()),
+        model.kind: json.dumps(model.network.config.to_dict()),
         "prediction": model.prediction,
         "data": pictures.name,
         "size": str(pictures.size),
@@ -106,9 +110,12 @@ def load_model(path: Path | str) -> tuple[ClassModel, Tensor, dict[str, str]]:
     autoencoder = (
         AutoencoderConfig.from_dict(json.loads(metadata["autoencoder"])) if "autoencoder" in metadata else None
     )
-    config = UNetConfig.from_dict(json.loads(metadata["unet"]))
+    kind = next((kind for kind in KINDS if kind in metadata), None)
+    if kind is None:
+        raise ValueError(f"{path} is no model of the lab: its metadata has none of {', '.join(KINDS)}")
+    config = KINDS[kind][1].from_dict(json.loads(metadata[kind]))
     model = ClassModel(config, tokens.shape[0] - 1, tokens.shape[1], metadata["prediction"], autoencoder)
-    parts = [(UNET_PREFIX, model.unet)]
+    parts = [(NETWORK_PREFIX, model.network)]
     if model.autoencoder is not None:
         parts.append((AUTOENCODER_PREFIX, model.autoencoder))
     for prefix, part in parts:
@@ -135,7 +142,7 @@ def sample_grid(
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     with autocast(device):
         painted = sample(
-            model.unet,
+            model.network,
             noise,
             model.context(classes),
             model.class_tokens[-1:],

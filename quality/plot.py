@@ -11,7 +11,6 @@ lab.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -20,9 +19,9 @@ from pathlib import Path
 from shared_tome.config import PRESETS
 
 from .methods import CATALOGUE
+from .rows import Row, main_sampler, of_model, of_set, read, results
 from .samplers import GUIDANCE, SAMPLERS, parse_sampler
 
-Row = dict[str, str]
 PAPER, INK, GRID = "#fbfbf9", "#22262b", "#d9d9d4"
 # family: (colour, marker, line). Colours after Okabe and Ito, told apart by colour-blind eyes too.
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -42,47 +41,21 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "ToDo from 0.2": ("#009e73", "D", "--"),
     "merge, proportional from 0.2": ("#e69f00", "s", "--"),
     "tomesd from 0.2": ("#d55e00", "s", "--"),
+    "sample, unweighted": ("#0072b2", "x", ":"),
+    "ToDo, unweighted": ("#009e73", "x", ":"),
 }
-TITLES = {"tomesd": "as tomesd does", "ToDo": "downsample (ToDo)"}
+TITLES = {
+    "tomesd": "as tomesd does",
+    "ToDo": "downsample (ToDo)",
+    "sample, unweighted": "sample, each key counted once",
+    "ToDo, unweighted": "downsample, each key counted once",
+}
 
 
 def title(family: str) -> str:
     name, _, start = family.partition(" from ")
     name = TITLES.get(name, name)
     return f"{name}, after {round(float(start) * 100)}% of the steps" if start else name
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a CSV, each with the PSNR of its single pictures as `singles`, numbers with spaces between."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    with path.with_suffix(".pictures.csv").open(newline="") as file:
-        singles = {(row[0], row[1]): " ".join(row[2:]) for row in list(csv.reader(file))[1:]}
-    for row in rows:
-        row["singles"] = singles[row["variant"], row["sampler"]]
-        row["file"] = path.stem
-    return rows
-
-
-def results(folder: Path = Path(__file__).parent / "results") -> list[Row]:
-    """All rows that are kept with the project."""
-    paths = sorted(path for path in folder.glob("*.csv") if path.with_suffix(".pictures.csv").is_file())
-    return [row for path in paths for row in read(path)]
-
-
-MAIN = "demo"
-
-
-def of_model(rows: Sequence[Row], file: str) -> list[Row]:
-    """The rows, of whatever file, of the models that a file (its name without .csv) measured; "": demo, else all."""
-    models = {row["model"] for row in rows if row["file"] == (file or MAIN)}
-    return [row for row in rows if row["model"] in models or not (models or file)]
-
-
-def of_set(rows: Sequence[Row], name: str, sampler: str) -> list[Row]:
-    """The measured rows of a set, in the set's order."""
-    found = {row["variant"]: row for row in rows if row["sampler"] == sampler}
-    return [found[variant] for variant in CATALOGUE.sets[name] if variant in found]
 
 
 # -- tables -------------------------------------------------------------------------------------------------------
@@ -128,7 +101,7 @@ def table(rows: Sequence[Row], cells: str) -> str:
 
 def frontier(rows: Sequence[Row], sampler: str) -> list[Row]:
     """What the plots show: every method, and late starts."""
-    found = {row["variant"]: row for name in ("frontier", "starts") for row in of_set(rows, name, sampler)}
+    found = {row["variant"]: row for name in ("frontier", "starts", "joint") for row in of_set(rows, name, sampler)}
     return timed_together([row for row in found.values() if row["family"] in STYLES or row["family"] == "unmerged"])
 
 
@@ -139,17 +112,17 @@ def timed_together(rows: Sequence[Row]) -> list[Row]:
 
 
 def frontier_table(rows: Sequence[Row]) -> str:
-    chosen = frontier(rows, "ddim30")
+    chosen = frontier(rows, main_sampler(rows))
     order = sorted(chosen, key=lambda r: -float(r["psnr"]))
     return table(order, "variant cost psnr gain ssim fd_gap step speedup")
 
 
 def sampling_table(rows: Sequence[Row]) -> str:
-    return table(of_set(rows, "sampling", "ddim30"), "variant cost psnr gain ssim")
+    return table(of_set(rows, "sampling", main_sampler(rows)), "variant cost psnr gain ssim")
 
 
 def paper_table(rows: Sequence[Row]) -> str:
-    chosen = of_set(rows, "paper", "ddim30")
+    chosen = of_set(rows, "paper", main_sampler(rows))
     if len(chosen) < 5:
         return NOTHING
     return table(chosen, "variant cost cost_all psnr gain ssim fd_gap")
@@ -174,7 +147,7 @@ def samplers_table(rows: Sequence[Row]) -> str:
 
 
 def starts_table(rows: Sequence[Row]) -> str:
-    chosen = [row for row in timed_together(of_set(rows, "starts", "ddim30")) if " from " in row["variant"]]
+    chosen = [row for row in timed_together(of_set(rows, "starts", main_sampler(rows))) if " from " in row["variant"]]
     return table(chosen, "variant cost psnr gain ssim fd_gap step speedup")
 
 
@@ -186,7 +159,8 @@ def preset_variant(name: str) -> str:
 
 
 def presets_table(rows: Sequence[Row]) -> str:
-    found = {row["variant"]: row for row in rows if row["sampler"] == "ddim30"}
+    sampler = main_sampler(rows)
+    found = {row["variant"]: row for row in rows if row["sampler"] == sampler}
     chosen = [preset_variant(name) for name in PRESETS]
     if not found.keys() >= set(chosen):
         return NOTHING
@@ -202,6 +176,10 @@ PAIRS = (
     ("sample 0.5", "merge_keys pick 0.5"),
     ("sample 0.75", "merge_keys mean 0.75"),
     ("sample 0.9375 from 0.2", "sample 0.75"),
+    ("sample 0.75", "sample 0.75, unweighted"),
+    ("sample 0.9375", "sample 0.9375, unweighted"),
+    ("downsample 2x2", "downsample 2x2, unweighted"),
+    ("downsample 4x4", "downsample 4x4, unweighted"),
     ("merge 0.25", "tomesd 0.25"),
     ("merge 0.5", "tomesd 0.5"),
     ("merge 0.75", "tomesd 0.75"),
@@ -217,10 +195,11 @@ PAIRS = (
 
 def pairs_table(rows: Sequence[Row]) -> str:
     """Differences picture by picture, and how many pictures each side spoils (under 30 dB)."""
+    sampler = main_sampler(rows)
     found = {
         (row["file"], row["variant"]): [float(x) for x in row["singles"].split()]
         for row in rows
-        if row["sampler"] == "ddim30"
+        if row["sampler"] == sampler
     }
     files = list(dict.fromkeys(file for file, _ in found))
     lines = [
@@ -331,8 +310,9 @@ def _draw(axes, rows: Sequence[Row], x: Callable[[Row], float]) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=INK, fontsize=9)
 
 
-def plot_cost(rows: Sequence[Row], path: Path, sampler: str = "ddim30") -> None:
+def plot_cost(rows: Sequence[Row], path: Path) -> None:
     """PSNR against the share of the attention's work that is left."""
+    sampler = main_sampler(rows)
     figure, axes = _axes(
         f"Fidelity against the attention that is left ({SAMPLERS[sampler].title})",
         "work left in the merged layers' attention (logarithmic)",
@@ -344,13 +324,14 @@ def plot_cost(rows: Sequence[Row], path: Path, sampler: str = "ddim30") -> None:
     _save(figure, path)
 
 
-def plot_time(rows: Sequence[Row], path: Path, sampler: str = "ddim30") -> None:
+def plot_time(rows: Sequence[Row], path: Path) -> None:
     """PSNR against the measured time of a step, with the unmerged step as a line."""
+    sampler = main_sampler(rows)
     chosen = [r for r in frontier(rows, sampler) if r["step_ms"]]
     device, shape = chosen[0]["device"], chosen[0]["step_shape"]
     figure, axes = _axes(
         f"Fidelity against the measured time of a step ({SAMPLERS[sampler].title})",
-        f"median time of a U-Net step, ms ({device}, float16, {shape}, eager)",
+        f"median time of a step, ms ({device}, float16, {shape}, eager)",
     )
     full = [float(r["step_ms"]) for r in chosen if r["psnr"] == "inf"]
     for time in full:

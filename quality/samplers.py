@@ -1,6 +1,7 @@
-"""Four samplers, on pictures plus noise: x = x0 + sigma * noise, sigma from the model's own schedule.
+"""The samplers, on pictures plus noise: x = x0 + sigma * noise, sigma from the model's own schedule.
 
-ddim: Song et al. (arXiv 2010.02502) with eta 0, which in these units is Euler's method. euler_a: ancestral
+ddim: Song et al. (arXiv 2010.02502) with eta 0, which in these units is Euler's method, also that of a rectified flow
+(Liu et al., arXiv 2209.03003): its x_t is x / (1 + sigma), its t is sigma / (1 + sigma). euler_a: ancestral
 sampling, Song et al. (arXiv 2011.13456), appendix F. dpmpp2m: DPM-Solver++(2M), Lu et al. (arXiv 2211.01095),
 algorithm 2. lcm: multistep consistency sampling, Song et al. (arXiv 2303.01469), algorithm 1, with an ordinary
 model in place of a consistency model: predict, add noise, repeat.
@@ -81,6 +82,7 @@ SAMPLERS: dict[str, Sampler] = {
     "euler_a20": Sampler(euler_a, 20, "Euler ancestral, 20 steps"),
     "dpmpp2m15": Sampler(dpmpp2m, 15, "DPM++ 2M, 15 steps"),
     "lcm6": Sampler(lcm, 6, "LCM-like, 6 steps"),
+    "flow28": Sampler(ddim, 28, "Euler, 28 steps"),
     "inpaint30": Sampler(ddim, 30, "Inpainting half, DDIM, 30 steps", inpaint=True),
 }
 GUIDANCE = 3.0

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared_tome.grid import Grid
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -278,6 +280,10 @@ class UNet(nn.Module):
             elif isinstance(module, SpatialTransformer):
                 _zero(module.proj_out)
         _zero(self.out[-1])
+
+    def grid(self, height: int, width: int) -> Grid:
+        """(rows, columns) of the tokens of its first level."""
+        return height, width
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None) -> Tensor:
         """The prediction [B, out_channels, H, W] for noisy pictures or latents.

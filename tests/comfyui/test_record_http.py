@@ -118,4 +118,5 @@ def test_help_page_is_served(client, node):
     known = client.node(node)
     assert page.startswith(f"# {known['display_name']}\n")
     for name in {**known["input"]["required"], **known["input"].get("optional", {})}:
-        assert f"`{name}`" in page or f"| {name} |" in page or name in ("model", "measure_time"), name
+        label = {**known["input"]["required"], **known["input"].get("optional", {})}[name][1].get("display_name", name)
+        assert f"`{name}`" in page or f"**{label}**" in page or name == "model", name

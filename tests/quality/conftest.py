@@ -26,3 +26,27 @@ def in_comfyui() -> dict:
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def dit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small DiT's file (small_dit.py)."""
+    from small_dit import save_small
+
+    return save_small(tmp_path_factory.mktemp("dit") / "model.safetensors")
+
+
+@pytest.fixture
+def flow2(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A sampler of two steps."""
+    from quality import samplers
+
+    monkeypatch.setitem(samplers.SAMPLERS, "flow2", samplers.Sampler(samplers.ddim, 2, "Euler, 2 steps"))
+    return "flow2"
+
+
+@pytest.fixture
+def dit_bench(dit_file: Path, flow2: str):
+    from quality.bench import Bench
+
+    return Bench(dit_file, "cpu", images=2, seeds=1, batch=2)

@@ -85,7 +85,7 @@ def sampled(nodes: ModuleType) -> dict:
         out = comfy_nodes.KSampler().sample(model, *arguments)[0]["samples"]
         noise = comfy.sample.prepare_noise(latent["samples"], 7)
         context = own.context(torch.tensor([names.index(name)]))
-        expected = sample(own.unet, noise, context, own.class_tokens[-1:], sigmas, steps=4)
+        expected = sample(own.network, noise, context, own.class_tokens[-1:], sigmas, steps=4)
         picture = vae.decode(out)
         found["difference"].append((out - expected).abs().max().item())
         found["means"].append(picture.mean().item())

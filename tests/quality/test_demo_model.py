@@ -46,6 +46,6 @@ def test_model_file() -> None:
     assert Path(MODEL).stat().st_size < 16_000_000
     model, sigmas, metadata = load_model(MODEL)
     assert json.loads(metadata["classes"]) == list(CLASS_NAMES)
-    assert model.class_tokens.shape == (len(CLASS_NAMES) + 1, 4, model.unet.config.context_dim)
+    assert model.class_tokens.shape == (len(CLASS_NAMES) + 1, 4, model.network.config.context_dim)
     assert (sigmas / cosine_sigmas() - 1).abs().max() < 1e-5
     assert all(p.isfinite().all() for p in model.parameters())

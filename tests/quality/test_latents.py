@@ -117,7 +117,7 @@ def test_a_prediction_gives_back_picture_and_noise(prediction: str) -> None:
     x0, noise = (torch.randn(8, 4, 6, 6, generator=generator) for _ in range(2))
     sigmas = diffusion.scaled_linear_sigmas()[torch.randint(1000, (8,), generator=generator)]
     x, target = diffusion.noisy(x0, noise, sigmas, prediction)
-    signal, share = (f[:, None, None, None] for f in diffusion.signal_and_noise(sigmas))
+    signal, share = (f[:, None, None, None] for f in diffusion.signal_and_noise(sigmas, prediction))
     torch.testing.assert_close(diffusion.clean(prediction, x, target, signal, share), x0, atol=1e-4, rtol=0)
     torch.testing.assert_close(diffusion.noise_in(prediction, x, target, signal, share), noise, atol=1e-4, rtol=0)
 
@@ -130,7 +130,7 @@ def test_scaled_linear_sigmas_are_stable_diffusions() -> None:
 
 def test_weights_of_epsilon_are_those_of_v_times_the_signal() -> None:
     sigmas = torch.tensor([0.03, 0.5, 1.0, 14.0])
-    by_v, by_epsilon = (diffusion.loss_weights(sigmas, prediction) for prediction in diffusion.PREDICTIONS)
+    by_v, by_epsilon = (diffusion.loss_weights(sigmas, prediction) for prediction in ("v", "epsilon"))
     signal, _ = diffusion.signal_and_noise(sigmas)
     torch.testing.assert_close((by_epsilon * signal**2)[:3], by_v[:3])
     assert by_epsilon[3] == 10
@@ -140,13 +140,13 @@ def test_weights_of_epsilon_are_those_of_v_times_the_signal() -> None:
 def test_epsilon_and_v_of_one_denoiser_are_sampled_alike(bench, sampler: str) -> None:
     """The same network told as v: of its epsilon e, v = (e - share * x) / signal."""
     by_epsilon, _ = bench.pictures(CATALOGUE.variants["sample 0.75"], sampler)
-    table, network = bench.table, bench.unet.forward
+    table, network = bench.table, bench.network.forward
 
     def as_v(x, times, context):
         signal, share = (f[:, None, None, None] for f in diffusion.signal_and_noise(table[times.long()]))
         return (network(x, times, context) - share * x) / signal
 
-    bench.unet.forward, bench.model.prediction = as_v, "v"
+    bench.network.forward, bench.model.prediction = as_v, "v"
     by_v, _ = bench.pictures(CATALOGUE.variants["sample 0.75"], sampler)
     assert psnr(to_range(by_epsilon), to_range(by_v)).min() > 60
     bench.model.prediction = "epsilon"  # the wrong one is another picture
@@ -155,7 +155,7 @@ def test_epsilon_and_v_of_one_denoiser_are_sampled_alike(bench, sampler: str) ->
 
 
 def test_an_unknown_prediction_is_refused() -> None:
-    with pytest.raises(ValueError, match="v, epsilon, got 'x0'"):
+    with pytest.raises(ValueError, match="v, epsilon, flow, got 'x0'"):
         ClassModel(UNET, 2, 4, "x0")
 
 
@@ -230,11 +230,11 @@ def test_a_file_keeps_the_autoencoder(model_file: Path) -> None:
 
 def test_the_labs_model_is_of_the_promised_kind() -> None:
     config = CONFIGS["lab"]
-    model = ClassModel(config.unet, 10, config.tokens, config.prediction, config.autoencoder)
-    count = sum(p.numel() for p in model.unet.parameters())
+    model = ClassModel(config.network, 10, config.tokens, config.prediction, config.autoencoder)
+    count = sum(p.numel() for p in model.network.parameters())
     assert 25e6 < count < 35e6
     assert 1e6 < sum(p.numel() for p in model.autoencoder.parameters()) < 3e6
-    assert config.unet.transformer_depth[:2] == (1, 1) and 40 <= config.unet.head_channels <= 64
+    assert config.network.transformer_depth[:2] == (1, 1) and 40 <= config.network.head_channels <= 64
 
 
 # -- measuring ----------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_bench_decodes_what_was_painted(bench, model_file: Path) -> None:
     noise = torch.randn((4, 4, 8, 8), generator=torch.Generator().manual_seed(1000))
     context = model.context(torch.tensor([0, 1, 0, 1]))
     free = model.class_tokens[-1:]
-    painted = diffusion.sample(model.unet, noise, context, free, sigmas, steps=5, guidance=7.5, prediction="epsilon")
+    painted = diffusion.sample(model.network, noise, context, free, sigmas, steps=5, guidance=7.5, prediction="epsilon")
     pictures, _ = bench.pictures(CATALOGUE.variants["unmerged"], "ddim5@g7.5")
     assert pictures.shape == (4, 3, 32, 32)
     assert psnr(to_range(pictures), to_range(model.decode(painted))).min() > 60
@@ -259,8 +259,8 @@ def test_first_steps_of_a_late_start_are_remembered(bench, model_file, monkeypat
     late = CATALOGUE.variants["sample 0.75 from 0.2"]
     alone, run = bench.pictures(late, sampler)
     calls = []
-    forward = bench.unet.forward
-    bench.unet.forward = lambda *a: calls.append(1) or forward(*a)
+    forward = bench.network.forward
+    bench.network.forward = lambda *a: calls.append(1) or forward(*a)
     bench.pictures(CATALOGUE.variants["unmerged"], sampler)
     assert len(calls) == 5
     again, second = bench.pictures(late, sampler)
@@ -344,7 +344,7 @@ def test_the_demo_models_pictures_are_what_they_were() -> None:
     noise = torch.randn((1, 3, 32, 32), generator=generator)
     context, free = bench.model.context(torch.tensor([1])), bench.model.class_tokens[-1:]
     with torch.no_grad():
-        found = diffusion.sample(bench.model.unet, noise, context, free, bench.table, steps=2)
+        found = diffusion.sample(bench.model.network, noise, context, free, bench.table, steps=2)
     moments = [found.mean().item(), found.std().item(), found[0, 0, 16, 16].item()]
     assert moments == pytest.approx(MOMENTS, abs=2e-4)
     assert hashlib.sha256(file.read_bytes()).hexdigest()[:12] == bench.hash == "406af75e11ba"

@@ -21,7 +21,7 @@ from quality import classifier, diffusion, measure, samplers
 from quality.bench import Bench
 from quality.hooks import Run, merged
 from quality.methods import CATALOGUE, Variant
-from quality.model import SIGMAS_KEY, TOKENS_KEY, UNET_PREFIX, load_model
+from quality.model import NETWORK_PREFIX, SIGMAS_KEY, TOKENS_KEY, load_model
 from quality.unet import UNet, UNetConfig
 from shared_tome import ModelCall, ToMeConfig
 
@@ -50,7 +50,7 @@ def model_file(tmp_path_factory) -> Path:
     """A U-Net whose every weight counts: the trainable one starts with zeros."""
     generator = torch.Generator().manual_seed(0)
     state = {
-        UNET_PREFIX + name: torch.randn(x.shape, generator=generator) * (0.7 / max(1, x[0].numel()) ** 0.5)
+        NETWORK_PREFIX + name: torch.randn(x.shape, generator=generator) * (0.7 / max(1, x[0].numel()) ** 0.5)
         for name, x in UNet(UNET).state_dict().items()
     }
     state[TOKENS_KEY] = torch.randn((3, 4, 8), generator=generator)  # two classes and "any"
@@ -226,14 +226,14 @@ def test_unmerged_is_the_trainers_own_sampler(bench, model_file):
     model, sigmas, _ = load_model(model_file)
     noise = torch.randn((2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1000))
     context = model.context(torch.tensor([0, 1]))
-    expected = diffusion.sample(model.unet, noise, context, model.class_tokens[-1:], sigmas, steps=2, guidance=3.0)
+    expected = diffusion.sample(model.network, noise, context, model.class_tokens[-1:], sigmas, steps=2, guidance=3.0)
     pictures, _ = bench.pictures(CATALOGUE.variants["unmerged"], "ddim2")
     torch.testing.assert_close(pictures, expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_hooks_leave_the_model_as_it_was(bench, fails):
-    unet = bench.unet
+    unet = bench.network
     x = torch.randn((2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(3))
     times, context = torch.full((2,), 500.0), bench.context(torch.tensor([0]))
     modules, state = list(unet.named_modules()), {k: v.clone() for k, v in unet.state_dict().items()}
@@ -292,12 +292,12 @@ def test_rounding_alone_is_told(model_file):
 def test_a_hooked_layer_is_attention_among_the_merged_tokens(bench, options):
     """Written out from the plan's groups and sizes alone."""
     config, seed = level0(**options), torch.tensor([3])
-    attn = bench.unet.input_blocks[1][1].transformer_blocks[0].attn1
+    attn = bench.network.input_blocks[1][1].transformer_blocks[0].attn1
     x = torch.randn((2, 256, 32), generator=torch.Generator().manual_seed(0))
     plan = ModelCall(config, (SIZE, SIZE), x.device, seed, 1).plan(x, (SIZE, SIZE))
-    with merged(bench.unet, Variant("x", "", config)) as run:
+    with merged(bench.network, Variant("x", "", config)) as run:
         run.begin((SIZE, SIZE), x.device, seed, 1, 2)
-        found = bench.unet.input_blocks[1][1].transformer_blocks[0].attn1(x)
+        found = bench.network.input_blocks[1][1].transformer_blocks[0].attn1(x)
     for row in range(2):
         groups, index, sizes = plan.groups[row], plan.index[row], plan.sizes[row]
         tokens = x[row][index]  # (M, C)

@@ -15,6 +15,7 @@ if str(ROOT) not in sys.path:
 
 from quality import methods, metrics, plot, samplers
 from quality.diffusion import cosine_sigmas
+from quality.rows import MAIN, results
 from shared_tome import ModelCall, ToMeConfig
 
 GRID = (8, 8)
@@ -201,12 +202,12 @@ def test_shared_matches_are_made_once(monkeypatch, options, expected):
 
 def test_the_catalogue_has_what_it_promises():
     sets = methods.CATALOGUE.sets
-    assert set(sets) == {"frontier", "sampling", "main", "paper", "floor", "starts", "key", "few"}
+    assert set(sets) == {"frontier", "sampling", "main", "paper", "floor", "starts", "key", "few", "joint"}
     assert len(sets["key"]) == 16 and sets["few"] == sets["key"][:8]
     assert all(name in methods.CATALOGUE.variants for name in sets["key"])
     families = {methods.CATALOGUE.variants[name].family for name in sets["frontier"]} - {"unmerged"}
     assert families <= set(plot.STYLES)
-    for name in ("frontier", "sampling", "main", "starts", "paper", "key", "few"):
+    for name in ("frontier", "sampling", "main", "starts", "paper", "key", "few", "joint"):
         assert sets[name][:2] == [methods.UNMERGED, methods.BASELINE]
 
 
@@ -217,26 +218,26 @@ PAGE = ROOT / "docs" / "quality.md"
 
 def test_the_page_agrees_with_the_csv():
     text = PAGE.read_text(encoding="utf-8")
-    assert plot.with_tables(text, plot.results()) == text, "run: python -m quality.plot ... --tables docs/quality.md"
+    assert plot.with_tables(text, results()) == text, "run: python -m quality.plot ... --tables docs/quality.md"
     for name in plot.TABLES:
         assert f"<!-- table {name} -->" in text
 
 
 def test_a_changed_number_is_noticed():
-    rows = plot.results()
-    row = next(row for row in rows if row["variant"] == methods.BASELINE and row["file"] == plot.MAIN)
+    rows = results()
+    row = next(row for row in rows if row["variant"] == methods.BASELINE and row["file"] == MAIN)
     row["psnr"] = "99.000"
     text = PAGE.read_text(encoding="utf-8")
     assert plot.with_tables(text, rows) != text
 
 
 def test_the_results_name_their_origin():
-    for row in plot.results():
+    for row in results():
         assert row["device"] and row["torch"] and row["date"] and row["commit"] and row["model"], row["variant"]
 
 
 def test_a_second_models_rows_have_tables_of_their_own():
-    rows = plot.results()
+    rows = results()
     second = [dict(row, model="other", file="other", psnr="77.0") for row in rows]
     page = "<!-- table presets -->\n<!-- end -->\n<!-- table presets@other -->\n<!-- end -->"
     alone, both = plot.with_tables(page, rows), plot.with_tables(page, rows + second)

@@ -54,7 +54,7 @@ def test_every_class_varies_and_shows_something() -> None:
 
 def test_writes_a_model_pictures_and_a_log(trained: Path) -> None:
     model, sigmas, metadata = load_model(trained / "model.safetensors")
-    assert model.unet.config == CONFIGS["tiny"].unet
+    assert model.network.config == CONFIGS["tiny"].network
     assert json.loads(metadata["training"])["steps"] == 2
     assert sigmas.shape == (1000,) and sigmas.dtype == torch.float32
     with Image.open(trained / "samples.png") as picture:
@@ -75,7 +75,7 @@ def test_goes_on_from_a_checkpoint(trained: Path, tmp_path: Path) -> None:
     train(tmp_path, "--resume", str(trained / "model.safetensors"))
     before, after = (load_model(folder / "model.safetensors") for folder in (trained, tmp_path))
     assert json.loads(after[2]["training"])["resumed"] is True
-    old, new = (found[0].unet.out[-1].weight for found in (before, after))
+    old, new = (found[0].network.out[-1].weight for found in (before, after))
     assert not old.equal(new) and (old - new).abs().max() < 0.01
 
 
@@ -98,6 +98,6 @@ def test_config_survives_json() -> None:
 
 
 def test_a_fresh_network_predicts_zero() -> None:
-    config = CONFIGS["tiny"].unet
+    config = CONFIGS["tiny"].network
     out = UNet(config)(torch.randn(1, 3, 8, 8), torch.zeros(1), torch.randn(1, 4, config.context_dim))
     assert out.shape == (1, 3, 8, 8) and not out.any()

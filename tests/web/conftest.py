@@ -1,4 +1,4 @@
-"""A browser for the session; a picture of the page and what its console said where a test fails."""
+"""A browser for each file of tests; a picture of the page and what its console said where a test fails."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # and no longer: tests/workflows starts one too, and playwright runs once in a process
 def chromium() -> Iterator[Any]:
     """The browser; skipped, with what to install, where there is none."""
     if importlib.util.find_spec("playwright") is None:
