@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from ..shared_tome import ModelCall
 from ..shared_tome.call import MergedAttention
 from ..shared_tome.grid import Grid, grid_of
-from ..shared_tome.heads import find_rule, narrow, widen_key, widen_query, widen_value, width
+from ..shared_tome.heads import find_rule, narrow, served_blocks, widen_key, widen_query, widen_value, width
 from ..shared_tome.plan import Plan, spread_rows
 from ..shared_tome.record import CallRecord
 from ..shared_tome.report import CallTally, why_not_served
@@ -35,14 +34,6 @@ def detach_all() -> None:
     """Take off every hook that is on any model, whoever put it there and whatever became of it."""
     for attachment in list(_attached):
         attachment.detach()
-
-
-def served_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The transformer blocks with a self-attention of the kind we know."""
-    for module in model.modules():
-        attn1 = getattr(module, "attn1", None)
-        if isinstance(attn1, nn.Module) and all(hasattr(attn1, name) for name in ("to_q", "to_k", "to_v", "to_out")):
-            yield module
 
 
 class Attachment:

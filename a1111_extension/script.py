@@ -7,6 +7,7 @@ from typing import Any
 from modules import script_callbacks, scripts
 
 from ..shared_tome.record import Run
+from ..shared_tome.report import capped
 from . import forge, gallery, hooks, infotext, panel, settings, xyz
 from .notes import Notes, logger, set_up_log
 from .options import Settings, named, settings_from
@@ -106,11 +107,9 @@ class ToMeScript(scripts.Script):
 
     def _start(self, p: Any, state: _State, sampling: Sampling) -> None:
         config = sampling.config
-        if config.ratio > config.ratio_cap:
-            state.notes.say(
-                f"ratio {config.ratio:g} is more than method {config.method} can take at stride "
-                f"{config.stride[0]}x{config.stride[1]}; {config.ratio_cap:g} is what it does"
-            )
+        cap = capped(config)
+        if cap is not None:
+            state.notes.say(cap)
         state.sampling = sampling
         if forge.is_forge(p.sd_model):
             forge.patch(p.sd_model, sampling)

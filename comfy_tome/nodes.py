@@ -74,8 +74,9 @@ class ToMe(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, **values: Any) -> io.NodeOutput:
         config = ToMeConfig.from_widgets(**values)
-        if capped(config):
-            logger.info("[ToMe] %s", capped(config))
+        cap = capped(config)
+        if cap is not None:
+            logger.info("[ToMe] %s", cap)
         return io.NodeOutput(apply_to_model(model, config))
 
 

@@ -9,7 +9,7 @@ by the layer's own `scale` or by the size of the heads they are given. Which one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +19,17 @@ from torch import Tensor, nn
 from .attention import extend_key, extend_query, extend_value, extra_channels
 
 OWN, GIVEN = "own", "given"
+
+
+PROJECTIONS = ("to_q", "to_k", "to_v")
+
+
+def served_blocks(model: nn.Module, *more: str) -> Iterator[nn.Module]:
+    """The transformer blocks whose self-attention `attn1` has its projections as modules of their own, and `more`."""
+    for module in model.modules():
+        attn1 = getattr(module, "attn1", None)
+        if isinstance(attn1, nn.Module) and all(hasattr(attn1, name) for name in (*PROJECTIONS, "to_out", *more)):
+            yield module
 
 
 def stretch(d: int, rule: str) -> float:

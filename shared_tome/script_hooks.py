@@ -22,21 +22,18 @@ from torch import Tensor, nn
 from .call import MergedAttention, ModelCall
 from .config import ToMeConfig
 from .grid import Grid, grid_of
-from .heads import find_rule, narrow, widen_key, widen_query, widen_value
+from .heads import PROJECTIONS, find_rule, narrow, widen_key, widen_query, widen_value
+from .heads import served_blocks as blocks_with
 from .plan import Plan, spread_rows
 from .schedule import config_at
 from .script_steps import Steps
 
 logger = logging.getLogger("ToMe")
-_PROJECTIONS = ("to_q", "to_k", "to_v")
 
 
 def served_blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The transformer blocks with a self-attention of the kind we know."""
-    for module in model.modules():
-        attn1 = getattr(module, "attn1", None)
-        if isinstance(attn1, nn.Module) and all(hasattr(attn1, name) for name in (*_PROJECTIONS, "to_out", "heads")):
-            yield module
+    return blocks_with(model, "heads")
 
 
 @dataclass(eq=False)
@@ -273,14 +270,14 @@ class _Block:
     def _follow_projections(self, attn1: nn.Module) -> None:
         """Have the hooks on the projections that are there now: a LoRA loaded later puts others in their place."""
         to_out = attn1.to_out[0] if isinstance(attn1.to_out, (nn.Sequential, nn.ModuleList)) else attn1.to_out
-        modules = [getattr(attn1, name) for name in _PROJECTIONS] + [to_out]
+        modules = [getattr(attn1, name) for name in PROJECTIONS] + [to_out]
         if [ref() for ref in self._hooked] == modules:
             return
         self.forget_projections()
         self._hooked = [weakref.ref(module) for module in modules]
         self._projection_handles = [
             getattr(attn1, name).register_forward_hook(functools.partial(self._widen, name, attn1.heads))
-            for name in _PROJECTIONS
+            for name in PROJECTIONS
         ]
         narrow_input = functools.partial(self._narrow, attn1.heads)
         self._projection_handles.append(to_out.register_forward_pre_hook(narrow_input, prepend=True))
@@ -355,7 +352,7 @@ def _stand_in(attn1: nn.Module) -> Callable[..., nn.Module]:
 
     def make(**parts: Any) -> nn.Module:
         layer = copy.copy(attn1)
-        layer.__dict__["_modules"] = {**attn1._modules, **{name: parts[name] for name in (*_PROJECTIONS, "to_out")}}
+        layer.__dict__["_modules"] = {**attn1._modules, **{name: parts[name] for name in (*PROJECTIONS, "to_out")}}
         return layer
 
     return make
