@@ -167,7 +167,7 @@ class _Block:
         layer = call.attention(x, x, x, grid) if grid is not None else None
         told = self.owner.told
         if told is not None and grid is not None:
-            told.layer(self.where, grid, layer and layer.plan, self.part)
+            told.layer(self.where, grid, layer and layer.plan, self.part, call.verdict(x, grid, self.heads))
         if layer is None:
             return None
         self.layer = layer
@@ -210,6 +210,10 @@ class _Block:
         if _is_taken(attn1):
             reason = "HyperTile or another extension has replaced the self-attention; such layers are left alone"
             self._leave(reason, grid)
+            return None
+        unpaid = call.why_not_paid(call.verdict(x, grid, self.heads))
+        if unpaid is not None:
+            self._leave(f"{unpaid}; layers of {x.shape[1]} tokens are left alone", grid)
             return None
         return grid
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..shared_tome import ToMeConfig
 
 KEY = "ToMe"
 APPLY_MODEL = "apply_model"  # comfy.patcher_extension.WrappersMP.APPLY_MODEL
@@ -23,6 +26,12 @@ def put_options(args: tuple, kwargs: dict[str, Any], options: dict[str, Any]) ->
     if len(args) > 3:
         return (*args[:3], options, *args[4:]), kwargs
     return args, {**kwargs, "transformer_options": options}
+
+
+@functools.lru_cache(maxsize=64)
+def config_key(config: ToMeConfig) -> str:
+    """The options as a compiled graph takes them for granted: all but the seed, which is a tensor there."""
+    return repr(config.replace(seed=0))
 
 
 def step_of(options: dict[str, Any], device: torch.device) -> Tensor | int:

@@ -8,19 +8,22 @@ stand. Nothing outlives the call: clones, several samplers, several GPUs and con
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention import attend_tokens
+from ..shared_tome.auto import Attention, Verdict
 from ..shared_tome.plan import Plan
 from ..shared_tome.report import CallTally, why_not_served
 from ..shared_tome.schedule import config_at
 from .log import leave_alone
-from .model_call import DIFFUSION_MODEL, KEY, find_options, progress_of, put_options, step_of
-from .record import begin
+from .model_call import DIFFUSION_MODEL, KEY, config_key, find_options, progress_of, put_options, step_of
+from .record import begin, is_compiled
 
 
 class UNetPatch:
@@ -36,7 +39,10 @@ class UNetPatch:
         if config.ratio == 0.0:
             return executor(x, t, *args, **kwargs)
         call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=step_of(options, x.device))
-        patch = UNetCall(call, options, None if record is None or record.run.compiled else record)
+        attention = _host_attention()
+        if is_compiled(executor, options):
+            call.look_ahead(x.shape[0], _layers_of(executor.class_obj.diffusion_model), _dtype_of(executor), attention)
+        patch = UNetCall(call, options, None if record is None or record.run.compiled else record, attention)
         # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
         # transformer_options, so without this a compiled model would keep the patches it first saw.
         kwargs["tome"] = patch.key
@@ -55,14 +61,54 @@ class UNetPatch:
         return config
 
 
-class UNetCall:
-    """The patches of one call of the model, and the options that carry them."""
+def _host_attention() -> Attention:
+    """The attention that ComfyUI was started with."""
+    from comfy.ldm.modules.attention import optimized_attention
 
-    def __init__(self, call: ModelCall, options: dict[str, Any], record: CallTally | None = None):
+    return optimized_attention
+
+
+# Walking through a model takes longer than a step may.
+_known_layers: weakref.WeakKeyDictionary[Any, list[tuple[int, int, int]]] = weakref.WeakKeyDictionary()
+
+
+def _layers_of(model: Any) -> list[tuple[int, int, int]]:
+    """(level, channels, heads) of a U-Net's self-attention layers, each once."""
+    model = getattr(model, "_orig_mod", model)
+    if model not in _known_layers:
+        _known_layers[model] = _find_layers(model)
+    return _known_layers[model]
+
+
+def _find_layers(model: Any) -> list[tuple[int, int, int]]:
+    first = getattr(model, "model_channels", None)
+    levels = {first * mult: level for level, mult in reversed(list(enumerate(getattr(model, "channel_mult", ()))))}
+    attentions = (block.attn1 for block in model.modules() if hasattr(block, "attn1") and hasattr(block, "attn2"))
+    found = {(attention.to_q.in_features, attention.heads) for attention in attentions}
+    return [(levels[channels], channels, heads) for channels, heads in sorted(found) if channels in levels]
+
+
+def _dtype_of(executor: Any) -> torch.dtype:
+    """What the model computes in."""
+    model = executor.class_obj
+    return getattr(model, "manual_cast_dtype", None) or model.get_dtype()
+
+
+class UNetCall:
+    """The patches of one call of the model, and the options that carry them. attention: the host's, to measure with."""
+
+    def __init__(
+        self,
+        call: ModelCall,
+        options: dict[str, Any],
+        record: CallTally | None = None,
+        attention: Attention | None = None,
+    ):
         self.call = call
         self._record = record
+        self._host_attention = attention
         # The seed is a tensor and so an input of a compiled graph; all else is decided in Python.
-        self.key = repr(call.config.replace(seed=0))
+        self.key = f"{config_key(call.config)} {call.unpaid}"
         self._pending: Tensor | None = None
         self._block_plan: Plan | None = None
         self._replaced = set(options.get("patches_replace", {}).get("attn1", {}))
@@ -100,7 +146,8 @@ class UNetCall:
         layer = self.call.attention(q, k, v, grid)
         if self._record is not None:
             plan = None if layer is None else layer.plan
-            self._record.layer(block_name(extra_options), grid, plan, extra_options.get("block_index", 0))
+            place = extra_options.get("block_index", 0)
+            self._record.layer(block_name(extra_options), grid, plan, place, self._verdict(q, grid, extra_options))
         if layer is None:
             return q, k, v
         if self.call.config.kind.matches:
@@ -173,7 +220,15 @@ class UNetCall:
         if block is not None and (block in self._replaced or (*block, place) in self._replaced):
             self._leave("a layer whose attention another node replaces is left alone", extra_options, grid=grid)
             return None
+        unpaid = self.call.why_not_paid(self._verdict(q, grid, extra_options))
+        if unpaid is not None:
+            self._leave(unpaid, extra_options, f"{grid[0]}x{grid[1]} tokens", grid)
+            return None
         return grid
+
+    def _verdict(self, q: Tensor, grid: tuple[int, int], extra_options: dict[str, Any]) -> Verdict | None:
+        """What is known of this layer's times."""
+        return self.call.verdict(q, grid, extra_options.get("n_heads"), self._host_attention)
 
     def _leave(
         self, reason: str, extra_options: dict[str, Any], detail: str = "", grid: tuple[int, int] | None = None

@@ -7,14 +7,16 @@ by that call, so clones, threads and several samplers cannot mix.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import kernels
+from .auto import Attention, Verdict, is_capturing, measures, verdict_on
 from .config import ToMeConfig
-from .curve import curve_order
+from .curve import curve_order, is_compiling
 from .grid import Grid, grid_at
 from .matching import match_tokens
 from .noise import fold_seed
@@ -51,6 +53,8 @@ class ModelCall:
             seed = torch.full((), fold_seed(seed), dtype=torch.int64, device=device)
         self.seed = seed
         self._served: dict[Grid, bool] = {}
+        self._verdicts: dict[tuple[Grid, int], Verdict | None] = {}
+        self._waits = True
         self._layers: dict[Grid, int] = {}
         self._walks: dict[Grid, Tensor] = {}
         self._drawn: dict[Grid, Tensor] = {}
@@ -63,6 +67,41 @@ class ModelCall:
         if grid not in self._served:  # a model asks once a layer
             self._served[grid] = self.config.ratio > 0.0 and serves_layer(self.config, grid, self.full)
         return self._served[grid]
+
+    def verdict(self, x: Tensor, grid: Grid, heads: int | None, attention: Attention | None = None) -> Verdict | None:
+        """What a layer on this grid takes whole and merged, measured at its first use (auto.py); None: not measured.
+
+        x: its tokens [B, N, C]; heads: None where the host does not tell; attention: the host's. Inside a compiled
+        graph only what `look_ahead` measured.
+        """
+        key = (grid, x.shape[2])
+        if key not in self._verdicts and not is_compiling():
+            known = None
+            if heads and measures(self.config, grid, x.device):
+                known = verdict_on(x.shape[0], grid, x.shape[2], heads, x.dtype, x.device, self.config, attention)
+            self._verdicts[key] = known
+        return self._verdicts.get(key)
+
+    def why_not_paid(self, found: Verdict | None) -> str | None:
+        """Why a layer of this verdict is left alone although the options would have it merged, or None."""
+        if found is None:
+            return None
+        waits = self._waits and not is_capturing(self.seed.device)
+        return None if found.pays(waits) else found.reason
+
+    def look_ahead(self, rows: int, layers: Iterable[tuple[int, int, int]], dtype: torch.dtype, attention=None) -> None:
+        """Measure before a compiled graph runs, in which nothing can be. layers: (level, channels, heads)."""
+        self._waits = False
+        for level, channels, heads in layers:
+            grid = grid_at(self.full, level)
+            if self.serves(grid) and measures(self.config, grid, self.seed.device):
+                known = verdict_on(rows, grid, channels, heads, dtype, self.seed.device, self.config, attention)
+                self._verdicts[grid, channels] = known
+
+    @property
+    def unpaid(self) -> tuple[tuple[Grid, int], ...]:
+        """(grid, channels) of the layers that `look_ahead` found not to pay: a compiled graph depends on them."""
+        return tuple(key for key, found in self._verdicts.items() if self.why_not_paid(found) is not None)
 
     def plan(self, metric: Tensor, grid: Grid) -> Plan | None:
         """The plan for the next layer on this grid, or None where it is to be left alone.

@@ -157,7 +157,8 @@ class ToMeConfig:
         "auto",
         "Levels",
         "At which resolutions to merge: 0 is the latent's own, each further level has half the width and height. "
-        "auto takes every layer that has at least 'min tokens'.",
+        "auto takes every layer that has at least 'min tokens' and that, on a GPU, is faster merged (measured once); "
+        "named levels are always merged.",
         choices=LEVELS,
         advanced=True,
     )
@@ -183,7 +184,7 @@ class ToMeConfig:
     ratio_end: float = _option(
         -1.0,
         "Ratio at the end",
-        "The ratio moves in a straight line from 'ratio' to this value between start and end. -1: it stays.",
+        "The ratio moves in six equal stages from 'ratio' to this value between start and end. -1: it stays.",
         minimum=-1.0,
         maximum=1.0,
         step=0.05,

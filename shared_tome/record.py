@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .auto import Verdict
 from .config import ToMeConfig
 from .grid import Grid
 from .plan import Plan
@@ -114,8 +115,8 @@ class CallRecord(CallTally):
             self.run.note(self.step, dataclasses.replace(facts, full=full))
         self.full = full
 
-    def layer(self, where: str, grid: Grid, plan: Plan | None, part: int = 0) -> int:
-        number = super().layer(where, grid, plan, part)
+    def layer(self, where: str, grid: Grid, plan: Plan | None, part: int = 0, verdict: Verdict | None = None) -> int:
+        number = super().layer(where, grid, plan, part, verdict)
         if plan is not None and self.run.config.kind.matches and self._rows is not None:
             self._plans.append((grid, number, plan))
         return number

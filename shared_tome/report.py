@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .auto import Verdict
 from .config import ToMeConfig
 from .grid import Grid, level_of
 from .plan import Plan
@@ -47,7 +48,8 @@ class Layer:
 
     where: its block as the log names it. part: which attention of that block. level, grid: None where unknown.
     number: its place among the layers of its grid, or None where it was left alone. before, after: tokens; after is
-    the fewest and the most over the run. calls: of the model. reason: why it was left alone, or "".
+    the fewest and the most over the run. calls: of the model. reason: why it was left alone, or "". saves_us: what
+    merging saves a call of it, where that was measured (auto.py).
     """
 
     where: str
@@ -59,6 +61,7 @@ class Layer:
     after: tuple[int, int] | None
     calls: int
     reason: str = ""
+    saves_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class Report:
             first = group[0]
             lines.append(
                 f"- {_place(first)}: {_change(first)} tokens (-{100 * (1 - first.after[0] / first.before):.0f}%), "
-                f"{_count(group, 'layer')}: {_names(group)}"
+                f"{_count(group, 'layer')}{_saves(first)}: {_names(group)}"
             )
         if self.left_alone:
             lines += ["", "Left alone:"]
@@ -196,9 +199,19 @@ class Tally:
             self._calls += 1
             self._steps[step] = max(ratio, self._steps.get(step, 0.0))
 
-    def merged(self, where: str, grid: Grid, full: Grid, number: int, after: int, part: int = 0) -> None:
+    def merged(
+        self,
+        where: str,
+        grid: Grid,
+        full: Grid,
+        number: int,
+        after: int,
+        part: int = 0,
+        saves_us: float | None = None,
+    ) -> None:
         """One layer of a call that has been merged: full is the latent's own grid."""
-        layer = Layer(where, part, level_of(grid, full), grid, number, math.prod(grid), (after, after), 1)
+        after = (after, after)
+        layer = Layer(where, part, level_of(grid, full), grid, number, math.prod(grid), after, 1, saves_us=saves_us)
         self._add(layer)
 
     def left_alone(
@@ -249,16 +262,17 @@ class CallTally:
         self._tally = tally
         self._numbers: dict[Grid, int] = {}
 
-    def layer(self, where: str, grid: Grid, plan: Plan | None, part: int = 0) -> int:
+    def layer(self, where: str, grid: Grid, plan: Plan | None, part: int = 0, verdict: Verdict | None = None) -> int:
         """The next layer on a grid, and its number, which counts as ModelCall does.
 
-        plan: None where nothing is to go.
+        plan: None where nothing is to go. verdict: what was measured of it.
         """
         number = self.count(grid)
         if plan is None:
             self.left_alone("the ratio takes away no whole token", where, grid, part)
         else:
-            self._tally.merged(where, grid, self.full, number, plan.kept, part)
+            saves = None if verdict is None else verdict.saves_us
+            self._tally.merged(where, grid, self.full, number, plan.kept, part, saves)
         return number
 
     def count(self, grid: Grid) -> int:
@@ -276,7 +290,7 @@ def _alike(layers: Iterable[Layer]) -> list[list[Layer]]:
     """Layers of which the same is to be said, together."""
     groups: dict[tuple, list[Layer]] = {}
     for layer in layers:
-        groups.setdefault((layer.level, layer.grid, layer.after, layer.reason), []).append(layer)
+        groups.setdefault((layer.level, layer.grid, layer.after, layer.reason, layer.saves_us), []).append(layer)
     return list(groups.values())
 
 
@@ -290,6 +304,10 @@ def _place(layer: Layer) -> str:
 def _change(layer: Layer) -> str:
     least, most = layer.after
     return f"{layer.before} to {least}" if least == most else f"{layer.before} to {least}...{most}"
+
+
+def _saves(layer: Layer) -> str:
+    return "" if layer.saves_us is None else f", each saves {layer.saves_us:.0f} us"
 
 
 def _count(layers: Sequence[Layer], word: str) -> str:

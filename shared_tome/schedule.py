@@ -12,8 +12,13 @@ from .config import ToMeConfig
 from .grid import Grid, level_of
 
 
+# Values that a moving ratio takes. Each is another number of tokens, so another graph under torch.compile, which
+# gives up after eight; the unmerged steps of a start or an end are one more.
+RATIOS = 6
+
+
 def ratio_at(config: ToMeConfig, progress: float) -> float:
-    """The ratio at a point of the run, 0 where nothing is merged.
+    """The ratio at a point of the run, 0 where nothing is merged. A moving one goes in RATIOS equal stages.
 
     progress: 0 at the first step, towards 1 at the last (step / steps).
     """
@@ -22,7 +27,8 @@ def ratio_at(config: ToMeConfig, progress: float) -> float:
     if config.ratio_end < 0.0:
         return config.ratio
     way = (progress - config.start) / (config.end - config.start) if config.end > config.start else 0.0
-    return config.ratio + (config.ratio_end - config.ratio) * min(1.0, max(0.0, way))
+    stage = min(RATIOS - 1, math.floor(RATIOS * max(0.0, way) + 1e-9))
+    return config.ratio + (config.ratio_end - config.ratio) * stage / (RATIOS - 1)
 
 
 def config_at(config: ToMeConfig, progress: Callable[[], float]) -> ToMeConfig:

@@ -197,7 +197,7 @@ class _Block:
         name, context_name = _names(attn1)
         x = argument(args, kwargs, 0, name)
         context = argument(args, kwargs, 1, context_name)
-        grid = self._grid(x, now)
+        grid = self._grid(x, now, attn1)
         if grid is None:
             return None
         call, own = self.owner.call.model, context is None or context is x
@@ -229,7 +229,7 @@ class _Block:
         plan = now.open.pop("attn1", None)
         return None if plan is None else plan.unmerge(out)
 
-    def _grid(self, x: Any, now: _Pass) -> Grid | None:
+    def _grid(self, x: Any, now: _Pass, attn1: nn.Module) -> Grid | None:
         """The grid of this layer's tokens, or None where it is to be left alone."""
         call = self.owner.call
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[:2] != now.metric.shape[:2]:
@@ -238,7 +238,13 @@ class _Block:
         if grid is None or x.shape[0] != call.batch:
             self.owner.say("a layer whose tokens are not those of the image (it attends over time) is left alone")
             return None
-        return grid if call.model.serves(grid) else None
+        if not call.model.serves(grid):
+            return None
+        unpaid = call.model.why_not_paid(call.model.verdict(x, grid, attn1.heads))
+        if unpaid is not None:
+            self.owner.say(f"{unpaid}; layers of {x.shape[1]} tokens are left alone")
+            return None
+        return grid
 
     def _can_merge_keys(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any], kind: Any) -> bool:
         if kind.keys and argument(args, kwargs, 2, "attention_mask", "mask") is not None:

@@ -255,7 +255,7 @@ def test_the_schedule_counts_calls_where_the_sampler_makes_two_a_step(host, tome
 
 
 def test_a_falling_ratio(host, tome, monkeypatch):
-    assert _merged_calls(host, tome, monkeypatch, _on(ratio_end=0.0), steps=4) == [0.5, 0.375, 0.25, 0.125]
+    assert _merged_calls(host, tome, monkeypatch, _on(ratio_end=0.0), steps=4) == [0.5, 0.4, 0.2, 0.1]
 
 
 def test_each_step_chooses_anew(host, tome, monkeypatch):

@@ -99,7 +99,7 @@ def test_start_end_and_a_falling_ratio(sd15, tome):
     assert keys(start=0.5) == [1024, 1024, 512, 512]
     assert keys(end=0.5) == [512, 512, 1024, 1024]
     assert keys(start=0.25, end=0.75) == [1024, 512, 512, 1024]
-    assert keys(ratio=0.5, ratio_end=0.0) == [512, 640, 768, 896]
+    assert keys(ratio=0.5, ratio_end=0.0) == [512, 615, 820, 922]
 
 
 def test_a_ratio_over_the_cap_is_said(sd15, tome, caplog):

@@ -7,6 +7,7 @@ import torch
 
 from shared_tome import METHODS, ModelCall, match_tokens
 from shared_tome.attention import attend
+from shared_tome.schedule import config_at
 
 from .helpers import MATCHING, PARTITIONS, config, tokens
 
@@ -123,6 +124,23 @@ def test_a_model_call(method):
         )
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert (backend.graphs, backend.waits) == (1, 0)
+
+
+@pytest.mark.parametrize("method", ["sample", "merge"])
+def test_a_moving_ratio(method):
+    """A second graph, for any ratio, and none for another seed, step or stage of the schedule."""
+    ours = config(method=method, ratio=0.75, ratio_end=0.25, start=0.1)
+    backend = Counting()
+    compiled = torch.compile(blocks, fullgraph=True, backend=backend)
+    x = tokens(2, GRID, 8)
+    for seed in (1, 2):
+        for step in range(20):
+            now = config_at(ours, lambda step=step: step / 20)
+            if now.ratio > 0.0:
+                call = ModelCall(now, GRID, x.device, seed=seed, step=torch.tensor(step))
+                again = ModelCall(now, GRID, x.device, seed=seed, step=torch.tensor(step))
+                torch.testing.assert_close(compiled(x, call), blocks(x, again), rtol=1e-5, atol=1e-5)
+    assert backend.graphs == 2
 
 
 def test_a_break_would_be_seen():

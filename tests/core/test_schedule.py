@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from shared_tome import ToMeConfig
 from shared_tome.grid import grid_at
-from shared_tome.schedule import ratio_at, serves_layer
+from shared_tome.schedule import RATIOS, ratio_at, serves_layer
 
 from .helpers import config
 
@@ -31,13 +32,21 @@ def test_start_and_end():
     assert ratio_at(config(ratio=0.6, start=0.4), 1.0) == 0.6
 
 
-def test_a_linear_ratio():
-    assert ratios(4, ratio=0.8, ratio_end=0.0) == [0.8, 0.6, 0.4, 0.2]
-    assert ratios(4, ratio=0.0, ratio_end=0.8) == [0.0, 0.2, 0.4, 0.6]
-    assert ratios(10, ratio=0.6, ratio_end=0.2, start=0.2, end=0.6) == [0, 0, 0.6, 0.5, 0.4, 0.3, 0, 0, 0, 0]
+def test_a_moving_ratio_goes_in_stages():
+    assert ratios(6, ratio=0.8, ratio_end=0.3) == [0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
+    assert ratios(12, ratio=0.0, ratio_end=0.5) == [0.0, 0.0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5]
+    assert ratios(4, ratio=0.8, ratio_end=0.0) == [0.8, 0.64, 0.32, 0.16]
+    assert ratios(10, ratio=0.7, ratio_end=0.2, start=0.2, end=0.8) == [0, 0, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0, 0]
     assert ratio_at(config(ratio=0.6, ratio_end=0.2), 1.0) == pytest.approx(0.2)
     assert ratio_at(config(ratio=0.6, ratio_end=0.2), 1.5) == pytest.approx(0.2)
     assert ratio_at(config(ratio=0.6, ratio_end=0.2, start=1.0), 1.0) == 0.6
+
+
+def test_a_moving_ratio_takes_few_values():
+    """Each is another graph under torch.compile, which gives up after a few."""
+    found = set(ratios(1000, ratio=0.9, ratio_end=0.1, start=0.1, end=0.95))
+    assert len(found) == RATIOS + 1 < torch._dynamo.config.recompile_limit
+    assert {0.0, 0.1, 0.9} <= found
 
 
 def test_a_ratio_of_any_step_is_a_ratio():

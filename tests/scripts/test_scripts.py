@@ -124,6 +124,21 @@ def test_an_exception_in_a_merged_step_does_not_reach_an_unmerged_one():
     assert torch.equal(models.run(unet, timestep=900), early)
 
 
+def test_layers_that_do_not_pay_are_left_alone(monkeypatch, caplog):
+    """A GPU measures each shape once; here all are said not to pay."""
+    from shared_tome import call
+
+    unet = models.sd15()
+    before = models.run(unet)
+    monkeypatch.setattr(call, "measures", lambda config, grid, device: config.levels == "auto")
+    monkeypatch.setattr(call, "verdict_on", lambda *_: call.Verdict(100.0, 99.0, 5.0))
+    shared_tome.apply_patch(unet, config=config())
+    assert torch.equal(models.run(unet), before)
+    assert "does not pay here: it saves 1 of 100 us" in caplog.text
+    shared_tome.apply_patch(unet, config=config(levels="0"))
+    assert not torch.equal(models.run(unet), before)
+
+
 def reference(attn1, x, metric, grid, config):
     """Weighted, merged attention in float64, from the core's parts alone."""
     call = ModelCall(config, grid, x.device)

@@ -1,0 +1,38 @@
+"""levels "auto": layers that were measured not to pay on this device are left alone, and it is said."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+ON = [{"ratio": 0.5, "min_tokens": 0}]
+
+
+@pytest.fixture
+def lines(tome, monkeypatch):
+    """What the log gets; level 0 (16x16) does not pay on this made-up GPU."""
+    call = sys.modules[tome.core.ModelCall.__module__]
+    verdict = call.Verdict
+
+    def verdict_on(rows, grid, channels, heads, dtype, device, config, attention=None):
+        return verdict(100.0, 99.0, 5.0) if grid == (16, 16) else verdict(80.0, 30.0, 20.0)
+
+    monkeypatch.setattr(call, "measures", lambda config, grid, device: config.levels == "auto")
+    monkeypatch.setattr(call, "verdict_on", verdict_on)
+    found = []
+    monkeypatch.setattr(tome.notes.logger, "info", lambda text, *args: found.append(text % args if args else text))
+    return found
+
+
+def test_what_does_not_pay_is_left_alone(host, lines):
+    host.generate(ON)
+    report = lines[-1]
+    assert "level 1 (8x8): 64 to 32 tokens in 4 layers" in report
+    assert "left alone: 3 layers at level 0 (merging does not pay here: it saves 1 of 100 us" in report
+    assert any("layers of 256 tokens are left alone" in line for line in lines[:-1])
+
+
+def test_named_levels_are_merged_whatever_they_cost(host, lines):
+    host.generate([{**ON[0], "levels": "0"}])
+    assert "level 0 (16x16): 256 to 128 tokens in 3 layers" in lines[-1]

@@ -1,0 +1,91 @@
+"""levels "auto": a layer that was measured not to pay on this device is left alone, and it is said.
+
+The CPU measures nothing; here verdicts are given as a GPU's would be. What is measured there: tests/core/test_auto.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import pytest
+import torch
+
+from .host import forget_log, pack_module, run_node, sample, small_unet, tokens, watch
+
+
+@pytest.fixture
+def judged(comfy_nodes, monkeypatch):
+    """Level 0 (32x32) does not pay, level 1 does. Returns what was asked for."""
+    call = sys.modules[pack_module("unet").ModelCall.__module__]
+    verdict, asked = call.Verdict, []
+
+    def verdict_on(rows, grid, channels, heads, dtype, device, config, attention=None):
+        asked.append((rows, grid, channels, heads, dtype, attention.__name__))
+        return verdict(100.0, 99.0, 5.0) if grid == (32, 32) else verdict(80.0, 30.0, 20.0)
+
+    monkeypatch.setattr(call, "measures", lambda config, grid, device: config.levels == "auto")
+    monkeypatch.setattr(call, "verdict_on", verdict_on)
+    return asked
+
+
+def merged_grids(model, steps=2):
+    """How many keys the layers of each level get."""
+    with watch(model) as seen:
+        made = sample(model, steps=steps)
+    keys = tokens(seen, "attn1.to_k")
+    return made, {block: next(iter(count)) for block, count in keys.items()}
+
+
+def test_what_does_not_pay_is_left_alone(sd15, tome, judged, caplog):
+    forget_log()
+    with caplog.at_level(logging.INFO, "ToMe"):
+        _, keys = merged_grids(tome(sd15, min_tokens=100))
+    assert keys["input_blocks.1.1"] == 1024 and keys["input_blocks.3.1"] == 128
+    said = [line for line in caplog.messages if "does not pay here" in line]
+    assert said == [
+        "[ToMe] merging does not pay here: it saves 1 of 100 us and takes the processor 5 us longer "
+        "(input block 1, 32x32 tokens)"
+    ]
+    assert {(rows, grid, name) for rows, grid, _, _, _, name in judged} == {
+        (2, (32, 32), "attention_pytorch"), (2, (16, 16), "attention_pytorch")
+    }  # fmt: skip
+
+
+def test_named_levels_are_merged_whatever_they_cost(sd15, tome, judged):
+    _, keys = merged_grids(tome(sd15, min_tokens=100, levels="0,1"))
+    assert keys["input_blocks.1.1"] == 512 and not judged
+
+
+def test_where_nothing_pays_the_picture_is_the_unmerged_one(sd15, tome, judged):
+    plain = sample(sd15, steps=2)
+    assert torch.equal(sample(tome(sd15, min_tokens=1000), steps=2), plain)
+    assert not torch.equal(sample(tome(sd15, min_tokens=1000, levels="0"), steps=2), plain)
+
+
+def test_the_report_says_what_each_layer_saves(sd15, tome, judged, comfy_nodes):
+    model, kept = comfy_nodes["ToMeRecord"].execute(model=tome(sd15, min_tokens=100)).result
+    sample(model, steps=2)
+    out = comfy_nodes["ToMeReport"].execute(record=kept, after=None, measure_time=False)
+    text, data = out.result[0], json.loads(out.result[1])
+    assert (
+        "- level 1 (16x16): 256 to 128 tokens (-50%), 3 layers, each saves 50 us: input block 3, output block 2, 3"
+    ) in text
+    assert (
+        "- level 0 (32x32), 1024 tokens, 3 layers: merging does not pay here: it saves 1 of 100 us and takes the "
+        "processor 5 us longer (input block 1, output block 4, 5)"
+    ) in text
+    assert {layer["saves_us"] for layer in data["layers"]} == {50.0, None}
+
+
+def test_a_compiled_model_is_measured_before_its_graph_runs(comfy_nodes, tome, judged):
+    torch._dynamo.reset()
+    model = small_unet("SD15")
+    compiled = run_node(comfy_nodes["TorchCompileModel"], model=tome(model, min_tokens=100), backend="eager")
+    made, keys = merged_grids(compiled, steps=1)
+    assert keys["input_blocks.1.1"] == 1024 and keys["input_blocks.3.1"] == 128
+    torch._dynamo.reset()
+    levels = tome(model, min_tokens=100, levels="1")
+    assert (made - sample(levels, steps=1)).norm() / made.norm() < 1e-4
+    assert sorted({(grid, heads > 0) for _, grid, _, heads, _, _ in judged}) == [((16, 16), True), ((32, 32), True)]

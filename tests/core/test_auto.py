@@ -1,0 +1,275 @@
+"""levels "auto" on a GPU: what is measured, kept and decided. The GPU's own times: tests/gpu."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+
+import pytest
+import torch
+
+from shared_tome import METHODS, ModelCall, auto
+from shared_tome.auto import Case, Verdict, Verdicts
+
+from .helpers import config, tokens
+
+GRID = (6, 8)
+PAYS, COSTS = Verdict(100.0, 60.0, 10.0), Verdict(100.0, 98.0, 10.0)
+
+
+def case(**changes):
+    known = {"rows": 2, "grid": GRID, "channels": 16, "heads": 2, "dtype": torch.float16, "config": config()}
+    return Case(**{**known, **changes})
+
+
+@pytest.mark.parametrize(
+    ("full", "merged", "cpu", "eager", "compiled"),
+    [
+        (100, 60, 10, True, True),
+        (100, 60, 50, False, True),  # it saves 40 and takes the processor 50
+        (100, 98, 0, False, False),  # within what scatters
+        (100, 120, 0, False, False),
+        (1000, 500, 300, True, True),
+    ],
+)
+def test_what_pays(full, merged, cpu, eager, compiled):
+    verdict = Verdict(full, merged, cpu)
+    assert (verdict.pays(), verdict.pays(waits=False)) == (eager, compiled)
+    assert f"saves {full - merged:.0f} of {full:.0f} us" in verdict.reason
+
+
+def test_it_is_measured_once_and_kept(tmp_path):
+    path = tmp_path / "folder" / "gpu.json"
+    calls = []
+
+    def measured(verdict):
+        calls.append(verdict)
+        return verdict
+
+    first = Verdicts(path)
+    assert first.get("a", lambda: measured(PAYS)) == PAYS
+    assert first.get("a", lambda: measured(COSTS)) == PAYS
+    assert Verdicts(path).get("a", lambda: measured(COSTS)) == PAYS
+    assert len(calls) == 1
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def test_two_processes_share_the_file(tmp_path):
+    one, other = (Verdicts(tmp_path / "gpu.json") for _ in range(2))
+    one.get("a", lambda: PAYS)
+    other.get("b", lambda: COSTS)
+    one.get("c", lambda: PAYS)
+    assert set(json.loads(one.path.read_text())["layers"]) == {"a", "b", "c"}
+
+
+DAMAGED = (
+    "",
+    "{",
+    "[]",
+    "null",
+    '{"form": 1}',
+    '{"form": 1, "layers": {"a": {"full_us": 1}}}',
+    '{"form": 1, "layers": {"a": {"full_us": 1, "merged_us": "x", "cpu_us": 0}}}',
+    '{"form": 1, "layers": {"a": {"full_us": 1, "merged_us": NaN, "cpu_us": 0}}}',
+    '{"form": 1, "layers": 5}',
+)
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_file_is_ignored_and_rewritten(tmp_path, caplog, text):
+    path = tmp_path / "gpu.json"
+    path.write_text(text)
+    with caplog.at_level(logging.WARNING, "ToMe"):
+        assert Verdicts(path).get("a", lambda: COSTS) == COSTS
+    assert "is damaged" in caplog.text
+    assert Verdicts(path).get("a", lambda: PAYS) == COSTS
+
+
+def test_a_file_of_another_form_is_rewritten(tmp_path, caplog):
+    path = tmp_path / "gpu.json"
+    path.write_text('{"form": 99, "layers": {"a": {"full_us": 1, "merged_us": 2, "cpu_us": 0}}}')
+    assert Verdicts(path).get("a", lambda: PAYS) == PAYS
+    assert json.loads(path.read_text())["form"] == auto.FORM
+    assert not caplog.text
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    kept = Verdicts(tmp_path / "file" / "gpu.json")
+    assert kept.get("a", lambda: PAYS) == PAYS
+    assert kept.get("b", lambda: COSTS) == COSTS
+    assert kept.get("a", lambda: COSTS) == PAYS
+    assert caplog.text.count("cannot be kept") == 1
+
+
+def test_nothing_to_keep():
+    kept = Verdicts(None)
+    assert kept.get("a", lambda: PAYS) == PAYS
+    assert kept.get("a", lambda: COSTS) == PAYS
+
+
+def test_what_cannot_be_measured_is_merged(tmp_path, caplog):
+    kept, tries = Verdicts(tmp_path / "gpu.json"), []
+
+    def fails():
+        tries.append(1)
+        raise RuntimeError("out of memory")
+
+    assert kept.get("a", fails) is None
+    assert kept.get("a", fails) is None
+    assert len(tries) == 1 and "out of memory" in caplog.text
+    assert not kept.path.exists()
+    assert ModelCall(config(), GRID, torch.device("cpu")).why_not_paid(None) is None
+
+
+def test_threads_measure_once():
+    kept, calls, together = Verdicts(None), [], threading.Barrier(4)
+
+    def measured():
+        calls.append(1)
+        return PAYS
+
+    def run():
+        together.wait()
+        kept.get("a", measured)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+
+
+def test_what_tells_layers_apart():
+    same = [case(), case(config=config(seed=5)), case(config=config(start=0.5, min_tokens=7))]
+    assert len({one.key for one in same}) == 1
+    other = [
+        case(),
+        case(rows=4),
+        case(grid=(8, 6)),
+        case(channels=32),
+        case(heads=4),
+        case(dtype=torch.bfloat16),
+        case(attention="sage"),
+        case(config=config(ratio=0.25)),
+        case(config=config(proportional=False)),
+        case(config=config(method="merge_keys")),
+        case(config=config(stride=(4, 2))),
+        case(config=config(partition="random")),
+        case(config=config(reduce="pick")),
+        case(config=config(share_match=True)),
+    ]
+    assert len({one.key for one in other}) == len(other)
+
+
+def test_which_layers_are_measured(monkeypatch):
+    monkeypatch.delenv(auto.SWITCH, raising=False)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert auto.measures(config(), GRID, gpu)
+    assert not auto.measures(config(), GRID, cpu)
+    assert not auto.measures(config(levels="0"), GRID, gpu)
+    assert auto.measures(config(), (127, 129), gpu)
+    assert not auto.measures(config(), (128, 128), gpu)
+    monkeypatch.setenv(auto.SWITCH, "0")
+    assert not auto.measures(config(), GRID, gpu)
+
+
+def test_where_it_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv(auto.FOLDER, str(tmp_path))
+    assert auto.folder() == tmp_path
+    monkeypatch.setenv(auto.FOLDER, "")
+    assert auto.folder() is None
+    monkeypatch.delenv(auto.FOLDER)
+    assert auto.folder().name == "tome"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("ratio", [0.6, 0.75, 0.01])
+def test_both_ways_are_run(monkeypatch, method, ratio):
+    """As an adapter runs them: projections, weights of keys, the way back."""
+    outputs = []
+
+    def times_of(call, device):
+        outputs.append(call())
+        return (100.0, 20.0) if len(outputs) == 1 else (60.0, 25.0)
+
+    monkeypatch.setattr(auto, "times_of", times_of)
+    asked = []
+
+    def attention(q, k, v, heads, scale=None):
+        asked.append((q.shape, k.shape, heads))
+        return auto.torch_attention(q, k, v, heads, scale)
+
+    state = torch.get_rng_state()
+    ours = case(config=config(method=method, ratio=ratio), dtype=torch.float32)
+    assert auto.measure(ours, torch.device("cpu"), attention) == Verdict(100.0, 60.0, 5.0)
+    assert torch.equal(state, torch.get_rng_state())
+    assert [out.shape for out in outputs] == [(2, 48, 16)] * 2
+    (full, _, heads), (queries, keys, _) = asked
+    assert full == (2, 48, 16) and heads == 2
+    merged = METHODS[method]
+    goes = int(48 * ratio)
+    assert queries[1] == (48 - goes if merged.queries else 48)
+    assert keys[1] == (48 - goes if merged.keys else 48)
+
+
+def test_fewer_rows_of_a_large_batch(monkeypatch):
+    seen = []
+    monkeypatch.setattr(auto, "measure", lambda case, device, attention: seen.append(case) or PAYS)
+    monkeypatch.setattr(auto, "verdicts_of", lambda device, kept=Verdicts(None): kept)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    ours, cpu = config(start=0.4, min_tokens=100, seed=3), torch.device("cpu")
+    assert auto.verdict_on(64, (64, 64), 640, 10, torch.float16, cpu, ours) == PAYS
+    assert auto.verdict_on(2, (64, 64), 640, 10, torch.float16, cpu, ours) == PAYS
+    assert [one.rows for one in seen] == [6, 2]
+    assert seen[0].config == config(min_tokens=0)
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Measuring on the CPU, with a verdict of the test's choice by channels."""
+    from shared_tome import call
+
+    asked = []
+
+    def verdict_on(rows, grid, channels, heads, dtype, device, ours, attention=None):
+        asked.append((rows, grid, channels, heads, dtype, attention))
+        return {16: PAYS, 8: COSTS}.get(channels)
+
+    monkeypatch.setattr(call, "measures", lambda ours, grid, device: ours.levels == "auto")
+    monkeypatch.setattr(call, "verdict_on", verdict_on)
+    return asked
+
+
+def test_a_call_asks_once_a_shape(judged):
+    call = ModelCall(config(), GRID, torch.device("cpu"))
+    paid, unpaid, unknown = (tokens(2, GRID, channels) for channels in (16, 8, 4))
+    for _ in range(2):
+        assert call.why_not_paid(call.verdict(paid, GRID, 2)) is None
+        assert call.why_not_paid(call.verdict(unpaid, GRID, 2)) == COSTS.reason
+        assert call.why_not_paid(call.verdict(unknown, GRID, 2)) is None
+    assert len(judged) == 3
+    assert call.verdict(tokens(2, GRID, 12), GRID, None) is None  # a host that tells no heads
+    named = ModelCall(config(levels="0"), GRID, torch.device("cpu"))
+    assert named.verdict(unpaid, GRID, 2) is None
+    assert len(judged) == 3
+
+
+def test_a_compiled_graph_is_looked_ahead_of(judged):
+    """Nothing can be measured in it; launches are not waited for there."""
+    ahead = ModelCall(config(min_tokens=20), GRID, torch.device("cpu"))
+    ahead.look_ahead(2, [(0, 8, 2), (0, 16, 2), (1, 8, 2)], torch.float32)
+    assert [one[:3] for one in judged] == [(2, GRID, 8), (2, GRID, 16)]  # level 1 has 12 tokens
+    assert ahead.unpaid == ((GRID, 8),)
+
+    def layer(x, call):
+        return x if call.why_not_paid(call.verdict(x, GRID, 2)) is None else -x
+
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for channels, kept in ((16, True), (8, False), (4, True)):
+        x = tokens(2, GRID, channels)
+        assert torch.equal(compiled(x, ahead), x if kept else -x)
+    assert len(judged) == 2
+    torch._dynamo.reset()
