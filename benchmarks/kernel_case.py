@@ -69,17 +69,18 @@ class Reached:
         return ("" if found <= 2 * self.plain[1] and score <= 2 * self.plain[1] else "WORSE THAN TORCH ") + text
 
 
-def check_select(case: Case, got: tuple[Tensor, Tensor]) -> str:
-    """The same similarities stay as topk keeps; groups and index agree."""
+def check_select(case: Case, got: tuple[Tensor, Tensor], similarity: Tensor | None = None) -> str:
+    """The same similarities stay as topk keeps; groups and index agree. similarity: the case's own if None."""
     index, groups = got
+    similarity = case.similarity if similarity is None else similarity
     stay = case.kept - case.dst.shape[1]
     place = torch.empty_like(groups).scatter_(
         1,
         case.src.expand(groups.shape[0], -1),
         torch.arange(case.src.shape[1], device="cuda").expand(groups.shape[0], -1),
     )
-    chosen = case.similarity.gather(1, place.gather(1, index[:, :stay])).sort(dim=1).values
-    expected = case.similarity.topk(stay, dim=1, largest=False).values.sort(dim=1).values
+    chosen = similarity.gather(1, place.gather(1, index[:, :stay])).sort(dim=1).values
+    expected = similarity.topk(stay, dim=1, largest=False).values.sort(dim=1).values
     own = groups.gather(1, index)
     fine = torch.equal(chosen, expected) and torch.equal(own, torch.arange(case.kept, device="cuda").expand_as(own))
     ascending = bool((index[:, 1:stay] > index[:, : stay - 1]).all())
@@ -89,11 +90,33 @@ def check_select(case: Case, got: tuple[Tensor, Tensor]) -> str:
     return "" if fine and ascending and total else "NOT EQUAL"
 
 
-def check_mean(case: Case, got: Tensor) -> str:
+def check_links(groups: Tensor, chain: tuple[Tensor, Tensor]) -> str:
+    """The sizes are right; all chains together hold every token that is not its group's own, once."""
+    heads, following = chain
+    rows, kept = heads.shape[1:]
+    sizes = group_counts(groups, kept)
+    row = torch.arange(rows, device="cuda")[:, None].expand(rows, kept)
+    member, group = heads[1].long(), torch.arange(kept, device="cuda").expand(rows, kept)
+    members, right = torch.ones_like(sizes), True
+    for _ in range(int(sizes.max())):
+        here = member > 0
+        token = (member - 1).clamp_min(0)
+        right = right and bool((groups[row, token] == group)[here].all())
+        members += here
+        member = torch.where(here, following[row, token].long(), 0)
+    return (
+        ""
+        if torch.equal(heads[0].view(torch.float32), sizes) and torch.equal(members, sizes) and right
+        else "BAD LINKS"
+    )
+
+
+def check_mean(case: Case, got: Tensor, bias: Tensor) -> str:
     shape = (case.x.shape[0], case.kept, case.channels)
     index = case.groups[..., None].expand(-1, -1, case.channels)
     exact = torch.zeros(shape, dtype=torch.float64, device="cuda").scatter_add_(1, index, case.x.double())
     exact /= case.sizes.double()[..., None]
     plain = (group_sum(case.x, case.groups, case.kept) / case.sizes[..., None]).to(case.x.dtype)
+    weighs = torch.allclose(bias, case.sizes.log(), rtol=1e-5, atol=1e-6)
     here, there = ((made.double() - exact).abs().max() for made in (got, plain))
-    return ("" if here <= 1.01 * there else "WORSE THAN TORCH ") + f"{here:.1e} (torch {there:.1e})"
+    return ("" if here <= 1.01 * there and weighs else "WORSE THAN TORCH ") + f"{here:.1e} (torch {there:.1e})"

@@ -8,6 +8,7 @@ stops, for several processes side by side. docs/kernels.md says what the numbers
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared_tome import ModelCall, ToMeConfig, kernels, matching
+from shared_tome import ModelCall, ToMeConfig, attention, kernels, matching
+from shared_tome import call as call_module
 from shared_tome.curve import curve_order
 from shared_tome.noise import key
 from shared_tome.partition import partition
@@ -24,7 +26,7 @@ from shared_tome.plan import group_counts, group_sum, take
 from shared_tome.sampling import walk_rows, walk_table
 
 from .common import DTYPES, Budget, Store, add_output_options, machine, microseconds, show
-from .kernel_case import Case, Reached, check_mean, check_select
+from .kernel_case import Case, Reached, check_links, check_mean, check_select
 
 KEYS = ("tokens", "channels", "batch", "dtype", "kernel", "variant")
 
@@ -50,7 +52,7 @@ Job = tuple[str, str, Callable[[], Any], Callable[[], Any] | None, Callable[[Any
 
 def jobs(case: Case, variants: bool) -> Iterator[Job]:
     """What is run on one shape."""
-    from shared_tome.kernels.impl import draw, gather, mean, nearest, select, split
+    from shared_tome.kernels.impl import draw, gather, match, mean, nearest, select, split, widen
 
     x, src, dst = case.x, case.src, case.dst
     yield "copy", "", x.clone, None, None
@@ -73,13 +75,16 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
                     plain if elements == 256 else None,
                     lambda got, plain=plain: "" if torch.equal(got, plain()) else "NOT EQUAL",
                 )
-        yield (
-            "split",
-            "",
-            lambda: split.launch_split(case.seed, case.step, 0, 0, 1, *case.grid, 2, 2, True),
-            lambda: partition(case.grid, case.config, key(case.seed, case.step, 0, 1)),
-            lambda got: "" if torch.equal(got[0], src) and torch.equal(got[1], dst) else "NOT EQUAL",
-        )
+        for layers in (1, LAYERS):
+            yield (
+                "split",
+                "" if layers == 1 else f"{layers} layers",
+                lambda layers=layers: split.launch_split(case.seed, case.step, 0, 0, 1, *case.grid, 2, 2, True, layers),
+                lambda layers=layers: [
+                    partition(case.grid, case.config, key(case.seed, case.step, layer, 1)) for layer in range(layers)
+                ],
+                lambda got: "" if torch.equal(got[0][0], src) and torch.equal(got[1][0], dst) else "NOT EQUAL",
+            )
     reached = Reached(case)
     settings = nearest_variants() if variants else [None]
     for setting in settings:
@@ -91,9 +96,41 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
             (lambda: matching.nearest(x, src, dst)) if setting == settings[0] else None,
             reached.check,
         )
+    # What match does: the same similarities, tallied, then the groups by the tally.
+    rows = x.shape[0]
+    tally = torch.empty((rows, nearest.TALLY), dtype=torch.int32, device=x.device)
+    heads = torch.zeros((2, rows, case.kept), dtype=torch.int32, device=x.device)
+    if x.dtype != torch.float32:
+        yield (
+            "nearest",
+            "tallied",
+            lambda: nearest.launch_nearest(x, src, dst, tally=tally, heads=heads),
+            None,
+            reached.check,
+        )
+        found = nearest.launch_nearest(x, src, dst, tally=tally, heads=heads)
+        yield (
+            "match",
+            "",
+            lambda: match.launch_match(x, src, dst, case.goes),
+            lambda: matching._matched(x, src, dst, case.goes, False, False),
+            lambda got: check_select(case, got[:2], found[0]) + check_links(got[1], got[2:]),
+        )
+        tried = [match._TILES, (512, 512, 4096), (2048, 2048, 4096), (1024, 1024, 2048), (1024, 1024, 8192)]
+        for tiles in tried if variants else tried[:1]:
+            yield (
+                "select",
+                f"tallied {tiles if variants else ''}".strip(),
+                # What it counts in is not cleared between calls, which index and groups do not show.
+                lambda tiles=tiles: match.launch_grouped(*found, src, dst, case.goes, tally, heads, 0, tiles),
+                (lambda: matching._grouped(case.similarity, case.target, src, dst, case.goes, False))
+                if tiles == tried[0]
+                else None,
+                lambda got: check_select(case, got[:2], found[0]),
+            )
     if case.channels in (320, 1280):
         for warps in (None, 32) if variants else (None,):
-            if src.shape[1] > 2 * kernels._SELECTED:
+            if src.shape[1] > 2 * kernels.SELECTED:
                 break
             yield (
                 "select",
@@ -109,7 +146,7 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
             "",
             lambda: mean.launch_links(case.index, case.groups),
             lambda: group_counts(case.groups, case.kept),
-            lambda got: "" if torch.equal(kernels.sizes_of(got), case.sizes) else "NOT EQUAL",
+            lambda got: check_links(case.groups, got),
         )
     chain = mean.launch_links(case.index, case.groups)
     tried = [(4, 64, 1), (8, 64, 1), (8, 64, 2), (2, 64, 1)]
@@ -118,10 +155,10 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
             "mean",
             str(setting) if variants else "",
             lambda setting=setting: mean.launch_mean(x, case.index, case.groups, *chain, setting),
-            (lambda: (group_sum(x, case.groups, case.kept) / case.sizes[..., None]).to(x.dtype))
+            (lambda: ((group_sum(x, case.groups, case.kept) / case.sizes[..., None]).to(x.dtype), case.sizes.log()))
             if setting == mean._CONFIG
             else None,
-            lambda got: check_mean(case, got),
+            lambda got: check_mean(case, *got),
         )
     y = take(x, case.index)
     yield (
@@ -130,6 +167,22 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
         lambda: gather.launch_gather(y, case.groups),
         lambda: take(y, case.groups),
         lambda got: "" if torch.equal(got, without_kernels(lambda: take(y, case.groups))()) else "NOT EQUAL",
+    )
+
+    # As attend_tokens hands them over: 8 heads in SD1.5, heads of 64 in SDXL.
+    parts = (y.unflatten(-1, (8 if case.channels == 320 else case.channels // 64, -1)),) * 3
+    bias, room = case.sizes.log()[:, :, None], attention.extra_channels(parts[0].shape[-1])
+
+    def in_torch():
+        q, k, v = parts
+        return attention.query_in_torch(q), attention.key_in_torch(k, bias), attention.value_in_torch(v)
+
+    yield (
+        "widen",
+        "",
+        lambda: widen.launch_widen(*parts, bias, room),
+        in_torch,
+        lambda got: "" if all(torch.equal(a, b) for a, b in zip(got, in_torch(), strict=True)) else "NOT EQUAL",
     )
 
 
@@ -142,32 +195,58 @@ def nearest_variants() -> list:
     return [Config(*tiles[0]), *splits, *(Config(*tile) for tile in tiles[1:])]
 
 
-def layer_jobs(case: Case) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """All that merging adds to a layer, and a layer's share of what sampling draws."""
+def layer_jobs(case: Case) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """(name, variant, call): all that merging adds to a layer, and a layer's share of what sampling draws.
 
-    def merged():
-        call = ModelCall(case.config, case.grid, case.x.device, seed=case.seed, step=case.step)
-        made = call.attention(case.x, case.x, case.x, case.grid)
-        return made.unmerge(made.q), made.bias
-
-    def relaxed():
-        matching.KEEPS_ORDER = False
-        try:
-            return merged()
-        finally:
-            matching.KEEPS_ORDER = True
-
+    The variants leave one of the joined kernels away, so that each shows what it saves.
+    """
     sampling = ToMeConfig(ratio=0.75, min_tokens=0)
+    heads = 8 if case.channels == 320 else case.channels // 64
+
+    def merged(layers: int = 1, widens: bool = False):
+        model = ModelCall(case.config, case.grid, case.x.device, seed=case.seed, step=case.step)
+        for _ in range(layers):
+            made = model.attention(case.x, case.x, case.x, case.grid)
+            if widens:
+                q, k, v = (x.unflatten(-1, (heads, -1)) for x in (made.q, made.k, made.v))
+                attention.extend_heads(q, k, v, made.bias[:, :, None])
+            out = made.unmerge(made.q)
+        return out, made.bias
 
     def sampled():
-        call = ModelCall(sampling, case.grid, case.x.device, seed=case.seed, step=case.step)
+        model = ModelCall(sampling, case.grid, case.x.device, seed=case.seed, step=case.step)
         for _ in range(4):
-            made = call.attention(case.x, case.x, case.x, case.grid)
+            made = model.attention(case.x, case.x, case.x, case.grid)
         return made.k
 
-    yield "whole merge", merged
-    yield "whole merge, src in their order", relaxed
-    yield "4 x sample", sampled
+    yield "whole merge", "", merged
+    yield "whole merge", "match apart", without((kernels, "match"), merged)
+    yield "4 x merge", "", lambda: merged(4)
+    yield "4 x merge", "split by layer", without((call_module, "split_layers"), lambda: merged(4))
+    yield "4 x merge", "with heads", lambda: merged(4, True)
+    yield "4 x merge", "with heads in torch", without((kernels, "widen"), lambda: merged(4, True))
+    yield "4 x sample", "", sampled
+
+
+def without(what: tuple[Any, str], call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call with a function that gives None instead of its kernel's result: (module, name)."""
+
+    def run():
+        with replaced(*what, lambda *given: None):
+            return call()
+
+    return run
+
+
+@contextlib.contextmanager
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """A module's attribute for a while."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def timed(call: Callable[[], Any], seconds: float, calls: int = CALLS) -> dict[str, float]:
@@ -190,14 +269,9 @@ def launches(call: Callable[[], Any]) -> int:
 
 
 def without_kernels(call: Callable[[], Any]) -> Callable[[], Any]:
-    serves = kernels.serves
-
     def run():
-        kernels.serves = lambda *tensors: False
-        try:
+        with replaced(kernels, "serves", lambda *tensors: False):
             return call()
-        finally:
-            kernels.serves = serves
 
     return run
 
@@ -215,7 +289,12 @@ def measure(grid: tuple[int, int], channels: int, args: argparse.Namespace, stor
         row = {**about, "kernel": name, "variant": variant}
         try:
             said = check(call()) if check else ""
-            if said and check and name in ("mean", "select") and not torch.equal(_first(call()), _first(call())):
+            if (
+                said
+                and check
+                and name in ("mean", "select", "match")
+                and not torch.equal(_first(call()), _first(call()))
+            ):
                 said = "DIFFERS ON REPEAT " + said
             time = timed(call, args.seconds, calls)
         except Exception as error:  # a setting that does not fit this GPU
@@ -236,20 +315,22 @@ def measure(grid: tuple[int, int], channels: int, args: argparse.Namespace, stor
         }
     if args.only:
         return
-    for name, call in layer_jobs(case):
-        if store.has(**about, kernel=name, variant=""):
+    for name, variant, call in layer_jobs(case):
+        if store.has(**about, kernel=name, variant=variant):
             continue
-        time, plain = timed(call, args.seconds, calls), timed(without_kernels(call), args.seconds, calls)
-        first = args.launches and (grid, channels) == SHAPES[args.shapes[0]]
-        count = [launches(call), launches(without_kernels(call))] if first else ["", ""]
+        time = timed(call, args.seconds, calls)
+        torch_us = timed(without_kernels(call), args.seconds, calls)["median"] if not variant else ""
+        count = ["", ""]
+        if args.launches and (grid, channels) == SHAPES[args.shapes[0]]:
+            count = [launches(call), "" if variant else launches(without_kernels(call))]
         yield {
             **about,
             "kernel": name,
-            "variant": "",
+            "variant": variant,
             "us": time["median"],
             "p20": time["p20"],
             "p80": time["p80"],
-            "torch_us": plain["median"],
+            "torch_us": torch_us,
             "copy_us": copy,
             "launches": count[0],
             "torch_launches": count[1],

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import kernels
+
 # Fast attention kernels want a head size that divides by 8.
 _ALIGN = 8
 
@@ -25,23 +27,42 @@ def extend_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor,
         the three with d + p channels, p from 2 to 9, to be used with scale d ** -0.5; the result's first d
         channels are the attention's (v's further channels are zero).
     """
-    return extend_query(q), extend_key(k, bias), extend_value(v)
+    made = kernels.widen(q, k, v, bias, extra_channels(q.shape[-1]))
+    return made or (query_in_torch(q), key_in_torch(k, bias), value_in_torch(v))
 
 
 def extra_channels(d: int) -> int:
-    """How many channels (p) the three functions below add to a head of d."""
+    """How many channels (p) the functions here add to a head of d."""
     return -(-(d + 2) // _ALIGN) * _ALIGN - d
 
 
 def extend_query(q: Tensor) -> Tensor:
     """q [..., N, d] -> [..., N, d + p], the part of extend_heads for hosts that project one at a time."""
+    made = kernels.widen_one(q, None, extra_channels(q.shape[-1]), 0)
+    return query_in_torch(q) if made is None else made
+
+
+def extend_key(k: Tensor, bias: Tensor) -> Tensor:
+    """k [..., M, d] -> [..., M, d + p]; bias as in extend_heads."""
+    made = kernels.widen_one(k, bias, extra_channels(k.shape[-1]), 1)
+    return key_in_torch(k, bias) if made is None else made
+
+
+def extend_value(v: Tensor) -> Tensor:
+    """v [..., M, d] -> [..., M, d + p]."""
+    made = kernels.widen_one(v, None, extra_channels(v.shape[-1]), 2)
+    return value_in_torch(v) if made is None else made
+
+
+def query_in_torch(q: Tensor) -> Tensor:
+    """extend_query, the specification."""
     room = extra_channels(q.shape[-1])
     ones = F.pad(q.new_ones(2), (0, room - 2)).expand(*q.shape[:-1], room)
     return torch.cat((q, ones), dim=-1)
 
 
-def extend_key(k: Tensor, bias: Tensor) -> Tensor:
-    """k [..., M, d] -> [..., M, d + p]; bias as in extend_heads."""
+def key_in_torch(k: Tensor, bias: Tensor) -> Tensor:
+    """extend_key, the specification."""
     d = k.shape[-1]
     # Two channels, the second with the first one's rounding error: in bfloat16 one alone is off by 0.4%.
     scaled = bias.float() * d**0.5
@@ -51,8 +72,8 @@ def extend_key(k: Tensor, bias: Tensor) -> Tensor:
     return torch.cat((k, F.pad(extra, (0, extra_channels(d) - 2))), dim=-1)
 
 
-def extend_value(v: Tensor) -> Tensor:
-    """v [..., M, d] -> [..., M, d + p]."""
+def value_in_torch(v: Tensor) -> Tensor:
+    """extend_value, the specification."""
     return F.pad(v, (0, extra_channels(v.shape[-1])))
 
 

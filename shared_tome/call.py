@@ -18,7 +18,7 @@ from .auto import Attention, Verdict, is_capturing, measures, verdict_on
 from .config import ToMeConfig
 from .curve import curve_order, is_compiling
 from .grid import Grid, grid_at
-from .matching import match_tokens
+from .matching import match_tokens, split_layers
 from .noise import fold_seed
 from .plan import Plan
 from .sampling import SamplePlan, kept_count, walk_rows, walk_table
@@ -58,6 +58,7 @@ class ModelCall:
         self._layers: dict[Grid, int] = {}
         self._walks: dict[Grid, Tensor] = {}
         self._drawn: dict[Grid, Tensor] = {}
+        self._split: dict[Grid, list[tuple[Tensor, Tensor]] | None] = {}
         # Made here and not where they are used: that may be inside a compiled graph.
         levels = (grid_at(full, level) for level in range(4)) if config.method == "sample" else ()
         self._orders = {grid: curve_order(grid, device) for grid in levels if self.serves(grid)}
@@ -78,7 +79,7 @@ class ModelCall:
         if key not in self._verdicts and not is_compiling():
             known = None
             if heads and measures(self.config, grid, x.device):
-                known = verdict_on(x.shape[0], grid, x.shape[2], heads, x.dtype, x.device, self.config, attention)
+                known = verdict_on(grid, x.shape[2], heads, x.dtype, x.device, self.config, attention)
             self._verdicts[key] = known
         return self._verdicts.get(key)
 
@@ -89,13 +90,13 @@ class ModelCall:
         waits = self._waits and not is_capturing(self.seed.device)
         return None if found.pays(waits) else found.reason
 
-    def look_ahead(self, rows: int, layers: Iterable[tuple[int, int, int]], dtype: torch.dtype, attention=None) -> None:
+    def look_ahead(self, layers: Iterable[tuple[int, int, int]], dtype: torch.dtype, attention=None) -> None:
         """Measure before a compiled graph runs, in which nothing can be. layers: (level, channels, heads)."""
         self._waits = False
         for level, channels, heads in layers:
             grid = grid_at(self.full, level)
             if self.serves(grid) and measures(self.config, grid, self.seed.device):
-                known = verdict_on(rows, grid, channels, heads, dtype, self.seed.device, self.config, attention)
+                known = verdict_on(grid, channels, heads, dtype, self.seed.device, self.config, attention)
                 self._verdicts[grid, channels] = known
 
     @property
@@ -115,8 +116,17 @@ class ModelCall:
         if self.config.method == "sample":
             plan = self._sample(metric.shape[0], grid, layer)
         else:
-            plan = match_tokens(metric, grid, self.config, seed=self.seed, step=self.step, layer=layer)
+            parts = self._parts(grid, layer)
+            plan = match_tokens(metric, grid, self.config, seed=self.seed, step=self.step, layer=layer, parts=parts)
         return None if plan.is_identity else plan
+
+    def _parts(self, grid: Grid, layer: int) -> tuple[Tensor, Tensor] | None:
+        """The layer's src and dst, split for many layers at once, or None where that gains nothing."""
+        place = layer % _DRAWN_AT_ONCE
+        if place == 0:
+            self._split[grid] = split_layers(grid, self.config, self.seed, self.step, layer, _DRAWN_AT_ONCE)
+        ahead = self._split[grid]
+        return None if ahead is None else ahead[place]
 
     def _sample(self, batch: int, grid: Grid, layer: int) -> Plan:
         """As sampling.sample_plan, but drawn for many layers at once."""

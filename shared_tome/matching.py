@@ -21,9 +21,6 @@ from .sampling import sample_plan
 
 # Scores held at one time: 16M are 32 MiB in half precision.
 CHUNK = 2**24
-# Whether the src that stay come most similar first, as in tomesd, also where a kernel could leave them as they come,
-# which needs no sort. Attention does not see the order; whoever compares plans between devices does.
-KEEPS_ORDER = True
 
 
 def match_tokens(
@@ -35,6 +32,7 @@ def match_tokens(
     seed: int | Tensor | None = None,
     step: int | Tensor = 0,
     layer: int = 0,
+    parts: tuple[Tensor, Tensor] | None = None,
     class_token: bool = False,
     distill_token: bool = False,
 ) -> Plan:
@@ -47,11 +45,14 @@ def match_tokens(
         generator: where random choices come from, instead of the seed. The global generator never is.
         seed: instead of config.seed: a number, a tensor [] or one number for each row [B] (int64).
         step, layer: further words of the random key, so that each step and layer chooses anew.
+        parts: the layer's own (src, dst) out of split_layers, where it was called.
         class_token, distill_token: token 0 (a src of "alternate") and 1 (a dst) stay alone and where they are, so
             that merged tokens can be matched again; the other src that stay then keep their order.
     Returns:
         a Plan; the identity where nothing is to go. A ratio above what the partition allows is capped: see
-        plan.ratio.
+        plan.ratio. Its merged tokens are the src that stay, then all dst; in which order those src come differs
+        between plain torch (most similar first, as tomesd has them) and the kernels (as they lie), but where there
+        is a class token. Attention does not see it; plan.index tells.
     Raises:
         ValueError: the grid does not have N tokens, or a protected token is asked for where nothing is matched by
             "alternate", or a distillation token without a class token.
@@ -76,19 +77,45 @@ def match_tokens(
         return Plan(batch, tokens, tokens, metric.device)
     if config.method == "downsample":
         return _downsample(batch, grid, goes, config, metric.device)
-    src, dst = _split(grid, config, seed, step, layer)
+    src, dst = parts or _split(grid, config, seed, step, layer)
     shared = metric[: max(1, batch // 2)] if config.share_match and batch % 2 == 0 else metric
     src, dst = src[: shared.shape[0]], dst[: shared.shape[0]]
-    found = kernels.nearest(shared, src, dst, distill_token)
-    similarity, target = nearest(shared, src, dst, distill_token) if found is None else found
+    made = kernels.match(shared, src, dst, goes, class_token, distill_token)
+    index, groups, chain = made or (*_matched(shared, src, dst, goes, class_token, distill_token), None)
+    kind = config.kind
+    means = (kind.reduce or config.reduce) == "mean"
+    return MergePlan(batch, index, groups, mean=means, fills=kind.fills, chain=chain)
+
+
+def split_layers(
+    grid: Grid, config: ToMeConfig, seed: Tensor, step: int | Tensor, layer: int, count: int
+) -> list[tuple[Tensor, Tensor]] | None:
+    """The (src, dst) of the `count` layers from `layer` on, for match_tokens, in one launch; None where no kernel
+    serves: plain torch gains nothing by splitting ahead. seed: [] or [B], int64."""
+    if not config.kind.matches or config.partition not in ("random_2d", "fixed_2d"):
+        return None
+    random = config.partition == "random_2d"
+    cell = cells_of(grid, config.stride)[2:]
+    made = kernels.split(grid, cell, random, seed, step, layer, count if random else 1)
+    if made is None:
+        return None
+    parts = list(zip(made[0].unbind(), made[1].unbind(), strict=True))
+    return parts if random else parts * count
+
+
+def _matched(
+    metric: Tensor, src: Tensor, dst: Tensor, goes: int, class_token: bool, distill_token: bool
+) -> tuple[Tensor, Tensor]:
+    """A plan's index [B, M] and groups [B, N], a step after the other, each by its kernel where that serves."""
+    found = kernels.nearest(metric, src, dst, distill_token)
+    similarity, target = nearest(metric, src, dst, distill_token) if found is None else found
     if class_token:
         similarity = torch.cat((torch.full_like(similarity[:, :1], -torch.inf), similarity[:, 1:]), dim=1)
-    made = kernels.select(similarity, target, src, dst, goes) if class_token or not KEEPS_ORDER else None
+    made = kernels.select(similarity, target, src, dst, goes)
     index, groups = _grouped(similarity, target, src, dst, goes, class_token) if made is None else made
     if distill_token:
         index, groups = _distill_second(index, groups, src.shape[1] - goes)
-    kind = config.kind
-    return MergePlan(batch, index, groups, mean=(kind.reduce or config.reduce) == "mean", fills=kind.fills)
+    return index, groups
 
 
 def _seed(config: ToMeConfig, generator: torch.Generator | None, seed: int | Tensor | None, device) -> Tensor:
@@ -104,12 +131,9 @@ def _seed(config: ToMeConfig, generator: torch.Generator | None, seed: int | Ten
 
 def _split(grid: Grid, config: ToMeConfig, seed: Tensor, step: int | Tensor, layer: int) -> tuple[Tensor, Tensor]:
     """The layer's src [b, S] and dst [b, D]."""
-    if config.partition in ("random_2d", "fixed_2d"):
-        parts = kernels.split(
-            grid, cells_of(grid, config.stride)[2:], config.partition == "random_2d", seed, step, layer
-        )
-        if parts is not None:
-            return parts
+    parts = split_layers(grid, config, seed, step, layer, 1)
+    if parts is not None:
+        return parts[0]
     return partition(grid, config, key(seed, step, layer, 1))
 
 

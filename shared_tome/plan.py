@@ -65,19 +65,29 @@ class MergePlan(Plan):
     """Groups of similar tokens, each with a destination.
 
     Args:
-        index: [b, M] the representative of each merged token, groups: [b, N], sizes: [b, M].
+        index: [b, M] the representative of each merged token, groups: [b, N].
         mean: merged tokens are means; otherwise the representative's own value.
-        fills: tokens that went come back as zeros (prune).
+        fills: tokens that went come back as zeros (prune). even: all groups are of one size.
+        chain: what kernels.match made of the groups, None to find it here where it is needed.
     """
 
     is_identity = False
 
     def __init__(
-        self, batch: int, index: Tensor, groups: Tensor, *, mean: bool = False, fills: bool = False, even: bool = False
+        self,
+        batch: int,
+        index: Tensor,
+        groups: Tensor,
+        *,
+        mean: bool = False,
+        fills: bool = False,
+        even: bool = False,
+        chain: tuple[Tensor, Tensor] | None = None,
     ):
         super().__init__(batch, groups.shape[1], index.shape[1], index.device)
         self._index, self._groups = index, groups
-        self._chain = kernels.links(index, groups) if mean else None
+        self._chain = kernels.links(index, groups) if mean and chain is None else chain
+        self._bias: Tensor | None = None  # log(sizes) [b, M] once a mean has written it
         self._sizes = group_counts(groups, index.shape[1]) if self._chain is None else kernels.sizes_of(self._chain)
         self.mean, self.fills, self.even = mean, fills, even
 
@@ -97,9 +107,10 @@ class MergePlan(Plan):
         if not self.mean:
             return take(x, self._index)
         if weights is None:
-            mean = None if self._chain is None else kernels.mean(x, self._index, self._groups, self._chain)
-            if mean is not None:
-                return mean
+            made = None if self._chain is None else kernels.mean(x, self._index, self._groups, self._chain)
+            if made is not None:
+                merged, self._bias = made
+                return merged
             total, summed = self._sizes, group_sum(x, self._groups, self.kept)
         else:
             total = self.merge_sizes(weights)
@@ -119,7 +130,8 @@ class MergePlan(Plan):
     def key_bias(self) -> Tensor | None:
         if self.even:
             return None
-        return (self._sizes if self._sizes.shape[0] == 1 else self.sizes).log()
+        bias = self._sizes.log() if self._bias is None else self._bias
+        return bias if bias.shape[0] == 1 else spread_rows(bias, self.batch)
 
 
 def spread_rows(rows: Tensor, batch: int) -> Tensor:

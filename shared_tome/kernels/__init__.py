@@ -32,8 +32,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WIDEST = 4096
 # Bytes of a copy up to which a step is bound by its launches.
 _WAITS_FOR_CPU = 2**22
-# src of a row that one program of `select` holds.
-_SELECTED = 8192
+# src of a row that `select` holds in one program.
+SELECTED = 8192
 
 
 def ready() -> bool:
@@ -90,14 +90,31 @@ def draw(order: Tensor, kept: int, seed: Tensor, step: int | Tensor, layer: int,
 
 
 def split(
-    grid: Grid, cell: tuple[int, int], random: bool, seed: Tensor, step: int | Tensor, layer: int
+    grid: Grid, cell: tuple[int, int], random: bool, seed: Tensor, step: int | Tensor, layer: int, count: int
 ) -> tuple[Tensor, Tensor] | None:
     """partition.partition of a grid by cells (height, width) with the key of match_tokens, equal bit for bit, in one
-    launch: src [b, N - D] and dst [b, D]. random: a random token of each cell, otherwise the top-left one."""
+    launch: src [count, b, N - D] and dst [count, b, D] of the layers `layer` to `layer + count - 1`. random: a random
+    token of each cell, otherwise the top-left one."""
     at = _step(step, seed.device)
     if at is None or grid[-1] // cell[1] > _WIDEST or not serves(seed):
         return None
-    return _op("split")(seed, *at, layer, *split_frames(grid), *cell, random)
+    return _op("split")(seed, *at, layer, *split_frames(grid), *cell, random, count)
+
+
+def match(
+    metric: Tensor, src: Tensor, dst: Tensor, goes: int, class_token: bool = False, distill_token: bool = False
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None:
+    """What nearest, select and links below do one after the other, in three launches and for any number of tokens:
+    a plan's index [B, M] and groups [B, N], the src that stay in their own order, and its chain (see links).
+
+    metric: [B, N, C] in half precision, src: [b, S], dst: [b, D]. Protected tokens as in match_tokens.
+    """
+    metric = metric.detach()  # nobody asks for a choice's gradient
+    known = metric.dtype in (torch.float16, torch.bfloat16) and 0 < goes <= src.shape[1]
+    if not known or not serves(metric, src, dst):
+        return None
+    index, groups, *chain = _op("match")(metric, src, dst, goes, int(class_token), int(distill_token))
+    return index, groups, tuple(chain)
 
 
 def nearest(metric: Tensor, src: Tensor, dst: Tensor, distill_token: bool = False) -> tuple[Tensor, Tensor] | None:
@@ -105,7 +122,7 @@ def nearest(metric: Tensor, src: Tensor, dst: Tensor, distill_token: bool = Fals
 
     metric: [B, N, C], src: [b, S], dst: [b, D]. Equal up to rounding; of equals the first as a rule.
     """
-    metric = metric.detach()  # nobody asks for a choice's gradient
+    metric = metric.detach()
     # On a GPU float32 stays with cuBLAS: without matrix units the kernel has nothing on it, and nobody has timed it.
     known = metric.dtype in _DTYPES and not (metric.is_cuda and metric.dtype == torch.float32)
     if not known or src.shape[1] == 0 or not serves(metric, src, dst):
@@ -119,7 +136,7 @@ def select(similarity: Tensor, target: Tensor, src: Tensor, dst: Tensor, goes: i
     similarity, target: [B, S], src: [b, S], dst: [b, D]. Of equal similarities at the edge the first stay.
     """
     similarity = similarity.detach()
-    able = similarity.dtype in _DTYPES and goes < src.shape[1] <= _SELECTED
+    able = similarity.dtype in _DTYPES and goes < src.shape[1] <= SELECTED
     if not able or not serves(similarity, target, src, dst):
         return None
     return _op("select")(similarity, target, src, dst, goes)
@@ -138,8 +155,9 @@ def sizes_of(chain: tuple[Tensor, Tensor]) -> Tensor:
     return chain[0][0].view(torch.float32)
 
 
-def mean(x: Tensor, index: Tensor, groups: Tensor, chain: tuple[Tensor, Tensor]) -> Tensor | None:
-    """The mean of each group, x [B, N, C] -> [B, M, C], bit-equal on repeat; chain: from `links`."""
+def mean(x: Tensor, index: Tensor, groups: Tensor, chain: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """The mean of each group, x [B, N, C] -> [B, M, C], bit-equal on repeat, and log(sizes) [b, M] float32, in one
+    launch; chain: from `match` or `links`."""
     return _op("mean")(x, index, groups, *chain) if x.dtype in _DTYPES and serves(x, groups) else None
 
 
@@ -160,3 +178,24 @@ def gather(x: Tensor, index: Tensor) -> Tensor | None:
     if is_compiling() or x.dtype not in _DTYPES or index.numel() == 0 or not serves(x, index):
         return None
     return _op("gather")(x, index)
+
+
+def widen(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """attention.extend_heads in one launch, for q, k and v of four dimensions. Not under torch.compile, which fuses it.
+
+    q: [B, ., ., d], k and v: [B, ., ., d], bias: broadcastable to k's first three; room: how many channels are added.
+    """
+    fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+    return _op("widen")(q, k, v, bias, room) if fits and _widens((q, k, v), bias) else None
+
+
+def widen_one(x: Tensor, bias: Tensor | None, room: int, kind: int) -> Tensor | None:
+    """The same for one of them. kind: 0 the query, 1 the key with its bias, 2 the value."""
+    return _op("widen_one")(x, bias, room, kind) if x.dim() == 4 and _widens((x,), bias) else None
+
+
+def _widens(heads: tuple[Tensor, ...], bias: Tensor | None) -> bool:
+    dtype, given = heads[0].dtype, heads if bias is None else (*heads, bias)
+    if is_compiling() or dtype not in _DTYPES or not all(x.numel() and x.dtype == dtype for x in heads):
+        return False
+    return serves(*given)

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU"),
 ]
-LAYER = {"rows": 2, "grid": (64, 64), "channels": 640, "heads": 10, "dtype": torch.float16}
+LAYER = {"grid": (64, 64), "channels": 640, "heads": 10, "dtype": torch.float16}
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def measured(**changes) -> auto.Verdict:
 
 def test_times_are_those_of_a_graph(kept):
     """Without the gaps between launches: within a factor of two of what the same calls take as a CUDA graph."""
-    case = auto.Case(2, (96, 96), 640, 10, torch.float16, ToMeConfig(min_tokens=0))
+    case = auto.Case((96, 96), 640, 10, torch.float16, ToMeConfig(min_tokens=0))
     verdict = auto.measure(case, torch.device("cuda"))
     assert verdict.pays() and verdict.merged_us < 0.6 * verdict.full_us
     x = torch.randn(2, 9216, 640, device="cuda", dtype=torch.float16)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shared_tome import ModelCall, ToMeConfig, kernels, match_tokens, matching
+from shared_tome import ModelCall, ToMeConfig, attention, kernels, match_tokens, matching
 from shared_tome.curve import curve_order
 from shared_tome.noise import key
 from shared_tome.partition import partition
@@ -78,6 +78,9 @@ def test_split_is_equal_bit_for_bit(grid, stride, name, rows, plain):
     got = matching._split(grid, config, seed, step, 2)
     expected = partition(grid, config, key(seed, step, 2, 1))
     assert all(torch.equal(a, b.expand_as(a)) for a, b in zip(got, expected, strict=True))
+    for layer, ahead in enumerate(matching.split_layers(grid, config, seed, step, 3, 16), start=3):
+        expected = partition(grid, config, key(seed, step, layer, 1))
+        assert all(torch.equal(a, b.expand_as(a)) for a, b in zip(ahead, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -113,7 +116,7 @@ def test_select_mean_and_gather(grid, channels, dtype):
     similarity, target = matching.nearest(x, src, dst)
     goes = int(grid[0] * grid[1] * 0.4)
     made = kernels.select(similarity, target, src, dst, goes)
-    assert (made is None) == (src.shape[1] > kernels._SELECTED)
+    assert (made is None) == (src.shape[1] > kernels.SELECTED)
     index, groups = made or matching._grouped(similarity, target, src, dst, goes, True)
     stay = src.shape[1] - goes
     place = torch.searchsorted(src[0], index[:, :stay].contiguous())
@@ -126,7 +129,8 @@ def test_select_mean_and_gather(grid, channels, dtype):
     chain = kernels.links(index, groups)
     sizes = group_counts(groups, kept)
     assert torch.equal(kernels.sizes_of(chain), sizes) and sizes.sum() == 2 * grid[0] * grid[1]
-    got = kernels.mean(x, index, groups, chain)
+    got, bias = kernels.mean(x, index, groups, chain)
+    torch.testing.assert_close(bias, sizes.log(), rtol=1e-6, atol=1e-7)
     spread = groups[..., None].expand(-1, -1, channels)
     exact = torch.zeros(2, kept, channels, dtype=torch.float64, device="cuda").scatter_add_(1, spread, x.double())
     exact /= sizes[..., None].double()
@@ -136,8 +140,122 @@ def test_select_mean_and_gather(grid, channels, dtype):
     alone = sizes == 1
     assert torch.equal(got[alone], take(x, index)[alone])  # exact where nothing was merged
     for _ in range(5):  # chains in another order, the same sums
-        assert torch.equal(kernels.mean(x, index, groups, kernels.links(index, groups)), got)
+        assert torch.equal(kernels.mean(x, index, groups, kernels.links(index, groups))[0], got)
     assert torch.equal(kernels.gather(got, groups), take(got.cpu(), groups.cpu()).cuda())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.75])
+@pytest.mark.parametrize(("grid", "channels"), [*SHAPES, ((256, 256), 64)])
+def test_match_is_what_it_joins(grid, channels, share, dtype):
+    """nearest, then the src that stay by a stable sort, then links: the same, bit for bit; and the same on repeat."""
+    from shared_tome.kernels.impl.nearest import launch_nearest
+
+    x = smooth(grid, channels, dtype)
+    src, dst = partition(grid, CONFIG, key(seeds(0), 0, 0, 1))
+    goes = min(src.shape[1], int(grid[0] * grid[1] * share))
+    similarity, target = launch_nearest(x, src, dst)
+    stay = src.shape[1] - goes
+    stays = torch.zeros(similarity.shape, dtype=torch.bool, device="cuda")
+    stays.scatter_(1, similarity.float().argsort(dim=1, stable=True)[:, :stay], True)
+    for _ in range(3):
+        index, groups, chain = kernels.match(x, src, dst, goes)
+        for row in range(2):
+            assert torch.equal(index[row], torch.cat((src[0, stays[row]], dst[0])))
+            assert torch.equal(groups[row, src[0, ~stays[row]]], target[row, ~stays[row]] + stay)
+        assert torch.equal(groups.gather(1, index), torch.arange(index.shape[1], device="cuda").expand(2, -1))
+        sizes = group_counts(groups, index.shape[1])
+        assert torch.equal(kernels.sizes_of(chain), sizes)
+        # Another way to the same chains gives the same means.
+        other = kernels.links(index, groups)
+        assert torch.equal(kernels.mean(x, index, groups, chain)[0], kernels.mean(x, index, groups, other)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("grid", "channels"), SHAPES)
+def test_match_three_ways(grid, channels, dtype, plain):
+    """The similarity that all merged pairs reach together, in float64."""
+    x = smooth(grid, channels, dtype)
+    src, dst = partition(grid, CONFIG, key(seeds(0), 0, 0, 1))
+    goes = int(grid[0] * grid[1] * 0.5)
+    unit = x.double() / x.double().norm(dim=-1, keepdim=True)
+    best = (take(unit, src) @ take(unit, dst).transpose(1, 2)).amax(-1).topk(goes).values.sum(1)
+
+    def missed(index, groups):
+        """How much less than the best, for each merged pair."""
+        reached = (unit * take(unit, index.gather(1, groups))).sum(-1)  # (B, N), 1 where a token stands for itself
+        alone = x.shape[1] - goes
+        return float(((best - (reached.sum(1) - alone)) / goes).abs().max())
+
+    here = missed(*kernels.match(x, src, dst, goes)[:2])
+    there = missed(*plain(lambda: matching._matched(x, src, dst, goes, False, False)))
+    assert here <= 2 * there + 1e-9
+
+
+@pytest.mark.parametrize("distill", [False, True])
+def test_match_spares_protected_tokens(distill, plain):
+    x = smooth((24, 24), 64, torch.float16)
+    config = CONFIG.replace(partition="alternate", ratio=0.3)
+
+    def run():
+        return match_tokens(x, (24, 24), config, class_token=True, distill_token=distill)
+
+    got, expected = run(), plain(run)
+    for plan in (got, expected):
+        assert all((plan.index[:, i] == i).all() and (plan.sizes[:, i] == 1).all() for i in range(1 + distill))
+        assert (plan.groups[:, 0] == 0).all() and plan.sizes.sum() == 2 * 576
+        after = plan.index[:, 1 + distill : 288 - int(0.3 * 576)]
+        assert (after.diff(dim=1) > 0).all()  # the src that stay keep their order
+    owners = [plan.index.gather(1, plan.groups) for plan in (got, expected)]
+    assert (owners[0] == owners[1]).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [40, 64, 72, 160])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_widen_is_equal_bit_for_bit(d, rows, dtype):
+    q, k, v = (torch.randn(2, count, 5, d, device="cuda").to(dtype) for count in (700, 333, 333))
+    v = torch.cat((v, v), dim=-1)[..., ::2]
+    bias = torch.randint(1, 40, (rows, 333), device="cuda").float().log()
+    for parts, weight in (((q, k, v), bias[:, :, None]), ([x.transpose(1, 2) for x in (q, k, v)], bias[:, None])):
+        expected = attention.query_in_torch(parts[0]), attention.key_in_torch(parts[1], weight)
+        expected = *expected, attention.value_in_torch(parts[2])
+        got = kernels.widen(*parts, weight, attention.extra_channels(d))
+        alone = attention.extend_query(parts[0]), attention.extend_key(parts[1], weight)
+        alone = *alone, attention.extend_value(parts[2])
+        for made in (got, alone):
+            assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+
+
+def launches(call):
+    """How many kernels and memory operations one call starts on the GPU."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_a_merged_layer_is_five_launches(size, batch):
+    """And one more in a step for all of its layers; one more still where heads are widened to weigh keys."""
+    grid = (size, size)
+    x = smooth(grid, 320, torch.float16, batch).contiguous()
+    seed, step = torch.tensor(3, device="cuda"), torch.tensor(2, device="cuda")
+
+    def layers(widens):
+        call = ModelCall(CONFIG, grid, x.device, seed=seed, step=step)
+        for _ in range(4):
+            made = call.attention(x, x, x, grid)
+            if widens:
+                q, k, v = (y.unflatten(-1, (8, 40)) for y in (made.q, made.k, made.v))
+                attention.extend_heads(q, k, v, made.bias[:, :, None])
+            made.unmerge(made.q)
+
+    assert launches(lambda: layers(False)) <= 4 * 5 + 1
+    assert launches(lambda: layers(True)) <= 4 * 6 + 1
 
 
 def test_a_single_group_and_what_is_not_finite():

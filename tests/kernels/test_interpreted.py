@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent
     importlib.util.find_spec("triton") is None, reason="triton is not installed (Linux on x86-64 alone)"
 )
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # all of interpreted.py, one to three minutes on two cores
 def test_kernels_in_the_interpreter():
     command = [
         sys.executable,

@@ -3,7 +3,7 @@
 The specification is plan.group_sum over the sizes. `links` chains the members of each group by an atomic exchange, so
 their order changes from run to run. `mean` walks the chains and adds in 64-bit integers, where order does not
 matter: float16 in units of 2**-24, exactly; other dtypes in units of 2**-40 of the largest member, finer than a
-float32 sum.
+float32 sum. It has read the sizes then, so it writes their logarithms for proportional attention too.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def _mean_kernel(
     head,
     following,
     out,
+    bias,
     tokens,
     kept,
     channels,
@@ -70,9 +71,12 @@ def _mean_kernel(
     source = x + batch * batch_stride + channel[None, :] * channel_stride  # (1, BLOCK)
     target = out + (batch * kept + place)[:, None] * channels + channel[None, :]
     mask = valid[:, None] & fits
+    # The first programs of a row of the plan write its logarithms.
+    writes = valid & (tl.program_id(1) == 0) & (batch < index_rows)
     raw = tl.load(source + own[:, None] * token_stride, mask=mask, other=0.0)
     if tl.max(first, 0) == 0:  # all stand for themselves alone
         tl.store(target, raw, mask=mask)
+        tl.store(bias + row * kept + place, tl.zeros((ROWS,), tl.float32), mask=writes)
     else:
         value = raw.to(tl.float32)
         spoilt = value - value  # not a number where something is infinite, as a sum would be
@@ -106,6 +110,7 @@ def _mean_kernel(
         size = tl.load(sizes + row * kept + place, mask=valid, other=1.0)
         result = total.to(tl.float32) * back / size[:, None] + spoilt
         tl.store(target, result.to(out.dtype.element_ty), mask=mask)
+        tl.store(bias + row * kept + place, tl.log(size), mask=writes)
 
 
 def launch_links(index: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,8 +145,11 @@ def launch_mean(
     heads: Tensor,
     following: Tensor,
     config: tuple[int, int, int] = _CONFIG,
-) -> Tensor:
-    """x [B, N, C] -> [B, M, C] in its dtype; index, groups and what `launch_links` made of them have b rows."""
+) -> tuple[Tensor, Tensor]:
+    """x [B, N, C] -> [B, M, C] in its dtype, and log(sizes) [b, M] float32.
+
+    index, groups and what `launch_links` or `launch_match` made of them have b rows.
+    """
     rows, widest, warps = config
     batch, tokens, channels = x.shape
     if batch % index.shape[0]:
@@ -150,6 +158,7 @@ def launch_mean(
     rows = min(rows, power_of_two(kept))
     block = channel_block(channels, widest)
     out = torch.empty((batch, kept, channels), dtype=x.dtype, device=x.device)
+    bias = torch.empty(index.shape, dtype=torch.float32, device=x.device)
     _mean_kernel[(-(-kept // rows), -(-channels // block), batch)](
         x,
         index.contiguous(),
@@ -157,6 +166,7 @@ def launch_mean(
         heads[1],
         following,
         out,
+        bias,
         tokens,
         kept,
         channels,
@@ -167,4 +177,4 @@ def launch_mean(
         BLOCK=block,
         num_warps=warps,
     )
-    return out
+    return out, bias

@@ -4,6 +4,9 @@ The specification is matching.nearest. Two launches: one writes the dst at unit 
 one (a copy never beats it), so that the other needs no mask. What is compared is a float32 score whose lowest bits
 are overwritten with its column: one maximum then keeps both, at two instructions a score instead of four. Eight bits
 for 256 columns leave 15 of the mantissa; a half precision score as torch makes them has 10, a bfloat16 one 7.
+
+For `match` the similarities are tallied as they are written, so that `select` need not look for its threshold, and the
+first launch also clears what the later ones count in.
 """
 
 from __future__ import annotations
@@ -14,6 +17,12 @@ import torch
 from torch import Tensor
 
 from .compiler import power_of_two, tl, triton
+
+# A row's tally of 16-bit similarities: how many by their upper byte, then how many by all 16 bits.
+COARSE = 256
+TALLY = COARSE + 2**16
+_CLEARED = tl.constexpr(1024)
+_COARSE, _TALLY = tl.constexpr(COARSE), tl.constexpr(TALLY)
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,29 @@ def splits_for(metric: Tensor, programs: int, tiles: int) -> int:
     return min(able, key=lambda splits: -(-programs * splits // width) / splits + _SPLIT_COST * splits)
 
 
-@triton.jit(do_not_specialize=["dst_count", "tiles"])
+@triton.jit
+def ordered(value, BITS: tl.constexpr):
+    """Floats as integers from 0 to 2**BITS - 1 in the same order."""
+    if BITS == 16:
+        code = value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return tl.where(code >= 0x8000, 0xFFFF - code, code + 0x8000)
+    else:
+        code = value.to(tl.uint32, bitcast=True)
+        top = tl.full((), 0x80000000, tl.uint32)
+        return tl.where(code >= top, code ^ tl.full((), 0xFFFFFFFF, tl.uint32), code + top)
+
+
+@triton.jit
+def _clear(counts, size):
+    """Set counts [size], int32, to zero; all programs share the work."""
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    for begin in range(program * _CLEARED, size, programs * _CLEARED):
+        at = begin + tl.arange(0, _CLEARED)
+        tl.store(counts + at, tl.zeros((_CLEARED,), tl.int32), mask=at < size)
+
+
+@triton.jit(do_not_specialize=["dst_count", "arrived_size", "tally_size", "heads_size"])
 def _unit_kernel(
     metric,
     dst,
@@ -81,17 +112,20 @@ def _unit_kernel(
     first,
     smallest,
     arrived,
-    tiles,
+    arrived_size,
+    tally,
+    tally_size,
+    heads,
+    heads_size,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Unit vectors of the dst, [B, padded, WIDTH]: one program ROWS of them. Also sets arrived [B, tiles] to zero."""
+    """Unit vectors of the dst, [B, padded, WIDTH]: one program ROWS of them. Also clears what others count in."""
+    _clear(arrived, arrived_size)
+    _clear(tally, tally_size)
+    _clear(heads, heads_size)
     batch = tl.program_id(1).to(tl.int64)
-    if tl.program_id(0) == 0:
-        for begin in range(0, tiles, 256):
-            tile = begin + tl.arange(0, 256)
-            tl.store(arrived + batch * tiles + tile, tl.zeros((256,), tl.int32), mask=tile < tiles)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     place = tl.minimum(tl.maximum(row, first), dst_count - 1)
     token = tl.load(dst + (batch % dst_rows) * dst_count + place).to(tl.int64)
@@ -105,14 +139,22 @@ def _unit_kernel(
 
 
 @triton.jit
-def _write(best, place, norm, similarity, target, out, mask, smallest):
-    """Write scores [SRC] of src of that squared norm against unit dst, and the places of those dst."""
+def _write(best, place, norm, similarity, target, out, mask, smallest, row, alone, tally, COUNTS: tl.constexpr):
+    """Write scores [SRC] of src of that squared norm against unit dst, and the places of those dst.
+
+    The first `alone` src of a row are similar to nothing, not even by 0. COUNTS: into tally as well.
+    """
     best = best / tl.maximum(tl.sqrt(norm), smallest)
-    tl.store(similarity + out, best.to(similarity.dtype.element_ty), mask=mask)
+    value = tl.where(row < alone, float("-inf"), best).to(similarity.dtype.element_ty)
+    tl.store(similarity + out, value, mask=mask)
     tl.store(target + out, place.to(tl.int64), mask=mask)
+    if COUNTS:
+        code = ordered(value, 16)
+        tl.atomic_add(tally + (code >> 8), mask.to(tl.int32), mask=mask, sem="relaxed")
+        tl.atomic_add(tally + _COARSE + code, mask.to(tl.int32), mask=mask, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["src_count", "dst_count"])
+@triton.jit(do_not_specialize=["src_count", "dst_count", "alone"])
 def _nearest_kernel(
     metric,
     src,
@@ -122,6 +164,7 @@ def _nearest_kernel(
     scores,
     places,
     arrived,
+    tally,
     src_count,
     dst_count,
     padded,
@@ -131,6 +174,7 @@ def _nearest_kernel(
     src_rows,
     first,
     smallest,
+    alone,
     WIDTH: tl.constexpr,
     EVEN: tl.constexpr,
     SRC: tl.constexpr,
@@ -140,14 +184,16 @@ def _nearest_kernel(
     EXACT: tl.constexpr,
     STAGES: tl.constexpr,
     WIDEN: tl.constexpr,
+    COUNTS: tl.constexpr,
 ):
     """One program: SRC src of a batch row against one of SPLITS shares of the dst.
 
     unit: [B, padded, WIDTH]. scores, places: [SPLITS, B, S], what each program found; arrived: [B, tiles], how many
-    of a tile's programs are done. WIDTH: a multiple of BLOCK; EVEN: channels is WIDTH. EXACT: no bits are given up.
-    WIDEN: for the interpreter, which cannot multiply bfloat16.
+    of a tile's programs are done. tally: [B, TALLY], counted in where COUNTS. WIDTH: a multiple of BLOCK; EVEN:
+    channels is WIDTH. EXACT: no bits are given up. WIDEN: for the interpreter, which cannot multiply bfloat16.
     """
     batch = tl.program_id(1).to(tl.int64)
+    tally += batch * _TALLY
     row = tl.program_id(0) * SRC + tl.arange(0, SRC)
     mask = row < src_count
     token = tl.load(src + (batch % src_rows) * src_count + row, mask=mask, other=0).to(tl.int64)
@@ -200,7 +246,7 @@ def _nearest_kernel(
         norm += tl.sum(a * a, 1)
     out = batch * src_count + row
     if SPLITS == 1:
-        _write(best, at, norm, similarity, target, out, mask, smallest)
+        _write(best, at, norm, similarity, target, out, mask, smallest, row, alone, tally, COUNTS)
     else:
         size = tl.num_programs(1).to(tl.int64) * src_count
         tl.store(scores + tl.program_id(2) * size + out, best, mask=mask)
@@ -216,15 +262,27 @@ def _nearest_kernel(
                 there = tl.load(places + split * size + out, mask=mask, other=0, cache_modifier=".cg")
                 place = tl.where(score > found, there, place)
                 found = tl.maximum(score, found)
-            _write(found, place, norm, similarity, target, out, mask, smallest)
+            _write(found, place, norm, similarity, target, out, mask, smallest, row, alone, tally, COUNTS)
 
 
 def launch_nearest(
-    metric: Tensor, src: Tensor, dst: Tensor, first: int = 0, config: Config | None = None
+    metric: Tensor,
+    src: Tensor,
+    dst: Tensor,
+    first: int = 0,
+    config: Config | None = None,
+    *,
+    alone: int = 0,
+    tally: Tensor | None = None,
+    heads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """similarity [B, S] in metric's dtype and target [B, S], a position in dst.
 
-    metric: [B, N, C], src: [b, S], dst: [b, D]. first: how many dst at the front take nobody.
+    Args:
+        metric: [B, N, C], src: [b, S], dst: [b, D].
+        first: how many dst at the front take nobody. alone: how many src at the front are similar to nothing (-inf).
+        tally: [B, TALLY] int32, cleared and filled with the counts of the similarities; a dtype of 16 bits only.
+        heads: an int32 tensor of any shape that is cleared, or None.
     """
     config = config or config_for(metric)
     if metric.stride(2) != 1:
@@ -257,7 +315,11 @@ def launch_nearest(
         first,
         smallest,
         arrived,
-        tiles,
+        arrived.numel(),
+        arrived if tally is None else tally,
+        0 if tally is None else tally.numel(),
+        arrived if heads is None else heads,
+        0 if heads is None else heads.numel(),
         WIDTH=width,
         ROWS=rows,
         BLOCK=block,
@@ -272,6 +334,7 @@ def launch_nearest(
         scores,
         places,
         arrived,
+        arrived if tally is None else tally,
         src_count,
         dst_count,
         padded,
@@ -279,6 +342,7 @@ def launch_nearest(
         src.shape[0],
         first,
         smallest,
+        alone,
         WIDTH=width,
         EVEN=width == channels,
         SRC=config.src,
@@ -288,6 +352,7 @@ def launch_nearest(
         EXACT=metric.dtype == torch.float32,
         STAGES=config.stages,
         WIDEN=metric.dtype == torch.bfloat16 and not metric.is_cuda,
+        COUNTS=tally is not None,
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from ...config import ToMeConfig
-from .. import NAMESPACE, log
+from .. import NAMESPACE, SELECTED, log
 from .draw import launch_draw
 from .gather import launch_gather
+from .match import launch_match
 from .mean import launch_links, launch_mean
 from .nearest import launch_nearest
 from .select import launch_select
 from .split import launch_split
+from .widen import KEY, QUERY, launch_widen, launch_widen_one
 
 # Called where nothing is traced; each runs what stands in LAUNCH, or plain torch.
 DIRECT: dict[str, Callable[..., Any]] = {}
@@ -66,20 +68,23 @@ def _fake_draw(order, seed, step, number, kept, layer, count):
     return order.new_empty((count, _rows(seed), kept))
 
 
-def _plain_split(seed, step, number, layer, frames, height, width, cell_height, cell_width, random):
+def _plain_split(seed, step, number, layer, frames, height, width, cell_height, cell_width, random, count):
     from ...noise import key
     from ...partition import partition
 
     config = ToMeConfig(
         method="merge", stride=(cell_width, cell_height), partition="random_2d" if random else "fixed_2d"
     )
-    return partition((frames, height, width), config, key(seed, number if step is None else step, layer, 1))
+    grid, at = (frames, height, width), number if step is None else step
+    parts = [partition(grid, config, key(seed, at, place, 1)) for place in range(layer, layer + count)]
+    src, dst = (torch.stack(lists).expand(count, _rows(seed), -1).contiguous() for lists in zip(*parts, strict=True))
+    return src, dst
 
 
-def _fake_split(seed, step, number, layer, frames, height, width, cell_height, cell_width, random):
+def _fake_split(seed, step, number, layer, frames, height, width, cell_height, cell_width, random, count):
     kept = frames * (height // cell_height) * (width // cell_width)
     rows = _rows(seed)
-    return seed.new_empty((rows, frames * height * width - kept)), seed.new_empty((rows, kept))
+    return seed.new_empty((count, rows, frames * height * width - kept)), seed.new_empty((count, rows, kept))
 
 
 def _plain_nearest(metric, src, dst, first):
@@ -104,6 +109,28 @@ def _fake_select(similarity, target, src, dst, goes):
     return src.new_empty((rows, tokens - goes)), src.new_empty((rows, tokens))
 
 
+def _plain_match(metric, src, dst, goes, alone, first):
+    """The kernels that match joins; each that does not run either falls back by itself."""
+    from ...matching import _distill_second, _grouped
+
+    similarity, target = DIRECT["nearest"](metric, src, dst, first)
+    if alone:
+        similarity = torch.cat((torch.full_like(similarity[:, :1], -torch.inf), similarity[:, 1:]), dim=1)
+    if goes < src.shape[1] <= SELECTED:
+        index, groups = DIRECT["select"](similarity, target, src, dst, goes)
+    else:
+        index, groups = _grouped(similarity, target, src, dst, goes, True)
+    if first:
+        index, groups = _distill_second(index, groups, src.shape[1] - goes)
+    return index, groups, *DIRECT["links"](index, groups)
+
+
+def _fake_match(metric, src, dst, goes, alone, first):
+    rows, tokens = metric.shape[0], src.shape[1] + dst.shape[1]
+    index, groups = src.new_empty((rows, tokens - goes)), src.new_empty((rows, tokens))
+    return index, groups, *_fake_links(index, groups)
+
+
 def _plain_links(index, groups):
     from ...plan import group_counts
 
@@ -121,12 +148,14 @@ def _fake_links(index, groups):
 def _plain_mean(x, index, groups, heads, following):
     from ...plan import group_sum, spread_rows
 
-    sizes = spread_rows(heads[0].view(torch.float32), x.shape[0])
-    return (group_sum(x, groups, index.shape[1]) / sizes[..., None]).to(x.dtype)
+    sizes = heads[0].view(torch.float32)
+    mean = group_sum(x, groups, index.shape[1]) / spread_rows(sizes, x.shape[0])[..., None]
+    return mean.to(x.dtype), sizes.log()
 
 
 def _fake_mean(x, index, groups, heads, following):
-    return x.new_empty((x.shape[0], index.shape[1], x.shape[2]))
+    out = x.new_empty((x.shape[0], index.shape[1], x.shape[2]))
+    return out, index.new_empty(index.shape, dtype=torch.float32)
 
 
 def _plain_gather(x, index):
@@ -137,6 +166,26 @@ def _plain_gather(x, index):
 
 def _fake_gather(x, index):
     return x.new_empty((x.shape[0], index.shape[1], x.shape[2]))
+
+
+def _plain_widen(q, k, v, bias, room):
+    return tuple(_plain_widen_one(x, bias, room, kind) for kind, x in enumerate((q, k, v)))
+
+
+def _plain_widen_one(x, bias, room, kind):
+    from ... import attention
+
+    if kind == KEY:
+        return attention.key_in_torch(x, bias)
+    return attention.query_in_torch(x) if kind == QUERY else attention.value_in_torch(x)
+
+
+def _fake_widen(q, k, v, bias, room):
+    return tuple(_fake_widen_one(x, bias, room, 0) for x in (q, k, v))
+
+
+def _fake_widen_one(x, bias, room, kind):
+    return x.new_empty((*x.shape[:-1], x.shape[-1] + room))
 
 
 _operator(
@@ -150,7 +199,7 @@ _operator(
 _operator(
     "split",
     "Tensor seed, Tensor? step, SymInt number, SymInt layer, SymInt frames, SymInt height, SymInt width, "
-    "SymInt cell_height, SymInt cell_width, bool random",
+    "SymInt cell_height, SymInt cell_width, bool random, SymInt count",
     "(Tensor, Tensor)",
     launch_split,
     _plain_split,
@@ -173,6 +222,14 @@ _operator(
     _fake_select,
 )
 _operator(
+    "match",
+    "Tensor metric, Tensor src, Tensor dst, SymInt goes, SymInt alone, SymInt first",
+    "(Tensor, Tensor, Tensor, Tensor)",
+    launch_match,
+    _plain_match,
+    _fake_match,
+)
+_operator(
     "links",
     "Tensor index, Tensor groups",
     "(Tensor, Tensor)",
@@ -183,9 +240,25 @@ _operator(
 _operator(
     "mean",
     "Tensor x, Tensor index, Tensor groups, Tensor heads, Tensor following",
-    "Tensor",
+    "(Tensor, Tensor)",
     launch_mean,
     _plain_mean,
     _fake_mean,
 )
 _operator("gather", "Tensor x, Tensor index", "Tensor", launch_gather, _plain_gather, _fake_gather)
+_operator(
+    "widen",
+    "Tensor q, Tensor k, Tensor v, Tensor bias, SymInt room",
+    "(Tensor, Tensor, Tensor)",
+    launch_widen,
+    _plain_widen,
+    _fake_widen,
+)
+_operator(
+    "widen_one",
+    "Tensor x, Tensor? bias, SymInt room, SymInt kind",
+    "Tensor",
+    launch_widen_one,
+    _plain_widen_one,
+    _fake_widen_one,
+)

@@ -10,21 +10,10 @@ import torch
 from torch import Tensor
 
 from .compiler import power_of_two, tl, triton
+from .nearest import ordered
 
 # dst of a program that writes them.
 _DST = 1024
-
-
-@triton.jit
-def _ordered(value, BITS: tl.constexpr):
-    """Floats as integers from 0 to 2**BITS - 1 in the same order."""
-    if BITS == 16:
-        code = value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        return tl.where(code >= 0x8000, 0xFFFF - code, code + 0x8000)
-    else:
-        code = value.to(tl.uint32, bitcast=True)
-        top = tl.full((), 0x80000000, tl.uint32)
-        return tl.where(code >= top, code ^ tl.full((), 0xFFFFFFFF, tl.uint32), code + top)
 
 
 @triton.jit(do_not_specialize=["src_count", "dst_count", "stay"])
@@ -58,7 +47,7 @@ def _select_kernel(
         lane = tl.arange(0, SRC)
         valid = lane < src_count
         value = tl.load(similarity + row * src_count + lane, mask=valid, other=0.0)
-        code = _ordered(value, BITS).to(tl.uint32)
+        code = ordered(value, BITS).to(tl.uint32)
         # The stay-th smallest, bit by bit from the top: a bit is set where no more than stay - 1 are below it.
         edge = tl.zeros((), tl.uint32)
         for bit in tl.static_range(BITS):

@@ -1,6 +1,6 @@
-"""Source and destination tokens of a grid cut into cells, in one launch, the random numbers included.
+"""Source and destination tokens of a grid cut into cells, of many layers in one launch, the random numbers included.
 
-The specification is partition.partition with the key of match_tokens, about 30 launches; equal bit for bit.
+The specification is partition.partition with the key of match_tokens, about 30 launches a layer; equal bit for bit.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ def _split_kernel(
     width,
     src_count,
     dst_count,
+    rows,
     HAS_STEP: tl.constexpr,
     RANDOM: tl.constexpr,
     CELL_HEIGHT: tl.constexpr,
     CELL_WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One program: one row of cells in one batch row; the last of a frame takes the lines below it too.
+    """One program: one row of cells in one batch row of one layer; the last of a frame takes the lines below it too.
 
     A token's place among the src is its number less the dst before it, and those can be counted within the row of
     cells: every earlier one has exactly `columns`.
     """
-    band, row = tl.program_id(0), tl.program_id(1)
+    band, row, place = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     frame, line = band // frame_rows, band % frame_rows
     column = tl.arange(0, COLUMNS)
     valid = column < columns
@@ -47,15 +48,15 @@ def _split_kernel(
     key = mix(
         fold(tl.load(seed + row))
         + times(at + 1, FIRST)
-        + times(layer + 1, SECOND)
+        + times(layer + place + 1, SECOND)
         + times(tl.full((), 2, tl.uint32), THIRD)
     )
     offset = tl.zeros((COLUMNS,), tl.int32)
     if RANDOM:
         offset = (mix(key + times(band * columns + column, GOLDEN)) % (CELL_HEIGHT * CELL_WIDTH)).to(tl.int32)
     own_line, own_column = offset // CELL_WIDTH, offset % CELL_WIDTH
-    src += row.to(tl.int64) * src_count
-    dst += row.to(tl.int64) * dst_count
+    src += (place * rows + row).to(tl.int64) * src_count
+    dst += (place * rows + row).to(tl.int64) * dst_count
     tail = tl.arange(0, 8)  # columns beyond the last cell: fewer than a cell is wide
     before = band * columns
     lines = CELL_HEIGHT
@@ -87,15 +88,19 @@ def launch_split(
     cell_height: int,
     cell_width: int,
     random: bool,
+    count: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """src [b, N - D] and dst [b, D], ascending. seed: [] or [b] int64, step: 0-d or None (then number holds)."""
+    """src [count, b, N - D] and dst [count, b, D] of `count` layers from `layer` on, ascending.
+
+    seed: [] or [b] int64, step: 0-d or None (then number holds).
+    """
     seed = seed.reshape(-1).contiguous()
     rows, columns = height // cell_height, width // cell_width
     dst_count = frames * rows * columns
     src_count = frames * height * width - dst_count
-    src = torch.empty((seed.shape[0], src_count), dtype=torch.int64, device=seed.device)
-    dst = torch.empty((seed.shape[0], dst_count), dtype=torch.int64, device=seed.device)
-    _split_kernel[(frames * rows, seed.shape[0])](
+    src = torch.empty((count, seed.shape[0], src_count), dtype=torch.int64, device=seed.device)
+    dst = torch.empty((count, seed.shape[0], dst_count), dtype=torch.int64, device=seed.device)
+    _split_kernel[(frames * rows, seed.shape[0], count)](
         seed,
         seed if step is None else step,
         number,
@@ -108,6 +113,7 @@ def launch_split(
         width,
         src_count,
         dst_count,
+        seed.shape[0],
         HAS_STEP=step is not None,
         RANDOM=random,
         CELL_HEIGHT=cell_height,

@@ -1,0 +1,187 @@
+"""All that becomes a plan in three launches: the nearest dst, the src that stay, everybody's group, sizes and chains.
+
+The specification is matching.nearest, matching._grouped and plan.group_counts. The similarities were tallied where
+they were written (nearest.py), so each program here looks its row's threshold up, in two steps of 256 counts. A
+program writes a tile of src; how many stay before it, it counts by itself. No program waits for another, and the order
+is the src's own, the same in every run. Whatever the count of src, it is one launch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .compiler import power_of_two, tl, triton
+from .nearest import COARSE, TALLY, Config, launch_nearest, ordered
+
+# src of a program, dst of a program, src that it counts at a time. Not tuned.
+_TILES = (1024, 1024, 4096)
+_COARSE, _TALLY = tl.constexpr(COARSE), tl.constexpr(TALLY)
+
+
+@triton.jit
+def _bin(count, goal):
+    """Of counts [256]: (the first place through which there are at least `goal`, how many are before it)."""
+    through = tl.cumsum(count, 0)
+    place = tl.sum((through < goal).to(tl.int32), 0)
+    return place, tl.sum(tl.where(tl.arange(0, _COARSE) < place, count, 0), 0)
+
+
+@triton.jit
+def _seat(place, stay, SECOND: tl.constexpr):
+    """Where a merged token stands. SECOND: the first dst comes right after the first src that stays."""
+    if SECOND:
+        place = tl.where(place == stay, 1, tl.where((place > 0) & (place < stay), place + 1, place))
+    return place
+
+
+@triton.jit(do_not_specialize=["src_count", "dst_count", "stay"])
+def _match_kernel(
+    similarity,
+    target,
+    src,
+    dst,
+    tally,
+    index,
+    groups,
+    sizes,
+    head,
+    following,
+    src_count,
+    dst_count,
+    stay,
+    list_rows,
+    SECOND: tl.constexpr,
+    SRC: tl.constexpr,
+    DST: tl.constexpr,
+    READ: tl.constexpr,
+):
+    """The first programs of a row: SRC of its src each; the others: DST of its dst each.
+
+    sizes, head: [B, M], zero before.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    tokens, kept = src_count + dst_count, stay + dst_count
+    index += row * kept
+    sizes += row * kept
+    head += row * kept
+    groups += row * tokens
+    following += row * tokens
+    src += (row % list_rows) * src_count
+    dst += (row % list_rows) * dst_count
+    src_tiles = tl.cdiv(src_count, SRC)
+    if tl.program_id(0) >= src_tiles:
+        own = (tl.program_id(0) - src_tiles) * DST + tl.arange(0, DST)
+        valid = own < dst_count
+        token = tl.load(dst + own, mask=valid, other=0)
+        place = _seat(stay + own, stay, SECOND)
+        tl.store(index + place, token, mask=valid)
+        tl.store(groups + token, place.to(tl.int64), mask=valid)
+        # Sums of ones are exact in any order.
+        tl.atomic_add(sizes + place, valid.to(tl.float32), mask=valid, sem="relaxed")
+    else:
+        similarity += row * src_count
+        tally += row * _TALLY
+        begin = tl.program_id(0) * SRC
+        own = begin + tl.arange(0, SRC)
+        valid = own < src_count
+        code = ordered(tl.load(similarity + own, mask=valid, other=0.0), 16)
+        token = tl.load(src + own, mask=valid, other=0)
+        partner = tl.load(target + row * src_count + own, mask=valid, other=0).to(tl.int32)
+        # The edge is the stay-th smallest: all below it stay, and the first of those at it.
+        one_of = tl.arange(0, _COARSE)
+        upper, below_upper = _bin(tl.load(tally + one_of), stay)
+        lower, below_edge = _bin(tl.load(tally + _COARSE + upper * 256 + one_of), stay - below_upper)
+        edge = upper * 256 + lower
+        ties_stay = stay - below_upper - below_edge
+        earlier_below = tl.zeros((READ,), tl.int32)
+        earlier_equal = tl.zeros((READ,), tl.int32)
+        for start in range(0, begin, READ):
+            at = start + tl.arange(0, READ)
+            earlier = ordered(tl.load(similarity + at, mask=at < begin, other=0.0), 16)
+            earlier_below += ((at < begin) & (earlier < edge)).to(tl.int32)
+            earlier_equal += ((at < begin) & (earlier == edge)).to(tl.int32)
+        below = (valid & (code < edge)).to(tl.int32)
+        equal = (valid & (code == edge)).to(tl.int32)
+        both = tl.cumsum(below + (equal << 16), 0)  # two counts in one scan; neither reaches 2**15
+        ties = tl.sum(earlier_equal, 0) + (both >> 16)
+        place = tl.sum(earlier_below, 0) + (both & 0xFFFF) + tl.minimum(ties, ties_stay) - 1
+        stays = (below > 0) | ((equal > 0) & (ties <= ties_stay))
+        joins = valid & (stays == 0)
+        place = _seat(tl.where(stays, place, stay + partner), stay, SECOND)
+        tl.store(index + place, token, mask=stays)
+        tl.store(groups + token, place.to(tl.int64), mask=valid)
+        before = tl.atomic_xchg(head + place, (token + 1).to(tl.int32), mask=joins, sem="relaxed")
+        tl.store(following + token, before, mask=joins)
+        tl.atomic_add(sizes + place, valid.to(tl.float32), mask=valid, sem="relaxed")
+
+
+def launch_match(
+    metric: Tensor,
+    src: Tensor,
+    dst: Tensor,
+    goes: int,
+    alone: int = 0,
+    first: int = 0,
+    config: Config | None = None,
+    tiles: tuple[int, int, int] = _TILES,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """index [B, M], groups [B, N] and what mean.launch_links makes of them: heads [2, B, M] and following [B, N].
+
+    Args:
+        metric: [B, N, C] in 16 bits, src: [b, S], dst: [b, D]; goes: how many src go.
+        alone: 1: the first src goes to nobody. first: 1: the first dst takes nobody, and comes second of all.
+    """
+    rows, kept = metric.shape[0], src.shape[1] - goes + dst.shape[1]
+    tally = torch.empty((rows, TALLY), dtype=torch.int32, device=metric.device)
+    heads = torch.empty((2, rows, kept), dtype=torch.int32, device=metric.device)
+    similarity, target = launch_nearest(metric, src, dst, first, config, alone=alone, tally=tally, heads=heads)
+    index, groups, following = launch_grouped(similarity, target, src, dst, goes, tally, heads, first, tiles)
+    return index, groups, heads, following
+
+
+def launch_grouped(
+    similarity: Tensor,
+    target: Tensor,
+    src: Tensor,
+    dst: Tensor,
+    goes: int,
+    tally: Tensor,
+    heads: Tensor,
+    first: int = 0,
+    tiles: tuple[int, int, int] = _TILES,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """index [B, M], groups [B, N], following [B, N] and, into heads [2, B, M] of zeros, sizes and chains.
+
+    similarity, target: [B, S] and tally: [B, TALLY], from launch_nearest.
+    """
+    rows, src_count = similarity.shape
+    dst_count = dst.shape[1]
+    stay, tokens = src_count - goes, src_count + dst_count
+    index = torch.empty((rows, stay + dst_count), dtype=torch.int64, device=src.device)
+    groups = torch.empty((rows, tokens), dtype=torch.int64, device=src.device)
+    following = torch.empty((rows, tokens), dtype=torch.int32, device=src.device)
+    src_tile = min(tiles[0], power_of_two(src_count))
+    dst_tile = min(tiles[1], power_of_two(dst_count))
+    _match_kernel[(-(-src_count // src_tile) + -(-dst_count // dst_tile), rows)](
+        similarity,
+        target,
+        src.contiguous(),
+        dst.contiguous(),
+        tally,
+        index,
+        groups,
+        heads[0].view(torch.float32),
+        heads[1],
+        following,
+        src_count,
+        dst_count,
+        stay,
+        src.shape[0],
+        SECOND=bool(first),
+        SRC=src_tile,
+        DST=dst_tile,
+        READ=tiles[2],
+        num_warps=4,
+    )
+    return index, groups, following
