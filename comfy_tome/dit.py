@@ -6,8 +6,8 @@ of every attention after their position embedding; where their number is that of
 keys and values (and the queries, for methods that merge them) go through the core and all other tokens stay: text,
 references, padding. An override that another node has set is called in turn.
 
-In one softmax with text, each image token that stands for n counts n times (Bolya et al., arXiv 2210.09461, section
-3), or the text would win: log(n) is added to its logits (dit_attention.py).
+In one softmax with text, each image token that stands for n counts n times: log(n) is added to its logits
+(shared_tome/joint.py, dit_attention.py).
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention import extend_heads, extra_channels
 from ..shared_tome.grid import Grid
-from ..shared_tome.joined import choose_kernel
+from ..shared_tome.joint import JointCall, image_bias, merge_image, unmerge_image
 from ..shared_tome.plan import Plan
 from ..shared_tome.report import CallTally, why_not_served
 from ..shared_tome.schedule import config_at
-from .dit_attention import Around, Call, any_size, attend_joined, kernel_order, may_join, take_mask
+from .dit_attention import Call, any_size, kernel_order, may_join, take_mask
 from .dit_models import DiTModel, Told, cross_lengths, dit_model, unwrapped
 from .log import leave_alone, say_once
 from .model_call import DIFFUSION_MODEL, KEY, find_options, progress_of, put_options, step_of
@@ -150,14 +149,13 @@ class DiTCall:
         self.call, self.facts, self.layout = call, facts, layout
         self._record = record
         self._override = options.get("optimized_attention_override")
-        self._kernels = kernel_order(call.seed.device) if self._override is None else ()
+        kernels = kernel_order(call.seed.device) if self._override is None else ()
+        self._joint = JointCall(self._weighs, kernels, say_once)
         # What is done must stand in a guard of its own, as in unet.py: all that a compiled graph takes for granted.
         # The seed is a tensor and so one of its inputs.
-        self.key = repr((call.config.replace(seed=0), layout, self._kernels))
+        self.key = repr((call.config.replace(seed=0), layout, kernels))
         self._served = 0
         self._plan: Plan | None = None
-        self._around: dict[tuple[int, int], Around] = {}
-        self._chosen: dict[tuple[torch.dtype, int], str | None] = {}
         wrappers = dict(options.get("wrappers", {}))
         wrappers[DIFFUSION_MODEL] = {**wrappers.get(DIFFUSION_MODEL, {}), KEY: [self._check_key]}
         self.options = {**options, "optimized_attention_override": self.attention, "wrappers": wrappers}
@@ -221,7 +219,7 @@ class DiTCall:
             self._plan = self.call.plan(metric, self.layout.grid)  # metric [B, N, .]
         self._served += 1
         plan = self._plan
-        if plan is not None and not matches and self._others(start, call.length, plan).bias is not None:
+        if plan is not None and not matches and self._joint.around(plan, start, call.length).bias is not None:
             if not self._takes_wider_heads(call.d):
                 plan = None
         if first and self._record is not None and plan is self._plan:
@@ -258,66 +256,28 @@ class DiTCall:
 
     def _sampled(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
         """Keys and values from some of the image's tokens, the same for all rows, and all others: no unmerge."""
-        around = self._others(start, call.length, plan)
-        if self._kernels and around.sizes is not None and may_join(call, q, k, v):
-            out = self._joined(call, q, k, v, start, plan, around)
+        around = self._joint.around(plan, start, call.length)
+        if self._joint.kernels and around.sizes is not None and may_join(call):
+            heads = [call.by_head(x) for x in (q, k, v)]
+            out = self._joint.attend(*heads, start, plan, call.kwargs.get("scale"))  # (B, L, H, d)
             if out is not None:
-                return out
-        index = plan.index[0]
-        if call.length > plan.tokens:
-            index = torch.cat((around.before, index + start, around.after))  # (K,)
+                return out.transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out.flatten(2)
+        index = around.index(plan, start)
         k, v = call.take(k, index), call.take(v, index)
         if call.mask is not None:
             call = call.replace(mask=call.mask.index_select(-1, index))
         return self._weighted(call, q, k, v, around.bias)
 
-    def _joined(
-        self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, around: Around
-    ) -> Tensor | None:
-        """The same by calls of torch's kernels that are joined; None where none of them serves."""
-        kernel = self._kernel(q, call.d)
-        if kernel is None:
-            return None
-        try:
-            return attend_joined(call, q, k, v, start, plan, around, kernel)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # what a kernel refuses on some machine; the wider heads go everywhere
-            reason = str(error).strip().partition("\n")[0]
-            say_once(f"the {kernel} kernel joins no attentions here; heads are widened instead", reason)
-            self._kernels = ()
-            return None
-
-    def _kernel(self, q: Tensor, d: int) -> str | None:
-        if (q.dtype, d) not in self._chosen:  # torch is asked once a call and not once a layer
-            self._chosen[q.dtype, d] = choose_kernel(self._kernels, q.device, q.dtype, d)
-        return self._chosen[q.dtype, d]
-
-    def _others(self, start: int, length: int, plan: Plan) -> Around:
-        if (start, length) not in self._around:
-            self._around[start, length] = Around.of(plan, start, length, self._weighs)
-        return self._around[start, length]
-
     def _merged(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
         """Methods that match: the image's part of queries, keys and values merged; the queries' outcome unmerged."""
-        kind, before, after = self.call.config.kind, start, call.length - start - plan.tokens
-
-        def merge(x: Tensor) -> Tensor:  # [B, L, C] -> [B, K, C]
-            first, image, last = x.split((before, plan.tokens, after), dim=1)
-            return torch.cat((first, plan.merge(image), last), dim=1)
-
-        def unmerge(x: Tensor) -> Tensor:  # [B, K, C] -> [B, L, C]
-            first, image, last = x.split((before, plan.kept, after), dim=1)
-            return torch.cat((first, plan.unmerge(image), last), dim=1)
-
-        flat = call.flattened()
+        kind, flat = self.call.config.kind, call.flattened()
         if call.mask is not None:
             flat = flat.replace(mask=take_mask(call.mask, call.length, start, plan, kind.queries, kind.keys))
         q, k, v = (call.flat(x) for x in (q, k, v))  # (B, L, H * d)
-        q = merge(q) if kind.queries else q
-        k, v = (merge(k), merge(v)) if kind.keys else (k, v)
-        out = self._weighted(flat, q, k, v, F.pad(plan.sizes.log(), (before, after)) if self._weighs else None)
-        out = unmerge(out) if kind.queries else out
+        q = merge_image(q, start, plan) if kind.queries else q
+        k, v = (merge_image(x, start, plan) for x in (k, v)) if kind.keys else (k, v)
+        out = self._weighted(flat, q, k, v, image_bias(plan, start, call.length) if self._weighs else None)
+        out = unmerge_image(out, start, plan) if kind.queries else out
         return out.unflatten(-1, (call.heads, -1)).transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out
 
     def _weighted(self, call: Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

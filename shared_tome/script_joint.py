@@ -1,7 +1,7 @@
 """scripts.py on diffusers' Flux and SD3, which attend to text and image together.
 
-The image's keys and values come from a sample of its tokens, each weighted by how many it stands for; text tokens and
-all queries stay. Keys are taken behind the rotary positions, where they meet the queries (sdpa.py).
+The image's part of an attention is sampled or merged (joint.py), each key weighted by how many tokens it stands for;
+text and reference tokens stay. That happens behind the rotary positions, where queries and keys meet (sdpa.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from .call import ModelCall
 from .config import ToMeConfig
 from .grid import Grid
+from .joined import KERNELS
+from .joint import JointCall, image_bias, merge_image, take_heads, unmerge_image
+from .plan import Plan
 from .script_hooks import BaseAttachment, argument
 from .sdpa import Handler, HostAttention, SdpaHooks
 
@@ -39,6 +42,7 @@ class _Call:
     """One call of the model. grid: the image's; text, reference: tokens beside it, reference ones behind it."""
 
     model: ModelCall
+    joint: JointCall
     grid: Grid
     batch: int
     text: int
@@ -46,12 +50,14 @@ class _Call:
 
 
 class JointAttachment(BaseAttachment):
-    """On a transformer of _JOINT."""
+    """On a transformer of _JOINT. merge_attn: whether anything is merged at all."""
 
     def __init__(self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True):
         self.text_first, scale = _JOINT[type(model).__name__]
         super().__init__(config, pipe, scale)
         self._grid: tuple[weakref.ref, Grid, int] | None = None
+        if not merge_attn:
+            return
         self._handles += [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             model.register_forward_hook(self._after_model),
@@ -72,14 +78,19 @@ class JointAttachment(BaseAttachment):
             return
         call = self.model_call(grid, argument(args, kwargs, 3, "timestep"), x.device)
         if call is not None:
-            self.call = _Call(call, grid, x.shape[0], text.shape[1], reference)
+            joint = JointCall(call.config.weighs_keys, KERNELS, self._say_why)
+            self.call = _Call(call, joint, grid, x.shape[0], text.shape[1], reference)
+
+    def _say_why(self, message: str, detail: str) -> None:
+        self.say(f"{message} ({detail})")
 
     def _grid_of(self, ids: Tensor) -> tuple[Grid, int]:
         """The image's grid from its position ids [N, 3] (number, row, column), and the reference tokens behind it.
 
         Read once for each tensor of ids: reading waits for the device. (0, 0) where they are no grid.
         """
-        if self._grid is None or self._grid[0]() is not ids:
+        known = self._grid  # read once: another thread's call may put its own there
+        if known is None or known[0]() is not ids:
             rows = (ids[0] if ids.dim() == 3 else ids).detach().cpu().float()  # (N, 3)
             own = int((rows[:, 0] == 0).sum())
             image = rows[:own]
@@ -87,34 +98,63 @@ class JointAttachment(BaseAttachment):
             count = torch.arange(height * width)
             place = torch.stack((count // max(1, width), count % max(1, width)), dim=1)  # (H * W, 2)
             regular = height * width == own and torch.equal((image - image[:1])[:, 1:].long(), place)
-            self._grid = (weakref.ref(ids), (height, width) if regular else (0, 0), len(rows) - own)
-        return self._grid[1:]
+            known = (weakref.ref(ids), (height, width) if regular else (0, 0), len(rows) - own)
+            self._grid = known
+        return known[1:]
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
-        return self._sample if self.call is not None else None
+        return self._attend if self.call is not None else None
 
-    def _sample(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, H, L, d] -> [B, H, L, d]."""
         call = self.call
-        image = math.prod(call.grid)
-        beside = k.shape[2] - image
-        if beside not in (0, call.reference, call.text + call.reference) or k.shape[0] != call.batch:
+        image, length = math.prod(call.grid), k.shape[2]
+        beside = length - image
+        own = q.shape[2] == length and beside in (0, call.reference, call.text + call.reference)
+        if not own or k.shape[0] != call.batch:
             self.say("an attention with other tokens than the text's and the image's is left alone")
             return attention(q, k, v)
         if not attention.is_plain:
             self.say("an attention with a mask is left alone")
             return attention(q, k, v)
-        plan = call.model.plan(k[:, 0].narrow(1, 0, image), call.grid)
+        start = call.text if self.text_first and beside >= call.text else 0
+        # The ViT paper's metric: keys averaged over the heads. What matches nothing wants its shape alone.
+        metric = k[:, :, start : start + image].mean(1) if call.model.config.kind.matches else k[:, 0, :image]
+        plan = call.model.plan(metric, call.grid)  # metric [B, N, d]
         if plan is None:
             return attention(q, k, v)
-        before = call.text if self.text_first and beside >= call.text else 0
-        merged = []
-        for x in (k, v):
-            x = x.transpose(1, 2).flatten(2)  # (B, L, H * d)
-            x = torch.cat((x[:, :before], plan.merge(x[:, before : before + image]), x[:, before + image :]), dim=1)
-            merged.append(x.unflatten(2, (k.shape[1], -1)).transpose(1, 2))  # (B, H, M, d)
-        bias = None
-        if self.config.proportional:
-            sizes = plan.sizes[:1].log()  # (1, M)
-            bias = torch.nn.functional.pad(sizes, (before, beside - before))
-        return attention(q, *merged, bias=bias)
+        serve = self._merged if call.model.config.kind.matches else self._sampled
+        return serve(attention, q, k, v, start, plan)
+
+    def _sampled(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
+        """Keys and values from some of the image's tokens, the same for all rows, and all others: no unmerge."""
+        joint = self.call.joint
+        out = joint.attend(q, k, v, start, plan, attention.scale) if attention.is_torchs_alone else None  # (B, L, H, d)
+        if out is not None:
+            return out.transpose(1, 2)
+        around = joint.around(plan, start, k.shape[2])
+        index = around.index(plan, start)
+        return attention(q, take_heads(k, index), take_heads(v, index), bias=around.bias)
+
+    def _merged(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
+        """Methods that match: the image's part of queries, keys and values merged; the queries' outcome unmerged."""
+        kind, length = self.call.model.config.kind, k.shape[2]
+        bias = image_bias(plan, start, length) if self.call.joint.weighs else None
+
+        def merge(x: Tensor) -> Tensor:  # [B, H, L, d] -> [B, H, K, d]
+            return _split(merge_image(_flat(x), start, plan), x.shape[1])
+
+        q = merge(q) if kind.queries else q
+        k, v = (merge(k), merge(v)) if kind.keys else (k, v)
+        out = attention(q, k, v, bias=bias)
+        return _split(unmerge_image(_flat(out), start, plan), out.shape[1]) if kind.queries else out
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[B, H, L, d] -> [B, L, H * d]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """Back, [B, L, H * d] -> [B, H, L, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

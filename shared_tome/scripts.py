@@ -22,9 +22,8 @@ from .script_joint import JointAttachment, joint_blocks
 _NAME = "_shared_tome"  # the attribute of the patched module that keeps its attachment
 _LEVELS = {1: "0", 2: "0,1", 4: "0,1,2", 8: "0,1,2,3"}
 SERVED = (
-    "diffusers pipelines with a U-Net (SD 1.x, SD 2.x, SDXL) and UNet2DConditionModel; with a config of method "
-    "'sample' or 'downsample' diffusers' Flux and SD3 pipelines and transformers; ldm's LatentDiffusion, "
-    "DiffusionWrapper and UNetModel"
+    "diffusers pipelines with a U-Net (SD 1.x, SD 2.x, SDXL) and UNet2DConditionModel; diffusers' Flux and SD3 "
+    "pipelines and transformers; ldm's LatentDiffusion, DiffusionWrapper and UNetModel"
 )
 
 
@@ -54,7 +53,8 @@ def apply_patch(
         sx, sy: width and height of the cell that keeps one token.
         use_rand: a random token of each cell (from the seed and never from the global generator); otherwise the
             top left one.
-        merge_attn, merge_crossattn, merge_mlp: which of a block's three parts are merged.
+        merge_attn, merge_crossattn, merge_mlp: which of a block's three parts are merged. Flux and SD3 have the first
+            alone.
         config: replaces all of the arguments above and reaches every method.
         options: further options of ToMeConfig by name (seed=..., method=..., proportional=...), on top of both.
     Returns:
@@ -86,11 +86,12 @@ def apply_patch(
     if any(type(module).__name__ == "ToMeBlock" for module in denoiser.modules()):
         raise ValueError("tomesd has patched this model; call tomesd.remove_patch(model) first")
     joint = not any(served_blocks(denoiser))
-    if joint and (config.kind.queries or config.kind.matches):
-        raise ValueError(
-            f"{type(denoiser).__name__} attends to text and image together and is served by the methods sample and "
-            f"downsample, got {config.method!r}: pass config=ToMeConfig(method='sample')"
-        )
+    for name in ("cross_attention", "mlp"):
+        if joint and getattr(config, name):
+            raise ValueError(
+                f"{name} needs a model with a U-Net; {type(denoiser).__name__} is served at its attention to text and "
+                "image alone"
+            )
     remove_patch(model)
     pipe = model if model is not denoiser else None
     attachment = (JointAttachment if joint else Attachment)(denoiser, config, pipe, merge_attn)

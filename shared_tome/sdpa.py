@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from .attention import extend_heads
 
@@ -49,13 +49,23 @@ class HostAttention:
         """Whether keys may be taken away: no mask, not causal."""
         return self.mask is None and not self.options.get("is_causal")
 
+    @property
+    def is_torchs_alone(self) -> bool:
+        """Whether torch's own kernels may be called in its place: no dropout, and no other mode that would miss it."""
+        modes = _get_current_function_mode_stack()
+        return not self.options.get("dropout_p") and all(type(mode).__module__.startswith("torch.") for mode in modes)
+
+    @property
+    def scale(self) -> float | None:
+        """Of the logits; None: d ** -0.5."""
+        return self.options.get("scale")
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """q [B, H, N, d], k and v [B, H, M, d], bias [B or 1, M] for each key -> [B, H, N, d]."""
         if bias is None:
             return self.func(q, k, v, attn_mask=self.mask, **self.options)
         d = q.shape[-1]
-        scale = self.options.get("scale")
-        scale = d**-0.5 if scale is None else scale
+        scale = d**-0.5 if self.scale is None else self.scale
         q, k, v = extend_heads(q, k, v, bias[:, None] * (d**-0.5 / scale))
         return self.func(q, k, v, **{**self.options, "scale": scale})[..., :d]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -18,10 +19,15 @@ def comfy(comfy_nodes):
     """All of these need ComfyUI's attention."""
 
 
+def joint_module():
+    """shared_tome.joint, under the name that ComfyUI loaded it by."""
+    return sys.modules[host.pack_module("dit").JointCall.__module__]
+
+
 @pytest.fixture
 def joined(monkeypatch):
     """How many keys the parts of each joined attention have, in the order of the calls."""
-    module, seen = host.pack_module("dit_attention"), []
+    module, seen = joint_module(), []
     kept_function = module.attend_in_parts
 
     def spy(q, parts, *args):
@@ -92,7 +98,7 @@ def test_keys_of_one_weight_are_a_part(grid, ratio, head, parts, joined):
 
 
 def test_cudnn_gets_no_part_of_one_key(monkeypatch):
-    monkeypatch.setattr(host.pack_module("dit"), "choose_kernel", lambda *args: "cudnn")
+    monkeypatch.setattr(joint_module(), "choose_kernel", lambda *args: "cudnn")
     grid = (7, 9)
     k, v = (alike(grid, "sample", 0.5, 0, 0, seed=seed) for seed in (0, 1))
     run = bare(grid, method="sample", ratio=0.5)
@@ -249,7 +255,7 @@ def test_a_kernel_that_refuses_is_left_for_wider_heads(by_channels, monkeypatch,
         tried.append(args)
         raise RuntimeError("not on this device\nand more")
 
-    monkeypatch.setattr(host.pack_module("dit_attention"), "attend_in_parts", refuse)
+    monkeypatch.setattr(joint_module(), "attend_in_parts", refuse)
     q, k, v = tokens(96 + 5)
     attend = bare((8, 12), 5, 0, ratio=0.75)
     with caplog.at_level("INFO"):
@@ -265,6 +271,6 @@ def test_no_memory_is_not_taken_for_a_refusal(monkeypatch):
     def full_up(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(host.pack_module("dit_attention"), "attend_in_parts", full_up)
+    monkeypatch.setattr(joint_module(), "attend_in_parts", full_up)
     with pytest.raises(torch.cuda.OutOfMemoryError):  # ComfyUI frees memory and tries again
         bare((8, 12), 5, 0, ratio=0.75)(*tokens(96 + 5), HEADS)

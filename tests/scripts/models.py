@@ -96,16 +96,27 @@ def flux() -> nn.Module:
     )  # fmt: skip
 
 
+ALL = slice(None)
+
+
 @torch.no_grad()
-def run_flux(model: nn.Module, height: int = 6, width: int = 10, reference: int = 0, timestep: float = 0.5) -> Tensor:
-    """One call, with as many reference tokens behind the image's."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    ids = torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).reshape(-1, 3).float()
+def run_flux(
+    model: nn.Module,
+    height: int = 6,
+    width: int = 10,
+    reference: int = 0,
+    timestep: float = 0.5,
+    rows: slice = ALL,
+    **told: Any,
+) -> Tensor:
+    """One call, with as many reference tokens behind the image's. rows: which of the batch of two."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    ids = torch.stack((torch.zeros_like(y), y, x), dim=-1).reshape(-1, 3).float()
     ids = torch.cat((ids, torch.tensor([[1.0, 0.0, 0.0]]).expand(reference, 3)))
     return model(
-        hidden_states=noise(2, len(ids), 8, seed=1), encoder_hidden_states=noise(2, 5, 16, seed=2),
-        pooled_projections=noise(2, 8, seed=3), timestep=torch.full((2,), timestep),
-        img_ids=ids, txt_ids=torch.zeros(5, 3),
+        hidden_states=noise(2, len(ids), 8, seed=1)[rows], encoder_hidden_states=noise(2, 5, 16, seed=2)[rows],
+        pooled_projections=noise(2, 8, seed=3)[rows], timestep=torch.full((2,), timestep)[rows],
+        img_ids=ids, txt_ids=torch.zeros(5, 3), **told,
     ).sample  # fmt: skip
 
 
@@ -120,10 +131,11 @@ def sd3() -> nn.Module:
 
 
 @torch.no_grad()
-def run_sd3(model: nn.Module, height: int = 6, width: int = 10, timestep: float = 500.0) -> Tensor:
+def run_sd3(model: nn.Module, height: int = 6, width: int = 10, timestep: float = 500.0, rows: slice = ALL) -> Tensor:
     return model(
-        hidden_states=noise(2, 4, 2 * height, 2 * width, seed=1), encoder_hidden_states=noise(2, 5, 16, seed=2),
-        pooled_projections=noise(2, 8, seed=3), timestep=torch.full((2,), timestep),
+        hidden_states=noise(2, 4, 2 * height, 2 * width, seed=1)[rows],
+        encoder_hidden_states=noise(2, 5, 16, seed=2)[rows],
+        pooled_projections=noise(2, 8, seed=3)[rows], timestep=torch.full((2,), timestep)[rows],
     ).sample  # fmt: skip
 
 

@@ -1,0 +1,195 @@
+"""An image's tokens in one attention with others (text, references, padding), which always stay.
+
+For hosts where q, k and v are seen as the attention gets them. Methods that match nothing take keys and values of some
+tokens (JointCall); those that match merge the image's part of a row and bring it back (merge_image, unmerge_image).
+
+In one softmax with text, each image token that stands for n counts n times (Bolya et al., arXiv 2210.09461, section
+3), or the text would win: log(n) is added to its logits, by parts of one weight joined by their log-sum-exps
+(joined.py) or, wherever that cannot be, by further channels of the heads (attention.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .joined import Part, attend_in_parts, choose_kernel
+from .plan import Plan, take
+from .sampling import SamplePlan, run_lengths
+
+# Keys that count several times stand as often among those that count once where that makes so few: it saves a call.
+_FEW = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Around:
+    """What all layers of a length share.
+
+    before, after: the tokens that are not the image's. bias: log(counts) [1, K] of all keys; None: they count alike.
+    sizes: the image's keys by what they count: (places in plan.index, or None for all; the logarithm), the most
+    first; None where that is not known. ones: places of keys that stand among the others as often as they count.
+    """
+
+    before: Tensor
+    after: Tensor
+    bias: Tensor | None
+    sizes: tuple[tuple[Tensor | None, float], ...] | None
+    ones: Tensor | None
+
+    @classmethod
+    def of(cls, plan: Plan, start: int, length: int, weighs: bool) -> Around:
+        """weighs: whether a key that stands for several tokens counts as many."""
+        index = torch.arange(length, device=plan.device)
+        before, after = index[:start], index[start + plan.tokens :]
+        if not weighs or (plan.even and length == plan.tokens):  # alone and alike: softmax takes no notice
+            return cls(before, after, None, None, None)
+        bias = F.pad(plan.sizes[:1].log(), (len(before), len(after)))
+        small, longer = divmod(plan.tokens, plan.kept)
+        if plan.even:
+            return cls(before, after, bias, ((None, math.log(small)),), None)
+        if not isinstance(plan, SamplePlan):
+            return cls(before, after, bias, None, None)
+        order = run_lengths(plan.tokens, plan.kept, plan.device)[1].argsort(stable=True)
+        shorter = plan.kept - longer
+        groups = [(order[:shorter], shorter, small), (order[shorter:], longer, small + 1)]
+        (most, _, size), (least, count, times) = groups if shorter >= longer else groups[::-1]
+        if count * times <= _FEW:
+            return cls(before, after, bias, ((most, math.log(size)),), least.repeat_interleave(times))
+        return cls(before, after, bias, ((most, math.log(size)), (least, math.log(times))), None)
+
+    def index(self, plan: Plan, start: int) -> Tensor:
+        """The tokens whose keys stay, [K], where all rows of the batch keep the same; the image begins at `start`."""
+        if len(self.before) + len(self.after) == 0:
+            return plan.index[0]
+        return torch.cat((self.before, plan.index[0] + start, self.after))
+
+
+class JointCall:
+    """What the attentions of one call of a model share. Owned by that call.
+
+    Args:
+        weighs: whether a key that stands for several tokens counts as many.
+        kernels: those that the host would try, in its order (joined.choose_kernel). None of them: nothing is joined.
+        say: called as say(message, detail) where a kernel refuses.
+    """
+
+    def __init__(self, weighs: bool, kernels: Sequence[str], say: Callable[[str, str], None]):
+        self.weighs, self.kernels, self._say = weighs, tuple(kernels), say
+        self._around: dict[tuple[int, int], Around] = {}
+        self._chosen: dict[tuple[torch.dtype, int], str | None] = {}
+
+    def around(self, plan: Plan, start: int, length: int) -> Around:
+        """For a row of `length` tokens whose image begins at `start`; plan: of a method that matches nothing."""
+        if (start, length) not in self._around:
+            self._around[start, length] = Around.of(plan, start, length, self.weighs)
+        return self._around[start, length]
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, scale: float | None = None
+    ) -> Tensor | None:
+        """One unmasked attention with keys and values of plan.index alone, each of its weight, and all other tokens.
+
+        Args:
+            q, k, v: [B, H, L, d] of all tokens. scale: of the logits; None: d ** -0.5.
+        Returns:
+            [B, L, H, d], or None where it cannot be done in joined parts, or need not be.
+        """
+        around = self.around(plan, start, k.shape[2])
+        if not self.kernels or around.sizes is None or not _can_join(q, k, v):
+            return None
+        kernel = self._kernel(q)
+        if kernel is None:
+            return None
+        try:
+            return attend_joined(q, k, v, start, plan, around, kernel, scale)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what a kernel refuses on some machine; the wider heads go everywhere
+            reason = str(error).strip().partition("\n")[0]
+            self._say(f"the {kernel} kernel joins no attentions here; heads are widened instead", reason)
+            self.kernels = ()
+            return None
+
+    def _kernel(self, q: Tensor) -> str | None:
+        key = q.dtype, q.shape[-1]
+        if key not in self._chosen:  # torch is asked once a call and not once a layer
+            self._chosen[key] = choose_kernel(self.kernels, q.device, *key)
+        return self._chosen[key]
+
+
+def _can_join(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels that tell their log-sum-exp take these, and no gradient is lost by it."""
+    if any(x.stride(-1) != 1 for x in (q, k, v)):
+        return False
+    if not (q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype):
+        return False
+    return not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+
+
+def attend_joined(
+    q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, around: Around, kernel: str, scale: float | None = None
+) -> Tensor | None:
+    """JointCall.attend by one kernel; None where a part is not as it wants it: cuDNN takes no single key."""
+    index, end = plan.index[0], start + plan.tokens
+    image = [x[:, :, start:end] for x in (k, v)]
+    parts: list[Part] = []
+    for places, weight in around.sizes:
+        chosen = index if places is None else index[places]
+        parts.append((*(take_heads(x, chosen) for x in image), weight))
+    ones = None if around.ones is None else index[around.ones]
+    others = []
+    for x, own in zip((k, v), image, strict=True):
+        pieces = [x[:, :, :start]] if start else []
+        pieces += [] if ones is None else [take_heads(own, ones)]
+        pieces += [x[:, :, end:]] if end < x.shape[2] else []
+        if pieces:
+            others.append(pieces[0] if len(pieces) == 1 else _concatenate(pieces))
+    if others:
+        parts.append((*others, 0.0))
+    if any(part[0].shape[2] < (2 if kernel == "cudnn" else 1) for part in parts):
+        return None
+    return attend_in_parts(q, parts, kernel, scale)
+
+
+def _rows_lie_together(x: Tensor) -> bool:
+    """Whether x [B, H, L, d] is [B, L, H * d] in memory."""
+    return x.stride(1) == x.shape[3] and x.stride(3) == 1
+
+
+def take_heads(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens of index [K] of x [B, H, L, d], in one gather of whole rows where the memory allows."""
+    batch, heads, _, d = x.shape
+    if _rows_lie_together(x):
+        return take(x.transpose(1, 2).flatten(2), index[None]).unflatten(-1, (heads, d)).transpose(1, 2)
+    if batch == 1 or x.stride(0) == heads * x.stride(1):
+        return take(x.flatten(0, 1), index[None]).unflatten(0, (batch, heads))
+    return x.index_select(2, index)
+
+
+def _concatenate(pieces: Sequence[Tensor]) -> Tensor:
+    """Pieces [B, H, ., d] one behind the other, in the memory order that they have."""
+    if all(_rows_lie_together(x) for x in pieces):
+        return torch.cat([x.transpose(1, 2) for x in pieces], dim=1).transpose(1, 2)
+    return torch.cat(list(pieces), dim=2)
+
+
+def merge_image(x: Tensor, start: int, plan: Plan) -> Tensor:
+    """The image's part of x [B, L, C], which begins at `start`, merged -> [B, K, C]."""
+    before, image, after = x.split((start, plan.tokens, x.shape[1] - start - plan.tokens), dim=1)
+    return torch.cat((before, plan.merge(image), after), dim=1)
+
+
+def unmerge_image(x: Tensor, start: int, plan: Plan) -> Tensor:
+    """Back from x [B, K, C] -> [B, L, C]."""
+    before, image, after = x.split((start, plan.kept, x.shape[1] - start - plan.kept), dim=1)
+    return torch.cat((before, plan.unmerge(image), after), dim=1)
+
+
+def image_bias(plan: Plan, start: int, length: int) -> Tensor:
+    """log(sizes) [B, K] of merged keys in a row of `length` tokens whose image begins at `start`."""
+    return F.pad(plan.sizes.log(), (start, length - start - plan.tokens))
