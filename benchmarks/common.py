@@ -108,6 +108,19 @@ def spread(times: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(times), "p20": fifths[0], "p80": fifths[-1]}
 
 
+# Columns of a row: what they are of `spread`.
+SPEEDUPS = {"speedup": "median", "speedup_p20": "p20", "speedup_p80": "p80"}
+
+
+def speedup(base: Sequence[float], times: Sequence[float]) -> dict[str, str]:
+    """How many times as fast as `base`, which was measured by turns with it: the median of the turns, p20 and p80.
+
+    Turn against turn, so that a machine that is slower for a while is so for both.
+    """
+    found = spread([a / b for a, b in zip(base, times, strict=True)])
+    return {name: f"{found[key]:.3f}" for name, key in SPEEDUPS.items()}
+
+
 def seconds_of(call: Callable[[], Any], device: str, repeats: int = 1) -> float:
     """How long one call takes, the GPU's work included. repeats: calls in a row that are timed together."""
     if device == "cuda":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,19 @@ from tqdm import tqdm
 
 from installer import inprocess
 
-from .common import BACKENDS, Budget, Store, add_output_options, machine, priority, show, spread, take_turns, versions
+from .common import (
+    BACKENDS,
+    Budget,
+    Store,
+    add_output_options,
+    machine,
+    priority,
+    show,
+    speedup,
+    spread,
+    take_turns,
+    versions,
+)
 
 # name: (class in comfy.supported_models, channels of the prompt, channels of level 0, min_tokens). tiny: for a try.
 MODELS = {"sd15": ("SD15", 768, 320, 2048), "sdxl": ("SDXL", 2048, 320, 2048), "tiny": ("SD15", 768, 32, 64)}
@@ -41,8 +52,11 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def build(kind: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A ModelPatcher around a full-size U-Net of ComfyUI's with random weights."""
+def build(kind: str, device: torch.device, dtype: torch.dtype, seed: int | None = None) -> Any:
+    """A ModelPatcher around a full-size U-Net of ComfyUI's with random weights.
+
+    seed: for outcomes to be compared: always the same weights, and such that each layer counts.
+    """
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
@@ -73,9 +87,14 @@ def build(kind: str, device: torch.device, dtype: torch.dtype) -> Any:
     config.set_inference_dtype(dtype, None)
     with torch.device(device):
         model = config.get_model({}, "", device=device)
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.diffusion_model.parameters():
-            parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(0.5)
+        for name, parameter in model.diffusion_model.named_parameters():
+            if parameter.dim() > 1:
+                deviation = 0.02 if seed is None else parameter[0].numel() ** -0.5
+                parameter.normal_(0.0, deviation, generator=generator)
+            else:
+                parameter.fill_(0.5 if seed is None else float(name.endswith("weight")))
     return comfy.model_patcher.ModelPatcher(model.to(device), device, device)
 
 
@@ -100,25 +119,38 @@ def choose_attention(backend: str) -> Iterator[None]:
         comfy.ops.SDPA_BACKEND_PRIORITY = kept
 
 
-def step_times(model: Any, kind: str, size: int, steps: int) -> list[float]:
-    """Seconds of each step but the first two, of one image with guidance."""
+def sample(model: Any, kind: str, size: int, steps: int, images: int = 1, callback: Any = None) -> torch.Tensor:
+    """The latent [images, 4, size / 8, size / 8] that the sampler makes with guidance, always of the same seed.
+
+    callback: called after each step.
+    """
     import comfy.sample
 
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(1, 77, MODELS[kind][1], generator=generator)
+    extra = {}
+    if kind == "sdxl":
+        extra = {"pooled_output": torch.randn(1, 1280, generator=generator), "width": size, "height": size}
+    latent = torch.zeros(images, 4, size // 8, size // 8)
+    noise = torch.randn(latent.shape, generator=generator)
+    return comfy.sample.sample(
+        model, noise, steps, 7.0, "euler", "normal", [[context, dict(extra)]], [[-context, dict(extra)]], latent,
+        callback=callback, disable_pbar=True, seed=0,
+    )  # fmt: skip
+
+
+def step_times(model: Any, kind: str, size: int, steps: int, images: int = 1) -> list[float]:
+    """Seconds of each step but the first two, with guidance."""
     device = model.load_device
-    context = torch.randn(1, 77, MODELS[kind][1])
-    extra = {"pooled_output": torch.randn(1, 1280), "width": size, "height": size} if kind == "sdxl" else {}
-    latent = torch.zeros(1, 4, size // 8, size // 8)
     marks = []
 
     def mark(*_: Any) -> None:
+        # With several GPUs this one waits for the others' outcomes, so it is the last.
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         marks.append(time.perf_counter())
 
-    comfy.sample.sample(
-        model, torch.randn_like(latent), steps, 7.0, "euler", "normal", [[context, dict(extra)]],
-        [[-context, dict(extra)]], latent, callback=mark, disable_pbar=True, seed=0,
-    )  # fmt: skip
+    sample(model, kind, size, steps, images, mark)
     return [b - a for a, b in zip(marks[1:], marks[2:], strict=False)]
 
 
@@ -168,7 +200,6 @@ def measure(
     for name in names:
         turn(name, 2)  # warm
     found = take_turns({name: lambda name=name: turn(name) for name in names}, args.seconds, args.least)
-    base = statistics.median(found["unmerged"])
     for name, times in found.items():
         time = spread(times)
         yield {
@@ -180,7 +211,7 @@ def measure(
             "step_ms": 1e3 * time["median"],
             "step_p20": 1e3 * time["p20"],
             "step_p80": 1e3 * time["p80"],
-            "speedup": f"{base / time['median']:.3f}",
+            **speedup(found["unmerged"], times),
             "steps": len(times),
             "device": args.device,
         }

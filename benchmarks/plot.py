@@ -202,11 +202,11 @@ def dit(rows: Sequence[Row], path: Path) -> None:
 
 # picture: (the CSV it is made from, what draws it)
 PLOTS: dict[str, tuple[str, Callable[[Sequence[Row], Path], None]]] = {
-    "speed-steps.png": ("steps-h200", steps),
-    "speed-hosts.png": ("hosts-h200", hosts),
-    "speed-growth.png": ("growth-h200", growth),
-    "speed-memory.png": ("memory-h200", memory),
-    "speed-dit.png": ("dit-h200", dit),
+    "speed-steps.png": ("steps", steps),
+    "speed-hosts.png": ("hosts", hosts),
+    "speed-growth.png": ("growth", growth),
+    "speed-memory.png": ("memory", memory),
+    "speed-dit.png": ("dit", dit),
 }
 
 

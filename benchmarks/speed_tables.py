@@ -72,7 +72,7 @@ def _by_variant(
 def speed() -> str:
     """Steps of a real ComfyUI with its own choice of attention: each model and size from the newest run that has it."""
     rows: list[Row] = []
-    for name in ("hosts-h200", "comfyui-h200-2", "comfyui-h200"):
+    for name in ("hosts", "comfyui-h200-2", "comfyui-h200"):
         there = {(row["model"], row["pixels"]) for row in rows}
         found = [row for row in read(name) if row.get("backend", "default") == "default"]
         rows += [row for row in found if (row["model"], row["pixels"]) not in there]
@@ -88,7 +88,7 @@ def _model(row: Row) -> str:
 
 def hosts() -> str:
     """The same for the attention kernels that were asked for."""
-    rows = [row for row in read("hosts-h200") if row["backend"] != "default"]
+    rows = [row for row in read("hosts") if row["backend"] != "default"]
     if not rows:
         return NOTHING
     keys, heads = ("backend", "model", "pixels"), ["attention", "model, pixels"]
@@ -96,7 +96,7 @@ def hosts() -> str:
 
 
 def _steps(mode: str) -> str:
-    rows = [row for row in read("steps-h200") if row["mode"] == mode]
+    rows = [row for row in read("steps") if row["mode"] == mode]
     if not rows:
         return NOTHING
     keys, heads = ("backend", "model", "pixels"), ["attention", "model, pixels", "levels"]
@@ -117,7 +117,7 @@ def steps_eager() -> str:
 
 def bound() -> str:
     """How much of what its zero-cost bound saves each method at ratio 0.5 saves."""
-    rows = [row for row in read("steps-h200") if row["mode"] == "graph"]
+    rows = [row for row in read("steps") if row["mode"] == "graph"]
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         groups.setdefault((row["backend"], row["model"], row["pixels"]), {})[row["variant"]] = row
@@ -138,7 +138,7 @@ def bound() -> str:
 
 def memory() -> str:
     """The peak that merging adds, in units of the token tensor."""
-    rows = read("memory-h200")
+    rows = read("memory")
     if not rows:
         return NOTHING
     shapes = list(dict.fromkeys((row["tokens"], row["channels"]) for row in rows))
@@ -164,7 +164,7 @@ def memory() -> str:
 
 def growth() -> str:
     """Microseconds by the number of tokens, and the exponent over the last three octaves."""
-    rows = [row for row in read("growth-h200") if row["us"]]
+    rows = [row for row in read("growth") if row["us"]]
     if not rows:
         return NOTHING
     sizes = sorted({int(row["tokens"]) for row in rows})
@@ -185,7 +185,7 @@ def growth() -> str:
 
 def dit() -> str:
     """Transformers in ComfyUI, scaled to their depth."""
-    rows = read("dit-h200")
+    rows = read("dit")
     if not rows:
         return NOTHING
 
@@ -200,7 +200,7 @@ def dit() -> str:
 
 def weights() -> str:
     """Attention alone with sampled keys: the ways to weigh them, in microseconds."""
-    rows = read("dit-attention-h200")
+    rows = read("dit-attention")
     if not rows:
         return NOTHING
     ways = list(dict.fromkeys(row["way"] for row in rows))
@@ -214,6 +214,30 @@ def weights() -> str:
     return f"{table(['attention', 'shape', 'ratio', *ways], body)}\n{about(rows)}.\n"
 
 
+def multigpu() -> str:
+    """Steps of ComfyUI on one and on two GPUs, against unmerged on one."""
+    rows = read("multigpu")
+    if not rows:
+        return NOTHING
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["pixels"], row["images"], row["gpus"]), {})[row["variant"]] = row
+
+    def cell(row: Row | None) -> str:
+        return f"{times(row)} ({float(row['differs']):.0e})" if row and row["differs"] else times(row)
+
+    body = [
+        [
+            _model(found["unmerged"]), images, gpus, _milliseconds(found["unmerged"]),
+            *(cell(found.get(name)) for name in variants),
+        ]
+        for (_, _, images, gpus), found in groups.items()
+    ]  # fmt: skip
+    head = ["model, pixels", "images", "GPUs", "unmerged step (p20 to p80)", *variants]
+    return f"{table(head, body)}\n{about(rows)}.\n"
+
+
 MAKERS: dict[str, Callable[[], str]] = {
     "speed": speed,
     "hosts": hosts,
@@ -224,4 +248,5 @@ MAKERS: dict[str, Callable[[], str]] = {
     "growth": growth,
     "dit": dit,
     "weights": weights,
+    "multigpu": multigpu,
 }

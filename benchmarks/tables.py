@@ -54,7 +54,7 @@ def served() -> str:
 
 def presets() -> str:
     """The presets, what they do to the pictures of the quality lab's models and to the time of a run on the GPU."""
-    rows = []
+    rows, steps = [], read("steps")
     for name, preset in PRESETS.items():
         start = preset.options["start"]
         cells = [name, ", ".join(f"{option} {value}" for option, value in preset.options.items()), preset.summary]
@@ -63,15 +63,15 @@ def presets() -> str:
             cells.append(f"{float(psnr[preset_variant(name)]):.1f} dB")
         for pixels in ("1024", "2048"):
             merged = f"{preset.options['method']} {preset.options['ratio']:g}"
-            step = {row["variant"]: float(row["step_ms"]) for row in read("steps-h200") if row["pixels"] == pixels
+            step = {row["variant"]: float(row["step_ms"]) for row in steps if row["pixels"] == pixels
                     and (row["model"], row["mode"], row["backend"]) == ("sd15", "graph", "cudnn")}  # fmt: skip
             mean = start * step["unmerged"] + (1 - start) * step[merged]
             cells.append(f"{step['unmerged'] / mean:.2f}x")
         rows.append(cells)
     head = ["preset", "sets", "", "PSNR, demo", "PSNR, lab", "SD 1.5 at 1024²", "at 2048²"]
     note = (
-        "PSNR to the unmerged picture on the two models of docs/quality.md; the mean step of a run on an H200, as a "
-        "CUDA graph, with the first steps that are left alone (docs/speed.md)."
+        "PSNR to the unmerged picture on the two models of docs/quality.md; the mean step of a run on an "
+        f"{steps[0]['machine']}, as a CUDA graph, with the first steps that are left alone (docs/speed.md)."
     )
     return f"{table(head, rows)}\n{note}\n"
 

@@ -1,4 +1,4 @@
-"""Large vision transformers, images a second: `python -m benchmarks.vit --out benchmarks/results/vit-h200.csv`.
+"""Large vision transformers, images a second: `python -m benchmarks.vit --out benchmarks/results/vit.csv`.
 
 timm's VisionTransformer with random weights, whole forwards in inference mode under SDPA. "limit" has the same number
 of tokens in each block at no cost (the first ones are taken), so it is what merging could reach at most. All variants

@@ -41,7 +41,7 @@ class UNetPatch:
         call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=step_of(options, x.device))
         attention = _host_attention()
         if is_compiled(executor, options):
-            call.look_ahead(x.shape[0], _layers_of(executor.class_obj.diffusion_model), _dtype_of(executor), attention)
+            call.look_ahead(_layers_of(executor.class_obj.diffusion_model), _dtype_of(executor), attention)
         patch = UNetCall(call, options, None if record is None or record.run.compiled else record, attention)
         # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
         # transformer_options, so without this a compiled model would keep the patches it first saw.

@@ -41,8 +41,9 @@ FORM = 1  # of the file; one of another form is written anew
 ALWAYS = 16384
 # Merging must save this share of the layer: what is measured scatters by a few percent.
 MARGIN = 0.03
-# Tokens times channels of the largest made-up batch: 32 MiB in half precision.
-_LARGEST = 2**24
+# A picture with guidance. Never the rows of the call: hosts split batches as memory and GPUs allow, and a picture in a
+# batch is to be that which it is alone. More rows pay sooner, so this is on the safe side.
+ROWS = 2
 _REPEATS, _ROUNDS = 16, 5  # 16: layers that are drawn at once (call.py)
 
 # attention(q, k, v, heads, scale=None): [B, N, H * d], [B, M, H * d] twice -> [B, N, H * d]
@@ -51,9 +52,8 @@ Attention = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A layer that is measured: rows and grid of its tokens, channels, heads, and how it would be merged."""
+    """A layer that is measured: the grid of its tokens, channels, heads, and how it would be merged."""
 
-    rows: int
     grid: Grid
     channels: int
     heads: int
@@ -70,7 +70,7 @@ class Case:
             how += ["x".join(map(str, config.stride)), config.partition, config.reduce, f"share {config.share_match}"]
         how.append(f"proportional {config.proportional}")
         grid = "x".join(map(str, self.grid))
-        shape = [f"{self.rows} rows", grid, f"{self.channels}/{self.heads}", str(self.dtype).removeprefix("torch.")]
+        shape = [grid, f"{self.channels}/{self.heads}", str(self.dtype).removeprefix("torch.")]
         return ", ".join([*shape, self.attention, *how])
 
 
@@ -200,7 +200,6 @@ def measures(config: ToMeConfig, grid: Grid, device: torch.device) -> bool:
 
 
 def verdict_on(
-    rows: int,
     grid: Grid,
     channels: int,
     heads: int,
@@ -213,11 +212,9 @@ def verdict_on(
 
     attention: the host's (None: torch's). Never called where torch.compile traces.
     """
-    # A larger batch pays sooner than a smaller one, so fewer rows are on the safe side.
-    rows = max(1, min(rows, _LARGEST // (math.prod(grid) * channels)))
     config = config.replace(start=0.0, end=1.0, ratio_end=-1.0, min_tokens=0, seed=0, cross_attention=False, mlp=False)
     name = "torch" if attention is None else getattr(attention, "__name__", type(attention).__name__)
-    case = Case(rows, grid, channels, heads, dtype, config, name)
+    case = Case(grid, channels, heads, dtype, config, name)
 
     def measured() -> Verdict:
         verdict = measure(case, device, attention)
@@ -255,7 +252,7 @@ def measure(case: Case, device: torch.device, attention: Attention | None = None
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(case.dtype)
 
-    x = drawn(case.rows, math.prod(case.grid), case.channels)
+    x = drawn(ROWS, math.prod(case.grid), case.channels)
     weight = drawn(case.channels, case.channels) * case.channels**-0.5
     call = ModelCall(case.config, case.grid, device, step=torch.zeros((), dtype=torch.int64, device=device))
 

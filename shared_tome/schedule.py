@@ -11,7 +11,6 @@ from collections.abc import Callable
 from .config import ToMeConfig
 from .grid import Grid, level_of
 
-
 # Values that a moving ratio takes. Each is another number of tokens, so another graph under torch.compile, which
 # gives up after eight; the unmerged steps of a start or an end are one more.
 RATIOS = 6

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "vit.md"
 SMALL = ROOT / "quality" / "results" / "vit.csv"
-LARGE = ROOT / "benchmarks" / "results" / "vit-h200.csv"
+LARGE = ROOT / "benchmarks" / "results" / "vit.csv"
 NOT_YET = "Not measured yet.\n"
 _BLOCK = re.compile(r"(<!-- (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 Row = dict[str, str]

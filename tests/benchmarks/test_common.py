@@ -48,3 +48,14 @@ def test_the_attention_asked_for_comes_first():
 def test_the_spread_of_one_and_of_many():
     assert common.spread([2.0]) == {"median": 2.0, "p20": 2.0, "p80": 2.0}
     assert common.spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
+
+
+def test_a_speedup_is_of_turns():
+    """A machine at half its speed for most of the time: the medians say 0.5x, the turns 2x."""
+    base, times = [1.0, 1.0, 2.0, 2.0, 2.0], [0.5, 0.5, 1.0, 1.0, 1.0]
+    assert common.speedup(base, times) == {"speedup": "2.000", "speedup_p20": "2.000", "speedup_p80": "2.000"}
+    assert common.speedup([1, 1, 1], [1, 0.5, 2]) == {
+        "speedup": "1.000", "speedup_p20": "0.700", "speedup_p80": "1.600"
+    }  # fmt: skip
+    with pytest.raises(ValueError):
+        common.speedup([1.0], [1.0, 1.0])

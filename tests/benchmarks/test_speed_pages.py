@@ -35,7 +35,7 @@ def results(tmp_path, monkeypatch):
     for name, rows in {
         "steps": steps, "hosts": hosts, "memory": [memory], "growth": growth, "dit": dit, "dit-attention": [ways],
     }.items():  # fmt: skip
-        common.save(rows, tmp_path / f"{name}-h200.csv")
+        common.save(rows, tmp_path / f"{name}.csv")
     monkeypatch.setattr(speed_tables.read, "__defaults__", (tmp_path,))
     return tmp_path
 

@@ -12,7 +12,8 @@ from benchmarks import step, unets
 pytest.importorskip("diffusers", reason="the U-Nets are diffusers'")
 COLUMNS = {
     "model", "pixels", "levels", "batch", "dtype", "mode", "backend", "variant", "step_ms", "step_p20", "step_p80",
-    "speedup", "rounds", "remark", "device", "machine", "driver", "torch", "date", "commit", "versions",
+    "speedup", "speedup_p20", "speedup_p80", "rounds", "remark", "device", "machine", "driver", "torch", "date",
+    "commit", "versions",
 }  # fmt: skip
 
 

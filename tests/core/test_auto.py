@@ -19,7 +19,7 @@ PAYS, COSTS = Verdict(100.0, 60.0, 10.0), Verdict(100.0, 98.0, 10.0)
 
 
 def case(**changes):
-    known = {"rows": 2, "grid": GRID, "channels": 16, "heads": 2, "dtype": torch.float16, "config": config()}
+    known = {"grid": GRID, "channels": 16, "heads": 2, "dtype": torch.float16, "config": config()}
     return Case(**{**known, **changes})
 
 
@@ -147,7 +147,6 @@ def test_what_tells_layers_apart():
     assert len({one.key for one in same}) == 1
     other = [
         case(),
-        case(rows=4),
         case(grid=(8, 6)),
         case(channels=32),
         case(heads=4),
@@ -215,16 +214,18 @@ def test_both_ways_are_run(monkeypatch, method, ratio):
     assert keys[1] == (48 - goes if merged.keys else 48)
 
 
-def test_fewer_rows_of_a_large_batch(monkeypatch):
+def test_how_many_steps_and_rows_there_are_changes_nothing(monkeypatch):
+    """A picture in a batch, or with its rows on two GPUs, is the one that it is alone."""
     seen = []
     monkeypatch.setattr(auto, "measure", lambda case, device, attention: seen.append(case) or PAYS)
-    monkeypatch.setattr(auto, "verdicts_of", lambda device, kept=Verdicts(None): kept)
+    kept = Verdicts(None)
+    monkeypatch.setattr(auto, "verdicts_of", lambda device: kept)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     ours, cpu = config(start=0.4, min_tokens=100, seed=3), torch.device("cpu")
-    assert auto.verdict_on(64, (64, 64), 640, 10, torch.float16, cpu, ours) == PAYS
-    assert auto.verdict_on(2, (64, 64), 640, 10, torch.float16, cpu, ours) == PAYS
-    assert [one.rows for one in seen] == [6, 2]
-    assert seen[0].config == config(min_tokens=0)
+    for options in (ours, ours.replace(start=0.0, seed=1)):
+        assert auto.verdict_on((64, 64), 640, 10, torch.float16, cpu, options) == PAYS
+    (only,) = seen
+    assert only.config == config(min_tokens=0)
 
 
 @pytest.fixture
@@ -234,8 +235,8 @@ def judged(monkeypatch):
 
     asked = []
 
-    def verdict_on(rows, grid, channels, heads, dtype, device, ours, attention=None):
-        asked.append((rows, grid, channels, heads, dtype, attention))
+    def verdict_on(grid, channels, heads, dtype, device, ours, attention=None):
+        asked.append((grid, channels, heads, dtype, attention))
         return {16: PAYS, 8: COSTS}.get(channels)
 
     monkeypatch.setattr(call, "measures", lambda ours, grid, device: ours.levels == "auto")
@@ -260,8 +261,8 @@ def test_a_call_asks_once_a_shape(judged):
 def test_a_compiled_graph_is_looked_ahead_of(judged):
     """Nothing can be measured in it; launches are not waited for there."""
     ahead = ModelCall(config(min_tokens=20), GRID, torch.device("cpu"))
-    ahead.look_ahead(2, [(0, 8, 2), (0, 16, 2), (1, 8, 2)], torch.float32)
-    assert [one[:3] for one in judged] == [(2, GRID, 8), (2, GRID, 16)]  # level 1 has 12 tokens
+    ahead.look_ahead([(0, 8, 2), (0, 16, 2), (1, 8, 2)], torch.float32)
+    assert [one[:2] for one in judged] == [(GRID, 8), (GRID, 16)]  # level 1 has 12 tokens
     assert ahead.unpaid == ((GRID, 8),)
 
     def layer(x, call):
