@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import math
+import statistics
+import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from shared_tome.grid import Grid
 from shared_tome.schedule import ratio_at
 
 from .data import make_bank
 from .diffusion import clean, signal_of
 from .hooks import Run, merged
-from .methods import Variant
+from .methods import CATALOGUE, UNMERGED, Variant, plain
 from .model import load_model, picture_set
 from .samplers import parse_sampler, run, step_sigmas
 from .tensors import as_pictures
+from .unet import FeedForward, ResBlock
 
 KNOWN_SEED = 303  # of the pictures to inpaint; see quality/classifier.py
 PRECISIONS = ("float32", "mixed", "half")
-REMEMBERED = 0.4  # share of the first steps whose predictions are kept
+COMPILED = (ResBlock, FeedForward)
 
 
 @dataclass(frozen=True)
@@ -45,16 +50,45 @@ class Timing:
         return iter((self.p20, self.median, self.p80))
 
 
-@dataclass
-class FirstSteps:
-    """What the unmerged run of a sampler predicted: variants that begin later have the same first steps.
+class Beginnings:
+    """Predictions that several variants share because they do the same until then: late starts and early ends do.
 
-    sampler: its name. predicted: x0 by (first picture's number, step). layers: grid and tokens of a step's attentions.
+    A place is a number for a sampler and all that was done in its steps so far. What is kept is what `expect` says.
     """
 
-    sampler: str = ""
-    predicted: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-    layers: list[tuple[Grid, int]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._places: dict[tuple, int] = {}
+        self._shared: set[int] = set()
+        self.predicted: dict[tuple[int, int, int], Tensor] = {}  # x0 by (place, seed, first picture's number)
+        self.seen: dict[int, list] = {}  # what was counted for the layers of a place's last step
+
+    def places(self, variant: Variant, sampler: str) -> list[int]:
+        """The place after each step."""
+        steps, place, found = parse_sampler(sampler)[0].steps, -1, []
+        for i in range(steps):
+            key = (sampler if i == 0 else place, _step_of(variant, i / steps))
+            place = self._places.setdefault(key, len(self._places))
+            found.append(place)
+        return found
+
+    def expect(self, keys: Iterable[tuple[Variant, str]]) -> None:
+        """Keep what two of these variants and samplers have in common, and what was kept before."""
+        count = Counter(place for key in dict.fromkeys(keys) for place in self.places(*key))
+        self._shared |= {place for place, times in count.items() if times > 1}
+
+    def keeps(self, place: int) -> bool:
+        return place in self._shared
+
+
+def _step_of(variant: Variant, progress: float) -> object:
+    """What a variant does in a step, alike for variants that do the same."""
+    if variant.strict:
+        return variant.name
+    config = variant.config.replace(ratio=ratio_at(variant.config, progress), start=0.0, end=1.0, ratio_end=-1.0)
+    if config.is_off:
+        return None
+    # What is not the core's own may look back at its earlier steps.
+    return config if variant.make is plain and not variant.attend and not variant.per_row else variant.name
 
 
 class Bench:
@@ -62,12 +96,20 @@ class Bench:
 
     file: a model of pixels or latents (quality/model.py); what comes out is decoded pictures.
     images: for each seed, classes in turn. batch: pictures at a time; each has a prompted and an unprompted row.
+    compiled: whether to try torch.compile on the parts that no variant touches, and to keep it where it is faster.
     precision: float32 (TF32 off); mixed (float32, but convolutions and linear layers in TF32 and self-attention in
     float16; the row "unmerged, float32" says how far that is from float32); half (float16 weights).
     """
 
     def __init__(
-        self, file: Path, device: str, images: int, seeds: int, batch: int, precision: str = "float32"
+        self,
+        file: Path,
+        device: str,
+        images: int,
+        seeds: int,
+        batch: int,
+        precision: str = "float32",
+        compiled: bool = False,
     ) -> None:
         self.device, self.images, self.seeds, self.batch = torch.device(device), images, seeds, batch
         model, self.table, self.metadata = load_model(file)
@@ -82,8 +124,49 @@ class Bench:
         self.grid = self.network.grid(*self.painted[1:])
         self._timed: dict[tuple, Timing] = {}
         self._timed_network: nn.Module | None = None
-        self._first_steps = FirstSteps()
+        self.beginnings = Beginnings()
         self._to_inpaint: Tensor | None = None
+        if compiled:
+            self._try_to_compile()
+
+    def _try_to_compile(self) -> None:
+        """Compile the parts one by one: the attention between them changes from variant to variant."""
+        parts = [part for part in self.network.modules() if isinstance(part, COMPILED)]
+        before = self._seconds_a_step()
+        try:
+            limit = torch._dynamo.config.recompile_limit  # the parts are of few classes, each an entry of its own
+            torch._dynamo.config.recompile_limit = max(limit, 2 * len(parts))
+            for part in parts:
+                part.compile(dynamic=False)
+            after = self._seconds_a_step()
+        except Exception as error:  # whatever the compiler fails with, pictures can be made without it
+            after, word = math.inf, f"failed, going on without it: {type(error).__name__}: {str(error)[:500]}"
+        else:
+            word = f"of {len(parts)} parts: {before * 1e3:.1f} ms a step before, {after * 1e3:.1f} after"
+        if after > before:
+            for part in parts:
+                part._compiled_call_impl = None
+        tqdm.write(f"torch.compile {word}", file=sys.stderr)
+
+    @torch.no_grad()
+    def _seconds_a_step(self, count: int = 5) -> float:
+        """Of an unmerged step of a batch of pictures."""
+        rows = min(self.batch, self.images)
+        x = torch.zeros((2 * rows, *self.painted), device=self.device, dtype=self.dtype)
+        context = self.context(torch.zeros(rows, dtype=torch.int64, device=self.device))
+        times = torch.full((2 * rows,), 500.0, device=self.device)
+        self._set_precision(self.mixed)
+        took = []
+        with merged(self.network, CATALOGUE.variants[UNMERGED], torch.float16 if self.mixed else None) as state:
+            for i in range(count + 1):
+                state.begin(self.grid, self.device, torch.zeros(1, device=self.device), i, count + 1)
+                before = time.perf_counter()
+                self.network(x, times, context).sum().item()
+                took.append(time.perf_counter() - before)
+        return statistics.median(took[1:])
+
+    def _set_precision(self, mixed: bool) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = mixed
 
     def context(self, classes: Tensor) -> Tensor:
         """Prompted rows, then as many unprompted ones: [2 * b, M, D] for class numbers [b]."""
@@ -97,9 +180,7 @@ class Bench:
         """
         done = []
         mixed = self.mixed and not variant.strict
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = mixed
-        if not variant.is_merged and not variant.strict:
-            self._first_steps = FirstSteps(sampler)
+        self._set_precision(mixed)
         for seed in range(self.seeds):
             generator = torch.Generator().manual_seed(1000 + seed)
             start = torch.randn((self.images, *self.painted), generator=generator)
@@ -137,8 +218,7 @@ class Bench:
         generator = torch.Generator(self.device).manual_seed(7_000_000 + 1000 * seed + first)
         known = self._known(first, count) if sampler.inpaint else None
         half = self.painted[2] // 2
-        first_steps, unmerged = self._first_steps, not state.variant.is_merged
-        remembered = first_steps.sampler == name and not state.variant.strict
+        begun, places = self.beginnings, self.beginnings.places(state.variant, name)
 
         def noise() -> Tensor:
             return torch.randn(start.shape, generator=generator, device=self.device)
@@ -154,24 +234,18 @@ class Bench:
             return clean(prediction, x, out, signal, sigma * signal)
 
         def denoised(x: Tensor, step: int) -> Tensor:
-            key, share = (seed, first, step), step / sampler.steps
-            # Until a variant begins, it has the unmerged run's pictures, bit for bit.
-            early = (
-                remembered
-                and share < REMEMBERED
-                and not any(ratio_at(state.variant.config, i / sampler.steps) for i in range(step + 1))
-            )
-            if early and not unmerged and key in first_steps.predicted:
+            key = (places[step], seed, first)
+            if key in begun.predicted:  # bit for bit what would come out
                 state.begin(self.grid, self.device, tome_seed, step, sampler.steps)
-                state.count_unmerged(first_steps.layers)
-                return first_steps.predicted[key]
+                state.count_again(begun.seen[places[step]])
+                return begun.predicted[key]
             if known is not None:
                 x = torch.cat((known[..., :half] + sigmas[step] * start[..., :half], x[..., half:]), dim=-1)
             x0 = paint(x, step)
             if known is not None:
                 x0 = torch.cat((known[..., :half], x0[..., half:]), dim=-1)
-            if early and unmerged:
-                first_steps.predicted[key], first_steps.layers = x0, state.seen
+            if begun.keeps(places[step]):
+                begun.predicted[key], begun.seen[places[step]] = x0, state.seen
             return x0
 
         return run(sampler, denoised, start, sigmas, noise)

@@ -39,12 +39,14 @@ class Run:
         self.plan: Plan | None = None  # the current block's, for cross-attention and MLP
         self.memory: dict = {}  # what a variant keeps from step to step
         self.work = {"full": 0, "left": 0, "all": 0, "all_left": 0}
-        self.seen: list[tuple[Grid, int]] = []  # grid and tokens of the current step's attention layers, in their order
+        # What was counted for each attention layer of the current step, in their order.
+        self.seen: list[tuple[Grid, int, int, int]] = []
 
     def begin(self, full: Grid, device: torch.device, seed: Tensor, step: int, steps: int) -> None:
         config = self.variant.config
         self.full, self.call, self.plan, self.seen = full, None, None, []
         now = config.replace(ratio=ratio_at(config, step / steps), start=0.0, end=1.0, ratio_end=-1.0)
+        self.memory["steps"] = steps
         if now.ratio > 0.0:
             self.call = self.variant.make(now, full, device, seed, step, self.memory)
 
@@ -53,7 +55,7 @@ class Run:
 
         tokens: of the unmerged layer, text included where the softmax has it; so are queries and keys.
         """
-        self.seen.append((grid, tokens))
+        self.seen.append((grid, tokens, queries, keys))
         full, left = tokens * tokens, queries * keys
         if self.variant.is_merged and serves_layer(self.variant.config, grid, self.full):
             self.work["full"] += full
@@ -61,10 +63,10 @@ class Run:
         self.work["all"] += full
         self.work["all_left"] += left
 
-    def count_unmerged(self, layers: list[tuple[Grid, int]]) -> None:
-        """Count layers whose result was known, as if they had been run."""
-        for grid, tokens in layers:
-            self.count(grid, tokens, tokens, tokens)
+    def count_again(self, layers: list[tuple[Grid, int, int, int]]) -> None:
+        """Count layers whose result was known, as if they had been run; layers: what was seen then."""
+        for layer in layers:
+            self.count(*layer)
 
     @property
     def cost(self) -> float:

@@ -5,8 +5,9 @@
 
 A row for each variant (quality/methods.py) and sampler; "ddim30@g7.5" is a sampler with guidance 7.5 instead of 3.
 Stop it when you like: rows already in the file are not measured again. Beside OUT.csv, OUT.pictures.csv has the PSNR
-of every single picture, for paired comparisons. PSNR, SSIM and the Frechet distance are of decoded pictures where the
-model paints latents; PSNR and SSIM of the painted half where the sampler inpaints.
+of every single picture, for paired comparisons. "texture" is how much of the finest detail there is, in dB against
+the unmerged picture (below 0: blurred). All are of decoded pictures where the model paints latents; PSNR, SSIM and
+texture of the painted half where the sampler inpaints.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from . import classifier
 from .bench import PRECISIONS, Bench, Timing
 from .hooks import Run, check
 from .methods import BASELINE, CATALOGUE, UNMERGED, Variant
-from .metrics import frechet, frechet_gap, psnr, ssim, standard_error, to_range
+from .metrics import frechet, frechet_gap, psnr, ssim, standard_error, texture, to_range
 from .samplers import GUIDANCE, SAMPLERS, parse_sampler
 
 COLUMNS = (
     "variant family sampler psnr psnr_se ssim ssim_se gain gain_se cost cost_all "
-    "fd fd_gap fd_gap_se step_ms step_p20 step_p80 speedup step_shape "
+    "fd fd_gap fd_gap_se texture texture_se step_ms step_p20 step_p80 speedup step_shape "
     "method ratio options images seeds precision device torch date commit model"
 ).split()
 SAME = ("images", "seeds", "precision", "device", "model")
@@ -94,7 +95,8 @@ class Measurement:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.bench = Bench(args.model, args.device, args.images // args.seeds, args.seeds, args.batch, args.precision)
+        sizes = (args.images // args.seeds, args.seeds, args.batch)
+        self.bench = Bench(args.model, args.device, *sizes, args.precision, args.compile)
         self.judge = classifier.load(args.classifier) if args.classifier else None
         data = self.bench.metadata["data"]
         if self.judge and self.judge.data != data:
@@ -125,7 +127,13 @@ class Measurement:
         with self.out.open(newline="") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames != COLUMNS:
-                raise ValueError(f"{self.out} has other columns than this version writes: {reader.fieldnames}")
+                known = reader.fieldnames or []
+                lacks = ", ".join(column for column in COLUMNS if column not in known) or "none"
+                more = ", ".join(column for column in known if column not in COLUMNS) or "none"
+                raise ValueError(
+                    f"no row can be added to {self.out}, whose columns are not those that this version writes "
+                    f"(lacking: {lacks}; unknown: {more}): choose another --out. It can still be read for tables."
+                )
             rows = {(row["variant"], row["sampler"]): row for row in reader}
         for row in rows.values():
             for column in SAME:
@@ -174,6 +182,8 @@ class Measurement:
             gap, error = frechet_gap(features, reference.features, self.judge.real)
             row |= {"fd": f"{frechet(features, self.judge.real):.4f}"}
             row |= {"fd_gap": f"{gap:.4f}", "fd_gap_se": f"{error:.4f}"}
+        detail = texture(ranged, expected).cpu()  # (n,)
+        row |= {"texture": f"{detail.mean():.3f}", "texture_se": f"{standard_error(detail):.3f}"}
         row |= self._times(variant, sampler)
         row |= {"method": variant.config.method, "ratio": f"{variant.config.ratio:g}", "options": describe(variant)}
         if not variant.is_merged:
@@ -208,6 +218,8 @@ class Measurement:
     def run(self) -> Iterator[dict[str, object]]:
         start = time.perf_counter()
         todo = [key for key in self.args.keys if key not in self.rows]
+        with_references = dict.fromkeys(todo) | {(UNMERGED, sampler): None for _, sampler in todo}
+        self.bench.beginnings.expect((CATALOGUE.variants[name], sampler) for name, sampler in with_references)
         bar = tqdm(todo, unit="row", file=sys.stderr, mininterval=2, disable=not todo)
         for name, sampler in bar:
             if time.perf_counter() - start > self.args.minutes * 60:
@@ -246,6 +258,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--batch", type=int, default=132, help="pictures at a time")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the pictures")
+    parser.add_argument("--compile", action="store_true", help="try torch.compile, and use it where it is faster")
     parser.add_argument("--classifier", type=Path, help="from quality.classifier; without it no Frechet distance")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after this time")
@@ -267,8 +280,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    told = "psnr psnr_se gain ssim cost fd_gap texture step_ms".split()
     for row in Measurement(parse(argv)).run():
-        cells = [f"{row[k] or '-':>9}" for k in ("psnr", "psnr_se", "gain", "ssim", "cost", "fd_gap", "step_ms")]
+        cells = [f"{row[column] or '-':>9}" for column in told]
         print(f"{row['sampler']:>9} {row['variant']:<40}", *cells, flush=True)
 
 

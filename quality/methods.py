@@ -6,6 +6,7 @@ metrics, shared matches), a few lines here change that one thing in the core's M
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,7 +21,10 @@ from shared_tome.noise import key
 from shared_tome.sampling import SamplePlan, kept_count, walk_rows, walk_table
 
 Make = Callable[[ToMeConfig, Grid, torch.device, Tensor, int, dict], ModelCall]
-"""(config of this step, full grid, device, seed [b], step, memory of the run) -> the call."""
+"""(config of this step, full grid, device, seed [b], step, memory of the run) -> the call.
+
+The memory has "steps", how many the run has, and whatever a variant puts there.
+"""
 Attend = Callable[[Tensor, Tensor, Tensor, MergedAttention, Tensor, Tensor], Tensor]
 """(q, k, v, layer, all keys, all values) -> the attention's output, all [B, H, ., d]."""
 
@@ -120,6 +124,85 @@ class WalkOn(Draw):
         layers = self.memory.setdefault("layers", {})  # known from the first step on, where it counts for nothing
         layers[grid] = max(layers.get(grid, 0), layer + 1)
         return self.seed, self.step * layers[grid] + layer
+
+
+class LayersFixed(Draw):
+    """Each layer keeps its own token of a run in every step: layers complement each other, steps find what was."""
+
+    def words(self, grid: Grid, layer: int) -> tuple[Tensor, int]:
+        return self.seed, layer
+
+
+class Held(Draw):
+    """The walk goes on every fifth step only."""
+
+    def words(self, grid: Grid, layer: int) -> tuple[Tensor, int]:
+        return self.seed, self.step // 5 + layer
+
+
+class Turning(Draw):
+    """A walk that moves in a part of the steps alone."""
+
+    share = 0.6
+
+    @property
+    def turning_point(self) -> int:
+        """The first step of the second part."""
+        return math.ceil(self.share * self.memory["steps"])
+
+
+class FixedLate(Turning):
+    """The walk moves in the first 60% of the steps and stands still after."""
+
+    def words(self, grid: Grid, layer: int) -> tuple[Tensor, int]:
+        return self.seed, min(self.step, self.turning_point) + layer
+
+
+class MovingLate(Turning):
+    """The walk stands still in the first 60% of the steps and moves after."""
+
+    def words(self, grid: Grid, layer: int) -> tuple[Tensor, int]:
+        return self.seed, max(0, self.step - self.turning_point) + layer
+
+
+class Lattice(Draw):
+    """The same token of every square cell, another one in each layer and step: `downsample` whose offset walks.
+
+    For grids and ratios whose runs are squares (of 2x2 or 4x4 tokens).
+    """
+
+    def turn(self, layer: int) -> int:
+        return self.step + layer
+
+    def _sample(self, batch: int, grid: Grid, layer: int) -> Plan:
+        tokens = grid[0] * grid[1]
+        kept = kept_count(tokens, int(tokens * self.config.ratio))
+        side = math.isqrt(tokens // kept)
+        if side**2 * kept != tokens or grid[0] % side or grid[1] % side:
+            raise ValueError(f"a lattice needs square cells, got {tokens // kept} tokens on a grid of {grid}")
+        places = dither_order(side)
+        row, column = places[self.turn(layer) % len(places)]
+        runs = self.order(grid).reshape(kept, side**2)
+        there = (runs // grid[1] % side == row) & (runs % grid[1] % side == column)  # (M, L), one of each run
+        return SamplePlan(batch, grid, runs.gather(1, there.int().argmax(1, keepdim=True)).T)
+
+
+class LatticeByLayers(Lattice):
+    """The same in every step."""
+
+    def turn(self, layer: int) -> int:
+        return layer
+
+
+def dither_order(side: int) -> list[tuple[int, int]]:
+    """(row, column) of a square's places, side a power of two, each far from those before it.
+
+    Bayer, "An optimum method for two-level rendition of continuous-tone pictures" (1973).
+    """
+    if side == 1:
+        return [(0, 0)]
+    half = dither_order(side // 2)
+    return [(2 * row + y, 2 * column + x) for y, x in ((0, 0), (1, 1), (0, 1), (1, 0)) for row, column in half]
 
 
 class Raster(Draw):
@@ -243,6 +326,36 @@ KEY = (
 )
 
 
+# Against the loss of fine texture, the most promising first; the rest is the set "texture_more".
+TEXTURE = (
+    UNMERGED,
+    BASELINE,
+    "sample 0.75",
+    "sample 0.75, layers fixed",
+    "sample 0.75 until 0.8",
+    "sample 0.75, lattice by layers",
+    "downsample 2x2",
+    "sample 0.75 from 0.1 until 0.9",
+    "sample 0.75 until 0.9",
+    "sample 0.75, fixed late",
+    "sample 0.75, held 5 steps",
+    "sample 0.5",
+    "sample 0.75, lattice",
+    "sample 0.75, once",
+    "sample 0.75, moving late",
+    "sample 0.9375",
+    "sample 0.9375 until 0.8",
+    "sample 0.9375, layers fixed",
+    "sample 0.9375 from 0.1 until 0.9",
+    "sample 0.9375, lattice by layers",
+    "sample 0.9375 to 0.5",
+    "sample 0.5 to 0.9375",
+    "downsample 4x4",
+    "sample 0.75, own token kept",
+    "sample 0.75, lattice by layers, own token kept",
+)
+
+
 def catalogue() -> Catalogue:
     c = Catalogue()
     tomesd = {"method": "merge", "proportional": False, "reduce": "mean"}
@@ -255,6 +368,7 @@ def catalogue() -> Catalogue:
     _starts(c, tomesd)
     _paper(c, tomesd)
     _joint(c)
+    _texture(c)
     c.sets["key"], c.sets["few"] = list(KEY), list(KEY[:8])
     return c
 
@@ -350,6 +464,28 @@ def _joint(c: Catalogue) -> None:
         c.sets["joint"].append(f"downsample {stride}x{stride}")
         options = {"method": "downsample", "ratio": ratio, "stride": (stride, stride), "proportional": False}
         c.add("joint", f"downsample {stride}x{stride}, unweighted", "ToDo, unweighted", **options)
+
+
+def _texture(c: Catalogue) -> None:
+    """What could keep the finest texture: last steps left alone, draws that stay, the same token in every cell."""
+    for ratio in (0.75, 0.9375):
+        for start, end in ((0.0, 0.8), (0.0, 0.9), (0.1, 0.9)):
+            when = f"from {start:g} until {end:g}" if start else f"until {end:g}"
+            c.add("texture", f"sample {ratio:g} {when}", f"sample {when}", ratio=ratio, start=start, end=end)
+        for make, word in (
+            (LayersFixed, "layers fixed"),
+            (LatticeByLayers, "lattice by layers"),
+            (Lattice, "lattice"),
+            (Held, "held 5 steps"),
+            (FixedLate, "fixed late"),
+            (MovingLate, "moving late"),
+        ):
+            c.add("texture", f"sample {ratio:g}, {word}", f"sample, {word}", ratio=ratio, make=make, timed=False)
+    own = {"make": LatticeByLayers, "attend": keep_own, "timed": False}
+    name = "sample 0.75, lattice by layers, own token kept"
+    c.add("texture", name, "sample, lattice by layers, own token kept", ratio=0.75, **own)
+    c.sets["texture_more"] = [name for name in c.sets["texture"] if name not in TEXTURE]
+    c.sets["texture"] = list(TEXTURE)
 
 
 def _paper(c: Catalogue, tomesd: dict) -> None:

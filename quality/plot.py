@@ -5,7 +5,7 @@
 
 Tables stand between the markers `<!-- table NAME -->` and `<!-- end -->`; `--check` changes nothing and fails where a
 table and the CSV disagree. A table NAME is of the model that quality/results/demo.csv measured, NAME@lab of that of
-lab.csv.
+lab.csv; "models" is of all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from shared_tome.config import PRESETS
 
 from .methods import CATALOGUE
-from .rows import Row, main_sampler, of_model, of_set, read, results
+from .rows import MAIN, Row, main_sampler, of_model, of_set, read, results
 from .samplers import GUIDANCE, SAMPLERS, parse_sampler
 
 PAPER, INK, GRID = "#fbfbf9", "#22262b", "#d9d9d4"
@@ -84,15 +84,21 @@ CELLS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "gain": ("over tomesd 0.5", lambda r: with_error(r["gain"], r["gain_se"], sign=True)),
     "ssim": ("SSIM", lambda r: f"{float(r['ssim']):.3f}"),
     "fd_gap": ("Fréchet, change", lambda r: with_error(r["fd_gap"], r["fd_gap_se"], sign=True, digits=2)),
+    "texture": ("fine detail, dB", lambda r: with_error(r["texture"], r["texture_se"], sign=True, digits=2) or "-"),
     "step": ("step, ms", lambda r: f"{float(r['step_ms']):.1f}" if r["step_ms"] else ""),
     "speedup": ("speed", lambda r: f"{float(r['speedup']):.2f}x" if r["speedup"] else ""),
 }
 
 
+FULL = "variant cost psnr gain ssim fd_gap texture step speedup"
+UNTIMED = "variant cost psnr gain ssim fd_gap texture"
+
+
 def table(rows: Sequence[Row], cells: str) -> str:
+    """Of the cells named; fine detail is left out where no row of the table knows it."""
     if len(rows) < 3:
         return NOTHING
-    names = cells.split()
+    names = [name for name in cells.split() if name != "texture" or any(row["texture"] for row in rows)]
     head = [CELLS[name][0] for name in names]
     lines = [head, ["---", *("---:" for _ in names[1:])]]
     lines += [[CELLS[name][1](row) for name in names] for row in rows]
@@ -114,18 +120,53 @@ def timed_together(rows: Sequence[Row]) -> list[Row]:
 def frontier_table(rows: Sequence[Row]) -> str:
     chosen = frontier(rows, main_sampler(rows))
     order = sorted(chosen, key=lambda r: -float(r["psnr"]))
-    return table(order, "variant cost psnr gain ssim fd_gap step speedup")
+    return table(order, FULL)
 
 
 def sampling_table(rows: Sequence[Row]) -> str:
-    return table(of_set(rows, "sampling", main_sampler(rows)), "variant cost psnr gain ssim")
+    chosen = of_set(rows, "sampling", main_sampler(rows))
+    return table(chosen, "variant cost psnr gain ssim texture") if len(chosen) > 9 else NOTHING  # else key's alone
+
+
+def texture_table(rows: Sequence[Row]) -> str:
+    sampler = main_sampler(rows)
+    chosen = [row for name in ("texture", "texture_more") for row in of_set(rows, name, sampler)]
+    return table(chosen, UNTIMED) if sum(row["texture"] != "" for row in chosen) > 3 else NOTHING
+
+
+def joint_table(rows: Sequence[Row]) -> str:
+    chosen = of_set(rows, "joint", main_sampler(rows))
+    return table(chosen, UNTIMED) if any("unweighted" in row["family"] for row in chosen) else NOTHING
+
+
+def of_sampler_table(rows: Sequence[Row], sampler: str) -> str:
+    """The set "key" with a sampler that is not the tables' own."""
+    return table(of_set(rows, "key", sampler), UNTIMED)
+
+
+def models_table(rows: Sequence[Row]) -> str:
+    """PSNR on each of the MODELS that was measured, side by side, each with its own sampler."""
+    found: dict[str, dict[str, Row]] = {}
+    for model in MODELS:
+        own = of_model(rows, model)
+        sampler = main_sampler(own)
+        if own:
+            found[f"{model}, {sampler_title(sampler)}"] = {r["variant"]: r for r in own if r["sampler"] == sampler}
+    if len(found) < 2:
+        return NOTHING
+    lines = [["what", *found], ["---", *("---:" for _ in found)]]
+    for variant in dict.fromkeys(CATALOGUE.sets["key"][1:] + CATALOGUE.sets["joint"][1:]):
+        cells = [own.get(variant) for own in found.values()]
+        if sum(cell is not None for cell in cells) > 1:
+            lines.append([variant, *("" if c is None else with_error(c["psnr"], c["psnr_se"]) for c in cells)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def paper_table(rows: Sequence[Row]) -> str:
     chosen = of_set(rows, "paper", main_sampler(rows))
     if len(chosen) < 5:
         return NOTHING
-    return table(chosen, "variant cost cost_all psnr gain ssim fd_gap")
+    return table(chosen, "variant cost cost_all psnr gain ssim fd_gap texture")
 
 
 def sampler_title(name: str) -> str:
@@ -139,7 +180,7 @@ def samplers_table(rows: Sequence[Row]) -> str:
     names = [s for s in SAMPLERS if s in measured] + [s for s in measured if s not in SAMPLERS]
     names = [s for s in names if sum(sampler == s for _, sampler in found) > 3]  # not what has only been begun
     lines = [["what", *(sampler_title(s) for s in names)], ["---", *("---:" for _ in names)]]
-    for variant in CATALOGUE.sets["main"][1:]:
+    for variant in dict.fromkeys(CATALOGUE.sets["main"][1:] + CATALOGUE.sets["key"][1:]):
         cells = [found.get((variant, s)) for s in names]
         if sum(cell is not None for cell in cells) > 1:
             lines.append([variant, *("" if c is None else with_error(c["psnr"], c["psnr_se"]) for c in cells)])
@@ -148,7 +189,7 @@ def samplers_table(rows: Sequence[Row]) -> str:
 
 def starts_table(rows: Sequence[Row]) -> str:
     chosen = [row for row in timed_together(of_set(rows, "starts", main_sampler(rows))) if " from " in row["variant"]]
-    return table(chosen, "variant cost psnr gain ssim fd_gap step speedup")
+    return table(chosen, FULL)
 
 
 def preset_variant(name: str) -> str:
@@ -164,7 +205,7 @@ def presets_table(rows: Sequence[Row]) -> str:
     chosen = [preset_variant(name) for name in PRESETS]
     if not found.keys() >= set(chosen):
         return NOTHING
-    lines = table([found[name] for name in chosen], "variant cost psnr gain ssim fd_gap step speedup")
+    lines = table([found[name] for name in chosen], FULL)
     head, rule, *rest = lines.splitlines()
     named = [f"| {name} {line}" for name, line in zip(PRESETS, rest, strict=True)]
     return "\n".join([f"| preset {head}", f"| --- {rule}", *named])
@@ -249,7 +290,14 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "starts": starts_table,
     "floor": floor_table,
     "paper": paper_table,
+    "texture": texture_table,
+    "joint": joint_table,
+    "guidance": lambda rows: of_sampler_table(rows, "ddim30@g7.5"),
+    "inpaint": lambda rows: of_sampler_table(rows, "inpaint30"),
 }
+MODELS = (MAIN, "lab", "dit", "dit-fine")
+ACROSS: dict[str, Callable[[Sequence[Row]], str]] = {"models": models_table}
+"""Tables of all models at once."""
 
 
 def with_tables(text: str, rows: Sequence[Row]) -> str:
@@ -257,10 +305,11 @@ def with_tables(text: str, rows: Sequence[Row]) -> str:
 
     def write(match: re.Match) -> str:
         name, _, file = match[1].partition("@")
-        if name not in TABLES:
-            raise ValueError(f"no table is named {name!r}; there are {', '.join(TABLES)}")
-        chosen = of_model(rows, file)
-        return f"<!-- table {match[1]} -->\n{TABLES[name](chosen) if chosen else NOTHING}\n<!-- end -->"
+        if name not in TABLES | ACROSS:
+            raise ValueError(f"no table is named {name!r}; there are {', '.join([*TABLES, *ACROSS])}")
+        chosen = rows if name in ACROSS else of_model(rows, file)
+        found = (TABLES | ACROSS)[name](chosen) if chosen else NOTHING
+        return f"<!-- table {match[1]} -->\n{found}\n<!-- end -->"
 
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", write, text, flags=re.DOTALL)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from .methods import CATALOGUE
 
 Row = dict[str, str]
+LATER = ("texture", "texture_se")
+"""Columns that older files lack: there they are empty."""
 MAIN, MAIN_SAMPLER = "demo", "ddim30"
 
 
@@ -22,6 +24,8 @@ def read(path: Path) -> list[Row]:
     for row in rows:
         row["singles"] = singles[row["variant"], row["sampler"]]
         row["file"] = path.stem
+        for column in LATER:
+            row.setdefault(column, "")
     return rows
 
 

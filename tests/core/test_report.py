@@ -50,7 +50,7 @@ def test_json_holds_the_numbers():
     first, left, last = data["layers"]
     assert first == {
         "where": "input block 1", "part": 0, "level": 0, "grid": [64, 64], "number": 0, "before": 4096,
-        "after": [1024, 1024], "calls": 3, "reason": "",
+        "after": [1024, 1024], "calls": 3, "reason": "", "saves_us": None,
     }  # fmt: skip
     assert left["reason"] == "fewer than min tokens 2048" and left["after"] is None and left["level"] == 1
     assert last["number"] == 1

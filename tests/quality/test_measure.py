@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ from quality.bench import Bench
 from quality.hooks import Run, merged
 from quality.methods import CATALOGUE, Variant
 from quality.model import NETWORK_PREFIX, SIGMAS_KEY, TOKENS_KEY, load_model
-from quality.unet import UNet, UNetConfig
+from quality.rows import LATER, read
+from quality.unet import FeedForward, ResBlock, UNet, UNetConfig
 from shared_tome import ModelCall, ToMeConfig
 
 SIZE = 16
@@ -36,7 +38,7 @@ UNET = UNetConfig(
 )
 BLOCKS = (3, 4)  # at level 0 (256 tokens) and at level 1 (64), the middle one included
 COLUMNS = (
-    "variant,family,sampler,psnr,psnr_se,ssim,ssim_se,gain,gain_se,cost,cost_all,fd,fd_gap,fd_gap_se,step_ms,step_p20,"
+    "variant,family,sampler,psnr,psnr_se,ssim,ssim_se,gain,gain_se,cost,cost_all,fd,fd_gap,fd_gap_se,texture,texture_se,step_ms,step_p20,"
     "step_p80,speedup,step_shape,method,ratio,options,images,seeds,precision,device,torch,date,commit,model"
 )
 
@@ -124,6 +126,7 @@ def test_every_row_of_the_set_comes_out(frontier):
 def test_unmerged_is_the_reference_itself(frontier):
     row = frontier["unmerged"]
     assert (row["psnr"], row["ssim"], row["cost"], row["gain"]) == ("inf", "1.00000", "1.00000", "")
+    assert row["texture"] == row["texture_se"] == "0.000"
     assert float(row["fd_gap"]) == 0.0 and float(row["speedup"]) == 1.0
 
 
@@ -155,10 +158,12 @@ def test_gain_is_paired_with_the_baseline(frontier):
     assert float(base["gain"]) == 0.0 and float(base["gain_se"]) == 0.0
 
 
-@pytest.mark.parametrize("name", ["sampling", "starts", "paper"])
+@pytest.mark.parametrize("name", ["sampling", "starts", "paper", "texture", "texture_more"])
 def test_no_variant_of_the_other_sets_fails(bench, name):
     reference, _ = bench.pictures(CATALOGUE.variants["unmerged"], "ddim2")
-    for variant in CATALOGUE.sets[name][1:]:
+    for variant in CATALOGUE.sets[name]:
+        if variant == "unmerged":
+            continue
         pictures, run = bench.pictures(CATALOGUE.variants[variant], "ddim2")
         assert torch.isfinite(pictures).all(), variant
         assert not torch.equal(pictures, reference) and run.cost < 1, variant
@@ -204,6 +209,22 @@ def test_rows_that_cannot_be_compared_are_not_mixed(model_file, tmp_path):
     measure.main(args)
     with pytest.raises(ValueError, match="images 2, this is 4"):
         measure.main([*args, "--images", "4"])
+
+
+def test_a_file_of_older_columns_is_read_but_not_added_to(model_file, tmp_path):
+    out, plan = tmp_path / "a.csv", tmp_path / "plan.txt"
+    plan.write_text("unmerged\n")
+    args = arguments(model_file, out, "--plan", str(plan), "--time-repeats", "0")
+    measure.main(args)
+    with out.open(newline="") as file:
+        old = [[cell for name, cell in row.items() if name not in LATER] for row in csv.DictReader(file)]
+    header = [name for name in measure.COLUMNS if name not in LATER]
+    out.write_text("".join(",".join(line) + "\n" for line in [header, *old]))
+    before = out.read_text()
+    with pytest.raises(ValueError, match="lacking: texture, texture_se; unknown: none.*another --out.*tables"):
+        measure.main(args)
+    assert out.read_text() == before
+    assert [(row["texture"], row["texture_se"], row["psnr"]) for row in read(out)] == [("", "", "inf")]
 
 
 def test_a_plan_names_its_mistake():
@@ -276,6 +297,32 @@ def test_every_picture_has_noise_and_draws_of_its_own(model_file, monkeypatch):
         assert len(calls) == 2 * 4  # two steps of four batches
         assert calls[::2] == calls[1::2]  # the same in each step
         assert len({seed for call in calls for seed in call}) == rows
+
+
+def test_compiling_changes_no_picture_beyond_rounding(model_file, monkeypatch, capsys):
+    """Whatever the compiler makes of it, and also where it fails. Without its back end, whose output takes minutes."""
+    variant = CATALOGUE.variants["sample 0.75"]
+    plain, _ = Bench(model_file, "cpu", images=2, seeds=1, batch=2).pictures(variant, "ddim2")
+    compiled = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    ticks = iter((1.0, 0.5))
+    with monkeypatch.context() as patch:
+        real = Bench._seconds_a_step
+        patch.setattr(Bench, "_seconds_a_step", lambda self: real(self, 1) * 0 + next(ticks))
+        bench = Bench(model_file, "cpu", images=2, seeds=1, batch=2, compiled=True)
+    parts = [part for part in bench.network.modules() if part._compiled_call_impl is not None]
+    assert {type(part) for part in parts} == {ResBlock, FeedForward}
+    assert "1000.0 ms a step before, 500.0 after" in capsys.readouterr().err
+    torch.testing.assert_close(bench.pictures(variant, "ddim2")[0], plain, atol=1e-3, rtol=1e-3)
+
+    def fails(*args, **options):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(ResBlock, "compile", fails)
+    bench = Bench(model_file, "cpu", images=2, seeds=1, batch=2, compiled=True)
+    assert all(part._compiled_call_impl is None for part in bench.network.modules())
+    assert "no compiler here" in capsys.readouterr().err
+    assert torch.equal(bench.pictures(variant, "ddim2")[0], plain)
 
 
 def test_rounding_alone_is_told(model_file):

@@ -15,10 +15,12 @@ if str(ROOT) not in sys.path:
 
 from quality import methods, metrics, plot, samplers
 from quality.diffusion import cosine_sigmas
+from quality.measure import COLUMNS
 from quality.rows import MAIN, results
 from shared_tome import ModelCall, ToMeConfig
 
 GRID = (8, 8)
+TEXTURE = ("texture", "texture_more")
 
 
 def pictures(count: int, seed: int, size: int = 24) -> torch.Tensor:
@@ -106,6 +108,39 @@ def test_ssim_is_scikit_images():
     assert metrics.ssim(a, b).tolist() == pytest.approx(expected, abs=1e-9)
 
 
+def gray(values: torch.Tensor) -> torch.Tensor:
+    """[h, w] -> [1, 3, h, w]."""
+    return values.double().expand(1, 3, -1, -1)
+
+
+def test_fine_detail_of_known_pictures():
+    y, x = torch.arange(32)[:, None], torch.arange(32)
+    board = ((y + x) % 2).double() * 100  # nothing but the finest detail: half of its difference squared
+    assert metrics.fine_energy(gray(board)).item() == pytest.approx(50**2)
+    stripes = (x % 2).double().expand(32, -1) * 100
+    assert metrics.fine_energy(gray(stripes)).item() == pytest.approx(50**2)
+    assert metrics.fine_energy(gray(y * 3.0 + x * 2.0)).item() == pytest.approx(0.0)  # a slope has none
+    colour = torch.stack((board, torch.zeros(32, 32), torch.zeros(32, 32)))[None]
+    assert metrics.fine_energy(colour).item() == pytest.approx((0.299 * 50) ** 2)
+
+
+def test_fine_detail_tells_blur_from_noise():
+    a = pictures(2, 0, 64)
+    noise = torch.randn((2, 1, 64, 64), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert metrics.texture(a, a).tolist() == [0.0, 0.0]
+    half = a / 2 + 30
+    assert metrics.texture(half, a).tolist() == pytest.approx([-6.02] * 2, abs=0.01)
+    blurred = torch.nn.functional.avg_pool2d(a, 3, 1, 1)
+    assert (metrics.texture(blurred, a) < -6).all() and (metrics.texture(a, blurred) > 6).all()
+    # White noise keeps 1 - 2 / 4 + (6 / 16)^2 of its variance without the low-pass.
+    flat = torch.full((2, 3, 64, 64), 100.0)
+    expected = 0.640625 * noise[:, 0].var(dim=(1, 2)) * 100
+    assert metrics.fine_energy(flat + 10 * noise).tolist() == pytest.approx(expected.tolist(), rel=0.06)
+    assert (metrics.texture(a + 60 * noise, a) > 1).all()
+    assert metrics.texture(flat, flat + 1e-3).abs().max() < 1e-9  # nothing against nothing
+    assert metrics.texture(flat.round() + 0.1 * noise, flat).abs().max() < 0.5  # nor what 8 bits cannot show
+
+
 def test_frechet_of_known_gaussians():
     a = torch.randn((4000, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(a.T.cov())).T  # exactly standard
@@ -115,6 +150,12 @@ def test_frechet_of_known_gaussians():
     gap, error = metrics.frechet_gap(a + 1, a, a, draws=20)
     assert gap == pytest.approx(3.0) and 0 < error < 0.5
     assert metrics.frechet_gap(a, a, a + 1, draws=5) == (0.0, 0.0)
+    mixed = a @ torch.randn((3, 3), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert metrics.frechet(a[:50], mixed) == pytest.approx(metrics.frechet(mixed, a[:50]))
+    generator = torch.Generator().manual_seed(0)
+    index = [torch.randint(4000, (4000,), generator=generator) for _ in range(3)]
+    gaps = [metrics.frechet(mixed[i], a + 1) - metrics.frechet(a[i], a + 1) for i in index]
+    assert metrics.frechet_gap(mixed, a, a + 1, draws=3)[1] == pytest.approx(torch.tensor(gaps).std().item())
 
 
 def test_standard_error():
@@ -128,7 +169,7 @@ def test_standard_error():
 def draws(make, steps: int = 4, layers: int = 3, ratio: float = 0.75) -> torch.Tensor:
     """The tokens drawn, [steps, layers, M]."""
     config = ToMeConfig(method="sample", ratio=ratio, levels="0", min_tokens=0)
-    memory: dict = {}
+    memory: dict = {"steps": steps}
     seed, x = torch.tensor([5]), torch.zeros(2, 64, 4)
     found = []
     for step in range(steps):
@@ -153,6 +194,50 @@ def test_every_draw_is_what_its_name_says():
         assert len(set(by_step[:, 0, run].tolist())) == 4
         assert len(set(draws(methods.WalkLayers, 1, 4)[0, :, run].tolist())) == 4
     assert not torch.equal(by_layer[0], by_layer[1])
+
+
+def test_draws_that_stay_stay():
+    walk, once = draws(methods.plain, 10, 4), draws(methods.Once, 10, 4)[0, 0]
+    fixed, held = draws(methods.LayersFixed, 10, 4), draws(methods.Held, 10, 4)
+    assert (fixed == fixed[:1]).all() and torch.equal(fixed[0, 0], once)
+    assert all(len(set(fixed[0, :, run].tolist())) == 4 for run in range(16))  # the layers see all four
+    assert (held[:5] == held[:1]).all() and (held[5:] == held[5:6]).all() and torch.equal(held[5], walk[1])
+    early, late = draws(methods.FixedLate, 10, 4), draws(methods.MovingLate, 10, 4)
+    assert torch.equal(early[:7], walk[:7]) and (early[6:] == early[6:7]).all()
+    assert (late[:7] == walk[:1]).all() and torch.equal(late[6:], walk[:4])
+    with pytest.raises(KeyError, match="steps"):
+        methods.FixedLate(ToMeConfig(), GRID, torch.device("cpu"), torch.tensor([5]), 0, {}).words(GRID, 0)
+
+
+@pytest.mark.parametrize(("ratio", "side"), [(0.75, 2), (0.9375, 4)])
+def test_a_lattice_has_the_same_token_in_every_cell(ratio, side):
+    count = side**2
+    moving, fixed = draws(methods.Lattice, count, 3, ratio), draws(methods.LatticeByLayers, 2, count, ratio)
+    places = torch.stack((moving // 8 % side, moving % 8 % side), dim=-1)  # [steps, layers, M, 2]
+    assert (places == places[:, :, :1]).all()
+    assert len({tuple(p) for p in places[:, 0, 0].tolist()}) == count  # all of them, one a step
+    assert torch.equal(moving[1, 0], moving[0, 1]) and torch.equal(fixed[0], fixed[1])
+    assert torch.equal(fixed[0, :3], moving[0])
+    cells = (moving // 8 // side) * 8 + moving % 8 // side
+    assert all(len(set(draw.tolist())) == 64 // count for draw in cells.flatten(0, 1))
+    # In the order of the runs, which keep_own relies on.
+    config = ToMeConfig(method="sample", ratio=ratio, levels="0", min_tokens=0)
+    call = methods.Lattice(config, GRID, torch.device("cpu"), torch.tensor([5]), 1, {"steps": 4})
+    plan = call.plan(torch.zeros(2, 64, 4), GRID)
+    assert torch.equal(plan.groups[0, plan.index[0]], torch.arange(64 // count))
+
+
+def test_a_lattice_refuses_cells_that_are_no_squares():
+    config = ToMeConfig(method="sample", ratio=0.5, levels="0", min_tokens=0)
+    call = methods.Lattice(config, GRID, torch.device("cpu"), torch.tensor([5]), 0, {"steps": 4})
+    with pytest.raises(ValueError, match="2 tokens on a grid of \\(8, 8\\)"):
+        call.plan(torch.zeros(2, 64, 4), GRID)
+
+
+def test_dither_order_goes_far():
+    assert methods.dither_order(2) == [(0, 0), (1, 1), (0, 1), (1, 0)]
+    assert methods.dither_order(4)[:5] == [(0, 0), (2, 2), (0, 2), (2, 0), (1, 1)]
+    assert len(set(methods.dither_order(4))) == 16
 
 
 def test_walk_on_goes_through_a_run_without_a_repeat():
@@ -202,12 +287,15 @@ def test_shared_matches_are_made_once(monkeypatch, options, expected):
 
 def test_the_catalogue_has_what_it_promises():
     sets = methods.CATALOGUE.sets
-    assert set(sets) == {"frontier", "sampling", "main", "paper", "floor", "starts", "key", "few", "joint"}
+    assert set(sets) == {"frontier", "sampling", "main", "paper", "floor", "starts", "key", "few", "joint", *TEXTURE}
     assert len(sets["key"]) == 16 and sets["few"] == sets["key"][:8]
-    assert all(name in methods.CATALOGUE.variants for name in sets["key"])
+    assert not set(sets["texture"]) & set(sets["texture_more"])
+    names = methods.CATALOGUE.variants
+    assert all(name in names for some in sets.values() for name in some)
+    assert all(any(name in some for some in sets.values()) for name in names)
     families = {methods.CATALOGUE.variants[name].family for name in sets["frontier"]} - {"unmerged"}
     assert families <= set(plot.STYLES)
-    for name in ("frontier", "sampling", "main", "starts", "paper", "key", "few", "joint"):
+    for name in ("frontier", "sampling", "main", "starts", "paper", "key", "few", "joint", "texture"):
         assert sets[name][:2] == [methods.UNMERGED, methods.BASELINE]
 
 
@@ -219,8 +307,8 @@ PAGE = ROOT / "docs" / "quality.md"
 def test_the_page_agrees_with_the_csv():
     text = PAGE.read_text(encoding="utf-8")
     assert plot.with_tables(text, results()) == text, "run: python -m quality.plot ... --tables docs/quality.md"
-    for name in plot.TABLES:
-        assert f"<!-- table {name} -->" in text
+    for name in (*plot.TABLES, *plot.ACROSS):
+        assert f"<!-- table {name} -->" in text or f"<!-- table {name}@lab -->" in text or f"{name}@dit -->" in text
 
 
 def test_a_changed_number_is_noticed():
@@ -244,6 +332,52 @@ def test_a_second_models_rows_have_tables_of_their_own():
     assert "Not measured yet" in alone
     assert alone.split("<!-- end -->")[0] == both.split("<!-- end -->")[0]
     assert both.count("77.0 ") == len(plot.PRESETS)
+
+
+def measured(names, sampler: str = "ddim30", **cells: str) -> list[dict[str, str]]:
+    """Rows as of a file "fresh" of a model of its own."""
+    empty = dict.fromkeys((*COLUMNS, "singles"), "")
+    numbers = {"psnr": "30", "psnr_se": "1", "gain": "2", "gain_se": "1", "ssim": "0.9", "cost": "0.25"}
+    numbers |= {"cost_all": "0.3", "fd_gap": "1", "fd_gap_se": "1", "model": "fresh", "file": "fresh"}
+    return [
+        {**empty, **numbers, "variant": name, "sampler": sampler, "family": methods.CATALOGUE.variants[name].family}
+        | cells
+        for name in names
+    ]
+
+
+def page_of(table: str, rows: list[dict[str, str]]) -> str:
+    return plot.with_tables(f"<!-- table {table} -->\n<!-- end -->", rows)
+
+
+def test_fine_detail_is_shown_where_it_is_known():
+    old, fresh = measured(methods.TEXTURE), measured(methods.TEXTURE[:6], texture="-1.234", texture_se="0.1")
+    assert plot.NOTHING in page_of("texture@fresh", old)
+    assert "fine detail" not in page_of("frontier@fresh", old)
+    assert "| -1.23 ± 0.10 |" in page_of("texture@fresh", fresh)
+    both = page_of("frontier@fresh", fresh + measured(["sample 0.984375"]))
+    assert "| fine detail, dB |" in both and "| -1.23 ± 0.10 |" in both
+    assert next(line for line in both.splitlines() if "sample 0.984375" in line).split(" | ")[6] == "-"
+
+
+@pytest.mark.parametrize(
+    ("table", "sampler"), [("guidance", "ddim30@g7.5"), ("inpaint", "inpaint30"), ("joint", "flow28")]
+)
+def test_other_samplers_have_tables_of_their_own(table, sampler):
+    names = methods.CATALOGUE.sets["joint" if table == "joint" else "key"]
+    rows = measured(names, sampler)
+    assert all(f"| {name} |" in page_of(f"{table}@fresh", rows) for name in names)
+    assert plot.NOTHING in page_of(f"{table}@fresh", measured(methods.KEY[:8], "lcm6"))
+
+
+def test_models_stand_side_by_side(monkeypatch):
+    monkeypatch.setattr(plot, "MODELS", ("fresh", "other", "absent"))
+    first = measured(methods.KEY)
+    second = measured(methods.CATALOGUE.sets["joint"], "flow28", model="o", file="other", psnr="44")
+    page = page_of("models", first + second)
+    assert "| what | fresh, DDIM, 30 steps | other, Euler, 28 steps |" in page
+    assert "| sample 0.75 | 30.0 ± 1.0 | 44.0 ± 1.0 |" in page and "unweighted" not in page
+    assert plot.NOTHING in page_of("models", first)
 
 
 def test_a_samplers_title_tells_its_guidance():
