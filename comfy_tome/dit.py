@@ -21,6 +21,8 @@ from torch import Tensor
 
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention import extend_heads, extra_channels
+from ..shared_tome.auto import Verdict, compared, known_or_measured, measures
+from ..shared_tome.curve import is_compiling
 from ..shared_tome.grid import Grid
 from ..shared_tome.joint import JointCall, image_bias, merge_image, unmerge_image
 from ..shared_tome.plan import Plan
@@ -34,6 +36,8 @@ from .record import COMPILE_KEY, CallRecord, begin
 
 # Head sizes that every attention kernel in use takes (SageAttention: these alone).
 _SAFE_SIZES = (64, 96, 128)
+# Text and reference tokens of two calls that differ by less count as equally many where a layer is judged.
+_OTHERS = 256
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class DiTPatch:
 
     def __init__(self, config: ToMeConfig):
         self.config = config.replace(levels="0")  # a transformer has one resolution
+        self.judges = config.levels == "auto"
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         args, options = find_options(args, kwargs)
@@ -114,9 +119,8 @@ class DiTPatch:
             record.end()
         return out
 
-    @staticmethod
     def _patch(
-        config: ToMeConfig, model: Any, x: Tensor, options: dict[str, Any], told: Told, record: CallRecord | None
+        self, config: ToMeConfig, model: Any, x: Tensor, options: dict[str, Any], told: Told, record: CallRecord | None
     ) -> DiTCall | None:
         """What this call gets, or None where it is left alone."""
         facts = dit_model(model)
@@ -137,20 +141,29 @@ class DiTPatch:
             if record is not None:
                 record.left_alone(why_not_served(config, layout.grid, layout.grid), facts.name, layout.grid)
             return None
-        return DiTCall(call, facts, layout, options, None if record is None or record.run.compiled else record)
+        record = None if record is None or record.run.compiled else record
+        return DiTCall(call, facts, layout, options, record, self.judges)
 
 
 class DiTCall:
     """The override of one call of the model, and the options that carry it."""
 
     def __init__(
-        self, call: ModelCall, facts: DiTModel, layout: Layout, options: dict[str, Any], record: CallTally | None = None
+        self,
+        call: ModelCall,
+        facts: DiTModel,
+        layout: Layout,
+        options: dict[str, Any],
+        record: CallTally | None = None,
+        judges: bool = False,
     ):
         self.call, self.facts, self.layout = call, facts, layout
+        # levels "auto": by what was measured of a layer (auto.py); None: whatever it costs.
+        self._unpaid: dict[tuple, str | None] | None = {} if judges else None
         self._record = record
         self._override = options.get("optimized_attention_override")
         kernels = kernel_order(call.seed.device) if self._override is None else ()
-        self._joint = JointCall(self._weighs, kernels, say_once)
+        self._joint = JointCall(self._weighs, kernels, say_once, call.config.keeps_own)
         # What is done must stand in a guard of its own, as in unet.py: all that a compiled graph takes for granted.
         # The seed is a tensor and so one of its inputs.
         self.key = repr((call.config.replace(seed=0), layout, kernels))
@@ -169,11 +182,56 @@ class DiTCall:
         """optimized_attention_override: q, k, v [B, L, H * d], or [B, H, L, d] with skip_reshape."""
         call = Call.of(func, q, k, heads, args, kwargs)
         start = self._start(q, v, call)
+        if start is not None and self._does_not_pay(call, q, k, v, start):
+            start = None
         plan = self._plan_at(start, call.plain(k), call)
         if plan is None:
             return self._run(func, q, k, v, heads, *args, **kwargs)
         serve = self._merged if self.call.config.kind.matches else self._sampled
         return serve(call, *(call.plain(x) for x in (q, k, v)), start, plan)
+
+    def _does_not_pay(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int) -> bool:
+        """Whether this layer was measured not to be faster merged, and is left alone.
+
+        Measured on its first row's own tokens: what is decided must not depend on how many rows a call has, nor on a
+        few words more in the prompt.
+        """
+        config = self.call.config
+        if self._unpaid is None or config.kind.matches or call.mask is not None or is_compiling():
+            return False
+        others = -(-(call.length - self.layout.tokens) // _OTHERS)
+        shape = (self.layout.grid, others, call.heads, k.shape[1 if call.split else 2], call.d, q.dtype, call.split)
+        if shape not in self._unpaid:
+            self._unpaid[shape] = None
+            if measures(config.replace(levels="auto"), self.layout.grid, q.device):
+                self._unpaid[shape] = self._judge(call, q[:1], k[:1], v[:1], start, shape)
+        reason = self._unpaid[shape]
+        if reason is not None:
+            self._leave(reason)
+        return reason is not None
+
+    def _judge(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, shape: tuple) -> str | None:
+        """Why a layer of this shape is left alone, or None. q, k, v: of one row."""
+        config, device = self.call.config, q.device
+        names = [self.facts.name, getattr(any_size(call.func), "__name__", ""), *self._joint.kernels, *map(str, shape)]
+        names += [config.method, f"{config.ratio:.4f}"]
+        names += [f"proportional {config.proportional}", f"own {config.keeps_own}"]
+        names += ["another's attention"] if self._override is not None else []
+
+        def measure() -> Verdict:
+            plain, grid = [call.plain(x) for x in (q, k, v)], self.layout.grid
+            plan = ModelCall(config, grid, device).plan(plain[0].new_empty(1, self.layout.tokens, 1), grid)
+            if plan is None:
+                return Verdict(0.0, 0.0, 0.0)
+            kwargs = {"heads": call.heads, **call.kwargs}
+            return compared(
+                lambda: self._run(call.func, q, k, v, **kwargs),
+                lambda: self._sampled(call, *plain, start, plan),
+                device,
+            )
+
+        found = known_or_measured(", ".join(names), device, measure)
+        return None if found is None or found.pays() else found.reason
 
     def _run(self, func: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The attention as it would be without ToMe: another node's override goes first."""

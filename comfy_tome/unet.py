@@ -18,10 +18,12 @@ from torch import Tensor
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention import attend_tokens
 from ..shared_tome.auto import Attention, Verdict
+from ..shared_tome.joint import JointCall
 from ..shared_tome.plan import Plan
 from ..shared_tome.report import CallTally, why_not_served
 from ..shared_tome.schedule import config_at
-from .log import leave_alone
+from .dit_attention import Call, kernel_order, may_join
+from .log import leave_alone, say_once
 from .model_call import DIFFUSION_MODEL, KEY, config_key, find_options, progress_of, put_options, step_of
 from .record import begin, is_compiled
 
@@ -39,10 +41,11 @@ class UNetPatch:
         if config.ratio == 0.0:
             return executor(x, t, *args, **kwargs)
         call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=step_of(options, x.device))
-        attention = _host_attention()
-        if is_compiled(executor, options):
-            call.look_ahead(_layers_of(executor.class_obj.diffusion_model), _dtype_of(executor), attention)
-        patch = UNetCall(call, options, None if record is None or record.run.compiled else record, attention)
+        compiled = is_compiled(executor, options)
+        layers = (_layers_of(executor.class_obj.diffusion_model), _dtype_of(executor)) if compiled else None
+        patch = UNetCall(
+            call, options, None if record is None or record.run.compiled else record, _host_attention(), layers
+        )
         # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
         # transformer_options, so without this a compiled model would keep the patches it first saw.
         kwargs["tome"] = patch.key
@@ -95,7 +98,10 @@ def _dtype_of(executor: Any) -> torch.dtype:
 
 
 class UNetCall:
-    """The patches of one call of the model, and the options that carry them. attention: the host's, to measure with."""
+    """The patches of one call of the model, and the options that carry them.
+
+    attention: the host's, to measure with. layers: what ModelCall.look_ahead wants to know of a compiled model.
+    """
 
     def __init__(
         self,
@@ -103,17 +109,33 @@ class UNetCall:
         options: dict[str, Any],
         record: CallTally | None = None,
         attention: Attention | None = None,
+        layers: tuple[list[tuple[int, int, int]], torch.dtype] | None = None,
     ):
         self.call = call
         self._record = record
         self._host_attention = attention
         # The seed is a tensor and so an input of a compiled graph; all else is decided in Python.
-        self.key = f"{config_key(call.config)} {call.unpaid}"
+        self.key = config_key(call.config)
         self._pending: Tensor | None = None
+        self._pending_own: Plan | None = None  # the layer's, whose keys and values are taken behind their projections
         self._block_plan: Plan | None = None
         self._replaced = set(options.get("patches_replace", {}).get("attn1", {}))
         self._attention = options.get("optimized_attention_override")
+        self._joint = self._own_tokens()
+        if layers is not None:
+            call.look_ahead(*layers, attention, self._kernels)
+        self.key += f" {call.unpaid} {self._kernels}"
         self.options = self._patched(options)
+
+    def _own_tokens(self) -> JointCall | None:
+        """What lets queries keep their own tokens; None where they shall not, or another's attention would run."""
+        if not self.call.config.keeps_own or self._host_attention is None:
+            return None
+        kernels = kernel_order(self.call.seed.device)
+        if self._attention is not None or not kernels:
+            say_once("another attention than PyTorch's is in use; queries do not keep their own tokens")
+            return None
+        return JointCall(True, kernels, say_once, own=True)
 
     def _patched(self, options: dict[str, Any]) -> dict[str, Any]:
         options = dict(options)
@@ -139,11 +161,11 @@ class UNetCall:
 
     def before_attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple:
         """attn1_patch: q, k, v [B, N, C] before their projections."""
-        self._block_plan = self._pending = None
+        self._block_plan = self._pending = self._pending_own = None
         grid = self._grid(q, k, v, extra_options)
         if grid is None:
             return q, k, v
-        layer = self.call.attention(q, k, v, grid)
+        layer = self.call.attention(q, k, v, grid, own=self._joint is not None)
         if self._record is not None:
             plan = None if layer is None else layer.plan
             place = extra_options.get("block_index", 0)
@@ -153,12 +175,13 @@ class UNetCall:
         if self.call.config.kind.matches:
             self._block_plan = layer.plan
         self._pending = layer.bias
+        self._pending_own = None if self._joint is None else layer.plan
         extra_options[KEY] = layer
         return layer.q, layer.k, layer.v
 
     def after_attention(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
         """attn1_output_patch: out [B, N or M, C], after the output projection, before the residual."""
-        self._pending = None
+        self._pending = self._pending_own = None
         layer = extra_options.pop(KEY, None)
         return out if layer is None else layer.unmerge(out)
 
@@ -178,7 +201,17 @@ class UNetCall:
     def attention(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         """optimized_attention_override: adds the sizes to the logits; another node's override is called, not lost."""
         bias, self._pending = self._pending, None
+        plan, self._pending_own = self._pending_own, None
         before = self._attention
+        if plan is not None:
+            call = Call.of(func, q, k, heads, args, kwargs)
+            if may_join(call):
+                out = self._joint.attend(*(call.by_head(x) for x in (q, k, v)), 0, plan, call.kwargs.get("scale"))
+                if out is not None:
+                    return out.transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out.flatten(2)
+            else:
+                say_once("another attention than PyTorch's is in use; queries do not keep their own tokens")
+            k, v = (call.take(x, plan.choice[0]) for x in (k, v))  # what sampling before the projections gives
         if bias is None or k.shape[1] != bias.shape[1]:
             if before is None:
                 return func(q, k, v, heads, *args, **kwargs)
@@ -228,7 +261,12 @@ class UNetCall:
 
     def _verdict(self, q: Tensor, grid: tuple[int, int], extra_options: dict[str, Any]) -> Verdict | None:
         """What is known of this layer's times."""
-        return self.call.verdict(q, grid, extra_options.get("n_heads"), self._host_attention)
+        return self.call.verdict(q, grid, extra_options.get("n_heads"), self._host_attention, self._kernels)
+
+    @property
+    def _kernels(self) -> tuple[str, ...]:
+        """Those by which queries keep their own tokens; none where they do not."""
+        return () if self._joint is None else self._joint.kernels
 
     def _leave(
         self, reason: str, extra_options: dict[str, Any], detail: str = "", grid: tuple[int, int] | None = None

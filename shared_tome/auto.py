@@ -60,6 +60,11 @@ class Case:
     dtype: torch.dtype
     config: ToMeConfig
     attention: str = "torch"
+    kernels: tuple[str, ...] = ()
+
+    @property
+    def keeps_own(self) -> bool:
+        return bool(self.kernels) and self.config.keeps_own
 
     @property
     def key(self) -> str:
@@ -69,6 +74,7 @@ class Case:
         if config.kind.matches:
             how += ["x".join(map(str, config.stride)), config.partition, config.reduce, f"share {config.share_match}"]
         how.append(f"proportional {config.proportional}")
+        how += ["own " + " ".join(self.kernels)] if self.keeps_own else []
         grid = "x".join(map(str, self.grid))
         shape = [grid, f"{self.channels}/{self.heads}", str(self.dtype).removeprefix("torch.")]
         return ", ".join([*shape, self.attention, *how])
@@ -84,7 +90,7 @@ class Verdict:
     cpu_us: float
 
     def pays(self, waits: bool = True) -> bool:
-        """Whether the layer is to be merged. waits: for the processor, as without a compiled or captured graph."""
+        """Whether the layer is to be merged. waits: for the processor, as steps without a compiled graph do."""
         return self.saves_us > max(MARGIN * self.full_us, self.cpu_us if waits else 0.0)
 
     @property
@@ -207,32 +213,36 @@ def verdict_on(
     device: torch.device,
     config: ToMeConfig,
     attention: Attention | None = None,
+    kernels: tuple[str, ...] = (),
 ) -> Verdict | None:
     """What is known of a layer's times on a device, or None where nothing is or can be measured.
 
-    attention: the host's (None: torch's). Never called where torch.compile traces.
+    attention: the host's (None: torch's). kernels: those by which queries keep their own tokens (joint.JointCall),
+    where the adapter can do that. Never called where torch.compile traces.
     """
     config = config.replace(start=0.0, end=1.0, ratio_end=-1.0, min_tokens=0, seed=0, cross_attention=False, mlp=False)
     name = "torch" if attention is None else getattr(attention, "__name__", type(attention).__name__)
-    case = Case(grid, channels, heads, dtype, config, name)
+    case = Case(grid, channels, heads, dtype, config, name, kernels)
+    return known_or_measured(case.key, device, lambda: measure(case, device, attention))
+
+
+def known_or_measured(key: str, device: torch.device, measure: Callable[[], Verdict]) -> Verdict | None:
+    """The verdict of a name on a device. None where it cannot be measured."""
 
     def measured() -> Verdict:
-        verdict = measure(case, device, attention)
+        verdict = measure()
         log.info(
             "[ToMe] %s: %s, measured on %s: %.0f us whole, %.0f merged, %.0f more of the processor",
-            case.key,
+            key,
             "pays" if verdict.pays() else "does not pay",
             torch.cuda.get_device_name(device),
             *asdict(verdict).values(),
         )
         return verdict
 
-    return None if is_capturing(device) else verdicts_of(device).get(case.key, measured)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured: then nothing can be measured, and no step will wait for launches."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    # While a CUDA graph is captured nothing can be measured, nor may a layer be merged whose warm-up was not.
+    captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return None if captures else verdicts_of(device).get(key, measured)
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None) -> Tensor:
@@ -245,6 +255,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | 
 def measure(case: Case, device: torch.device, attention: Attention | None = None) -> Verdict:
     """Times of a layer on made-up tokens, projections included."""
     from .call import ModelCall  # which asks this module
+    from .joint import JointCall
 
     run = torch_attention if attention is None else attention
     generator = torch.Generator(device).manual_seed(0)
@@ -260,11 +271,20 @@ def measure(case: Case, device: torch.device, attention: Attention | None = None
         q, k, v = (F.linear(x, weight) for _ in range(3))
         return F.linear(run(q, k, v, case.heads), weight)
 
+    joint = JointCall(True, case.kernels, lambda *_: None, own=True) if case.keeps_own else None
+
     def merged() -> Tensor:
-        layer = call.attention(x, x, x, case.grid)
+        layer = call.attention(x, x, x, case.grid, own=joint is not None)
         if layer is None:  # the ratio takes away no whole token
             return full()
         q, k, v = (F.linear(part, weight) for part in (layer.q, layer.k, layer.v))
+        if joint is not None:
+            own = joint.attend(
+                *(part.unflatten(-1, (case.heads, -1)).transpose(1, 2) for part in (q, k, v)), 0, layer.plan
+            )
+            if own is not None:  # (B, N, H, d)
+                return F.linear(own.flatten(2), weight)
+            k, v = layer.plan.merge(k), layer.plan.merge(v)
         if layer.bias is None:
             out = run(q, k, v, case.heads)
         else:
@@ -275,6 +295,11 @@ def measure(case: Case, device: torch.device, attention: Attention | None = None
             out = attend_tokens(q, k, v, case.heads, layer.bias, inner)
         return layer.unmerge(F.linear(out, weight))
 
+    return compared(full, merged, device)
+
+
+def compared(full: Callable[[], Any], merged: Callable[[], Any], device: torch.device) -> Verdict:
+    """The verdict of a layer run whole and merged."""
     whole, less = times_of(full, device), times_of(merged, device)
     return Verdict(whole[0], less[0], max(0.0, less[1] - whole[1]))
 

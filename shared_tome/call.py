@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .auto import Attention, Verdict, is_capturing, measures, verdict_on
+from .auto import Attention, Verdict, measures, verdict_on
 from .config import ToMeConfig
 from .curve import curve_order, is_compiling
 from .grid import Grid, grid_at
@@ -69,34 +69,44 @@ class ModelCall:
             self._served[grid] = self.config.ratio > 0.0 and serves_layer(self.config, grid, self.full)
         return self._served[grid]
 
-    def verdict(self, x: Tensor, grid: Grid, heads: int | None, attention: Attention | None = None) -> Verdict | None:
+    def verdict(
+        self,
+        x: Tensor,
+        grid: Grid,
+        heads: int | None,
+        attention: Attention | None = None,
+        kernels: tuple[str, ...] = (),
+    ) -> Verdict | None:
         """What a layer on this grid takes whole and merged, measured at its first use (auto.py); None: not measured.
 
-        x: its tokens [B, N, C]; heads: None where the host does not tell; attention: the host's. Inside a compiled
-        graph only what `look_ahead` measured.
+        x: its tokens [B, N, C]; heads: None where the host does not tell; attention: the host's; kernels: see
+        auto.verdict_on. Inside a compiled graph only what `look_ahead` measured.
         """
         key = (grid, x.shape[2])
         if key not in self._verdicts and not is_compiling():
             known = None
             if heads and measures(self.config, grid, x.device):
-                known = verdict_on(grid, x.shape[2], heads, x.dtype, x.device, self.config, attention)
+                known = verdict_on(grid, x.shape[2], heads, x.dtype, x.device, self.config, attention, kernels)
             self._verdicts[key] = known
         return self._verdicts.get(key)
 
     def why_not_paid(self, found: Verdict | None) -> str | None:
         """Why a layer of this verdict is left alone although the options would have it merged, or None."""
-        if found is None:
-            return None
-        waits = self._waits and not is_capturing(self.seed.device)
-        return None if found.pays(waits) else found.reason
+        return None if found is None or found.pays(self._waits) else found.reason
 
-    def look_ahead(self, layers: Iterable[tuple[int, int, int]], dtype: torch.dtype, attention=None) -> None:
+    def look_ahead(
+        self,
+        layers: Iterable[tuple[int, int, int]],
+        dtype: torch.dtype,
+        attention: Attention | None = None,
+        kernels: tuple[str, ...] = (),
+    ) -> None:
         """Measure before a compiled graph runs, in which nothing can be. layers: (level, channels, heads)."""
         self._waits = False
         for level, channels, heads in layers:
             grid = grid_at(self.full, level)
             if self.serves(grid) and measures(self.config, grid, self.seed.device):
-                known = verdict_on(grid, channels, heads, dtype, self.seed.device, self.config, attention)
+                known = verdict_on(grid, channels, heads, dtype, self.seed.device, self.config, attention, kernels)
                 self._verdicts[grid, channels] = known
 
     @property
@@ -146,17 +156,21 @@ class ModelCall:
         return SamplePlan(batch, grid, self._drawn[grid][place])
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, metric: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, metric: Tensor | None = None, own: bool = False
     ) -> MergedAttention | None:
         """What the next self-attention layer on this grid is to be given, or None where it is left alone.
 
         q, k, v: [B, N, C], before or after their projections; pass the same tensor where they are the same.
-        metric: [B, N, D], what similarity is measured on; None: q.
+        metric: [B, N, D], what similarity is measured on; None: q. own: k and v stay whole, for an adapter that samples
+        behind the projections because queries keep their own tokens (joint.JointCall with the outcome's plan).
         """
         plan = self.plan(q if metric is None else metric, grid)
         if plan is None:
             return None
         kind = self.config.kind
+        if own:
+            bias = plan.key_bias() if self.config.weighs_keys else None
+            return MergedAttention(plan, q, k, v, bias, merges_queries=False)
         merged = {id(q): plan.merge(q)} if kind.queries else {}
         if kind.keys:
             for x in (k, v):

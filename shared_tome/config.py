@@ -231,6 +231,13 @@ class ToMeConfig:
         "picture then depends a little on whether the host runs both in one batch.",
         advanced=True,
     )
+    # New options go to the end: saved workflows and API calls tell them by their place.
+    own_token: bool = _option(
+        False,
+        "Own token",
+        "sample: beside the drawn tokens each token attends to itself, so that lettering and the finest texture stay. "
+        "Takes a little time, and needs PyTorch's attention.",
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -268,6 +275,11 @@ class ToMeConfig:
     def weighs_keys(self) -> bool:
         """Whether a key that stands for several tokens is to weigh as much as they did."""
         return self.proportional and self.kind.keys and not self.kind.fills
+
+    @property
+    def keeps_own(self) -> bool:
+        """Whether each query is to have its own token among the drawn ones (own.py)."""
+        return self.own_token and self.method == "sample" and self.weighs_keys
 
     @property
     def is_scheduled(self) -> bool:

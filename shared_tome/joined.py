@@ -84,6 +84,21 @@ def attend_in_parts(q: Tensor, parts: Sequence[Part], kernel: str, scale: float 
     Returns:
         [B, N, H, d], contiguous.
     """
+    return _attend_in_parts(q, parts, kernel, scale, False)[0].transpose(1, 2).contiguous()
+
+
+def attend_in_parts_with_lse(
+    q: Tensor, parts: Sequence[Part], kernel: str, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same as [B, H, N, d], and the natural logarithm of each query's weighed sum of exponentials, [B, H, N]."""
+    out, lse = _attend_in_parts(q, parts, kernel, scale, True)
+    return out, lse + parts[0][2]
+
+
+def _attend_in_parts(
+    q: Tensor, parts: Sequence[Part], kernel: str, scale: float | None, whole: bool
+) -> tuple[Tensor, Tensor]:
+    """The outcome, and the logarithm in units of the heaviest part's weight. whole: of all parts, or of all but one."""
     out, lse, heaviest = None, None, parts[0][2]
     for number, (k, v, weight) in enumerate(parts):
         part, part_lse = attend_with_lse(q, k, v, kernel, scale)
@@ -94,10 +109,10 @@ def attend_in_parts(q: Tensor, parts: Sequence[Part], kernel: str, scale: float 
             part_lse = part_lse + (weight - heaviest)
         # The lighter part's share is what gets rounded: near 0 half precision is fine enough, near 1 it is not.
         share = (part_lse - lse).sigmoid()[..., None].to(out.dtype)
-        if number + 1 < len(parts):
+        if whole or number + 1 < len(parts):
             lse = torch.logaddexp(lse, part_lse)
         out = _lerp(out, part, share)
-    return out.transpose(1, 2).contiguous()
+    return out, lse
 
 
 def _lerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:

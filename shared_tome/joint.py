@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .joined import Part, attend_in_parts, choose_kernel
-from .plan import Plan, take
+from .joined import Part, attend_in_parts, attend_in_parts_with_lse, choose_kernel
+from .own import keep_own
+from .plan import Plan, spread_rows, take
 from .sampling import SamplePlan, run_lengths
 
 # Keys that count several times stand as often among those that count once where that makes so few: it saves a call.
@@ -42,16 +43,17 @@ class Around:
     ones: Tensor | None
 
     @classmethod
-    def of(cls, plan: Plan, start: int, length: int, weighs: bool) -> Around:
-        """weighs: whether a key that stands for several tokens counts as many."""
+    def of(cls, plan: Plan, start: int, length: int, weighs: bool, own: bool = False) -> Around:
+        """weighs: whether a key that stands for several tokens counts as many. own: beside it the query's own token."""
         index = torch.arange(length, device=plan.device)
         before, after = index[:start], index[start + plan.tokens :]
-        if not weighs or (plan.even and length == plan.tokens):  # alone and alike: softmax takes no notice
+        alike = plan.even and length == plan.tokens  # alone and alike: softmax takes no notice
+        if not weighs or (alike and not own):
             return cls(before, after, None, None, None)
         bias = F.pad(plan.sizes[:1].log(), (len(before), len(after)))
         small, longer = divmod(plan.tokens, plan.kept)
         if plan.even:
-            return cls(before, after, bias, ((None, math.log(small)),), None)
+            return cls(before, after, None if alike else bias, ((None, math.log(small)),), None)
         if not isinstance(plan, SamplePlan):
             return cls(before, after, bias, None, None)
         order = run_lengths(plan.tokens, plan.kept, plan.device)[1].argsort(stable=True)
@@ -76,17 +78,19 @@ class JointCall:
         weighs: whether a key that stands for several tokens counts as many.
         kernels: those that the host would try, in its order (joined.choose_kernel). None of them: nothing is joined.
         say: called as say(message, detail) where a kernel refuses.
+        own: whether each of the image's queries keeps its own token (own.py), where keys weigh and are joined.
     """
 
-    def __init__(self, weighs: bool, kernels: Sequence[str], say: Callable[[str, str], None]):
+    def __init__(self, weighs: bool, kernels: Sequence[str], say: Callable[[str, str], None], own: bool = False):
         self.weighs, self.kernels, self._say = weighs, tuple(kernels), say
+        self.own = own and weighs
         self._around: dict[tuple[int, int], Around] = {}
         self._chosen: dict[tuple[torch.dtype, int], str | None] = {}
 
     def around(self, plan: Plan, start: int, length: int) -> Around:
         """For a row of `length` tokens whose image begins at `start`; plan: of a method that matches nothing."""
         if (start, length) not in self._around:
-            self._around[start, length] = Around.of(plan, start, length, self.weighs)
+            self._around[start, length] = Around.of(plan, start, length, self.weighs, self.own)
         return self._around[start, length]
 
     def attend(
@@ -106,12 +110,13 @@ class JointCall:
         if kernel is None:
             return None
         try:
-            return attend_joined(q, k, v, start, plan, around, kernel, scale)
+            return attend_joined(q, k, v, start, plan, around, kernel, scale, self.own)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what a kernel refuses on some machine; the wider heads go everywhere
             reason = str(error).strip().partition("\n")[0]
             self._say(f"the {kernel} kernel joins no attentions here; heads are widened instead", reason)
+            self.own = False
             self.kernels = ()
             return None
 
@@ -132,20 +137,28 @@ def _can_join(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attend_joined(
-    q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, around: Around, kernel: str, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: int,
+    plan: Plan,
+    around: Around,
+    kernel: str,
+    scale: float | None = None,
+    own: bool = False,
 ) -> Tensor | None:
     """JointCall.attend by one kernel; None where a part is not as it wants it: cuDNN takes no single key."""
-    index, end = plan.index[0], start + plan.tokens
+    index, end = plan.choice, start + plan.tokens  # (b, M)
     image = [x[:, :, start:end] for x in (k, v)]
     parts: list[Part] = []
     for places, weight in around.sizes:
-        chosen = index if places is None else index[places]
+        chosen = index if places is None else index[:, places]
         parts.append((*(take_heads(x, chosen) for x in image), weight))
-    ones = None if around.ones is None else index[around.ones]
+    ones = None if around.ones is None else index[:, around.ones]
     others = []
-    for x, own in zip((k, v), image, strict=True):
+    for x, of_image in zip((k, v), image, strict=True):
         pieces = [x[:, :, :start]] if start else []
-        pieces += [] if ones is None else [take_heads(own, ones)]
+        pieces += [] if ones is None else [take_heads(of_image, ones)]
         pieces += [x[:, :, end:]] if end < x.shape[2] else []
         if pieces:
             others.append(pieces[0] if len(pieces) == 1 else _concatenate(pieces))
@@ -153,7 +166,15 @@ def attend_joined(
         parts.append((*others, 0.0))
     if any(part[0].shape[2] < (2 if kernel == "cudnn" else 1) for part in parts):
         return None
-    return attend_in_parts(q, parts, kernel, scale)
+    if not own or not isinstance(plan, SamplePlan):
+        return attend_in_parts(q, parts, kernel, scale)
+    out, lse = attend_in_parts_with_lse(q, parts, kernel, scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    kept = keep_own(q[:, :, start:end], *image, out[:, :, start:end], lse[:, :, start:end], plan.owner, scale)
+    out, kept = out.transpose(1, 2), kept.transpose(1, 2)  # (B, ., H, d)
+    if kept.shape != out.shape:
+        kept = torch.cat((out[:, :start], kept, out[:, end:]), dim=1)
+    return kept.contiguous()
 
 
 def _rows_lie_together(x: Tensor) -> bool:
@@ -162,13 +183,17 @@ def _rows_lie_together(x: Tensor) -> bool:
 
 
 def take_heads(x: Tensor, index: Tensor) -> Tensor:
-    """The tokens of index [K] of x [B, H, L, d], in one gather of whole rows where the memory allows."""
+    """The tokens of index [K], or of a list a row [b, K], of x [B, H, L, d], in one gather of whole rows where the
+    memory allows."""
     batch, heads, _, d = x.shape
+    index = index[None] if index.dim() == 1 else index
     if _rows_lie_together(x):
-        return take(x.transpose(1, 2).flatten(2), index[None]).unflatten(-1, (heads, d)).transpose(1, 2)
+        return take(x.transpose(1, 2).flatten(2), index).unflatten(-1, (heads, d)).transpose(1, 2)
+    if index.shape[0] > 1:
+        return x.gather(2, spread_rows(index, batch)[:, None, :, None].expand(-1, heads, -1, d))
     if batch == 1 or x.stride(0) == heads * x.stride(1):
-        return take(x.flatten(0, 1), index[None]).unflatten(0, (batch, heads))
-    return x.index_select(2, index)
+        return take(x.flatten(0, 1), index).unflatten(0, (batch, heads))
+    return x.index_select(2, index[0])
 
 
 def _concatenate(pieces: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ similar pairs merge. Never writes more than a chunk of the score matrix; one top
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from . import kernels
 from .config import ToMeConfig
+from .curve import is_compiling
 from .grid import Grid, split_frames
 from .noise import fold_seed, key
 from .partition import cells_of, dst_count, partition, split_off
@@ -76,7 +78,9 @@ def match_tokens(
     if goes <= 0 or dst_tokens <= int(distill_token):
         return Plan(batch, tokens, tokens, metric.device)
     if config.method == "downsample":
-        return _downsample(batch, grid, goes, config, metric.device)
+        if is_compiling():
+            return _downsample(batch, grid, goes, config, metric.device)
+        return _remembered_downsample(batch, grid, goes, config.stride, metric.device)
     src, dst = parts or _split(grid, config, seed, step, layer)
     shared = metric[: max(1, batch // 2)] if config.share_match and batch % 2 == 0 else metric
     src, dst = src[: shared.shape[0]], dst[: shared.shape[0]]
@@ -190,7 +194,16 @@ def _distill_second(index: Tensor, groups: Tensor, stay_count: int) -> tuple[Ten
     return index, torch.where(groups == stay_count, 1, shifted)
 
 
-def _downsample(batch: int, grid: Grid, goes: int, config: ToMeConfig, device: torch.device) -> Plan:
+@functools.lru_cache(maxsize=64)
+def _remembered_downsample(
+    batch: int, grid: Grid, goes: int, stride: tuple[int, int], device: torch.device
+) -> MergePlan:
+    """The same for every layer and step: about thirty launches once."""
+    with torch.inference_mode(False), torch.no_grad():
+        return _downsample(batch, grid, goes, ToMeConfig(method="downsample", stride=stride), device)
+
+
+def _downsample(batch: int, grid: Grid, goes: int, config: ToMeConfig, device: torch.device) -> MergePlan:
     """ToDo (Smith et al., arXiv 2402.13573): the top-left token of each cell; below the cap some others stay too."""
     tokens = math.prod(grid)
     zero = torch.zeros((), dtype=torch.int64, device=device)

@@ -35,6 +35,11 @@ class Plan:
         return torch.arange(self.tokens, device=self.device).expand(self.batch, -1)
 
     @property
+    def choice(self) -> Tensor:
+        """[b, M]: `index` with as many rows as there are choices: 1, the batch, or a divisor of it."""
+        return self.index[:1]
+
+    @property
     def groups(self) -> Tensor:
         """[B, N]: which merged token each token belongs to."""
         return torch.arange(self.tokens, device=self.device).expand(self.batch, -1)
@@ -94,6 +99,10 @@ class MergePlan(Plan):
     @property
     def index(self) -> Tensor:
         return spread_rows(self._index, self.batch)
+
+    @property
+    def choice(self) -> Tensor:
+        return self._index
 
     @property
     def groups(self) -> Tensor:

@@ -8,6 +8,7 @@ a layer sees them all (a low-discrepancy walk). Nothing is matched, nothing is u
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from . import kernels
 from .config import MAX_RUN
-from .curve import curve_order
+from .curve import curve_order, is_compiling
 from .grid import Grid
 from .noise import bits, key
 from .plan import Plan, spread_rows, take
@@ -37,10 +38,17 @@ class SamplePlan(Plan):
 
     @property
     def groups(self) -> Tensor:
-        _, length = run_lengths(self.tokens, self.kept, self.device)
-        run = torch.repeat_interleave(torch.arange(self.kept, device=self.device), length, output_size=self.tokens)
-        groups = torch.empty_like(run).scatter(0, curve_order(self.grid, self.device), run)
-        return groups.expand(self.batch, -1)
+        return run_of_token(self.grid, self.kept, self.device).expand(self.batch, -1)
+
+    @property
+    def choice(self) -> Tensor:
+        """[b, M]: `index` with as many rows as there are choices."""
+        return self._index
+
+    @property
+    def owner(self) -> Tensor:
+        """[b, N]: the token that stands for each; b rows as the choice has."""
+        return self._index.index_select(1, run_of_token(self.grid, self.kept, self.device))
 
     @property
     def sizes(self) -> Tensor:
@@ -87,6 +95,24 @@ def run_lengths(tokens: int, kept: int, device: torch.device) -> tuple[Tensor, T
     """(start, length) [M] of the runs: as equal as whole numbers allow."""
     edges = torch.arange(kept + 1, device=device) * tokens // kept
     return edges[:-1], edges[1:] - edges[:-1]
+
+
+def run_of_token(grid: Grid, kept: int, device: torch.device) -> Tensor:
+    """The number of each token's run, [N] int64. Remembered as curve_order is, so do not write to it."""
+    return _run_of_token(grid, kept, device) if is_compiling() else _remembered_runs(grid, kept, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _remembered_runs(grid: Grid, kept: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return _run_of_token(grid, kept, device)
+
+
+def _run_of_token(grid: Grid, kept: int, device: torch.device) -> Tensor:
+    tokens = math.prod(grid)
+    _, length = run_lengths(tokens, kept, device)
+    run = torch.repeat_interleave(torch.arange(kept, device=device), length, output_size=tokens)
+    return torch.empty_like(run).scatter(0, curve_order(grid, device), run)
 
 
 def walk_table(grid: Grid, kept: int, seed: Tensor, order: Tensor) -> Tensor:

@@ -194,6 +194,14 @@ def widen_one(x: Tensor, bias: Tensor | None, room: int, kind: int) -> Tensor | 
     return _op("widen_one")(x, bias, room, kind) if x.dim() == 4 and _widens((x,), bias) else None
 
 
+def own(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, owner: Tensor, scale: float) -> Tensor | None:
+    """own.keep_own in one launch. Not under torch.compile, which fuses it."""
+    able = q.shape == k.shape == v.shape == out.shape and all(x.dtype == q.dtype for x in (k, v, out))
+    if is_compiling() or not able or q.dtype not in _DTYPES or q.numel() == 0 or not serves(q, k, v, out, owner):
+        return None
+    return _op("own")(q, k, v, out, lse, owner, scale)
+
+
 def _widens(heads: tuple[Tensor, ...], bias: Tensor | None) -> bool:
     dtype, given = heads[0].dtype, heads if bias is None else (*heads, bias)
     if is_compiling() or dtype not in _DTYPES or not all(x.numel() and x.dtype == dtype for x in heads):

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+from . import dit_host
 from .host import forget_log, pack_module, run_node, sample, small_unet, tokens, watch
 
 
@@ -21,7 +22,7 @@ def judged(comfy_nodes, monkeypatch):
     call = sys.modules[pack_module("unet").ModelCall.__module__]
     verdict, asked = call.Verdict, []
 
-    def verdict_on(grid, channels, heads, dtype, device, config, attention=None):
+    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=()):
         asked.append((grid, channels, heads, dtype, attention.__name__))
         return verdict(100.0, 99.0, 5.0) if grid == (32, 32) else verdict(80.0, 30.0, 20.0)
 
@@ -89,3 +90,58 @@ def test_a_compiled_model_is_measured_before_its_graph_runs(comfy_nodes, tome, j
     levels = tome(model, min_tokens=100, levels="1")
     assert (made - sample(levels, steps=1)).norm() / made.norm() < 1e-4
     assert sorted({(grid, heads > 0) for grid, _, heads, _, _ in judged}) == [((16, 16), True), ((32, 32), True)]
+
+
+@pytest.fixture
+def judged_dit(comfy_nodes, monkeypatch):
+    """judged_dit(pays): transformers are measured, with this outcome. Returns the names that were asked for."""
+    dit = pack_module("dit")
+    asked = []
+
+    def give(pays):
+        def known_or_measured(key, device, measure):
+            asked.append(key)
+            return dit.Verdict(100.0, 40.0 if pays else 99.0, 5.0)
+
+        monkeypatch.setattr(dit, "measures", lambda config, grid, device: config.levels == "auto")
+        monkeypatch.setattr(dit, "known_or_measured", known_or_measured)
+        return asked
+
+    return give
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_transformers_are_measured_too(tome, judged_dit, name, caplog):
+    forget_log()
+    model = dit_host.small(name)
+    plain, merged = (dit_host.sample(one, name, steps=2) for one in (model, tome(model, levels="0")))
+    asked = judged_dit(pays=False)
+    with caplog.at_level(logging.INFO, "ToMe"):
+        assert torch.equal(dit_host.sample(tome(model), name, steps=2), plain)
+    assert "merging does not pay here: it saves 1 of 100 us" in caplog.text
+    assert torch.equal(dit_host.sample(tome(model, levels="0"), name, steps=2), merged)
+    judged_dit(pays=True)
+    assert torch.equal(dit_host.sample(tome(model), name, steps=2), merged)
+    assert not torch.equal(merged, plain)
+    assert all(key.startswith(tuple("FWf")) and "sample, 0.5000" in key for key in asked)
+
+
+def test_what_a_transformers_layer_is_measured_on(tome, comfy_nodes, monkeypatch):
+    """One row of its own tokens, both ways, with everything that the real call has."""
+    dit = pack_module("dit")
+    seen = []
+
+    def compared(full, merged, device):
+        seen.append((full(), merged()))
+        return dit.Verdict(100.0, 40.0, 5.0)
+
+    monkeypatch.setattr(dit, "measures", lambda config, grid, device: True)
+    monkeypatch.setattr(dit, "known_or_measured", lambda key, device, measure: measure())
+    monkeypatch.setattr(dit, "compared", compared)
+    model = dit_host.small("flux")
+    for own in (False, True):
+        dit_host.sample(tome(model, own_token=own), "flux", steps=1)
+    assert seen
+    for full, merged in seen:
+        assert full.shape == merged.shape and full.shape[0] == 1
+        assert 0 < (full - merged).norm() / full.norm() < 1

@@ -11,6 +11,7 @@ import torch
 
 from shared_tome import METHODS, ModelCall, auto
 from shared_tome.auto import Case, Verdict, Verdicts
+from shared_tome.joint import JointCall
 
 from .helpers import config, tokens
 
@@ -163,6 +164,20 @@ def test_what_tells_layers_apart():
     assert len({one.key for one in other}) == len(other)
 
 
+def test_own_tokens_tell_layers_apart():
+    """By the kernels that join them, and only where the options keep them: what was kept before still holds."""
+    keeps, without = (config(method="sample", own_token=own) for own in (True, False))
+    plain = case(config=without)
+    for same in (case(config=keeps), case(config=without, kernels=("flash",))):  # an adapter, options that cannot
+        assert same.key == plain.key and not same.keeps_own
+    assert case(config=keeps.replace(proportional=False), kernels=("flash",)).keeps_own is False
+    assert case(config=config(own_token=True), kernels=("flash",)).key == case().key  # merge keeps none
+    own = [case(config=keeps, kernels=names) for names in (("flash",), ("cudnn", "flash"), ("flash", "cudnn"))]
+    assert all(one.keeps_own for one in own) and len({one.key for one in [plain, *own]}) == 4
+    assert own[1].key.endswith("own cudnn flash") and "own" not in plain.key
+
+
+
 def test_which_layers_are_measured(monkeypatch):
     monkeypatch.delenv(auto.SWITCH, raising=False)
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
@@ -214,6 +229,40 @@ def test_both_ways_are_run(monkeypatch, method, ratio):
     assert keys[1] == (48 - goes if merged.keys else 48)
 
 
+@pytest.mark.parametrize("ratio", [0.6, 0.75, 0.01])
+@pytest.mark.parametrize("joins", [True, False], ids=["joined", "no kernel joins"])
+def test_both_ways_are_run_with_own_tokens(monkeypatch, ratio, joins):
+    """The merged way is the one of JointCall with whole projections, or what an adapter does where that cannot be."""
+    outputs, asked, joined = [], [], []
+
+    def times_of(call, device):
+        outputs.append(call())
+        return (100.0, 20.0) if len(outputs) == 1 else (60.0, 25.0)
+
+    def attention(q, k, v, heads, scale=None):
+        asked.append(k.shape[1])
+        return auto.torch_attention(q, k, v, heads, scale)
+
+    attend = JointCall.attend
+
+    def spied(self, q, k, v, start, plan, scale=None):
+        joined.append((q.shape, k.shape, v.shape, start, plan.kept, self.own))
+        return attend(self, q, k, v, start, plan, scale) if joins else None
+
+    monkeypatch.setattr(auto, "times_of", times_of)
+    monkeypatch.setattr(JointCall, "attend", spied)
+    options = config(method="sample", ratio=ratio, own_token=True)
+    ours = case(config=options, dtype=torch.float32, kernels=("flash",))
+    assert auto.measure(ours, torch.device("cpu"), attention) == Verdict(100.0, 60.0, 5.0)
+    kept = 48 - int(48 * ratio)
+    if kept == 48:  # nothing is drawn: the layer is whole both times
+        assert not joined and asked == [48, 48]
+        return
+    assert joined == [((2, 2, 48, 8),) * 3 + (0, kept, True)]
+    assert asked == [48] if joins else asked == [48, kept]
+    assert [out.shape for out in outputs] == [(2, 48, 16)] * 2 and not torch.equal(*outputs)
+
+
 def test_how_many_steps_and_rows_there_are_changes_nothing(monkeypatch):
     """A picture in a batch, or with its rows on two GPUs, is the one that it is alone."""
     seen = []
@@ -235,8 +284,8 @@ def judged(monkeypatch):
 
     asked = []
 
-    def verdict_on(grid, channels, heads, dtype, device, ours, attention=None):
-        asked.append((grid, channels, heads, dtype, attention))
+    def verdict_on(grid, channels, heads, dtype, device, ours, attention=None, kernels=()):
+        asked.append((grid, channels, heads, dtype, attention, kernels))
         return {16: PAYS, 8: COSTS}.get(channels)
 
     monkeypatch.setattr(call, "measures", lambda ours, grid, device: ours.levels == "auto")
@@ -256,6 +305,13 @@ def test_a_call_asks_once_a_shape(judged):
     named = ModelCall(config(levels="0"), GRID, torch.device("cpu"))
     assert named.verdict(unpaid, GRID, 2) is None
     assert len(judged) == 3
+
+
+def test_a_call_hands_the_kernels_on(judged):
+    call = ModelCall(config(), GRID, torch.device("cpu"))
+    call.verdict(tokens(2, GRID, 16), GRID, 2, None, ("flash",))
+    call.look_ahead([(0, 8, 2)], torch.float32, None, ("cudnn",))
+    assert [one[5] for one in judged] == [("flash",), ("cudnn",)]
 
 
 def test_a_compiled_graph_is_looked_ahead_of(judged):

@@ -16,6 +16,7 @@ from .gather import launch_gather
 from .match import launch_match
 from .mean import launch_links, launch_mean
 from .nearest import launch_nearest
+from .own import launch_own
 from .select import launch_select
 from .split import launch_split
 from .widen import KEY, QUERY, launch_widen, launch_widen_one
@@ -188,6 +189,16 @@ def _fake_widen_one(x, bias, room, kind):
     return x.new_empty((*x.shape[:-1], x.shape[-1] + room))
 
 
+def _plain_own(q, k, v, out, lse, owner, scale):
+    from ...own import _keep_own
+
+    return _keep_own(q, k, v, out, lse, owner, scale)
+
+
+def _fake_own(q, k, v, out, lse, owner, scale):
+    return out.new_empty(out.transpose(1, 2).shape).transpose(1, 2)
+
+
 _operator(
     "draw",
     "Tensor order, Tensor seed, Tensor? step, SymInt number, SymInt kept, SymInt layer, SymInt count",
@@ -261,4 +272,12 @@ _operator(
     launch_widen_one,
     _plain_widen_one,
     _fake_widen_one,
+)
+_operator(
+    "own",
+    "Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor owner, float scale",
+    "Tensor",
+    launch_own,
+    _plain_own,
+    _fake_own,
 )

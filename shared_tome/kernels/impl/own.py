@@ -1,0 +1,118 @@
+"""Each query's own token put in among sampled keys, in one launch.
+
+The specification is own.keep_own, about twenty launches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .compiler import power_of_two, tl, triton
+
+# Elements of a program, warps. Not tuned.
+_CONFIG = (2048, 4)
+
+
+@triton.jit
+def _own_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    owner,
+    made,
+    heads,
+    tokens,
+    scale,
+    owner_rows,
+    q0,
+    q1,
+    q2,
+    k0,
+    k1,
+    k2,
+    v0,
+    v1,
+    v2,
+    out0,
+    out1,
+    out2,
+    lse0,
+    lse1,
+    lse2,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """ROWS tokens of one head of one batch row."""
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = token < tokens
+    token = token.to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    mask = valid[:, None] & (channel < HEAD)[None, :]
+    drawn = tl.load(owner + (batch % owner_rows) * tokens + token, mask=valid, other=0).to(tl.int64)
+    key, value = k + batch * k0 + head * k1, v + batch * v0 + head * v1
+    at = q + batch * q0 + head * q1 + token * q2
+    query = tl.load(at[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32) * scale
+    key_own = tl.load(key + (token * k2)[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    key_drawn = tl.load(key + (drawn * k2)[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    total = tl.load(lse + batch * lse0 + head * lse1 + token * lse2, mask=valid, other=0.0).to(tl.float32)
+    own = tl.sum(query * key_own, 1) - total
+    other = tl.sum(query * key_drawn, 1) - total
+    top = tl.maximum(own, 0.0)
+    rest, own, other = tl.exp(-top), tl.exp(own - top), tl.exp(other - top)
+    value_own = tl.load(value + (token * v2)[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    value_drawn = tl.load(value + (drawn * v2)[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    at = out + batch * out0 + head * out1 + token * out2
+    before = tl.load(at[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    mixed = rest[:, None] * before + own[:, None] * value_own - other[:, None] * value_drawn
+    mixed = tl.where((drawn == token)[:, None], before, mixed / (rest + own - other)[:, None])
+    target = made + ((batch * tokens + token) * heads + head) * HEAD
+    tl.store(target[:, None] + channel[None, :], mixed, mask=mask)
+
+
+def launch_own(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    owner: Tensor,
+    scale: float,
+    config: tuple[int, int] = _CONFIG,
+) -> Tensor:
+    """As own.keep_own; the result lies in memory as [B, N, H, d]."""
+    q, k, v, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out))
+    batch, heads, tokens, d = q.shape
+    if batch % owner.shape[0]:
+        raise ValueError(f"a plan for {owner.shape[0]} rows does not fit a batch of {batch}")
+    made = torch.empty((batch, tokens, heads, d), dtype=out.dtype, device=out.device)
+    block = power_of_two(d)
+    rows = max(1, config[0] // block)
+    _own_kernel[(-(-tokens // rows), batch * heads)](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        owner.contiguous(),
+        made,
+        heads,
+        tokens,
+        scale,
+        owner.shape[0],
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        *lse.stride(),
+        HEAD=d,
+        BLOCK=block,
+        ROWS=rows,
+        num_warps=config[1],
+    )
+    return made.transpose(1, 2)
