@@ -40,7 +40,8 @@ def measure(run: Run) -> StepTime:
             last.patcher.cleanup()
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    calls = max(1, round(run.tally.calls / max(1, len(run.tally.steps))))
+    # Calls on several GPUs run side by side.
+    calls = max(1, round(run.tally.calls / max(1, len(run.tally.steps) * len(run.devices))))
     device = _name(last.args[0].device)
     return StepTime(1000 * without * calls, 1000 * merged * calls, rounds, calls, last.step, last.ratio, device)
 

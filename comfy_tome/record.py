@@ -81,6 +81,7 @@ def begin(
     rows = None if place is None else slice(place * images, (place + 1) * images)
     latent = tuple(x.shape[-2:]) if x.dim() > 3 else (1, x.shape[-1])
     run.images = images
+    run.devices.add(options.get("multigpu_thread_device", x.device))
     run.compiled = is_compiled(executor, options)
     if run.compiled:
         say_once(COMPILED)

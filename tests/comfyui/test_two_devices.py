@@ -161,6 +161,14 @@ def test_a_record_counts_both(comfy_nodes, tome, split, method):
         assert {tuple(layer["after"]) for layer in data["layers"]} == {(512, 512), (128, 128), (32, 32)}
 
 
+def test_the_report_times_calls_side_by_side_once(comfy_nodes, tome, split):
+    """A step of two GPUs, a call each, takes as long as one of these calls."""
+    model, kept = comfy_nodes["ToMeRecord"].execute(model=tome(host.small_unet(), ratio=0.5)).result
+    picture(split(model))
+    data = json.loads(comfy_nodes["ToMeReport"].execute(record=kept, after=None, measure_time=True).result[1])
+    assert data["time"]["calls"] == 1
+
+
 @pytest.mark.parametrize("name", ["flux", "wan"])
 @pytest.mark.parametrize("method", ["sample", "merge"])
 def test_transformers(comfy_nodes, tome, split, monkeypatch, name, method):
