@@ -11,15 +11,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..comfy_tome.unet import UNetCall
 from ..shared_tome import ModelCall
 from ..shared_tome.grid import grid_of
-from ..shared_tome.heads import GIVEN, narrow, widen_key, widen_query, widen_value
+from ..shared_tome.heads import (
+    GIVEN,
+    meets_at_sdpa,
+    narrow,
+    stand_in,
+    why_not_own,
+    widen_key,
+    widen_query,
+    widen_value,
+)
+from ..shared_tome.joined import KERNELS
+from ..shared_tome.joint import JointCall
 from ..shared_tome.plan import spread_rows
 from ..shared_tome.record import CallRecord
 from ..shared_tome.report import CallTally
+from ..shared_tome.sdpa import Handler, HostAttention, SdpaHooks, attend_own, leave_left_modes
 from .hooks import NotServed, served_blocks
 from .sampling import Sampling
 
@@ -70,6 +83,7 @@ def _without_ours(wrapper: Callable | None) -> Callable | None:
 
 def _wrapper(diffusion_model: nn.Module, sampling: Sampling, inner: Callable | None) -> Callable:
     """A plain function, because clone() copies objects deeply and would part them from the sampling's state."""
+    met: dict[tuple, bool] = {}
 
     def tome_wrapper(apply_model: Callable, args: dict[str, Any]) -> Tensor:
         def run(args: dict[str, Any]) -> Tensor:
@@ -83,7 +97,8 @@ def _wrapper(diffusion_model: nn.Module, sampling: Sampling, inner: Callable | N
         if call is None:
             return run(args)
         told = sampling.told
-        ours = ForgeCall(call, args["c"].get("transformer_options", {}), x.shape[0], told)
+        own = OwnTokens(diffusion_model, x.device, met, sampling) if call.config.keeps_own else None
+        ours = ForgeCall(call, args["c"].get("transformer_options", {}), x.shape[0], told, own)
         with ours.hooks(diffusion_model):
             out = run({**args, "c": {**args["c"], "transformer_options": ours.options}})
         if isinstance(told, CallRecord):
@@ -95,10 +110,60 @@ def _wrapper(diffusion_model: nn.Module, sampling: Sampling, inner: Callable | N
     return tome_wrapper
 
 
+class OwnTokens:
+    """Whether the queries of a model's layers can keep their own tokens: where all meet at torch's attention.
+
+    met: what heads.meets_at_sdpa answered, remembered for a sampling pass.
+    """
+
+    def __init__(self, diffusion_model: nn.Module, device: torch.device, met: dict[tuple, bool], sampling: Sampling):
+        self._model, self._device, self._met, self._sampling = diffusion_model, device, met, sampling
+
+    def joint(self) -> JointCall | None:
+        """What lets them, or None, which is said once."""
+        leave_left_modes()
+        for block in served_blocks(self._model):
+            heads = _heads(block)
+            weight = getattr(block.attn1.to_q, "weight", None)
+            d = getattr(block.attn1.to_q, "out_features", 0 if weight is None else weight.shape[0]) // heads
+            # The precision is the host's affair, and known only where its attention runs.
+            reason = why_not_own(lambda b=block, h=heads, n=d: self._meets(b, h, n), d, self._device, torch.float32)
+            if reason is not None:
+                self.say(reason)
+                return None
+        return JointCall(True, KERNELS, lambda message, detail: self.say(f"{message} ({detail})"), own=True)
+
+    def say(self, message: str) -> None:
+        """Tell once, in the log."""
+        self._sampling.notes.say(message, shown=False)
+
+    def _meets(self, block: nn.Module, heads: int, d: int) -> bool:
+        forward = type(block.attn1).forward
+        if "forward" in vars(block.attn1):  # somebody replaced this very layer's
+            return False
+        key = forward, heads, d
+        if key not in self._met:
+            layer = stand_in(block.attn1)
+            self._met[key] = meets_at_sdpa(forward, d, self._device, torch.float32, layer=layer, heads=heads)
+        return self._met[key]
+
+
+def _heads(block: nn.Module) -> int:
+    return getattr(block.attn1, "heads", None) or block.n_heads
+
+
 class ForgeCall(UNetCall):
     """ComfyUI's patches where the grid is not told and the attention cannot be overridden."""
 
-    def __init__(self, call: ModelCall, options: dict[str, Any], batch: int, told: CallTally | None = None):
+    def __init__(
+        self,
+        call: ModelCall,
+        options: dict[str, Any],
+        batch: int,
+        told: CallTally | None = None,
+        own: OwnTokens | None = None,
+    ):
+        self._own = own
         super().__init__(call, options, told)
         self._batch = batch
         for name in ("wrappers", "optimized_attention_override"):  # these are ComfyUI's; keep what was there
@@ -113,7 +178,9 @@ class ForgeCall(UNetCall):
         handles: list[Any] = []
         try:
             for block in served_blocks(diffusion_model):
-                if config.weighs_keys:
+                if self._joint is not None:
+                    handles += SdpaHooks(block.attn1, self._begin_own, self._missed_own).handles
+                elif config.weighs_keys:
                     handles += self._widen(block)
                 if config.mlp and hasattr(block, "ff"):
                     handles.append(block.ff.register_forward_pre_hook(self._before_mlp))
@@ -122,6 +189,20 @@ class ForgeCall(UNetCall):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _own_tokens(self) -> JointCall | None:
+        return None if self._own is None else self._own.joint()
+
+    def _begin_own(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
+        # As the pending bias below, it is this layer's.
+        return None if self._pending_own is None else self._attend_own
+
+    def _attend_own(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [B, H, N, d] -> [B, H, N, d]."""
+        return attend_own(self._joint, self._pending_own, self._missed_own, attention, q, k, v)
+
+    def _missed_own(self) -> None:
+        self._own.say("an attention that does not meet as it was tried out is left alone")
 
     def _grid(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple[int, int] | None:
         grid = grid_of(q.shape[1], self.call.full) if q.dim() == 3 else None
@@ -132,7 +213,7 @@ class ForgeCall(UNetCall):
     def _widen(self, block: nn.Module) -> list[Any]:
         """Forge's attention codes all scale by the size of the heads that they are given (heads.GIVEN)."""
         attn1 = block.attn1
-        heads = getattr(attn1, "heads", None) or block.n_heads
+        heads = _heads(block)
         state: dict[str, Any] = {}
 
         def after_query(module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:

@@ -16,10 +16,23 @@ from torch import Tensor, nn
 from ..shared_tome import ModelCall
 from ..shared_tome.call import MergedAttention
 from ..shared_tome.grid import Grid, grid_of
-from ..shared_tome.heads import find_rule, narrow, served_blocks, widen_key, widen_query, widen_value, width
+from ..shared_tome.heads import (
+    find_rule,
+    meets_at_sdpa,
+    narrow,
+    served_blocks,
+    why_not_own,
+    widen_key,
+    widen_query,
+    widen_value,
+    width,
+)
+from ..shared_tome.joined import KERNELS
+from ..shared_tome.joint import JointCall
 from ..shared_tome.plan import Plan, spread_rows
 from ..shared_tome.record import CallRecord
 from ..shared_tome.report import CallTally, why_not_served
+from ..shared_tome.sdpa import Handler, HostAttention, SdpaHooks, attend_own, leave_left_modes
 from .sampling import Sampling
 
 # Those whose hooks are on a model. Not a registry to work with: it only serves to take off what a crash left on.
@@ -46,9 +59,11 @@ class Attachment:
         self.sampling = sampling
         self.model: nn.Module | None = None
         self.call: ModelCall | None = None
+        self.joint: JointCall | None = None  # this call's, where queries are to keep their own tokens
         self.told: CallTally | None = None  # this call's, where somebody wants a report or a map
         self._handles: list[Any] = []
         self._rules: dict[tuple, str | None] = {}
+        self._meets: dict[tuple, bool] = {}
         self.attach(model)
 
     def attach(self, model: nn.Module | None) -> None:
@@ -79,7 +94,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.model = self.call = self.told = None
+        self.model = self.call = self.joint = self.told = None
         _attached.discard(self)
 
     def say(self, message: str) -> None:
@@ -88,27 +103,42 @@ class Attachment:
 
     def rule(self, attention: nn.Module, d: int, x: Tensor) -> str | None:
         """heads.find_rule for a layer, remembered for this pass: the active optimization cannot change in it."""
-        forward = _plain_forward(attention)
-        dtype = x.dtype if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
-        key = (forward, d, x.device, dtype)
+        key = forward, d, _, dtype = _kind(attention, d, x)
         if key not in self._rules:
             self._rules[key] = find_rule(forward, d, x.device, dtype)
             if self._rules[key] is None:
                 self.say("the active attention optimization takes no weights of keys; proportional attention is off")
         return self._rules[key]
 
+    def keeps_own(self, attention: nn.Module, d: int, x: Tensor) -> bool:
+        """Whether a layer's queries can keep their own tokens (heads.meets_at_sdpa), remembered likewise."""
+        key = forward, d, _, dtype = _kind(attention, d, x)
+
+        def meets() -> bool:
+            if key not in self._meets:
+                self._meets[key] = meets_at_sdpa(forward, d, x.device, dtype)
+            return self._meets[key]
+
+        reason = why_not_own(meets, d, x.device, dtype)
+        if reason is not None:
+            self.say(reason)
+        return reason is None
+
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("x")
-        self.call = self.told = None
+        self.call = self.joint = self.told = None
+        leave_left_modes()
         if isinstance(x, Tensor) and x.dim() == 4:  # (B, C, H, W)
             self.call = self.sampling.call((x.shape[2], x.shape[3]), x.shape[0], x.device)
             self.told = self.sampling.told
             self.batch = x.shape[0]
+        if self.call is not None and self.call.config.keeps_own:
+            self.joint = JointCall(True, KERNELS, lambda message, detail: self.say(f"{message} ({detail})"), own=True)
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         if isinstance(self.told, CallRecord):
             self.told.end()
-        self.call = self.told = None
+        self.call = self.joint = self.told = None
 
 
 class _Block:
@@ -122,6 +152,7 @@ class _Block:
 
     def reset(self) -> None:
         self.layer: MergedAttention | None = None
+        self.own: Plan | None = None  # the layer's, whose keys and values are taken where they meet the queries
         self.plan: Plan | None = None  # the block's match, for attn2 and ff
         self.open: dict[str, Plan] = {}
         self.query: Tensor | None = None
@@ -138,6 +169,8 @@ class _Block:
             attn1.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             attn1.register_forward_hook(self._after_attention, prepend=True),
         ]
+        if config.keeps_own and self.heads:
+            handles += SdpaHooks(attn1, self._begin_own, self._missed_own).handles
         if config.weighs_keys and self.heads:
             to_out = attn1.to_out[0] if isinstance(attn1.to_out, (nn.Sequential, nn.ModuleList)) else attn1.to_out
             handles += [
@@ -164,7 +197,8 @@ class _Block:
         x = args[0] if args else kwargs.get("x")
         context = args[1] if len(args) > 1 else kwargs.get("context")
         grid = self._grid(call, attn1, x, context)
-        layer = call.attention(x, x, x, grid) if grid is not None else None
+        own = grid is not None and self._keeps_own(attn1, x)
+        layer = call.attention(x, x, x, grid, own=own) if grid is not None else None
         told = self.owner.told
         if told is not None and grid is not None:
             told.layer(self.where, grid, layer and layer.plan, self.part, call.verdict(x, grid, self.heads))
@@ -173,6 +207,9 @@ class _Block:
         self.layer = layer
         if call.config.kind.matches:
             self.plan = layer.plan
+        if own:
+            self.own = layer.plan
+            return None  # attn1 gets all tokens; _attend_own takes some of their keys
         q = self._with_bias(attn1, layer)
         if len(args) > 1:
             args = (q, layer.k, *args[2:])
@@ -184,8 +221,24 @@ class _Block:
 
     def _after_attention(self, attn1: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
         layer, self.layer = self.layer, None
-        self.query = self.bias = None
+        self.own = self.query = self.bias = None
         return None if layer is None else layer.unmerge(out)
+
+    def _keeps_own(self, attn1: nn.Module, x: Tensor) -> bool:
+        """Whether the queries of this call of a layer keep their own tokens."""
+        if self.owner.joint is None or not self.heads:
+            return False
+        return self.owner.keeps_own(attn1, _head_size(attn1, self.heads, x), x)
+
+    def _begin_own(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
+        return None if self.own is None else self._attend_own
+
+    def _attend_own(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [B, H, N, d] -> [B, H, N, d]."""
+        return attend_own(self.owner.joint, self.own, self._missed_own, attention, q, k, v)
+
+    def _missed_own(self) -> None:
+        self.owner.say("an attention that does not meet as it was tried out is left alone")
 
     def _grid(self, call: ModelCall, attn1: nn.Module, x: Any, context: Any) -> Grid | None:
         """The grid of this layer's tokens, or None where it is to be left alone."""
@@ -211,7 +264,8 @@ class _Block:
             reason = "HyperTile or another extension has replaced the self-attention; such layers are left alone"
             self._leave(reason, grid)
             return None
-        unpaid = call.why_not_paid(call.verdict(x, grid, self.heads))
+        kernels = KERNELS if self._keeps_own(attn1, x) else ()
+        unpaid = call.why_not_paid(call.verdict(x, grid, self.heads, kernels=kernels))
         if unpaid is not None:
             self._leave(f"{unpaid}; layers of {x.shape[1]} tokens are left alone", grid)
             return None
@@ -226,8 +280,7 @@ class _Block:
         """Get ready to widen the heads where keys have weights. Returns what attn1 gets as x."""
         if layer.bias is None or not self.heads:
             return layer.q
-        inner = getattr(attn1.to_q, "out_features", layer.q.shape[-1])
-        head_size = inner // self.heads
+        head_size = _head_size(attn1, self.heads, layer.q)
         rule = self.owner.rule(attn1, head_size, layer.q)
         if rule is None:
             return layer.q
@@ -283,6 +336,17 @@ def block_place(name: str) -> tuple[str, int]:
         return name or "unnamed block", 0
     number = found[2] if found[1] != "middle" else "0"  # the numbers within the middle block are not of blocks
     return f"{found[1]} block {number}", int(part[1]) if part else 0
+
+
+def _head_size(attn1: nn.Module, heads: int, x: Tensor) -> int:
+    """d of a layer that is given x [B, N, C]."""
+    return getattr(attn1.to_q, "out_features", x.shape[-1]) // heads
+
+
+def _kind(attn1: nn.Module, d: int, x: Tensor) -> tuple:
+    """What an attention code's behaviour hangs on: its forward, d, the device, a dtype to try it in."""
+    dtype = x.dtype if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
+    return _plain_forward(attn1), d, x.device, dtype
 
 
 def _hypertile(attn1: nn.Module) -> Any:

@@ -44,8 +44,12 @@ _MAP = Widget(
         advanced=True,
     ),
 )
-# The order of the API's list: do not change it, add to its end.
-WIDGETS: tuple[Widget, ...] = (_OWN[0], _RATIO, *_OWN[1:], *_OTHERS, _MAP)
+# The order of the API's list: do not change it, add to its end. What ToMeConfig got after `map` was there:
+_LATER = ("own_token",)
+WIDGETS: tuple[Widget, ...] = (
+    _OWN[0], _RATIO, *_OWN[1:], *(widget for widget in _OTHERS if widget.name not in _LATER), _MAP,
+    *(widget for widget in _OTHERS if widget.name in _LATER),
+)  # fmt: skip
 NAMES = tuple(widget.name for widget in WIDGETS)
 _OWN_NAMES = tuple(widget.name for widget in (*_OWN, _MAP))
 

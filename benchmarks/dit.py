@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "unmerged": None,
     "sample 0.75": {"ratio": 0.75},
     "sample 0.9375": {"ratio": 0.9375},
+    "sample 0.75, own token": {"ratio": 0.75, "own_token": True},
+    "sample 0.9375, own token": {"ratio": 0.9375, "own_token": True},
     "sample 0.75, unweighted": {"ratio": 0.75, "proportional": False},
     "sample 0.9375, unweighted": {"ratio": 0.9375, "proportional": False},
     "limit": None,
@@ -43,7 +45,8 @@ def variant(model: Any, name: str, tokens: int) -> Any:
     if VARIANTS[name] is None:
         return model
     patch = inprocess.pack_module("comfy_tome.patch")
-    return patch.apply_to_model(model, patch.ToMeConfig(**VARIANTS[name], min_tokens=min(tokens, 2048)))
+    # Whatever it costs: levels "auto" would leave alone what does not pay, and not show what it costs.
+    return patch.apply_to_model(model, patch.ToMeConfig(**VARIANTS[name], min_tokens=min(tokens, 2048), levels="0"))
 
 
 def measure(

@@ -70,16 +70,12 @@ def _by_variant(
 
 
 def speed() -> str:
-    """Steps of a real ComfyUI with its own choice of attention: each model and size from the newest run that has it."""
-    rows: list[Row] = []
-    for name in ("hosts", "comfyui-h200-2", "comfyui-h200"):
-        there = {(row["model"], row["pixels"]) for row in rows}
-        found = [row for row in read(name) if row.get("backend", "default") == "default"]
-        rows += [row for row in found if (row["model"], row["pixels"]) not in there]
+    """Steps of a real ComfyUI with its own choice of attention."""
+    rows = [row for row in read("hosts") if row["backend"] == "default"]
     if not rows:
         return NOTHING
-    made = _by_variant(rows, ("model", "pixels"), ["model, pixels", "commit"], lambda row: [_model(row), row["commit"]])
-    return f"{made}\n{about(rows[:1], commits=False)}; median steps.\n"
+    made = _by_variant(rows, ("model", "pixels"), ["model, pixels"], lambda row: [_model(row)])
+    return f"{made}\n{about(rows)}; median of the turns.\n"
 
 
 def _model(row: Row) -> str:
@@ -99,6 +95,8 @@ def _steps(mode: str) -> str:
     rows = [row for row in read("steps") if row["mode"] == mode]
     if not rows:
         return NOTHING
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    rows.sort(key=lambda row: (backends.index(row["backend"]), row["model"], int(row["pixels"])))
     keys, heads = ("backend", "model", "pixels"), ["attention", "model, pixels", "levels"]
     made = _by_variant(rows, keys, heads, lambda row: [row["backend"], _model(row), row["levels"].replace(" ", ", ")])
     remarks = sorted({f"{row['variant']}: {row['remark']}" for row in rows if row["remark"]})
@@ -115,6 +113,11 @@ def steps_eager() -> str:
     return _steps("eager")
 
 
+def _saved(row: Row) -> float:
+    """The share of the unmerged step that is saved."""
+    return 1 - 1 / float(row["speedup"])
+
+
 def bound() -> str:
     """How much of what its zero-cost bound saves each method at ratio 0.5 saves."""
     rows = [row for row in read("steps") if row["mode"] == "graph"]
@@ -125,12 +128,12 @@ def bound() -> str:
     for (backend, *_), found in groups.items():
         if not {"unmerged", "half at no cost", "merge 0.5"} <= set(found):
             continue
-        full, free = (float(found[name]["step_ms"]) for name in ("unmerged", "half at no cost"))
-        body.append([backend, _model(found["unmerged"]), f"{full - free:.1f} ms"])
+        # By speedups, each turn against turn with the unmerged step: rows may be of two runs.
+        free = _saved(found["half at no cost"])
+        body.append([backend, _model(found["unmerged"]), f"{free * float(found['unmerged']['step_ms']):.1f} ms"])
         for name in ("merge 0.5", "tomesd 0.5"):
             row = found.get(name)
-            measured = row is not None and row["step_ms"] and full > free
-            body[-1].append(f"{(full - float(row['step_ms'])) / (full - free):.0%}" if measured else "-")
+            body[-1].append(f"{_saved(row) / free:.0%}" if row is not None and row["speedup"] and free > 0 else "-")
     return (
         table(["attention", "model, pixels", "the bound saves", "merge 0.5", "tomesd 0.5"], body) if body else NOTHING
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from installer.inprocess import pack_module
-from quality.plot import preset_variant
+from quality.plot import WITHOUT_OWN, preset_measured
 from shared_tome import ToMeConfig
 from shared_tome.config import PRESETS
 
@@ -54,13 +54,15 @@ def served() -> str:
 
 def presets() -> str:
     """The presets, what they do to the pictures of the quality lab's models and to the time of a run on the GPU."""
-    rows, steps = [], read("steps")
+    rows, steps, marked = [], read("steps"), False
     for name, preset in PRESETS.items():
         start = preset.options["start"]
         cells = [name, ", ".join(f"{option} {value}" for option, value in preset.options.items()), preset.summary]
         for model in ("demo", "lab"):
             psnr = {row["variant"]: row["psnr"] for row in measured(model) if row["sampler"] == "ddim30"}
-            cells.append(f"{float(psnr[preset_variant(name)]):.1f} dB")
+            variant, mark = preset_measured(name, psnr)
+            marked = marked or bool(mark)
+            cells.append(f"{float(psnr[variant]):.1f} dB{mark}")
         for pixels in ("1024", "2048"):
             merged = f"{preset.options['method']} {preset.options['ratio']:g}"
             step = {row["variant"]: float(row["step_ms"]) for row in steps if row["pixels"] == pixels
@@ -73,7 +75,7 @@ def presets() -> str:
         "PSNR to the unmerged picture on the two models of docs/quality.md; the mean step of a run on an "
         f"{steps[0]['machine']}, as a CUDA graph, with the first steps that are left alone (docs/speed.md)."
     )
-    return f"{table(head, rows)}\n{note}\n"
+    return f"{table(head, rows)}\n{note}{f' {WITHOUT_OWN}' if marked else ''}\n"
 
 
 def measured(model: str) -> list[dict[str, str]]:

@@ -22,6 +22,8 @@ OURS: dict[str, dict[str, Any]] = {
     "sample 0.5": {"ratio": 0.5},
     "sample 0.75": {"ratio": 0.75},
     "sample 0.9375": {"ratio": 0.9375},
+    "sample 0.75, own token": {"ratio": 0.75, "own_token": True},
+    "sample 0.9375, own token": {"ratio": 0.9375, "own_token": True},
     "merge 0.5": {"ratio": 0.5, "method": "merge"},
     "downsample 0.75": {"ratio": 0.75, "method": "downsample"},
     "merge_queries 0.5": {"ratio": 0.5, "method": "merge_queries"},
@@ -132,7 +134,7 @@ class Step:
         kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.unet = copy.deepcopy(model, kept)
         if variant in OURS:
-            config = ToMeConfig(**OURS[variant], min_tokens=MODELS[name].min_tokens)
+            config = ToMeConfig(**OURS[variant], min_tokens=MODELS[name].min_tokens, levels=levels or "auto")
             # A pipeline as far as ToMe looks into it: its scheduler tells which step a timestep is.
             scheduler = SimpleNamespace(timesteps=inputs.timesteps, num_inference_steps=STEPS)
             self.pipe = apply_patch(SimpleNamespace(unet=self.unet, scheduler=scheduler), config=config)

@@ -8,7 +8,9 @@ stand. Nothing outlives the call: clones, several samplers, several GPUs and con
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,10 +44,10 @@ class UNetPatch:
             return executor(x, t, *args, **kwargs)
         call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=step_of(options, x.device))
         compiled = is_compiled(executor, options)
-        layers = (_layers_of(executor.class_obj.diffusion_model), _dtype_of(executor)) if compiled else None
-        patch = UNetCall(
-            call, options, None if record is None or record.run.compiled else record, _host_attention(), layers
-        )
+        model = executor.class_obj.diffusion_model
+        layers = (_layers_of(model), _dtype_of(executor)) if compiled else None
+        told = None if record is None or record.run.compiled else record
+        patch = UNetCall(call, options, told, _host_attention(), layers, model)
         # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
         # transformer_options, so without this a compiled model would keep the patches it first saw.
         kwargs["tome"] = patch.key
@@ -91,6 +93,17 @@ def _find_layers(model: Any) -> list[tuple[int, int, int]]:
     return [(levels[channels], channels, heads) for channels, heads in sorted(found) if channels in levels]
 
 
+def _run_block(model: Any, heads: int, x: Tensor) -> Callable[[], Any] | None:
+    """What runs the model's first block of as many channels and heads on tokens x [B, N, C] and a prompt, without any
+    node's patches; None where there is none."""
+    for block in () if model is None else model.modules():
+        if hasattr(block, "attn1") and hasattr(block, "attn2") and block.attn2 is not None:
+            if (block.attn1.to_q.in_features, block.attn1.heads) == (x.shape[2], heads):
+                context = x.new_zeros(x.shape[0], 77, block.attn2.to_k.in_features)
+                return lambda: block(x, context=context, transformer_options={})
+    return None
+
+
 def _dtype_of(executor: Any) -> torch.dtype:
     """What the model computes in."""
     model = executor.class_obj
@@ -100,7 +113,7 @@ def _dtype_of(executor: Any) -> torch.dtype:
 class UNetCall:
     """The patches of one call of the model, and the options that carry them.
 
-    attention: the host's, to measure with. layers: what ModelCall.look_ahead wants to know of a compiled model.
+    attention, model: the host's, to measure with. layers: what ModelCall.look_ahead wants to know of a compiled model.
     """
 
     def __init__(
@@ -110,10 +123,11 @@ class UNetCall:
         record: CallTally | None = None,
         attention: Attention | None = None,
         layers: tuple[list[tuple[int, int, int]], torch.dtype] | None = None,
+        model: Any = None,
     ):
         self.call = call
         self._record = record
-        self._host_attention = attention
+        self._host_attention, self._model = attention, model
         # The seed is a tensor and so an input of a compiled graph; all else is decided in Python.
         self.key = config_key(call.config)
         self._pending: Tensor | None = None
@@ -261,7 +275,9 @@ class UNetCall:
 
     def _verdict(self, q: Tensor, grid: tuple[int, int], extra_options: dict[str, Any]) -> Verdict | None:
         """What is known of this layer's times."""
-        return self.call.verdict(q, grid, extra_options.get("n_heads"), self._host_attention, self._kernels)
+        heads = extra_options.get("n_heads")
+        block = functools.partial(_run_block, self._model, heads)
+        return self.call.verdict(q, grid, heads, self._host_attention, self._kernels, block)
 
     @property
     def _kernels(self) -> tuple[str, ...]:

@@ -88,7 +88,7 @@ def _step_of(variant: Variant, progress: float) -> object:
     if config.is_off:
         return None
     # What is not the core's own may look back at its earlier steps.
-    return config if variant.make is plain and not variant.attend and not variant.per_row else variant.name
+    return config if variant.make is plain and not variant.per_row else variant.name
 
 
 class Bench:
@@ -266,7 +266,7 @@ class Bench:
     def _time(self, variant: Variant, ratio: float, size: int, rows: int, repeats: int) -> Timing:
         config = variant.config.replace(ratio=ratio, start=0.0, end=1.0, ratio_end=-1.0)
         # A late start alone does not change what a step does.
-        place = (config, variant.make, variant.attend) if ratio else ()
+        place = (config, variant.make) if ratio else ()
         if place in self._timed:
             return self._timed[place]
         gpu = self.device.type == "cuda"

@@ -3,7 +3,8 @@
 What is measured is the core's own arithmetic; this is only the adapter, and does what the hosts' adapters do. In a
 U-Net tokens are merged before the projections, brought back after the output projection, and a block's match serves
 its cross-attention and MLP. In a DiT the image's queries, keys and values are merged where they meet the text's,
-behind the rotation; the text stays whole.
+behind the rotation; the text stays whole. Where queries keep their own tokens, keys and values are drawn behind their
+projections in both.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from shared_tome.attention import attend
 from shared_tome.grid import Grid, grid_of
+from shared_tome.joined import KERNELS
+from shared_tome.joint import JointCall
 from shared_tome.plan import Plan
 from shared_tome.schedule import ratio_at, serves_layer
 
@@ -35,6 +38,7 @@ class Run:
     def __init__(self, variant: Variant, dtype: torch.dtype | None = None):
         self.variant, self.dtype = variant, dtype
         self.call = None
+        self.joint: JointCall | None = None  # of the current step, where queries keep their own tokens
         self.full: Grid = (0, 0)
         self.plan: Plan | None = None  # the current block's, for cross-attention and MLP
         self.memory: dict = {}  # what a variant keeps from step to step
@@ -49,6 +53,14 @@ class Run:
         self.memory["steps"] = steps
         if now.ratio > 0.0:
             self.call = self.variant.make(now, full, device, seed, step, self.memory)
+        self.joint = JointCall(True, KERNELS, _refused, own=True) if self.call and now.keeps_own else None
+
+    def attend_own(self, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
+        """q, k, v [B, H, L, d], the image from `start` on -> [B, L, H, d]: each of its queries has its own token."""
+        out = self.joint.attend(q, k, v, start, plan)
+        if out is None:
+            raise RuntimeError(f"no attention here tells its log-sum-exp for {q.dtype} on {q.device}: no own tokens")
+        return out
 
     def count(self, grid: Grid, tokens: int, queries: int, keys: int) -> None:
         """Count the work of Q K^T and A V; all blocks of a level have the same width for each token.
@@ -90,7 +102,7 @@ class MergedSelfAttention(nn.Module):
         run, inner = self.run, self.inner
         tokens = x.shape[1]
         grid = grid_of(tokens, run.full)
-        layer = None if run.call is None else run.call.attention(x, x, x, grid)
+        layer = None if run.call is None else run.call.attention(x, x, x, grid, own=run.joint is not None)
         run.plan = None
         if layer is None:
             run.count(grid, tokens, tokens, tokens)
@@ -100,10 +112,11 @@ class MergedSelfAttention(nn.Module):
             return self._out(attend(q, k, v), x.dtype)
         if run.call.config.kind.matches:
             run.plan = layer.plan
-        run.count(grid, tokens, layer.q.shape[1], layer.k.shape[1])
+        own = run.joint is not None
+        run.count(grid, tokens, layer.q.shape[1], layer.plan.kept + 1 if own else layer.k.shape[1])
         q, k, v = self._heads(inner.to_q, layer.q), self._heads(inner.to_k, layer.k), self._heads(inner.to_v, layer.v)
-        if run.variant.attend is not None:
-            out = run.variant.attend(q, k, v, layer, self._heads(inner.to_k, x), self._heads(inner.to_v, x))
+        if own:
+            out = run.attend_own(q, k, v, 0, layer.plan).transpose(1, 2)
         else:
             out = attend(q, k, v, layer.bias)  # (B, H, N or M, d)
         return layer.unmerge(self._out(out, x.dtype))  # (B, N, C)
@@ -162,10 +175,15 @@ class MergedJointAttention(nn.Module):
             image = k[:, text:]
             # (B, N, d): the ViT paper's keys averaged over the heads; what matches nothing wants the shape alone.
             metric = image.mean(2) if run.call.config.kind.matches else image[:, :, 0]
-            layer = run.call.attention(*(x[:, text:].flatten(2) for x in (q, k, v)), run.full, metric)
+            own = run.joint is not None
+            layer = run.call.attention(*(x[:, text:].flatten(2) for x in (q, k, v)), run.full, metric, own)
         if layer is None:
             run.count(run.full, tokens, tokens, tokens)
             return _joint(q, k, v).to(dtype)
+        if own:
+            run.count(run.full, tokens, tokens, text + layer.plan.kept + 1)
+            out = run.attend_own(*(x.transpose(1, 2) for x in (q, k, v)), text, layer.plan)
+            return out.flatten(2).to(dtype)
         config = run.call.config
         if config.kind.queries:
             q = _beside(q[:, :text], layer.q)
@@ -188,10 +206,15 @@ def _joint(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     return attend(*(x.transpose(1, 2) for x in (q, k, v)), bias).transpose(1, 2).flatten(2)
 
 
+def _refused(message: str, detail: str) -> None:
+    """What is measured must be what its name says."""
+    raise RuntimeError(f"{message}: {detail}")
+
+
 def check(network: UNet | DiT, variant: Variant) -> None:
     """Raises ValueError for a variant that means nothing on this network."""
     config = variant.config
-    if isinstance(network, DiT) and (variant.attend or config.cross_attention or config.mlp or config.levels != "0"):
+    if isinstance(network, DiT) and (config.cross_attention or config.mlp or config.levels != "0"):
         raise ValueError(
             f"{variant.name!r} cannot be measured on a DiT: it has one level, no cross-attention, and merges around "
             "its attention alone"

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from . import classifier
 from .bench import PRECISIONS, Bench, Timing
 from .hooks import Run, check
-from .methods import BASELINE, CATALOGUE, UNMERGED, Variant
+from .methods import BASE, BASELINE, CATALOGUE, UNMERGED, Variant
 from .metrics import frechet, frechet_gap, psnr, ssim, standard_error, texture, to_range
 from .samplers import GUIDANCE, SAMPLERS, parse_sampler
 
@@ -72,9 +72,9 @@ def parse_plan(plan: str, samplers: Sequence[str], guidance: float = GUIDANCE) -
 
 
 def describe(variant: Variant) -> str:
-    """The options that differ from the defaults, and what is not the core's own."""
+    """The options that differ from the lab's, and what is not the core's own."""
     config = variant.config
-    plain = type(config)(levels="0", min_tokens=0)
+    plain = type(config)(**BASE)
     skip = ("ratio", "method")
     words = [f"{k}={getattr(config, k)}" for k in config.options() if getattr(config, k) != getattr(plain, k)]
     words = [w.replace(" ", "") for w in words if w.split("=")[0] not in skip]

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from shared_tome import ModelCall, Plan, ToMeConfig
-from shared_tome.call import MergedAttention
 from shared_tome.curve import curve_order
 from shared_tome.grid import Grid
 from shared_tome.noise import key
@@ -25,8 +24,6 @@ Make = Callable[[ToMeConfig, Grid, torch.device, Tensor, int, dict], ModelCall]
 
 The memory has "steps", how many the run has, and whatever a variant puts there.
 """
-Attend = Callable[[Tensor, Tensor, Tensor, MergedAttention, Tensor, Tensor], Tensor]
-"""(q, k, v, layer, all keys, all values) -> the attention's output, all [B, H, ., d]."""
 
 
 def plain(config: ToMeConfig, full: Grid, device: torch.device, seed: Tensor, step: int, memory: dict) -> ModelCall:
@@ -38,16 +35,15 @@ def plain(config: ToMeConfig, full: Grid, device: torch.device, seed: Tensor, st
 class Variant:
     """One thing to measure.
 
-    family: a line of the plots. make, attend: see Make and Attend. per_row: each row of the batch has its own random
-    choice, instead of one for the prompted and the unprompted row of a picture. timed: whether its time means
-    anything (what only asks a question is written plainly, not fast). strict: in float32 whatever the others are in.
+    family: a line of the plots. make: see Make. per_row: each row of the batch has its own random choice, instead of
+    one for the prompted and the unprompted row of a picture. timed: whether its time means anything (what only asks a
+    question is written plainly, not fast). strict: in float32 whatever the others are in.
     """
 
     name: str
     family: str
     config: ToMeConfig
     make: Make = plain
-    attend: Attend | None = None
     per_row: bool = False
     timed: bool = True
     strict: bool = False
@@ -221,29 +217,6 @@ class Cells2x4(Draw):
         return cells.permute(0, 2, 1, 3).reshape(-1)
 
 
-def keep_own(q: Tensor, k: Tensor, v: Tensor, layer: MergedAttention, own_k: Tensor, own_v: Tensor) -> Tensor:
-    """Each query has its own token among its keys; its run's token then stands for the others of the run.
-
-    No fast kernel does this, so it is written out, some rows at a time.
-    """
-    dtype = q.dtype
-    q, k, v, own_k, own_v = (x.float() for x in (q, k, v, own_k, own_v))
-    scale, sizes, groups = q.shape[-1] ** -0.5, layer.plan.sizes, layer.plan.groups  # (B, M), (B, N)
-    rows = max(1, 2**29 // (q.shape[1] * q.shape[2] * k.shape[2]))
-    done = []
-    for i in range(0, len(q), rows):
-        at = slice(i, i + rows)
-        logits = q[at] @ k[at].transpose(-1, -2) * scale + sizes[at, None, None].log()  # (b, H, N, M)
-        own = (q[at] * own_k[at]).sum(-1, keepdim=True) * scale  # (b, H, N, 1)
-        top = torch.maximum(logits.amax(-1, keepdim=True), own)
-        weight, own = (logits - top).exp(), (own - top).exp()
-        group = groups[at, None, :, None].expand(-1, q.shape[1], -1, -1)  # (b, H, N, 1)
-        others = ((sizes[at] - 1) / sizes[at]).gather(1, groups[at])[:, None, :, None]  # (b, 1, N, 1)
-        weight.scatter_(-1, group, weight.gather(-1, group) * others)
-        done.append((weight @ v[at] + own * own_v[at]) / (weight.sum(-1, keepdim=True) + own))
-    return torch.cat(done).to(dtype)
-
-
 # -- matching: other metrics, shared matches ---------------------------------------------------------------------
 
 
@@ -293,8 +266,8 @@ class Catalogue:
 
     def add(self, sets: str, name: str, family: str, **options) -> None:
         """sets: names of sets, with spaces. Options: those of Variant, the others go to the config."""
-        own = {k: options.pop(k) for k in ("make", "attend", "per_row", "timed", "strict") if k in options}
-        config = ToMeConfig(**{"levels": "0", "min_tokens": 0, **options})
+        own = {k: options.pop(k) for k in ("make", "per_row", "timed", "strict") if k in options}
+        config = ToMeConfig(**{**BASE, **options})
         if name in self.variants:
             raise ValueError(f"two variants are named {name!r}")
         self.variants[name] = Variant(name, family, config, **own)
@@ -302,10 +275,13 @@ class Catalogue:
             self.sets.setdefault(one, []).append(name)
 
 
+BASE = {"levels": "0", "min_tokens": 0, "own_token": False}
+"""What all variants set that do not say otherwise, whatever the core's defaults are."""
+OWN = "own token kept"
 UNMERGED = "unmerged"
 BASELINE = "tomesd 0.5"
 """What gains are counted from."""
-# What decides the defaults, the most telling rows first; the first eight are the set "few".
+# What decides the defaults, the most telling rows first; the first eight and the first of OWN_KEY are the set "few".
 KEY = (
     UNMERGED,
     BASELINE,
@@ -324,6 +300,8 @@ KEY = (
     "merge 0.5",
     "merge_keys pick 0.75",
 )
+# The same with own tokens: (ratio, start); all presets are among them.
+OWN_KEY = ((0.75, 0.0), (0.75, 0.2), (0.9375, 0.0), (0.9375, 0.1), (0.9375, 0.2), (0.5, 0.0), (0.984375, 0.0))
 
 
 # Against the loss of fine texture, the most promising first; the rest is the set "texture_more".
@@ -364,12 +342,14 @@ def catalogue() -> Catalogue:
     # How far rounding alone takes the pictures: no row can be told from the unmerged one beyond that.
     c.add("floor", "unmerged, float32", "unmerged", ratio=0.0, strict=True, timed=False)
     _frontier(c, tomesd)
+    _own(c)
     _sampling(c)
     _starts(c, tomesd)
     _paper(c, tomesd)
     _joint(c)
     _texture(c)
-    c.sets["key"], c.sets["few"] = list(KEY), list(KEY[:8])
+    own = c.sets["own"][2:]
+    c.sets["key"], c.sets["few"] = [*KEY, *own], [*KEY[:8], own[0]]
     return c
 
 
@@ -404,6 +384,19 @@ def _frontier(c: Catalogue, tomesd: dict) -> None:
     c.add("frontier paper", "prune 0.5", "prune", method="prune", ratio=0.5)
 
 
+def sample_name(ratio: float, start: float = 0.0, own: bool = False) -> str:
+    """The variant of `sample` with these options."""
+    return f"sample {ratio:g}" + (f" from {start:g}" if start else "") + (f", {OWN}" if own else "")
+
+
+def _own(c: Catalogue) -> None:
+    """Each query has its own token among the drawn ones."""
+    c.sets["own"] = [UNMERGED, BASELINE]
+    for ratio, start in OWN_KEY:
+        family = f"sample, {OWN}" + (f" from {start:g}" if start else "")
+        c.add("own", sample_name(ratio, start, own=True), family, ratio=ratio, start=start, own_token=True)
+
+
 def _sampling(c: Catalogue) -> None:
     for ratio in (0.75, 0.9375):
         for make, word in (
@@ -416,8 +409,7 @@ def _sampling(c: Catalogue) -> None:
         ):
             sets = "sampling main" if make in (Independent, WalkLayers) else "sampling"
             c.add(sets, f"sample {ratio:g}, {word}", f"sample, {word}", ratio=ratio, make=make, timed=False)
-        options = {"ratio": ratio, "attend": keep_own, "timed": False}
-        c.add("sampling", f"sample {ratio:g}, own token kept", "sample, own token kept", **options)
+        c.sets["sampling"].append(sample_name(ratio, own=True))
     for ratio in (0.6, 0.7, 0.8):
         c.add("sampling", f"sample {ratio:g}", "sample", ratio=ratio)
         c.add("sampling", f"sample {ratio:g}, unweighted", "sample, unweighted", ratio=ratio, proportional=False)
@@ -481,9 +473,8 @@ def _texture(c: Catalogue) -> None:
             (MovingLate, "moving late"),
         ):
             c.add("texture", f"sample {ratio:g}, {word}", f"sample, {word}", ratio=ratio, make=make, timed=False)
-    own = {"make": LatticeByLayers, "attend": keep_own, "timed": False}
-    name = "sample 0.75, lattice by layers, own token kept"
-    c.add("texture", name, "sample, lattice by layers, own token kept", ratio=0.75, **own)
+    own = {"make": LatticeByLayers, "own_token": True, "timed": False}
+    c.add("texture", f"sample 0.75, lattice by layers, {OWN}", f"sample, lattice by layers, {OWN}", ratio=0.75, **own)
     c.sets["texture_more"] = [name for name in c.sets["texture"] if name not in TEXTURE]
     c.sets["texture"] = list(TEXTURE)
 

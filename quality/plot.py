@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 
-from shared_tome.config import PRESETS
+from shared_tome.config import PRESETS, ToMeConfig
 
-from .methods import CATALOGUE
+from .methods import CATALOGUE, OWN, OWN_KEY, sample_name
 from .rows import MAIN, Row, main_sampler, of_model, of_set, read, results
 from .samplers import GUIDANCE, SAMPLERS, parse_sampler
 
@@ -31,6 +31,9 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "sample from 0.2": ("#56b4e9", "o", "--"),
     "sample from 0.4": ("#56b4e9", "s", "--"),
     "sample from 0.6": ("#56b4e9", "^", "--"),
+    "sample, own token kept": ("#5e3c99", "o", "-"),
+    "sample, own token kept from 0.1": ("#9a7fc7", "v", "--"),
+    "sample, own token kept from 0.2": ("#9a7fc7", "o", "--"),
     "ToDo": ("#009e73", "D", "-"),
     "merge_keys, pick": ("#cc79a7", "v", "-"),
     "merge_keys, mean": ("#cc79a7", "v", ":"),
@@ -107,7 +110,9 @@ def table(rows: Sequence[Row], cells: str) -> str:
 
 def frontier(rows: Sequence[Row], sampler: str) -> list[Row]:
     """What the plots show: every method, and late starts."""
-    found = {row["variant"]: row for name in ("frontier", "starts", "joint") for row in of_set(rows, name, sampler)}
+    found = {
+        row["variant"]: row for name in ("frontier", "starts", "joint", "own") for row in of_set(rows, name, sampler)
+    }
     return timed_together([row for row in found.values() if row["family"] in STYLES or row["family"] == "unmerged"])
 
 
@@ -194,21 +199,33 @@ def starts_table(rows: Sequence[Row]) -> str:
 
 def preset_variant(name: str) -> str:
     """The variant that a preset of the core is."""
-    options = PRESETS[name].options
-    start = f" from {options['start']:g}" if options["start"] else ""
-    return f"{options['method']} {options['ratio']:g}{start}"
+    config = ToMeConfig(**PRESETS[name].options)
+    if config.method != "sample":
+        return f"{config.method} {config.ratio:g}" + (f" from {config.start:g}" if config.start else "")
+    return sample_name(config.ratio, config.start, config.keeps_own)
+
+
+WITHOUT_OWN = "*: measured without the own token."
+
+
+def preset_measured(name: str, measured: Container[str]) -> tuple[str, str]:
+    """A preset's variant and "", or where it is not among the `measured` that without own tokens and the mark "*",
+    which WITHOUT_OWN explains. That one need not be among them either."""
+    variant = preset_variant(name)
+    return (variant, "") if variant in measured or OWN not in variant else (variant.removesuffix(f", {OWN}"), "*")
 
 
 def presets_table(rows: Sequence[Row]) -> str:
     sampler = main_sampler(rows)
     found = {row["variant"]: row for row in rows if row["sampler"] == sampler}
-    chosen = [preset_variant(name) for name in PRESETS]
-    if not found.keys() >= set(chosen):
+    chosen = [preset_measured(name, found) for name in PRESETS]
+    if not all(variant in found for variant, _ in chosen):
         return NOTHING
-    lines = table([found[name] for name in chosen], FULL)
+    lines = table([{**found[variant], "variant": variant + mark} for variant, mark in chosen], FULL)
     head, rule, *rest = lines.splitlines()
     named = [f"| {name} {line}" for name, line in zip(PRESETS, rest, strict=True)]
-    return "\n".join([f"| preset {head}", f"| --- {rule}", *named])
+    note = ["", WITHOUT_OWN] if any(mark for _, mark in chosen) else []
+    return "\n".join([f"| preset {head}", f"| --- {rule}", *named, *note])
 
 
 PAIRS = (
@@ -217,6 +234,7 @@ PAIRS = (
     ("sample 0.5", "merge_keys pick 0.5"),
     ("sample 0.75", "merge_keys mean 0.75"),
     ("sample 0.9375 from 0.2", "sample 0.75"),
+    *((sample_name(*at), sample_name(*at, own=True)) for at in OWN_KEY[1:2] + OWN_KEY[3:]),
     ("sample 0.75", "sample 0.75, unweighted"),
     ("sample 0.9375", "sample 0.9375, unweighted"),
     ("downsample 2x2", "downsample 2x2, unweighted"),

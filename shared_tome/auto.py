@@ -8,6 +8,7 @@ on it. Large layers always pay and are not measured; nor is anything on other de
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -48,6 +49,8 @@ _REPEATS, _ROUNDS = 16, 5  # 16: layers that are drawn at once (call.py)
 
 # attention(q, k, v, heads, scale=None): [B, N, H * d], [B, M, H * d] twice -> [B, N, H * d]
 Attention = Callable[..., Tensor]
+# Of tokens x [B, N, C] that may be written to: what runs the host's own block on them, or None where there is none.
+Block = Callable[[Tensor], "Callable[[], Any] | None"]
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,28 @@ class Case:
 @dataclass(frozen=True)
 class Verdict:
     """What was measured, microseconds of one layer: on the GPU whole and merged, and what merging takes the
-    processor longer, which counts where steps wait for it."""
+    processor longer, which counts where steps wait for it.
+
+    block_us, block_cpu_us: the layer's whole block unmerged, of the GPU and of the processor; 0 where not known.
+    """
 
     full_us: float
     merged_us: float
     cpu_us: float
+    block_us: float = 0.0
+    block_cpu_us: float = 0.0
 
     def pays(self, waits: bool = True) -> bool:
         """Whether the layer is to be merged. waits: for the processor, as steps without a compiled graph do."""
-        return self.saves_us > max(MARGIN * self.full_us, self.cpu_us if waits else 0.0)
+        return self.saves_us > MARGIN * self.full_us and not (waits and self._waits)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the processor would need longer for a merged block than the GPU does for an unmerged one; where no
+        block is known, longer than is saved."""
+        if self.block_us > 0.0:
+            return self.block_cpu_us + self.cpu_us >= self.block_us
+        return self.cpu_us >= self.saves_us
 
     @property
     def saves_us(self) -> float:
@@ -100,6 +116,11 @@ class Verdict:
     @property
     def reason(self) -> str:
         """Why a layer is left alone, for people."""
+        if self.block_us > 0.0 and self._waits and self.saves_us > MARGIN * self.full_us:
+            return (
+                f"merging does not pay here: a block takes the processor {self.block_cpu_us:.0f} us and the GPU "
+                f"{self.block_us:.0f}, so its steps wait for the processor"
+            )
         return (
             f"merging does not pay here: it saves {self.saves_us:.0f} of {self.full_us:.0f} us and takes the processor "
             f"{self.cpu_us:.0f} us longer"
@@ -214,16 +235,17 @@ def verdict_on(
     config: ToMeConfig,
     attention: Attention | None = None,
     kernels: tuple[str, ...] = (),
+    block: Block | None = None,
 ) -> Verdict | None:
     """What is known of a layer's times on a device, or None where nothing is or can be measured.
 
     attention: the host's (None: torch's). kernels: those by which queries keep their own tokens (joint.JointCall),
-    where the adapter can do that. Never called where torch.compile traces.
+    where the adapter can do that. block: the block that the layer is in. Never called where torch.compile traces.
     """
     config = config.replace(start=0.0, end=1.0, ratio_end=-1.0, min_tokens=0, seed=0, cross_attention=False, mlp=False)
     name = "torch" if attention is None else getattr(attention, "__name__", type(attention).__name__)
     case = Case(grid, channels, heads, dtype, config, name, kernels)
-    return known_or_measured(case.key, device, lambda: measure(case, device, attention))
+    return known_or_measured(case.key, device, lambda: measure(case, device, attention, block))
 
 
 def known_or_measured(key: str, device: torch.device, measure: Callable[[], Verdict]) -> Verdict | None:
@@ -232,7 +254,8 @@ def known_or_measured(key: str, device: torch.device, measure: Callable[[], Verd
     def measured() -> Verdict:
         verdict = measure()
         log.info(
-            "[ToMe] %s: %s, measured on %s: %.0f us whole, %.0f merged, %.0f more of the processor",
+            "[ToMe] %s: %s, measured on %s: %.0f us whole, %.0f merged, %.0f more of the processor; its block: %.0f us "
+            "and %.0f of the processor",
             key,
             "pays" if verdict.pays() else "does not pay",
             torch.cuda.get_device_name(device),
@@ -252,8 +275,10 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | 
 
 
 @torch.no_grad()
-def measure(case: Case, device: torch.device, attention: Attention | None = None) -> Verdict:
-    """Times of a layer on made-up tokens, projections included."""
+def measure(
+    case: Case, device: torch.device, attention: Attention | None = None, block: Block | None = None
+) -> Verdict:
+    """Times of a layer on made-up tokens, projections included, and of its block."""
     from .call import ModelCall  # which asks this module
     from .joint import JointCall
 
@@ -295,7 +320,11 @@ def measure(case: Case, device: torch.device, attention: Attention | None = None
             out = attend_tokens(q, k, v, case.heads, layer.bias, inner)
         return layer.unmerge(F.linear(out, weight))
 
-    return compared(full, merged, device)
+    found, run_block = compared(full, merged, device), block and block(x.clone())
+    if run_block is None:
+        return found
+    gpu, cpu = times_of(run_block, device)
+    return dataclasses.replace(found, block_us=gpu, block_cpu_us=cpu)
 
 
 def compared(full: Callable[[], Any], merged: Callable[[], Any], device: torch.device) -> Verdict:

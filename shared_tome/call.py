@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .auto import Attention, Verdict, measures, verdict_on
+from .auto import Attention, Block, Verdict, measures, verdict_on
 from .config import ToMeConfig
 from .curve import curve_order, is_compiling
 from .grid import Grid, grid_at
@@ -76,17 +76,18 @@ class ModelCall:
         heads: int | None,
         attention: Attention | None = None,
         kernels: tuple[str, ...] = (),
+        block: Block | None = None,
     ) -> Verdict | None:
         """What a layer on this grid takes whole and merged, measured at its first use (auto.py); None: not measured.
 
-        x: its tokens [B, N, C]; heads: None where the host does not tell; attention: the host's; kernels: see
+        x: its tokens [B, N, C]; heads: None where the host does not tell; attention: the host's; kernels, block: see
         auto.verdict_on. Inside a compiled graph only what `look_ahead` measured.
         """
         key = (grid, x.shape[2])
         if key not in self._verdicts and not is_compiling():
             known = None
             if heads and measures(self.config, grid, x.device):
-                known = verdict_on(grid, x.shape[2], heads, x.dtype, x.device, self.config, attention, kernels)
+                known = verdict_on(grid, x.shape[2], heads, x.dtype, x.device, self.config, attention, kernels, block)
             self._verdicts[key] = known
         return self._verdicts.get(key)
 

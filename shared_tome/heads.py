@@ -8,6 +8,7 @@ by the layer's own `scale` or by the size of the heads they are given. Which one
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .attention import extend_key, extend_query, extend_value, extra_channels
+from .joined import KERNELS, choose_kernel
+from .sdpa import AroundSdpa, HostAttention, is_torchs_sdpa
 
 OWN, GIVEN = "own", "given"
 
@@ -104,7 +107,63 @@ def find_rule(
     return best if best is not None and errors[best] < 0.02 else None
 
 
-def _parts(rule: str, heads: int, d: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> dict[str, Any]:
+def meets_at_sdpa(
+    forward: Callable[..., Tensor],
+    d: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    layer: Callable[..., Any] = SimpleNamespace,
+    heads: int = 2,
+) -> bool:
+    """Whether an attention's forward(self, x) gives the heads of all its tokens, once and without a mask, to torch's
+    scaled_dot_product_attention. Found out as in find_rule; queries and keys may be normed in between."""
+    rows, tokens, seen = 2, 6, []
+    q, k, v = (_waves(tokens, heads * d, phase).expand(rows, -1, -1).to(device, dtype) for phase in (0.0, 1.0, 2.0))
+    parts = _layer(heads, d) | {"to_q": lambda x: q, "to_k": lambda x: k, "to_v": lambda x: v}
+
+    def handler(attention: HostAttention, *given: Tensor) -> Tensor:
+        seen.append((attention.is_plain and not attention.options.get("dropout_p"), *given))
+        return attention(*given)
+
+    try:
+        with torch.no_grad(), AroundSdpa(handler):
+            forward(layer(**parts), q.new_zeros(rows, tokens, heads * d))
+    except Exception:  # whatever a foreign attention raises
+        return False
+    if len(seen) != 1:
+        return False
+    plain, *given = seen[0]
+    expected = v.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, N, d)
+    return plain and all(x.shape == expected.shape for x in given) and torch.equal(given[2].to(dtype), expected)
+
+
+def why_not_own(meets: Callable[[], bool], d: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the queries of a layer with heads of d channels cannot keep their own tokens (own.py), or None.
+
+    meets: asks meets_at_sdpa, or what it once answered.
+    """
+    if not is_torchs_sdpa() or not meets():
+        return "another attention than PyTorch's is in use; queries do not keep their own tokens"
+    if choose_kernel(KERNELS, device, dtype, d) is None:
+        return "this PyTorch tells no log-sum-exps of its attention here; queries do not keep their own tokens"
+    return None
+
+
+def stand_in(attention: nn.Module) -> Callable[..., nn.Module]:
+    """Makes a copy of a layer (its parameters shared, its hooks left behind) with other projections: a `layer` for
+    the trials here."""
+
+    def make(**parts: Any) -> nn.Module:
+        layer = copy.copy(attention)
+        layer.__dict__["_modules"] = {**attention._modules, **{name: parts[name] for name in (*PROJECTIONS, "to_out")}}
+        return layer
+
+    return make
+
+
+def _layer(heads: int, d: int) -> dict[str, Any]:
+    """What attention codes read of a layer, but its projections of tokens."""
     return {
         "heads": heads,
         "dim_head": d,
@@ -112,10 +171,15 @@ def _parts(rule: str, heads: int, d: int, q: Tensor, k: Tensor, v: Tensor, bias:
         "training": False,
         "backend": None,
         "attention_op": None,
+        "to_out": nn.Sequential(nn.Identity(), nn.Identity()),
+    }
+
+
+def _parts(rule: str, heads: int, d: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> dict[str, Any]:
+    return _layer(heads, d) | {
         "to_q": lambda x: widen_query(q, heads, rule),
         "to_k": lambda x: widen_key(k, heads, rule, bias),
         "to_v": lambda x: widen_value(v, heads),
-        "to_out": nn.Sequential(nn.Identity(), nn.Identity()),
     }
 
 

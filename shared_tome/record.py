@@ -40,7 +40,8 @@ class Run:
     """One run of a sampler.
 
     sigmas: its list of noise levels, by which a host that does not announce a run knows one. most_bytes: of kept
-    choices. images: in the batch. devices: on which calls of a step ran side by side. last: what a host needs to run a call once more. is_full: not all choices were kept.
+    choices. images: in the batch. devices: on which calls of a step ran side by side. last: what a host needs to run
+    a call once more. is_full: not all choices were kept.
     """
 
     def __init__(self, config: ToMeConfig, sigmas: Tensor | None = None, most_bytes: int = 2**29):

@@ -6,10 +6,10 @@ similarity on) and merge and unmerge around attn1, attn2 and ff. Nothing of the 
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import logging
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,12 +21,26 @@ from torch import Tensor, nn
 
 from .call import MergedAttention, ModelCall
 from .config import ToMeConfig
+from .curve import is_compiling
 from .grid import Grid, grid_of
-from .heads import PROJECTIONS, find_rule, narrow, widen_key, widen_query, widen_value
+from .heads import (
+    PROJECTIONS,
+    find_rule,
+    meets_at_sdpa,
+    narrow,
+    stand_in,
+    why_not_own,
+    widen_key,
+    widen_query,
+    widen_value,
+)
 from .heads import served_blocks as blocks_with
+from .joined import KERNELS
+from .joint import JointCall
 from .plan import Plan, spread_rows
 from .schedule import config_at
 from .script_steps import Steps
+from .sdpa import Handler, HostAttention, SdpaHooks, attend_own, leave_left_modes
 
 logger = logging.getLogger("ToMe")
 
@@ -42,6 +56,7 @@ class _Pass:
 
     metric: Tensor  # [B, N, C], the block's input
     layer: MergedAttention | None = None
+    own: Plan | None = None  # the layer's, whose keys and values are taken where they meet the queries
     plan: Plan | None = None  # the block's match, for attn1's queries alone, attn2 and ff
     open: dict[str, Plan] = field(default_factory=dict)
     bias: Tensor | None = None  # [B, M]
@@ -51,10 +66,12 @@ class _Pass:
 
 @dataclass(eq=False)
 class _Call:
-    """One call of the model. passes: by block."""
+    """One call of the model. joint: what lets queries keep their own tokens, None where they shall not. passes: by
+    block."""
 
     model: ModelCall
     batch: int
+    joint: JointCall | None = None
     passes: dict[_Block, _Pass] = field(default_factory=dict)
 
 
@@ -92,6 +109,9 @@ class BaseAttachment:
             self._said.add(message)
             logger.warning("[ToMe] %s", message)
 
+    def _say_why(self, message: str, detail: str) -> None:
+        self.say(f"{message} ({detail})")
+
     def model_call(self, grid: Grid, timestep: Any, device: torch.device) -> ModelCall | None:
         """The core's state for this call, or None where nothing is merged now."""
         step = self.steps.step(timestep, device)
@@ -109,6 +129,7 @@ class Attachment(BaseAttachment):
         super().__init__(config, pipe)
         self.merge_attn = merge_attn
         self._rules: dict[tuple, str | None] = {}
+        self._meets: dict[tuple, bool] = {}
         self._blocks = [_Block(self) for _ in served_blocks(model)]
         self._handles += [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -124,6 +145,7 @@ class Attachment(BaseAttachment):
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.call = None  # also of one that ended in an exception
+        leave_left_modes()
         x = argument(args, kwargs, 0, "sample", "x")
         if not isinstance(x, Tensor) or x.dim() != 4:  # (B, C, H, W)
             self.say("a call whose input is not [B, C, H, W] (video) is left alone")
@@ -131,16 +153,41 @@ class Attachment(BaseAttachment):
         timestep = argument(args, kwargs, 1, "timestep", "timesteps", "t")
         call = self.model_call((x.shape[2], x.shape[3]), timestep, x.device)
         if call is not None:
-            self.call = _Call(call, x.shape[0])
+            self.call = _Call(call, x.shape[0], self._joint(call))
+
+    def _joint(self, call: ModelCall) -> JointCall | None:
+        """What lets queries keep their own tokens, or None where they shall not."""
+        if not call.config.keeps_own or _compiles(self):
+            return None
+        return JointCall(True, KERNELS, self._say_why, own=True)
+
+    def keeps_own(self, attn1: nn.Module, x: Tensor) -> bool:
+        """Whether the layer's queries can keep their own tokens (heads.meets_at_sdpa), asked once for each."""
+        if _compiles(self):
+            return False
+        d = _inner(attn1, x) // attn1.heads
+        dtype = _trial_dtype(x)
+        forward = type(attn1).forward
+        key = (forward, type(getattr(attn1, "processor", None)), attn1.heads, d, x.device, dtype)
+
+        def meets() -> bool:
+            if key not in self._meets:
+                self._meets[key] = meets_at_sdpa(forward, d, x.device, dtype, layer=stand_in(attn1), heads=attn1.heads)
+            return self._meets[key]
+
+        reason = why_not_own(meets, d, x.device, dtype)
+        if reason is not None:
+            self.say(reason)
+        return reason is None
 
     def rule(self, attn1: nn.Module, d: int, x: Tensor) -> str | None:
         """How the layer's attention code scales (heads.find_rule), asked once for each."""
-        dtype = x.dtype if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
+        dtype = _trial_dtype(x)
         forward, names = type(attn1).forward, _names(attn1)
         key = (forward, type(getattr(attn1, "processor", None)), attn1.heads, d, x.device, dtype)
         if key not in self._rules:
             self._rules[key] = find_rule(
-                forward, d, x.device, dtype, layer=_stand_in(attn1), heads=attn1.heads, context=names[1]
+                forward, d, x.device, dtype, layer=stand_in(attn1), heads=attn1.heads, context=names[1]
             )
             if self._rules[key] is None:
                 self.say("this attention processor takes no weights of keys; proportional attention is off")
@@ -165,6 +212,8 @@ class _Block:
             attn1.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             attn1.register_forward_hook(self._after_attention, prepend=True),
         ]
+        if config.keeps_own:
+            handles += SdpaHooks(attn1, self._begin_own, self._missed_own).handles
         for name, wanted in (("attn2", config.cross_attention), ("ff", config.mlp)):
             module = getattr(block, name, None)
             if wanted and isinstance(module, nn.Module):
@@ -197,17 +246,22 @@ class _Block:
         name, context_name = _names(attn1)
         x = argument(args, kwargs, 0, name)
         context = argument(args, kwargs, 1, context_name)
-        grid = self._grid(x, now, attn1)
+        itself = context is None or context is x
+        own = itself and self._keeps_own(attn1, x)
+        grid = self._grid(x, now, attn1, own)
         if grid is None:
             return None
-        call, own = self.owner.call.model, context is None or context is x
+        call = self.owner.call.model
         kind = call.config.kind
-        if self.owner.merge_attn and own:
+        if self.owner.merge_attn and itself:
             if not self._can_merge_keys(attn1, args, kwargs, kind):
                 return None
-            now.layer = call.attention(x, x, x, grid, metric=now.metric)
+            now.layer = call.attention(x, x, x, grid, metric=now.metric, own=own)
             if now.layer is None:
                 return None
+            if own:
+                now.own = now.layer.plan
+                return None  # attn1 gets all tokens; _attend_own takes some of their keys
             now.plan = now.layer.plan if kind.matches else None
             self._weigh(attn1, now)
             return _with(args, kwargs, name, now.layer.q, context_name, now.layer.k)
@@ -223,13 +277,36 @@ class _Block:
         now = self.now
         if now is None:
             return None
-        layer, now.layer, now.bias = now.layer, None, None
+        layer, now.layer, now.own, now.bias = now.layer, None, None, None
         if layer is not None:
             return layer.unmerge(out)
         plan = now.open.pop("attn1", None)
         return None if plan is None else plan.unmerge(out)
 
-    def _grid(self, x: Any, now: _Pass, attn1: nn.Module) -> Grid | None:
+    def _keeps_own(self, attn1: nn.Module, x: Any) -> bool:
+        """Whether the queries of this call of a layer keep their own tokens."""
+        call = self.owner.call
+        if call.joint is None or not self.owner.merge_attn or getattr(attn1, "fused_projections", False):
+            return False
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            return False
+        grid = grid_of(x.shape[1], call.model.full)
+        return grid is not None and call.model.serves(grid) and self.owner.keeps_own(attn1, x)
+
+    def _begin_own(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
+        now = self.now
+        return None if now is None or now.own is None else self._attend_own
+
+    def _attend_own(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [B, H, N, d] -> [B, H, N, d]."""
+        now = self.now
+        joint, plan = (None, None) if now is None else (self.owner.call.joint, now.own)
+        return attend_own(joint, plan, self._missed_own, attention, q, k, v)
+
+    def _missed_own(self) -> None:
+        self.owner.say("an attention that does not meet as it was tried out is left alone")
+
+    def _grid(self, x: Any, now: _Pass, attn1: nn.Module, own: bool = False) -> Grid | None:
         """The grid of this layer's tokens, or None where it is to be left alone."""
         call = self.owner.call
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[:2] != now.metric.shape[:2]:
@@ -240,7 +317,8 @@ class _Block:
             return None
         if not call.model.serves(grid):
             return None
-        unpaid = call.model.why_not_paid(call.model.verdict(x, grid, attn1.heads))
+        verdict = call.model.verdict(x, grid, attn1.heads, kernels=KERNELS if own else ())
+        unpaid = call.model.why_not_paid(verdict)
         if unpaid is not None:
             self.owner.say(f"{unpaid}; layers of {x.shape[1]} tokens are left alone")
             return None
@@ -265,8 +343,7 @@ class _Block:
         if getattr(attn1, "fused_projections", False):
             self.owner.say("fused projections take no weights of keys; proportional attention is off")
             return
-        inner = getattr(attn1.to_q, "out_features", layer.q.shape[-1])
-        head_size = inner // attn1.heads
+        head_size = _inner(attn1, layer.q) // attn1.heads
         rule = self.owner.rule(attn1, head_size, layer.q)
         if rule is not None:
             self._follow_projections(attn1)
@@ -341,6 +418,27 @@ def _with(
     return args, kwargs
 
 
+def _compiles(attachment: BaseAttachment) -> bool:
+    """Whether torch.compile is at work, under which no attention is seen (sdpa.py)."""
+    found = is_compiling()
+    if not found and "torch._dynamo" in sys.modules:  # between its graphs
+        found = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)() not in (None, False)
+    if not found:
+        return False
+    attachment.say("under torch.compile queries do not keep their own tokens")
+    return True
+
+
+def _inner(attn1: nn.Module, x: Tensor) -> int:
+    """H * d; x [B, N, C] is what it is given."""
+    return getattr(attn1.to_q, "out_features", x.shape[-1])
+
+
+def _trial_dtype(x: Tensor) -> torch.dtype:
+    """What to try an attention code in."""
+    return x.dtype if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
+
+
 def _names(attn1: nn.Module) -> tuple[str, str]:
     """What diffusers or ldm call the tokens and what the keys are made from."""
     return _names_of(type(attn1).forward)
@@ -351,14 +449,3 @@ def _names_of(forward: Callable[..., Any]) -> tuple[str, str]:
     if "encoder_hidden_states" in inspect.signature(forward).parameters:
         return "hidden_states", "encoder_hidden_states"
     return "x", "context"
-
-
-def _stand_in(attn1: nn.Module) -> Callable[..., nn.Module]:
-    """Makes a copy of a layer (its parameters shared, its hooks left behind) with other projections."""
-
-    def make(**parts: Any) -> nn.Module:
-        layer = copy.copy(attn1)
-        layer.__dict__["_modules"] = {**attn1._modules, **{name: parts[name] for name in (*PROJECTIONS, "to_out")}}
-        return layer
-
-    return make

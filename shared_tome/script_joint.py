@@ -19,10 +19,10 @@ from .call import ModelCall
 from .config import ToMeConfig
 from .grid import Grid
 from .joined import KERNELS
-from .joint import JointCall, image_bias, merge_image, take_heads, unmerge_image
+from .joint import JointCall, image_bias, merge_image, unmerge_image
 from .plan import Plan
 from .script_hooks import BaseAttachment, argument
-from .sdpa import Handler, HostAttention, SdpaHooks
+from .sdpa import Handler, HostAttention, SdpaHooks, attend_sampled, leave_left_modes
 
 # Class of the transformer: whether its text comes first, and what the pipeline divides timesteps by.
 _JOINT = {"FluxTransformer2DModel": (True, 1000.0), "SD3Transformer2DModel": (False, 1.0)}
@@ -67,6 +67,7 @@ class JointAttachment(BaseAttachment):
 
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.call = None  # also of one that ended in an exception
+        leave_left_modes()
         x, text = argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 1, "encoder_hidden_states")
         if self.text_first:
             grid, reference = self._grid_of(argument(args, kwargs, 4, "img_ids"))
@@ -78,11 +79,8 @@ class JointAttachment(BaseAttachment):
             return
         call = self.model_call(grid, argument(args, kwargs, 3, "timestep"), x.device)
         if call is not None:
-            joint = JointCall(call.config.weighs_keys, KERNELS, self._say_why)
+            joint = JointCall(call.config.weighs_keys, KERNELS, self._say_why, call.config.keeps_own)
             self.call = _Call(call, joint, grid, x.shape[0], text.shape[1], reference)
-
-    def _say_why(self, message: str, detail: str) -> None:
-        self.say(f"{message} ({detail})")
 
     def _grid_of(self, ids: Tensor) -> tuple[Grid, int]:
         """The image's grid from its position ids [N, 3] (number, row, column), and the reference tokens behind it.
@@ -108,6 +106,8 @@ class JointAttachment(BaseAttachment):
     def _attend(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, H, L, d] -> [B, H, L, d]."""
         call = self.call
+        if call is None:
+            return attention(q, k, v)
         image, length = math.prod(call.grid), k.shape[2]
         beside = length - image
         own = q.shape[2] == length and beside in (0, call.reference, call.text + call.reference)
@@ -123,18 +123,9 @@ class JointAttachment(BaseAttachment):
         plan = call.model.plan(metric, call.grid)  # metric [B, N, d]
         if plan is None:
             return attention(q, k, v)
-        serve = self._merged if call.model.config.kind.matches else self._sampled
-        return serve(attention, q, k, v, start, plan)
-
-    def _sampled(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
-        """Keys and values from some of the image's tokens, the same for all rows, and all others: no unmerge."""
-        joint = self.call.joint
-        out = joint.attend(q, k, v, start, plan, attention.scale) if attention.is_torchs_alone else None  # (B, L, H, d)
-        if out is not None:
-            return out.transpose(1, 2)
-        around = joint.around(plan, start, k.shape[2])
-        index = around.index(plan, start)
-        return attention(q, take_heads(k, index), take_heads(v, index), bias=around.bias)
+        if call.model.config.kind.matches:
+            return self._merged(attention, q, k, v, start, plan)
+        return attend_sampled(call.joint, attention, q, k, v, start, plan)
 
     def _merged(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
         """Methods that match: the image's part of queries, keys and values merged; the queries' outcome unmerged."""

@@ -8,6 +8,7 @@ code is neither copied nor replaced.
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +17,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from .attention import extend_heads
+from .joint import JointCall, take_heads
+from .plan import Plan
 
 _SDPA = F.scaled_dot_product_attention
 # handler(attention, q, k, v): attention(q, k, v, bias=None) is what the host meant to do.
 Handler = Callable[..., Tensor]
 
 
-class _AroundSdpa(TorchFunctionMode):
+class AroundSdpa(TorchFunctionMode):
+    """While it is entered, this thread's calls of that function go to the handler. calls: how many did."""
+
     def __init__(self, handler: Handler):
         super().__init__()
         self.handler, self.calls = handler, 0
@@ -70,15 +75,76 @@ class HostAttention:
         return self.func(q, k, v, **{**self.options, "scale": scale})[..., :d]
 
 
+def is_torchs_sdpa() -> bool:
+    """Whether hosts that call F.scaled_dot_product_attention now get torch's, which can be seen here."""
+    return F.scaled_dot_product_attention is _SDPA and isinstance(_SDPA, types.BuiltinFunctionType)
+
+
+def attend_sampled(
+    joint: JointCall, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan
+) -> Tensor:
+    """Keys and values from some of the image's tokens, which begin at `start`, and all others: no unmerge.
+
+    Args:
+        q, k, v: [B, H, L, d] of all tokens. plan: of a method that matches nothing; where there are tokens beside the
+            image's, its choice is one for all rows.
+    Returns:
+        [B, H, L, d].
+    """
+    out = joint.attend(q, k, v, start, plan, attention.scale) if attention.is_torchs_alone else None  # (B, L, H, d)
+    if out is not None:
+        return out.transpose(1, 2)
+    around = joint.around(plan, start, k.shape[2])
+    index = plan.choice if k.shape[2] == plan.tokens else around.index(plan, start)
+    return attention(q, take_heads(k, index), take_heads(v, index), bias=around.bias)
+
+
+def attend_own(
+    joint: JointCall | None,
+    plan: Plan | None,
+    missed: Callable[[], None],
+    attention: HostAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> Tensor:
+    """attend_sampled where the image is alone, as it was tried out (heads.meets_at_sdpa); missed() where it is not so,
+    and all keys stay. q, k, v: [B, H, N, d] -> [B, H, N, d]."""
+    if joint is None or plan is None or not attention.is_plain or not q.shape == k.shape == v.shape:
+        missed()
+        return attention(q, k, v)
+    if (q.shape[0], q.shape[2]) != (plan.batch, plan.tokens):
+        missed()
+        return attention(q, k, v)
+    return attend_sampled(joint, attention, q, k, v, 0, plan)
+
+
+def leave_left_modes() -> None:
+    """Take off what an interrupt (KeyboardInterrupt, which runs no hook) left on in this thread.
+
+    To be called where no attention runs.
+    """
+    for mode in reversed(_get_current_function_mode_stack()):
+        if not isinstance(mode, AroundSdpa):
+            break
+        mode.__exit__(None, None, None)
+
+
 class SdpaHooks:
     """Hooks on an attention module. While its forward runs, each attention in it goes through a handler.
 
     begin(module, args, kwargs): the handler of this call, or None where it is to be left alone.
+    missed(): called where the forward came to an end without that function; None: an error says so.
     """
 
-    def __init__(self, module: nn.Module, begin: Callable[..., Handler | None]):
-        self._begin = begin
-        self._modes: dict[int, _AroundSdpa] = {}  # by thread
+    def __init__(
+        self,
+        module: nn.Module,
+        begin: Callable[..., Handler | None],
+        missed: Callable[[], None] | None = None,
+    ):
+        self._begin, self._missed = begin, missed
+        self._modes: dict[int, AroundSdpa] = {}  # by thread
         self.handles = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
             # Runs after an exception too: a mode must not stay behind.
@@ -88,7 +154,7 @@ class SdpaHooks:
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         handler = self._begin(module, args, kwargs)
         if handler is not None:
-            mode = _AroundSdpa(handler)
+            mode = AroundSdpa(handler)
             mode.__enter__()
             self._modes[threading.get_ident()] = mode
 
@@ -97,8 +163,11 @@ class SdpaHooks:
         if mode is None:
             return
         mode.__exit__(None, None, None)
-        if mode.calls == 0 and out is not None:
+        if mode.calls or out is None:
+            return
+        if self._missed is None:
             raise RuntimeError(
                 f"{type(module).__name__} did not call torch's scaled_dot_product_attention, where ToMe works; choose "
                 "it (transformers: attn_implementation='sdpa', timm: fused_attn, diffusers: the native backend)"
             )
+        self._missed()

@@ -15,7 +15,7 @@ def lines(tome, monkeypatch):
     call = sys.modules[tome.core.ModelCall.__module__]
     verdict = call.Verdict
 
-    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=()):
+    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None):
         return verdict(100.0, 99.0, 5.0) if grid == (16, 16) else verdict(80.0, 30.0, 20.0)
 
     monkeypatch.setattr(call, "measures", lambda config, grid, device: config.levels == "auto")

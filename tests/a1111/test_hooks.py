@@ -11,7 +11,7 @@ CELL = 8  # channels a head
 
 
 def _attach(tome, model, seeds=(1,), **options):
-    config = tome.core.ToMeConfig(**{"ratio": 0.5, "min_tokens": 0, **options})
+    config = tome.core.ToMeConfig(**{"ratio": 0.5, "min_tokens": 0, "own_token": False, **options})
     sampling = tome.sampling.Sampling(config, seeds, tome.notes.Notes())
     return tome.hooks.Attachment(model, sampling)
 

@@ -22,7 +22,7 @@ def judged(comfy_nodes, monkeypatch):
     call = sys.modules[pack_module("unet").ModelCall.__module__]
     verdict, asked = call.Verdict, []
 
-    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=()):
+    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None):
         asked.append((grid, channels, heads, dtype, attention.__name__))
         return verdict(100.0, 99.0, 5.0) if grid == (32, 32) else verdict(80.0, 30.0, 20.0)
 
@@ -90,6 +90,27 @@ def test_a_compiled_model_is_measured_before_its_graph_runs(comfy_nodes, tome, j
     levels = tome(model, min_tokens=100, levels="1")
     assert (made - sample(levels, steps=1)).norm() / made.norm() < 1e-4
     assert sorted({(grid, heads > 0) for grid, _, heads, _, _ in judged}) == [((16, 16), True), ((32, 32), True)]
+
+
+def test_the_models_own_block_is_timed(sd15, tome, comfy_nodes, monkeypatch):
+    """On its own tokens and a prompt, without patches: how long a block keeps the GPU, and how long the processor."""
+    unet = pack_module("unet")
+    call = sys.modules[unet.ModelCall.__module__]
+    runs = []
+
+    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None):
+        x = torch.randn(2, grid[0] * grid[1], channels, dtype=dtype)
+        before, run = x.clone(), block(x)
+        runs.append((grid, run().shape == before.shape))
+        assert block(torch.randn(2, 4, channels + 8)) is None
+        return call.Verdict(100.0, 50.0, 10.0, 900.0, 895.0)
+
+    monkeypatch.setattr(call, "measures", lambda config, grid, device: True)
+    monkeypatch.setattr(call, "verdict_on", verdict_on)
+    plain = sample(sd15, steps=1)
+    assert torch.equal(sample(tome(sd15, min_tokens=100), steps=1), plain)
+    assert runs == [((32, 32), True), ((16, 16), True)]
+    assert not [module for module in sd15.model.diffusion_model.modules() if module._forward_pre_hooks]
 
 
 @pytest.fixture

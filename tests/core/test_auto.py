@@ -40,6 +40,34 @@ def test_what_pays(full, merged, cpu, eager, compiled):
     assert f"saves {full - merged:.0f} of {full:.0f} us" in verdict.reason
 
 
+@pytest.mark.parametrize(
+    ("block", "block_cpu", "eager"),
+    [(900, 700, True), (900, 895, False), (900, 1400, False), (900, 889, True)],
+)
+def test_a_block_that_waits_for_the_processor_gains_nothing(block, block_cpu, eager):
+    """Merged it takes the processor 10 us more: too long where the GPU is done with the unmerged one by then."""
+    verdict = Verdict(100.0, 60.0, 10.0, block, block_cpu)
+    assert (verdict.pays(), verdict.pays(waits=False)) == (eager, True)
+    assert eager or f"a block takes the processor {block_cpu} us and the GPU {block}" in verdict.reason
+    assert "saves -20 of 100 us" in Verdict(100.0, 120.0, 10.0, block, block_cpu).reason
+
+
+def test_the_block_is_timed_on_tokens_of_its_own(monkeypatch):
+    times = iter([(100.0, 20.0), (60.0, 25.0), (900.0, 400.0)])
+    monkeypatch.setattr(auto, "times_of", lambda call, device: call() is not None and next(times))
+    given = []
+
+    def block(x):
+        given.append(x)
+        return lambda: x.add_(1)
+
+    ours = case(dtype=torch.float32)
+    assert auto.measure(ours, torch.device("cpu"), None, block) == Verdict(100.0, 60.0, 5.0, 900.0, 400.0)
+    assert given[0].shape == (2, 48, 16)
+    times = iter([(100.0, 20.0), (60.0, 25.0)])
+    assert auto.measure(ours, torch.device("cpu"), None, lambda x: None) == Verdict(100.0, 60.0, 5.0)
+
+
 def test_it_is_measured_once_and_kept(tmp_path):
     path = tmp_path / "folder" / "gpu.json"
     calls = []
@@ -177,7 +205,6 @@ def test_own_tokens_tell_layers_apart():
     assert own[1].key.endswith("own cudnn flash") and "own" not in plain.key
 
 
-
 def test_which_layers_are_measured(monkeypatch):
     monkeypatch.delenv(auto.SWITCH, raising=False)
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
@@ -266,7 +293,7 @@ def test_both_ways_are_run_with_own_tokens(monkeypatch, ratio, joins):
 def test_how_many_steps_and_rows_there_are_changes_nothing(monkeypatch):
     """A picture in a batch, or with its rows on two GPUs, is the one that it is alone."""
     seen = []
-    monkeypatch.setattr(auto, "measure", lambda case, device, attention: seen.append(case) or PAYS)
+    monkeypatch.setattr(auto, "measure", lambda case, *_: seen.append(case) or PAYS)
     kept = Verdicts(None)
     monkeypatch.setattr(auto, "verdicts_of", lambda device: kept)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
@@ -284,7 +311,7 @@ def judged(monkeypatch):
 
     asked = []
 
-    def verdict_on(grid, channels, heads, dtype, device, ours, attention=None, kernels=()):
+    def verdict_on(grid, channels, heads, dtype, device, ours, attention=None, kernels=(), block=None):
         asked.append((grid, channels, heads, dtype, attention, kernels))
         return {16: PAYS, 8: COSTS}.get(channels)
 

@@ -1,4 +1,4 @@
-"""Runs interpreted.py in a process of its own."""
+"""Runs what needs Triton's interpreter in processes of their own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ HERE = Path(__file__).resolve().parent
     importlib.util.find_spec("triton") is None, reason="triton is not installed (Linux on x86-64 alone)"
 )
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # all of interpreted.py, one to three minutes on two cores
-def test_kernels_in_the_interpreter():
+@pytest.mark.timeout(1200)  # interpreted.py takes one to three minutes on two cores
+@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_own.py"])
+def test_kernels_in_the_interpreter(name):
     command = [
         sys.executable,
         "-m",
@@ -31,7 +32,7 @@ def test_kernels_in_the_interpreter():
         "no:cacheprovider",
     ]
     done = subprocess.run(
-        [*command, str(HERE / "interpreted.py")],
+        [*command, str(HERE / name)],
         env={**os.environ, "TRITON_INTERPRET": "1", "TOME_KERNELS": "1", "PYTHONPATH": str(HERE.parents[1])},
         cwd=HERE.parents[1],
         capture_output=True,

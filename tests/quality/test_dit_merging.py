@@ -13,7 +13,7 @@ from small_dit import GRID, SIZE, SMALL, TEXT, normal
 
 from quality import hooks, measure, plot, samplers
 from quality.hooks import Run, merged
-from quality.methods import CATALOGUE, UNMERGED, Variant
+from quality.methods import CATALOGUE, OWN, UNMERGED, Variant
 from quality.model import load_model
 from quality.rows import main_sampler, results
 from quality.train import main
@@ -23,7 +23,7 @@ MEASURED = dict.fromkeys(CATALOGUE.sets["key"] + CATALOGUE.sets["joint"])
 
 
 def level0(**options) -> ToMeConfig:
-    return ToMeConfig(**{"levels": "0", "min_tokens": 0, **options})
+    return ToMeConfig(**{"levels": "0", "min_tokens": 0, "own_token": False, **options})
 
 
 # -- merging ------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def test_merged_attention_is_a_softmax_weighted_by_how_many_each_key_stands_for(
     assert run.cost == run.cost_all == work / (TEXT + 64) ** 2
 
 
-@pytest.mark.parametrize("name", [name for name in MEASURED if name != UNMERGED])
+@pytest.mark.parametrize("name", [name for name in MEASURED if name != UNMERGED and OWN not in name])
 def test_text_is_always_there_and_is_never_merged(monkeypatch, name):
     seen = []
     real = hooks.attend
@@ -102,6 +102,29 @@ def test_text_is_always_there_and_is_never_merged(monkeypatch, name):
     assert (bias is not None) == config.proportional
     if bias is not None:
         assert not bias[:, :TEXT].any() and bias[:, TEXT:].exp().sum(1).tolist() == pytest.approx([64, 64])
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+@pytest.mark.parametrize("ratio", [0.75, 0.7, 0.9375])
+def test_own_tokens_beside_text(ratio, dtype):
+    """Written out in float64: text counts once and has no own token; each image query has its own."""
+    config, (q, k, v) = level0(method="sample", ratio=ratio, own_token=True), asked()
+    run = Run(Variant("x", "", config), dtype)
+    run.begin(GRID, q.device, torch.tensor([3]), 1, 2)
+    found, plan = hooks.MergedJointAttention(run)(q, k, v, TEXT), plan_of(config, k)
+    every = torch.arange(64) + TEXT
+    for row in range(2):
+        stands = plan.index[row][plan.groups[row]] + TEXT
+        weight = torch.zeros(TEXT + 64, TEXT + 64, dtype=torch.float64)
+        weight[:, :TEXT] = 1.0
+        weight.index_add_(1, stands, torch.ones(TEXT + 64, 64, dtype=torch.float64))
+        weight[every, every] += 1.0
+        weight[every, stands] -= 1.0
+        logits = torch.einsum("qhd,khd->hqk", q[row], k[row]) / 8**0.5 + weight.log()
+        out = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v[row]).flatten(1)
+        torch.testing.assert_close(found[row], out, atol=1e-5, rtol=1e-5)
+    assert found.dtype == torch.float64
+    assert run.cost == run.cost_all == (TEXT + plan.kept + 1) / (TEXT + 64)
 
 
 @pytest.mark.parametrize("method", ["sample", "merge", "downsample", "merge_keys"])
@@ -134,7 +157,7 @@ def test_hooks_leave_the_model_as_it_was(dit_bench, fails):
     assert list(network.named_modules()) == modules and torch.equal(network(x, times, context), before)
 
 
-@pytest.mark.parametrize("name", ["self and cross", "self and MLP", "levels 0,1", "sample 0.75, own token kept"])
+@pytest.mark.parametrize("name", ["self and cross", "self and MLP", "levels 0,1"])
 def test_what_means_nothing_on_a_dit_is_refused_before_anything_is_measured(dit_file, flow2, tmp_path, name):
     plan, out = tmp_path / "plan.txt", tmp_path / "a.csv"
     plan.write_text(f"unmerged\n{name}\n")
@@ -186,6 +209,7 @@ def test_every_row_of_the_sets_comes_out(rows):
         ("downsample 4x4", 64, 4),
         ("tomesd 0.5", 32, 32),
         ("merge_keys pick 0.75", 64, 16),
+        ("sample 0.75, own token kept", 64, 17),
     ],
 )
 def test_cost_counts_the_text(rows, name, queries, keys):

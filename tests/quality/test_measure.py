@@ -26,6 +26,7 @@ from quality.model import NETWORK_PREFIX, SIGMAS_KEY, TOKENS_KEY, load_model
 from quality.rows import LATER, read
 from quality.unet import FeedForward, ResBlock, UNet, UNetConfig
 from shared_tome import ModelCall, ToMeConfig
+from shared_tome.joint import JointCall
 
 SIZE = 16
 UNET = UNetConfig(
@@ -44,7 +45,7 @@ COLUMNS = (
 
 
 def level0(**options) -> ToMeConfig:
-    return ToMeConfig(**{"levels": "0", "min_tokens": 0, **options})
+    return ToMeConfig(**{"levels": "0", "min_tokens": 0, "own_token": False, **options})
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def test_gain_is_paired_with_the_baseline(frontier):
     assert float(base["gain"]) == 0.0 and float(base["gain_se"]) == 0.0
 
 
-@pytest.mark.parametrize("name", ["sampling", "starts", "paper", "texture", "texture_more"])
+@pytest.mark.parametrize("name", ["sampling", "starts", "paper", "texture", "texture_more", "own"])
 def test_no_variant_of_the_other_sets_fails(bench, name):
     reference, _ = bench.pictures(CATALOGUE.variants["unmerged"], "ddim2")
     for variant in CATALOGUE.sets[name]:
@@ -335,7 +336,25 @@ def test_rounding_alone_is_told(model_file):
     torch.testing.assert_close(rounded, reference, atol=1e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("options", [{"method": "sample", "ratio": 0.7}, {"method": "merge", "ratio": 0.5}])
+WRITTEN_OUT = [
+    {"method": "sample", "ratio": 0.7},
+    {"method": "merge", "ratio": 0.5},
+    {"method": "sample", "ratio": 0.7, "own_token": True},
+    {"method": "sample", "ratio": 0.75, "own_token": True},
+]
+
+
+def keeping_own(x, index, groups, sizes, q, attn, at):
+    """One head's output [N, d] where each query has its own token, which its run's then no longer stands for."""
+    weight = torch.zeros(256, 256).index_add(1, index, sizes[None].expand(256, -1))
+    every = torch.arange(256)
+    weight[every, every] += 1.0
+    weight[every, index[groups]] -= 1.0
+    k, v = (x @ layer.weight[at].T for layer in (attn.to_k, attn.to_v))
+    return (q @ k.T / 4 + weight.log()).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("options", WRITTEN_OUT)
 def test_a_hooked_layer_is_attention_among_the_merged_tokens(bench, options):
     """Written out from the plan's groups and sizes alone."""
     config, seed = level0(**options), torch.tensor([3])
@@ -358,8 +377,27 @@ def test_a_hooked_layer_is_attention_among_the_merged_tokens(bench, options):
                 part @ layer.weight[at].T
                 for part, layer in ((queries, attn.to_q), (tokens, attn.to_k), (tokens, attn.to_v))
             )
+            if config.own_token:
+                heads.append(keeping_own(x[row], index, groups, sizes, q, attn, at))
+                continue
             heads.append((q @ k.T / 4 + sizes.log()).softmax(-1) @ v)
         expected = torch.cat(heads, dim=-1) @ attn.to_out[0].weight.T + attn.to_out[0].bias
         if options["method"] == "merge":
             expected = expected[groups]
         torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_own_tokens_go_through_the_core_or_not_at_all(bench, monkeypatch):
+    """What no kernel joins is not measured under that name."""
+    variant = CATALOGUE.variants["sample 0.75, own token kept"]
+    asked = []
+    attend = JointCall.attend
+    monkeypatch.setattr(JointCall, "attend", lambda self, *a: asked.append(self.own) or attend(self, *a))
+    _, run = bench.pictures(variant, "ddim2")
+    assert asked == [True] * 2 * BLOCKS[0]
+    _, drawn = bench.pictures(CATALOGUE.variants["sample 0.75"], "ddim2")
+    assert len(asked) == 2 * BLOCKS[0]
+    assert run.cost == pytest.approx(drawn.cost + 1 / 256)  # its own key is one more
+    monkeypatch.setattr("shared_tome.joint.choose_kernel", lambda *_: None)
+    with pytest.raises(RuntimeError, match="no own tokens"):
+        bench.pictures(variant, "ddim2")

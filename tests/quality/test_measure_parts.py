@@ -15,9 +15,10 @@ if str(ROOT) not in sys.path:
 
 from quality import methods, metrics, plot, samplers
 from quality.diffusion import cosine_sigmas
-from quality.measure import COLUMNS
+from quality.measure import COLUMNS, describe
 from quality.rows import MAIN, results
 from shared_tome import ModelCall, ToMeConfig
+from shared_tome.config import Preset
 
 GRID = (8, 8)
 TEXTURE = ("texture", "texture_more")
@@ -220,11 +221,24 @@ def test_a_lattice_has_the_same_token_in_every_cell(ratio, side):
     assert torch.equal(fixed[0, :3], moving[0])
     cells = (moving // 8 // side) * 8 + moving % 8 // side
     assert all(len(set(draw.tolist())) == 64 // count for draw in cells.flatten(0, 1))
-    # In the order of the runs, which keep_own relies on.
+    # In the order of the runs, which own tokens rely on.
     config = ToMeConfig(method="sample", ratio=ratio, levels="0", min_tokens=0)
     call = methods.Lattice(config, GRID, torch.device("cpu"), torch.tensor([5]), 1, {"steps": 4})
     plan = call.plan(torch.zeros(2, 64, 4), GRID)
     assert torch.equal(plan.groups[0, plan.index[0]], torch.arange(64 // count))
+
+
+@pytest.mark.parametrize(("ratio", "side"), [(0.75, 2), (0.9375, 4)])
+def test_a_lattices_token_stands_for_its_own_cell(ratio, side):
+    """Who keeps its own token takes it out of what that one counts."""
+    config = ToMeConfig(method="sample", ratio=ratio, levels="0", min_tokens=0)
+    call = methods.LatticeByLayers(config, GRID, torch.device("cpu"), torch.tensor([1, 2]), 0, {"steps": 2})
+    token = torch.arange(64)
+    for layer in range(3):
+        owner = call._sample(2, GRID, layer).owner[0]
+        assert len(owner.unique()) == 64 // side**2
+        for of in (lambda x: x // 8 // side, lambda x: x % 8 // side):
+            assert torch.equal(of(owner), of(token))
 
 
 def test_a_lattice_refuses_cells_that_are_no_squares():
@@ -254,23 +268,6 @@ def test_cells_2x4_lie_and_raster_runs_follow_the_rows():
         assert len(cells) == len(index) == 64 // (box[0] * box[1])
 
 
-def test_keep_own_is_attention_with_the_query_among_its_keys():
-    generator = torch.Generator().manual_seed(0)
-    config = ToMeConfig(method="sample", ratio=0.7, levels="0", min_tokens=0)
-    x = torch.randn((2, 64, 8), generator=generator)
-    layer = ModelCall(config, GRID, x.device, torch.tensor([1, 2])).attention(x, x, x, GRID)
-    q, k, v = x[:, None], layer.k[:, None], layer.v[:, None]
-    found = methods.keep_own(q, k, v, layer, x[:, None], x[:, None])
-    for row in range(2):
-        sizes, groups, index = layer.plan.sizes[row], layer.plan.groups[row], layer.plan.index[row]
-        for i in range(64):
-            weight = torch.zeros(64).index_add(0, index, sizes)  # how many tokens each token stands for
-            weight[index[groups[i]]] -= 1
-            weight[i] += 1
-            logits = x[row] @ x[row, i] / 8**0.5 + weight.log()
-            torch.testing.assert_close(found[row, 0, i], logits.softmax(0) @ x[row], atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize(("options", "expected"), [({"layers": True}, 1), ({"steps": 2}, 6), ({}, 12)])
 def test_shared_matches_are_made_once(monkeypatch, options, expected):
     made = []
@@ -287,16 +284,50 @@ def test_shared_matches_are_made_once(monkeypatch, options, expected):
 
 def test_the_catalogue_has_what_it_promises():
     sets = methods.CATALOGUE.sets
-    assert set(sets) == {"frontier", "sampling", "main", "paper", "floor", "starts", "key", "few", "joint", *TEXTURE}
-    assert len(sets["key"]) == 16 and sets["few"] == sets["key"][:8]
+    assert set(sets) == {
+        "frontier",
+        "sampling",
+        "main",
+        "paper",
+        "floor",
+        "starts",
+        "key",
+        "few",
+        "joint",
+        "own",
+        *TEXTURE,
+    }
+    assert len(sets["key"]) == 16 + 7 and sets["key"][16:] == sets["own"][2:]
+    assert sets["few"] == [*sets["key"][:8], "sample 0.75, own token kept"]
     assert not set(sets["texture"]) & set(sets["texture_more"])
     names = methods.CATALOGUE.variants
     assert all(name in names for some in sets.values() for name in some)
     assert all(any(name in some for some in sets.values()) for name in names)
-    families = {methods.CATALOGUE.variants[name].family for name in sets["frontier"]} - {"unmerged"}
+    shown = [*sets["frontier"], *sets["own"]]
+    families = {methods.CATALOGUE.variants[name].family for name in shown} - {"unmerged"}
     assert families <= set(plot.STYLES)
-    for name in ("frontier", "sampling", "main", "starts", "paper", "key", "few", "joint", "texture"):
+    for name in ("frontier", "sampling", "main", "starts", "paper", "key", "few", "joint", "own", "texture"):
         assert sets[name][:2] == [methods.UNMERGED, methods.BASELINE]
+
+
+@pytest.mark.parametrize("default", [False, True])
+def test_own_tokens_are_kept_where_the_name_says_so_whatever_the_default(monkeypatch, default):
+    monkeypatch.setattr(methods, "ToMeConfig", defaulting(default))
+    found = methods.catalogue().variants
+    assert sum(variant.config.own_token for variant in found.values()) == 8
+    for name, variant in found.items():
+        assert variant.config.own_token == variant.config.keeps_own == name.endswith(", own token kept"), name
+        assert ("own_token=True" in describe(variant)) == variant.config.own_token
+        assert "own_token=False" not in describe(variant)
+
+
+def test_own_tokens_are_the_only_difference():
+    """A variant and that with own tokens are alike in all else, and timed alike."""
+    found = methods.CATALOGUE.variants
+    pairs = [(name, name.removesuffix(", own token kept")) for name in methods.CATALOGUE.sets["own"][2:]]
+    for own, name in pairs:
+        assert found[own].config.replace(own_token=False) == found[name].config
+        assert (found[own].make, found[own].timed, found[own].timed) == (methods.plain, True, found[name].timed)
 
 
 # -- the page -----------------------------------------------------------------------------------------------------
@@ -334,6 +365,11 @@ def test_a_second_models_rows_have_tables_of_their_own():
     assert both.count("77.0 ") == len(plot.PRESETS)
 
 
+def defaulting(own: bool):
+    """ToMeConfig with another default for own tokens."""
+    return lambda **options: ToMeConfig(**{"own_token": own, **options})
+
+
 def measured(names, sampler: str = "ddim30", **cells: str) -> list[dict[str, str]]:
     """Rows as of a file "fresh" of a model of its own."""
     empty = dict.fromkeys((*COLUMNS, "singles"), "")
@@ -348,6 +384,47 @@ def measured(names, sampler: str = "ddim30", **cells: str) -> list[dict[str, str
 
 def page_of(table: str, rows: list[dict[str, str]]) -> str:
     return plot.with_tables(f"<!-- table {table} -->\n<!-- end -->", rows)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_presets_are_variants_of_the_catalogue(monkeypatch, own):
+    monkeypatch.setattr(plot, "ToMeConfig", defaulting(own))
+    for name, preset in plot.PRESETS.items():
+        config = methods.CATALOGUE.variants[plot.preset_variant(name)].config
+        assert config.own_token == own
+        assert all(getattr(config, option) == value for option, value in preset.options.items())
+
+
+def test_a_preset_says_so_itself(monkeypatch):
+    """Over the default, whichever it is."""
+    for own in (True, False):
+        monkeypatch.setattr(plot, "ToMeConfig", defaulting(not own))
+        options = {"method": "sample", "ratio": 0.9375, "start": 0.1, "own_token": own}
+        monkeypatch.setitem(plot.PRESETS, "one", Preset("", options))
+        assert plot.preset_variant("one") == "sample 0.9375 from 0.1" + ", own token kept" * own
+    monkeypatch.setitem(plot.PRESETS, "one", Preset("", {"method": "downsample", "ratio": 0.75, "start": 0.2}))
+    assert plot.preset_variant("one") == "downsample 0.75 from 0.2"
+
+
+def test_presets_measured_without_own_tokens_are_marked(monkeypatch):
+    monkeypatch.setattr(plot, "ToMeConfig", defaulting(True))
+    own = [plot.preset_variant(name) for name in plot.PRESETS]
+    without = [name.removesuffix(", own token kept") for name in own]
+
+    def page(names):
+        return page_of("presets@fresh", measured(names))
+
+    whole = page(own + without)
+    assert all(f"| {name} |" in whole for name in own) and "*" not in whole
+    some = page(own[:1] + without)
+    assert f"| {own[0]} |" in some and all(f"| {name}* |" in some for name in without[1:])
+    assert some.count("*") == len(own) - 1 + 1 and plot.WITHOUT_OWN in some
+    assert "Not measured yet" in page(own[:1] + without[:1])
+    assert plot.preset_measured("Balanced", own) == ("sample 0.75, own token kept", "")
+    assert plot.preset_measured("Balanced", without) == ("sample 0.75", "*")
+    monkeypatch.setattr(plot, "ToMeConfig", defaulting(False))
+    assert plot.preset_measured("Balanced", without) == ("sample 0.75", "")
+    assert "*" not in page(without)
 
 
 def test_fine_detail_is_shown_where_it_is_known():

@@ -18,7 +18,7 @@ TEXT, IMAGE = 5, 60
 
 
 def config(**options):
-    return ToMeConfig(**{"ratio": 0.7, "min_tokens": 0, **options})
+    return ToMeConfig(**{"ratio": 0.7, "min_tokens": 0, "own_token": False, **options})
 
 
 class Record(TorchFunctionMode):

@@ -24,7 +24,7 @@ CASES = [("flux", 0), ("flux", 9), ("sd3", 0)]  # and reference tokens
 
 
 def config(**options):
-    return ToMeConfig(**{"ratio": 0.5, "min_tokens": 0, **options})
+    return ToMeConfig(**{"ratio": 0.5, "min_tokens": 0, "own_token": False, **options})
 
 
 def run(name, model, grid=(6, 10), reference=0, **told):

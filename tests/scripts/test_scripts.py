@@ -21,7 +21,7 @@ KEPT = {"sample": (320, 80), "merge": (80, 80), "merge_queries": (80, 320), "mer
 
 
 def config(**options):
-    return ToMeConfig(**{"ratio": 0.75, "min_tokens": 0, **options})
+    return ToMeConfig(**{"ratio": 0.75, "min_tokens": 0, "own_token": False, **options})
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -71,14 +71,15 @@ def _match_kernel(
     dst += (row % list_rows) * dst_count
     src_tiles = tl.cdiv(src_count, SRC)
     if tl.program_id(0) >= src_tiles:
-        own = (tl.program_id(0) - src_tiles) * DST + tl.arange(0, DST)
-        valid = own < dst_count
-        token = tl.load(dst + own, mask=valid, other=0)
-        place = _seat(stay + own, stay, SECOND)
-        tl.store(index + place, token, mask=valid)
-        tl.store(groups + token, place.to(tl.int64), mask=valid)
+        # Names of its own: Triton wants what both branches name to be of one shape.
+        taker = (tl.program_id(0) - src_tiles) * DST + tl.arange(0, DST)
+        held = taker < dst_count
+        taken = tl.load(dst + taker, mask=held, other=0)
+        seat = _seat(stay + taker, stay, SECOND)
+        tl.store(index + seat, taken, mask=held)
+        tl.store(groups + taken, seat.to(tl.int64), mask=held)
         # Sums of ones are exact in any order.
-        tl.atomic_add(sizes + place, valid.to(tl.float32), mask=valid, sem="relaxed")
+        tl.atomic_add(sizes + seat, held.to(tl.float32), mask=held, sem="relaxed")
     else:
         similarity += row * src_count
         tally += row * _TALLY

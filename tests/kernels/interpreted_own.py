@@ -1,0 +1,171 @@
+"""The kernel of own tokens in Triton's interpreter, against plain torch. Started by test_interpreted.py."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from shared_tome import ToMeConfig, kernels, match_tokens
+from shared_tome.joint import JointCall
+from shared_tome.own import _keep_own, keep_own
+
+assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
+from shared_tome.kernels.impl.own import launch_own
+
+from .interpreted import Launches
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Roundings of the largest value. The interpreter cuts bfloat16 off where a GPU rounds.
+ROUNDINGS = {torch.float32: 8, torch.float16: 1, torch.bfloat16: 2}
+HEADS = 2
+
+
+@pytest.fixture(autouse=True)
+def nothing_fell_back():
+    yield
+    assert not kernels._load()._broken
+
+
+def draw(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# How q, k, v [B, H, N, d] lie in memory.
+LAYOUTS = {
+    "heads first": lambda x: x.contiguous(),
+    "tokens first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "of one projection": lambda x: torch.cat((x, -x, x), 1).transpose(1, 2).contiguous().transpose(1, 2)[:, :HEADS],
+    "behind text": lambda x: (
+        torch.cat((-x[:, :, :5], x, -x), 2).transpose(1, 2).contiguous().transpose(1, 2)[:, :, 5 : 5 + x.shape[2]]
+    ),
+    "behind text, heads first": lambda x: torch.cat((-x[:, :, :5], x), 2).contiguous()[:, :, 5:],
+    "channels apart": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+def made(grid, ratio, rows, d, dtype, layout="tokens first", batch=4):
+    """q, k, v, out, lse, owner as attend_joined has them: lse in float32, of the drawn keys' weights."""
+    tokens = grid[0] * grid[1]
+    seeds = torch.arange(rows) if rows > 1 else torch.tensor(7)
+    given = ToMeConfig(ratio=ratio, min_tokens=0)
+    plan = match_tokens(draw(batch, tokens, 1, seed=9), grid, given, seed=seeds)
+    q, k, v = (LAYOUTS[layout](draw(batch, HEADS, tokens, d, seed=seed).to(dtype)) for seed in range(3))
+    place = plan.index[:, None, :, None].expand(-1, HEADS, -1, d)
+    keys, values = (x.float().gather(2, place) for x in (k, v))
+    logits = q.float() @ keys.transpose(-1, -2) * d**-0.5 + plan.sizes[:, None, None].log()
+    out, lse = (logits.softmax(-1) @ values).to(dtype), logits.logsumexp(-1)
+    return q, k, v, out, lse, plan.owner
+
+
+def close(made, expected):
+    assert made.shape == expected.shape and made.dtype == expected.dtype and made.isfinite().all()
+    room = ROUNDINGS[made.dtype] * torch.finfo(made.dtype).eps * expected.abs().max()
+    assert (made.float() - expected.float()).abs().max() <= room
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [8, 40, 64, 80, 128, 160])
+@pytest.mark.parametrize(("grid", "ratio", "rows"), [((5, 7), 0.75, 1), ((8, 8), 0.75, 2), ((1, 67), 0.6, 4)])
+def test_equal_up_to_rounding(grid, ratio, rows, d, dtype):
+    given = made(grid, ratio, rows, d, dtype)
+    assert given[-1].shape == (rows, grid[0] * grid[1])
+    before = [x.clone() for x in given]
+    got, expected = launch_own(*given, d**-0.5), _keep_own(*given, d**-0.5)
+    close(got, expected)
+    assert got.transpose(1, 2).is_contiguous()
+    assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))  # nothing is written to
+    assert (expected.float() - given[3].float()).abs().max() > 0.1  # the counterpart
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_who_stands_for_itself_keeps_its_output_bit_for_bit(dtype, rows):
+    q, k, v, out, lse, owner = made((5, 7), 0.75, rows, 40, dtype)
+    stands = (owner == torch.arange(35)).repeat(4 // rows, 1)[:, None].expand(-1, HEADS, -1)
+    assert 0 < stands.float().mean() < 0.5
+    for run in (launch_own, _keep_own):
+        got = run(q, k, v, out, lse, owner, 40**-0.5)
+        assert torch.equal(got[stands], out[stands])
+        assert (got[~stands] != out[~stands]).any(-1).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("heads_first", [True, False], ids=["out heads first", "out tokens first"])
+@pytest.mark.parametrize("lse_layout", ["whole", "padded", "tokens first", "of longer rows"])
+def test_memory_order_changes_nothing(layout, heads_first, lse_layout):
+    q, k, v, out, lse, owner = made((5, 7), 0.6, 2, 24, torch.float32, layout)
+    expected = _keep_own(*(x.contiguous() for x in (q, k, v, out, lse)), owner, 24**-0.5)
+    if not heads_first:
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    lse = {
+        "whole": lambda x: x,
+        "padded": lambda x: torch.nn.functional.pad(x, (0, 29), value=torch.nan)[..., :35],
+        "tokens first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        "of longer rows": lambda x: torch.nn.functional.pad(x, (6, 3), value=torch.nan)[..., 6:41],
+    }[lse_layout](lse)
+    close(launch_own(q, k, v, out, lse, owner, 24**-0.5), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("above", [200.0, -200.0])
+def test_extreme_logits(above, dtype):
+    """Its own logit far above all others: its own value; far below: as if the run's token counted once less."""
+    q, k, v, out, lse, owner = made((4, 4), 0.75, 1, 64, dtype)
+    alone = q.clone()  # each token's key resembles its own query alone
+    basis = torch.eye(64)[:16].expand(4, HEADS, -1, -1)
+    alone, k = basis.to(dtype), (basis * above).to(dtype)
+    place = owner[0].unique()
+    sizes = torch.full((len(place),), 4.0)
+    logits = alone.float() @ k[:, :, place].float().transpose(-1, -2) + sizes.log()
+    out, lse = (logits.softmax(-1) @ v[:, :, place].float()).to(dtype), logits.logsumexp(-1)
+    got, expected = (run(alone, k, v, out, lse, owner, 1.0) for run in (launch_own, _keep_own))
+    close(got, expected)
+    if above > 0:
+        close(got, v)
+
+
+def test_a_plan_for_other_rows_is_refused():
+    q, k, v, out, lse, _ = made((5, 7), 0.75, 1, 8, torch.float32)
+    with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
+        launch_own(q, k, v, out, lse, torch.zeros(3, 35, dtype=torch.int64), 1.0)
+
+
+def test_what_serves(monkeypatch):
+    """The kernel where it can be, plain torch for gradients, float64 and queries of another dtype."""
+    ops = kernels._load()
+    given, launched = made((5, 7), 0.75, 1, 8, torch.float32), []
+    monkeypatch.setitem(ops.LAUNCH, "own", lambda *x: launched.append(1) or launch_own(*x))
+    close(keep_own(*given, 8**-0.5), _keep_own(*given, 8**-0.5))
+    assert launched == [1]
+    double = [x.double() for x in given[:5]]
+    for q, k, v, out, lse in (double, (given[0].half(), *given[1:5]), (given[0].clone().requires_grad_(), *given[1:5])):
+        keep_own(q, k, v, out, lse, given[5], 8**-0.5)
+    assert launched == [1]
+
+
+def test_the_fake_has_the_kernels_shape_and_strides():
+    ops, given = kernels._load(), made((5, 7), 0.75, 1, 8, torch.float32)
+    fake, real = ops._fake_own(*given, 8**-0.5), launch_own(*given, 8**-0.5)
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@pytest.mark.parametrize("config", [(64, 1), (512, 2), (8192, 8)])
+def test_tiles_change_nothing(config):
+    given = made((5, 7), 0.75, 1, 40, torch.float32)
+    close(launch_own(*given, 40**-0.5, config), _keep_own(*given, 40**-0.5))
+
+
+def test_a_layer_adds_five_launches(monkeypatch):
+    """Keys, values, who stands for whom, the weight in the logarithm, and the kernel."""
+    q, k, v, *_ = made((8, 8), 0.75, 1, 40, torch.float16)
+    plan = match_tokens(draw(4, 64, 1, seed=9), (8, 8), ToMeConfig(ratio=0.75, min_tokens=0), seed=torch.tensor(7))
+    joint = JointCall(True, ("flash",), lambda *_: None, own=True)
+    joint.attend(q, k, v, 0, plan)  # what all layers share
+    with Launches(monkeypatch) as launches:
+        joint.attend(q, k, v, 0, plan)
+    views = {"alias"}
+    attention = [name for name in launches.names if "attention" in name]
+    ours = sorted(name for name in launches.names if "attention" not in name and name not in views)
+    assert len(attention) == 1 and ours == ["_gather_kernel", "_gather_kernel", "_own_kernel", "add", "index_select"]

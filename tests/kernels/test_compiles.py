@@ -1,0 +1,123 @@
+"""The kernels compile for a GPU, on a machine without one: the interpreter checks no types.
+
+Each launcher is called as usual; what it would launch is caught and compiled for sm_90 with its own arguments.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def type_of(value):
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """Names of the kernels that were launched; each was compiled."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    names = []
+
+    def run(self, *given, grid, warmup, num_warps=4, num_stages=3, **named):
+        values = dict(zip(self.arg_names, given, strict=False)) | named
+        signature, constants, attributes = {}, {}, {}
+        for at, parameter in enumerate(self.params):
+            value = values[parameter.name]
+            fixed = not parameter.do_not_specialize and isinstance(value, int) and not isinstance(value, bool)
+            if parameter.is_constexpr or value is None or (fixed and value == 1):
+                signature[parameter.name], constants[(at,)] = "constexpr", value
+                continue
+            signature[parameter.name] = type_of(value)
+            if isinstance(value, torch.Tensor) or (fixed and value % 16 == 0):
+                attributes[(at,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self, signature=signature, constexprs=constants, attrs=attributes)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        names.append(self.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return names
+
+
+def lists(src_count, dst_count):
+    order = torch.randperm(src_count + dst_count)[None]
+    return order[:, :src_count], order[:, src_count:]
+
+
+# Tiles of src and dst alike, of src larger, of dst larger; counts of 64x64, 33x41 and 32x32 tokens.
+@pytest.mark.parametrize(
+    ("counts", "first", "dtype"),
+    [
+        ((3072, 1024), 0, torch.float16),
+        ((996, 357), 0, torch.float16),
+        ((768, 256), 1, torch.bfloat16),
+        ((30, 1000), 1, torch.bfloat16),
+    ],
+)
+def test_match(compiled, counts, first, dtype):
+    from shared_tome.kernels.impl.match import launch_match
+
+    metric = torch.empty(2, sum(counts), 64, dtype=dtype)
+    launch_match(metric, *lists(*counts), counts[0] // 2, first=first)
+    assert {"_unit_kernel", "_nearest_kernel", "_match_kernel"} == set(compiled)
+
+
+@pytest.mark.parametrize(("dtype", "d"), [(torch.float16, 40), (torch.bfloat16, 64), (torch.float32, 160)])
+def test_own(compiled, dtype, d):
+    """Alone, and in a row with text before it, with one choice of tokens and with several."""
+    from shared_tome.kernels.impl.own import launch_own
+
+    q, k, v, out = (torch.empty(2, 77 + 35, 3, d, dtype=dtype).transpose(1, 2)[:, :, 77:] for _ in range(4))
+    lse = torch.empty(2, 3, 35)
+    for rows in (1, 2):
+        made = launch_own(q, k, v, out, lse, torch.zeros(rows, 35, dtype=torch.int64), d**-0.5)
+        assert made.shape == (2, 3, 35, d)
+    assert compiled == ["_own_kernel"] * 2
+
+
+def test_the_rest(compiled):
+    from shared_tome.kernels.impl.draw import launch_draw
+    from shared_tome.kernels.impl.gather import launch_gather
+    from shared_tome.kernels.impl.mean import launch_links, launch_mean
+    from shared_tome.kernels.impl.select import launch_select
+    from shared_tome.kernels.impl.split import launch_split
+    from shared_tome.kernels.impl.widen import launch_widen
+
+    seed, step = torch.tensor([7]), torch.tensor(2)
+    launch_draw(torch.randperm(63), seed, step, 0, 16, 0, 16)
+    for random in (True, False):
+        launch_split(seed, None, 3, 0, 1, 7, 9, 2, 2, random, 16)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        x, index = torch.empty(2, 63, 40, dtype=dtype), torch.randperm(63)[None, :20]
+        launch_gather(x, index)
+        groups = torch.zeros(2, 63, dtype=torch.int64)
+        launch_mean(x, index.expand(2, -1), groups, *launch_links(index.expand(2, -1), groups))
+        src, dst = lists(47, 16)
+        launch_select(torch.empty(2, 47, dtype=dtype), torch.zeros(2, 47, dtype=torch.int64), src, dst, 20)
+        heads = torch.empty(2, 3, 63, 40, dtype=dtype)
+        launch_widen(heads, heads, heads, torch.empty(1, 1, 63), 8)
+    assert len(set(compiled)) == 7

@@ -1,0 +1,350 @@
+"""The option own_token through diffusers and ldm: each query attends to itself beside the drawn tokens."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+import shared_tome
+from shared_tome import ModelCall, ToMeConfig
+from shared_tome.script_hooks import served_blocks
+
+from . import models
+
+NOT_KEPT = "queries do not keep their own tokens"
+
+
+def config(**options):
+    return ToMeConfig(**{"ratio": 0.75, "min_tokens": 0, "own_token": True, **options})
+
+
+def reference(q, k, v, plan, start=0):
+    """[B, H, L, d] each -> the same, in float64 from the formula of weights; the image's tokens begin at `start`."""
+    length, image = q.shape[2], slice(start, start + plan.tokens)
+    weight = torch.zeros(q.shape[0], length, length, dtype=torch.float64)
+    weight[:, :, : image.start] = weight[:, :, image.stop :] = 1.0
+    drawn = torch.zeros(q.shape[0], plan.tokens, dtype=torch.float64).scatter(1, plan.index, plan.sizes.double())
+    weight[:, :, image] = drawn[:, None]
+    rows = torch.arange(plan.tokens)
+    owner = plan.index.gather(1, plan.groups) + start
+    for row in range(q.shape[0]):
+        weight[row, rows + start, rows + start] += 1.0
+        weight[row, rows + start, owner[row]] -= 1.0
+    logits = q.double() @ k.double().transpose(-1, -2) * q.shape[-1] ** -0.5
+    share = weight[:, None] * logits.exp()
+    return share / share.sum(-1, keepdim=True) @ v.double()
+
+
+def by_head(x, project, heads):
+    """x [B, N, C] -> [B, H, N, d] in float64."""
+    return (x.double() @ project.weight.double().T).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def expected_of(attn1, x, grid, config):
+    """What attn1 is to give for x."""
+    plan = ModelCall(config, grid, x.device).plan(x, grid)
+    q, k, v = (by_head(x, project, attn1.heads) for project in (attn1.to_q, attn1.to_k, attn1.to_v))
+    out = reference(q, k, v, plan).transpose(1, 2).flatten(2)
+    return out @ attn1.to_out[0].weight.double().T + attn1.to_out[0].bias.double()
+
+
+def watch(attn1, seen):
+    """Have a layer write down its input, how many keys it projects, and its output."""
+    attn1.register_forward_pre_hook(lambda m, args: seen.update(x=args[0].clone()))
+    attn1.to_k.register_forward_hook(lambda m, args, out: seen.update(keys=out.shape[1]))
+    attn1.register_forward_hook(lambda m, args, out: seen.update(out=out.clone()))
+
+
+def no_mode_is_on():
+    return not _get_current_function_mode_stack()
+
+
+@pytest.mark.parametrize("name", models.UNETS)
+@pytest.mark.parametrize(("ratio", "size"), [(0.75, (16, 20)), (0.6, (15, 17)), (0.9375, (17, 15))])
+def test_against_float64(name, ratio, size):
+    unet, seen, ours = models.UNETS[name](), {}, config(ratio=ratio)
+    attn1 = next(served_blocks(unet)).attn1
+    shared_tome.apply_patch(unet, config=ours)
+    watch(attn1, seen)
+    models.run(unet, *size)
+    grid = size if name == "sd15" else tuple((n + 1) // 2 for n in size)
+    assert seen["x"].shape[:2] == (2, grid[0] * grid[1]) and seen["keys"] == grid[0] * grid[1]
+    expected = expected_of(attn1, seen["x"], grid, ours)
+    drawn = ModelCall(ours, grid, seen["x"].device).attention(seen["x"], seen["x"], seen["x"], grid)
+    assert (seen["out"].double() - expected).abs().max() < 2e-6
+    assert drawn.k.shape[1] < seen["keys"]
+
+
+def test_off_asks_nothing_and_hooks_nothing_more(monkeypatch):
+    """Off, the option is not there at all: no trial, no mode, no hook."""
+    from shared_tome import script_hooks, sdpa
+
+    unet = models.sd15()
+    shared_tome.apply_patch(unet, config=config())
+    hooks = models.count_hooks(unet)
+    monkeypatch.setattr(script_hooks, "meets_at_sdpa", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(sdpa.AroundSdpa, "__enter__", lambda *_: 1 / 0)
+    off = {"own_token": False}, {"method": "merge"}, {"method": "downsample"}, {"proportional": False}
+    for options in off:
+        shared_tome.apply_patch(unet, config=config(**options))
+        assert models.count_hooks(unet) < hooks or options.get("method") == "merge"
+        made = models.run(unet)
+        shared_tome.apply_patch(unet, config=config(**{**options, "own_token": False}))
+        assert torch.equal(models.run(unet), made)
+
+
+@pytest.mark.parametrize("processor", ["AttnProcessor", "SlicedAttnProcessor"])
+@pytest.mark.parametrize("ratio", [0.75, 0.6])
+def test_other_processors_get_the_drawn_tokens(processor, ratio, caplog):
+    from diffusers.models import attention_processor
+
+    unet = models.sd15()
+    make = getattr(attention_processor, processor)
+    unet.set_attn_processor(make(2) if processor == "SlicedAttnProcessor" else make())
+    shared_tome.apply_patch(unet, config=config(ratio=ratio))
+    made = models.run(unet)
+    assert sum(NOT_KEPT in record.getMessage() for record in caplog.records) == 1
+    shared_tome.apply_patch(unet, config=config(ratio=ratio, own_token=False))
+    assert torch.equal(models.run(unet), made)
+
+
+class Twice:
+    """A processor that attends in two halves of the queries."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        out = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.chunk(2, dim=2)], dim=2)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+class Half(Twice):
+    """One that leaves a part of the batch out (perturbed attention)."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        half = q.shape[0] // 2
+        out = F.scaled_dot_product_attention(q[:half], k[:half], v[:half])
+        out = torch.cat((out, v[half:, :, :1].expand(-1, -1, q.shape[2], -1)))
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+class Again(Twice):
+    """One that attends to all of them twice (two adapters)."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        out = F.scaled_dot_product_attention(q, k, v) + F.scaled_dot_product_attention(q, k, v.flip(-1))
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("processor", [Twice, Half, Again])
+def test_what_attends_otherwise_gets_the_drawn_tokens(processor, caplog):
+    unet = models.sd15()
+    unet.set_attn_processor(processor())
+    shared_tome.apply_patch(unet, config=config())
+    made = models.run(unet)
+    assert NOT_KEPT in caplog.text
+    shared_tome.apply_patch(unet, config=config(own_token=False))
+    assert torch.equal(models.run(unet), made)
+
+
+def test_another_function_in_torchs_place(monkeypatch, caplog):
+    """SageAttention's way in."""
+    inner = F.scaled_dot_product_attention
+    unet = models.sd15()
+    shared_tome.apply_patch(unet, config=config(own_token=False))
+    drawn = models.run(unet)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: inner(*args, **kwargs))
+    shared_tome.apply_patch(unet, config=config())
+    assert torch.equal(models.run(unet), drawn) and NOT_KEPT in caplog.text
+
+
+def test_an_attention_that_becomes_another_is_left_alone(caplog):
+    """Nobody may change a processor within a step, but nothing wrong may come of it either."""
+    unet = models.sd15()
+    before = models.run(unet)
+    shared_tome.apply_patch(unet, config=config())
+    for block in served_blocks(unet):
+        processor = copy.copy(block.attn1.processor)
+        trial = []
+
+        def fickle(attn, x, *args, inner=processor, trial=trial, **kwargs):
+            if x.shape[1] < 10 or args or kwargs.get("encoder_hidden_states") is not None:
+                return inner(attn, x, *args, **kwargs)
+            return Twice()(attn, x)
+
+        block.attn1.processor = fickle
+    torch.testing.assert_close(models.run(unet), before, rtol=1e-4, atol=1e-5)
+    assert "left alone" in caplog.text
+
+
+def test_no_kernel_that_tells_its_sums(monkeypatch, caplog):
+    from shared_tome import heads
+
+    monkeypatch.setattr(heads, "choose_kernel", lambda *_: None)
+    unet = models.sd15()
+    shared_tome.apply_patch(unet, config=config())
+    made = models.run(unet)
+    assert "tells no log-sum-exps" in caplog.text
+    shared_tome.apply_patch(unet, config=config(own_token=False))
+    assert torch.equal(models.run(unet), made)
+
+
+class Watched(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.6])
+def test_another_mode_gets_calls_with_the_drawn_tokens(ratio):
+    """Where torch's kernels may not be called directly: the same keys, weighed by channels."""
+    unet = models.sd15()
+    shared_tome.apply_patch(unet, config=config(ratio=ratio, own_token=False))
+    drawn = models.run(unet)
+    shared_tome.apply_patch(unet, config=config(ratio=ratio))
+    kept = models.run(unet)
+    with Watched():
+        made = models.run(unet)
+    torch.testing.assert_close(made, drawn, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(made, kept, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_nothing_stays_behind(error):
+    unet = models.sd15()
+    before = models.run(unet)
+    shared_tome.apply_patch(unet, config=config())
+    kept = models.run(unet)
+    assert no_mode_is_on()
+
+    def fail(module, args):
+        raise error
+
+    block = list(served_blocks(unet))[1]
+    for part in (block.attn1.to_k, block.attn1.to_out[0]):
+        handle = part.register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            models.run(unet)
+        handle.remove()
+        assert no_mode_is_on() or error is KeyboardInterrupt, "torch runs no hook then"
+        assert torch.equal(models.run(unet), kept) and no_mode_is_on()
+    shared_tome.remove_patch(unet)
+    assert torch.equal(models.run(unet), before) and models.count_hooks(unet) == 0
+
+
+def test_a_row_does_not_depend_on_those_beside_it():
+    unet = models.sd15()
+    shared_tome.apply_patch(unet, config=config())
+    alone = models.run(unet, batch=1)
+    torch.testing.assert_close(models.run(unet, batch=3)[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pipeline_and_a_schedule():
+    pipe = models.pipeline()
+    shared_tome.apply_patch(pipe, config=config(start=0.5))
+    kept = models.generate(pipe, steps=4)
+    assert torch.equal(models.generate(pipe, steps=4), kept)
+    shared_tome.apply_patch(pipe, config=config(start=0.5, own_token=False))
+    assert not torch.equal(models.generate(pipe, steps=4), kept)
+
+
+def test_a_copy_is_a_model_of_its_own():
+    unet = models.sd15()
+    before = models.run(unet)
+    shared_tome.apply_patch(unet, config=config())
+    kept, twin = models.run(unet), copy.deepcopy(unet)
+    shared_tome.remove_patch(unet)
+    assert torch.equal(models.run(twin), kept) and torch.equal(models.run(unet), before)
+    shared_tome.remove_patch(twin)
+    assert torch.equal(models.run(twin), before) and models.count_hooks(twin) == 0
+
+
+def test_threads_do_not_mix():
+    """Two calls that are in the same attention at the same time, each with its own grid."""
+    unet = models.sd15()
+    shared_tome.apply_patch(unet, config=config())
+    sizes, found = [(16, 20), (8, 24)], {}
+    wanted = {size: models.run(unet, *size) for size in sizes}
+    barrier = threading.Barrier(2, timeout=20)
+    for block in served_blocks(unet):
+        for part in (block.attn1.to_q, block.attn1.to_out[0]):
+            part.register_forward_pre_hook(lambda module, args: (barrier.wait(), None)[1])
+
+    def work(size):
+        found[size] = models.run(unet, *size)
+
+    threads = [threading.Thread(target=work, args=(size,)) for size in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 and all(torch.equal(found[size], wanted[size]) for size in sizes)
+
+
+def test_under_torch_compile_queries_do_not_keep_them(caplog):
+    torch._dynamo.reset()
+    unet = models.sd15()
+    shared_tome.apply_patch(unet, config=config(own_token=False))
+    drawn = models.run(unet)
+    shared_tome.apply_patch(unet, config=config())
+    made = models.run(torch.compile(unet, backend="eager"))
+    torch._dynamo.reset()
+    torch.testing.assert_close(made, drawn, rtol=1e-4, atol=1e-5)
+    assert "under torch.compile" in caplog.text
+    assert not torch.allclose(models.run(unet), drawn, rtol=1e-4, atol=1e-5), "and without it they do"
+
+
+def test_whether_it_pays_is_measured_with_them(monkeypatch):
+    from shared_tome import call
+    from shared_tome.joined import KERNELS
+
+    asked = []
+    monkeypatch.setattr(call, "measures", lambda *_: True)
+    monkeypatch.setattr(call, "verdict_on", lambda *args: asked.append(args[-1]))
+    unet = models.sd15()
+    for own in (True, False):
+        shared_tome.apply_patch(unet, config=config(own_token=own))
+        models.run(unet)
+        assert set(asked) == {KERNELS if own else ()}
+        asked.clear()
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.6])
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_transformers_against_float64(name, ratio, monkeypatch):
+    from shared_tome import joint
+
+    make, run = {"flux": (models.flux, models.run_flux), "sd3": (models.sd3, models.run_sd3)}[name]
+    model, seen = make(), []
+    attend = joint.JointCall.attend
+
+    def spied(self, q, k, v, start, plan, scale=None):
+        out = attend(self, q, k, v, start, plan, scale)
+        seen.append((out, reference(q, k, v, plan, start)))
+        return out
+
+    shared_tome.apply_patch(model, config=config(ratio=ratio, own_token=False))
+    drawn = run(model)
+    monkeypatch.setattr(joint.JointCall, "attend", spied)
+    shared_tome.apply_patch(model, config=config(ratio=ratio))
+    assert not torch.equal(run(model), drawn)
+    assert len(seen) == 3
+    for out, expected in seen:
+        assert (out.transpose(1, 2).double() - expected).abs().max() < 2e-6
