@@ -20,6 +20,8 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "sample 0.5": ("#56b4e9", "o", "-"),
     "sample 0.75": ("#0072b2", "o", "-"),
     "sample 0.9375": ("#003f63", "o", "-"),
+    "sample 0.75, own token": ("#6a3d9a", "o", "-"),
+    "sample 0.9375, own token": ("#3f1f63", "o", "--"),
     "downsample 0.75": ("#009e73", "D", "-"),
     "merge 0.5": ("#e69f00", "s", "-"),
     "merge 0.75": ("#b87d00", "s", "-"),
@@ -73,37 +75,38 @@ def _legend(axes: Sequence[Any]) -> tuple[list[Any], list[str]]:
     return list(found.values()), list(found)
 
 
-def _lines(axes: Any, rows: Sequence[Row]) -> None:
-    """Speed against pixels, with a bar from p20 to p80, one line a variant."""
-    base = {row["pixels"]: float(row["step_ms"]) for row in rows if row["variant"] == "unmerged"}
-    sizes = sorted(base, key=int)
+_SPREAD = ("speedup_p20", "speedup", "speedup_p80")
+
+
+def _lines(axes: Any, rows: Sequence[Row], low: float, high: float) -> None:
+    """Speed against pixels, with a bar from p20 to p80, one line a variant. low, high: the slowest and the fastest."""
+    sizes = sorted({row["pixels"] for row in rows}, key=int)
+    axes.set_yscale("log", base=2)
     axes.axhline(1.0, color=INK, linewidth=1)
     for name, (colour, marker, line) in STYLES.items():
-        mine = {row["pixels"]: row for row in rows if row["variant"] == name and row["step_ms"]}
+        mine = {row["pixels"]: row for row in rows if row["variant"] == name and row["speedup"]}
         at = [size for size in sizes if size in mine]
         if not at:
             continue
-        speeds = [base[size] / float(mine[size]["step_ms"]) for size in at]
-        low = [speed - base[size] / float(mine[size]["step_p80"]) for speed, size in zip(speeds, at, strict=True)]
-        high = [base[size] / float(mine[size]["step_p20"]) - speed for speed, size in zip(speeds, at, strict=True)]
-        bars = [[max(0.0, value) for value in side] for side in (low, high)]
+        slow, speeds, fast = ([float(mine[size][name]) for size in at] for name in _SPREAD)
+        bars = [[b - a for a, b in zip(*side, strict=True)] for side in ((slow, speeds), (speeds, fast))]
         axes.errorbar(
             [sizes.index(size) for size in at], speeds, yerr=bars, color=colour, marker=marker or None, linestyle=line,
             linewidth=1.6, markersize=5, elinewidth=1, capsize=2, label=name,
         )  # fmt: skip
     axes.set_xticks(range(len(sizes)), [f"{size}²" for size in sizes])
-    axes.set_yscale("log", base=2)
     axes.minorticks_off()
-    low, high = axes.get_ylim()
+    axes.set_ylim(low * 0.95, high * 1.05)
     ticks = [tick for tick in (0.5, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if low <= tick <= high]
     axes.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
 
 
 def _by_model(rows: Sequence[Row], title: str, path: Path) -> None:
     models = list(dict.fromkeys(row["model"] for row in rows))
+    shown = [float(row[name]) for row in rows if row["speedup"] and row["variant"] in STYLES for name in _SPREAD]
     figure, panels = _figure(len(models), title, sharey=True)
     for axes, model in zip(panels, models, strict=True):
-        _lines(axes, [row for row in rows if row["model"] == model])
+        _lines(axes, [row for row in rows if row["model"] == model], min(shown, default=1.0), max(shown, default=1.0))
         axes.set_title(MODELS.get(model, model), color=INK, fontsize=10)
         axes.set_xlabel("pixels", color=INK)
     panels[0].set_ylabel("times as fast as unmerged", color=INK)
