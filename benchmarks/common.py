@@ -121,6 +121,18 @@ def speedup(base: Sequence[float], times: Sequence[float]) -> dict[str, str]:
     return {name: f"{found[key]:.3f}" for name, key in SPEEDUPS.items()}
 
 
+def step_columns(base: Sequence[float], times: Sequence[float] | None) -> dict[str, Any]:
+    """A row's columns on the time of a step: milliseconds, and how many times as fast as `base`; seconds are given.
+
+    times: None where nothing could be measured; the columns are empty then.
+    """
+    if not times:
+        return dict.fromkeys(("step_ms", "step_p20", "step_p80", *SPEEDUPS), "")
+    time = spread(times)
+    found = {f"step_{name}": 1e3 * time[key] for name, key in (("ms", "median"), ("p20", "p20"), ("p80", "p80"))}
+    return {**found, **speedup(base, times)}
+
+
 def seconds_of(call: Callable[[], Any], device: str, repeats: int = 1) -> float:
     """How long one call takes, the GPU's work included. repeats: calls in a row that are timed together."""
     if device == "cuda":

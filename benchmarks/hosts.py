@@ -30,8 +30,7 @@ from .common import (
     machine,
     priority,
     show,
-    speedup,
-    spread,
+    step_columns,
     take_turns,
     versions,
 )
@@ -202,17 +201,13 @@ def measure(
         turn(name, 2)  # warm
     found = take_turns({name: lambda name=name: turn(name) for name in names}, args.seconds, args.least)
     for name, times in found.items():
-        time = spread(times)
         yield {
             "host": "ComfyUI",
             "model": kind,
             "pixels": size,
             "backend": args.backend,
             "variant": name,
-            "step_ms": 1e3 * time["median"],
-            "step_p20": 1e3 * time["p20"],
-            "step_p80": 1e3 * time["p80"],
-            **speedup(found["unmerged"], times),
+            **step_columns(found["unmerged"], times),
             "steps": len(times),
             "device": args.device,
         }

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from installer import inprocess
 
 from . import hosts
-from .common import Budget, Store, add_output_options, machine, show, speedup, spread, take_turns, versions
+from .common import Budget, Store, add_output_options, machine, show, step_columns, take_turns, versions
 
 KEYS = ("model", "pixels", "images", "gpus", "variant")
 VARIANTS = ("unmerged", "sample 0.75", "sample 0.9375")
@@ -91,7 +91,6 @@ def measure(
     latents = {case: compared(case) for case in cases}  # these runs warm up too
     found = take_turns({case: lambda case=case: turn(case) for case in cases}, args.seconds, args.least)
     for (name, gpus), times in found.items():
-        time = spread(times)
         yield {
             "host": "ComfyUI",
             "model": kind,
@@ -99,10 +98,7 @@ def measure(
             "images": args.images,
             "gpus": gpus,
             "variant": name,
-            "step_ms": 1e3 * time["median"],
-            "step_p20": 1e3 * time["p20"],
-            "step_p80": 1e3 * time["p80"],
-            **speedup(found["unmerged", 1], times),
+            **step_columns(found["unmerged", 1], times),
             "differs": f"{difference(latents[name, gpus], latents[name, 1]):.2e}" if gpus > 1 else "",
             "compared_steps": args.compared,
             "steps": len(times),

@@ -25,7 +25,6 @@ from tqdm import tqdm
 from .common import (
     BACKENDS,
     DTYPES,
-    SPEEDUPS,
     Budget,
     Store,
     add_output_options,
@@ -33,8 +32,7 @@ from .common import (
     captured,
     machine,
     show,
-    speedup,
-    spread,
+    step_columns,
     take_turns,
     turn_of,
     versions,
@@ -91,7 +89,6 @@ def measure(
     found = take_turns(turns, args.seconds, args.least)
     for variant in variants:
         times = found.get(variant)
-        time = spread(times) if times else None
         yield {
             "model": name,
             "pixels": pixels,
@@ -101,10 +98,7 @@ def measure(
             "mode": mode,
             "backend": args.backend,
             "variant": variant,
-            "step_ms": 1e3 * time["median"] if time else "",
-            "step_p20": 1e3 * time["p20"] if time else "",
-            "step_p80": 1e3 * time["p80"] if time else "",
-            **(speedup(found["unmerged"], times) if time else dict.fromkeys(SPEEDUPS, "")),
+            **step_columns(found["unmerged"], times),
             "rounds": len(times) if times else 0,
             "remark": remarks[variant],
             "device": args.device,
