@@ -20,6 +20,7 @@ from torch import Tensor
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention import attend_tokens
 from ..shared_tome.auto import Attention, Verdict
+from ..shared_tome.curve import is_compiling
 from ..shared_tome.joint import JointCall
 from ..shared_tome.plan import Plan
 from ..shared_tome.report import CallTally, why_not_served
@@ -276,7 +277,7 @@ class UNetCall:
     def _verdict(self, q: Tensor, grid: tuple[int, int], extra_options: dict[str, Any]) -> Verdict | None:
         """What is known of this layer's times."""
         heads = extra_options.get("n_heads")
-        block = functools.partial(_run_block, self._model, heads)
+        block = None if is_compiling() else functools.partial(_run_block, self._model, heads)
         return self.call.verdict(q, grid, heads, self._host_attention, self._kernels, block)
 
     @property

@@ -237,6 +237,7 @@ class ToMeConfig:
         "Own token",
         "sample: beside the drawn tokens each token attends to itself, so that lettering and the finest texture stay. "
         "Takes a little time, and needs PyTorch's attention.",
+        advanced=True,
     )
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from shared_tome import ModelCall, ToMeConfig, attention, kernels, match_tokens, matching
+from shared_tome import ModelCall, ToMeConfig, attention, kernels, match_tokens, matching, own
 from shared_tome.curve import curve_order
 from shared_tome.noise import key
 from shared_tome.partition import partition
@@ -433,6 +433,8 @@ def test_a_kernel_that_breaks_is_said_once(monkeypatch, caplog):
             match_tokens(x, (7, 9), CONFIG.replace(method="sample"), seed=1)
             attention.extend_heads(x[None], x[None], x[None], torch.ones(1, 1, 63))
             attention.extend_value(x[None])
+            head, zero = x[:, None], torch.zeros(1, 63, dtype=torch.int64)
+            own.keep_own(head, head, head, head, torch.zeros(2, 1, 63), zero, 0.25)
             match_tokens(x, (1, 63), CONFIG.replace(partition="alternate", ratio=0.3), class_token=True)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == len(set(said)) and all("no compiler)" in line for line in said)
