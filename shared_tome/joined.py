@@ -27,7 +27,7 @@ def choose_kernel(order: Sequence[str], device: torch.device, dtype: torch.dtype
 
     order: of KERNELS; any other name ends it. On the CPU the one kernel there, "cpu".
     """
-    if device.type == "cpu":  # torch 2.2; the switch is the CPU's too
+    if device.type == "cpu":  # torch 2.3; the switch is the CPU's too
         able = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
         return "cpu" if able and torch.backends.cuda.flash_sdp_enabled() else None
     if device.type != "cuda" or torch.version.hip or d % 8:

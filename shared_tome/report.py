@@ -110,7 +110,8 @@ class Report:
 
     def line(self) -> str:
         """The shortest form, for a log or a picture's text: "sample 0.75, level 0: 4096 to 1024 tokens in 5 layers"."""
-        parts = [f"{self.config.method} {self.config.ratio:g}"]
+        moves = f" to {self.config.ratio_end:g}" if self.config.ratio_end >= 0 else ""
+        parts = [f"{self.config.method} {self.config.ratio:g}{moves}"]
         for group in _alike(self.merged):
             parts.append(f"{_place(group[0])}: {_change(group[0])} tokens in {_count(group, 'layer')}")
         if not self.merged:

@@ -64,6 +64,7 @@ def test_line_for_logs():
         "sample 0.75, level 0 (64x64): 4096 to 1024 tokens in 2 layers, 40 to 25 ms a step"
     )
     assert "nothing was merged" in Tally(ToMeConfig()).report().line()
+    assert Tally(ToMeConfig(ratio=0.5, ratio_end=0.0)).report().line().startswith("sample 0.5 to 0, ")
 
 
 def test_time_says_what_was_measured():
