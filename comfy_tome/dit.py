@@ -28,10 +28,10 @@ from ..shared_tome.joint import JointCall, image_bias, merge_image, unmerge_imag
 from ..shared_tome.plan import Plan
 from ..shared_tome.report import CallTally, why_not_served
 from ..shared_tome.schedule import config_at
-from .dit_attention import Call, any_size, kernel_order, may_join, take_mask
+from .dit_attention import Call, any_size, attend_joint, kernel_order, may_join, take_mask
 from .dit_models import DiTModel, Told, cross_lengths, dit_model, unwrapped
 from .log import leave_alone, say_once
-from .model_call import DIFFUSION_MODEL, KEY, find_options, progress_of, put_options, step_of
+from .model_call import DIFFUSION_MODEL, KEY, config_key, find_options, progress_of, put_options, step_of
 from .record import COMPILE_KEY, CallRecord, begin
 
 # Head sizes that every attention kernel in use takes (SageAttention: these alone).
@@ -166,7 +166,7 @@ class DiTCall:
         self._joint = JointCall(self._weighs, kernels, say_once, call.config.keeps_own)
         # What is done must stand in a guard of its own, as in unet.py: all that a compiled graph takes for granted.
         # The seed is a tensor and so one of its inputs.
-        self.key = repr((call.config.replace(seed=0), layout, kernels))
+        self.key = repr((config_key(call.config), layout, kernels))
         self._served = 0
         self._plan: Plan | None = None
         wrappers = dict(options.get("wrappers", {}))
@@ -316,10 +316,9 @@ class DiTCall:
         """Keys and values from some of the image's tokens, the same for all rows, and all others: no unmerge."""
         around = self._joint.around(plan, start, call.length)
         if self._joint.kernels and around.sizes is not None and may_join(call):
-            heads = [call.by_head(x) for x in (q, k, v)]
-            out = self._joint.attend(*heads, start, plan, call.kwargs.get("scale"))  # (B, L, H, d)
+            out = attend_joint(self._joint, call, q, k, v, start, plan)
             if out is not None:
-                return out.transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out.flatten(2)
+                return out
         index = around.index(plan, start)
         k, v = call.take(k, index), call.take(v, index)
         if call.mask is not None:

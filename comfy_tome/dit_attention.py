@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..shared_tome.joined import KERNELS
-from ..shared_tome.joint import take_heads
+from ..shared_tome.joint import JointCall, take_heads
 from ..shared_tome.plan import Plan, take
 from .log import say_once
 
@@ -97,6 +97,16 @@ def may_join(call: Call) -> bool:
         return False
     func = any_size(call.func)
     return getattr(func, "__name__", "") == "attention_pytorch" and getattr(func, "__module__", "") == _HOST
+
+
+def attend_joint(
+    joint: JointCall, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan
+) -> Tensor | None:
+    """JointCall.attend in place of this call, which may_join has allowed: its outcome as the host wants it, or None."""
+    out = joint.attend(*(call.by_head(x) for x in (q, k, v)), start, plan, call.kwargs.get("scale"))  # (B, L, H, d)
+    if out is None:
+        return None
+    return out.transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out.flatten(2)
 
 
 def any_size(func: Any) -> Any:

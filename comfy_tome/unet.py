@@ -25,7 +25,7 @@ from ..shared_tome.joint import JointCall
 from ..shared_tome.plan import Plan
 from ..shared_tome.report import CallTally, why_not_served
 from ..shared_tome.schedule import config_at
-from .dit_attention import Call, kernel_order, may_join
+from .dit_attention import Call, attend_joint, kernel_order, may_join
 from .log import leave_alone, say_once
 from .model_call import DIFFUSION_MODEL, KEY, config_key, find_options, progress_of, put_options, step_of
 from .record import begin, is_compiled
@@ -221,9 +221,9 @@ class UNetCall:
         if plan is not None:
             call = Call.of(func, q, k, heads, args, kwargs)
             if may_join(call):
-                out = self._joint.attend(*(call.by_head(x) for x in (q, k, v)), 0, plan, call.kwargs.get("scale"))
+                out = attend_joint(self._joint, call, q, k, v, 0, plan)
                 if out is not None:
-                    return out.transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out.flatten(2)
+                    return out
             else:
                 say_once("another attention than PyTorch's is in use; queries do not keep their own tokens")
             k, v = (call.take(x, plan.choice[0]) for x in (k, v))  # what sampling before the projections gives
