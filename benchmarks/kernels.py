@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared_tome import ModelCall, ToMeConfig, attention, kernels, matching
+from shared_tome import ModelCall, ToMeConfig, attention, kernels, matching, own
 from shared_tome import call as call_module
 from shared_tome.curve import curve_order
 from shared_tome.noise import key
@@ -41,6 +41,17 @@ SHAPES = [
     ((64, 64), 1280),
 ]
 LAYERS = 16
+# Of the kernel behind `match`: src of a program, dst of a program, src that it counts at a time, warps.
+MATCH_TILES = [
+    (1024, 1024, 4096, 4),
+    (1024, 1024, 8192, 8),
+    (512, 512, 4096, 4),
+    (512, 512, 8192, 8),
+    (512, 512, 16384, 16),
+    (256, 512, 4096, 4),
+    (256, 256, 8192, 8),
+    (256, 256, 16384, 8),
+]
 # Calls in one captured graph, since a replay costs about as much as a small kernel; fewer where a call is long.
 CALLS = 10
 LONG_CALLS = 2
@@ -116,7 +127,7 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
             lambda: matching._matched(x, src, dst, case.goes, False, False),
             lambda got: check_select(case, got[:2], found[0]) + check_links(got[1], got[2:]),
         )
-        tried = [match._TILES, (512, 512, 4096), (2048, 2048, 4096), (1024, 1024, 2048), (1024, 1024, 8192)]
+        tried = [match._TILES, *(tiles for tiles in MATCH_TILES if tiles != match._TILES)]
         for tiles in tried if variants else tried[:1]:
             yield (
                 "select",
@@ -169,8 +180,11 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
         lambda got: "" if torch.equal(got, without_kernels(lambda: take(y, case.groups))()) else "NOT EQUAL",
     )
 
+    heads = 8 if case.channels == 320 else case.channels // 64
+    yield own_job(case, heads)
+
     # As attend_tokens hands them over: 8 heads in SD1.5, heads of 64 in SDXL.
-    parts = (y.unflatten(-1, (8 if case.channels == 320 else case.channels // 64, -1)),) * 3
+    parts = (y.unflatten(-1, (heads, -1)),) * 3
     bias, room = case.sizes.log()[:, :, None], attention.extra_channels(parts[0].shape[-1])
 
     def in_torch():
@@ -184,6 +198,25 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
         in_torch,
         lambda got: "" if all(torch.equal(a, b) for a, b in zip(got, in_torch(), strict=True)) else "NOT EQUAL",
     )
+
+
+def own_job(case: Case, heads: int) -> Job:
+    """A layer's queries take their own tokens among a quarter that is drawn, as joint.attend_joined has it."""
+    from shared_tome.kernels.impl import own as own_kernel
+
+    plan = ModelCall(ToMeConfig(ratio=0.75, min_tokens=0), case.grid, case.x.device, seed=case.seed, step=case.step)
+    owner = plan.plan(case.x, case.grid).owner
+    q, k, v, out = (case.x.roll(turn, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for turn in range(4))
+    lse = torch.full(q.shape[:3], math.log(case.tokens), device=q.device)
+    given = (q, k, v, out, lse, owner, q.shape[-1] ** -0.5)
+
+    def check(got: Tensor) -> str:
+        exact = own._keep_own(*(x.double() for x in given[:5]), *given[5:])
+        plain = own._keep_own(*given)
+        here, there = (float((made.double() - exact).abs().max()) for made in (got, plain))
+        return ("" if here <= 1.5 * there else "WORSE THAN TORCH ") + f"{here:.1e} (torch {there:.1e})"
+
+    return "own", "", lambda: own_kernel.launch_own(*given), lambda: own._keep_own(*given), check
 
 
 def nearest_variants() -> list:

@@ -17,14 +17,17 @@ from shared_tome.grid import grid_at
 from shared_tome.script_hooks import served_blocks
 
 STEPS = 20
-# variant: what it is in ToMeConfig. The last two are other people's rules in this project's code.
+# variant: what it is in ToMeConfig; named levels are merged whatever it costs. The last two are other people's rules in
+# this project's code.
 OURS: dict[str, dict[str, Any]] = {
     "sample 0.5": {"ratio": 0.5},
     "sample 0.75": {"ratio": 0.75},
     "sample 0.9375": {"ratio": 0.9375},
     "sample 0.75, own token": {"ratio": 0.75, "own_token": True},
     "sample 0.9375, own token": {"ratio": 0.9375, "own_token": True},
+    "sample 0.75, auto": {"ratio": 0.75, "levels": "auto"},
     "merge 0.5": {"ratio": 0.5, "method": "merge"},
+    "merge 0.5, shared": {"ratio": 0.5, "method": "merge", "share_match": True},
     "downsample 0.75": {"ratio": 0.75, "method": "downsample"},
     "merge_queries 0.5": {"ratio": 0.5, "method": "merge_queries"},
 }
@@ -134,7 +137,8 @@ class Step:
         kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.unet = copy.deepcopy(model, kept)
         if variant in OURS:
-            config = ToMeConfig(**OURS[variant], min_tokens=MODELS[name].min_tokens, levels=levels or "auto")
+            options = {"min_tokens": MODELS[name].min_tokens, "levels": levels or "auto", **OURS[variant]}
+            config = ToMeConfig(**options)
             # A pipeline as far as ToMe looks into it: its scheduler tells which step a timestep is.
             scheduler = SimpleNamespace(timesteps=inputs.timesteps, num_inference_steps=STEPS)
             self.pipe = apply_patch(SimpleNamespace(unet=self.unet, scheduler=scheduler), config=config)

@@ -23,6 +23,7 @@ from shared_tome.joint import JointCall
 from shared_tome.plan import Plan
 from shared_tome.schedule import ratio_at, serves_layer
 
+from .apart import Apart, ApartPlan
 from .dit import DiT, JointAttention
 from .methods import Variant
 from .unet import BasicTransformerBlock, CrossAttention, FeedForward, UNet
@@ -55,8 +56,19 @@ class Run:
             self.call = self.variant.make(now, full, device, seed, step, self.memory)
         self.joint = JointCall(True, KERNELS, _refused, own=True) if self.call and now.keeps_own else None
 
-    def attend_own(self, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
-        """q, k, v [B, H, L, d], the image from `start` on -> [B, L, H, d]: each of its queries has its own token."""
+    @property
+    def draws_behind(self) -> bool:
+        """Whether keys and values are drawn behind their projections."""
+        return self.joint is not None or isinstance(self.call, Apart)
+
+    def keeps_own(self, plan: Plan) -> bool:
+        """Whether each query has its own token besides those drawn."""
+        return plan.own if isinstance(plan, ApartPlan) else self.joint is not None
+
+    def attend_behind(self, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
+        """q, k, v [B, H, L, d], the image from `start` on -> [B, L, H, d]; keys and values drawn here."""
+        if isinstance(plan, ApartPlan):
+            return plan.attend(q, k, v, start).transpose(1, 2)
         out = self.joint.attend(q, k, v, start, plan)
         if out is None:
             raise RuntimeError(f"no attention here tells its log-sum-exp for {q.dtype} on {q.device}: no own tokens")
@@ -102,7 +114,8 @@ class MergedSelfAttention(nn.Module):
         run, inner = self.run, self.inner
         tokens = x.shape[1]
         grid = grid_of(tokens, run.full)
-        layer = None if run.call is None else run.call.attention(x, x, x, grid, own=run.joint is not None)
+        behind = run.draws_behind
+        layer = None if run.call is None else run.call.attention(x, x, x, grid, own=behind)
         run.plan = None
         if layer is None:
             run.count(grid, tokens, tokens, tokens)
@@ -112,11 +125,11 @@ class MergedSelfAttention(nn.Module):
             return self._out(attend(q, k, v), x.dtype)
         if run.call.config.kind.matches:
             run.plan = layer.plan
-        own = run.joint is not None
-        run.count(grid, tokens, layer.q.shape[1], layer.plan.kept + 1 if own else layer.k.shape[1])
+        keys = layer.plan.kept + run.keeps_own(layer.plan) if behind else layer.k.shape[1]
+        run.count(grid, tokens, layer.q.shape[1], keys)
         q, k, v = self._heads(inner.to_q, layer.q), self._heads(inner.to_k, layer.k), self._heads(inner.to_v, layer.v)
-        if own:
-            out = run.attend_own(q, k, v, 0, layer.plan).transpose(1, 2)
+        if behind:
+            out = run.attend_behind(q, k, v, 0, layer.plan).transpose(1, 2)
         else:
             out = attend(q, k, v, layer.bias)  # (B, H, N or M, d)
         return layer.unmerge(self._out(out, x.dtype))  # (B, N, C)
@@ -175,14 +188,14 @@ class MergedJointAttention(nn.Module):
             image = k[:, text:]
             # (B, N, d): the ViT paper's keys averaged over the heads; what matches nothing wants the shape alone.
             metric = image.mean(2) if run.call.config.kind.matches else image[:, :, 0]
-            own = run.joint is not None
-            layer = run.call.attention(*(x[:, text:].flatten(2) for x in (q, k, v)), run.full, metric, own)
+            behind = run.draws_behind
+            layer = run.call.attention(*(x[:, text:].flatten(2) for x in (q, k, v)), run.full, metric, behind)
         if layer is None:
             run.count(run.full, tokens, tokens, tokens)
             return _joint(q, k, v).to(dtype)
-        if own:
-            run.count(run.full, tokens, tokens, text + layer.plan.kept + 1)
-            out = run.attend_own(*(x.transpose(1, 2) for x in (q, k, v)), text, layer.plan)
+        if behind:
+            run.count(run.full, tokens, tokens, text + layer.plan.kept + run.keeps_own(layer.plan))
+            out = run.attend_behind(*(x.transpose(1, 2) for x in (q, k, v)), text, layer.plan)
             return out.flatten(2).to(dtype)
         config = run.call.config
         if config.kind.queries:

@@ -19,6 +19,8 @@ from shared_tome.grid import Grid
 from shared_tome.noise import key
 from shared_tome.sampling import SamplePlan, kept_count, walk_rows, walk_table
 
+from .apart import apart
+
 Make = Callable[[ToMeConfig, Grid, torch.device, Tensor, int, dict], ModelCall]
 """(config of this step, full grid, device, seed [b], step, memory of the run) -> the call.
 
@@ -348,6 +350,7 @@ def catalogue() -> Catalogue:
     _paper(c, tomesd)
     _joint(c)
     _texture(c)
+    _apart(c)
     own = c.sets["own"][2:]
     c.sets["key"], c.sets["few"] = [*KEY, *own], [*KEY[:8], own[0]]
     return c
@@ -477,6 +480,24 @@ def _texture(c: Catalogue) -> None:
     c.add("texture", f"sample 0.75, lattice by layers, {OWN}", f"sample, lattice by layers, {OWN}", ratio=0.75, **own)
     c.sets["texture_more"] = [name for name in c.sets["texture"] if name not in TEXTURE]
     c.sets["texture"] = list(TEXTURE)
+
+
+def _apart(c: Catalogue) -> None:
+    """Not the same draw for all queries of a layer."""
+    c.sets["apart"] = [UNMERGED, BASELINE]
+    for ratio in (0.75, 0.9375):
+        c.sets["apart"] += [sample_name(ratio), sample_name(ratio, own=True)]
+        for word, queries, heads, own in (
+            ("heads apart", "same", True, False),
+            ("queries apart", "apart", False, False),
+            (f"heads apart, {OWN}", "same", True, True),
+            (f"queries and heads apart, {OWN}", "apart", True, True),
+            (f"queries apart, {OWN}", "apart", False, True),
+            ("queries and heads apart", "apart", True, False),
+            ("each group its own", "own", False, False),
+        ):
+            options = {"ratio": ratio, "make": apart(queries, heads, own), "timed": False}
+            c.add("apart", f"sample {ratio:g}, {word}", f"sample, {word}", **options)
 
 
 def _paper(c: Catalogue, tomesd: dict) -> None:

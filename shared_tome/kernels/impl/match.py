@@ -14,8 +14,9 @@ from torch import Tensor
 from .compiler import power_of_two, tl, triton
 from .nearest import COARSE, TALLY, Config, launch_nearest, ordered
 
-# src of a program, dst of a program, src that it counts at a time. Not tuned.
-_TILES = (1024, 1024, 4096)
+# src of a program, dst of a program, src that it counts at a time, warps.
+Tiles = tuple[int, int, int, int]
+_TILES = (1024, 1024, 4096, 4)
 _COARSE, _TALLY = tl.constexpr(COARSE), tl.constexpr(TALLY)
 
 
@@ -125,7 +126,7 @@ def launch_match(
     alone: int = 0,
     first: int = 0,
     config: Config | None = None,
-    tiles: tuple[int, int, int] = _TILES,
+    tiles: Tiles = _TILES,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """index [B, M], groups [B, N] and what mean.launch_links makes of them: heads [2, B, M] and following [B, N].
 
@@ -150,7 +151,7 @@ def launch_grouped(
     tally: Tensor,
     heads: Tensor,
     first: int = 0,
-    tiles: tuple[int, int, int] = _TILES,
+    tiles: Tiles = _TILES,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """index [B, M], groups [B, N], following [B, N] and, into heads [2, B, M] of zeros, sizes and chains.
 
@@ -183,6 +184,6 @@ def launch_grouped(
         SRC=src_tile,
         DST=dst_tile,
         READ=tiles[2],
-        num_warps=4,
+        num_warps=tiles[3],
     )
     return index, groups, following
