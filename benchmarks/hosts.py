@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "sample 0.75": {"ratio": 0.75},
     "sample 0.9375": {"ratio": 0.9375},
     "sample 0.75, own token": {"ratio": 0.75, "own_token": True},
+    "sample 0.9375, own token": {"ratio": 0.9375, "own_token": True},
     "downsample 0.75": {"ratio": 0.75, "method": "downsample"},
     "merge 0.5": {"ratio": 0.5, "method": "merge"},
     "merge 0.75": {"ratio": 0.75, "method": "merge"},

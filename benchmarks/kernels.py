@@ -20,6 +20,7 @@ from torch import Tensor
 from shared_tome import ModelCall, ToMeConfig, attention, kernels, matching, own
 from shared_tome import call as call_module
 from shared_tome.curve import curve_order
+from shared_tome.joint import take_heads
 from shared_tome.noise import key
 from shared_tome.partition import partition
 from shared_tome.plan import group_counts, group_sum, take
@@ -202,18 +203,19 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
 
 def own_job(case: Case, heads: int) -> Job:
     """A layer's queries take their own tokens among a quarter that is drawn, as joint.attend_joined has it."""
+    from shared_tome.joined import KERNELS, attend_with_lse, choose_kernel
     from shared_tome.kernels.impl import own as own_kernel
 
     plan = ModelCall(ToMeConfig(ratio=0.75, min_tokens=0), case.grid, case.x.device, seed=case.seed, step=case.step)
-    owner = plan.plan(case.x, case.grid).owner
-    q, k, v, out = (case.x.roll(turn, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for turn in range(4))
-    lse = torch.full(q.shape[:3], math.log(case.tokens), device=q.device)
-    given = (q, k, v, out, lse, owner, q.shape[-1] ** -0.5)
+    drawn = plan.plan(case.x, case.grid)
+    q, k, v = (case.x.roll(turn, 2).unflatten(-1, (heads, -1)).transpose(1, 2) for turn in range(3))
+    kernel = choose_kernel(KERNELS, q.device, q.dtype, q.shape[-1])
+    out, lse = attend_with_lse(q, *(take_heads(x, drawn.choice) for x in (k, v)), kernel)
+    given = (q, k, v, out, lse + math.log(drawn.tokens / drawn.kept), drawn.owner, q.shape[-1] ** -0.5)
 
     def check(got: Tensor) -> str:
         exact = own._keep_own(*(x.double() for x in given[:5]), *given[5:])
-        plain = own._keep_own(*given)
-        here, there = (float((made.double() - exact).abs().max()) for made in (got, plain))
+        here, there = (float((made.double() - exact).abs().max()) for made in (got, own._keep_own(*given)))
         return ("" if here <= 1.5 * there else "WORSE THAN TORCH ") + f"{here:.1e} (torch {there:.1e})"
 
     return "own", "", lambda: own_kernel.launch_own(*given), lambda: own._keep_own(*given), check

@@ -46,6 +46,8 @@ class UNetPatch:
         call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=step_of(options, x.device))
         compiled = is_compiled(executor, options)
         model = executor.class_obj.diffusion_model
+        if record is None and not compiled and self._leaves_alone(call, executor, x, options):
+            return executor(x, t, *args, **kwargs)
         layers = (_layers_of(model), _dtype_of(executor)) if compiled else None
         told = None if record is None or record.run.compiled else record
         patch = UNetCall(call, options, told, _host_attention(), layers, model)
@@ -58,6 +60,17 @@ class UNetPatch:
         if record is not None:
             record.end()
         return out
+
+    def _leaves_alone(self, call: ModelCall, executor: Any, x: Tensor, options: dict[str, Any]) -> bool:
+        """Whether no layer would be merged, by what is known of all of them: then the model runs as if ToMe were not
+        there. Its patches take the processor a millisecond a step, which shows where steps wait for it."""
+        layers = _layers_of(executor.class_obj.diffusion_model)
+        if not layers:
+            return False  # not a U-Net as they are known
+        reasons = call.left_alone(layers, _dtype_of(executor), _host_attention(), _kernels_of(options, x.device))
+        for grid, reason in (reasons or {}).items():
+            leave_alone(None, reason, f"layers of {grid[0]}x{grid[1]} tokens")
+        return reasons is not None
 
     def _config_now(self, options: dict[str, Any]) -> ToMeConfig:
         """The config of this call: this step's ratio, and one match for both halves only where they are alike."""
@@ -111,6 +124,11 @@ def _dtype_of(executor: Any) -> torch.dtype:
     return getattr(model, "manual_cast_dtype", None) or model.get_dtype()
 
 
+def _kernels_of(options: dict[str, Any], device: torch.device) -> tuple[str, ...]:
+    """torch's kernels that the attention would try, in its order; none where it is another's."""
+    return () if options.get("optimized_attention_override") is not None else kernel_order(device)
+
+
 class UNetCall:
     """The patches of one call of the model, and the options that carry them.
 
@@ -136,6 +154,8 @@ class UNetCall:
         self._block_plan: Plan | None = None
         self._replaced = set(options.get("patches_replace", {}).get("attn1", {}))
         self._attention = options.get("optimized_attention_override")
+        # Nothing to measure with: nothing to join with either (a test's call, not a host's).
+        self._kernels = () if attention is None else _kernels_of(options, call.seed.device)
         self._joint = self._own_tokens()
         if layers is not None:
             call.look_ahead(*layers, attention, self._kernels)
@@ -146,11 +166,10 @@ class UNetCall:
         """What lets queries keep their own tokens; None where they shall not, or another's attention would run."""
         if not self.call.config.keeps_own or self._host_attention is None:
             return None
-        kernels = kernel_order(self.call.seed.device)
-        if self._attention is not None or not kernels:
+        if not self._kernels:
             say_once("another attention than PyTorch's is in use; queries do not keep their own tokens")
             return None
-        return JointCall(True, kernels, say_once, own=True)
+        return JointCall(True, self._kernels, say_once, own=True)
 
     def _patched(self, options: dict[str, Any]) -> dict[str, Any]:
         options = dict(options)
@@ -279,11 +298,6 @@ class UNetCall:
         heads = extra_options.get("n_heads")
         block = None if is_compiling() else functools.partial(_run_block, self._model, heads)
         return self.call.verdict(q, grid, heads, self._host_attention, self._kernels, block)
-
-    @property
-    def _kernels(self) -> tuple[str, ...]:
-        """Those by which queries keep their own tokens; none where they do not."""
-        return () if self._joint is None else self._joint.kernels
 
     def _leave(
         self, reason: str, extra_options: dict[str, Any], detail: str = "", grid: tuple[int, int] | None = None

@@ -9,6 +9,7 @@ on it. Large layers always pay and are not measured; nor is anything on other de
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -37,7 +38,7 @@ log = logging.getLogger("ToMe")
 FOLDER = "TOME_CACHE"
 # 0 measures nothing: every layer with at least min_tokens is merged.
 SWITCH = "TOME_MEASURE"
-FORM = 1  # of the file; one of another form is written anew
+FORM = 2  # of the file; one of another form is written anew
 # From here on attention takes so long that merging pays on any device (docs/speed.md).
 ALWAYS = 16384
 # Merging must save this share of the layer: what is measured scatters by a few percent.
@@ -45,6 +46,7 @@ MARGIN = 0.03
 # A picture with guidance. Never the rows of the call: hosts split batches as memory and GPUs allow, and a picture in a
 # batch is to be that which it is alone. More rows pay sooner, so this is on the safe side.
 ROWS = 2
+_SWITCHES = ("flash", "mem_efficient", "cudnn")  # torch.backends.cuda.*_sdp_enabled
 _REPEATS, _ROUNDS = 16, 5  # 16: layers that are drawn at once (call.py)
 
 # attention(q, k, v, heads, scale=None): [B, N, H * d], [B, M, H * d] twice -> [B, N, H * d]
@@ -55,7 +57,11 @@ Block = Callable[[Tensor], "Callable[[], Any] | None"]
 
 @dataclass(frozen=True)
 class Case:
-    """A layer that is measured: the grid of its tokens, channels, heads, and how it would be merged."""
+    """A layer that is measured: the grid of its tokens, channels, heads, and how it would be merged.
+
+    attention: the name of the function; kernels: those of torch's that it would try, in its order, where an adapter
+    knows them.
+    """
 
     grid: Grid
     channels: int
@@ -69,7 +75,7 @@ class Case:
     def keeps_own(self) -> bool:
         return bool(self.kernels) and self.config.keeps_own
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """What tells it from other layers on one device."""
         config = self.config
@@ -77,10 +83,10 @@ class Case:
         if config.kind.matches:
             how += ["x".join(map(str, config.stride)), config.partition, config.reduce, f"share {config.share_match}"]
         how.append(f"proportional {config.proportional}")
-        how += ["own " + " ".join(self.kernels)] if self.keeps_own else []
+        how += ["own"] if self.keeps_own else []
         grid = "x".join(map(str, self.grid))
         shape = [grid, f"{self.channels}/{self.heads}", str(self.dtype).removeprefix("torch.")]
-        return ", ".join([*shape, self.attention, *how])
+        return ", ".join([*shape, " ".join([self.attention, *self.kernels]), *how])
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class Verdict:
     def saves_us(self) -> float:
         return self.full_us - self.merged_us
 
-    @property
+    @functools.cached_property
     def reason(self) -> str:
         """Why a layer is left alone, for people."""
         if self.block_us > 0.0 and self._waits and self.saves_us > MARGIN * self.full_us:
@@ -155,6 +161,13 @@ class Verdicts:
                     log.warning("[ToMe] %s: not measured (%s: %s), so merged", key, type(error).__name__, error)
                 else:
                     self._write()
+            return self._known.get(key)
+
+    def known(self, key: str) -> Verdict | None:
+        """What is known of a layer, measured by this process or an earlier one."""
+        with self._lock:
+            if self._known is None:
+                self._known = self._read()
             return self._known.get(key)
 
     def _read(self) -> dict[str, Verdict]:
@@ -239,13 +252,49 @@ def verdict_on(
 ) -> Verdict | None:
     """What is known of a layer's times on a device, or None where nothing is or can be measured.
 
-    attention: the host's (None: torch's). kernels: those by which queries keep their own tokens (joint.JointCall),
-    where the adapter can do that. block: the block that the layer is in. Never called where torch.compile traces.
+    attention: the host's (None: torch's). kernels: those of torch's that it tries, in its order, where queries can keep
+    their own tokens by them (joint.JointCall); none where they cannot. block: the block that the layer is in. Never
+    called where torch.compile traces.
     """
-    config = config.replace(start=0.0, end=1.0, ratio_end=-1.0, min_tokens=0, seed=0, cross_attention=False, mlp=False)
-    name = "torch" if attention is None else getattr(attention, "__name__", type(attention).__name__)
-    case = Case(grid, channels, heads, dtype, config, name, kernels)
+    case = _case(grid, channels, heads, dtype, config, _name(attention), kernels)
     return known_or_measured(case.key, device, lambda: measure(case, device, attention, block))
+
+
+def known_on(
+    grid: Grid,
+    channels: int,
+    heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: ToMeConfig,
+    attention: Attention | None = None,
+    kernels: tuple[str, ...] = (),
+) -> Verdict | None:
+    """verdict_on of what has been measured before; measures nothing."""
+    return verdicts_of(device).known(_case(grid, channels, heads, dtype, config, _name(attention), kernels).key)
+
+
+def _name(attention: Attention | None) -> str:
+    """What tells an attention from others; torch's own, by the kernels that are switched on now."""
+    if attention is not None:
+        return getattr(attention, "__name__", type(attention).__name__)
+    return " ".join(["torch", *(name for name in _SWITCHES if getattr(torch.backends.cuda, f"{name}_sdp_enabled")())])
+
+
+# A host asks for each call of a model; making the key takes longer than a small step has to spare.
+@functools.lru_cache(maxsize=256)
+def _case(
+    grid: Grid,
+    channels: int,
+    heads: int,
+    dtype: torch.dtype,
+    config: ToMeConfig,
+    attention: str,
+    kernels: tuple[str, ...],
+) -> Case:
+    """The layer, with the options alone that its times depend on."""
+    config = config.replace(start=0.0, end=1.0, ratio_end=-1.0, min_tokens=0, seed=0, cross_attention=False, mlp=False)
+    return Case(grid, channels, heads, dtype, config, attention, kernels)
 
 
 def known_or_measured(key: str, device: torch.device, measure: Callable[[], Verdict]) -> Verdict | None:
@@ -334,7 +383,7 @@ def compared(full: Callable[[], Any], merged: Callable[[], Any], device: torch.d
 
 
 def times_of(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """(microseconds on the GPU, of the processor) of one call, medians.
+    """(microseconds on the GPU, of the processor) of one call: the median of some rounds, and the least.
 
     The GPU is kept busy while the calls are queued, so the gaps between launches do not count.
     """
@@ -360,4 +409,5 @@ def times_of(call: Callable[[], Any], device: torch.device) -> tuple[float, floa
             last.record(stream)
             last.synchronize()
             gpu.append(first.elapsed_time(last) * 1e-3)
-    return tuple(1e6 * statistics.median(taken) / _REPEATS for taken in (gpu, cpu))
+    # What disturbs a processor only adds to its time.
+    return tuple(1e6 * taken / _REPEATS for taken in (statistics.median(gpu), min(cpu)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .auto import Attention, Block, Verdict, measures, verdict_on
+from .auto import Attention, Block, Verdict, known_on, measures, verdict_on
 from .config import ToMeConfig
 from .curve import curve_order, is_compiling
 from .grid import Grid, grid_at
@@ -109,6 +109,29 @@ class ModelCall:
             if self.serves(grid) and measures(self.config, grid, self.seed.device):
                 known = verdict_on(grid, channels, heads, dtype, self.seed.device, self.config, attention, kernels)
                 self._verdicts[grid, channels] = known
+
+    def left_alone(
+        self,
+        layers: Iterable[tuple[int, int, int]],
+        dtype: torch.dtype,
+        attention: Attention | None = None,
+        kernels: tuple[str, ...] = (),
+    ) -> dict[Grid, str] | None:
+        """Why each grid's layers were found not to pay, where it is known before any of them runs that none of these
+        layers will be merged: the host need not be patched for such a call. Else None. layers: as for look_ahead."""
+        reasons: dict[Grid, str] = {}
+        for level, channels, heads in layers:
+            grid, device = grid_at(self.full, level), self.seed.device
+            if not self.serves(grid):
+                continue
+            if not measures(self.config, grid, device):
+                return None
+            known = known_on(grid, channels, heads, dtype, device, self.config, attention, kernels)
+            reason = self.why_not_paid(known)
+            if reason is None:
+                return None
+            reasons[grid] = reason
+        return reasons
 
     @property
     def unpaid(self) -> tuple[tuple[Grid, int], ...]:

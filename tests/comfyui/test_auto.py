@@ -28,6 +28,7 @@ def judged(comfy_nodes, monkeypatch):
 
     monkeypatch.setattr(call, "measures", lambda config, grid, device: config.levels == "auto")
     monkeypatch.setattr(call, "verdict_on", verdict_on)
+    monkeypatch.setattr(call, "known_on", lambda *facts: None)
     return asked
 
 
@@ -63,6 +64,54 @@ def test_where_nothing_pays_the_picture_is_the_unmerged_one(sd15, tome, judged):
     plain = sample(sd15, steps=2)
     assert torch.equal(sample(tome(sd15, min_tokens=1000), steps=2), plain)
     assert not torch.equal(sample(tome(sd15, min_tokens=1000, levels="0"), steps=2), plain)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_model_of_which_nothing_pays_is_not_patched_once_that_is_known(sd15, tome, monkeypatch, caplog, own):
+    """ToMe's patches take a millisecond a step, which shows where the processor is what a step waits for."""
+    forget_log()
+    unet = pack_module("unet")
+    call = sys.modules[unet.ModelCall.__module__]
+    pays = {(32, 32): False, (16, 16): False}
+    kept, made = {}, []
+
+    def verdict_on(grid, *facts):
+        verdict = call.Verdict(100.0, 30.0 if pays[grid] else 99.0, 5.0)
+        return kept.setdefault((grid, *facts[:3], bool(facts[6])), verdict)
+
+    def known_on(grid, *facts):
+        return kept.get((grid, *facts[:3], bool(facts[6])))
+
+    def measures(config, grid, device):
+        return config.levels == "auto"
+
+    class Counted(unet.UNetCall):
+        def __init__(self, *given):
+            made.append(1)
+            super().__init__(*given)
+
+    for name, value in (("measures", measures), ("verdict_on", verdict_on), ("known_on", known_on)):
+        monkeypatch.setattr(call, name, value)
+    monkeypatch.setattr(unet, "UNetCall", Counted)
+    plain = sample(sd15, steps=3)
+    merged = tome(sd15, min_tokens=100, own_token=own)
+    assert torch.equal(sample(merged, steps=3), plain)
+    assert len(made) == 1 and len(kept) == 2  # the first step has measured
+    forget_log()
+    with caplog.at_level(logging.INFO, "ToMe"):
+        assert torch.equal(sample(merged, steps=3), plain)
+    assert len(made) == 1
+    assert [line for line in caplog.messages if "does not pay here" in line] == [
+        "[ToMe] merging does not pay here: it saves 1 of 100 us and takes the processor 5 us longer "
+        "(layers of 32x32 tokens)"
+    ]
+    pays[16, 16] = True  # a layer that pays is enough; so is one that nobody knows, and named levels
+    kept.clear()
+    assert not torch.equal(sample(merged, steps=2), plain) and len(made) == 3
+    assert not torch.equal(sample(tome(sd15, min_tokens=100, levels="0"), steps=2), plain)
+    assert len(made) == 5
+    assert torch.equal(sample(tome(sd15, min_tokens=5000), steps=3), plain)  # nothing is large enough
+    assert len(made) == 5
 
 
 def test_the_report_says_what_each_layer_saves(sd15, tome, judged, comfy_nodes):
@@ -107,6 +156,7 @@ def test_the_models_own_block_is_timed(sd15, tome, comfy_nodes, monkeypatch):
 
     monkeypatch.setattr(call, "measures", lambda config, grid, device: True)
     monkeypatch.setattr(call, "verdict_on", verdict_on)
+    monkeypatch.setattr(call, "known_on", lambda *facts: None)
     plain = sample(sd15, steps=1)
     assert torch.equal(sample(tome(sd15, min_tokens=100), steps=1), plain)
     assert runs == [((32, 32), True), ((16, 16), True)]

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shared_tome import METHODS, ModelCall, auto
 from shared_tome.auto import Case, Verdict, Verdicts
@@ -92,16 +93,19 @@ def test_two_processes_share_the_file(tmp_path):
     assert set(json.loads(one.path.read_text())["layers"]) == {"a", "b", "c"}
 
 
-DAMAGED = (
-    "",
-    "{",
-    "[]",
-    "null",
-    '{"form": 1}',
-    '{"form": 1, "layers": {"a": {"full_us": 1}}}',
-    '{"form": 1, "layers": {"a": {"full_us": 1, "merged_us": "x", "cpu_us": 0}}}',
-    '{"form": 1, "layers": {"a": {"full_us": 1, "merged_us": NaN, "cpu_us": 0}}}',
-    '{"form": 1, "layers": 5}',
+DAMAGED = tuple(
+    text.replace("FORM", str(auto.FORM))
+    for text in (
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"form": FORM}',
+        '{"form": FORM, "layers": {"a": {"full_us": 1}}}',
+        '{"form": FORM, "layers": {"a": {"full_us": 1, "merged_us": "x", "cpu_us": 0}}}',
+        '{"form": FORM, "layers": {"a": {"full_us": 1, "merged_us": NaN, "cpu_us": 0}}}',
+        '{"form": FORM, "layers": 5}',
+    )
 )
 
 
@@ -193,16 +197,32 @@ def test_what_tells_layers_apart():
 
 
 def test_own_tokens_tell_layers_apart():
-    """By the kernels that join them, and only where the options keep them: what was kept before still holds."""
+    """Only where the options keep them and the adapter can."""
     keeps, without = (config(method="sample", own_token=own) for own in (True, False))
     plain = case(config=without)
-    for same in (case(config=keeps), case(config=without, kernels=("flash",))):  # an adapter, options that cannot
-        assert same.key == plain.key and not same.keeps_own
-    assert case(config=keeps.replace(proportional=False), kernels=("flash",)).keeps_own is False
-    assert case(config=config(own_token=True), kernels=("flash",)).key == case().key  # merge keeps none
-    own = [case(config=keeps, kernels=names) for names in (("flash",), ("cudnn", "flash"), ("flash", "cudnn"))]
-    assert all(one.keeps_own for one in own) and len({one.key for one in [plain, *own]}) == 4
-    assert own[1].key.endswith("own cudnn flash") and "own" not in plain.key
+    assert case(config=keeps).key == plain.key and not case(config=keeps).keeps_own
+    flash = case(config=without, kernels=("flash",))
+    for same in (case(config=keeps.replace(proportional=False), kernels=("flash",)), flash):
+        assert not same.keeps_own and "own" not in same.key
+    merges = [case(config=config(own_token=own), kernels=("flash",)).key for own in (True, False)]
+    assert merges[0] == merges[1]  # merge keeps none
+    own = case(config=keeps, kernels=("flash",))
+    assert own.keeps_own and own.key == flash.key + ", own"
+
+
+def test_the_order_of_kernels_tells_layers_apart():
+    """What merging saves depends on how fast the attention is that it spares."""
+    orders = ((), ("flash",), ("cudnn", "flash"), ("flash", "cudnn"))
+    keys = [case(kernels=order).key for order in orders]
+    assert len(set(keys)) == len(orders) and ", torch cudnn flash, " in keys[2]
+
+
+def test_torchs_own_attention_is_told_by_the_kernels_that_are_on():
+    every = auto._name(None)
+    assert every == "torch flash mem_efficient cudnn"
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION]):
+        assert auto._name(None) == "torch mem_efficient"
+    assert auto._name(None) == every and auto._name(auto.torch_attention) == "torch_attention"
 
 
 def test_which_layers_are_measured(monkeypatch):

@@ -174,7 +174,7 @@ def test_select_links_mean_gather(grid, batch, dtype):
 
 
 # One tile of src and dst, and several that do not divide the counts.
-TILES = [(1024, 1024, 4096), (16, 8, 32)]
+TILES = [(512, 512, 16384, 16), (16, 8, 32, 1)]
 
 
 @pytest.mark.parametrize("tiles", TILES, ids=str)

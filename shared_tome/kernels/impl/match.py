@@ -14,9 +14,10 @@ from torch import Tensor
 from .compiler import power_of_two, tl, triton
 from .nearest import COARSE, TALLY, Config, launch_nearest, ordered
 
-# src of a program, dst of a program, src that it counts at a time, warps.
+# src of a program, dst of a program, src that it counts at a time, warps. On an H100 at 4,096, 16,384, 65,536 tokens:
+# 6.1, 7.2 and 23.7 us; (1024, 1024, 4096, 4) takes 7.4, 19.2 and 68.1, (256, 256, 8192, 8) 4.9, 9.0 and 35.7.
 Tiles = tuple[int, int, int, int]
-_TILES = (1024, 1024, 4096, 4)
+_TILES = (512, 512, 16384, 16)
 _COARSE, _TALLY = tl.constexpr(COARSE), tl.constexpr(TALLY)
 
 
