@@ -20,6 +20,7 @@ from shared_tome.noise import key
 from shared_tome.sampling import SamplePlan, kept_count, walk_rows, walk_table
 
 from .apart import apart
+from .guided import guided_cells, merged_on_top
 
 Make = Callable[[ToMeConfig, Grid, torch.device, Tensor, int, dict], ModelCall]
 """(config of this step, full grid, device, seed [b], step, memory of the run) -> the call.
@@ -283,7 +284,7 @@ OWN = "own token kept"
 UNMERGED = "unmerged"
 BASELINE = "tomesd 0.5"
 """What gains are counted from."""
-# What decides the defaults, the most telling rows first; the first eight and the first of OWN_KEY are the set "few".
+# What decides the defaults, the most telling rows first; the first eight and two of OWN_KEY are the set "few".
 KEY = (
     UNMERGED,
     BASELINE,
@@ -351,8 +352,9 @@ def catalogue() -> Catalogue:
     _joint(c)
     _texture(c)
     _apart(c)
+    _guided(c)
     own = c.sets["own"][2:]
-    c.sets["key"], c.sets["few"] = [*KEY, *own], [*KEY[:8], own[0]]
+    c.sets["key"], c.sets["few"] = [*KEY, *own], [*KEY[:8], own[0], sample_name(0.9375, own=True)]
     return c
 
 
@@ -496,8 +498,19 @@ def _apart(c: Catalogue) -> None:
             ("queries and heads apart", "apart", True, False),
             ("each group its own", "own", False, False),
         ):
-            options = {"ratio": ratio, "make": apart(queries, heads, own), "timed": False}
+            options = {"ratio": ratio, "own_token": own, "make": apart(queries, heads, own), "timed": False}
             c.add("apart", f"sample {ratio:g}, {word}", f"sample, {word}", **options)
+
+
+def _guided(c: Catalogue) -> None:
+    """Whether anything that looks at the tokens is worth its time on top of sampling."""
+    c.sets["guided"] = [UNMERGED, BASELINE, "sample 0.5", "sample 0.75", "sample 0.875", "sample 0.9375"]
+    for ratio, share in ((0.5, 0.5), (0.75, 0.5), (0.75, 0.25)):
+        name, options = f"sample {ratio:g}, queries merged {share:g}", {"make": merged_on_top(share)}
+        c.add("guided", name, "sample, queries merged", ratio=ratio, **options)
+    for ratio in (0.75, 0.9375):
+        c.add("guided", f"sample {ratio:g}, guided cells", "sample, guided cells", ratio=ratio, make=guided_cells)
+    c.sets["guided"] += ["merge_keys pick 0.5", "merge_keys pick 0.75", "merge_keys mean 0.75"]
 
 
 def _paper(c: Catalogue, tomesd: dict) -> None:

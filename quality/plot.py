@@ -167,6 +167,20 @@ def models_table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def apart_table(rows: Sequence[Row]) -> str:
+    """Draws that differ between heads or queries, by the sampler that most of them were measured with."""
+    names = [row["sampler"] for row in rows if " apart" in row["family"]]
+    chosen = of_set(rows, "apart", statistics.mode(names)) if names else []
+    # What nobody has measured of a file is empty: the Frechet distance needs a classifier.
+    columns = UNTIMED if all(row["fd_gap"] for row in chosen) else UNTIMED.replace(" fd_gap", "")
+    return table(chosen, columns)
+
+
+def guided_table(rows: Sequence[Row]) -> str:
+    chosen = of_set(rows, "guided", main_sampler(rows))
+    return table(chosen, FULL) if any("guided" in row["family"] for row in chosen) else NOTHING
+
+
 def paper_table(rows: Sequence[Row]) -> str:
     chosen = of_set(rows, "paper", main_sampler(rows))
     if len(chosen) < 5:
@@ -310,6 +324,8 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "paper": paper_table,
     "texture": texture_table,
     "joint": joint_table,
+    "apart": apart_table,
+    "guided": guided_table,
     "guidance": lambda rows: of_sampler_table(rows, "ddim30@g7.5"),
     "inpaint": lambda rows: of_sampler_table(rows, "inpaint30"),
 }

@@ -295,10 +295,12 @@ def test_the_catalogue_has_what_it_promises():
         "few",
         "joint",
         "own",
+        "apart",
+        "guided",
         *TEXTURE,
     }
     assert len(sets["key"]) == 16 + 7 and sets["key"][16:] == sets["own"][2:]
-    assert sets["few"] == [*sets["key"][:8], "sample 0.75, own token kept"]
+    assert sets["few"] == [*sets["key"][:8], "sample 0.75, own token kept", "sample 0.9375, own token kept"]
     assert not set(sets["texture"]) & set(sets["texture_more"])
     names = methods.CATALOGUE.variants
     assert all(name in names for some in sets.values() for name in some)
@@ -306,7 +308,20 @@ def test_the_catalogue_has_what_it_promises():
     shown = [*sets["frontier"], *sets["own"]]
     families = {methods.CATALOGUE.variants[name].family for name in shown} - {"unmerged"}
     assert families <= set(plot.STYLES)
-    for name in ("frontier", "sampling", "main", "starts", "paper", "key", "few", "joint", "own", "texture"):
+    for name in (
+        "frontier",
+        "sampling",
+        "main",
+        "starts",
+        "paper",
+        "key",
+        "few",
+        "joint",
+        "own",
+        "texture",
+        "apart",
+        "guided",
+    ):
         assert sets[name][:2] == [methods.UNMERGED, methods.BASELINE]
 
 
@@ -314,7 +329,7 @@ def test_the_catalogue_has_what_it_promises():
 def test_own_tokens_are_kept_where_the_name_says_so_whatever_the_default(monkeypatch, default):
     monkeypatch.setattr(methods, "ToMeConfig", defaulting(default))
     found = methods.catalogue().variants
-    assert sum(variant.config.own_token for variant in found.values()) == 8
+    assert sum(variant.config.own_token for variant in found.values()) == 8 + 6
     for name, variant in found.items():
         assert variant.config.own_token == variant.config.keeps_own == name.endswith(", own token kept"), name
         assert ("own_token=True" in describe(variant)) == variant.config.own_token
