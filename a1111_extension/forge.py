@@ -129,8 +129,9 @@ class OwnTokens:
             # The precision is the host's affair, and known only where its attention runs.
             reason = why_not_own(lambda b=block, h=heads, n=d: self._meets(b, h, n), d, self._device, torch.float32)
             if reason is not None:
-                self.say(reason)
+                self._sampling.tell_own(reason)
                 return None
+        self._sampling.tell_own(None)
         return JointCall(True, KERNELS, lambda message, detail: self.say(f"{message} ({detail})"), own=True)
 
     def say(self, message: str) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..shared_tome import ModelCall
+from ..shared_tome.bare import run_bare
 from ..shared_tome.call import MergedAttention
 from ..shared_tome.grid import Grid, grid_of
 from ..shared_tome.heads import (
@@ -120,8 +122,7 @@ class Attachment:
             return self._meets[key]
 
         reason = why_not_own(meets, d, x.device, dtype)
-        if reason is not None:
-            self.say(reason)
+        self.sampling.tell_own(reason)
         return reason is None
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -148,6 +149,7 @@ class _Block:
         self.owner = owner
         self.where, self.part = block_place(name)
         self.heads = getattr(block.attn1, "heads", None)
+        self._block = weakref.ref(block)
         self.reset()
 
     def reset(self) -> None:
@@ -265,11 +267,17 @@ class _Block:
             self._leave(reason, grid)
             return None
         kernels = KERNELS if self._keeps_own(attn1, x) else ()
-        unpaid = call.why_not_paid(call.verdict(x, grid, self.heads, kernels=kernels))
+        verdict = call.verdict(x, grid, self.heads, kernels=kernels, block=self._run_bare)
+        unpaid = call.why_not_paid(verdict)
         if unpaid is not None:
             self._leave(f"{unpaid}; layers of {x.shape[1]} tokens are left alone", grid)
             return None
         return grid
+
+    def _run_bare(self, x: Tensor) -> Callable[[], Any] | None:
+        """What runs this block by itself, to be timed."""
+        block = self._block()
+        return None if block is None else run_bare(block, x)
 
     def _leave(self, reason: str, grid: Grid | None = None) -> None:
         self.owner.say(reason)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .options import WIDGETS, Settings, is_valid
+from ..shared_tome.config import Widget
+from .options import WIDGETS, Settings, by_name, is_valid
 
 _ALWAYS = ("ratio", "method")
 _SILENT = ("enabled", "map")  # the first shows by the others; a map changes no picture
@@ -16,6 +17,7 @@ LABELS = {
     if widget.name not in _SILENT
 }
 _TOLD = [widget for widget in WIDGETS if widget.name in LABELS]
+_OWN_TOKEN = by_name()["own_token"]
 
 
 def write(parameters: dict[str, Any], settings: Settings) -> None:
@@ -25,9 +27,20 @@ def write(parameters: dict[str, Any], settings: Settings) -> None:
         return
     values = values_of(settings)
     for widget in _TOLD:
-        value = values[widget.name]
-        if widget.name in _ALWAYS or value != widget.default:
-            parameters[LABELS[widget.name]] = value
+        _put(parameters, widget, values[widget.name])
+
+
+def write_own_token(parameters: dict[str, Any], kept: bool) -> None:
+    """Tell whether queries kept their own tokens. Where none could, the picture is the one without the option."""
+    if LABELS["ratio"] in parameters:  # not where all of ToMe was left out
+        _put(parameters, _OWN_TOKEN, kept)
+
+
+def _put(parameters: dict[str, Any], widget: Widget, value: Any) -> None:
+    if widget.name in _ALWAYS or value != widget.default:
+        parameters[LABELS[widget.name]] = value
+    else:
+        parameters.pop(LABELS[widget.name], None)
 
 
 def erase(parameters: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ def set_up_log() -> None:
 class Notes:
     """The notes of one generation; each is logged once and shown once.
 
-    p: the host's processing object, whose `comment` puts a line under the picture and into the API's info.
+    p: the host's processing object, whose `comment` puts a line under the picture (not into what the API gives back).
     """
 
     def __init__(self, p: Any = None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Sampling:
         config: of this pass, with its schedule.
         seeds: one a image.
         report: whether layers are counted, keep_choices: whether what they chose is kept too, for a map.
+        own_found: called with whether a layer's queries can keep their own tokens, where they are to.
     Attributes:
         run: what was counted and kept, None where neither is asked for.
         told: what the layers of the call that was begun last are told to, None where nothing is.
@@ -37,6 +38,7 @@ class Sampling:
         *,
         report: bool = False,
         keep_choices: bool = False,
+        own_found: Callable[[bool], None] | None = None,
     ):
         self.config, self.notes = config, notes
         self.seeds = tuple(fold_seed(int(seed)) for seed in seeds) or (0,)
@@ -47,6 +49,7 @@ class Sampling:
         self.told: CallTally | None = None
         self._keep_choices = keep_choices
         self._told: set[tuple[float, Grid, int]] = set()
+        self._own_found = own_found
         if self.run is not None:
             self.run.images = len(self.seeds)
 
@@ -87,6 +90,13 @@ class Sampling:
         if config.share_match and (batch % 2 or rows[: batch // 2] != rows[batch // 2 :]):
             config = config.replace(share_match=False)  # the halves are not the same images
         return ModelCall(config, full, device, seed=self._seed(rows, device), step=self.step)
+
+    def tell_own(self, refused: str | None) -> None:
+        """A layer's queries are to keep their own tokens. refused: why they cannot; None: they can."""
+        if refused is not None:
+            self.notes.say(refused)
+        if self._own_found is not None:
+            self._own_found(refused is None)
 
     def another_model(self) -> None:
         """The calls to come are of another model: its layers are to be told too."""

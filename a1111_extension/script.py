@@ -28,6 +28,13 @@ class _State:
         self.report = settings.NO_REPORT
         self.runs: dict[bool, Run] = {}  # this batch's first and hires pass, where a report or a map is wanted
         self.maps: list[gallery.Map] = []
+        self._own: set[bool] = set()  # whether queries could keep their own tokens, as far as layers were met
+
+    def own_found(self, can: bool) -> None:
+        """One layer that keeps them makes another picture. At once: the host may save one before the hires pass."""
+        if can not in self._own:
+            self._own.add(can)
+            infotext.write_own_token(self.owner.extra_generation_params, True in self._own)
 
     def detach(self) -> None:
         attachment, self.attachment = self.attachment, None
@@ -94,6 +101,7 @@ class ToMeScript(scripts.Script):
                     state.notes,
                     report=state.report != settings.NO_REPORT,
                     keep_choices=state.settings.map,
+                    own_found=state.own_found,
                 )
                 self._start(p, state, sampling)
                 if sampling.run is not None:

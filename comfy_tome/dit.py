@@ -4,7 +4,8 @@ As for U-Nets (unet.py): one wrapper around `apply_model` puts what a call needs
 transformer_options, and nothing outlives the call. Here it is one `optimized_attention_override`. It sees q, k and v
 of every attention after their position embedding; where their number is that of the call's own tokens, the image's
 keys and values (and the queries, for methods that merge them) go through the core and all other tokens stay: text,
-references, padding. An override that another node has set is called in turn.
+references, padding. An override that another node has set is called in turn. (One model's attentions do not tell their
+options and so are met one step later, where they call torch: DiTModel.silent.)
 
 In one softmax with text, each image token that stands for n counts n times: log(n) is added to its logits
 (shared_tome/joint.py, dit_attention.py).
@@ -13,6 +14,9 @@ In one softmax with text, each image token that stands for n counts n times: log
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +32,7 @@ from ..shared_tome.joint import JointCall, image_bias, merge_image, unmerge_imag
 from ..shared_tome.plan import Plan
 from ..shared_tome.report import CallTally, why_not_served
 from ..shared_tome.schedule import config_at
+from ..shared_tome.sdpa import Handler, HostAttention, SdpaHooks, leave_left_modes
 from .dit_attention import Call, any_size, attend_joint, kernel_order, may_join, take_mask
 from .dit_models import DiTModel, Told, cross_lengths, dit_model, unwrapped
 from .log import leave_alone, say_once
@@ -114,7 +119,8 @@ class DiTPatch:
         if patch.facts.compiles:
             kwargs["tome"] = patch.key
         args, kwargs = put_options(args, kwargs, patch.options)
-        out = executor(x, t, *args, **kwargs)
+        with patch.hooks(unwrapped(executor.class_obj.diffusion_model)):
+            out = executor(x, t, *args, **kwargs)
         if record is not None:
             record.end()
         return out
@@ -189,6 +195,42 @@ class DiTCall:
             return self._run(func, q, k, v, heads, *args, **kwargs)
         serve = self._merged if self.call.config.kind.matches else self._sampled
         return serve(call, *(call.plain(x) for x in (q, k, v)), start, plan)
+
+    @contextmanager
+    def hooks(self, model: Any) -> Iterator[None]:
+        """For attentions that do not tell their options (DiTModel.silent): hooks, gone when the call ends in whatever
+        way."""
+        if self.facts.silent is None:
+            yield
+            return
+        handles: list[Any] = []
+        here = threading.get_ident()  # another thread's call of the same modules has hooks of its own
+
+        def begin(*_: Any) -> Handler | None:
+            return self._met if threading.get_ident() == here else None
+
+        try:
+            for module in self.facts.silent(model):
+                handles += SdpaHooks(module, begin, self._missed).handles
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            leave_left_modes()  # ComfyUI's interrupt is no Exception: no hook runs after it
+
+    def _met(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, H, L, d], k and v [B, H or fewer, L, d] -> [B, H, L, d], where such an attention calls torch."""
+        from comfy.ldm.modules.attention import attention_pytorch
+
+        told = {"skip_reshape": True, "skip_output_reshape": True, "mask": attention.mask}
+        if self.call.config.kind.matches:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        elif attention.options.get("enable_gqa"):
+            told["enable_gqa"] = True
+        return self.attention(attention_pytorch, q, k, v, q.shape[1], **told)
+
+    def _missed(self) -> None:
+        self._leave("an attention that is not PyTorch's is left alone: this model tells no node of it")
 
     def _does_not_pay(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int) -> bool:
         """Whether this layer was measured not to be faster merged, and is left alone.

@@ -37,6 +37,8 @@ class DiTModel:
     crosses: has cross-attention, to be told from self-attention by its length alone.
     calls(model): attention calls of one layer that want the same tokens.
     compiles: forward hands keywords that it does not know to its wrappers, which torch.compile can guard (unet.py).
+    silent(model): self-attentions to be served whose calls do not tell their options, so that no override reaches them:
+        they are met where they call torch (shared_tome/sdpa.py).
     """
 
     name: str
@@ -49,6 +51,7 @@ class DiTModel:
     crosses: bool = False
     calls: Callable[[Any], int] = _one
     compiles: bool = True
+    silent: Callable[[Any], list[Any]] | None = None
 
 
 def _patches(shape: Shape, *patch: int) -> Grid:
@@ -116,6 +119,12 @@ def _video_before_guides(model: Any, shape: Shape, told: Told) -> Grid | None:
     if guides % (rows * columns) or guides // (rows * columns) >= frames:
         return None
     return frames - guides // (rows * columns), rows, columns
+
+
+def _whole_attentions(model: Any) -> list[Any]:
+    """Every other layer of ACE-Step attends to 128 tokens each way alone; those stay as they are."""
+    attentions = (layer.self_attn for layer in model.decoder.layers)
+    return [attention for attention in attentions if attention.sliding_window is None]
 
 
 def _image_without_source(model: Any, shape: Shape, told: Told) -> Grid | None:
@@ -210,6 +219,16 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         crosses=True,
         compiles=False,
         calls=lambda model: 2 if model.transformer.layers[0].self_attn.differential else 1,
+    ),
+    # ACE-Step 1.0's self-attention is linear: it has no keys to spare.
+    DiTModel(
+        "ACE-Step 1.5",
+        ("ace.ace_step15.AceStepConditionGenerationModel",),
+        lambda model, shape, told: (1, -(-shape[-1] // model.decoder.patch_size)),
+        head=_none,
+        tail=_none,
+        compiles=False,
+        silent=_whole_attentions,
     ),
 )
 _BY_CLASS = {f"comfy.ldm.{name}": row for row in DIT_MODELS for name in row.classes}

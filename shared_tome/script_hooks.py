@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bare import run_bare
 from .call import MergedAttention, ModelCall
 from .config import ToMeConfig
 from .curve import is_compiling
@@ -55,6 +56,7 @@ class _Pass:
     """One block in one call: what its hooks hand to each other."""
 
     metric: Tensor  # [B, N, C], the block's input
+    block: nn.Module
     layer: MergedAttention | None = None
     own: Plan | None = None  # the layer's, whose keys and values are taken where they meet the queries
     plan: Plan | None = None  # the block's match, for attn1's queries alone, attn2 and ff
@@ -233,7 +235,7 @@ class _Block:
     def _before_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = argument(args, kwargs, 0, "hidden_states", "x")
         if self.owner.call is not None and isinstance(x, Tensor):
-            self.owner.call.passes[self] = _Pass(x)
+            self.owner.call.passes[self] = _Pass(x, block)
 
     def _after_block(self, block: nn.Module, args: tuple, out: Any) -> None:
         if self.owner.call is not None:
@@ -317,7 +319,8 @@ class _Block:
             return None
         if not call.model.serves(grid):
             return None
-        verdict = call.model.verdict(x, grid, attn1.heads, kernels=KERNELS if own else ())
+        block = None if is_compiling() else functools.partial(run_bare, now.block)
+        verdict = call.model.verdict(x, grid, attn1.heads, kernels=KERNELS if own else (), block=block)
         unpaid = call.model.why_not_paid(verdict)
         if unpaid is not None:
             self.owner.say(f"{unpaid}; layers of {x.shape[1]} tokens are left alone")

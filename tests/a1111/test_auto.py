@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 ON = [{"ratio": 0.5, "min_tokens": 0}]
 
@@ -36,3 +37,25 @@ def test_what_does_not_pay_is_left_alone(host, lines):
 def test_named_levels_are_merged_whatever_they_cost(host, lines):
     host.generate([{**ON[0], "levels": "0"}])
     assert "level 0 (16x16): 256 to 128 tokens in 3 layers" in lines[-1]
+
+
+def test_the_models_own_block_is_timed_by_itself(host, tome, monkeypatch):
+    """Where a merged block would keep the processor longer than a whole one keeps the GPU, its steps wait for it."""
+    call = sys.modules[tome.core.ModelCall.__module__]
+    ran, found = [], []
+
+    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None):
+        x = torch.randn(2, grid[0] * grid[1], channels, dtype=dtype)
+        count = len(ran)
+        assert block(x)().shape == x.shape and len(ran) == count
+        found.append(grid)
+        return call.Verdict(100.0, 50.0, 10.0, 900.0, 895.0)
+
+    monkeypatch.setattr(call, "measures", lambda config, grid, device: True)
+    monkeypatch.setattr(call, "verdict_on", verdict_on)
+    plain, _ = host.generate()
+    for module in host.shared.sd_model.model.diffusion_model.modules():
+        if hasattr(module, "attn1") and hasattr(module, "ff"):
+            module.ff.register_forward_pre_hook(lambda *_: ran.append(1))
+    image, _ = host.generate(ON)
+    assert found and ran and all(torch.equal(a, b) for a, b in zip(image, plain, strict=True))

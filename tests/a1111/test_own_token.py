@@ -14,6 +14,7 @@ from .test_hooks import _inputs, _run, _unet
 NOT_KEPT = "queries do not keep their own tokens"
 AT_SDPA = {"sdp": variants.sdp, "fixed_size": variants.fixed_size}
 ELSEWHERE = ("own_scale", "scaled_keys", "given_size")
+LABEL = "ToMe own token"
 ON = {"ratio": 0.5, "min_tokens": 0, "own_token": True}
 
 
@@ -155,13 +156,60 @@ def test_the_panel_the_text_and_the_api(host, tome, monkeypatch):
     control = host.tabs["txt2img"].inputs[1:][place]
     assert control.label == "Own token" and control.value is default
     images, p = host.generate([{**ON, "own_token": not default}])
-    assert p.extra_generation_params["ToMe own token"] is (not default)
+    assert p.extra_generation_params[LABEL] is (not default) and not p.comments
     values = tome.infotext.read({name: str(value) for name, value in p.extra_generation_params.items()})
     assert tome.options.settings_from(values).config.own_token is (not default)
     again, _ = host.generate([values])
     assert torch.equal(images[0], again[0]), "the picture's text makes the same picture again"
     _, p = host.generate([{**ON, "own_token": default}])
-    assert "ToMe own token" not in p.extra_generation_params
+    assert LABEL not in p.extra_generation_params
+
+
+@pytest.mark.parametrize("request_", [{}, {"seeds": (5, 6)}, {"enable_hr": True}], ids=["one", "two batches", "hires"])
+def test_a_picture_that_kept_none_does_not_claim_it(host, tome, monkeypatch, lines, request_):
+    """What its text says makes the same picture again."""
+    _use(monkeypatch, variants.SERVED["own_scale"])
+    before_hires = []
+
+    class Script(host.tabs["txt2img"].scripts[0].__class__):
+        def before_hr(self, p, *args):  # the host may have saved the first pass's picture by now
+            before_hires.append(dict(p.extra_generation_params))
+
+    host.tabs["txt2img"].scripts[0].__class__ = Script
+    images, p = host.generate([ON], **request_)
+    for text in (p.extra_generation_params, *before_hires):
+        assert text == {"ToMe ratio": 0.5, "ToMe method": "sample", "ToMe min tokens": 0}
+    assert not any(LABEL in text for text in p.processed.infotexts)
+    assert any(NOT_KEPT in text for text in p.comments) and sum(NOT_KEPT in line for line in lines) == 1
+    values = tome.infotext.read({name: str(value) for name, value in p.extra_generation_params.items()})
+    assert values["own_token"] is False
+    again, _ = host.generate([values], **request_)
+    assert all(torch.equal(*pair) for pair in zip(images, again, strict=True))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_one_layer_that_keeps_them_makes_another_picture(host, tome, monkeypatch, swapped):
+    """Without the option in its text the picture would not come back."""
+    _use(monkeypatch, variants.sdp)
+    meets, asked = tome.hooks.meets_at_sdpa, []
+
+    def every_other(forward, d, *args):  # the layers of one head size
+        asked.append(d)
+        return meets(forward, d, *args) and (d == asked[0]) is not swapped
+
+    monkeypatch.setattr(tome.hooks, "meets_at_sdpa", every_other)
+    images, p = host.generate([ON])
+    assert len(set(asked)) == 2 and p.extra_generation_params[LABEL] is True
+    assert any(NOT_KEPT in text for text in p.comments)
+    drawn, _ = host.generate([{**ON, "own_token": False}])
+    assert not torch.equal(images[0], drawn[0])
+
+
+def test_nothing_is_said_of_a_pass_that_was_left_out(tome):
+    """The first pass was refused as a whole, and the hires pass keeps own tokens."""
+    parameters = {}
+    tome.infotext.write_own_token(parameters, True)
+    assert not parameters
 
 
 # --- Forge and reForge ------------------------------------------------------------------------------------------------
@@ -212,5 +260,6 @@ def test_forges_other_attention_functions_get_the_drawn_tokens(forge_host, monke
     for ratio in (0.5, 0.6):
         made, p = forge_host.generate([{**ON, "ratio": ratio}])
         drawn, _ = forge_host.generate([{**ON, "ratio": ratio, "own_token": False}])
-        assert torch.equal(made[0], drawn[0]) and not p.comments
+        assert torch.equal(made[0], drawn[0])
+        assert LABEL not in p.extra_generation_params and any(NOT_KEPT in text for text in p.comments)
     assert sum(NOT_KEPT in line for line in lines) == 2  # once a request

@@ -167,6 +167,19 @@ SMALL: dict[str, Small] = {
     ),
 }  # fmt: skip
 
+# Models that are served in another way; small() and call() know them too.
+APART: dict[str, Small] = {
+    "ace": Small(
+        "ACEStep15",
+        {"audio_model": "ace1.5", "in_channels": 24, "hidden_size": 64, "text_hidden_dim": 32, "timbre_hidden_dim": 8,
+         "audio_acoustic_hidden_dim": 8, "num_dit_layers": 4, "num_lyric_layers": 1, "num_timbre_layers": 1,
+         "num_tokenizer_layers": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 64,
+         "fsq_dim": 64, "encoder_hidden_size": 64, "encoder_intermediate_size": 64, "encoder_num_heads": 4},
+        (2, 8, 192), 96, 0, text=(7, 32), told={"lyric_embed": (2, 5, 32), "refer_audio": (2, 8, 192)},
+        constants={"is_covers": False},
+    ),
+}  # fmt: skip
+
 
 def small(name: str, **changes: Any) -> Any:
     """A ModelPatcher around the small model; changes to its unet_config."""
@@ -174,7 +187,7 @@ def small(name: str, **changes: Any) -> Any:
     import comfy.supported_models
     import torch
 
-    which = SMALL[name]
+    which = {**SMALL, **APART}[name]
     unet_config = {**which.unet_config, **changes, "dtype": torch.float32}
     model_config = comfy.supported_models.__dict__[which.supported](unet_config)
     model_config.unet_config = unet_config  # BASE.__init__ adds to it
@@ -211,7 +224,7 @@ def call(
     """
     import torch
 
-    which = SMALL[name]
+    which = {**SMALL, **APART}[name]
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(latent or which.latent, generator=generator)
     given = {"c_crossattn": torch.randn(len(x), *which.text, generator=generator)}
@@ -293,7 +306,7 @@ def sample(model: Any, name: str, *, steps: int = 2, seed: int = 1, cfg: float =
     import nodes
     import torch
 
-    which = SMALL[name]
+    which = {**SMALL, **APART}[name]
     shape = (latent.get("batch", 1), *which.latent[1:])
 
     def conditioning(seed: int) -> list:

@@ -41,7 +41,7 @@ from modules import scripts
 
 
 class Helper(scripts.Script):
-    """Arguments: [fail]. Tells in the picture's comments how many hooks are on the U-Net before a generation."""
+    """Arguments: [fail]. Tells in the picture's text how many hooks are on the U-Net before a generation."""
 
     def title(self):
         return "ToMe host test"
@@ -56,7 +56,8 @@ class Helper(scripts.Script):
 
     def before_process(self, p, *args):
         unet = self._unet(p)
-        p.comment(f"hooks: {sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules())}")
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules())
+        p.extra_generation_params["Hooks before"] = hooks  # the API tells no comments
 
     def process_before_every_sampling(self, p, fail=False, *args, **kwargs):
         if not fail:
@@ -118,10 +119,6 @@ class Reply:
     @property
     def text(self) -> str:
         return self.info["infotexts"][0]
-
-    @property
-    def told(self) -> str:
-        return json.dumps(self.info.get("comments") or self.info.get("extra_generation_params")) + self.body["info"]
 
 
 class Server:
@@ -233,9 +230,9 @@ class List:
     def _plain(self, what: str) -> None:
         reply = self.make()
         same(reply.image, self.before["plain"], f"the picture without ToMe after {what}")
-        hooks = [part for part in reply.told.replace('"', " ").split("hooks: ")[1:]]
-        if hooks and not self.forge and not hooks[0].startswith("0"):
-            raise Failed(f"hooks are left after {what}: {hooks[0][:6]}")
+        hooks = re.search(r"Hooks before: (\d+)", reply.text)
+        if not self.forge and (hooks is None or hooks[1] != "0"):
+            raise Failed(f"hooks are left after {what}: {hooks and hooks[1]}")
 
     def _image(self) -> str:
         buffer = io.BytesIO()
@@ -419,6 +416,39 @@ class List:
         if "proportional attention is off" in self.server.log.read_text(errors="replace"):
             raise Failed("an optimization took no weights: see the log")
         return ", ".join(done)
+
+    def check_own_token(self) -> str:
+        """Own token: another picture where queries keep theirs, elsewhere the same one, and log and text say so"""
+        if self.forge:  # chosen at the start in this host
+            return self._own_token()
+        was = self.server.call("options").body["cross_attention_optimization"]
+        found = {}
+        try:
+            for name in ("sdp - scaled dot product", "Doggettx"):
+                self.server.post("options", {"cross_attention_optimization": name})
+                found[name.split(" - ")[0]] = self._own_token()
+        finally:
+            self.server.post("options", {"cross_attention_optimization": was})
+        old = "tells no log-sum-exps" in self.server.log.read_text(errors="replace")
+        if not found["Doggettx"].startswith("refused") or (found["sdp"].startswith("refused") and not old):
+            raise Failed(str(found))
+        return ", ".join(f"{name}: {what}" for name, what in found.items())
+
+    def _own_token(self) -> str:
+        """With the attention optimization in use: "kept" or "refused"."""
+        before = len(self.server.log.read_text(errors="replace"))
+        drawn, own = (self.make({**ON, "own_token": wanted}) for wanted in (False, True))
+        other(drawn.image, self.before["plain"], "without own tokens")
+        same(self.make({**ON, "own_token": True}).image, own.image, "own tokens again")
+        same(self.server.post("txt2img", {**BASE, "infotext": own.text}).image, own.image, "from its text")
+        refused = "queries do not keep their own tokens" in self.server.log.read_text(errors="replace")[before:]
+        if refused == ("ToMe own token: True" in own.text):
+            raise Failed(f"refused: {refused}, and the text is {own.text}")
+        if refused:
+            same(own.image, drawn.image, "own tokens, which were refused")
+            return "refused, not in the text"
+        other(own.image, drawn.image, "own tokens")
+        return f"kept, mean difference {mean(own.image, drawn.image):.1f}"
 
     def check_refiner(self) -> str:
         """A refiner of another configuration"""

@@ -139,6 +139,30 @@ def test_layers_that_do_not_pay_are_left_alone(monkeypatch, caplog):
     assert not torch.equal(models.run(unet), before)
 
 
+def test_the_models_own_block_is_timed_by_itself(monkeypatch):
+    """How long it takes the processor decides where steps wait for it; ToMe's hooks and others' do not run in it."""
+    from shared_tome import call
+
+    unet = models.sd15()
+    before, ran, found = models.run(unet), [], []
+
+    def verdict_on(grid, channels, heads, dtype, device, ours, attention, kernels, block):
+        x = torch.randn(2, grid[0] * grid[1], channels)
+        count = len(ran)
+        run = block(x)
+        assert run().shape == run().shape == x.shape and len(ran) == count
+        found.append(channels)
+        return call.Verdict(100.0, 50.0, 10.0, 900.0, 895.0)  # the processor is what a merged block waits for
+
+    monkeypatch.setattr(call, "measures", lambda config, grid, device: True)
+    monkeypatch.setattr(call, "verdict_on", verdict_on)
+    for block in served_blocks(unet):
+        block.ff.register_forward_pre_hook(lambda *_: ran.append(1))
+    shared_tome.apply_patch(unet, config=config())
+    assert torch.equal(models.run(unet), before)
+    assert len(found) == len(set(found)) > 1 and ran
+
+
 def reference(attn1, x, metric, grid, config):
     """Weighted, merged attention in float64, from the core's parts alone."""
     call = ModelCall(config, grid, x.device)
