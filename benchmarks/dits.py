@@ -189,5 +189,7 @@ class BlockClock:
             times = [self._between(*marks) for marks in self._marks[kind]]
             if len(times) != made:
                 raise RuntimeError(f"{len(times)} calls of {kind}, {made} were expected")
-            full += (depth - made) * sum(times) / made
+            # What a call sets up for all blocks is in its first one, once; that must not be taken for every block's.
+            later = times[1:] or times
+            full += (depth - made) * sum(later) / len(later)
         return total, full

@@ -33,8 +33,8 @@ def run_bare(block: nn.Module, x: Tensor) -> Callable[[], Any] | None:
         width = block.attn2.to_k.in_features
         made = _bare(block)
         names = inspect.signature(type(block).forward).parameters
-        context = {"encoder_hidden_states" if "encoder_hidden_states" in names else "context": x.new_zeros(1)}
-        context = {name: zero.expand(x.shape[0], _PROMPT, width) for name, zero in context.items()}
+        name = "encoder_hidden_states" if "encoder_hidden_states" in names else "context"
+        context = {name: x.new_zeros(x.shape[0], _PROMPT, width)}
 
         def run() -> Any:
             return made(x, **context)

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import dit_attention
+from benchmarks import dit_attention, dits
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_comfyui = pytest.mark.skipif(
@@ -115,3 +117,23 @@ def test_the_short_form_of_comfyuis_sampler(tmp_path):
     assert [row["variant"] for row in rows] == ["unmerged", "sample 0.75", "comfyui core 0.5", "limit"]
     assert all(row["step_ms"] > 0 and row["backend"] == "default" and row["steps"] == 1 for row in rows)
     assert len(out.read_text().splitlines()) == 5
+
+
+def test_what_a_call_sets_up_once_is_counted_once(monkeypatch):
+    """It stands in the first block; a real model has many more blocks, and no more of that."""
+    now = [0.0]
+
+    class Takes(torch.nn.Module):
+        def __init__(self, seconds):
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self):
+            now[0] += self.seconds
+
+    blocks = torch.nn.ModuleList([Takes(0.06), Takes(0.01)])
+    monkeypatch.setattr(dits, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setitem(dits.MODELS, "made up", SimpleNamespace(depths={"blocks": (2, 12)}))
+    model = SimpleNamespace(model=SimpleNamespace(diffusion_model=SimpleNamespace(blocks=blocks)))
+    clock = dits.BlockClock(model, "made up", torch.device("cpu"))
+    assert clock.time(lambda: [block() for block in blocks]) == pytest.approx((70.0, 170.0))
