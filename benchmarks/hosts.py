@@ -43,6 +43,8 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "sample 0.5": {"ratio": 0.5},
     "sample 0.75": {"ratio": 0.75},
     "sample 0.9375": {"ratio": 0.9375},
+    # The sampler is asked how far it is before each step: the GPU is waited for.
+    "sample 0.9375 from 0.1": {"ratio": 0.9375, "start": 0.1},
     "sample 0.75, own token": {"ratio": 0.75, "own_token": True},
     "sample 0.9375, own token": {"ratio": 0.9375, "own_token": True},
     "downsample 0.75": {"ratio": 0.75, "method": "downsample"},
