@@ -20,7 +20,6 @@ from torch import Tensor
 from shared_tome import ModelCall, ToMeConfig, attention, kernels, matching, own
 from shared_tome import call as call_module
 from shared_tome.curve import curve_order
-from shared_tome.joint import take_heads
 from shared_tome.noise import key
 from shared_tome.partition import partition
 from shared_tome.plan import group_counts, group_sum, take
@@ -206,11 +205,11 @@ def own_job(case: Case, heads: int) -> Job:
     from shared_tome.joined import KERNELS, attend_with_lse, choose_kernel
     from shared_tome.kernels.impl import own as own_kernel
 
-    plan = ModelCall(ToMeConfig(ratio=0.75, min_tokens=0), case.grid, case.x.device, seed=case.seed, step=case.step)
-    drawn = plan.plan(case.x, case.grid)
+    config = ToMeConfig(ratio=0.75, min_tokens=0, own_token=True)
+    drawn = ModelCall(config, case.grid, case.x.device, seed=case.seed, step=case.step).plan(case.x, case.grid)
     q, k, v = (case.x.roll(turn, 2).unflatten(-1, (heads, -1)).transpose(1, 2) for turn in range(3))
     kernel = choose_kernel(KERNELS, q.device, q.dtype, q.shape[-1])
-    out, lse = attend_with_lse(q, *(take_heads(x, drawn.choice) for x in (k, v)), kernel)
+    out, lse = attend_with_lse(q, *(own.take_turns(x, drawn.turns) for x in (k, v)), kernel)
     given = (q, k, v, out, lse + math.log(drawn.tokens / drawn.kept), drawn.owner, q.shape[-1] ** -0.5)
 
     def check(got: Tensor) -> str:

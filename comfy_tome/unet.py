@@ -100,11 +100,13 @@ def _layers_of(model: Any) -> list[tuple[int, int, int]]:
 
 
 def _find_layers(model: Any) -> list[tuple[int, int, int]]:
-    first = getattr(model, "model_channels", None)
-    levels = {first * mult: level for level, mult in reversed(list(enumerate(getattr(model, "channel_mult", ()))))}
+    """On every level that is as wide as the layer: SD 1.x has two of 1,280 channels."""
+    widths = [model.model_channels * mult for mult in getattr(model, "channel_mult", ())]
     attentions = (block.attn1 for block in model.modules() if hasattr(block, "attn1") and hasattr(block, "attn2"))
-    found = {(attention.to_q.in_features, attention.heads) for attention in attentions}
-    return [(levels[channels], channels, heads) for channels, heads in sorted(found) if channels in levels]
+    found = sorted({(attention.to_q.in_features, attention.heads) for attention in attentions})
+    return [
+        (level, width, heads) for channels, heads in found for level, width in enumerate(widths) if width == channels
+    ]
 
 
 def _run_block(model: Any, heads: int, x: Tensor) -> Callable[[], Any] | None:

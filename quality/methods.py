@@ -332,7 +332,7 @@ TEXTURE = (
     "sample 0.9375 to 0.5",
     "sample 0.5 to 0.9375",
     "downsample 4x4",
-    "sample 0.75, own token kept",
+    "sample 0.75, one draw, own token kept",
     "sample 0.75, lattice by layers, own token kept",
 )
 
@@ -414,7 +414,7 @@ def _sampling(c: Catalogue) -> None:
         ):
             sets = "sampling main" if make in (Independent, WalkLayers) else "sampling"
             c.add(sets, f"sample {ratio:g}, {word}", f"sample, {word}", ratio=ratio, make=make, timed=False)
-        c.sets["sampling"].append(sample_name(ratio, own=True))
+        c.sets["sampling"] += [f"sample {ratio:g}, one draw, {OWN}", sample_name(ratio, own=True)]
     for ratio in (0.6, 0.7, 0.8):
         c.add("sampling", f"sample {ratio:g}", "sample", ratio=ratio)
         c.add("sampling", f"sample {ratio:g}, unweighted", "sample, unweighted", ratio=ratio, proportional=False)
@@ -492,7 +492,7 @@ def _apart(c: Catalogue) -> None:
         for word, queries, heads, own in (
             ("heads apart", "same", True, False),
             ("queries apart", "apart", False, False),
-            (f"heads apart, {OWN}", "same", True, True),
+            (f"one draw, {OWN}", "same", False, True),  # without, heads draw apart: that is the core's own way
             (f"queries and heads apart, {OWN}", "apart", True, True),
             (f"queries apart, {OWN}", "apart", False, True),
             ("queries and heads apart", "apart", True, False),

@@ -261,7 +261,7 @@ PAIRS = (
     *(
         (f"sample {ratio}", f"sample {ratio}, {word}")
         for ratio in ("0.75", "0.9375")
-        for word in ("independent", "walk by layers", "walk by steps", "once a step", "once", "own token kept")
+        for word in ("independent", "walk by layers", "walk by steps", "once a step", "once", f"one draw, {OWN}", OWN)
     ),
 )
 

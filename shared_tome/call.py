@@ -26,6 +26,8 @@ from .schedule import serves_layer
 
 # Layers whose tokens are drawn in one go; no denoiser in use has more at a level that pays but SDXL's deepest.
 _DRAWN_AT_ONCE = 16
+# Different draws that heads have at most, where they draw apart.
+_TURNS = 16
 
 
 class ModelCall:
@@ -168,16 +170,20 @@ class ModelCall:
         kept = kept_count(tokens, int(tokens * self.config.ratio))
         if kept == tokens:
             return Plan(batch, tokens, tokens, self.seed.device)
+        # Heads that draw apart want the turns after the layer's own, as many as a run has.
+        turns = min(_TURNS, -(-tokens // kept)) if self.config.keeps_own else 1
         place = layer % _DRAWN_AT_ONCE
         if place == 0:
+            count = _DRAWN_AT_ONCE + turns - 1
             order = self._orders[grid] if grid in self._orders else curve_order(grid, self.seed.device)
-            drawn = kernels.draw(order, kept, self.seed, self.step, layer, _DRAWN_AT_ONCE)
+            drawn = kernels.draw(order, kept, self.seed, self.step, layer, count)
             if drawn is None:
                 if grid not in self._walks:
                     self._walks[grid] = walk_table(grid, kept, self.seed, order)
-                drawn = walk_rows(self._walks[grid], tokens, self.step, layer, _DRAWN_AT_ONCE)
+                drawn = walk_rows(self._walks[grid], tokens, self.step, layer, count)
             self._drawn[grid] = drawn
-        return SamplePlan(batch, grid, self._drawn[grid][place])
+        drawn = self._drawn[grid]
+        return SamplePlan(batch, grid, drawn[place], drawn[place : place + turns])
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, metric: Tensor | None = None, own: bool = False

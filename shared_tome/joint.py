@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .joined import Part, attend_in_parts, attend_in_parts_with_lse, choose_kernel
-from .own import keep_own
+from .own import keep_own, take_turns
 from .plan import Plan, spread_rows, take
 from .sampling import SamplePlan, run_lengths
 
@@ -148,17 +148,19 @@ def attend_joined(
     own: bool = False,
 ) -> Tensor | None:
     """JointCall.attend by one kernel; None where a part is not as it wants it: cuDNN takes no single key."""
-    index, end = plan.choice, start + plan.tokens  # (b, M)
+    end = start + plan.tokens
+    apart = own and isinstance(plan, SamplePlan)
+    index, chosen_of = (plan.turns, take_turns) if apart else (plan.choice, take_heads)  # (T, b, M) or (b, M)
     image = [x[:, :, start:end] for x in (k, v)]
     parts: list[Part] = []
     for places, weight in around.sizes:
-        chosen = index if places is None else index[:, places]
-        parts.append((*(take_heads(x, chosen) for x in image), weight))
-    ones = None if around.ones is None else index[:, around.ones]
+        chosen = index if places is None else index[..., places]
+        parts.append((*(chosen_of(x, chosen) for x in image), weight))
+    ones = None if around.ones is None else index[..., around.ones]
     others = []
     for x, of_image in zip((k, v), image, strict=True):
         pieces = [x[:, :, :start]] if start else []
-        pieces += [] if ones is None else [take_heads(of_image, ones)]
+        pieces += [] if ones is None else [chosen_of(of_image, ones)]
         pieces += [x[:, :, end:]] if end < x.shape[2] else []
         if pieces:
             others.append(pieces[0] if len(pieces) == 1 else _concatenate(pieces))
@@ -166,7 +168,7 @@ def attend_joined(
         parts.append((*others, 0.0))
     if any(part[0].shape[2] < (2 if kernel == "cudnn" else 1) for part in parts):
         return None
-    if not own or not isinstance(plan, SamplePlan):
+    if not apart:
         return attend_in_parts(q, parts, kernel, scale)
     out, lse = attend_in_parts_with_lse(q, parts, kernel, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

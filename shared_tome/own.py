@@ -7,6 +7,9 @@ needed to put one more key in for each query, and to let the token that stands f
     (exp(s) o + exp(q k_own) v_own - exp(q k_drawn) v_drawn) / (exp(s) + exp(q k_own) - exp(q k_drawn))
 
 A query whose own token is the drawn one gets o, bit for bit.
+
+As all tokens' keys are there, heads draw apart: head h takes what layer and step would draw h turns later. Their errors
+differ then, and what comes behind them takes the mean (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -18,13 +21,30 @@ from . import kernels
 from .plan import spread_rows
 
 
+def by_head(index: Tensor, batch: int, heads: int) -> Tensor:
+    """Lists [T, b, K] -> [batch, heads, K]: head h has the lists h % T, row i the list i % b."""
+    index = index.repeat(-(-heads // index.shape[0]), 1, 1)[:heads]  # (H, b, K)
+    return spread_rows(index.transpose(0, 1), batch)
+
+
+def take_turns(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens of x [B, H, L, d] by index [T, b, K], head h by its lists h % T -> [B, H, K, d]."""
+    taken = kernels.turns(x, index)
+    return _take_turns(x, index) if taken is None else taken
+
+
+def _take_turns(x: Tensor, index: Tensor) -> Tensor:
+    """The same in plain torch, the specification."""
+    return x.gather(2, by_head(index, *x.shape[:2])[..., None].expand(-1, -1, -1, x.shape[3]))
+
+
 def keep_own(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, owner: Tensor, scale: float) -> Tensor:
     """The attention with each query's own token among its keys.
 
     Args:
         q, k, v: [B, H, N, d] of all tokens. out: [B, H, N, d] and lse: [B, H, N], natural logarithm, of the attention
             to those that were drawn, each weighing as many as it stands for, and to whatever else shares the softmax.
-        owner: [b, N] int64, the token that stands for each. scale: of the logits.
+        owner: [T, b, N] int64, the token that stands for each, in head h by the list h % T. scale: of the logits.
     Returns:
         [B, H, N, d] in out's dtype.
     """
@@ -34,7 +54,7 @@ def keep_own(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, owner: T
 
 def _keep_own(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, owner: Tensor, scale: float) -> Tensor:
     """The same in plain torch, the specification."""
-    owner = spread_rows(owner, q.shape[0])[:, None, :, None]  # (B, 1, N, 1)
+    owner = by_head(owner, q.shape[0], q.shape[1])[..., None]  # (B, H, N, 1)
     index = owner.expand(k.shape)
     q, lse = q.float() * scale, lse.float()
     own = (q * k.float()).sum(-1) - lse  # (B, H, N)

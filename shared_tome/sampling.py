@@ -23,13 +23,17 @@ from .plan import Plan, spread_rows, take
 
 
 class SamplePlan(Plan):
-    """One token of each run; groups and sizes are worked out only when asked for."""
+    """One token of each run; groups and sizes are worked out only when asked for.
+
+    index: [b, M]. turns: [T, b, M], `index` and what comes after it in the walk, for heads that draw apart (own.py).
+    """
 
     is_identity = False
 
-    def __init__(self, batch: int, grid: Grid, index: Tensor):
+    def __init__(self, batch: int, grid: Grid, index: Tensor, turns: Tensor | None = None):
         super().__init__(batch, math.prod(grid), index.shape[1], index.device)
         self.grid, self._index = grid, index
+        self.turns = index[None] if turns is None else turns
         self.even = self.tokens % self.kept == 0
 
     @property
@@ -47,8 +51,8 @@ class SamplePlan(Plan):
 
     @property
     def owner(self) -> Tensor:
-        """[b, N]: the token that stands for each; b rows as the choice has."""
-        return self._index.index_select(1, run_of_token(self.grid, self.kept, self.device))
+        """[T, b, N]: the token that stands for each, turn by turn; b rows as the choice has."""
+        return self.turns.index_select(2, run_of_token(self.grid, self.kept, self.device))
 
     @property
     def sizes(self) -> Tensor:

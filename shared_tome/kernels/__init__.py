@@ -194,6 +194,13 @@ def widen_one(x: Tensor, bias: Tensor | None, room: int, kind: int) -> Tensor | 
     return _op("widen_one")(x, bias, room, kind) if x.dim() == 4 and _widens((x,), bias) else None
 
 
+def turns(x: Tensor, index: Tensor) -> Tensor | None:
+    """own.take_turns: x [B, H, L, d] and index [T, b, K] -> [B, H, K, d] in one launch. Not under torch.compile."""
+    if is_compiling() or x.dtype not in _DTYPES or index.numel() == 0 or not serves(x, index):
+        return None
+    return _op("turns")(x, index)
+
+
 def own(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, owner: Tensor, scale: float) -> Tensor | None:
     """own.keep_own in one launch. Not under torch.compile, which fuses it."""
     able = q.shape == k.shape == v.shape == out.shape and all(x.dtype == q.dtype for x in (k, v, out))

@@ -98,6 +98,7 @@ def test_a_model_of_which_nothing_pays_is_not_patched_once_that_is_known(sd15, t
     assert torch.equal(sample(merged, steps=3), plain)
     assert len(made) == 1 and len(kept) == 2  # the first step has measured
     forget_log()
+    caplog.clear()
     with caplog.at_level(logging.INFO, "ToMe"):
         assert torch.equal(sample(merged, steps=3), plain)
     assert len(made) == 1
@@ -112,6 +113,14 @@ def test_a_model_of_which_nothing_pays_is_not_patched_once_that_is_known(sd15, t
     assert len(made) == 5
     assert torch.equal(sample(tome(sd15, min_tokens=5000), steps=3), plain)  # nothing is large enough
     assert len(made) == 5
+
+
+def test_two_levels_of_one_width_are_both_looked_at(sd15):
+    """SD 1.x: levels 2 and 3 have 1,280 channels; named level 3 alone is not nothing."""
+    found = pack_module("unet")._find_layers(sd15.model.diffusion_model)
+    mult, first = (getattr(sd15.model.diffusion_model, name) for name in ("channel_mult", "model_channels"))
+    assert {(level, width) for level, width, _ in found} == {(level, first * x) for level, x in enumerate(mult)}
+    assert len({width for _, width, _ in found}) < len({level for level, *_ in found})
 
 
 def test_the_report_says_what_each_layer_saves(sd15, tome, judged, comfy_nodes):

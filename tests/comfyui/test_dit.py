@@ -377,4 +377,5 @@ def test_every_row_names_classes_that_are_there(comfy_nodes):
     built = {type(dit_host.small(name).model.diffusion_model).__qualname__ for name in SMALL}
     assert {name.rpartition(".")[2] for name in rows} - built == {
         "NextDiTPixelSpace", "AnimateWanModel", "WanDancerModel", "SCAIL2WanModel",
+        "AceStepConditionGenerationModel",  # test_dit_ace.py
     }  # fmt: skip

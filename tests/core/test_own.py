@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -12,13 +13,13 @@ from hypothesis import strategies as st
 from shared_tome import ModelCall, ToMeConfig, match_tokens
 from shared_tome.joined import attend_in_parts
 from shared_tome.joint import JointCall
-from shared_tome.own import keep_own
+from shared_tome.own import by_head, keep_own, take_turns
 from shared_tome.plan import take
 from shared_tome.sampling import SamplePlan
 
 from .helpers import config, tokens
 
-HEADS, D = 2, 16
+HEADS, D = 3, 16
 ROUNDINGS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 # Runs of one length, runs of two lengths of which few or many are odd, the longest runs, one row, a video.
 CASES = {
@@ -34,7 +35,16 @@ CASES = {
 }
 
 
+def drawn_apart(grid, ratio, batch=2, seed=3, step=4) -> SamplePlan:
+    """As hosts draw: other tokens for other heads."""
+    call = ModelCall(config(method="sample", ratio=ratio, own_token=True), grid, torch.device("cpu"), seed, step)
+    plan = call.plan(tokens(batch, grid, 1), grid)
+    assert isinstance(plan, SamplePlan) and len(plan.turns) == min(16, -(-plan.tokens // plan.kept)) > 1
+    return plan
+
+
 def drawn(grid, ratio, batch=2, seed=3, step=4) -> SamplePlan:
+    """One draw for all heads."""
     plan = match_tokens(tokens(batch, grid, 1), grid, config(method="sample", ratio=ratio), seed=seed, step=step)
     assert isinstance(plan, SamplePlan)
     return plan
@@ -50,24 +60,25 @@ def made(plan, around=(0, 0), dtype=torch.float32, spread=2.0):
 
 
 def weights(plan, start, length, own=True):
-    """[B, L, L]: how often each query (second) counts each key (last)."""
-    weight = torch.zeros(plan.batch, length, length, dtype=torch.float64)
-    weight[:, :, :start] = 1.0
-    weight[:, :, start + plan.tokens :] = 1.0
-    for row in range(plan.batch):
-        stands = plan.index[row][plan.groups[row]] + start  # (N,)
+    """[B, H, L, L]: how often each query (third) counts each key (last)."""
+    weight = torch.zeros(plan.batch, HEADS, length, length, dtype=torch.float64)
+    weight[..., :start] = 1.0
+    weight[..., start + plan.tokens :] = 1.0
+    for row, head in itertools.product(range(plan.batch), range(HEADS)):
+        turn = plan.turns[head % len(plan.turns)]
+        stands = turn[row % len(turn)][plan.groups[row]] + start  # (N,)
         for token, owner in enumerate(stands.tolist(), start=start):
-            weight[row, :, owner] += 1.0
+            weight[row, head, :, owner] += 1.0
             if own:
-                weight[row, token, token] += 1.0
-                weight[row, token, owner] -= 1.0
+                weight[row, head, token, token] += 1.0
+                weight[row, head, token, owner] -= 1.0
     return weight
 
 
 def truth(q, k, v, weight, scale=None):
     """[B, L, H, d] in float64."""
     q, k, v = (x.double() for x in (q, k, v))
-    logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale) + weight.log()[:, None]
+    logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale) + weight.log()
     return (logits.softmax(-1) @ v).transpose(1, 2)
 
 
@@ -86,9 +97,9 @@ def error(out, expected):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("around", [(0, 0), (7, 0), (0, 5), (3, 6)], ids=["alone", "text before", "behind", "both"])
-@pytest.mark.parametrize("scale", [None, 0.4])
-def test_against_float64(case, around, scale):
-    plan = drawn(*CASES[case])
+@pytest.mark.parametrize(("draws", "scale"), [(drawn, None), (drawn_apart, None), (drawn_apart, 0.4)])
+def test_against_float64(case, around, draws, scale):
+    plan = draws(*CASES[case])
     q, k, v = made(plan, around)
     out = joint().attend(q, k, v, around[0], plan, scale)
     weight = weights(plan, around[0], q.shape[2])
@@ -111,17 +122,18 @@ def test_half_precision(ratio, around):
     assert error(out, truth(q, k, v, weights(plan, around[0], q.shape[2]))) < ROUNDINGS[torch.bfloat16]
 
 
+@pytest.mark.parametrize("draws", [drawn, drawn_apart])
 @pytest.mark.parametrize("around", [(0, 0), (4, 3)])
 @pytest.mark.parametrize("ratio", [0.75, 0.6])
-def test_several_choices_in_a_batch(ratio, around):
+def test_several_choices_in_a_batch(ratio, around, draws):
     """Two pictures, prompted and unprompted: row i has the choice i % 2."""
-    plan = drawn((8, 8), ratio, batch=4, seed=torch.tensor([3, 8]))
-    assert plan.choice.shape[0] == plan.owner.shape[0] == 2 and not torch.equal(*plan.choice)
+    plan = draws((8, 8), ratio, batch=4, seed=torch.tensor([3, 8]))
+    assert plan.choice.shape[0] == plan.owner.shape[1] == 2 and not torch.equal(*plan.choice)
     q, k, v = made(plan, around)
     out = joint().attend(q, k, v, around[0], plan)
     assert error(out, truth(q, k, v, weights(plan, around[0], q.shape[2]))) < ROUNDINGS[torch.float32]
     for row, seed in enumerate((3, 8, 3, 8)):  # each as it is alone
-        one = drawn((8, 8), ratio, batch=1, seed=seed)
+        one = draws((8, 8), ratio, batch=1, seed=seed)
         alone = joint().attend(*(x[row : row + 1] for x in (q, k, v)), around[0], one)
         assert (out[row] - alone[0]).abs().max() < 1e-5
 
@@ -257,6 +269,33 @@ def test_which_configs_keep_own(changes):
     assert not ToMeConfig(own_token=False, **changes).keeps_own
 
 
+def test_heads_take_what_later_layers_would():
+    """Head h of a layer has the draw of the layer h further on; where runs are short it begins anew."""
+    call = ModelCall(config(method="sample", ratio=0.75, own_token=True), (8, 8), torch.device("cpu"), 3, 5)
+    plain = ModelCall(config(method="sample", ratio=0.75), (8, 8), torch.device("cpu"), 3, 5)
+    x = tokens(2, (8, 8), 1)
+    ours, theirs = ([one.plan(x, (8, 8)) for _ in range(22)] for one in (call, plain))  # beyond the 16 drawn at once
+    for layer, plan in enumerate(ours):
+        assert torch.equal(plan.choice, theirs[layer].choice) and len(theirs[layer].turns) == 1
+        for head in range(min(4, 22 - layer)):
+            assert torch.equal(plan.turns[head], theirs[layer + head].choice)
+        assert torch.equal(plan.turns.sort(0).values, ours[0].turns.sort(0).values)  # all four tokens of each cell
+    long = ModelCall(config(method="sample", ratio=63 / 64, own_token=True), (16, 16), torch.device("cpu"))
+    assert len(long.plan(tokens(1, (16, 16), 1), (16, 16)).turns) == 16  # of 64
+
+
+def test_lists_by_head():
+    index = torch.arange(12).reshape(2, 3, 2)  # two turns, three pictures, two tokens
+    found = by_head(index, 6, 5)
+    assert found.shape == (6, 5, 2)
+    for row, head in itertools.product(range(6), range(5)):
+        assert torch.equal(found[row, head], index[head % 2, row % 3])
+    x = torch.randn(6, 5, 12, 4)
+    assert torch.equal(take_turns(x, index), x.gather(2, found[..., None].expand(-1, -1, -1, 4)))
+    with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
+        take_turns(x[:4], index)
+
+
 sides = st.one_of(st.just(1), st.integers(1, 24))
 grids = st.one_of(st.tuples(sides, sides), st.tuples(st.integers(1, 5), st.integers(1, 8), st.integers(1, 8)))
 
@@ -268,7 +307,7 @@ def test_the_owner_is_the_token_that_stands_for_each(grid, ratio, rows):
     plan = match_tokens(x, grid, config(method="sample", ratio=ratio), seed=seed)
     if plan.is_identity:
         return
-    owner = plan.owner
+    (owner,) = plan.owner
     assert owner.shape == (rows, math.prod(grid)) and owner.dtype == torch.int64
     assert torch.equal(owner.repeat(4 // rows, 1), plan.index.gather(1, plan.groups))
     assert torch.equal(owner.gather(1, plan.choice), plan.choice)  # who stands for others stands for itself
@@ -277,4 +316,4 @@ def test_the_owner_is_the_token_that_stands_for_each(grid, ratio, rows):
 def test_a_plan_for_other_rows_is_refused():
     q, k, v = made(drawn((4, 4), 0.75, batch=4))
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
-        keep_own(q, k, v, q, q[..., 0], torch.zeros(3, 16, dtype=torch.int64), 1.0)
+        keep_own(q, k, v, q, q[..., 0], torch.zeros(1, 3, 16, dtype=torch.int64), 1.0)

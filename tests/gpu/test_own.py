@@ -7,8 +7,8 @@ import torch
 
 from shared_tome import ModelCall, ToMeConfig, kernels
 from shared_tome.joined import KERNELS, attend_with_lse, choose_kernel
-from shared_tome.joint import JointCall, take_heads
-from shared_tome.own import _keep_own
+from shared_tome.joint import JointCall
+from shared_tome.own import _keep_own, _take_turns, by_head, take_turns
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,19 +48,25 @@ def made(plan, heads, d, dtype, around=(0, 0)):
 
 
 def truth(q, k, v, plan, start=0):
-    """[B, L, H, d] in float64, a row at a time: each key as often as it counts for each query."""
+    """[B, L, H, d] in float64, a head at a time: each key as often as it counts for each query."""
     length, rows = q.shape[2], []
     image = torch.arange(plan.tokens, device="cuda") + start
     for row in range(q.shape[0]):
-        owner = plan.index[row][plan.groups[row]] + start  # (N,)
-        counts = torch.ones(length, dtype=torch.float64, device="cuda")
-        counts[image] = 0.0
-        counts.index_add_(0, owner, torch.ones_like(owner, dtype=torch.float64))
-        weight = counts.repeat(length, 1)
-        weight[image, image] += 1.0
-        weight[image, owner] -= 1.0
-        logits = q[row].double() @ k[row].double().transpose(-1, -2) * q.shape[-1] ** -0.5 + weight.log()
-        rows.append((logits.softmax(-1) @ v[row].double()).transpose(0, 1))
+        weights = []  # (L, L), by turn
+        for turn in plan.turns:
+            owner = turn[row % len(turn)][plan.groups[row]] + start  # (N,)
+            counts = torch.ones(length, dtype=torch.float64, device="cuda")
+            counts[image] = 0.0
+            counts.index_add_(0, owner, torch.ones_like(owner, dtype=torch.float64))
+            weight = counts.repeat(length, 1)
+            weight[image, image] += 1.0
+            weight[image, owner] -= 1.0
+            weights.append(weight.log())
+        heads = []
+        for head in range(q.shape[1]):
+            logits = q[row, head].double() @ k[row, head].double().T * q.shape[-1] ** -0.5
+            heads.append((logits + weights[head % len(weights)]).softmax(-1) @ v[row, head].double())
+        rows.append(torch.stack(heads, 1))
     return torch.stack(rows)
 
 
@@ -80,14 +86,15 @@ def test_three_ways(grid, heads, d, dtype, rows):
     """Kernel, the same dtype in plain torch, float64; all from the same attention to the drawn tokens."""
     plan = drawn(grid, batch=4, rows=rows)
     q, k, v = made(plan, heads, d, dtype)
-    key, value = (take_heads(x, plan.choice) for x in (k, v))
+    key, value = (_take_turns(x, plan.turns) for x in (k, v))
+    assert all(torch.equal(take_turns(x, plan.turns), one) for x, one in zip((k, v), (key, value), strict=True))
     logits = q.double() @ key.double().transpose(-1, -2) * d**-0.5 + plan.sizes[:, None, None].double().log()
     exact, lse = logits.softmax(-1) @ value.double(), logits.logsumexp(-1)
     out = exact.to(dtype)
     del logits
     given = (q, k, v, out, lse.float(), plan.owner, d**-0.5)
     kernel, plain = kernels.own(*given), _keep_own(*given)
-    place = plan.owner.repeat(4 // rows, 1)[:, None, :, None].expand(k.shape)
+    place = by_head(plan.owner, 4, heads)[..., None].expand(k.shape)
     own = ((q.double() * k.double()).sum(-1) * d**-0.5 - lse).exp()[..., None]
     other = ((q.double() * k.double().gather(2, place)).sum(-1) * d**-0.5 - lse).exp()[..., None]
     expected = (exact + own * v.double() - other * v.double().gather(2, place)) / (1 + own - other)
@@ -149,7 +156,8 @@ def test_a_layer_adds_five_launches(kernel, grid, heads, d):
         pytest.skip(f"this GPU or torch has no {kernel} kernel for heads of {d}")
     plan = drawn(grid)
     q, k, v = made(plan, heads, d, torch.float16)
-    key, value = (take_heads(x, plan.choice) for x in (k, v))
+    key, value = (_take_turns(x, plan.turns) for x in (k, v))
+    assert all(torch.equal(take_turns(x, plan.turns), one) for x, one in zip((k, v), (key, value), strict=True))
     joint = JointCall(True, (kernel,), never, own=True)
     attention = launches(lambda: attend_with_lse(q, key, value, kernel))
     assert 0 < attention < launches(lambda: joint.attend(q, k, v, 0, plan)) <= attention + 5

@@ -1,25 +1,27 @@
-"""The kernel of own tokens in Triton's interpreter, against plain torch. Started by test_interpreted.py."""
+"""The kernels of own tokens in Triton's interpreter, against plain torch. Started by test_interpreted.py."""
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
 import torch
 
-from shared_tome import ToMeConfig, kernels, match_tokens
+from shared_tome import ModelCall, ToMeConfig, kernels
 from shared_tome.joint import JointCall
-from shared_tome.own import _keep_own, keep_own
+from shared_tome.own import _keep_own, _take_turns, by_head, keep_own, take_turns
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
 from shared_tome.kernels.impl.own import launch_own
+from shared_tome.kernels.impl.turns import launch_turns
 
 from .interpreted import Launches
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Roundings of the largest value. The interpreter cuts bfloat16 off where a GPU rounds.
 ROUNDINGS = {torch.float32: 8, torch.float16: 1, torch.bfloat16: 2}
-HEADS = 2
+HEADS = 3
 
 
 @pytest.fixture(autouse=True)
@@ -45,14 +47,18 @@ LAYOUTS = {
 }
 
 
+def drawn(grid, ratio, rows=1, batch=4):
+    """A plan whose heads draw apart."""
+    seeds = torch.arange(rows) if rows > 1 else torch.tensor(7)
+    call = ModelCall(ToMeConfig(ratio=ratio, min_tokens=0, own_token=True), grid, torch.device("cpu"), seeds)
+    return call.plan(draw(batch, grid[0] * grid[1], 1, seed=9), grid)
+
+
 def made(grid, ratio, rows, d, dtype, layout="tokens first", batch=4):
     """q, k, v, out, lse, owner as attend_joined has them: lse in float32, of the drawn keys' weights."""
-    tokens = grid[0] * grid[1]
-    seeds = torch.arange(rows) if rows > 1 else torch.tensor(7)
-    given = ToMeConfig(ratio=ratio, min_tokens=0)
-    plan = match_tokens(draw(batch, tokens, 1, seed=9), grid, given, seed=seeds)
-    q, k, v = (LAYOUTS[layout](draw(batch, HEADS, tokens, d, seed=seed).to(dtype)) for seed in range(3))
-    place = plan.index[:, None, :, None].expand(-1, HEADS, -1, d)
+    plan = drawn(grid, ratio, rows, batch)
+    q, k, v = (LAYOUTS[layout](draw(batch, HEADS, plan.tokens, d, seed=seed).to(dtype)) for seed in range(3))
+    place = by_head(plan.turns, batch, HEADS)[..., None].expand(-1, -1, -1, d)
     keys, values = (x.float().gather(2, place) for x in (k, v))
     logits = q.float() @ keys.transpose(-1, -2) * d**-0.5 + plan.sizes[:, None, None].log()
     out, lse = (logits.softmax(-1) @ values).to(dtype), logits.logsumexp(-1)
@@ -70,7 +76,7 @@ def close(made, expected):
 @pytest.mark.parametrize(("grid", "ratio", "rows"), [((5, 7), 0.75, 1), ((8, 8), 0.75, 2), ((1, 67), 0.6, 4)])
 def test_equal_up_to_rounding(grid, ratio, rows, d, dtype):
     given = made(grid, ratio, rows, d, dtype)
-    assert given[-1].shape == (rows, grid[0] * grid[1])
+    assert given[-1].shape[1:] == (rows, grid[0] * grid[1]) and len(given[-1]) > 1
     before = [x.clone() for x in given]
     got, expected = launch_own(*given, d**-0.5), _keep_own(*given, d**-0.5)
     close(got, expected)
@@ -79,11 +85,25 @@ def test_equal_up_to_rounding(grid, ratio, rows, d, dtype):
     assert (expected.float() - given[3].float()).abs().max() > 0.1  # the counterpart
 
 
+@pytest.mark.parametrize(
+    ("layout", "dtype", "d"),
+    [*((layout, torch.float16, 40) for layout in LAYOUTS), *(("tokens first", dtype, 80) for dtype in DTYPES)],
+)
+@pytest.mark.parametrize(("grid", "ratio", "rows"), [((5, 7), 0.75, 1), ((8, 8), 0.9, 2)])
+def test_tokens_by_head_are_those_of_plain_torch(grid, ratio, rows, d, dtype, layout):
+    turns = drawn(grid, ratio, rows).turns
+    x = LAYOUTS[layout](draw(4, HEADS, grid[0] * grid[1], d, seed=1).to(dtype))
+    expected = _take_turns(x, turns)
+    assert len(turns) > 1 and not torch.equal(expected[:, 0], _take_turns(x, turns[:1])[:, 1])
+    assert torch.equal(launch_turns(x, turns), expected) and torch.equal(take_turns(x, turns), expected)
+    assert kernels._load()._fake_turns(x, turns).shape == expected.shape
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_who_stands_for_itself_keeps_its_output_bit_for_bit(dtype, rows):
     q, k, v, out, lse, owner = made((5, 7), 0.75, rows, 40, dtype)
-    stands = (owner == torch.arange(35)).repeat(4 // rows, 1)[:, None].expand(-1, HEADS, -1)
+    stands = by_head(owner, 4, HEADS) == torch.arange(35)
     assert 0 < stands.float().mean() < 0.5
     for run in (launch_own, _keep_own):
         got = run(q, k, v, out, lse, owner, 40**-0.5)
@@ -116,10 +136,10 @@ def test_extreme_logits(above, dtype):
     alone = q.clone()  # each token's key resembles its own query alone
     basis = torch.eye(64)[:16].expand(4, HEADS, -1, -1)
     alone, k = basis.to(dtype), (basis * above).to(dtype)
-    place = owner[0].unique()
-    sizes = torch.full((len(place),), 4.0)
-    logits = alone.float() @ k[:, :, place].float().transpose(-1, -2) + sizes.log()
-    out, lse = (logits.softmax(-1) @ v[:, :, place].float()).to(dtype), logits.logsumexp(-1)
+    place = drawn((4, 4), 0.75).turns
+    keys, values = (_take_turns(x, place).float() for x in (k, v))
+    logits = alone.float() @ keys.transpose(-1, -2) + math.log(4.0)
+    out, lse = (logits.softmax(-1) @ values).to(dtype), logits.logsumexp(-1)
     got, expected = (run(alone, k, v, out, lse, owner, 1.0) for run in (launch_own, _keep_own))
     close(got, expected)
     if above > 0:
@@ -129,7 +149,9 @@ def test_extreme_logits(above, dtype):
 def test_a_plan_for_other_rows_is_refused():
     q, k, v, out, lse, _ = made((5, 7), 0.75, 1, 8, torch.float32)
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
-        launch_own(q, k, v, out, lse, torch.zeros(3, 35, dtype=torch.int64), 1.0)
+        launch_own(q, k, v, out, lse, torch.zeros(1, 3, 35, dtype=torch.int64), 1.0)
+    with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
+        launch_turns(k, torch.zeros(2, 3, 5, dtype=torch.int64))
 
 
 def test_what_serves(monkeypatch):
@@ -154,13 +176,15 @@ def test_the_fake_has_the_kernels_shape_and_strides():
 @pytest.mark.parametrize("config", [(64, 1), (512, 2), (8192, 8)])
 def test_tiles_change_nothing(config):
     given = made((5, 7), 0.75, 1, 40, torch.float32)
+    turns = drawn((5, 7), 0.75).turns
+    assert torch.equal(launch_turns(given[1], turns, config), _take_turns(given[1], turns))
     close(launch_own(*given, 40**-0.5, config), _keep_own(*given, 40**-0.5))
 
 
 def test_a_layer_adds_five_launches(monkeypatch):
     """Keys, values, who stands for whom, the weight in the logarithm, and the kernel."""
     q, k, v, *_ = made((8, 8), 0.75, 1, 40, torch.float16)
-    plan = match_tokens(draw(4, 64, 1, seed=9), (8, 8), ToMeConfig(ratio=0.75, min_tokens=0), seed=torch.tensor(7))
+    plan = drawn((8, 8), 0.75)
     joint = JointCall(True, ("flash",), lambda *_: None, own=True)
     joint.attend(q, k, v, 0, plan)  # what all layers share
     with Launches(monkeypatch) as launches:
@@ -168,4 +192,4 @@ def test_a_layer_adds_five_launches(monkeypatch):
     views = {"alias"}
     attention = [name for name in launches.names if "attention" in name]
     ours = sorted(name for name in launches.names if "attention" not in name and name not in views)
-    assert len(attention) == 1 and ours == ["_gather_kernel", "_gather_kernel", "_own_kernel", "add", "index_select"]
+    assert len(attention) == 1 and ours == ["_own_kernel", "_turns_kernel", "_turns_kernel", "add", "index_select"]

@@ -90,13 +90,15 @@ def test_match(compiled, counts, first, dtype):
 def test_own(compiled, dtype, d):
     """Alone, and in a row with text before it, with one choice of tokens and with several."""
     from shared_tome.kernels.impl.own import launch_own
+    from shared_tome.kernels.impl.turns import launch_turns
 
     q, k, v, out = (torch.empty(2, 77 + 35, 3, d, dtype=dtype).transpose(1, 2)[:, :, 77:] for _ in range(4))
     lse = torch.empty(2, 3, 35)
     for rows in (1, 2):
-        made = launch_own(q, k, v, out, lse, torch.zeros(rows, 35, dtype=torch.int64), d**-0.5)
+        made = launch_own(q, k, v, out, lse, torch.zeros(4, rows, 35, dtype=torch.int64), d**-0.5)
         assert made.shape == (2, 3, 35, d)
-    assert compiled == ["_own_kernel"] * 2
+        assert launch_turns(k, torch.zeros(4, rows, 9, dtype=torch.int64)).shape == (2, 3, 9, d)
+    assert compiled == ["_own_kernel", "_turns_kernel"] * 2
 
 
 def test_the_rest(compiled):

@@ -114,15 +114,18 @@ def test_own_tokens_beside_text(ratio, dtype):
     found, plan = hooks.MergedJointAttention(run)(q, k, v, TEXT), plan_of(config, k)
     every = torch.arange(64) + TEXT
     for row in range(2):
-        stands = plan.index[row][plan.groups[row]] + TEXT
-        weight = torch.zeros(TEXT + 64, TEXT + 64, dtype=torch.float64)
-        weight[:, :TEXT] = 1.0
-        weight.index_add_(1, stands, torch.ones(TEXT + 64, 64, dtype=torch.float64))
-        weight[every, every] += 1.0
-        weight[every, stands] -= 1.0
-        logits = torch.einsum("qhd,khd->hqk", q[row], k[row]) / 8**0.5 + weight.log()
-        out = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v[row]).flatten(1)
-        torch.testing.assert_close(found[row], out, atol=1e-5, rtol=1e-5)
+        outs = []
+        for head in range(2):  # they draw apart
+            (index,) = plan.turns[head]
+            stands = index[plan.groups[row]] + TEXT
+            weight = torch.zeros(TEXT + 64, TEXT + 64, dtype=torch.float64)
+            weight[:, :TEXT] = 1.0
+            weight.index_add_(1, stands, torch.ones(TEXT + 64, 64, dtype=torch.float64))
+            weight[every, every] += 1.0
+            weight[every, stands] -= 1.0
+            logits = q[row, :, head] @ k[row, :, head].T / 8**0.5 + weight.log()
+            outs.append(logits.softmax(-1) @ v[row, :, head])
+        torch.testing.assert_close(found[row], torch.cat(outs, 1), atol=1e-5, rtol=1e-5)
     assert found.dtype == torch.float64
     assert run.cost == run.cost_all == (TEXT + plan.kept + 1) / (TEXT + 64)
 

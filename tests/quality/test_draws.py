@@ -12,6 +12,7 @@ from quality.guided import GuidedCells, MergedOnTop
 from quality.methods import CATALOGUE
 from shared_tome import ModelCall, ToMeConfig
 from shared_tome.curve import curve_order
+from shared_tome.joint import JointCall
 from shared_tome.matching import match_tokens
 
 GRID, TOKENS, HEADS, TEXT = (8, 8), 64, 2, 3
@@ -123,3 +124,13 @@ def test_queries_merged_on_top_of_sampled_keys():
 
 def test_the_catalogue_has_the_questions():
     assert len(CATALOGUE.sets["apart"]) == 2 + 2 * 9 and len(CATALOGUE.sets["guided"]) == 14
+
+
+@pytest.mark.parametrize("text", [0, TEXT])
+@pytest.mark.parametrize("ratio", [0.75, 0.9375])
+def test_heads_apart_with_own_tokens_is_what_the_core_does(ratio, text):
+    q, k, v = (normal(6, HEADS, text + TOKENS, 8, seed=seed) for seed in range(3))
+    call = ModelCall(level0(ratio=ratio, own_token=True), GRID, CPU, SEEDS, 2)
+    found = JointCall(True, ("flash",), print, own=True).attend(q, k, v, text, call.plan(k[:, 0, text:], GRID))
+    lab = Apart(level0(ratio=ratio), GRID, CPU, SEEDS, 2, "same", True, True)._sample(6, GRID, 0)
+    assert torch.allclose(found.transpose(1, 2), lab.attend(q, k, v, text), atol=1e-5)

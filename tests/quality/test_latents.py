@@ -334,10 +334,10 @@ def test_measure_end_to_end(model_file, tmp_path, monkeypatch) -> None:
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["variant"] for row in rows] == CATALOGUE.sets["few"] * 2
-    assert [row["sampler"] for row in rows] == ["ddim5@g5"] * 9 + ["inpaint5@g5"] * 9
+    assert [row["sampler"] for row in rows] == ["ddim5@g5"] * 10 + ["inpaint5@g5"] * 10
     assert tuple(rows[0]) == tuple(measure.COLUMNS)
     assert all(row["step_shape"] == "2x4x16x16" and row["fd_gap"] and row["commit"] == "abc" for row in rows)
-    assert len(made) == len(set(made)) == 18  # the reference is the unmerged row itself, and is kept
+    assert len(made) == len(set(made)) == 20  # the reference is the unmerged row itself, and is kept
 
 
 def test_a_judge_of_other_pictures_is_refused(model_file, tmp_path) -> None:

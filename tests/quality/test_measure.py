@@ -378,7 +378,8 @@ def test_a_hooked_layer_is_attention_among_the_merged_tokens(bench, options):
                 for part, layer in ((queries, attn.to_q), (tokens, attn.to_k), (tokens, attn.to_v))
             )
             if config.own_token:
-                heads.append(keeping_own(x[row], index, groups, sizes, q, attn, at))
+                drawn = plan.turns[head % len(plan.turns), 0]  # heads draw apart
+                heads.append(keeping_own(x[row], drawn, groups, sizes, q, attn, at))
                 continue
             heads.append((q @ k.T / 4 + sizes.log()).softmax(-1) @ v)
         expected = torch.cat(heads, dim=-1) @ attn.to_out[0].weight.T + attn.to_out[0].bias

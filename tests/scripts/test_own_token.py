@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 
 import pytest
@@ -26,17 +27,18 @@ def config(**options):
 def reference(q, k, v, plan, start=0):
     """[B, H, L, d] each -> the same, in float64 from the formula of weights; the image's tokens begin at `start`."""
     length, image = q.shape[2], slice(start, start + plan.tokens)
-    weight = torch.zeros(q.shape[0], length, length, dtype=torch.float64)
-    weight[:, :, : image.start] = weight[:, :, image.stop :] = 1.0
-    drawn = torch.zeros(q.shape[0], plan.tokens, dtype=torch.float64).scatter(1, plan.index, plan.sizes.double())
-    weight[:, :, image] = drawn[:, None]
+    weight = torch.zeros(*q.shape[:2], length, length, dtype=torch.float64)
+    weight[..., : image.start] = weight[..., image.stop :] = 1.0
     rows = torch.arange(plan.tokens)
-    owner = plan.index.gather(1, plan.groups) + start
-    for row in range(q.shape[0]):
-        weight[row, rows + start, rows + start] += 1.0
-        weight[row, rows + start, owner[row]] -= 1.0
+    for row, head in itertools.product(range(q.shape[0]), range(q.shape[1])):
+        turn = plan.turns[head % len(plan.turns)]  # heads draw apart
+        index = turn[row % len(turn)]
+        drawn = torch.zeros(plan.tokens, dtype=torch.float64).scatter(0, index, plan.sizes[row].double())
+        weight[row, head, :, image] = drawn
+        weight[row, head, rows + start, rows + start] += 1.0
+        weight[row, head, rows + start, index[plan.groups[row]] + start] -= 1.0
     logits = q.double() @ k.double().transpose(-1, -2) * q.shape[-1] ** -0.5
-    share = weight[:, None] * logits.exp()
+    share = weight * logits.exp()
     return share / share.sum(-1, keepdim=True) @ v.double()
 
 

@@ -19,6 +19,7 @@ from .nearest import launch_nearest
 from .own import launch_own
 from .select import launch_select
 from .split import launch_split
+from .turns import launch_turns
 from .widen import KEY, QUERY, launch_widen, launch_widen_one
 
 # Called where nothing is traced; each runs what stands in LAUNCH, or plain torch.
@@ -189,6 +190,16 @@ def _fake_widen_one(x, bias, room, kind):
     return x.new_empty((*x.shape[:-1], x.shape[-1] + room))
 
 
+def _plain_turns(x, index):
+    from ...own import _take_turns
+
+    return _take_turns(x, index)
+
+
+def _fake_turns(x, index):
+    return x.new_empty((*x.shape[:2], index.shape[2], x.shape[3]))
+
+
 def _plain_own(q, k, v, out, lse, owner, scale):
     from ...own import _keep_own
 
@@ -273,6 +284,7 @@ _operator(
     _plain_widen_one,
     _fake_widen_one,
 )
+_operator("turns", "Tensor x, Tensor index", "Tensor", launch_turns, _plain_turns, _fake_turns)
 _operator(
     "own",
     "Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor owner, float scale",

@@ -27,6 +27,7 @@ def _own_kernel(
     tokens,
     scale,
     owner_rows,
+    turns,
     q0,
     q1,
     q2,
@@ -54,7 +55,8 @@ def _own_kernel(
     token = token.to(tl.int64)
     channel = tl.arange(0, BLOCK)
     mask = valid[:, None] & (channel < HEAD)[None, :]
-    drawn = tl.load(owner + (batch % owner_rows) * tokens + token, mask=valid, other=0).to(tl.int64)
+    owner += ((head % turns) * owner_rows + batch % owner_rows) * tokens
+    drawn = tl.load(owner + token, mask=valid, other=0).to(tl.int64)
     key, value = k + batch * k0 + head * k1, v + batch * v0 + head * v1
     at = q + batch * q0 + head * q1 + token * q2
     query = tl.load(at[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32) * scale
@@ -88,12 +90,13 @@ def launch_own(
     """As own.keep_own; the result lies in memory as [B, N, H, d]."""
     q, k, v, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out))
     batch, heads, tokens, d = q.shape
-    if batch % owner.shape[0]:
-        raise ValueError(f"a plan for {owner.shape[0]} rows does not fit a batch of {batch}")
+    turns, rows = owner.shape[:2]
+    if batch % rows:
+        raise ValueError(f"a plan for {rows} rows does not fit a batch of {batch}")
     made = torch.empty((batch, tokens, heads, d), dtype=out.dtype, device=out.device)
     block = power_of_two(d)
-    rows = max(1, config[0] // block)
-    _own_kernel[(-(-tokens // rows), batch * heads)](
+    tile = max(1, config[0] // block)
+    _own_kernel[(-(-tokens // tile), batch * heads)](
         q,
         k,
         v,
@@ -104,7 +107,8 @@ def launch_own(
         heads,
         tokens,
         scale,
-        owner.shape[0],
+        rows,
+        turns,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
@@ -112,7 +116,7 @@ def launch_own(
         *lse.stride(),
         HEAD=d,
         BLOCK=block,
-        ROWS=rows,
+        ROWS=tile,
         num_warps=config[1],
     )
     return made.transpose(1, 2)
