@@ -433,7 +433,8 @@ def test_a_kernel_that_breaks_is_said_once(monkeypatch, caplog):
             match_tokens(x, (7, 9), CONFIG.replace(method="sample"), seed=1)
             attention.extend_heads(x[None], x[None], x[None], torch.ones(1, 1, 63))
             attention.extend_value(x[None])
-            head, zero = x[:, None], torch.zeros(1, 63, dtype=torch.int64)
+            head, zero = x[:, None], torch.zeros(1, 1, 63, dtype=torch.int64)
+            own.take_turns(head, zero)
             own.keep_own(head, head, head, head, torch.zeros(2, 1, 63), zero, 0.25)
             match_tokens(x, (1, 63), CONFIG.replace(partition="alternate", ratio=0.3), class_token=True)
     said = [record.getMessage() for record in caplog.records]
