@@ -32,7 +32,7 @@ from ..shared_tome.joint import JointCall
 from ..shared_tome.plan import spread_rows
 from ..shared_tome.record import CallRecord
 from ..shared_tome.report import CallTally
-from ..shared_tome.sdpa import Handler, HostAttention, SdpaHooks, attend_own, leave_left_modes
+from ..shared_tome.sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_own, leave_left_modes
 from .hooks import NotServed, served_blocks
 from .sampling import Sampling
 
@@ -203,7 +203,7 @@ class ForgeCall(UNetCall):
         return attend_own(self._joint, self._pending_own, self._missed_own, attention, q, k, v)
 
     def _missed_own(self) -> None:
-        self._own.say("an attention that does not meet as it was tried out is left alone")
+        self._own.say(NOT_AS_TRIED)
 
     def _grid(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple[int, int] | None:
         grid = grid_of(q.shape[1], self.call.full) if q.dim() == 3 else None

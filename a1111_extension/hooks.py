@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..shared_tome import ModelCall
@@ -20,9 +19,11 @@ from ..shared_tome.call import MergedAttention
 from ..shared_tome.grid import Grid, grid_of
 from ..shared_tome.heads import (
     find_rule,
+    head_size,
     meets_at_sdpa,
     narrow,
     served_blocks,
+    trial_dtype,
     why_not_own,
     widen_key,
     widen_query,
@@ -34,7 +35,7 @@ from ..shared_tome.joint import JointCall
 from ..shared_tome.plan import Plan, spread_rows
 from ..shared_tome.record import CallRecord
 from ..shared_tome.report import CallTally, why_not_served
-from ..shared_tome.sdpa import Handler, HostAttention, SdpaHooks, attend_own, leave_left_modes
+from ..shared_tome.sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_own, leave_left_modes
 from .sampling import Sampling
 
 # Those whose hooks are on a model. Not a registry to work with: it only serves to take off what a crash left on.
@@ -230,7 +231,7 @@ class _Block:
         """Whether the queries of this call of a layer keep their own tokens."""
         if self.owner.joint is None or not self.heads:
             return False
-        return self.owner.keeps_own(attn1, _head_size(attn1, self.heads, x), x)
+        return self.owner.keeps_own(attn1, head_size(attn1, self.heads, x), x)
 
     def _begin_own(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
         return None if self.own is None else self._attend_own
@@ -240,7 +241,7 @@ class _Block:
         return attend_own(self.owner.joint, self.own, self._missed_own, attention, q, k, v)
 
     def _missed_own(self) -> None:
-        self.owner.say("an attention that does not meet as it was tried out is left alone")
+        self.owner.say(NOT_AS_TRIED)
 
     def _grid(self, call: ModelCall, attn1: nn.Module, x: Any, context: Any) -> Grid | None:
         """The grid of this layer's tokens, or None where it is to be left alone."""
@@ -288,16 +289,16 @@ class _Block:
         """Get ready to widen the heads where keys have weights. Returns what attn1 gets as x."""
         if layer.bias is None or not self.heads:
             return layer.q
-        head_size = _head_size(attn1, self.heads, layer.q)
-        rule = self.owner.rule(attn1, head_size, layer.q)
+        d = head_size(attn1, self.heads, layer.q)
+        rule = self.owner.rule(attn1, d, layer.q)
         if rule is None:
             return layer.q
-        self.rule, self.head_size = rule, head_size
+        self.rule, self.head_size = rule, d
         self.bias = spread_rows(layer.bias, layer.k.shape[0])
         self.query = layer.q
         # The sdp code takes the head size from x's channels: it gets a stand-in of that shape (no memory), and
         # to_q gets the real one.
-        return layer.q.new_zeros(1, 1, 1).expand(*layer.q.shape[:2], width(self.heads, head_size))
+        return layer.q.new_zeros(1, 1, 1).expand(*layer.q.shape[:2], width(self.heads, d))
 
     def _before_query(self, module: nn.Module, args: tuple) -> tuple | None:
         query, self.query = self.query, None
@@ -346,15 +347,9 @@ def block_place(name: str) -> tuple[str, int]:
     return f"{found[1]} block {number}", int(part[1]) if part else 0
 
 
-def _head_size(attn1: nn.Module, heads: int, x: Tensor) -> int:
-    """d of a layer that is given x [B, N, C]."""
-    return getattr(attn1.to_q, "out_features", x.shape[-1]) // heads
-
-
 def _kind(attn1: nn.Module, d: int, x: Tensor) -> tuple:
     """What an attention code's behaviour hangs on: its forward, d, the device, a dtype to try it in."""
-    dtype = x.dtype if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
-    return _plain_forward(attn1), d, x.device, dtype
+    return _plain_forward(attn1), d, x.device, trial_dtype(x)
 
 
 def _hypertile(attn1: nn.Module) -> Any:

@@ -46,11 +46,11 @@ class UNetPatch:
         call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=step_of(options, x.device))
         compiled = is_compiled(executor, options)
         model = executor.class_obj.diffusion_model
-        if record is None and not compiled and self._leaves_alone(call, executor, x, options):
+        layers = _layers_of(model), _dtype_of(executor)
+        if record is None and not compiled and _leaves_alone(call, *layers, options):
             return executor(x, t, *args, **kwargs)
-        layers = (_layers_of(model), _dtype_of(executor)) if compiled else None
         told = None if record is None or record.run.compiled else record
-        patch = UNetCall(call, options, told, _host_attention(), layers, model)
+        patch = UNetCall(call, options, told, _host_attention(), layers if compiled else None, model)
         # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
         # transformer_options, so without this a compiled model would keep the patches it first saw.
         kwargs["tome"] = patch.key
@@ -60,17 +60,6 @@ class UNetPatch:
         if record is not None:
             record.end()
         return out
-
-    def _leaves_alone(self, call: ModelCall, executor: Any, x: Tensor, options: dict[str, Any]) -> bool:
-        """Whether no layer would be merged, by what is known of all of them: then the model runs as if ToMe were not
-        there. Its patches take the processor a millisecond a step, which shows where steps wait for it."""
-        layers = _layers_of(executor.class_obj.diffusion_model)
-        if not layers:
-            return False  # not a U-Net as they are known
-        reasons = call.left_alone(layers, _dtype_of(executor), _host_attention(), _kernels_of(options, x.device))
-        for grid, reason in (reasons or {}).items():
-            leave_alone(None, reason, f"layers of {grid[0]}x{grid[1]} tokens")
-        return reasons is not None
 
     def _config_now(self, options: dict[str, Any]) -> ToMeConfig:
         """The config of this call: this step's ratio, and one match for both halves only where they are alike."""
@@ -85,6 +74,19 @@ def _host_attention() -> Attention:
     from comfy.ldm.modules.attention import optimized_attention
 
     return optimized_attention
+
+
+def _leaves_alone(
+    call: ModelCall, layers: list[tuple[int, int, int]], dtype: torch.dtype, options: dict[str, Any]
+) -> bool:
+    """Whether no layer would be merged, by what is known of all of them: then the model runs as if ToMe were not there.
+    Its patches take the processor time, which shows where steps wait for it."""
+    if not layers:
+        return False  # not a U-Net as they are known
+    reasons = call.left_alone(layers, dtype, _host_attention(), _kernels_of(options, call.seed.device))
+    for grid, reason in (reasons or {}).items():
+        leave_alone(None, reason, f"layers of {grid[0]}x{grid[1]} tokens")
+    return reasons is not None
 
 
 # Walking through a model takes longer than a step may.

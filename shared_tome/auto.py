@@ -151,9 +151,7 @@ class Verdicts:
         None where measuring fails, which is said once and not tried again in this process.
         """
         with self._lock:
-            if self._known is None:
-                self._known = self._read()
-            if key not in self._known and key not in self._failed:
+            if self.known(key) is None and key not in self._failed:
                 try:
                     self._known[key] = measured()
                 except Exception as error:  # short of memory, or whatever a foreign attention raises

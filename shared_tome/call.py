@@ -7,7 +7,7 @@ by that call, so clones, threads and several samplers cannot mix.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -106,9 +106,8 @@ class ModelCall:
     ) -> None:
         """Measure before a compiled graph runs, in which nothing can be. layers: (level, channels, heads)."""
         self._waits = False
-        for level, channels, heads in layers:
-            grid = grid_at(self.full, level)
-            if self.serves(grid) and measures(self.config, grid, self.seed.device):
+        for grid, channels, heads in self._served_layers(layers):
+            if measures(self.config, grid, self.seed.device):
                 known = verdict_on(grid, channels, heads, dtype, self.seed.device, self.config, attention, kernels)
                 self._verdicts[grid, channels] = known
 
@@ -122,10 +121,8 @@ class ModelCall:
         """Why each grid's layers were found not to pay, where it is known before any of them runs that none of these
         layers will be merged: the host need not be patched for such a call. Else None. layers: as for look_ahead."""
         reasons: dict[Grid, str] = {}
-        for level, channels, heads in layers:
-            grid, device = grid_at(self.full, level), self.seed.device
-            if not self.serves(grid):
-                continue
+        device = self.seed.device
+        for grid, channels, heads in self._served_layers(layers):
             if not measures(self.config, grid, device):
                 return None
             known = known_on(grid, channels, heads, dtype, device, self.config, attention, kernels)
@@ -134,6 +131,13 @@ class ModelCall:
                 return None
             reasons[grid] = reason
         return reasons
+
+    def _served_layers(self, layers: Iterable[tuple[int, int, int]]) -> Iterator[tuple[Grid, int, int]]:
+        """(level, channels, heads) of layers -> (grid, channels, heads) of those that are served."""
+        for level, channels, heads in layers:
+            grid = grid_at(self.full, level)
+            if self.serves(grid):
+                yield grid, channels, heads
 
     @property
     def unpaid(self) -> tuple[tuple[Grid, int], ...]:

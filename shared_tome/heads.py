@@ -67,6 +67,16 @@ def width(heads: int, d: int) -> int:
     return heads * (d + extra_channels(d))
 
 
+def head_size(attention: nn.Module, heads: int, x: Tensor) -> int:
+    """d of a layer that is given x [B, N, C]."""
+    return getattr(attention.to_q, "out_features", x.shape[-1]) // heads
+
+
+def trial_dtype(x: Tensor) -> torch.dtype:
+    """What to try an attention code in that is given x."""
+    return x.dtype if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
+
+
 def find_rule(
     forward: Callable[..., Tensor],
     d: int,

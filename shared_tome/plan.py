@@ -143,14 +143,19 @@ class MergePlan(Plan):
         return bias if bias.shape[0] == 1 else spread_rows(bias, self.batch)
 
 
+def check_rows(rows: int, batch: int) -> None:
+    """Raises ValueError where lists of so many rows do not divide the batch."""
+    if batch % rows:
+        raise ValueError(f"a plan for {rows} rows does not fit a batch of {batch}")
+
+
 def spread_rows(rows: Tensor, batch: int) -> Tensor:
     """[b, ...] -> [batch, ...], row i from row i % b. Raises ValueError where b does not divide the batch."""
     if rows.shape[0] == batch:
         return rows
     if rows.shape[0] == 1:
         return rows.expand(batch, *rows.shape[1:])
-    if batch % rows.shape[0]:
-        raise ValueError(f"a plan for {rows.shape[0]} rows does not fit a batch of {batch}")
+    check_rows(rows.shape[0], batch)
     return rows.repeat(batch // rows.shape[0], *(1,) * (rows.dim() - 1))
 
 

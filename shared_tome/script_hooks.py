@@ -27,9 +27,11 @@ from .grid import Grid, grid_of
 from .heads import (
     PROJECTIONS,
     find_rule,
+    head_size,
     meets_at_sdpa,
     narrow,
     stand_in,
+    trial_dtype,
     why_not_own,
     widen_key,
     widen_query,
@@ -41,7 +43,7 @@ from .joint import JointCall
 from .plan import Plan, spread_rows
 from .schedule import config_at
 from .script_steps import Steps
-from .sdpa import Handler, HostAttention, SdpaHooks, attend_own, leave_left_modes
+from .sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_own, leave_left_modes
 
 logger = logging.getLogger("ToMe")
 
@@ -167,8 +169,7 @@ class Attachment(BaseAttachment):
         """Whether the layer's queries can keep their own tokens (heads.meets_at_sdpa), asked once for each."""
         if _compiles(self):
             return False
-        d = _inner(attn1, x) // attn1.heads
-        dtype = _trial_dtype(x)
+        d, dtype = head_size(attn1, attn1.heads, x), trial_dtype(x)
         forward = type(attn1).forward
         key = (forward, type(getattr(attn1, "processor", None)), attn1.heads, d, x.device, dtype)
 
@@ -184,7 +185,7 @@ class Attachment(BaseAttachment):
 
     def rule(self, attn1: nn.Module, d: int, x: Tensor) -> str | None:
         """How the layer's attention code scales (heads.find_rule), asked once for each."""
-        dtype = _trial_dtype(x)
+        dtype = trial_dtype(x)
         forward, names = type(attn1).forward, _names(attn1)
         key = (forward, type(getattr(attn1, "processor", None)), attn1.heads, d, x.device, dtype)
         if key not in self._rules:
@@ -306,7 +307,7 @@ class _Block:
         return attend_own(joint, plan, self._missed_own, attention, q, k, v)
 
     def _missed_own(self) -> None:
-        self.owner.say("an attention that does not meet as it was tried out is left alone")
+        self.owner.say(NOT_AS_TRIED)
 
     def _grid(self, x: Any, now: _Pass, attn1: nn.Module, own: bool = False) -> Grid | None:
         """The grid of this layer's tokens, or None where it is to be left alone."""
@@ -346,11 +347,11 @@ class _Block:
         if getattr(attn1, "fused_projections", False):
             self.owner.say("fused projections take no weights of keys; proportional attention is off")
             return
-        head_size = _inner(attn1, layer.q) // attn1.heads
-        rule = self.owner.rule(attn1, head_size, layer.q)
+        d = head_size(attn1, attn1.heads, layer.q)
+        rule = self.owner.rule(attn1, d, layer.q)
         if rule is not None:
             self._follow_projections(attn1)
-            now.rule, now.head_size = rule, head_size
+            now.rule, now.head_size = rule, d
             now.bias = spread_rows(layer.bias, layer.k.shape[0])
 
     def _follow_projections(self, attn1: nn.Module) -> None:
@@ -430,16 +431,6 @@ def _compiles(attachment: BaseAttachment) -> bool:
         return False
     attachment.say("under torch.compile queries do not keep their own tokens")
     return True
-
-
-def _inner(attn1: nn.Module, x: Tensor) -> int:
-    """H * d; x [B, N, C] is what it is given."""
-    return getattr(attn1.to_q, "out_features", x.shape[-1])
-
-
-def _trial_dtype(x: Tensor) -> torch.dtype:
-    """What to try an attention code in."""
-    return x.dtype if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
 
 
 def _names(attn1: nn.Module) -> tuple[str, str]:

@@ -23,6 +23,8 @@ from .plan import Plan
 _SDPA = F.scaled_dot_product_attention
 # handler(attention, q, k, v): attention(q, k, v, bias=None) is what the host meant to do.
 Handler = Callable[..., Tensor]
+# What adapters say where attend_own's missed() is called.
+NOT_AS_TRIED = "an attention that does not meet as it was tried out is left alone"
 
 
 class AroundSdpa(TorchFunctionMode):

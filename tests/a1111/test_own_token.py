@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
+from own_weights import counts
 from torch.overrides import _get_current_function_mode_stack
 
 from . import models, variants
@@ -46,15 +45,7 @@ def _reference(tome, attn1, x, grid, config, seeds):
         (x.double() @ w.weight.double().T).unflatten(-1, (attn1.heads, -1)).transpose(1, 2)
         for w in (attn1.to_q, attn1.to_k, attn1.to_v)
     )
-    weight = torch.zeros(*q.shape[:2], plan.tokens, plan.tokens, dtype=torch.float64)
-    rows = torch.arange(plan.tokens)
-    for row, head in itertools.product(range(q.shape[0]), range(q.shape[1])):
-        turn = plan.turns[head % len(plan.turns)]  # heads draw apart
-        index = turn[row % len(turn)]
-        weight[row, head, :, index] = plan.sizes[row].double()
-        weight[row, head, rows, rows] += 1.0
-        weight[row, head, rows, index[plan.groups[row]]] -= 1.0
-    share = weight * (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).exp()
+    share = counts(plan, attn1.heads) * (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).exp()
     out = (share / share.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2)
     return out @ attn1.to_out[0].weight.double().T + attn1.to_out[0].bias.double()
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 
 import pytest
 import torch
+from own_weights import counts
 
 from . import dit_host
 from .host import forget_log, run_node, sample, small_unet, tokens, watch
@@ -15,16 +15,7 @@ from .host import forget_log, run_node, sample, small_unet, tokens, watch
 def reference(q, k, v, heads, plan):
     """[B, N, H * d] each -> the same, in float64 from the formula of weights."""
     q, k, v = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    count = q.shape[2]
-    weight = torch.zeros(q.shape[0], heads, count, count, dtype=torch.float64)
-    rows = torch.arange(count)
-    for row, head in itertools.product(range(q.shape[0]), range(heads)):
-        turn = plan.turns[head % len(plan.turns)]  # heads draw apart
-        index = turn[row % len(turn)]
-        weight[row, head, :, index] = plan.sizes[row].double()
-        weight[row, head, rows, rows] += 1.0
-        weight[row, head, rows, index[plan.groups[row]]] -= 1.0
-    share = weight * (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).exp()
+    share = counts(plan, heads) * (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).exp()
     return ((share / share.sum(-1, keepdim=True)) @ v).transpose(1, 2).flatten(2)
 
 

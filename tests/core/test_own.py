@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from own_weights import counts
 
 from shared_tome import ModelCall, ToMeConfig, match_tokens
 from shared_tome.joined import attend_in_parts
@@ -59,22 +60,6 @@ def made(plan, around=(0, 0), dtype=torch.float32, spread=2.0):
     return [x.unflatten(-1, (HEADS, D)).transpose(1, 2) for x in (q * spread, k, v)]
 
 
-def weights(plan, start, length, own=True):
-    """[B, H, L, L]: how often each query (third) counts each key (last)."""
-    weight = torch.zeros(plan.batch, HEADS, length, length, dtype=torch.float64)
-    weight[..., :start] = 1.0
-    weight[..., start + plan.tokens :] = 1.0
-    for row, head in itertools.product(range(plan.batch), range(HEADS)):
-        turn = plan.turns[head % len(plan.turns)]
-        stands = turn[row % len(turn)][plan.groups[row]] + start  # (N,)
-        for token, owner in enumerate(stands.tolist(), start=start):
-            weight[row, head, :, owner] += 1.0
-            if own:
-                weight[row, head, token, token] += 1.0
-                weight[row, head, token, owner] -= 1.0
-    return weight
-
-
 def truth(q, k, v, weight, scale=None):
     """[B, L, H, d] in float64."""
     q, k, v = (x.double() for x in (q, k, v))
@@ -102,11 +87,11 @@ def test_against_float64(case, around, draws, scale):
     plan = draws(*CASES[case])
     q, k, v = made(plan, around)
     out = joint().attend(q, k, v, around[0], plan, scale)
-    weight = weights(plan, around[0], q.shape[2])
+    weight = counts(plan, HEADS, around[0], q.shape[2])
     assert (weight.sum(-1) == q.shape[2]).all()  # each token of the row counts once, by itself or by another
     assert error(out, truth(q, k, v, weight, scale)) < ROUNDINGS[torch.float32]
     # The counterpart: without its own token a query sees something else; text is not the image's and sees the same.
-    other = truth(q, k, v, weights(plan, around[0], q.shape[2], own=False), scale)
+    other = truth(q, k, v, counts(plan, HEADS, around[0], q.shape[2], own=False), scale)
     assert error(out, other) > 0.01
     text = torch.cat((out[:, : around[0]], out[:, around[0] + plan.tokens :]), 1).double()
     assert torch.allclose(text, torch.cat((other[:, : around[0]], other[:, around[0] + plan.tokens :]), 1), atol=1e-5)
@@ -119,7 +104,7 @@ def test_half_precision(ratio, around):
     q, k, v = made(plan, around, torch.bfloat16)
     out = joint().attend(q, k, v, around[0], plan)
     assert out.dtype == torch.bfloat16
-    assert error(out, truth(q, k, v, weights(plan, around[0], q.shape[2]))) < ROUNDINGS[torch.bfloat16]
+    assert error(out, truth(q, k, v, counts(plan, HEADS, around[0], q.shape[2]))) < ROUNDINGS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("draws", [drawn, drawn_apart])
@@ -131,7 +116,7 @@ def test_several_choices_in_a_batch(ratio, around, draws):
     assert plan.choice.shape[0] == plan.owner.shape[1] == 2 and not torch.equal(*plan.choice)
     q, k, v = made(plan, around)
     out = joint().attend(q, k, v, around[0], plan)
-    assert error(out, truth(q, k, v, weights(plan, around[0], q.shape[2]))) < ROUNDINGS[torch.float32]
+    assert error(out, truth(q, k, v, counts(plan, HEADS, around[0], q.shape[2]))) < ROUNDINGS[torch.float32]
     for row, seed in enumerate((3, 8, 3, 8)):  # each as it is alone
         one = draws((8, 8), ratio, batch=1, seed=seed)
         alone = joint().attend(*(x[row : row + 1] for x in (q, k, v)), around[0], one)
@@ -151,7 +136,7 @@ def test_memory_order_changes_nothing(layout, around, seed):
         q, k, v = torch.cat([x.transpose(1, 2) for x in given], -1).transpose(1, 2).split(D, -1)
     before = [x.clone() for x in (q, k, v)]
     out = joint().attend(q, k, v, around[0], plan)
-    assert error(out, truth(*given, weights(plan, around[0], q.shape[2]))) < ROUNDINGS[torch.float32]
+    assert error(out, truth(*given, counts(plan, HEADS, around[0], q.shape[2]))) < ROUNDINGS[torch.float32]
     assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True))
 
 
@@ -166,7 +151,7 @@ def test_extreme_logits(dtype, above, ratio, around):
     k, v = (torch.eye(length) * above).expand(2, HEADS, -1, -1).to(dtype), made(plan, around, dtype)[2]
     v = torch.cat((v, v), -1)[..., :length]
     out = joint().attend(q, k, v, around[0], plan, 1.0)
-    expected = truth(q, k, v, weights(plan, around[0], length), 1.0)
+    expected = truth(q, k, v, counts(plan, HEADS, around[0], length), 1.0)
     assert error(out, expected) < ROUNDINGS[dtype]
     if above > 0:
         image = slice(around[0], around[0] + 16)

@@ -7,6 +7,8 @@ import torch
 
 from shared_tome import METHODS, ModelCall, ToMeConfig, match_tokens
 
+from .helpers import captured
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine"),
@@ -77,13 +79,7 @@ def test_no_synchronisation_and_a_cuda_graph(method):
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, replayed = captured(run)
     step.fill_(3)
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(replayed, run(), strict=True))

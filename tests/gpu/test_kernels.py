@@ -16,6 +16,8 @@ from shared_tome.partition import partition
 from shared_tome.plan import group_counts, group_sum, take
 from shared_tome.sampling import walk_rows, walk_table
 
+from .helpers import captured, launches
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine"),
@@ -227,16 +229,6 @@ def test_widen_is_equal_bit_for_bit(d, rows, dtype):
             assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
 
 
-def launches(call):
-    """How many kernels and memory operations one call starts on the GPU."""
-    call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
-
-
 @pytest.mark.parametrize("batch", [2, 4])
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_a_merged_layer_is_five_launches(size, batch):
@@ -294,18 +286,12 @@ def test_a_captured_graph_follows_step_and_seed():
             made += [merged.unmerge(merged.q), merged.k]
         return made
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, replayed = captured(run)
     for _ in range(2):
         step.add_(3)
         seed.add_(2**33 + 1)
         graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(replayed, run(), strict=True))
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ from shared_tome.joined import KERNELS, attend_with_lse, choose_kernel
 from shared_tome.joint import JointCall
 from shared_tome.own import _keep_own, _take_turns, by_head, take_turns
 
+from .helpers import captured, launches
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine"),
@@ -137,17 +139,6 @@ def test_extreme_logits(kernel, dtype, above):
         assert error(out, v.transpose(1, 2).double()) < 2 * torch.finfo(dtype).eps
 
 
-def launches(call):
-    """How many kernels and memory operations one call starts on the GPU."""
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize(("grid", "heads", "d"), [((64, 64), 8, 40), ((64, 64), 10, 64)])
 def test_a_layer_adds_five_launches(kernel, grid, heads, d):
@@ -176,21 +167,15 @@ def test_a_graph_follows_the_step_and_the_seed():
         joint = JointCall(True, order, never, own=True)
         return [joint.attend(q, k, v, 0, call.attention(x, x, x, grid, own=True).plan) for _ in range(3)]
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, replayed = captured(run)
     before = None
     for _ in range(2):
         step.add_(3)
         seed.add_(2**33 + 1)
         graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
-        assert before is None or not torch.equal(before, captured[0])
-        before = captured[0].clone()
+        assert all(torch.equal(a, b) for a, b in zip(replayed, run(), strict=True))
+        assert before is None or not torch.equal(before, replayed[0])
+        before = replayed[0].clone()
 
 
 @pytest.mark.slow

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from shared_tome.script_hooks import served_blocks
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed, see requirements/test.txt")
 
@@ -64,6 +67,33 @@ def run(unet: nn.Module, height: int = 16, width: int = 20, timestep: Any = 500,
         kwargs["added_cond_kwargs"] = {"text_embeds": noise(batch, 16, seed=3), "time_ids": noise(batch, 6, seed=4)}
     x, context = noise(batch, 4, height, width, seed=1), noise(batch, 7, 16, seed=2)
     return unet(x, timestep, encoder_hidden_states=context, **kwargs).sample
+
+
+def check_threads(unet: nn.Module, parts: Any) -> None:
+    """Two calls of different sizes that are in the same parts of each block at once come out as each alone.
+
+    parts: of a block, the modules at which they wait for each other.
+    """
+    sizes, found = [(16, 20), (8, 24)], {}
+    wanted = {size: run(unet, *size) for size in sizes}
+    barrier = threading.Barrier(2, timeout=20)
+
+    def meet(module: nn.Module, args: tuple) -> None:
+        barrier.wait()
+
+    for block in served_blocks(unet):
+        for part in parts(block):
+            part.register_forward_pre_hook(meet)
+
+    def work(size: tuple[int, int]) -> None:
+        found[size] = run(unet, *size)
+
+    threads = [threading.Thread(target=work, args=(size,)) for size in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 and all(torch.equal(found[size], wanted[size]) for size in sizes)
 
 
 def pipeline(unet: nn.Module | None = None) -> Any:

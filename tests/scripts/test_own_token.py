@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from own_weights import counts
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import shared_tome
@@ -26,19 +25,8 @@ def config(**options):
 
 def reference(q, k, v, plan, start=0):
     """[B, H, L, d] each -> the same, in float64 from the formula of weights; the image's tokens begin at `start`."""
-    length, image = q.shape[2], slice(start, start + plan.tokens)
-    weight = torch.zeros(*q.shape[:2], length, length, dtype=torch.float64)
-    weight[..., : image.start] = weight[..., image.stop :] = 1.0
-    rows = torch.arange(plan.tokens)
-    for row, head in itertools.product(range(q.shape[0]), range(q.shape[1])):
-        turn = plan.turns[head % len(plan.turns)]  # heads draw apart
-        index = turn[row % len(turn)]
-        drawn = torch.zeros(plan.tokens, dtype=torch.float64).scatter(0, index, plan.sizes[row].double())
-        weight[row, head, :, image] = drawn
-        weight[row, head, rows + start, rows + start] += 1.0
-        weight[row, head, rows + start, index[plan.groups[row]] + start] -= 1.0
     logits = q.double() @ k.double().transpose(-1, -2) * q.shape[-1] ** -0.5
-    share = weight * logits.exp()
+    share = counts(plan, q.shape[1], start, q.shape[2]) * logits.exp()
     return share / share.sum(-1, keepdim=True) @ v.double()
 
 
@@ -282,22 +270,7 @@ def test_threads_do_not_mix():
     """Two calls that are in the same attention at the same time, each with its own grid."""
     unet = models.sd15()
     shared_tome.apply_patch(unet, config=config())
-    sizes, found = [(16, 20), (8, 24)], {}
-    wanted = {size: models.run(unet, *size) for size in sizes}
-    barrier = threading.Barrier(2, timeout=20)
-    for block in served_blocks(unet):
-        for part in (block.attn1.to_q, block.attn1.to_out[0]):
-            part.register_forward_pre_hook(lambda module, args: (barrier.wait(), None)[1])
-
-    def work(size):
-        found[size] = models.run(unet, *size)
-
-    threads = [threading.Thread(target=work, args=(size,)) for size in sizes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 2 and all(torch.equal(found[size], wanted[size]) for size in sizes)
+    models.check_threads(unet, lambda block: (block.attn1.to_q, block.attn1.to_out[0]))
 
 
 def test_under_torch_compile_queries_do_not_keep_them(caplog):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -305,26 +304,7 @@ def test_threads_do_not_mix():
     """Two calls that are in the same blocks at the same time, each with its own grid."""
     unet = models.sd15()
     shared_tome.apply_patch(unet, config=config(method="merge"))
-    sizes, found = [(16, 20), (8, 24)], {}
-    wanted = {size: models.run(unet, *size) for size in sizes}
-    barrier = threading.Barrier(2, timeout=20)
-
-    def meet(module, args):
-        barrier.wait()
-
-    for block in served_blocks(unet):
-        for part in (block.attn1.to_q, block.attn2):
-            part.register_forward_pre_hook(meet)
-
-    def work(size):
-        found[size] = models.run(unet, *size)
-
-    threads = [threading.Thread(target=work, args=(size,)) for size in sizes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 2 and all(torch.equal(found[size], wanted[size]) for size in sizes)
+    models.check_threads(unet, lambda block: (block.attn1.to_q, block.attn2))
 
 
 def test_a_self_attention_with_a_mask_is_left_alone(caplog):

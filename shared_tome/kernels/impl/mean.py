@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...plan import check_rows
 from .compiler import channel_block, power_of_two, tl, triton
 
 # (rows of a program, most channels of a program, warps). On an H200, 4,096, 16,384 and 65,536 x 320 tokens, float16:
@@ -152,8 +153,7 @@ def launch_mean(
     """
     rows, widest, warps = config
     batch, tokens, channels = x.shape
-    if batch % index.shape[0]:
-        raise ValueError(f"a plan for {index.shape[0]} rows does not fit a batch of {batch}")
+    check_rows(index.shape[0], batch)
     kept = index.shape[1]
     rows = min(rows, power_of_two(kept))
     block = channel_block(channels, widest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...plan import check_rows
 from .compiler import power_of_two, tl, triton
 
 # Elements of a program, warps. Not tuned.
@@ -91,8 +92,7 @@ def launch_own(
     q, k, v, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out))
     batch, heads, tokens, d = q.shape
     turns, rows = owner.shape[:2]
-    if batch % rows:
-        raise ValueError(f"a plan for {rows} rows does not fit a batch of {batch}")
+    check_rows(rows, batch)
     made = torch.empty((batch, tokens, heads, d), dtype=out.dtype, device=out.device)
     block = power_of_two(d)
     tile = max(1, config[0] // block)

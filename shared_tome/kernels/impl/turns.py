@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...plan import check_rows
 from .compiler import power_of_two, tl, triton
 
 # Elements of a program, warps. Not tuned.
@@ -50,8 +51,7 @@ def launch_turns(x: Tensor, index: Tensor, config: tuple[int, int] = _CONFIG) ->
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, heads, _, d = x.shape
     turns, rows, count = index.shape
-    if batch % rows:
-        raise ValueError(f"a plan for {rows} rows does not fit a batch of {batch}")
+    check_rows(rows, batch)
     out = torch.empty((batch, heads, count, d), dtype=x.dtype, device=x.device)
     block = power_of_two(d)
     tile = max(1, config[0] // block)
