@@ -2,10 +2,11 @@
 
 A transformer's attention to image and text where the image's keys are sampled: each of them stands for several tokens
 and must weigh as much. Ways: "joined" attends to image and text in two calls and joins them by their log-sum-exps (what
-ToMe does where it can), "channels" adds channels to the heads (128 become 136; what it does elsewhere), "mask" adds the
-weights as a mask, "unweighted" leaves them out: wrong, and the floor. "full" attends to all tokens. Queries are the
-same in all; what is drawn and gathered is not counted. `error` is the largest difference to float64 on the first
-queries, of the largest value.
+ToMe does with cuDNN), "at once" adds the weights in a kernel of ToMe's (what it does in place of torch's other
+kernels), "channels" adds channels to the heads (128 become 136; elsewhere), "mask" adds the weights as a mask,
+"unweighted" leaves them out: wrong, and the floor. "full" attends to all tokens. Queries are the same in all; what is
+drawn and gathered is not counted. `error` is the largest difference to float64 on the first queries, of the largest
+value.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from shared_tome.attention import attend
+from shared_tome.attention import attend, attend_wider
 from shared_tome.joined import attend_in_parts, choose_kernel
 
 from .common import (
@@ -50,7 +51,7 @@ SHAPES = {
     "tiny": (96, 7, 2),
 }
 RATIOS = (0.75, 0.9375)
-WAYS = ("full", "unweighted", "channels", "joined", "mask")
+WAYS = ("full", "unweighted", "channels", "joined", "at once", "mask")
 KEYS = ("shape", "backend", "dtype", "ratio", "way")
 
 
@@ -93,8 +94,9 @@ def ways(shape: str, ratio: float, args: argparse.Namespace) -> dict[str, tuple[
     return {
         "full": (lambda: attention(q, all_k, all_v), None),
         "unweighted": (lambda: attention(q, k, v), None),
-        "channels": (lambda: attend(q, k, v, bias), wanted),
+        "channels": (lambda: attend_wider(q, k, v, bias, d**-0.5), wanted),
         "joined": (lambda: joined(q, k, v, kept, weight, args.backend), wanted),
+        "at once": (lambda: attend(q, k, v, bias), wanted),
         "mask": (lambda: attention(q, k, v, attn_mask=mask), wanted),
     }
 

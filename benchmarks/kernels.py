@@ -183,6 +183,9 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
     heads = 8 if case.channels == 320 else case.channels // 64
     yield own_job(case, heads)
 
+    if case.channels // heads == 64:
+        yield attend_job(y, case.sizes.log(), heads)
+
     # As attend_tokens hands them over: 8 heads in SD1.5, heads of 64 in SDXL.
     parts = (y.unflatten(-1, (heads, -1)),) * 3
     bias, room = case.sizes.log()[:, :, None], attention.extra_channels(parts[0].shape[-1])
@@ -198,6 +201,25 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
         in_torch,
         lambda got: "" if all(torch.equal(a, b) for a, b in zip(got, in_torch(), strict=True)) else "NOT EQUAL",
     )
+
+
+def attend_job(y: Tensor, bias: Tensor, heads: int) -> Job:
+    """Merged tokens attend to each other, each weighing as many as it stands for; plain: by further channels."""
+    from shared_tome.kernels.impl.attend import launch_attend
+
+    q, k, v = (y.roll(turn, 2).unflatten(-1, (heads, -1)).transpose(1, 2) for turn in range(3))
+    scale = q.shape[-1] ** -0.5
+
+    def plain() -> Tensor:
+        return attention.attend_wider(q, k, v, bias, scale)
+
+    def check(got: Tensor) -> str:
+        wide = [x.double() for x in (q[:, :1, :256], k[:, :1], v[:, :1])]
+        exact = (wide[0] @ wide[1].mT * scale + bias[:, None, None].double()).softmax(-1) @ wide[2]
+        here, there = (float((made[:, :1, :256].double() - exact).abs().max()) for made in (got, plain()))
+        return ("" if here <= 1.5 * there else "WORSE THAN TORCH ") + f"{here:.1e} (torch {there:.1e})"
+
+    return "attend", "", lambda: launch_attend(q, k, v, bias, scale), plain, check
 
 
 def own_job(case: Case, heads: int) -> Job:

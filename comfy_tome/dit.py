@@ -23,7 +23,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..shared_tome import ModelCall, ToMeConfig
+from ..shared_tome import ModelCall, ToMeConfig, kernels
 from ..shared_tome.attention import extend_heads, extra_channels
 from ..shared_tome.auto import Verdict, compared, known_or_measured, measures
 from ..shared_tome.curve import is_compiling
@@ -168,11 +168,11 @@ class DiTCall:
         self._unpaid: dict[tuple, str | None] | None = {} if judges else None
         self._record = record
         self._override = options.get("optimized_attention_override")
-        kernels = kernel_order(call.seed.device) if self._override is None else ()
-        self._joint = JointCall(self._weighs, kernels, say_once, call.config.keeps_own)
+        order = kernel_order(call.seed.device) if self._override is None else ()
+        self._joint = JointCall(self._weighs, order, say_once, call.config.keeps_own)
         # What is done must stand in a guard of its own, as in unet.py: all that a compiled graph takes for granted.
         # The seed is a tensor and so one of its inputs.
-        self.key = repr((config_key(call.config), layout, kernels))
+        self.key = repr((config_key(call.config), layout, order))
         self._served = 0
         self._plan: Plan | None = None
         wrappers = dict(options.get("wrappers", {}))
@@ -380,11 +380,15 @@ class DiTCall:
         return out.unflatten(-1, (call.heads, -1)).transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out
 
     def _weighted(self, call: Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """The attention with bias [b, K] added to its logits: by further channels of the head, for no mask is fast."""
+        """The attention with bias [b, K] added to its logits, without a mask, which would be slow (attention.py)."""
         func, heads, kwargs, d = call.func, call.heads, dict(call.kwargs), call.d
         if bias is None:
             return self._run(func, q, k, v, heads, **kwargs)
         scale = kwargs.pop("scale", None) or d**-0.5
+        if self._joint.kernels and may_join(call):
+            made = kernels.attend(*(call.by_head(x) for x in (q, k, v)), bias, scale)  # (B, H, L, d)
+            if made is not None:
+                return made if kwargs.get("skip_output_reshape") else made.transpose(1, 2).flatten(2)
         if not call.split:
             q, k, v = (x.unflatten(-1, (-1, d)) for x in (q, k, v))  # (B, L, H, d)
         bias = bias[:, None] if call.split else bias[:, :, None]

@@ -241,9 +241,12 @@ class UNetCall:
         bias, self._pending = self._pending, None
         plan, self._pending_own = self._pending_own, None
         before = self._attention
-        if plan is not None:
+        is_torchs = False
+        if bias is not None or plan is not None:
             call = Call.of(func, q, k, heads, args, kwargs)
-            if may_join(call):
+            is_torchs = bool(self._kernels) and may_join(call)
+        if plan is not None:
+            if is_torchs:
                 out = attend_joint(self._joint, call, q, k, v, 0, plan)
                 if out is not None:
                     return out
@@ -260,7 +263,7 @@ class UNetCall:
                 return func(q, k, v, heads, *args, scale=scale, **kwargs)
             return before(func, q, k, v, heads, *args, scale=scale, **kwargs)
 
-        return attend_tokens(q, k, v, heads, bias, attention)
+        return attend_tokens(q, k, v, heads, bias, attention, is_torchs)
 
     def _grid(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple[int, int] | None:
         """The grid of this call's tokens, or None where it is to be left alone."""

@@ -2,16 +2,20 @@
 
 A key that stands for s tokens should weigh s times as much: softmax(q k / sqrt(d) + log s) (Bolya et al.,
 arXiv 2210.09461, section 3, "Tracking Token Size"). A mask would cost the fast kernels; a few more channels
-of the head give the same logits: 1 in the query, log(s) * sqrt(d) in the key.
+of the head give the same logits: 1 in the query, log(s) * sqrt(d) in the key. Where these would double a head, as the
+kernels compute it, a kernel of ours adds the bias itself (kernels.attend).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
+from .plan import spread_rows
 
 # Fast attention kernels want a head size that divides by 8.
 _ALIGN = 8
@@ -77,33 +81,47 @@ def value_in_torch(v: Tensor) -> Tensor:
     return F.pad(v, (0, extra_channels(v.shape[-1])))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
     """Attention over heads, with a bias for each key.
 
     Args:
-        q: [B, H, N, d], k and v: [B, H, M, d], bias: [B or 1, M] or None.
+        q: [B, H, N, d], k and v: [B, H, M, d], bias: [b, M] or None, row i of the batch has its row i % b.
+        scale: of the logits; None: d ** -0.5.
     Returns:
         [B, H, N, d].
     """
     if bias is None:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    made = kernels.attend(q, k, v, bias, scale)
+    return attend_wider(q, k, v, bias, scale) if made is None else made
+
+
+def attend_wider(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """The same by further channels of the heads, whatever the kernel of torch."""
     d = q.shape[-1]
-    q, k, v = extend_heads(q, k, v, bias[:, None])
-    return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
+    q, k, v = extend_heads(q, k, v, spread_rows(bias, q.shape[0])[:, None] * (d**-0.5 / scale))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :d]
 
 
-def attend_tokens(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor, attention) -> Tensor:
+def attend_tokens(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor, attention: Callable[..., Tensor], is_torchs: bool = False
+) -> Tensor:
     """The same for hosts that keep heads and channels together and bring their own kernel.
 
     Args:
         q: [B, N, H * d], k and v: [B, M, H * d], bias: [B or 1, M].
         attention: called as attention(q, k, v, scale) on [B, ., H * (d + p)], gives [B, N, H * (d + p)].
+        is_torchs: whether it is torch's own, in whose place a kernel of ours may go.
     Returns:
         [B, N, H * d].
     """
     batch, tokens, channels = q.shape
     d = channels // heads
     q, k, v = (x.reshape(batch, -1, heads, d) for x in (q, k, v))  # (B, N, H, d)
+    made = kernels.attend(*(x.transpose(1, 2) for x in (q, k, v)), bias, d**-0.5) if is_torchs else None
+    if made is not None:
+        return made.transpose(1, 2).flatten(2)
     q, k, v = extend_heads(q, k, v, bias[:, :, None])
     q, k, v = (x.flatten(2) for x in (q, k, v))  # (B, N, H * (d + p))
     out = attention(q, k, v, d**-0.5)

@@ -38,7 +38,7 @@ log = logging.getLogger("ToMe")
 FOLDER = "TOME_CACHE"
 # 0 measures nothing: every layer with at least min_tokens is merged.
 SWITCH = "TOME_MEASURE"
-FORM = 2  # of the file; one of another form is written anew
+FORM = 3  # of the file; one of another form is written anew
 # From here on attention takes so long that merging pays on any device (docs/speed.md).
 ALWAYS = 16384
 # Merging must save this share of the layer: what is measured scatters by a few percent.
@@ -364,7 +364,8 @@ def measure(
             def inner(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
                 return run(q, k, v, case.heads, scale=scale)
 
-            out = attend_tokens(q, k, v, case.heads, layer.bias, inner)
+            is_torchs = attention is None or bool(case.kernels)
+            out = attend_tokens(q, k, v, case.heads, layer.bias, inner, is_torchs)
         return layer.unmerge(F.linear(out, weight))
 
     found, run_block = compared(full, merged, device), block and block(x.clone())

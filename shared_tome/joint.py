@@ -4,8 +4,8 @@ For hosts where q, k and v are seen as the attention gets them. Methods that mat
 tokens (JointCall); those that match merge the image's part of a row and bring it back (merge_image, unmerge_image).
 
 In one softmax with text, each image token that stands for n counts n times (Bolya et al., arXiv 2210.09461, section
-3), or the text would win: log(n) is added to its logits, by parts of one weight joined by their log-sum-exps
-(joined.py) or, wherever that cannot be, by further channels of the heads (attention.py).
+3), or the text would win: log(n) is added to its logits, by a kernel of ours (kernels.attend), by parts of one weight
+joined by their log-sum-exps (joined.py) or, wherever neither can be, by further channels of the heads (attention.py).
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import kernels
 from .joined import Part, attend_in_parts, attend_in_parts_with_lse, choose_kernel
 from .own import keep_own, take_turns
 from .plan import Plan, spread_rows, take
 from .sampling import SamplePlan, run_lengths
 
+# Kernels of torch in whose place one call of ours is faster than theirs joined (docs/kernels.md).
+_SLOWER = ("flash", "efficient")
 # Keys that count several times stand as often among those that count once where that makes so few: it saves a call.
 _FEW = 256
 
@@ -109,6 +112,10 @@ class JointCall:
         kernel = self._kernel(q)
         if kernel is None:
             return None
+        if not self.own and kernel in _SLOWER and kernels.attends(q.shape[-1], q.dtype):
+            out = _attend_at_once(q, k, v, start, plan, around, scale)
+            if out is not None:
+                return out
         try:
             return attend_joined(q, k, v, start, plan, around, kernel, scale, self.own)
         except torch.cuda.OutOfMemoryError:
@@ -134,6 +141,18 @@ def _can_join(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if not (q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype):
         return False
     return not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+
+
+def _attend_at_once(
+    q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, around: Around, scale: float | None
+) -> Tensor | None:
+    """JointCall.attend by a kernel of ours, which weighs each key; None where it does not serve."""
+    if not kernels.serves(q, k, v):
+        return None
+    index = plan.choice if k.shape[2] == plan.tokens else around.index(plan, start)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = kernels.attend(q, take_heads(k, index), take_heads(v, index), around.bias, scale)
+    return None if out is None else out.transpose(1, 2)
 
 
 def attend_joined(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .bare import run_bare
 from .call import MergedAttention, ModelCall
 from .config import ToMeConfig
@@ -48,6 +49,10 @@ from .sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_own, l
 logger = logging.getLogger("ToMe")
 
 
+# Keys are weighed where they meet the queries, in heads that stay as they are.
+MET = "met"
+
+
 def served_blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The transformer blocks with a self-attention of the kind we know."""
     return blocks_with(model, "heads")
@@ -64,7 +69,7 @@ class _Pass:
     plan: Plan | None = None  # the block's match, for attn1's queries alone, attn2 and ff
     open: dict[str, Plan] = field(default_factory=dict)
     bias: Tensor | None = None  # [B, M]
-    rule: str = ""
+    rule: str = ""  # how the heads are widened (heads.find_rule), or MET
     head_size: int = 0
 
 
@@ -161,27 +166,33 @@ class Attachment(BaseAttachment):
 
     def _joint(self, call: ModelCall) -> JointCall | None:
         """What lets queries keep their own tokens, or None where they shall not."""
-        if not call.config.keeps_own or _compiles(self):
+        if not call.config.keeps_own:
+            return None
+        if _compiles():
+            self.say("under torch.compile queries do not keep their own tokens")
             return None
         return JointCall(True, KERNELS, self._say_why, own=True)
 
     def keeps_own(self, attn1: nn.Module, x: Tensor) -> bool:
         """Whether the layer's queries can keep their own tokens (heads.meets_at_sdpa), asked once for each."""
-        if _compiles(self):
+        if _compiles():
+            return False
+        d, dtype = head_size(attn1, attn1.heads, x), trial_dtype(x)
+        reason = why_not_own(lambda: self.meets(attn1, x), d, x.device, dtype)
+        if reason is not None:
+            self.say(reason)
+        return reason is None
+
+    def meets(self, attn1: nn.Module, x: Tensor) -> bool:
+        """heads.meets_at_sdpa of a layer that is given x, asked once for each; not where torch.compile is at work."""
+        if _compiles():
             return False
         d, dtype = head_size(attn1, attn1.heads, x), trial_dtype(x)
         forward = type(attn1).forward
         key = (forward, type(getattr(attn1, "processor", None)), attn1.heads, d, x.device, dtype)
-
-        def meets() -> bool:
-            if key not in self._meets:
-                self._meets[key] = meets_at_sdpa(forward, d, x.device, dtype, layer=stand_in(attn1), heads=attn1.heads)
-            return self._meets[key]
-
-        reason = why_not_own(meets, d, x.device, dtype)
-        if reason is not None:
-            self.say(reason)
-        return reason is None
+        if key not in self._meets:
+            self._meets[key] = meets_at_sdpa(forward, d, x.device, dtype, layer=stand_in(attn1), heads=attn1.heads)
+        return self._meets[key]
 
     def rule(self, attn1: nn.Module, d: int, x: Tensor) -> str | None:
         """How the layer's attention code scales (heads.find_rule), asked once for each."""
@@ -215,8 +226,8 @@ class _Block:
             attn1.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             attn1.register_forward_hook(self._after_attention, prepend=True),
         ]
-        if config.keeps_own:
-            handles += SdpaHooks(attn1, self._begin_own, self._missed_own).handles
+        if config.keeps_own or self._may_meet(config):
+            handles += SdpaHooks(attn1, self._begin, self._missed).handles
         for name, wanted in (("attn2", config.cross_attention), ("ff", config.mlp)):
             module = getattr(block, name, None)
             if wanted and isinstance(module, nn.Module):
@@ -226,6 +237,13 @@ class _Block:
                     module.register_forward_hook(functools.partial(self._unmerge_output, name), prepend=True),
                 ]
         return handles
+
+    @staticmethod
+    def _may_meet(config: ToMeConfig) -> bool:
+        """Whether keys of different weights are to be expected, and a kernel to weigh them where they meet the queries.
+        Sampling by a whole number leaves all alike as a rule."""
+        uneven = config.kind.matches or config.ratio_end >= 0.0 or 1.0 % (1.0 - config.ratio) > 0.0
+        return config.weighs_keys and uneven and torch.cuda.is_available()
 
     @property
     def now(self) -> _Pass | None:
@@ -296,17 +314,27 @@ class _Block:
         grid = grid_of(x.shape[1], call.model.full)
         return grid is not None and call.model.serves(grid) and self.owner.keeps_own(attn1, x)
 
-    def _begin_own(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
+    def _begin(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
         now = self.now
-        return None if now is None or now.own is None else self._attend_own
+        if now is None:
+            return None
+        return self._attend_own if now.own is not None else self._attend_weighed if now.rule == MET else None
 
     def _attend_own(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, H, N, d] -> [B, H, N, d]."""
         now = self.now
         joint, plan = (None, None) if now is None else (self.owner.call.joint, now.own)
-        return attend_own(joint, plan, self._missed_own, attention, q, k, v)
+        return attend_own(joint, plan, self._missed, attention, q, k, v)
 
-    def _missed_own(self) -> None:
+    def _attend_weighed(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, H, N, d], k and v [B, H, M, d] -> [B, H, N, d]."""
+        now = self.now
+        if now is None or now.bias is None or not attention.is_plain or k.shape[2] != now.bias.shape[1]:
+            self._missed()
+            return attention(q, k, v)
+        return attention(q, k, v, bias=now.bias)
+
+    def _missed(self) -> None:
         self.owner.say(NOT_AS_TRIED)
 
     def _grid(self, x: Any, now: _Pass, attn1: nn.Module, own: bool = False) -> Grid | None:
@@ -348,6 +376,10 @@ class _Block:
             self.owner.say("fused projections take no weights of keys; proportional attention is off")
             return
         d = head_size(attn1, attn1.heads, layer.q)
+        if self._may_meet(self.owner.config) and kernels.attends(d, trial_dtype(layer.q)) and kernels.serves(layer.q):
+            if self.owner.meets(attn1, layer.q):
+                now.rule, now.bias = MET, layer.bias
+                return
         rule = self.owner.rule(attn1, d, layer.q)
         if rule is not None:
             self._follow_projections(attn1)
@@ -377,7 +409,7 @@ class _Block:
 
     def _widen(self, name: str, heads: int, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
         now = self.now
-        if now is None or now.bias is None:
+        if now is None or now.bias is None or now.rule == MET:
             return None
         if name == "to_q":
             return widen_query(out, heads, now.rule)
@@ -385,7 +417,9 @@ class _Block:
 
     def _narrow(self, heads: int, module: nn.Module, args: tuple) -> tuple | None:
         now = self.now
-        return None if now is None or now.bias is None else (narrow(args[0], heads, now.head_size), *args[1:])
+        if now is None or now.bias is None or now.rule == MET:
+            return None
+        return narrow(args[0], heads, now.head_size), *args[1:]
 
     def _merge_input(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Before attn2 or ff: the block's match serves it too."""
@@ -422,15 +456,12 @@ def _with(
     return args, kwargs
 
 
-def _compiles(attachment: BaseAttachment) -> bool:
+def _compiles() -> bool:
     """Whether torch.compile is at work, under which no attention is seen (sdpa.py)."""
     found = is_compiling()
     if not found and "torch._dynamo" in sys.modules:  # between its graphs
         found = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)() not in (None, False)
-    if not found:
-        return False
-    attachment.say("under torch.compile queries do not keep their own tokens")
-    return True
+    return found
 
 
 def _names(attn1: nn.Module) -> tuple[str, str]:

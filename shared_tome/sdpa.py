@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from . import kernels
 from .attention import extend_heads
 from .joint import JointCall, take_heads
 from .plan import Plan
@@ -73,6 +74,10 @@ class HostAttention:
             return self.func(q, k, v, attn_mask=self.mask, **self.options)
         d = q.shape[-1]
         scale = d**-0.5 if self.scale is None else self.scale
+        if self.is_plain and self.is_torchs_alone and is_torchs_sdpa():
+            made = kernels.attend(q, k, v, bias, scale)
+            if made is not None:
+                return made
         q, k, v = extend_heads(q, k, v, bias[:, None] * (d**-0.5 / scale))
         return self.func(q, k, v, **{**self.options, "scale": scale})[..., :d]
 

@@ -32,6 +32,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WIDEST = 4096
 # Bytes of a copy up to which a step is bound by its launches.
 _WAITS_FOR_CPU = 2**22
+# Heads that `attend` takes.
+_FULL_HEADS = (64, 128)
 # src of a row that `select` holds in one program.
 SELECTED = 8192
 
@@ -192,6 +194,23 @@ def widen(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, room: int) -> tuple[Ten
 def widen_one(x: Tensor, bias: Tensor | None, room: int, kind: int) -> Tensor | None:
     """The same for one of them. kind: 0 the query, 1 the key with its bias, 2 the value."""
     return _op("widen_one")(x, bias, room, kind) if x.dim() == 4 and _widens((x,), bias) else None
+
+
+def attends(d: int, dtype: torch.dtype) -> bool:
+    """Whether `attend` is meant for heads of d channels: those that fill a size which the attention kernels have, so
+    that further channels would double them."""
+    return d in _FULL_HEADS and dtype in (torch.float16, torch.bfloat16)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor | None:
+    """attention.attend with a bias, in one launch and without further channels.
+
+    q: [B, H, N, d], k and v: [B, H, M, d], bias: [b, M], scale: of the logits. The result lies as [B, N, H, d].
+    """
+    able = k.shape == v.shape and q.shape[:2] == k.shape[:2] and k.shape[2] > 0 and q.dtype == k.dtype == v.dtype
+    if not able or not attends(q.shape[-1], q.dtype) or not serves(q, k, v, bias):
+        return None
+    return _op("attend")(q, k, v, bias, scale)
 
 
 def turns(x: Tensor, index: Tensor) -> Tensor | None:

@@ -433,6 +433,7 @@ def test_a_kernel_that_breaks_is_said_once(monkeypatch, caplog):
             match_tokens(x, (7, 9), CONFIG.replace(method="sample"), seed=1)
             attention.extend_heads(x[None], x[None], x[None], torch.ones(1, 1, 63))
             attention.extend_value(x[None])
+            attention.attend(*3 * [torch.zeros(1, 1, 3, 64, dtype=torch.float16)], torch.zeros(1, 3))
             head, zero = x[:, None], torch.zeros(1, 1, 63, dtype=torch.int64)
             own.take_turns(head, zero)
             own.keep_own(head, head, head, head, torch.zeros(2, 1, 63), zero, 0.25)

@@ -101,6 +101,17 @@ def test_own(compiled, dtype, d):
     assert compiled == ["_own_kernel", "_turns_kernel"] * 2
 
 
+@pytest.mark.parametrize(("dtype", "d"), [(torch.float16, 64), (torch.bfloat16, 128)])
+@pytest.mark.parametrize("keys", [256, 205])
+@pytest.mark.parametrize("queries", [300, 30000])
+def test_attend(compiled, dtype, d, keys, queries):
+    from shared_tome.kernels.impl.attend import launch_attend
+
+    q, k, v = (torch.empty(2, n, 3, d, dtype=dtype).transpose(1, 2) for n in (queries, keys, keys))
+    assert launch_attend(q, k, v, torch.zeros(1, keys), d**-0.5).shape == q.shape
+    assert compiled == ["_attend_kernel"]
+
+
 def test_the_rest(compiled):
     from shared_tome.kernels.impl.draw import launch_draw
     from shared_tome.kernels.impl.gather import launch_gather

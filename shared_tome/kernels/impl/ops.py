@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...config import ToMeConfig
 from .. import NAMESPACE, SELECTED, log
+from .attend import launch_attend
 from .draw import launch_draw
 from .gather import launch_gather
 from .match import launch_match
@@ -190,6 +191,16 @@ def _fake_widen_one(x, bias, room, kind):
     return x.new_empty((*x.shape[:-1], x.shape[-1] + room))
 
 
+def _plain_attend(q, k, v, bias, scale):
+    from ...attention import attend_wider
+
+    return attend_wider(q, k, v, bias, scale).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _fake_attend(q, k, v, bias, scale):
+    return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
+
+
 def _plain_turns(x, index):
     from ...own import _take_turns
 
@@ -283,6 +294,14 @@ _operator(
     launch_widen_one,
     _plain_widen_one,
     _fake_widen_one,
+)
+_operator(
+    "attend",
+    "Tensor q, Tensor k, Tensor v, Tensor bias, float scale",
+    "Tensor",
+    launch_attend,
+    _plain_attend,
+    _fake_attend,
 )
 _operator("turns", "Tensor x, Tensor index", "Tensor", launch_turns, _plain_turns, _fake_turns)
 _operator(

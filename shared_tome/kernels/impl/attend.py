@@ -1,0 +1,155 @@
+"""Attention with a bias for each key, in one launch and at the heads' own size.
+
+Softmax over blocks of keys with a running maximum (Dao et al., FlashAttention, arXiv 2205.14135, algorithm 1); the bias
+comes to the logits as they leave the matrix product. The specification is attention.attend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...plan import check_rows
+from .compiler import power_of_two, tl, triton
+
+# By channels of a program's head: queries, keys of a block, warps, stages of the pipeline.
+_CONFIG = {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3)}
+# The same where there are so few programs that a large GPU would wait for its last ones.
+_SMALL = (64, 64, 4, 3)
+_FEW = 400
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _block(
+    query,
+    total,
+    top,
+    mass,
+    key,
+    value,
+    weight,
+    k2,
+    v2,
+    first,
+    keys,
+    scale,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """KEYS keys from `first` on. WHOLE: all of them are there. WIDEN: for the interpreter, which cannot multiply
+    bfloat16."""
+    at = first + tl.arange(0, KEYS)
+    channel = tl.arange(0, BLOCK)
+    at_key = key + at[None, :] * k2 + channel[:, None]
+    at_value = value + at[:, None] * v2 + channel[None, :]
+    if WHOLE and HEAD == BLOCK:
+        k, v = tl.load(at_key), tl.load(at_value)
+    else:
+        there = at < keys
+        k = tl.load(at_key, mask=(channel < HEAD)[:, None] & there[None, :], other=0.0)
+        v = tl.load(at_value, mask=there[:, None] & (channel < HEAD)[None, :], other=0.0)
+    if WIDEN:
+        query, k, v = query.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
+    # Keys that are not there weigh nothing. Logits in powers of two: exp2 is the GPU's own.
+    bias = tl.load(weight + at, mask=at < keys, other=float("-inf")) * 1.4426950408889634
+    logits = tl.dot(query, k) * scale + bias[None, :]
+    higher = tl.maximum(top, tl.max(logits, 1))
+    share = tl.exp2(logits - higher[:, None])
+    shrink = tl.exp2(top - higher)
+    mass = mass * shrink + tl.sum(share, 1)
+    total = tl.dot(share.to(v.dtype), v, total * shrink[:, None])
+    return total, higher, mass
+
+
+@triton.jit
+def _attend_kernel(
+    q,
+    k,
+    v,
+    bias,
+    out,
+    heads,
+    tokens,
+    keys,
+    bias_rows,
+    scale,
+    q0,
+    q1,
+    q2,
+    k0,
+    k1,
+    k2,
+    v0,
+    v1,
+    v2,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """ROWS queries of one head of one batch row. out: [B, N, H, d] in memory."""
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK)
+    mask = (token < tokens)[:, None] & (channel < HEAD)[None, :]
+    query = tl.load(
+        q + batch * q0 + head * q1 + token.to(tl.int64)[:, None] * q2 + channel[None, :], mask=mask, other=0.0
+    )
+    key, value, weight = k + batch * k0 + head * k1, v + batch * v0 + head * v1, bias + (batch % bias_rows) * keys
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    top = tl.full((ROWS,), -1e30, tl.float32)
+    mass = tl.zeros((ROWS,), tl.float32)
+    whole = keys // KEYS * KEYS
+    for first in range(0, whole, KEYS):
+        total, top, mass = _block(
+            query, total, top, mass, key, value, weight, k2, v2, first, keys, scale, HEAD, BLOCK, KEYS, True, WIDEN
+        )
+    if whole < keys:
+        total, top, mass = _block(
+            query, total, top, mass, key, value, weight, k2, v2, whole, keys, scale, HEAD, BLOCK, KEYS, False, WIDEN
+        )
+    target = out + ((batch * tokens + token.to(tl.int64)) * heads + head) * HEAD
+    tl.store(target[:, None] + channel[None, :], (total / mass[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+def launch_attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, config: tuple[int, int, int, int] | None = None
+) -> Tensor:
+    """As attention.attend with a bias; the result lies in memory as [B, N, H, d]."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    batch, heads, tokens, d = q.shape
+    check_rows(bias.shape[0], batch)
+    bias = bias.float().contiguous()
+    made = torch.empty((batch, tokens, heads, d), dtype=q.dtype, device=q.device)
+    block = max(16, power_of_two(d))
+    few = tokens * batch * heads < _FEW * _CONFIG[block][0]
+    rows, keys, warps, stages = config or (_SMALL if few else _CONFIG[block])
+    _attend_kernel[(-(-tokens // rows), batch * heads)](
+        q,
+        k,
+        v,
+        bias,
+        made,
+        heads,
+        tokens,
+        k.shape[2],
+        bias.shape[0],
+        scale * _LOG2_E,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        HEAD=d,
+        BLOCK=block,
+        ROWS=rows,
+        KEYS=keys,
+        WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return made.transpose(1, 2)
