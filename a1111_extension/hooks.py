@@ -18,8 +18,11 @@ from ..shared_tome.bare import run_bare
 from ..shared_tome.call import MergedAttention
 from ..shared_tome.grid import Grid, grid_of
 from ..shared_tome.heads import (
+    MET,
     find_rule,
     head_size,
+    is_met,
+    may_meet,
     meets_at_sdpa,
     narrow,
     served_blocks,
@@ -35,7 +38,15 @@ from ..shared_tome.joint import JointCall
 from ..shared_tome.plan import Plan, spread_rows
 from ..shared_tome.record import CallRecord
 from ..shared_tome.report import CallTally, why_not_served
-from ..shared_tome.sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_own, leave_left_modes
+from ..shared_tome.sdpa import (
+    NOT_AS_TRIED,
+    Handler,
+    HostAttention,
+    SdpaHooks,
+    attend_own,
+    attend_weighed,
+    leave_left_modes,
+)
 from .sampling import Sampling
 
 # Those whose hooks are on a model. Not a registry to work with: it only serves to take off what a crash left on.
@@ -114,17 +125,17 @@ class Attachment:
         return self._rules[key]
 
     def keeps_own(self, attention: nn.Module, d: int, x: Tensor) -> bool:
-        """Whether a layer's queries can keep their own tokens (heads.meets_at_sdpa), remembered likewise."""
-        key = forward, d, _, dtype = _kind(attention, d, x)
-
-        def meets() -> bool:
-            if key not in self._meets:
-                self._meets[key] = meets_at_sdpa(forward, d, x.device, dtype)
-            return self._meets[key]
-
-        reason = why_not_own(meets, d, x.device, dtype)
+        """Whether a layer's queries can keep their own tokens."""
+        reason = why_not_own(lambda: self.meets(attention, d, x), d, x.device, trial_dtype(x))
         self.sampling.tell_own(reason)
         return reason is None
+
+    def meets(self, attention: nn.Module, d: int, x: Tensor) -> bool:
+        """heads.meets_at_sdpa of a layer, remembered likewise."""
+        key = forward, d, _, dtype = _kind(attention, d, x)
+        if key not in self._meets:
+            self._meets[key] = meets_at_sdpa(forward, d, x.device, dtype)
+        return self._meets[key]
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("x")
@@ -172,8 +183,8 @@ class _Block:
             attn1.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             attn1.register_forward_hook(self._after_attention, prepend=True),
         ]
-        if config.keeps_own and self.heads:
-            handles += SdpaHooks(attn1, self._begin_own, self._missed_own).handles
+        if (config.keeps_own or may_meet(config)) and self.heads:
+            handles += SdpaHooks(attn1, self._begin, self._missed).handles
         if config.weighs_keys and self.heads:
             to_out = attn1.to_out[0] if isinstance(attn1.to_out, (nn.Sequential, nn.ModuleList)) else attn1.to_out
             handles += [
@@ -224,7 +235,7 @@ class _Block:
 
     def _after_attention(self, attn1: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
         layer, self.layer = self.layer, None
-        self.own = self.query = self.bias = None
+        self.own = self.query = self.bias = self.rule = None
         return None if layer is None else layer.unmerge(out)
 
     def _keeps_own(self, attn1: nn.Module, x: Tensor) -> bool:
@@ -233,14 +244,18 @@ class _Block:
             return False
         return self.owner.keeps_own(attn1, head_size(attn1, self.heads, x), x)
 
-    def _begin_own(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
-        return None if self.own is None else self._attend_own
+    def _begin(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
+        return self._attend_own if self.own is not None else self._attend_weighed if self.rule == MET else None
 
     def _attend_own(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, H, N, d] -> [B, H, N, d]."""
-        return attend_own(self.owner.joint, self.own, self._missed_own, attention, q, k, v)
+        return attend_own(self.owner.joint, self.own, self._missed, attention, q, k, v)
 
-    def _missed_own(self) -> None:
+    def _attend_weighed(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, H, N, d], k and v [B, H, M, d] -> [B, H, N, d]."""
+        return attend_weighed(self.bias, self._missed, attention, q, k, v)
+
+    def _missed(self) -> None:
         self.owner.say(NOT_AS_TRIED)
 
     def _grid(self, call: ModelCall, attn1: nn.Module, x: Any, context: Any) -> Grid | None:
@@ -290,6 +305,9 @@ class _Block:
         if layer.bias is None or not self.heads:
             return layer.q
         d = head_size(attn1, self.heads, layer.q)
+        if is_met(self.owner.sampling.config, d, layer.q, lambda: self.owner.meets(attn1, d, layer.q)):
+            self.rule, self.bias = MET, layer.bias
+            return layer.q
         rule = self.owner.rule(attn1, d, layer.q)
         if rule is None:
             return layer.q
@@ -304,18 +322,24 @@ class _Block:
         query, self.query = self.query, None
         return None if query is None else (query,)
 
+    @property
+    def _widens(self) -> bool:
+        return self.bias is not None and self.rule != MET
+
     def _after_query(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-        return None if self.bias is None else widen_query(out, self.heads, self.rule)
+        return widen_query(out, self.heads, self.rule) if self._widens else None
 
     def _after_key(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-        return None if self.bias is None else widen_key(out, self.heads, self.rule, self.bias)
+        return widen_key(out, self.heads, self.rule, self.bias) if self._widens else None
 
     def _after_value(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-        return None if self.bias is None else widen_value(out, self.heads)
+        return widen_value(out, self.heads) if self._widens else None
 
     def _before_out(self, module: nn.Module, args: tuple) -> tuple | None:
-        bias, self.bias = self.bias, None
-        return None if bias is None else (narrow(args[0], self.heads, self.head_size),)
+        if not self._widens:
+            return None
+        self.bias = None
+        return (narrow(args[0], self.heads, self.head_size),)
 
     def _merge_input(self, name: str) -> Any:
         """A pre-hook for attn2 or ff: the block's match serves it too."""

@@ -17,11 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .attention import extend_key, extend_query, extend_value, extra_channels
+from .config import ToMeConfig
 from .joined import KERNELS, choose_kernel
 from .sdpa import AroundSdpa, HostAttention, is_torchs_sdpa
 
 OWN, GIVEN = "own", "given"
+# In the place of a rule: keys are weighed where they meet the queries, in heads that stay as they are.
+MET = "met"
 
 
 PROJECTIONS = ("to_q", "to_k", "to_v")
@@ -158,6 +162,18 @@ def why_not_own(meets: Callable[[], bool], d: int, device: torch.device, dtype: 
     if choose_kernel(KERNELS, device, dtype, d) is None:
         return "this PyTorch tells no log-sum-exps of its attention here; queries do not keep their own tokens"
     return None
+
+
+def may_meet(config: ToMeConfig) -> bool:
+    """Whether keys of different weights are to be expected, and a kernel that weighs them where they meet the queries.
+    Sampling by a whole number leaves all alike as a rule."""
+    uneven = config.kind.matches or config.ratio_end >= 0.0 or 1.0 % (1.0 - config.ratio) > 0.0
+    return config.weighs_keys and uneven and torch.cuda.is_available()
+
+
+def is_met(config: ToMeConfig, d: int, x: Tensor, meets: Callable[[], bool]) -> bool:
+    """Whether such a kernel takes the heads of a layer that is given x. meets: as in why_not_own."""
+    return may_meet(config) and kernels.attends(d, trial_dtype(x)) and kernels.serves(x) and meets()
 
 
 def stand_in(attention: nn.Module) -> Callable[..., nn.Module]:

@@ -19,16 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import kernels
 from .bare import run_bare
 from .call import MergedAttention, ModelCall
 from .config import ToMeConfig
 from .curve import is_compiling
 from .grid import Grid, grid_of
 from .heads import (
+    MET,
     PROJECTIONS,
     find_rule,
     head_size,
+    is_met,
+    may_meet,
     meets_at_sdpa,
     narrow,
     stand_in,
@@ -44,13 +46,9 @@ from .joint import JointCall
 from .plan import Plan, spread_rows
 from .schedule import config_at
 from .script_steps import Steps
-from .sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_own, leave_left_modes
+from .sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_own, attend_weighed, leave_left_modes
 
 logger = logging.getLogger("ToMe")
-
-
-# Keys are weighed where they meet the queries, in heads that stay as they are.
-MET = "met"
 
 
 def served_blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -69,7 +67,7 @@ class _Pass:
     plan: Plan | None = None  # the block's match, for attn1's queries alone, attn2 and ff
     open: dict[str, Plan] = field(default_factory=dict)
     bias: Tensor | None = None  # [B, M]
-    rule: str = ""  # how the heads are widened (heads.find_rule), or MET
+    rule: str = ""  # how the heads are widened (heads.find_rule), or heads.MET
     head_size: int = 0
 
 
@@ -226,7 +224,7 @@ class _Block:
             attn1.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             attn1.register_forward_hook(self._after_attention, prepend=True),
         ]
-        if config.keeps_own or self._may_meet(config):
+        if config.keeps_own or may_meet(config):
             handles += SdpaHooks(attn1, self._begin, self._missed).handles
         for name, wanted in (("attn2", config.cross_attention), ("ff", config.mlp)):
             module = getattr(block, name, None)
@@ -237,13 +235,6 @@ class _Block:
                     module.register_forward_hook(functools.partial(self._unmerge_output, name), prepend=True),
                 ]
         return handles
-
-    @staticmethod
-    def _may_meet(config: ToMeConfig) -> bool:
-        """Whether keys of different weights are to be expected, and a kernel to weigh them where they meet the queries.
-        Sampling by a whole number leaves all alike as a rule."""
-        uneven = config.kind.matches or config.ratio_end >= 0.0 or 1.0 % (1.0 - config.ratio) > 0.0
-        return config.weighs_keys and uneven and torch.cuda.is_available()
 
     @property
     def now(self) -> _Pass | None:
@@ -329,10 +320,7 @@ class _Block:
     def _attend_weighed(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, H, N, d], k and v [B, H, M, d] -> [B, H, N, d]."""
         now = self.now
-        if now is None or now.bias is None or not attention.is_plain or k.shape[2] != now.bias.shape[1]:
-            self._missed()
-            return attention(q, k, v)
-        return attention(q, k, v, bias=now.bias)
+        return attend_weighed(None if now is None else now.bias, self._missed, attention, q, k, v)
 
     def _missed(self) -> None:
         self.owner.say(NOT_AS_TRIED)
@@ -376,10 +364,9 @@ class _Block:
             self.owner.say("fused projections take no weights of keys; proportional attention is off")
             return
         d = head_size(attn1, attn1.heads, layer.q)
-        if self._may_meet(self.owner.config) and kernels.attends(d, trial_dtype(layer.q)) and kernels.serves(layer.q):
-            if self.owner.meets(attn1, layer.q):
-                now.rule, now.bias = MET, layer.bias
-                return
+        if is_met(self.owner.config, d, layer.q, lambda: self.owner.meets(attn1, layer.q)):
+            now.rule, now.bias = MET, layer.bias
+            return
         rule = self.owner.rule(attn1, d, layer.q)
         if rule is not None:
             self._follow_projections(attn1)

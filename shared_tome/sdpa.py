@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from . import kernels
 from .attention import extend_heads
 from .joint import JointCall, take_heads
-from .plan import Plan
+from .plan import Plan, spread_rows
 
 _SDPA = F.scaled_dot_product_attention
 # handler(attention, q, k, v): attention(q, k, v, bias=None) is what the host meant to do.
@@ -69,7 +69,7 @@ class HostAttention:
         return self.options.get("scale")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        """q [B, H, N, d], k and v [B, H, M, d], bias [B or 1, M] for each key -> [B, H, N, d]."""
+        """q [B, H, N, d], k and v [B, H, M, d], bias [b, M] for each key, row i from its row i % b -> [B, H, N, d]."""
         if bias is None:
             return self.func(q, k, v, attn_mask=self.mask, **self.options)
         d = q.shape[-1]
@@ -78,7 +78,7 @@ class HostAttention:
             made = kernels.attend(q, k, v, bias, scale)
             if made is not None:
                 return made
-        q, k, v = extend_heads(q, k, v, bias[:, None] * (d**-0.5 / scale))
+        q, k, v = extend_heads(q, k, v, spread_rows(bias, q.shape[0])[:, None] * (d**-0.5 / scale))
         return self.func(q, k, v, **{**self.options, "scale": scale})[..., :d]
 
 
@@ -124,6 +124,17 @@ def attend_own(
         missed()
         return attention(q, k, v)
     return attend_sampled(joint, attention, q, k, v, 0, plan)
+
+
+def attend_weighed(
+    bias: Tensor | None, missed: Callable[[], None], attention: HostAttention, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """The host's call with bias [b, M] for its keys, as it was tried out (heads.is_met); missed() where it is not so,
+    and all keys weigh alike. q [B, H, N, d], k and v [B, H, M, d] -> [B, H, N, d]."""
+    if bias is None or not attention.is_plain or k.shape[2] != bias.shape[1] or k.shape[0] % bias.shape[0]:
+        missed()
+        return attention(q, k, v)
+    return attention(q, k, v, bias=bias)
 
 
 def leave_left_modes() -> None:

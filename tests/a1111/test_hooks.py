@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.overrides import _get_current_function_mode_stack
 
 from . import models, variants
 
@@ -80,6 +81,29 @@ def test_each_attention_code_gives_weighted_attention(tome, monkeypatch, name, m
     assert bias is not None and float(bias.max()) > 0
     error = (seen["out"].double() - expected).abs().max()
     assert error < 2e-5 * expected.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("name", ["sdp", "fixed_size", "own_scale"])
+def test_keys_weighed_where_they_meet(tome, monkeypatch, name):
+    """As on a GPU whose kernel takes the heads as they are: nothing is widened. Against float64."""
+    from ldm.modules.attention import CrossAttention
+
+    monkeypatch.setattr(CrossAttention, "forward", variants.SERVED.get(name, variants.fixed_size))
+    monkeypatch.setattr(tome.hooks, "may_meet", lambda config: True)
+    monkeypatch.setattr(tome.hooks, "is_met", lambda config, d, x, meets: meets())
+    monkeypatch.setattr(tome.hooks, "widen_query", lambda *_: 1 / 0 if name != "own_scale" else widened(*_))
+    widened = tome.heads.widen_query
+    unet, (x, t, context) = _unet(mult=(1,)), _inputs(15, 17)
+    attachment = _attach(tome, unet, method="merge")
+    attn1, seen = next(tome.hooks.served_blocks(unet)).attn1, {}
+    attn1.register_forward_pre_hook(lambda m, args: seen.setdefault("x", args[0].clone()), prepend=True)
+    attn1.register_forward_hook(lambda m, args, out: seen.setdefault("out", out.clone()))
+    _run(unet, (x, t, context))
+    attachment.detach()
+    assert not _get_current_function_mode_stack()
+    expected, bias = _reference(tome, attn1, seen["x"], (15, 17), attachment.sampling.config, 1)
+    assert float(bias.max()) > 0
+    assert (seen["out"].double() - expected).abs().max() < 2e-5 * expected.abs().max().clamp_min(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shared_tome import ToMeConfig, attention, joint, kernels, script_hooks
+from shared_tome import ToMeConfig, attention, heads, joint, kernels
 from shared_tome.call import ModelCall
 from shared_tome.scripts import apply_patch
 from shared_tome.sdpa import AroundSdpa
@@ -169,7 +169,7 @@ def test_in_a_diffusers_unet(launched, monkeypatch, processor):
     with torch.inference_mode():
         got = unet(x, 3, text).sample
         names = set(launched)
-        monkeypatch.setattr(script_hooks.kernels, "attends", lambda *_: False)
+        monkeypatch.setattr(heads.kernels, "attends", lambda *_: False)
         expected = unet(x, 3, text).sample
     met = processor == "AttnProcessor2_0"
     assert ("_attend_kernel" in names) == met and ("_widen_kernel" in names) == (not met)
