@@ -1,18 +1,25 @@
 """ToMe in ComfyUI's CLIP vision encoders (CLIP-ViT-L, H, G, SigLIP), which IP-Adapter, unCLIP, Wan and Redux use.
 
 Model objects are shared between clones, so the hooks are on the model for the duration of one call, and for the thread
-of that call. All hidden states that leave the encoder have all tokens, so what reads them needs no change.
+of that call. All hidden states that leave the encoder have all tokens, so what reads them needs no change. On a GPU an
+encoder is timed at its first picture, whole and merged, and left alone where merging does not pay.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..shared_tome.auto import Verdict, compared, known_or_measured, may_measure
+from ..shared_tome.curve import is_compiling
 from ..shared_tome.vit_hooks import SCHEDULES, Attachment, Options, Tower, find_tower
+from .log import say_once
 
 
 class MergedVision:
@@ -22,6 +29,38 @@ class MergedVision:
         self._model, self._tower, self._options = model, tower, options
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        verdict = self._verdict(args, kwargs)
+        if verdict is not None and not verdict.pays():
+            say_once(verdict.reason, type(self._model).__name__)
+            return self._model(*args, **kwargs)
+        return self._merged(*args, **kwargs)
+
+    def _verdict(self, args: tuple, kwargs: dict[str, Any]) -> Verdict | None:
+        """What is known of the times of this encoder's calls, measured at the first (auto.py); None: not measured."""
+        pixels = args[0] if args else kwargs.get("pixel_values")
+        if not isinstance(pixels, Tensor) or is_compiling() or not may_measure(pixels.device):
+            return None
+        options, tower = self._options, self._tower
+        weight = next(tower.blocks[0].parameters())
+        key = (
+            f"{type(self._model).__name__} of {len(tower.blocks)} blocks, {weight.shape[-1]} channels, "
+            f"{'x'.join(map(str, pixels.shape[1:]))}, {str(weight.dtype).removeprefix('torch.')}, "
+            f"{options.ratio:.4f}, {options.schedule}, proportional {options.proportional}"
+        )
+
+        def first(call: Callable[..., Any]) -> Callable[[], Any]:
+            """The call on one picture, whatever the batch: what one gets must not hang on how many there are."""
+            if args:
+                return lambda: call(pixels[:1], *args[1:], **kwargs)
+            return lambda: call(**{**kwargs, "pixel_values": pixels[:1]})
+
+        def measure() -> Verdict:
+            with torch.no_grad():
+                return compared(first(self._model), first(self._merged), pixels.device, repeats=4)
+
+        return known_or_measured(key, pixels.device, measure)
+
+    def _merged(self, *args: Any, **kwargs: Any) -> Any:
         attachment = Attachment(self._tower, self._options, thread=threading.get_ident())
         try:
             return self._model(*args, **kwargs)

@@ -232,9 +232,12 @@ def verdicts_of(device: torch.device) -> Verdicts:
 
 def measures(config: ToMeConfig, grid: Grid, device: torch.device) -> bool:
     """Whether a layer on this grid is one that is measured."""
-    if config.levels != "auto" or device.type != "cuda" or math.prod(grid) >= ALWAYS:
-        return False
-    return os.environ.get(SWITCH, "1") != "0"
+    return config.levels == "auto" and math.prod(grid) < ALWAYS and may_measure(device)
+
+
+def may_measure(device: torch.device) -> bool:
+    """Whether anything is measured on this device."""
+    return device.type == "cuda" and os.environ.get(SWITCH, "1") != "0"
 
 
 def verdict_on(
@@ -375,13 +378,15 @@ def measure(
     return dataclasses.replace(found, block_us=gpu, block_cpu_us=cpu)
 
 
-def compared(full: Callable[[], Any], merged: Callable[[], Any], device: torch.device) -> Verdict:
-    """The verdict of a layer run whole and merged."""
-    whole, less = times_of(full, device), times_of(merged, device)
+def compared(
+    full: Callable[[], Any], merged: Callable[[], Any], device: torch.device, repeats: int = _REPEATS
+) -> Verdict:
+    """The verdict of a layer, or of more than one, run whole and merged."""
+    whole, less = times_of(full, device, repeats), times_of(merged, device, repeats)
     return Verdict(whole[0], less[0], max(0.0, less[1] - whole[1]))
 
 
-def times_of(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+def times_of(call: Callable[[], Any], device: torch.device, repeats: int = _REPEATS) -> tuple[float, float]:
     """(microseconds on the GPU, of the processor) of one call: the median of some rounds, and the least.
 
     The GPU is kept busy while the calls are queued, so the gaps between launches do not count.
@@ -392,7 +397,7 @@ def times_of(call: Callable[[], Any], device: torch.device) -> tuple[float, floa
             call()  # kernels are compiled and loaded
         stream.synchronize()
         start = time.perf_counter()
-        for _ in range(_REPEATS):
+        for _ in range(repeats):
             call()
         busy = 2.0 * (time.perf_counter() - start)
         gpu, cpu = [], []
@@ -402,11 +407,11 @@ def times_of(call: Callable[[], Any], device: torch.device) -> tuple[float, floa
             torch.cuda._sleep(int(min(busy, 0.05) * 2e9))  # cycles; no GPU runs faster than 2 GHz by much
             first.record(stream)
             start = time.perf_counter()
-            for _ in range(_REPEATS):
+            for _ in range(repeats):
                 call()
             cpu.append(time.perf_counter() - start)
             last.record(stream)
             last.synchronize()
             gpu.append(first.elapsed_time(last) * 1e-3)
     # What disturbs a processor only adds to its time.
-    return tuple(1e6 * taken / _REPEATS for taken in (statistics.median(gpu), min(cpu)))
+    return tuple(1e6 * taken / repeats for taken in (statistics.median(gpu), min(cpu)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
 import pytest
 
 from . import host
+from .host import forget_log, pack_module
 
 NAMES = ("clip", "clip_llava", "siglip", "siglip2")
 
@@ -202,3 +204,34 @@ def test_what_is_not_served_is_told(merge):
     plain.model = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="serves CLIP and SigLIP encoders; this one is Linear"):
         merge(plain)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("name", ["clip", "siglip2"])
+def test_on_a_gpu_it_is_left_alone_where_merging_does_not_pay(merge, monkeypatch, caplog, name, pays):
+    """Measured on one picture of the batch, both ways, once for each set of options."""
+    node, seen, keys = pack_module("clip_vision"), [], []
+
+    def compared(full, merged, device, repeats):
+        seen.append((full(), merged()))
+        return node.Verdict(100.0, 40.0 if pays else 99.0, 5.0)
+
+    def known_or_measured(key, device, measure):
+        keys.append(key)
+        return measure()
+
+    plain = encoder(name)
+    merged = outputs(merge(plain))
+    forget_log()
+    monkeypatch.setattr(node, "may_measure", lambda device: True)
+    monkeypatch.setattr(node, "compared", compared)
+    monkeypatch.setattr(node, "known_or_measured", known_or_measured)
+    with caplog.at_level(logging.INFO, "ToMe"):
+        assert same(outputs(merge(plain)), merged if pays else outputs(plain))
+    assert ("merging does not pay here: it saves 1 of 100 us" in caplog.text) == (not pays)
+    (full, less), (key,) = seen[0], keys
+    assert full[0].shape == less[0].shape and full[0].shape[0] == 1
+    assert 0 < (full[0] - less[0]).norm() / full[0].norm() < 1
+    assert "5 blocks, 32 channels" in key and "0.6000, constant, proportional True" in key
+    outputs(merge(plain, schedule="falling"))
+    assert len(set(keys)) == 2 and hooks(plain) == 0

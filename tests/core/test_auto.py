@@ -55,7 +55,7 @@ def test_a_block_that_waits_for_the_processor_gains_nothing(block, block_cpu, ea
 
 def test_the_block_is_timed_on_tokens_of_its_own(monkeypatch):
     times = iter([(100.0, 20.0), (60.0, 25.0), (900.0, 400.0)])
-    monkeypatch.setattr(auto, "times_of", lambda call, device: call() is not None and next(times))
+    monkeypatch.setattr(auto, "times_of", lambda call, device, *_: call() is not None and next(times))
     given = []
 
     def block(x):
@@ -252,7 +252,7 @@ def test_both_ways_are_run(monkeypatch, method, ratio):
     """As an adapter runs them: projections, weights of keys, the way back."""
     outputs = []
 
-    def times_of(call, device):
+    def times_of(call, device, *_):
         outputs.append(call())
         return (100.0, 20.0) if len(outputs) == 1 else (60.0, 25.0)
 
@@ -282,7 +282,7 @@ def test_both_ways_are_run_with_own_tokens(monkeypatch, ratio, joins):
     """The merged way is the one of JointCall with whole projections, or what an adapter does where that cannot be."""
     outputs, asked, joined = [], [], []
 
-    def times_of(call, device):
+    def times_of(call, device, *_):
         outputs.append(call())
         return (100.0, 20.0) if len(outputs) == 1 else (60.0, 25.0)
 
