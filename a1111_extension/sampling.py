@@ -87,9 +87,8 @@ class Sampling:
         self.told = None if self.run is None else self._tell(self.run, config, full, rows)
         if config.ratio == 0.0:
             return None
-        if config.share_match and (batch % 2 or rows[: batch // 2] != rows[batch // 2 :]):
-            config = config.replace(share_match=False)  # the halves are not the same images
-        return ModelCall(config, full, device, seed=self._seed(rows, device), step=self.step)
+        alike = batch % 2 == 0 and rows[: batch // 2] == rows[batch // 2 :]
+        return ModelCall(config, full, device, seed=self._seed(rows, device), step=self.step, alike=alike)
 
     def tell_own(self, refused: str | None) -> None:
         """A layer's queries are to keep their own tokens. refused: why they cannot; None: they can."""

@@ -36,7 +36,7 @@ from ..shared_tome.sdpa import Handler, HostAttention, SdpaHooks, leave_left_mod
 from .dit_attention import Call, any_size, attend_joint, kernel_order, may_join, take_mask
 from .dit_models import DiTModel, Told, cross_lengths, dit_model, unwrapped
 from .log import leave_alone, say_once
-from .model_call import DIFFUSION_MODEL, KEY, config_key, find_options, progress_of, put_options, step_of
+from .model_call import DIFFUSION_MODEL, KEY, call_key, find_options, halves_alike, progress_of, put_options, step_of
 from .record import COMPILE_KEY, CallRecord, begin
 
 # Head sizes that every attention kernel in use takes (SageAttention: these alone).
@@ -142,7 +142,8 @@ class DiTPatch:
             reason = "under torch.compile this model is left alone: it would not notice ToMe"
             leave_alone(record, reason, facts.name, grid=layout.grid)
             return None
-        call = ModelCall(config, layout.grid, x.device, step=step_of(options, x.device))
+        step, alike = step_of(options, x.device), halves_alike(options)
+        call = ModelCall(config, layout.grid, x.device, step=step, alike=alike)
         if not call.serves(layout.grid):
             if record is not None:
                 record.left_alone(why_not_served(config, layout.grid, layout.grid), facts.name, layout.grid)
@@ -172,7 +173,7 @@ class DiTCall:
         self._joint = JointCall(self._weighs, order, say_once, call.config.keeps_own)
         # What is done must stand in a guard of its own, as in unet.py: all that a compiled graph takes for granted.
         # The seed is a tensor and so one of its inputs.
-        self.key = repr((config_key(call.config), layout, order))
+        self.key = repr((call_key(call), layout, order))
         self._served = 0
         self._plan: Plan | None = None
         wrappers = dict(options.get("wrappers", {}))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..shared_tome import ToMeConfig
+from ..shared_tome import ModelCall, ToMeConfig
 
 KEY = "ToMe"
 APPLY_MODEL = "apply_model"  # comfy.patcher_extension.WrappersMP.APPLY_MODEL
@@ -28,10 +28,19 @@ def put_options(args: tuple, kwargs: dict[str, Any], options: dict[str, Any]) ->
     return args, {**kwargs, "transformer_options": options}
 
 
+def call_key(call: ModelCall) -> str:
+    """What a compiled graph takes for granted of a call: all options but the seed, which is a tensor there."""
+    return _config_key(call.config, call.alike)
+
+
 @functools.lru_cache(maxsize=64)
-def config_key(config: ToMeConfig) -> str:
-    """The options as a compiled graph takes them for granted: all but the seed, which is a tensor there."""
-    return repr(config.replace(seed=0))
+def _config_key(config: ToMeConfig, alike: bool) -> str:
+    return repr(config.replace(seed=0)) + (" alike" if alike and config.share_match else "")
+
+
+def halves_alike(options: dict[str, Any]) -> bool:
+    """Whether both halves of the batch are the same images: prompted and unprompted."""
+    return sorted(options.get("cond_or_uncond", ())) == [0, 1]
 
 
 def step_of(options: dict[str, Any], device: torch.device) -> Tensor | int:

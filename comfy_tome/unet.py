@@ -27,7 +27,7 @@ from ..shared_tome.report import CallTally, why_not_served
 from ..shared_tome.schedule import config_at
 from .dit_attention import Call, attend_joint, kernel_order, may_join
 from .log import leave_alone, say_once
-from .model_call import DIFFUSION_MODEL, KEY, config_key, find_options, progress_of, put_options, step_of
+from .model_call import DIFFUSION_MODEL, KEY, call_key, find_options, halves_alike, progress_of, put_options, step_of
 from .record import begin, is_compiled
 
 
@@ -39,11 +39,12 @@ class UNetPatch:
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         args, options = find_options(args, kwargs)
-        config = self._config_now(options)
+        config = config_at(self.config, lambda: progress_of(options))
         record = begin(executor, x, t, args, kwargs, self.config, config)
         if config.ratio == 0.0:
             return executor(x, t, *args, **kwargs)
-        call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=step_of(options, x.device))
+        step, alike = step_of(options, x.device), halves_alike(options)
+        call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=step, alike=alike)
         compiled = is_compiled(executor, options)
         model = executor.class_obj.diffusion_model
         layers = _layers_of(model), _dtype_of(executor)
@@ -60,13 +61,6 @@ class UNetPatch:
         if record is not None:
             record.end()
         return out
-
-    def _config_now(self, options: dict[str, Any]) -> ToMeConfig:
-        """The config of this call: this step's ratio, and one match for both halves only where they are alike."""
-        config = config_at(self.config, lambda: progress_of(options))
-        if config.share_match and sorted(options.get("cond_or_uncond", ())) != [0, 1]:
-            config = config.replace(share_match=False)  # the halves of this batch are not the same images
-        return config
 
 
 def _host_attention() -> Attention:
@@ -152,7 +146,7 @@ class UNetCall:
         self._record = record
         self._host_attention, self._model = attention, model
         # The seed is a tensor and so an input of a compiled graph; all else is decided in Python.
-        self.key = config_key(call.config)
+        self.key = call_key(call)
         self._pending: Tensor | None = None
         self._pending_own: Plan | None = None  # the layer's, whose keys and values are taken behind their projections
         self._block_plan: Plan | None = None

@@ -39,6 +39,7 @@ class ModelCall:
         device: where the tokens are.
         seed: a number, or a tensor [] or [B] with one number for each row of the batch; None: config.seed.
         step: number or 0-d tensor: a tensor costs no synchronisation.
+        alike: whether both halves of the batch are the same images, so that one match may serve both (share_match).
     """
 
     def __init__(
@@ -48,8 +49,11 @@ class ModelCall:
         device: torch.device,
         seed: int | Tensor | None = None,
         step: int | Tensor = 0,
+        alike: bool = True,
     ):
         self.config, self.full, self.step = config, full, step
+        self.alike = alike
+        self._matching = config if alike or not config.share_match else config.replace(share_match=False)
         seed = config.seed if seed is None else seed
         if not isinstance(seed, Tensor):
             seed = torch.full((), fold_seed(seed), dtype=torch.int64, device=device)
@@ -61,6 +65,7 @@ class ModelCall:
         self._walks: dict[Grid, Tensor] = {}
         self._drawn: dict[Grid, Tensor] = {}
         self._split: dict[Grid, list[tuple[Tensor, Tensor]] | None] = {}
+        self._matched: dict[Grid, Plan] = {}  # where all layers on a grid share one match
         # Made here and not where they are used: that may be inside a compiled graph.
         levels = (grid_at(full, level) for level in range(4)) if config.method == "sample" else ()
         self._orders = {grid: curve_order(grid, device) for grid in levels if self.serves(grid)}
@@ -156,9 +161,19 @@ class ModelCall:
         if self.config.method == "sample":
             plan = self._sample(metric.shape[0], grid, layer)
         else:
-            parts = self._parts(grid, layer)
-            plan = match_tokens(metric, grid, self.config, seed=self.seed, step=self.step, layer=layer, parts=parts)
+            plan = self._match(metric, grid, layer)
         return None if plan.is_identity else plan
+
+    def _match(self, metric: Tensor, grid: Grid, layer: int) -> Plan:
+        """This layer's own match, or with share_match that of the first layer on its grid."""
+        known = self._matched.get(grid)
+        if known is not None and known.batch == metric.shape[0]:
+            return known
+        parts = self._parts(grid, layer)
+        plan = match_tokens(metric, grid, self._matching, seed=self.seed, step=self.step, layer=layer, parts=parts)
+        if self.config.share_match and self.config.kind.matches:
+            self._matched[grid] = plan
+        return plan
 
     def _parts(self, grid: Grid, layer: int) -> tuple[Tensor, Tensor] | None:
         """The layer's src and dst, split for many layers at once, or None where that gains nothing."""

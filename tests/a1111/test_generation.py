@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import types
 
 import pytest
@@ -217,14 +218,26 @@ def test_the_fixed_seed_rule(host):
     assert _equal(host.generate(_on(seed_rule="fixed", seed=9), seeds=(9,))[0], nine)
 
 
-def test_share_match_goes_only_where_halves_are_the_same_images(host):
-    apart, shared = _on(method="merge"), _on(method="merge", share_match=True)
-    two = {"seeds": (1, 2), "batch_size": 2}
-    assert not _equal(host.generate(shared, **two)[0], host.generate(apart, **two)[0])
-    prompts = ["a AND b", "c AND d"]  # rows 0 0 1 | 1 0 1
-    assert _equal(host.generate(shared, prompts=prompts, **two)[0], host.generate(apart, prompts=prompts, **two)[0])
+def test_share_match_joins_rows_only_where_halves_are_the_same_images(host, tome, monkeypatch):
+    call = sys.modules[tome.core.ModelCall.__module__]
+    rows, match_tokens = set(), call.match_tokens
+
+    def spy(metric, *args, **kwargs):
+        plan = match_tokens(metric, *args, **kwargs)
+        rows.add((metric.shape[0], plan.choice.shape[0]))
+        return plan
+
+    monkeypatch.setattr(call, "match_tokens", spy)
+    shared, two = _on(method="merge", share_match=True), {"seeds": (1, 2), "batch_size": 2}
+    host.generate(shared, **two)
+    assert rows == {(4, 2)}
+    rows.clear()
+    host.generate(shared, prompts=["a AND b", "c AND d"], **two)  # rows 0 0 1 | 1 0 1
+    assert rows == {(6, 6)}
+    rows.clear()
     host.opts.data["batch_cond_uncond"] = False  # rows 0 | 1
-    assert _equal(host.generate(shared, **two)[0], host.generate(apart, **two)[0])
+    host.generate(shared, **two)
+    assert rows == {(2, 2)}
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------

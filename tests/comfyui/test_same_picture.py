@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
-from .host import conditioning, run_node, sample
+from .host import conditioning, pack_module, run_node, sample
 
 METHODS = ("sample", "merge", "merge_queries", "merge_keys", "downsample", "prune")
 DRAWING = ("sample", "merge", "merge_queries", "merge_keys", "prune")
@@ -48,10 +50,29 @@ def test_prompt_and_negative_in_one_batch_or_two(sd15, tome, method, monkeypatch
 
 
 def test_share_match_only_where_both_halves_are_the_same_images(sd15, tome):
-    """Half the matching with guidance; without it the halves of a batch of two are different images."""
-    shared, own = tome(sd15, method="merge", share_match=True), tome(sd15, method="merge")
-    assert not torch.equal(sample(shared), sample(own))
-    assert torch.equal(sample(shared, batch=2, cfg=1.0), sample(own, batch=2, cfg=1.0))
+    """With guidance; without it the halves of a batch of two are different images, and each has its own match."""
+    shared = tome(sd15, method="merge", share_match=True)
+    assert not torch.equal(sample(shared), sample(tome(sd15, method="merge")))
+    rows = matched_rows(lambda: sample(shared, batch=1))
+    assert rows and set(rows) == {1}
+    rows = matched_rows(lambda: sample(shared, batch=2, cfg=1.0))
+    assert rows and set(rows) == {2}
+
+
+def matched_rows(run):
+    """For how many rows each match of a run was made: one match a level and step."""
+    call = sys.modules[pack_module("unet").ModelCall.__module__]
+    found, match_tokens = [], call.match_tokens
+
+    def spy(*args, **kwargs):
+        plan = match_tokens(*args, **kwargs)
+        found.append(plan.choice.shape[0])
+        return plan
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(call, "match_tokens", spy)
+        run()
+    return found
 
 
 def test_steps_and_layers_choose_anew(sd15, tome):
