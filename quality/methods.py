@@ -543,7 +543,7 @@ def _paper(c: Catalogue, tomesd: dict) -> None:
     row("levels 0,1, sample 0.75", method="sample", ratio=0.75, levels="0,1", proportional=True)
     row("levels 0,1,2, sample 0.75", method="sample", ratio=0.75, levels="0,1,2", proportional=True)
     row("merge pick 0.5", proportional=True, reduce="pick")
-    row("match shared by layers, prompt and no prompt", share_match=True)
+    row("match shared by prompt and no prompt", share_match=True)
     row("match shared by layers", make=shared(layers=True))
     row("match shared by 2 steps", make=shared(steps=2))
     row("match shared by 5 steps", make=shared(steps=5))

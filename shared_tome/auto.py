@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import logging
 import math
@@ -49,7 +48,6 @@ MARGIN = 0.03
 ROWS = 2
 _SWITCHES = ("flash", "mem_efficient", "cudnn")  # torch.backends.cuda.*_sdp_enabled
 _REPEATS, _ROUNDS = 16, 5  # 16: layers that are drawn at once (call.py)
-_SHARING = 4  # layers that share a match at least, where they do: a U-Net has five on a level
 
 # attention(q, k, v, heads, scale=None): [B, N, H * d], [B, M, H * d] twice -> [B, N, H * d]
 Attention = Callable[..., Tensor]
@@ -342,12 +340,7 @@ def measure(
 
     x = drawn(ROWS, math.prod(case.grid), case.channels)
     weight = drawn(case.channels, case.channels) * case.channels**-0.5
-    step = torch.zeros((), dtype=torch.int64, device=device)
-
-    def new_call() -> ModelCall:
-        return ModelCall(case.config, case.grid, device, step=step)
-
-    call = new_call()
+    call = ModelCall(case.config, case.grid, device, step=torch.zeros((), dtype=torch.int64, device=device))
 
     def full() -> Tensor:
         q, k, v = (F.linear(x, weight) for _ in range(3))
@@ -355,12 +348,7 @@ def measure(
 
     joint = JointCall(True, case.kernels, lambda *_: None, own=True) if case.keeps_own else None
 
-    asked = itertools.count()
-
     def merged() -> Tensor:
-        nonlocal call
-        if case.config.share_match and next(asked) % _SHARING == 0:
-            call = new_call()
         layer = call.attention(x, x, x, case.grid, own=joint is not None)
         if layer is None:  # the ratio takes away no whole token
             return full()

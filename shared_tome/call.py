@@ -65,7 +65,6 @@ class ModelCall:
         self._walks: dict[Grid, Tensor] = {}
         self._drawn: dict[Grid, Tensor] = {}
         self._split: dict[Grid, list[tuple[Tensor, Tensor]] | None] = {}
-        self._matched: dict[Grid, Plan] = {}  # where all layers on a grid share one match
         # Made here and not where they are used: that may be inside a compiled graph.
         levels = (grid_at(full, level) for level in range(4)) if config.method == "sample" else ()
         self._orders = {grid: curve_order(grid, device) for grid in levels if self.serves(grid)}
@@ -161,19 +160,9 @@ class ModelCall:
         if self.config.method == "sample":
             plan = self._sample(metric.shape[0], grid, layer)
         else:
-            plan = self._match(metric, grid, layer)
+            parts = self._parts(grid, layer)
+            plan = match_tokens(metric, grid, self._matching, seed=self.seed, step=self.step, layer=layer, parts=parts)
         return None if plan.is_identity else plan
-
-    def _match(self, metric: Tensor, grid: Grid, layer: int) -> Plan:
-        """This layer's own match, or with share_match that of the first layer on its grid."""
-        known = self._matched.get(grid)
-        if known is not None and known.batch == metric.shape[0]:
-            return known
-        parts = self._parts(grid, layer)
-        plan = match_tokens(metric, grid, self._matching, seed=self.seed, step=self.step, layer=layer, parts=parts)
-        if self.config.share_match and self.config.kind.matches:
-            self._matched[grid] = plan
-        return plan
 
     def _parts(self, grid: Grid, layer: int) -> tuple[Tensor, Tensor] | None:
         """The layer's src and dst, split for many layers at once, or None where that gains nothing."""

@@ -227,9 +227,8 @@ class ToMeConfig:
     share_match: bool = _option(
         False,
         "Share match",
-        "Look for similar tokens once a step for all layers of a level, and for the prompted and unprompted rows of a "
-        "batch together: a small part of the matching. The picture then depends a little on whether the host runs "
-        "both in one batch.",
+        "Look for similar tokens once for the prompted and unprompted rows of a batch: half the matching. The "
+        "picture then depends a little on whether the host runs both in one batch.",
         advanced=True,
     )
     # New options go to the end: saved workflows and API calls tell them by their place.
