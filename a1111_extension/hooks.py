@@ -75,7 +75,14 @@ class Attachment:
         self.call: ModelCall | None = None
         self.joint: JointCall | None = None  # this call's, where queries are to keep their own tokens
         self.told: CallTally | None = None  # this call's, where somebody wants a report or a map
+        # Of this call: what those that are judged alike have in common; served layers where merging does not pay, and
+        # all other layers but those that are not served.
+        self.kind: tuple = ()
+        self.unpaid = self.others = 0
+        self._idle: set[tuple] = set()  # kinds of calls in which merging pays nowhere
+        self._blocks: list[_Block] = []
         self._handles: list[Any] = []
+        self._block_handles: list[Any] = []
         self._rules: dict[tuple, str | None] = {}
         self._meets: dict[tuple, bool] = {}
         self.attach(model)
@@ -97,19 +104,34 @@ class Attachment:
                 model.register_forward_hook(self._after_model),
             ]
             names = {module: name for name, module in model.named_modules()}
-            for block in blocks:
-                self._handles += _Block(self, block, names[block]).hook(block)
+            self._blocks = [_Block(self, block, names[block]) for block in blocks]
+            self._hook()
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
         """Take all hooks off."""
+        self._unhook()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._blocks = []
+        self._idle.clear()
         self.model = self.call = self.joint = self.told = None
         _attached.discard(self)
+
+    def _hook(self) -> None:
+        """Put the blocks' hooks on, where they are not."""
+        if not self._block_handles:
+            for block in self._blocks:
+                self._block_handles += block.hook()
+
+    def _unhook(self) -> None:
+        """Take the blocks' hooks off."""
+        for handle in self._block_handles:
+            handle.remove()
+        self._block_handles.clear()
 
     def say(self, message: str) -> None:
         """Tell what was left alone and why, in the log."""
@@ -145,12 +167,22 @@ class Attachment:
             self.call = self.sampling.call((x.shape[2], x.shape[3]), x.shape[0], x.device)
             self.told = self.sampling.told
             self.batch = x.shape[0]
+        self.unpaid = self.others = 0
+        if self.call is not None:
+            self.kind = (self.call.full, self.call.config.ratio, x.dtype)
+            if self.told is None and self.kind in self._idle:
+                self.call = None
+                self._unhook()  # hooks that do nothing still take the processor time
+            else:
+                self._hook()
         if self.call is not None and self.call.config.keeps_own:
             self.joint = JointCall(True, KERNELS, lambda message, detail: self.say(f"{message} ({detail})"), own=True)
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         if isinstance(self.told, CallRecord):
             self.told.end()
+        if self.call is not None and self.unpaid and not self.others:
+            self._idle.add(self.kind)
         self.call = self.joint = self.told = None
 
 
@@ -174,9 +206,11 @@ class _Block:
         self.rule: str | None = None
         self.head_size = 0
 
-    def hook(self, block: nn.Module) -> list[Any]:
+    def hook(self) -> list[Any]:
         """Register; returns the handles."""
-        config = self.owner.sampling.config
+        block, config = self._block(), self.owner.sampling.config
+        if block is None:
+            return []
         attn1 = block.attn1
         # Ours is the last to see the inputs and the first to see the output: right around the attention.
         handles = [
@@ -261,6 +295,7 @@ class _Block:
     def _grid(self, call: ModelCall, attn1: nn.Module, x: Any, context: Any) -> Grid | None:
         """The grid of this layer's tokens, or None where it is to be left alone."""
         batch = self.owner.batch
+        self.owner.others += 1
         if not isinstance(x, Tensor) or x.dim() != 3:
             return None
         if context is not None and context is not x:
@@ -274,6 +309,7 @@ class _Block:
             )
             return None
         if not call.serves(grid):
+            self.owner.others -= 1
             if self.owner.told is not None:
                 reason = why_not_served(call.config, grid, call.full)
                 self.owner.told.left_alone(reason, self.where, grid, self.part)
@@ -287,6 +323,8 @@ class _Block:
         unpaid = call.why_not_paid(verdict)
         if unpaid is not None:
             self._leave(f"{unpaid}; layers of {x.shape[1]} tokens are left alone", grid)
+            self.owner.unpaid += 1
+            self.owner.others -= 1
             return None
         return grid
 

@@ -75,6 +75,12 @@ def controls(language: str = "en") -> str:
     return "\n\n".join(found) + "\n"
 
 
+def sets(options: dict[str, Any]) -> str:
+    """What a preset sets, for people."""
+    shown = {True: "on", False: "off"}
+    return ", ".join(f"{option} {shown.get(x, x) if isinstance(x, bool) else x}" for option, x in options.items())
+
+
 def _presets(language: str) -> str:
     """The control that web/tome.js adds, with what each preset sets."""
     if language == "en":
@@ -87,8 +93,7 @@ def _presets(language: str) -> str:
         label, help = (texts(language)["ToMe"]["inputs"]["preset"][part] for part in ("name", "tooltip"))
     lines = _lines(help, tuple(PRESETS))
     for name, preset in PRESETS.items():
-        options = ", ".join(f"{option} {value}" for option, value in preset.options.items())
-        lines = lines.replace(f"- `{name}`", f"- `{name}` ({options})")
+        lines = lines.replace(f"- `{name}`", f"- `{name}` ({sets(preset.options)})")
     chosen = ToMeConfig().preset
     return _glued(head(language, [label], chosen, choices=(*PRESETS, CUSTOM)), lines)
 

@@ -131,12 +131,11 @@ def bound() -> str:
         # By speedups, each turn against turn with the unmerged step: rows may be of two runs.
         free = _saved(found["half at no cost"])
         body.append([backend, _model(found["unmerged"]), f"{free * float(found['unmerged']['step_ms']):.1f} ms"])
-        for name in ("merge 0.5", "tomesd 0.5"):
+        for name in ("merge 0.5", "merge 0.5, shared", "tomesd 0.5"):
             row = found.get(name)
             body[-1].append(f"{_saved(row) / free:.0%}" if row is not None and row["speedup"] and free > 0 else "-")
-    return (
-        table(["attention", "model, pixels", "the bound saves", "merge 0.5", "tomesd 0.5"], body) if body else NOTHING
-    )
+    head = ["attention", "model, pixels", "the bound saves", "merge 0.5", "merge 0.5, shared", "tomesd 0.5"]
+    return table(head, body) if body else NOTHING
 
 
 def memory() -> str:

@@ -16,7 +16,7 @@ from quality.plot import WITHOUT_OWN, preset_measured
 from shared_tome import ToMeConfig
 from shared_tome.config import PRESETS
 
-from .help_lists import LANGUAGES, controls, number_text
+from .help_lists import LANGUAGES, controls, number_text, sets
 from .speed_tables import MAKERS as SPEED
 from .speed_tables import read, table
 
@@ -57,14 +57,15 @@ def presets() -> str:
     rows, steps, marked = [], read("steps"), False
     for name, preset in PRESETS.items():
         start = preset.options["start"]
-        cells = [name, ", ".join(f"{option} {value}" for option, value in preset.options.items()), preset.summary]
+        cells = [name, sets(preset.options), preset.summary]
         for model in ("demo", "lab"):
             psnr = {row["variant"]: row["psnr"] for row in measured(model) if row["sampler"] == "ddim30"}
             variant, mark = preset_measured(name, psnr)
             marked = marked or bool(mark)
             cells.append(f"{float(psnr[variant]):.1f} dB{mark}")
         for pixels in ("1024", "2048"):
-            merged = f"{preset.options['method']} {preset.options['ratio']:g}"
+            own = ", own token" if preset.options["own_token"] else ""
+            merged = f"{preset.options['method']} {preset.options['ratio']:g}{own}"
             step = {row["variant"]: float(row["step_ms"]) for row in steps if row["pixels"] == pixels
                     and (row["model"], row["mode"], row["backend"]) == ("sd15", "graph", "cudnn")}  # fmt: skip
             mean = start * step["unmerged"] + (1 - start) * step[merged]

@@ -68,11 +68,16 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "Quality": Preset("nearest to the unmerged picture", {"method": "sample", "ratio": 0.75, "start": 0.2}),
-    "Balanced": Preset("the default, near and fast", {"method": "sample", "ratio": 0.75, "start": 0.0}),
+    "Quality": Preset(
+        "nearest to the unmerged picture, fine texture included",
+        {"method": "sample", "ratio": 0.75, "start": 0.2, "own_token": True},
+    ),
+    "Balanced": Preset(
+        "the default, near and fast", {"method": "sample", "ratio": 0.75, "start": 0.0, "own_token": False}
+    ),
     "Fast": Preset(
         "much faster on large pictures; lettering and fine texture change",
-        {"method": "sample", "ratio": 0.9375, "start": 0.1},
+        {"method": "sample", "ratio": 0.9375, "start": 0.1, "own_token": False},
     ),
 }
 CUSTOM = "Custom"

@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from . import models
+
 ON = [{"ratio": 0.5, "min_tokens": 0}]
 
 
@@ -59,3 +61,28 @@ def test_the_models_own_block_is_timed_by_itself(host, tome, monkeypatch):
             module.ff.register_forward_pre_hook(lambda *_: ran.append(1))
     image, _ = host.generate(ON)
     assert found and ran and all(torch.equal(a, b) for a, b in zip(image, plain, strict=True))
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_where_nothing_pays_the_blocks_hooks_go(host, tome, lines, monkeypatch, pays):
+    """And the picture is the unmerged one."""
+    call = sys.modules[tome.core.ModelCall.__module__]
+    hooks = []
+
+    def verdict_on(grid, *args, **kwargs):
+        return call.Verdict(80.0, 30.0 if pays else 79.0, 20.0)
+
+    monkeypatch.setattr(call, "verdict_on", verdict_on)
+    unet = host.shared.sd_model.model.diffusion_model
+    plain = host.generate([])[0]
+    handle = unet.register_forward_hook(lambda module, *_: hooks.append(models.count_hooks(module)))
+    made = host.generate(ON)[0]
+    handle.remove()
+    assert _equal(made, plain) == (not pays)
+    few = 1 + 2  # this one, and those that make the state of each call
+    assert hooks[0] > few and hooks[-1] == (hooks[0] if pays else few)  # the first call is reported, the second judged
+    assert models.count_hooks(unet) == 0
+
+
+def _equal(one, two):
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

@@ -54,7 +54,7 @@ def test_the_panel_and_the_settings_are_what_gradio_takes(python):
     assert found["settings"] == len(found["values"]) + 2
     assert "similar tokens become one" in found["texts"]
     assert found["pasted"] == 0.35
-    options = ["method", "ratio", "start"]
+    options = ["method", "ratio", "start", "own_token"]
     assert ["preset", "input", ["preset", *options], False] in found["preset"]
     shows = [[option, "change", ["preset"], False] for option in options]
-    assert all(event in found["preset"] for event in shows) and len(found["preset"]) == 4
+    assert all(event in found["preset"] for event in shows) and len(found["preset"]) == 5

@@ -46,6 +46,8 @@ def test_moving_an_option_shows_what_it_is(panel):
     controls["ratio"].choose(0.75)
     assert preset.value == "Balanced"
     controls["start"].choose(0.2)
+    assert preset.value == "Custom"
+    controls["own_token"].choose(True)
     assert preset.value == "Quality"
     controls["method"].choose("merge")
     assert preset.value == "Custom"

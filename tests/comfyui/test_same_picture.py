@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from . import dit_host
 from .host import conditioning, pack_module, run_node, sample
 
 METHODS = ("sample", "merge", "merge_queries", "merge_keys", "downsample", "prune")
@@ -57,6 +58,14 @@ def test_share_match_only_where_both_halves_are_the_same_images(sd15, tome):
     assert rows and set(rows) == {1}
     rows = matched_rows(lambda: sample(shared, batch=2, cfg=1.0))
     assert rows and set(rows) == {2}
+
+
+@pytest.mark.parametrize(("batch", "cfg", "rows"), [(1, 3.0, 1), (2, 3.0, 2), (2, 1.0, 2)])
+def test_share_match_in_a_transformer(tome, batch, cfg, rows):
+    """Two images without a prompt apart are two halves of a batch too."""
+    model = tome(dit_host.small("flux"), method="merge", share_match=True)
+    found = matched_rows(lambda: dit_host.sample(model, "flux", steps=1, batch=batch, cfg=cfg))
+    assert found and set(found) == {rows}
 
 
 def matched_rows(run):

@@ -1,0 +1,115 @@
+"""Where a GPU was found to gain nothing by merging, the hooks on the blocks go: they would take the processor time."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+
+import pytest
+import torch
+
+import shared_tome
+from shared_tome import ModelCall, ToMeConfig
+
+from . import models
+
+MODEL_HOOKS = 2
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Layers with as many tokens or more pay."""
+    call = sys.modules[ModelCall.__module__]
+    least = [10**9]
+
+    def verdict_on(grid, *_):
+        return call.Verdict(100.0, 40.0 if grid[0] * grid[1] >= least[0] else 99.0, 5.0)
+
+    monkeypatch.setattr(call, "measures", lambda *_: True)
+    monkeypatch.setattr(call, "verdict_on", verdict_on)
+    return least
+
+
+def config(**options):
+    return ToMeConfig(**{"min_tokens": 0, "ratio": 0.5, **options})
+
+
+@pytest.mark.parametrize("name", models.UNETS)
+@pytest.mark.parametrize("options", [{}, {"own_token": True}, {"method": "merge", "mlp": True}])
+def test_hooks_go_after_the_first_call_and_come_back(judged, name, options):
+    unet = models.UNETS[name]()
+    plain, large = models.run(unet), models.run(unet, 32, 32)
+    shared_tome.apply_patch(unet, config=config(**options))
+    on = models.count_hooks(unet)
+    assert torch.equal(models.run(unet), plain) and models.count_hooks(unet) == on
+    for _ in range(2):
+        assert torch.equal(models.run(unet), plain) and models.count_hooks(unet) == MODEL_HOOKS
+    judged[0] = 32 * 32 if name == "sd15" else 16 * 16
+    merged = models.run(unet, 32, 32)  # another size, which pays
+    assert not torch.equal(merged, large) and models.count_hooks(unet) >= on
+    assert torch.equal(models.run(unet), plain) and torch.equal(models.run(unet, 32, 32), merged)
+    shared_tome.remove_patch(unet)
+    assert models.count_hooks(unet) == 0 and torch.equal(models.run(unet, 32, 32), large)
+
+
+def test_a_model_of_which_one_level_pays_keeps_them(judged):
+    unet = models.sd15()
+    judged[0] = 256
+    shared_tome.apply_patch(unet, config=config())
+    on = models.count_hooks(unet)
+    made = [models.run(unet) for _ in range(3)]
+    assert models.count_hooks(unet) == on and torch.equal(made[0], made[2])
+
+
+def test_a_schedule_is_judged_by_its_ratios(judged):
+    """A ratio of 0 in the first steps is no judgement."""
+    unet = models.sd15()
+    shared_tome.apply_patch(unet, config=config(start=0.5))
+    on = models.count_hooks(unet)
+    models.run(unet, timestep=900)
+    models.run(unet, timestep=900)
+    assert models.count_hooks(unet) == on
+    models.run(unet, timestep=100)
+    models.run(unet, timestep=100)
+    assert models.count_hooks(unet) == MODEL_HOOKS
+
+
+def test_another_thread_at_work_keeps_its_hooks(judged):
+    """One thread finds that nothing pays at its size while another is in the midst of a call that does."""
+    unet = models.sd15()
+    judged[0] = 32 * 32
+    shared_tome.apply_patch(unet, config=config())
+    expected = models.run(unet, 32, 32)
+    models.run(unet)  # the small size is known now
+    inside, go = threading.Event(), threading.Event()
+
+    def wait(*_):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            go.wait(60)
+
+    handle = unet.conv_in.register_forward_pre_hook(wait)
+    made = []
+    other = threading.Thread(target=lambda: made.append(models.run(unet, 32, 32)))
+    other.start()
+    assert inside.wait(60)
+    models.run(unet)
+    go.set()
+    other.join(60)
+    handle.remove()
+    assert torch.equal(made[0], expected)
+
+
+def test_a_copy_of_the_model_has_hooks_of_its_own(judged):
+    unet = models.sd15()
+    plain = models.run(unet)
+    shared_tome.apply_patch(unet, config=config())
+    for _ in range(2):
+        models.run(unet)
+    twin = copy.deepcopy(unet)
+    judged[0] = 0
+    for _ in range(2):
+        assert torch.equal(models.run(twin), plain)  # judged already, as the original
+    assert not torch.equal(models.run(twin, 32, 32), models.run(models.sd15(), 32, 32))
+    assert models.count_hooks(unet) == MODEL_HOOKS < models.count_hooks(twin)
