@@ -66,10 +66,10 @@ def presets() -> str:
         for pixels in ("1024", "2048"):
             own = ", own token" if preset.options["own_token"] else ""
             merged = f"{preset.options['method']} {preset.options['ratio']:g}{own}"
-            step = {row["variant"]: float(row["step_ms"]) for row in steps if row["pixels"] == pixels
-                    and (row["model"], row["mode"], row["backend"]) == ("sd15", "graph", "cudnn")}  # fmt: skip
-            mean = start * step["unmerged"] + (1 - start) * step[merged]
-            cells.append(f"{step['unmerged'] / mean:.2f}x")
+            # By speedups, each turn against turn with the unmerged step: rows may be of two runs.
+            speedup = {row["variant"]: float(row["speedup"]) for row in steps if row["pixels"] == pixels
+                       and (row["model"], row["mode"], row["backend"]) == ("sd15", "graph", "cudnn")}  # fmt: skip
+            cells.append(f"{1 / (start + (1 - start) / speedup[merged]):.2f}x")
         rows.append(cells)
     head = ["preset", "sets", "", "PSNR, demo", "PSNR, lab", "SD 1.5 at 1024²", "at 2048²"]
     note = (
