@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "sample 0.9375, own token": {"ratio": 0.9375, "own_token": True},
     "sample 0.75, unweighted": {"ratio": 0.75, "proportional": False},
     "sample 0.9375, unweighted": {"ratio": 0.9375, "proportional": False},
+    "merge 0.5": {"ratio": 0.5, "method": "merge"},
     "limit": None,
 }
 KEYS = ("model", "size", "backend", "dtype", "variant")

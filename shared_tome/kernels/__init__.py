@@ -32,8 +32,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WIDEST = 4096
 # Bytes of a copy up to which a step is bound by its launches.
 _WAITS_FOR_CPU = 2**22
-# Heads that `attend` takes.
+# Heads that `attend` takes; programs on a grid's second axis; offsets within a head.
 _FULL_HEADS = (64, 128)
+_MOST_PROGRAMS, _FARTHEST = 65535, 2**31
 # src of a row that `select` holds in one program.
 SELECTED = 8192
 
@@ -209,6 +210,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
     """
     able = k.shape == v.shape and q.shape[:2] == k.shape[:2] and k.shape[2] > 0 and q.dtype == k.dtype == v.dtype
     if not able or not attends(q.shape[-1], q.dtype) or not serves(q, k, v, bias):
+        return None
+    if q.shape[0] * q.shape[1] > _MOST_PROGRAMS or any(x.shape[2] * x.stride(2) >= _FARTHEST for x in (k, v)):
         return None
     return _op("attend")(q, k, v, bias, scale)
 

@@ -88,7 +88,7 @@ def test_strides_of_any_kind():
         )
 
 
-def test_taken_where_further_channels_would_double_the_heads(launched):
+def test_taken_where_further_channels_would_double_the_heads(launched, monkeypatch):
     for d, dtype, served in ((64, torch.float16, True), (128, torch.bfloat16, True), (40, torch.float16, False)):
         q, k, v = drawn(2, 2, 9, 7, d, dtype)
         bias = torch.rand(1, 7)
@@ -98,6 +98,10 @@ def test_taken_where_further_channels_would_double_the_heads(launched):
     assert kernels.attend(*drawn(1, 1, 4, 4, 64, torch.float32), torch.zeros(1, 4), 0.1) is None
     q, k, v = drawn(1, 2, 4, 4, 64, torch.float16)
     assert kernels.attend(q, k[:, :1], v[:, :1], torch.zeros(1, 4), 0.1) is None  # grouped heads
+    many = torch.zeros(1, 1, 1, 64, dtype=torch.float16).expand(40000, 2, 1, 64)
+    assert kernels.attend(many, many, many, torch.zeros(1, 1), 0.1) is None  # more than a GPU's grid has room for
+    monkeypatch.setattr(kernels, "_FARTHEST", 4 * k.stride(2))  # offsets that 32 bits do not hold
+    assert kernels.attend(q, k, v, torch.zeros(1, 4), 0.1) is None
     with pytest.raises(ValueError, match="a plan for 2 rows does not fit a batch of 3"):
         launch_attend(*drawn(3, 1, 4, 4, 64, torch.float16), torch.zeros(2, 4), 0.1)
 

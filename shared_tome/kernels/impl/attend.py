@@ -13,7 +13,7 @@ from ...plan import check_rows
 from .compiler import power_of_two, tl, triton
 
 # By channels of a program's head: queries, keys of a block, warps, stages of the pipeline.
-_CONFIG = {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3)}
+_CONFIG = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3)}
 # The same where there are so few programs that a large GPU would wait for its last ones.
 _SMALL = (64, 64, 4, 3)
 _FEW = 400
@@ -127,7 +127,7 @@ def launch_attend(
     check_rows(bias.shape[0], batch)
     bias = bias.float().contiguous()
     made = torch.empty((batch, tokens, heads, d), dtype=q.dtype, device=q.device)
-    block = max(16, power_of_two(d))
+    block = max(min(_CONFIG), power_of_two(d))
     few = tokens * batch * heads < _FEW * _CONFIG[block][0]
     rows, keys, warps, stages = config or (_SMALL if few else _CONFIG[block])
     _attend_kernel[(-(-tokens // rows), batch * heads)](
