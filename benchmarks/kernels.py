@@ -181,7 +181,7 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
     )
 
     heads = 8 if case.channels == 320 else case.channels // 64
-    yield own_job(case, heads)
+    yield from own_jobs(case, heads)
 
     if case.channels // heads == 64:
         yield attend_job(y, case.sizes.log(), heads)
@@ -222,14 +222,23 @@ def attend_job(y: Tensor, bias: Tensor, heads: int) -> Job:
     return "attend", "", lambda: launch_attend(q, k, v, bias, scale), plain, check
 
 
-def own_job(case: Case, heads: int) -> Job:
-    """A layer's queries take their own tokens among a quarter that is drawn, as joint.attend_joined has it."""
+def own_jobs(case: Case, heads: int) -> Iterator[Job]:
+    """A layer's keys are drawn by head, a quarter, and its queries take their own tokens among them, as
+    joint.attend_joined has it."""
     from shared_tome.joined import KERNELS, attend_with_lse, choose_kernel
     from shared_tome.kernels.impl import own as own_kernel
+    from shared_tome.kernels.impl.turns import launch_turns
 
     config = ToMeConfig(ratio=0.75, min_tokens=0, own_token=True)
     drawn = ModelCall(config, case.grid, case.x.device, seed=case.seed, step=case.step).plan(case.x, case.grid)
     q, k, v = (case.x.roll(turn, 2).unflatten(-1, (heads, -1)).transpose(1, 2) for turn in range(3))
+    yield (
+        "turns",
+        "",
+        lambda: launch_turns(k, drawn.turns),
+        lambda: own._take_turns(k, drawn.turns),
+        lambda got: "" if torch.equal(got, own._take_turns(k, drawn.turns)) else "NOT EQUAL",
+    )
     kernel = choose_kernel(KERNELS, q.device, q.dtype, q.shape[-1])
     out, lse = attend_with_lse(q, *(own.take_turns(x, drawn.turns) for x in (k, v)), kernel)
     given = (q, k, v, out, lse + math.log(drawn.tokens / drawn.kept), drawn.owner, q.shape[-1] ** -0.5)
@@ -239,7 +248,7 @@ def own_job(case: Case, heads: int) -> Job:
         here, there = (float((made.double() - exact).abs().max()) for made in (got, own._keep_own(*given)))
         return ("" if here <= 1.5 * there else "WORSE THAN TORCH ") + f"{here:.1e} (torch {there:.1e})"
 
-    return "own", "", lambda: own_kernel.launch_own(*given), lambda: own._keep_own(*given), check
+    yield "own", "", lambda: own_kernel.launch_own(*given), lambda: own._keep_own(*given), check
 
 
 def nearest_variants() -> list:

@@ -85,6 +85,7 @@ def test_variants_attend_to_what_they_say():
     assert found["flux-tiny sample 0.75"] == [(103, 7, 32), (103, 24, 32)]
     assert found["flux-tiny sample 0.75, unweighted"] == [(103, 24 + 7, 32)]
     assert found["flux-tiny sample 0.9375"] == [(103, 6, 32), (103, 7, 32)]
+    assert found["flux-tiny merge 0.5"] == [(48 + 7, 48 + 7, 40)]  # wider: weights in further channels
     assert found["flux-tiny limit"] == []
     # Wan: 72 tokens to themselves, and to 7 of text, which nothing touches.
     assert found["wan-tiny unmerged"] == [(72, 7, 32), (72, 72, 32)]
@@ -97,7 +98,7 @@ def test_the_short_form_of_transformers(tmp_path):
     out = tmp_path / "dit.csv"
     command = ("-m", "benchmarks.dit", "--device", "cpu", "--seconds", "0", "--least", "1", "--json", "--out", str(out))
     rows = json.loads(in_comfyui(*command))
-    assert {row["model"] for row in rows} == {"flux-tiny", "wan-tiny"} and len(rows) == 16
+    assert {row["model"] for row in rows} == {"flux-tiny", "wan-tiny"} and len(rows) == 18
     for row in rows:
         assert row["step_ms"] > row["measured_ms"] > 0  # scaled to a depth of 57 or 40 blocks
         assert math.isfinite(float(row["attention_share"]))  # a difference of times: on a busy machine it is anything

@@ -48,7 +48,7 @@ def results(tmp_path, monkeypatch):
         ("steps_graph", "| cudnn | SD 1.5 1024² | 0, 1 | 100 ms (100 to 100) | 1.67x | 2.00x | 5.00x | 2.50x | - |"),
         ("steps_graph", "tomesd 0.5: cannot be captured: why."),
         ("steps_eager", "| cudnn | SD 1.5 1024² | 0, 1 | 100 ms (100 to 100) | 1.67x | 2.00x | 5.00x | 2.50x |"),
-        ("bound", "| cudnn | SD 1.5 1024² | 50.0 ms | 80% | - |"),
+        ("bound", "| cudnn | SD 1.5 1024² | 50.0 ms | 80% | - | - |"),
         ("memory", "| merge 0.5 | +1.3 (2.0) |"),
         ("growth", "| match | kernels | 4.0 | 16.0 | 2.00 |"),
         ("dit", "| cudnn | Flux 1024² | 4,096 | 2 + 4 of 19 + 38 | 80% | 100 ms (100 to 100) | 5.00x | 2.50x |"),
