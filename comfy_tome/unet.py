@@ -20,6 +20,7 @@ from torch import Tensor
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention import attend_tokens
 from ..shared_tome.auto import Attention, Verdict
+from ..shared_tome.call import why_left_alone
 from ..shared_tome.curve import is_compiling
 from ..shared_tome.joint import JointCall
 from ..shared_tome.plan import Plan
@@ -43,13 +44,13 @@ class UNetPatch:
         record = begin(executor, x, t, args, kwargs, self.config, config)
         if config.ratio == 0.0:
             return executor(x, t, *args, **kwargs)
-        step, alike = step_of(options, x.device), halves_alike(options)
-        call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=step, alike=alike)
         compiled = is_compiled(executor, options)
-        model = executor.class_obj.diffusion_model
+        model, full = executor.class_obj.diffusion_model, tuple(x.shape[-2:])
         layers = _layers_of(model), _dtype_of(executor)
-        if record is None and not compiled and _leaves_alone(call, *layers, options):
+        if record is None and not compiled and _leaves_alone(config, full, x.device, *layers, options):
             return executor(x, t, *args, **kwargs)
+        step, alike = step_of(options, x.device), halves_alike(options)
+        call = ModelCall(config, full, x.device, step=step, alike=alike)
         told = None if record is None or record.run.compiled else record
         patch = UNetCall(call, options, told, _host_attention(), layers if compiled else None, model)
         # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
@@ -71,13 +72,19 @@ def _host_attention() -> Attention:
 
 
 def _leaves_alone(
-    call: ModelCall, layers: list[tuple[int, int, int]], dtype: torch.dtype, options: dict[str, Any]
+    config: ToMeConfig,
+    full: tuple[int, int],
+    device: torch.device,
+    layers: list[tuple[int, int, int]],
+    dtype: torch.dtype,
+    options: dict[str, Any],
 ) -> bool:
     """Whether no layer would be merged, by what is known of all of them: then the model runs as if ToMe were not there.
     Its patches take the processor time, which shows where steps wait for it."""
     if not layers:
         return False  # not a U-Net as they are known
-    reasons = call.left_alone(layers, dtype, _host_attention(), _kernels_of(options, call.seed.device))
+    host = _host_attention(), _kernels_of(options, device)
+    reasons = why_left_alone(config, full, device, layers, dtype, *host)
     for grid, reason in (reasons or {}).items():
         leave_alone(None, reason, f"layers of {grid[0]}x{grid[1]} tokens")
     return reasons is not None

@@ -30,6 +30,34 @@ _DRAWN_AT_ONCE = 16
 _TURNS = 16
 
 
+def why_left_alone(
+    config: ToMeConfig,
+    full: Grid,
+    device: torch.device,
+    layers: Iterable[tuple[int, int, int]],
+    dtype: torch.dtype,
+    attention: Attention | None = None,
+    kernels: tuple[str, ...] = (),
+) -> dict[Grid, str] | None:
+    """Why each grid's layers were found not to pay, where it is known before a call that none of these layers will be
+    merged: the host need not be patched for it, and no ModelCall made, which asks the GPU for a few things. Else None.
+
+    layers: (level, channels, heads). The rest as for ModelCall and its verdict.
+    """
+    reasons: dict[Grid, str] = {}
+    for level, channels, heads in layers:
+        grid = grid_at(full, level)
+        if config.ratio == 0.0 or not serves_layer(config, grid, full):
+            continue
+        if not measures(config, grid, device):
+            return None
+        known = known_on(grid, channels, heads, dtype, device, config, attention, kernels)
+        if known is None or known.pays():
+            return None
+        reasons[grid] = known.reason
+    return reasons
+
+
 class ModelCall:
     """Plans for the layers of one call.
 
@@ -114,27 +142,6 @@ class ModelCall:
             if measures(self.config, grid, self.seed.device):
                 known = verdict_on(grid, channels, heads, dtype, self.seed.device, self.config, attention, kernels)
                 self._verdicts[grid, channels] = known
-
-    def left_alone(
-        self,
-        layers: Iterable[tuple[int, int, int]],
-        dtype: torch.dtype,
-        attention: Attention | None = None,
-        kernels: tuple[str, ...] = (),
-    ) -> dict[Grid, str] | None:
-        """Why each grid's layers were found not to pay, where it is known before any of them runs that none of these
-        layers will be merged: the host need not be patched for such a call. Else None. layers: as for look_ahead."""
-        reasons: dict[Grid, str] = {}
-        device = self.seed.device
-        for grid, channels, heads in self._served_layers(layers):
-            if not measures(self.config, grid, device):
-                return None
-            known = known_on(grid, channels, heads, dtype, device, self.config, attention, kernels)
-            reason = self.why_not_paid(known)
-            if reason is None:
-                return None
-            reasons[grid] = reason
-        return reasons
 
     def _served_layers(self, layers: Iterable[tuple[int, int, int]]) -> Iterator[tuple[Grid, int, int]]:
         """(level, channels, heads) of layers -> (grid, channels, heads) of those that are served."""
