@@ -127,10 +127,13 @@ class BaseAttachment:
     def _say_why(self, message: str, detail: str) -> None:
         self.say(f"{message} ({detail})")
 
-    def model_call(self, grid: Grid, timestep: Any, device: torch.device) -> ModelCall | None:
-        """The core's state for this call, or None where nothing is merged now."""
+    def config_now(self, timestep: Any) -> ToMeConfig:
+        """With the ratio that holds at this step."""
+        return config_at(self.config, lambda: self.steps.progress(timestep))
+
+    def model_call(self, config: ToMeConfig, grid: Grid, timestep: Any, device: torch.device) -> ModelCall | None:
+        """The core's state for this call, or None where nothing is merged now. config: from config_now."""
         step = self.steps.step(timestep, device)
-        config = config_at(self.config, lambda: self.steps.progress(timestep))
         return ModelCall(config, grid, device, step=step) if config.ratio > 0.0 else None
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
@@ -180,16 +183,17 @@ class Attachment(BaseAttachment):
             self.say("a call whose input is not [B, C, H, W] (video) is left alone")
             return
         timestep = argument(args, kwargs, 1, "timestep", "timesteps", "t")
-        call = self.model_call((x.shape[2], x.shape[3]), timestep, x.device)
-        if call is None:
-            return
-        kind = (call.full, call.config.ratio, x.dtype, x.device)
+        config, grid = self.config_now(timestep), (x.shape[2], x.shape[3])
+        kind = (grid, config.ratio, x.dtype, x.device)
+        idle = kind in self._idle
+        # What does nothing takes the processor time: the GPU is asked for nothing, and the blocks' hooks go.
+        call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x.device)
         with _hooking:
-            if kind not in self._idle:
+            if idle and not self._calls:
+                self._unhook()
+            elif call is not None and not idle:
                 self.call = _Call(call, x.shape[0], self._joint(call), kind=kind)
                 self._hook(module)
-            elif not self._calls:  # hooks that do nothing still take the processor time
-                self._unhook()
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         call, self.call = self.call, None

@@ -77,7 +77,8 @@ class JointAttachment(BaseAttachment):
         if math.prod(grid) == 0:
             self.say("image tokens that are not rows of one image are left alone")
             return
-        call = self.model_call(grid, argument(args, kwargs, 3, "timestep"), x.device)
+        timestep = argument(args, kwargs, 3, "timestep")
+        call = self.model_call(self.config_now(timestep), grid, timestep, x.device)
         if call is not None:
             joint = JointCall(call.config.weighs_keys, KERNELS, self._say_why, call.config.keeps_own)
             self.call = _Call(call, joint, grid, x.shape[0], text.shape[1], reference)

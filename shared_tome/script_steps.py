@@ -38,6 +38,10 @@ class Steps:
             found = found.to(timestep.dtype)
         return (found / self.scale if self.scale != 1.0 else found).float()
 
+    def tells(self, timestep: Any) -> bool:
+        """Whether a pipeline tells the steps, so that a call need not be counted."""
+        return timestep is not None and self._timesteps(timestep) is not None
+
     def step(self, timestep: Any, device: torch.device) -> Tensor | int:
         """The number of the step as a 0-d tensor on the device, without a synchronisation.
 
