@@ -12,12 +12,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..shared_tome.auto import Verdict, compared, known_or_measured, may_measure
-from ..shared_tome.curve import is_compiling
+from ..shared_tome.auto import Verdict
+from ..shared_tome.vit_auto import verdict_of
 from ..shared_tome.vit_hooks import SCHEDULES, Attachment, Options, Tower, find_tower
 from .log import say_once
 
@@ -36,29 +35,16 @@ class MergedVision:
         return self._merged(*args, **kwargs)
 
     def _verdict(self, args: tuple, kwargs: dict[str, Any]) -> Verdict | None:
-        """What is known of the times of this encoder's calls, measured at the first (auto.py); None: not measured."""
+        """What is known of the times of this encoder's calls."""
         pixels = args[0] if args else kwargs.get("pixel_values")
-        if not isinstance(pixels, Tensor) or is_compiling() or not may_measure(pixels.device):
-            return None
-        options, tower = self._options, self._tower
-        weight = next(tower.blocks[0].parameters())
-        key = (
-            f"{type(self._model).__name__} of {len(tower.blocks)} blocks, {weight.shape[-1]} channels, "
-            f"{'x'.join(map(str, pixels.shape[1:]))}, {str(weight.dtype).removeprefix('torch.')}, "
-            f"{options.ratio:.4f}, {options.schedule}, proportional {options.proportional}"
-        )
 
-        def first(call: Callable[..., Any]) -> Callable[[], Any]:
-            """The call on one picture, whatever the batch: what one gets must not hang on how many there are."""
+        def on(call: Callable[..., Any]) -> Callable[[Tensor], Any]:
             if args:
-                return lambda: call(pixels[:1], *args[1:], **kwargs)
-            return lambda: call(**{**kwargs, "pixel_values": pixels[:1]})
+                return lambda pixels: call(pixels, *args[1:], **kwargs)
+            return lambda pixels: call(**{**kwargs, "pixel_values": pixels})
 
-        def measure() -> Verdict:
-            with torch.no_grad():
-                return compared(first(self._model), first(self._merged), pixels.device, repeats=4)
-
-        return known_or_measured(key, pixels.device, measure)
+        name = type(self._model).__name__
+        return verdict_of(name, self._tower, self._options, pixels, on(self._model), on(self._merged))
 
     def _merged(self, *args: Any, **kwargs: Any) -> Any:
         attachment = Attachment(self._tower, self._options, thread=threading.get_ident())

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .vit_auto import Judge
 from .vit_hooks import NAME, Options, attach, detach
 
 
@@ -47,6 +48,7 @@ def apply_patch(
     proportional: bool = True,
     restore: str = "last",
     trace: bool = False,
+    auto: bool = False,
 ) -> nn.Module:
     """Merge the tokens of a vision transformer from now on, in place. A second call replaces the first.
 
@@ -63,12 +65,16 @@ def apply_patch(
             that read hidden states; "none": the merged tokens leave the tower, as in the paper (for heads that read
             the class token).
         trace: keep what `trace(model)` tells.
+        auto: on a GPU, outside training and under no_grad, time the model at its first picture of a size, whole and
+            merged, and leave it alone where merging does not pay (auto.py). A call of a part of the model is merged.
     Returns:
         the model.
     Raises:
         ValueError: an argument out of range, or a model that is not served.
     """
-    attach(model, Options(r, ratio, schedule, proportional, restore, trace))
+    tower, attachment = attach(model, Options(r, ratio, schedule, proportional, restore, trace))
+    if auto:
+        Judge(model, tower, attachment)
     return model
 
 

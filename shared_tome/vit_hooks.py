@@ -220,6 +220,7 @@ class Attachment:
         self.depth, self.prefix = len(tower.blocks), tower.prefix
         self.last: tuple[Tensor, Tensor, tuple[int, ...], tuple[Tensor, ...]] | None = None
         self._calls: dict[int, Call] = {}
+        self._paused: set[int] = set()  # threads
         self._handles: list[Any] = []
         for place, block in enumerate(tower.blocks):
             self._handles += _Block(self, place).hook(block, tower)
@@ -230,6 +231,14 @@ class Attachment:
             handle.remove()
         self._handles.clear()
         self._calls.clear()
+
+    def add_handles(self, *handles: Any) -> None:
+        """Of further hooks, which go with these."""
+        self._handles += handles
+
+    def pause(self, pauses: bool) -> None:
+        """Whether this thread's calls that begin from now on are left alone."""
+        (self._paused.add if pauses else self._paused.discard)(threading.get_ident())
 
     @property
     def call(self) -> Call | None:
@@ -249,6 +258,9 @@ class Attachment:
     def begin(self, x: Tensor) -> None:
         """The first block is about to run on x [B, N, C]."""
         if self.thread not in (None, threading.get_ident()):
+            return
+        if threading.get_ident() in self._paused:
+            self._calls.pop(threading.get_ident(), None)  # of one that ended in an exception
             return
         per_block = self.options.per_block(self.depth, x.shape[1] - self.prefix)
         self._calls[threading.get_ident()] = self.call_type(self, per_block, x.shape[1])
@@ -373,12 +385,14 @@ class _Block:
         return (shown, *out[1:]) if isinstance(out, tuple) else shown
 
 
-def attach(model: nn.Module, options: Options, kind: type[Attachment] = Attachment) -> None:
+def attach(model: nn.Module, options: Options, kind: type[Attachment] = Attachment) -> tuple[Tower, Attachment]:
     """Hook a model, in place of what was on it. kind: a subclass that measures or matches in its own way."""
     tower = find_tower(model)
     options.check(len(tower.blocks))
     detach(model)
-    setattr(model, NAME, kind(tower, options))
+    attachment = kind(tower, options)
+    setattr(model, NAME, attachment)
+    return tower, attachment
 
 
 def detach(model: nn.Module) -> None:

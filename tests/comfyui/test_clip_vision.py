@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 
 import pytest
@@ -210,11 +211,11 @@ def test_what_is_not_served_is_told(merge):
 @pytest.mark.parametrize("name", ["clip", "siglip2"])
 def test_on_a_gpu_it_is_left_alone_where_merging_does_not_pay(merge, monkeypatch, caplog, name, pays):
     """Measured on one picture of the batch, both ways, once for each set of options."""
-    node, seen, keys = pack_module("clip_vision"), [], []
+    auto, seen, keys = sys.modules[pack_module("clip_vision").verdict_of.__module__], [], []
 
     def compared(full, merged, device, repeats):
         seen.append((full(), merged()))
-        return node.Verdict(100.0, 40.0 if pays else 99.0, 5.0)
+        return auto.Verdict(100.0, 40.0 if pays else 99.0, 5.0)
 
     def known_or_measured(key, device, measure):
         keys.append(key)
@@ -223,9 +224,9 @@ def test_on_a_gpu_it_is_left_alone_where_merging_does_not_pay(merge, monkeypatch
     plain = encoder(name)
     merged = outputs(merge(plain))
     forget_log()
-    monkeypatch.setattr(node, "may_measure", lambda device: True)
-    monkeypatch.setattr(node, "compared", compared)
-    monkeypatch.setattr(node, "known_or_measured", known_or_measured)
+    monkeypatch.setattr(auto, "may_measure", lambda device: True)
+    monkeypatch.setattr(auto, "compared", compared)
+    monkeypatch.setattr(auto, "known_or_measured", known_or_measured)
     with caplog.at_level(logging.INFO, "ToMe"):
         assert same(outputs(merge(plain)), merged if pays else outputs(plain))
     assert ("merging does not pay here: it saves 1 of 100 us" in caplog.text) == (not pays)

@@ -1,0 +1,140 @@
+"""apply_patch(auto=True): on a GPU a model is timed at its first picture, and left alone where merging does not pay."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+import torch
+
+import shared_tome.vit as vit
+from shared_tome import vit_auto
+
+from . import test_timm, test_transformers
+
+HOOKS = 2  # around the model
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """A GPU, on which merging saves so many of 100 us; what was timed, and under which names."""
+    found = {"saves": 1.0, "shapes": [], "keys": [], "known": {}}
+
+    def compared(full, merged, device, repeats):
+        outs = [full(), merged()]
+        outs = [out if isinstance(out, torch.Tensor) else out.last_hidden_state for out in outs]
+        found["shapes"].append([tuple(out.shape) for out in outs])
+        found["differ"] = float((outs[0] - outs[1]).norm() / outs[0].norm())
+        return vit_auto.Verdict(100.0, 100.0 - found["saves"], 0.0)
+
+    def known_or_measured(key, device, measure):
+        found["keys"].append(key)
+        if key not in found["known"]:
+            found["known"][key] = measure()
+        return found["known"][key]
+
+    monkeypatch.setattr(vit_auto, "may_measure", lambda device: True)
+    monkeypatch.setattr(vit_auto, "compared", compared)
+    monkeypatch.setattr(vit_auto, "known_or_measured", known_or_measured)
+    return found
+
+
+def models():
+    timm, clip = test_timm.make(), test_transformers.make("clip")
+    return {
+        "timm": (timm, lambda: timm(test_timm.images(timm))),
+        "transformers": (clip, lambda: clip(pixel_values=test_transformers.pixels()).last_hidden_state),
+    }
+
+
+def count_hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["timm", "transformers"])
+@pytest.mark.parametrize("saves", [1.0, 50.0])
+@torch.no_grad()
+def test_measured_once_on_one_picture(judged, caplog, name, saves):
+    judged["saves"] = saves
+    model, run = models()[name]
+    plain = run()
+    merged = (vit.apply_patch(model, r=3), run())[1]
+    hooks = count_hooks(model)
+    vit.apply_patch(model, r=3, auto=True)
+    assert count_hooks(model) == hooks + HOOKS and not torch.equal(plain, merged)
+    with caplog.at_level(logging.INFO, "ToMe"):
+        for _ in range(2):
+            assert torch.equal(run(), merged if saves > 3 else plain)
+    assert len(judged["shapes"]) == 1 and judged["differ"] > 0
+    (full, less), (key, again) = judged["shapes"][0], judged["keys"]
+    assert full == less and full[0] == 1 and key == again and "r 3, constant, proportional True" in key
+    assert (sum("merging does not pay here" in line.getMessage() for line in caplog.records) == 1) == (saves < 3)
+    vit.remove_patch(model)
+    assert count_hooks(model) == 0 and torch.equal(run(), plain)
+
+
+def test_not_in_training_and_not_where_gradients_flow(judged):
+    model, run = models()["timm"]
+    vit.apply_patch(model, r=3)
+    merged = run()
+    vit.apply_patch(model, r=3, auto=True)
+    assert torch.equal(run(), merged) and not judged["keys"]
+    with torch.no_grad():
+        model.train()
+        run()
+    assert not judged["keys"]
+
+
+@torch.no_grad()
+def test_a_trace_is_of_the_owners_calls(judged):
+    """None of the timing, and none of a call that was left alone."""
+    model, run = models()["timm"]
+    vit.apply_patch(model, r=3, auto=True, trace=True)
+    run()
+    with pytest.raises(ValueError, match="nothing was traced"):
+        vit.trace(model)
+    judged["known"].clear()
+    judged["saves"] = 50.0
+    run()
+    assert vit.trace(model).sources.shape[0] == 2
+
+
+@torch.no_grad()
+def test_an_exception_leaves_no_pause_behind(judged):
+    model, run = models()["timm"]
+    plain = run()
+    vit.apply_patch(model, r=3, auto=True)
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    assert torch.equal(run(), plain)
+    handle = model.blocks[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        run()
+    handle.remove()
+    assert not model._shared_tome_vit._paused
+    judged["known"].clear()
+    judged["saves"] = 50.0
+    assert not torch.equal(run(), plain)
+
+
+@torch.no_grad()
+def test_other_threads_go_on_merging(judged):
+    """A pause is of the thread whose call it is."""
+    model, run = models()["timm"]
+    vit.apply_patch(model, r=3)
+    merged, made = run(), []
+    vit.apply_patch(model, r=3, auto=True)
+    model._shared_tome_vit.pause(True)
+    judged["saves"] = 50.0
+
+    def other():
+        with torch.no_grad():
+            made.append(run())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join(60)
+    assert torch.equal(made[0], merged)
