@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..shared_tome import ModelCall
 from ..shared_tome.bare import run_bare
+from ..shared_tome.block_hooks import BlockHooks, Judged
 from ..shared_tome.call import MergedAttention
 from ..shared_tome.grid import Grid, grid_of
 from ..shared_tome.heads import (
@@ -75,14 +76,11 @@ class Attachment:
         self.call: ModelCall | None = None
         self.joint: JointCall | None = None  # this call's, where queries are to keep their own tokens
         self.told: CallTally | None = None  # this call's, where somebody wants a report or a map
-        # Of this call: what those that are judged alike have in common; served layers where merging does not pay, and
-        # all other layers but those that are not served.
-        self.kind: tuple = ()
-        self.unpaid = self.others = 0
-        self._idle: set[tuple] = set()  # kinds of calls in which merging pays nowhere
+        self.kind: tuple = ()  # this call's, and what became of its layers: see BlockHooks
+        self.judged = Judged()
+        self._hooks = BlockHooks()
         self._blocks: list[_Block] = []
         self._handles: list[Any] = []
-        self._block_handles: list[Any] = []
         self._rules: dict[tuple, str | None] = {}
         self._meets: dict[tuple, bool] = {}
         self.attach(model)
@@ -105,33 +103,26 @@ class Attachment:
             ]
             names = {module: name for name, module in model.named_modules()}
             self._blocks = [_Block(self, block, names[block]) for block in blocks]
-            self._hook()
+            self._hooks.on(self._hook)
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
         """Take all hooks off."""
-        self._unhook()
+        self._hooks.off()
+        self._hooks = BlockHooks()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._blocks = []
-        self._idle.clear()
         self.model = self.call = self.joint = self.told = None
         _attached.discard(self)
 
-    def _hook(self) -> None:
-        """Put the blocks' hooks on, where they are not."""
-        if not self._block_handles:
-            for block in self._blocks:
-                self._block_handles += block.hook()
-
-    def _unhook(self) -> None:
-        """Take the blocks' hooks off."""
-        for handle in self._block_handles:
-            handle.remove()
-        self._block_handles.clear()
+    def _hook(self) -> Iterator[Any]:
+        """Put the blocks' hooks on; yields the handles."""
+        for block in self._blocks:
+            yield from block.hook()
 
     def say(self, message: str) -> None:
         """Tell what was left alone and why, in the log."""
@@ -167,22 +158,22 @@ class Attachment:
             self.call = self.sampling.call((x.shape[2], x.shape[3]), x.shape[0], x.device)
             self.told = self.sampling.told
             self.batch = x.shape[0]
-        self.unpaid = self.others = 0
+        self.judged = Judged()
         if self.call is not None:
             self.kind = (self.call.full, self.call.config.ratio, x.dtype)
-            if self.told is None and self.kind in self._idle:
+            if self.told is None and self._hooks.is_idle(self.kind):
                 self.call = None
-                self._unhook()  # hooks that do nothing still take the processor time
+                self._hooks.off()
             else:
-                self._hook()
+                self._hooks.on(self._hook)
         if self.call is not None and self.call.config.keeps_own:
             self.joint = JointCall(True, KERNELS, lambda message, detail: self.say(f"{message} ({detail})"), own=True)
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         if isinstance(self.told, CallRecord):
             self.told.end()
-        if self.call is not None and self.unpaid and not self.others:
-            self._idle.add(self.kind)
+        if self.call is not None:
+            self._hooks.judge(self.kind, self.judged)
         self.call = self.joint = self.told = None
 
 
@@ -295,7 +286,7 @@ class _Block:
     def _grid(self, call: ModelCall, attn1: nn.Module, x: Any, context: Any) -> Grid | None:
         """The grid of this layer's tokens, or None where it is to be left alone."""
         batch = self.owner.batch
-        self.owner.others += 1
+        self.owner.judged.others += 1
         if not isinstance(x, Tensor) or x.dim() != 3:
             return None
         if context is not None and context is not x:
@@ -309,7 +300,7 @@ class _Block:
             )
             return None
         if not call.serves(grid):
-            self.owner.others -= 1
+            self.owner.judged.others -= 1
             if self.owner.told is not None:
                 reason = why_not_served(call.config, grid, call.full)
                 self.owner.told.left_alone(reason, self.where, grid, self.part)
@@ -323,8 +314,8 @@ class _Block:
         unpaid = call.why_not_paid(verdict)
         if unpaid is not None:
             self._leave(f"{unpaid}; layers of {x.shape[1]} tokens are left alone", grid)
-            self.owner.unpaid += 1
-            self.owner.others -= 1
+            self.owner.judged.unpaid += 1
+            self.owner.judged.others -= 1
             return None
         return grid
 

@@ -203,6 +203,12 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
     )
 
 
+def beside_torch(exact: Tensor, got: Tensor, plain: Tensor) -> str:
+    """How far a kernel's outcome and plain torch's are from the exact one."""
+    here, there = (float((made.double() - exact).abs().max()) for made in (got, plain))
+    return ("" if here <= 1.5 * there else "WORSE THAN TORCH ") + f"{here:.1e} (torch {there:.1e})"
+
+
 def attend_job(y: Tensor, bias: Tensor, heads: int) -> Job:
     """Merged tokens attend to each other, each weighing as many as it stands for; plain: by further channels."""
     from shared_tome.kernels.impl.attend import launch_attend
@@ -216,8 +222,7 @@ def attend_job(y: Tensor, bias: Tensor, heads: int) -> Job:
     def check(got: Tensor) -> str:
         wide = [x.double() for x in (q[:, :1, :256], k[:, :1], v[:, :1])]
         exact = (wide[0] @ wide[1].mT * scale + bias[:, None, None].double()).softmax(-1) @ wide[2]
-        here, there = (float((made[:, :1, :256].double() - exact).abs().max()) for made in (got, plain()))
-        return ("" if here <= 1.5 * there else "WORSE THAN TORCH ") + f"{here:.1e} (torch {there:.1e})"
+        return beside_torch(exact, got[:, :1, :256], plain()[:, :1, :256])
 
     return "attend", "", lambda: launch_attend(q, k, v, bias, scale), plain, check
 
@@ -245,8 +250,7 @@ def own_jobs(case: Case, heads: int) -> Iterator[Job]:
 
     def check(got: Tensor) -> str:
         exact = own._keep_own(*(x.double() for x in given[:5]), *given[5:])
-        here, there = (float((made.double() - exact).abs().max()) for made in (got, own._keep_own(*given)))
-        return ("" if here <= 1.5 * there else "WORSE THAN TORCH ") + f"{here:.1e} (torch {there:.1e})"
+        return beside_torch(exact, got, own._keep_own(*given))
 
     yield "own", "", lambda: own_kernel.launch_own(*given), lambda: own._keep_own(*given), check
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from comfy_api.latest import io
-from torch import Tensor
 
 from ..shared_tome.auto import Verdict
-from ..shared_tome.vit_auto import verdict_of
+from ..shared_tome.vit_auto import by_pixels, verdict_of
 from ..shared_tome.vit_hooks import SCHEDULES, Attachment, Options, Tower, find_tower
 from .log import say_once
 
@@ -36,14 +34,7 @@ class MergedVision:
 
     def _verdict(self, args: tuple, kwargs: dict[str, Any]) -> Verdict | None:
         """What is known of the times of this encoder's calls."""
-        pixels = args[0] if args else kwargs.get("pixel_values")
-
-        def on(call: Callable[..., Any]) -> Callable[[Tensor], Any]:
-            if args:
-                return lambda pixels: call(pixels, *args[1:], **kwargs)
-            return lambda pixels: call(**{**kwargs, "pixel_values": pixels})
-
-        name = type(self._model).__name__
+        name, (pixels, on) = type(self._model).__name__, by_pixels(args, kwargs)
         return verdict_of(name, self._tower, self._options, pixels, on(self._model), on(self._merged))
 
     def _merged(self, *args: Any, **kwargs: Any) -> Any:

@@ -97,11 +97,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: f
     return attend_wider(q, k, v, bias, scale) if made is None else made
 
 
-def attend_wider(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """The same by further channels of the heads, whatever the kernel of torch."""
+def attend_wider(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    scale: float,
+    attention: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """The same by further channels of the heads, whatever the kernel. attention: called as attention(q, k, v, scale=);
+    None: torch's."""
     d = q.shape[-1]
     q, k, v = extend_heads(q, k, v, spread_rows(bias, q.shape[0])[:, None] * (d**-0.5 / scale))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :d]
+    return (attention or F.scaled_dot_product_attention)(q, k, v, scale=scale)[..., :d]
 
 
 def attend_tokens(

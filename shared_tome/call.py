@@ -30,6 +30,21 @@ _DRAWN_AT_ONCE = 16
 _TURNS = 16
 
 
+def _serves(config: ToMeConfig, grid: Grid, full: Grid) -> bool:
+    """Whether a layer on this grid is merged at all, by the options."""
+    return config.ratio > 0.0 and serves_layer(config, grid, full)
+
+
+def _served_layers(
+    config: ToMeConfig, full: Grid, layers: Iterable[tuple[int, int, int]]
+) -> Iterator[tuple[Grid, int, int]]:
+    """(level, channels, heads) of layers -> (grid, channels, heads) of those that are served."""
+    for level, channels, heads in layers:
+        grid = grid_at(full, level)
+        if _serves(config, grid, full):
+            yield grid, channels, heads
+
+
 def why_left_alone(
     config: ToMeConfig,
     full: Grid,
@@ -45,10 +60,7 @@ def why_left_alone(
     layers: (level, channels, heads). The rest as for ModelCall and its verdict.
     """
     reasons: dict[Grid, str] = {}
-    for level, channels, heads in layers:
-        grid = grid_at(full, level)
-        if config.ratio == 0.0 or not serves_layer(config, grid, full):
-            continue
+    for grid, channels, heads in _served_layers(config, full, layers):
         if not measures(config, grid, device):
             return None
         known = known_on(grid, channels, heads, dtype, device, config, attention, kernels)
@@ -100,7 +112,7 @@ class ModelCall:
     def serves(self, grid: Grid) -> bool:
         """Whether a layer on this grid is merged at all."""
         if grid not in self._served:  # a model asks once a layer
-            self._served[grid] = self.config.ratio > 0.0 and serves_layer(self.config, grid, self.full)
+            self._served[grid] = _serves(self.config, grid, self.full)
         return self._served[grid]
 
     def verdict(
@@ -138,17 +150,10 @@ class ModelCall:
     ) -> None:
         """Measure before a compiled graph runs, in which nothing can be. layers: (level, channels, heads)."""
         self._waits = False
-        for grid, channels, heads in self._served_layers(layers):
+        for grid, channels, heads in _served_layers(self.config, self.full, layers):
             if measures(self.config, grid, self.seed.device):
                 known = verdict_on(grid, channels, heads, dtype, self.seed.device, self.config, attention, kernels)
                 self._verdicts[grid, channels] = known
-
-    def _served_layers(self, layers: Iterable[tuple[int, int, int]]) -> Iterator[tuple[Grid, int, int]]:
-        """(level, channels, heads) of layers -> (grid, channels, heads) of those that are served."""
-        for level, channels, heads in layers:
-            grid = grid_at(self.full, level)
-            if self.serves(grid):
-                yield grid, channels, heads
 
     @property
     def unpaid(self) -> tuple[tuple[Grid, int], ...]:

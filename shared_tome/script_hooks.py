@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .bare import run_bare
+from .block_hooks import BlockHooks, Judged
 from .call import MergedAttention, ModelCall
 from .config import ToMeConfig
 from .curve import is_compiling
@@ -78,16 +79,14 @@ class _Pass:
 @dataclass(eq=False)
 class _Call:
     """One call of the model. joint: what lets queries keep their own tokens, None where they shall not. passes: by
-    block. kind: what calls that are judged alike have in common. unpaid, others: served layers where merging does not
-    pay, and all other layers but those that are not served."""
+    block. kind, judged: see BlockHooks."""
 
     model: ModelCall
     batch: int
     joint: JointCall | None = None
     passes: dict[_Block, _Pass] = field(default_factory=dict)
     kind: tuple = ()
-    unpaid: int = 0
-    others: int = 0
+    judged: Judged = field(default_factory=Judged)
 
 
 class BaseAttachment:
@@ -148,30 +147,26 @@ class Attachment(BaseAttachment):
         self.merge_attn = merge_attn
         self._rules: dict[tuple, str | None] = {}
         self._meets: dict[tuple, bool] = {}
-        self._idle: set[tuple] = set()  # kinds of calls in which merging pays nowhere
         self._blocks = [_Block(self) for _ in served_blocks(model)]
-        self._block_handles: list[Any] = []
+        self._hooks = BlockHooks()
         self._handles += [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             model.register_forward_hook(self._after_model),
         ]
-        self._hook(model)
+        self._hooks.on(lambda: self._hook(model))
 
     def detach(self, model: nn.Module) -> None:
         super().detach(model)
         self._unhook()
 
-    def _hook(self, model: nn.Module) -> None:
-        """Put the blocks' hooks on, where they are not."""
-        if not self._block_handles:
-            for hooked, block in zip(self._blocks, served_blocks(model), strict=True):
-                self._block_handles += hooked.hook(block)
+    def _hook(self, model: nn.Module) -> Iterator[Any]:
+        """Put the blocks' hooks on; yields the handles."""
+        for hooked, block in zip(self._blocks, served_blocks(model), strict=True):
+            yield from hooked.hook(block)
 
     def _unhook(self) -> None:
         """Take the blocks' hooks off."""
-        for handle in self._block_handles:
-            handle.remove()
-        self._block_handles.clear()
+        self._hooks.off()
         for block in self._blocks:
             block.forget_projections()
 
@@ -185,7 +180,7 @@ class Attachment(BaseAttachment):
         timestep = argument(args, kwargs, 1, "timestep", "timesteps", "t")
         config, grid = self.config_now(timestep), (x.shape[2], x.shape[3])
         kind = (grid, config.ratio, x.dtype, x.device)
-        idle = kind in self._idle
+        idle = self._hooks.is_idle(kind)
         # What does nothing takes the processor time: the GPU is asked for nothing, and the blocks' hooks go.
         call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x.device)
         with _hooking:
@@ -193,12 +188,12 @@ class Attachment(BaseAttachment):
                 self._unhook()
             elif call is not None and not idle:
                 self.call = _Call(call, x.shape[0], self._joint(call), kind=kind)
-                self._hook(module)
+                self._hooks.on(lambda: self._hook(module))
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         call, self.call = self.call, None
-        if call is not None and call.unpaid and not call.others:
-            self._idle.add(call.kind)
+        if call is not None:
+            self._hooks.judge(call.kind, call.judged)
 
     def _joint(self, call: ModelCall) -> JointCall | None:
         """What lets queries keep their own tokens, or None where they shall not."""
@@ -366,7 +361,7 @@ class _Block:
     def _grid(self, x: Any, now: _Pass, attn1: nn.Module, own: bool = False) -> Grid | None:
         """The grid of this layer's tokens, or None where it is to be left alone."""
         call = self.owner.call
-        call.others += 1
+        call.judged.others += 1
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[:2] != now.metric.shape[:2]:
             return None
         grid = grid_of(x.shape[1], call.model.full)
@@ -374,15 +369,15 @@ class _Block:
             self.owner.say("a layer whose tokens are not those of the image (it attends over time) is left alone")
             return None
         if not call.model.serves(grid):
-            call.others -= 1
+            call.judged.others -= 1
             return None
         block = None if is_compiling() else functools.partial(run_bare, now.block)
         verdict = call.model.verdict(x, grid, attn1.heads, kernels=KERNELS if own else (), block=block)
         unpaid = call.model.why_not_paid(verdict)
         if unpaid is not None:
             self.owner.say(f"{unpaid}; layers of {x.shape[1]} tokens are left alone")
-            call.others -= 1
-            call.unpaid += 1
+            call.judged.others -= 1
+            call.judged.unpaid += 1
             return None
         return grid
 

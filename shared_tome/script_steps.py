@@ -30,9 +30,8 @@ class Steps:
 
     def _timesteps(self, timestep: Any) -> Tensor | None:
         """All timesteps of this run, rounded as the one that the model gets, or None."""
-        scheduler = getattr(self._pipe(), "scheduler", None)
-        found = getattr(scheduler, "timesteps", None)
-        if not isinstance(found, Tensor) or not getattr(scheduler, "num_inference_steps", None):
+        found = self._told()
+        if found is None:
             return None
         if isinstance(timestep, Tensor) and timestep.is_floating_point():
             found = found.to(timestep.dtype)
@@ -40,7 +39,13 @@ class Steps:
 
     def tells(self, timestep: Any) -> bool:
         """Whether a pipeline tells the steps, so that a call need not be counted."""
-        return timestep is not None and self._timesteps(timestep) is not None
+        return timestep is not None and self._told() is not None
+
+    def _told(self) -> Tensor | None:
+        """All timesteps of this run as the pipeline's scheduler has them, or None."""
+        scheduler = getattr(self._pipe(), "scheduler", None)
+        found = getattr(scheduler, "timesteps", None)
+        return found if isinstance(found, Tensor) and getattr(scheduler, "num_inference_steps", None) else None
 
     def step(self, timestep: Any, device: torch.device) -> Tensor | int:
         """The number of the step as a 0-d tensor on the device, without a synchronisation.

@@ -7,6 +7,7 @@ code is neither copied nor replaced.
 
 from __future__ import annotations
 
+import functools
 import threading
 import types
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from . import kernels
-from .attention import extend_heads
+from .attention import attend_wider
 from .joint import JointCall, take_heads
-from .plan import Plan, spread_rows
+from .plan import Plan
 
 _SDPA = F.scaled_dot_product_attention
 # handler(attention, q, k, v): attention(q, k, v, bias=None) is what the host meant to do.
@@ -72,14 +73,12 @@ class HostAttention:
         """q [B, H, N, d], k and v [B, H, M, d], bias [b, M] for each key, row i from its row i % b -> [B, H, N, d]."""
         if bias is None:
             return self.func(q, k, v, attn_mask=self.mask, **self.options)
-        d = q.shape[-1]
-        scale = d**-0.5 if self.scale is None else self.scale
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         if self.is_plain and self.is_torchs_alone and is_torchs_sdpa():
             made = kernels.attend(q, k, v, bias, scale)
             if made is not None:
                 return made
-        q, k, v = extend_heads(q, k, v, spread_rows(bias, q.shape[0])[:, None] * (d**-0.5 / scale))
-        return self.func(q, k, v, **{**self.options, "scale": scale})[..., :d]
+        return attend_wider(q, k, v, bias, scale, functools.partial(self.func, **self.options))
 
 
 def is_torchs_sdpa() -> bool:

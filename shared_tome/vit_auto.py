@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +49,16 @@ def verdict_of(
     return known_or_measured(key, pixels.device, measure)
 
 
+def by_pixels(
+    args: tuple, kwargs: dict[str, Any], names: Sequence[str] = ("pixel_values",)
+) -> tuple[Any, Callable[[Callable[..., Any]], Callable[[Tensor], Any]]]:
+    """(the pictures of a model's call, by place or by one of these names; what makes of a model a function of them)."""
+    if args:
+        return args[0], lambda model: lambda pixels: model(pixels, *args[1:], **kwargs)
+    name = next((name for name in names if name in kwargs), names[0])
+    return kwargs.get(name), lambda model: lambda pixels: model(**{**kwargs, name: pixels})
+
+
 class Judge:
     """Hooks around a patched model's calls, which pause its merging where it does not pay. Not in training."""
 
@@ -65,19 +76,17 @@ class Judge:
         thread = threading.get_ident()
         if thread in self._measuring or model.training or torch.is_grad_enabled():
             return
-        name = next((name for name in ("pixel_values", "x") if name in kwargs), None)
+        pixels, on = by_pixels(args, kwargs, ("pixel_values", "x"))
 
-        def run(pixels: Tensor, pauses: bool) -> Any:
+        def run(pauses: bool, *args: Any, **kwargs: Any) -> Any:
             self._attachment.pause(pauses)
-            return model(pixels, *args[1:], **kwargs) if args else model(**{**kwargs, name: pixels})
+            return model(*args, **kwargs)
 
-        pixels = args[0] if args else kwargs.get(name)
+        full, merged = (on(functools.partial(run, pauses)) for pauses in (True, False))
         self._measuring.add(thread)
         try:
-            verdict = verdict_of(
-                type(model).__name__, self._tower, self._attachment.options, pixels,
-                lambda pixels: run(pixels, True), lambda pixels: run(pixels, False),
-            )  # fmt: skip
+            name = type(model).__name__
+            verdict = verdict_of(name, self._tower, self._attachment.options, pixels, full, merged)
         finally:
             self._measuring.discard(thread)
             self._attachment.pause(False)

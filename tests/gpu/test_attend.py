@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from key_weights import drawn, truth
 
 from shared_tome import ModelCall, ToMeConfig, attention, kernels
 from shared_tome.joint import JointCall
@@ -17,19 +18,6 @@ pytestmark = [
 HALF = [torch.float16, torch.bfloat16]
 
 
-def drawn(batch, heads, queries, keys, d, dtype):
-    generator = torch.Generator("cuda").manual_seed(0)
-    return [
-        torch.randn(batch, n, heads, d, generator=generator, device="cuda").to(dtype).transpose(1, 2)
-        for n in (queries, keys, keys)
-    ]
-
-
-def truth(q, k, v, bias, scale):
-    bias = bias.repeat(q.shape[0] // bias.shape[0], 1).double()[:, None, None]
-    return ((q.double() @ k.double().transpose(-1, -2) * scale + bias).softmax(-1)) @ v.double()
-
-
 def counts(rows, keys):
     return torch.randint(1, 40, (rows, keys), device="cuda", generator=torch.Generator("cuda").manual_seed(1)).log()
 
@@ -41,7 +29,7 @@ def counts(rows, keys):
 )
 def test_three_ways(dtype, d, rows, heads, queries, keys):
     """In tiles that fit and that do not, few programs and many; no further from float64 than further channels are."""
-    q, k, v = drawn(2, heads, queries, keys, d, dtype)
+    q, k, v = drawn(2, heads, queries, keys, d, dtype, "cuda")
     bias = counts(rows, keys)
     for scale in (d**-0.5, 0.3):
         got = kernels.attend(q, k, v, bias, scale)
@@ -71,7 +59,7 @@ def test_a_layer_of_full_heads_is_six_launches():
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_one_graph_under_compile(dtype):
     """Another bias, seed or length of text needs no other graph of ours; the operator is one node of it."""
-    q, k, v = drawn(2, 4, 512, 256, 64, dtype)
+    q, k, v = drawn(2, 4, 512, 256, 64, dtype, "cuda")
     torch._dynamo.reset()
     compiled = torch.compile(lambda *given: attention.attend(*given), fullgraph=True)
     with torch.inference_mode():
@@ -83,7 +71,7 @@ def test_one_graph_under_compile(dtype):
 
 
 def test_in_a_captured_graph():
-    q, k, v = drawn(2, 4, 512, 256, 64, torch.float16)
+    q, k, v = drawn(2, 4, 512, 256, 64, torch.float16, "cuda")
     bias = counts(1, 256)
     graph, out = captured(lambda: kernels.attend(q, k, v, bias, 0.125))
     bias.zero_()
@@ -95,7 +83,7 @@ def test_in_a_captured_graph():
 def test_image_beside_text(kernel):
     """At once where torch's kernel would be slower, in joined parts else; both against float64."""
     call = ModelCall(ToMeConfig(ratio=0.75, min_tokens=0), (32, 32), torch.device("cuda"))
-    q, k, v = drawn(2, 3, 77 + 1024, 77 + 1024, 128, torch.bfloat16)
+    q, k, v = drawn(2, 3, 77 + 1024, 77 + 1024, 128, torch.bfloat16, "cuda")
     plan = call.plan(k[:, 0, 77:], (32, 32))
     shared = JointCall(True, (kernel,), lambda *_: None)
     got = shared.attend(q, k, v, 77, plan)

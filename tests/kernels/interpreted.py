@@ -274,6 +274,18 @@ def test_widen_is_equal_bit_for_bit(d, dtype):
                     assert torch.equal(here, there)
 
 
+def watch_launches(monkeypatch, names):
+    """Add the name of each kernel of ours that is launched."""
+    launch = GridExecutor.__call__
+
+    def counted(executor, *given, **named):
+        names.append(executor.fn.__name__)
+        with _disable_current_modes():
+            return launch(executor, *given, **named)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+
+
 class Launches(TorchDispatchMode):
     """Names of what a GPU would be asked to run: kernels of ours, and operations of torch that are no views."""
 
@@ -282,14 +294,7 @@ class Launches(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.names = []
-        launch = GridExecutor.__call__
-
-        def counted(executor, *given, **named):
-            self.names.append(executor.fn.__name__)
-            with _disable_current_modes():
-                return launch(executor, *given, **named)
-
-        monkeypatch.setattr(GridExecutor, "__call__", counted)
+        watch_launches(monkeypatch, self.names)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from key_weights import drawn, truth
 
 from shared_tome import ToMeConfig, attention, heads, joint, kernels
 from shared_tome.call import ModelCall
@@ -15,9 +16,9 @@ from shared_tome.scripts import apply_patch
 from shared_tome.sdpa import AroundSdpa
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
-from triton.runtime.interpreter import GridExecutor
-
 from shared_tome.kernels.impl.attend import launch_attend
+
+from .interpreted import watch_launches
 
 HALF = [torch.float16, torch.bfloat16]
 
@@ -30,26 +31,9 @@ def nothing_fell_back():
 
 @pytest.fixture
 def launched(monkeypatch):
-    names, launch = [], GridExecutor.__call__
-
-    def counted(executor, *given, **named):
-        names.append(executor.fn.__name__)
-        return launch(executor, *given, **named)
-
-    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    names = []
+    watch_launches(monkeypatch, names)
     return names
-
-
-def drawn(batch, heads, queries, keys, d, dtype):
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(batch, n, heads, d, generator=generator).to(dtype).transpose(1, 2) for n in (queries, keys, keys)
-    ]
-
-
-def truth(q, k, v, bias, scale):
-    bias = bias.repeat(q.shape[0] // bias.shape[0], 1).double()[:, None, None]
-    return ((q.double() @ k.double().transpose(-1, -2) * scale + bias).softmax(-1)) @ v.double()
 
 
 def near(got, expected, dtype):
