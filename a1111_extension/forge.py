@@ -27,7 +27,7 @@ from ..shared_tome.heads import (
     widen_query,
     widen_value,
 )
-from ..shared_tome.joined import KERNELS
+from ..shared_tome.joined import TORCHS
 from ..shared_tome.joint import JointCall
 from ..shared_tome.plan import spread_rows
 from ..shared_tome.record import CallRecord
@@ -132,7 +132,7 @@ class OwnTokens:
                 self._sampling.tell_own(reason)
                 return None
         self._sampling.tell_own(None)
-        return JointCall(True, KERNELS, lambda message, detail: self.say(f"{message} ({detail})"), own=True)
+        return JointCall(True, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), own=True)
 
     def say(self, message: str) -> None:
         """Tell once, in the log."""

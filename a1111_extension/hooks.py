@@ -34,7 +34,7 @@ from ..shared_tome.heads import (
     widen_value,
     width,
 )
-from ..shared_tome.joined import KERNELS
+from ..shared_tome.joined import TORCHS
 from ..shared_tome.joint import JointCall
 from ..shared_tome.plan import Plan, spread_rows
 from ..shared_tome.record import CallRecord
@@ -167,7 +167,7 @@ class Attachment:
             else:
                 self._hooks.on(self._hook)
         if self.call is not None and self.call.config.keeps_own:
-            self.joint = JointCall(True, KERNELS, lambda message, detail: self.say(f"{message} ({detail})"), own=True)
+            self.joint = JointCall(True, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), own=True)
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         if isinstance(self.told, CallRecord):
@@ -309,7 +309,7 @@ class _Block:
             reason = "HyperTile or another extension has replaced the self-attention; such layers are left alone"
             self._leave(reason, grid)
             return None
-        kernels = KERNELS if self._keeps_own(attn1, x) else ()
+        kernels = TORCHS if self._keeps_own(attn1, x) else ()
         verdict = call.verdict(x, grid, self.heads, kernels=kernels, block=self._run_bare)
         unpaid = call.why_not_paid(verdict)
         if unpaid is not None:

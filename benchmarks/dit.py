@@ -27,8 +27,8 @@ from .hosts import BACKENDS, choose_attention
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "unmerged": None,
-    "sample 0.75": {"ratio": 0.75},
-    "sample 0.9375": {"ratio": 0.9375},
+    "sample 0.75": {"ratio": 0.75, "own_token": False},
+    "sample 0.9375": {"ratio": 0.9375, "own_token": False},
     "sample 0.75, own token": {"ratio": 0.75, "own_token": True},
     "sample 0.9375, own token": {"ratio": 0.9375, "own_token": True},
     "sample 0.75, unweighted": {"ratio": 0.75, "proportional": False},

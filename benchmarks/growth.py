@@ -68,7 +68,7 @@ Calls = Iterator[tuple[str, Callable[[], Any], list[torch.Generator]]]
 def ours(x: Tensor, grid: tuple[int, int]) -> Calls:
     """What is timed of this project."""
     step = torch.zeros((), dtype=torch.int64, device=x.device)
-    sampling = ToMeConfig(ratio=0.75, min_tokens=0)
+    sampling = ToMeConfig(ratio=0.75, min_tokens=0, own_token=False)
     merging = ToMeConfig(ratio=0.5, method="merge", min_tokens=0)
     yield "draw", (lambda: ModelCall(sampling, grid, x.device, step=step).plan(x, grid)), []
     chosen = ModelCall(sampling, grid, x.device, step=step).plan(x, grid)

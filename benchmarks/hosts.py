@@ -40,11 +40,11 @@ MODELS = {"sd15": ("SD15", 768, 320, 2048), "sdxl": ("SDXL", 2048, 320, 2048), "
 KEYS = ("model", "pixels", "backend", "variant")
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "unmerged": None,
-    "sample 0.5": {"ratio": 0.5},
-    "sample 0.75": {"ratio": 0.75},
-    "sample 0.9375": {"ratio": 0.9375},
+    "sample 0.5": {"ratio": 0.5, "own_token": False},
+    "sample 0.75": {"ratio": 0.75, "own_token": False},
+    "sample 0.9375": {"ratio": 0.9375, "own_token": False},
     # The sampler is asked how far it is before each step: the GPU is waited for.
-    "sample 0.9375 from 0.1": {"ratio": 0.9375, "start": 0.1},
+    "sample 0.9375 from 0.1": {"ratio": 0.9375, "start": 0.1, "own_token": False},
     "sample 0.75, own token": {"ratio": 0.75, "own_token": True},
     "sample 0.9375, own token": {"ratio": 0.9375, "own_token": True},
     "downsample 0.75": {"ratio": 0.75, "method": "downsample"},

@@ -230,23 +230,28 @@ def attend_job(y: Tensor, bias: Tensor, heads: int) -> Job:
 def own_jobs(case: Case, heads: int) -> Iterator[Job]:
     """A layer's keys are drawn by head, a quarter, and its queries take their own tokens among them, as
     joint.attend_joined has it."""
-    from shared_tome.joined import KERNELS, attend_with_lse, choose_kernel
+    from shared_tome.joined import TORCHS, attend_with_lse, choose_kernel
     from shared_tome.kernels.impl import own as own_kernel
     from shared_tome.kernels.impl.turns import launch_turns
 
     config = ToMeConfig(ratio=0.75, min_tokens=0, own_token=True)
     drawn = ModelCall(config, case.grid, case.x.device, seed=case.seed, step=case.step).plan(case.x, case.grid)
     q, k, v = (case.x.roll(turn, 2).unflatten(-1, (heads, -1)).transpose(1, 2) for turn in range(3))
+
+    def taken() -> list[Tensor]:
+        return [own._take_turns(x, drawn.turns) for x in (k, v)]
+
     yield (
         "turns",
         "",
-        lambda: launch_turns(k, drawn.turns),
-        lambda: own._take_turns(k, drawn.turns),
-        lambda got: "" if torch.equal(got, own._take_turns(k, drawn.turns)) else "NOT EQUAL",
+        lambda: launch_turns(k, v, drawn.turns),
+        taken,
+        lambda got: "" if all(map(torch.equal, got, taken())) else "NOT EQUAL",
     )
-    kernel = choose_kernel(KERNELS, q.device, q.dtype, q.shape[-1])
-    out, lse = attend_with_lse(q, *(own.take_turns(x, drawn.turns) for x in (k, v)), kernel)
-    given = (q, k, v, out, lse + math.log(drawn.tokens / drawn.kept), drawn.owner, q.shape[-1] ** -0.5)
+    kernel = choose_kernel(TORCHS, q.device, q.dtype, q.shape[-1])
+    out, lse = attend_with_lse(q, *own.take_turns(k, v, drawn.turns), kernel)
+    weight = math.log(drawn.tokens / drawn.kept)
+    given = (q, k, v, out, lse, drawn.turns, drawn.runs, q.shape[-1] ** -0.5, weight)
 
     def check(got: Tensor) -> str:
         exact = own._keep_own(*(x.double() for x in given[:5]), *given[5:])
@@ -269,7 +274,7 @@ def layer_jobs(case: Case) -> Iterator[tuple[str, str, Callable[[], Any]]]:
 
     The variants leave one of the joined kernels away, so that each shows what it saves.
     """
-    sampling = ToMeConfig(ratio=0.75, min_tokens=0)
+    sampling = ToMeConfig(ratio=0.75, min_tokens=0, own_token=False)
     heads = 8 if case.channels == 320 else case.channels // 64
 
     def merged(layers: int = 1, widens: bool = False):

@@ -104,7 +104,7 @@ def measure(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     full = time(lambda: layer(x, x, x))
     for method in METHODS:
         for ratio in RATIOS.get(method, (0.5, 0.75)):
-            config = ToMeConfig(ratio=ratio, method=method, min_tokens=0, levels="auto")
+            config = ToMeConfig(ratio=ratio, method=method, min_tokens=0, levels="auto", own_token=False)
             step = time(merged_step(layer, x, grid, config))
             total = {key: value / LAYERS for key, value in step.items()}
 

@@ -56,7 +56,7 @@ Calls = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 
 
 def ours(layer: Layer, x: Tensor, grid: tuple[int, int], method: str, ratio: float) -> Calls:
-    config = ToMeConfig(ratio=ratio, method=method, min_tokens=0, levels="auto")
+    config = ToMeConfig(ratio=ratio, method=method, min_tokens=0, levels="auto", own_token=False)
     step = torch.zeros((), dtype=torch.int64, device=x.device)
 
     def whole() -> Tensor:

@@ -20,12 +20,12 @@ STEPS = 20
 # variant: what it is in ToMeConfig; named levels are merged whatever it costs. The last two are other people's rules in
 # this project's code.
 OURS: dict[str, dict[str, Any]] = {
-    "sample 0.5": {"ratio": 0.5},
-    "sample 0.75": {"ratio": 0.75},
-    "sample 0.9375": {"ratio": 0.9375},
+    "sample 0.5": {"ratio": 0.5, "own_token": False},
+    "sample 0.75": {"ratio": 0.75, "own_token": False},
+    "sample 0.9375": {"ratio": 0.9375, "own_token": False},
     "sample 0.75, own token": {"ratio": 0.75, "own_token": True},
     "sample 0.9375, own token": {"ratio": 0.9375, "own_token": True},
-    "sample 0.75, auto": {"ratio": 0.75, "levels": "auto"},
+    "default": {"levels": "auto"},
     "merge 0.5": {"ratio": 0.5, "method": "merge"},
     "merge 0.5, shared": {"ratio": 0.5, "method": "merge", "share_match": True},
     "downsample 0.75": {"ratio": 0.75, "method": "downsample"},

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..shared_tome.joined import KERNELS
+from ..shared_tome.joined import KERNELS, TORCHS
 from ..shared_tome.joint import JointCall, take_heads
 from ..shared_tome.plan import Plan, take
 from .log import say_once
@@ -87,7 +87,7 @@ def kernel_order(device: torch.device) -> tuple[str, ...]:
         return ()  # another node has put its own in that place
     order = getattr(comfy.ops, "SDPA_BACKEND_PRIORITY", None)
     if device.type == "cpu" or order is None:
-        return KERNELS
+        return TORCHS
     return tuple(_NAMES.get(kernel.name, kernel.name) for kernel in order)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from shared_tome import ModelCall, ToMeConfig
 from shared_tome.curve import curve_order
 from shared_tome.grid import Grid
-from shared_tome.joined import KERNELS, attend_with_lse, choose_kernel
+from shared_tome.joined import TORCHS, attend_with_lse, choose_kernel
 from shared_tome.noise import key
 from shared_tome.plan import spread_rows
 from shared_tome.sampling import SamplePlan, kept_count, run_of_token, walk_table
@@ -103,7 +103,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _kernel(q: Tensor) -> str:
-    found = choose_kernel(KERNELS, q.device, q.dtype, q.shape[-1])
+    found = choose_kernel(TORCHS, q.device, q.dtype, q.shape[-1])
     if found is None:
         raise RuntimeError(f"no attention here tells its log-sum-exp for {q.dtype} on {q.device}")
     return found

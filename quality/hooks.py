@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from shared_tome.attention import attend
 from shared_tome.grid import Grid, grid_of
-from shared_tome.joined import KERNELS
+from shared_tome.joined import TORCHS
 from shared_tome.joint import JointCall
 from shared_tome.plan import Plan
 from shared_tome.schedule import ratio_at, serves_layer
@@ -54,7 +54,7 @@ class Run:
         self.memory["steps"] = steps
         if now.ratio > 0.0:
             self.call = self.variant.make(now, full, device, seed, step, self.memory)
-        self.joint = JointCall(True, KERNELS, _refused, own=True) if self.call and now.keeps_own else None
+        self.joint = JointCall(True, TORCHS, _refused, own=True) if self.call and now.keeps_own else None
 
     @property
     def draws_behind(self) -> bool:

@@ -46,7 +46,7 @@ MARGIN = 0.03
 # A picture with guidance. Never the rows of the call: hosts split batches as memory and GPUs allow, and a picture in a
 # batch is to be that which it is alone. More rows pay sooner, so this is on the safe side.
 ROWS = 2
-_SWITCHES = ("flash", "mem_efficient", "cudnn")  # torch.backends.cuda.*_sdp_enabled
+_SWITCHES = {1: "flash", 2: "mem_efficient", 3: "cudnn"}  # torch.backends.cuda.*_sdp_enabled, by torch's numbers
 _REPEATS, _ROUNDS = 16, 5  # 16: layers that are drawn at once (call.py)
 
 # attention(q, k, v, heads, scale=None): [B, N, H * d], [B, M, H * d] twice -> [B, N, H * d]
@@ -276,10 +276,12 @@ def known_on(
 
 
 def _name(attention: Attention | None) -> str:
-    """What tells an attention from others; torch's own, by the kernels that are switched on now."""
+    """What tells an attention from others; torch's own, by the kernels that are switched on now, in its order."""
     if attention is not None:
         return getattr(attention, "__name__", type(attention).__name__)
-    return " ".join(["torch", *(name for name in _SWITCHES if getattr(torch.backends.cuda, f"{name}_sdp_enabled")())])
+    order = getattr(torch._C, "_get_sdp_priority_order", lambda: list(_SWITCHES))()  # torch 2.6
+    names = (_SWITCHES[int(number)] for number in order if int(number) in _SWITCHES)
+    return " ".join(["torch", *(name for name in names if getattr(torch.backends.cuda, f"{name}_sdp_enabled")())])
 
 
 # A host asks for each call of a model; making the key takes longer than a small step has to spare.

@@ -73,11 +73,11 @@ PRESETS: dict[str, Preset] = {
         {"method": "sample", "ratio": 0.75, "start": 0.2, "own_token": True},
     ),
     "Balanced": Preset(
-        "the default, near and fast", {"method": "sample", "ratio": 0.75, "start": 0.0, "own_token": False}
+        "the default, near and fast", {"method": "sample", "ratio": 0.75, "start": 0.0, "own_token": True}
     ),
     "Fast": Preset(
         "much faster on large pictures; lettering and fine texture change",
-        {"method": "sample", "ratio": 0.9375, "start": 0.1, "own_token": False},
+        {"method": "sample", "ratio": 0.9375, "start": 0.1, "own_token": True},
     ),
 }
 CUSTOM = "Custom"
@@ -238,7 +238,7 @@ class ToMeConfig:
     )
     # New options go to the end: saved workflows and API calls tell them by their place.
     own_token: bool = _option(
-        False,
+        True,
         "Own token",
         "sample: beside the drawn tokens each token attends to itself, so that lettering and the finest texture stay. "
         "Takes a little time, and needs PyTorch's attention.",

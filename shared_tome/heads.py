@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import kernels
 from .attention import extend_key, extend_query, extend_value, extra_channels
 from .config import ToMeConfig
-from .joined import KERNELS, choose_kernel
+from .joined import TORCHS, choose_kernel
 from .sdpa import AroundSdpa, HostAttention, is_torchs_sdpa
 
 OWN, GIVEN = "own", "given"
@@ -159,7 +159,7 @@ def why_not_own(meets: Callable[[], bool], d: int, device: torch.device, dtype: 
     """
     if not is_torchs_sdpa() or not meets():
         return "another attention than PyTorch's is in use; queries do not keep their own tokens"
-    if choose_kernel(KERNELS, device, dtype, d) is None:
+    if choose_kernel(TORCHS, device, dtype, d) is None:
         return "this PyTorch tells no log-sum-exps of its attention here; queries do not keep their own tokens"
     return None
 

@@ -16,8 +16,12 @@ from torch import Tensor
 
 from .curve import is_compiling
 
-# In the order in which torch takes them by default; its fourth, plain matrix products, tells no l.
-KERNELS = ("flash", "efficient", "cudnn")
+# By torch's numbers of them (SDPBackend); a further one, plain matrix products, tells no l.
+_NUMBERS = {1: "flash", 2: "efficient", 3: "cudnn"}
+KERNELS = tuple(_NUMBERS.values())
+# In place of an order: the one kernel that torch's attention would take by itself, whatever was preferred or switched
+# off for it.
+TORCHS = ("torch",)
 # Part of an attention's keys: k and v [B, H, M, d], and the logarithm of what each of these keys counts.
 Part = tuple[Tensor, Tensor, float]
 
@@ -25,7 +29,7 @@ Part = tuple[Tensor, Tensor, float]
 def choose_kernel(order: Sequence[str], device: torch.device, dtype: torch.dtype, d: int) -> str | None:
     """The first kernel in `order` that takes heads of d channels on this device and is not switched off; None: none.
 
-    order: of KERNELS; any other name ends it. On the CPU the one kernel there, "cpu".
+    order: of KERNELS; any other name ends it. Or TORCHS. On the CPU the one kernel there, "cpu".
     """
     if device.type == "cpu":  # torch 2.3; the switch is the CPU's too
         able = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
@@ -39,6 +43,8 @@ def choose_kernel(order: Sequence[str], device: torch.device, dtype: torch.dtype
             "cudnn": torch.backends.cuda.can_use_cudnn_attention,
         }
         x = torch.empty(1, 2, 64, d, device=device, dtype=dtype)
+        if order == TORCHS:  # an order of ours would miss what it prefers, cuDNN on an H100
+            return _NUMBERS.get(torch._fused_sdp_choice(x, x, x))
         params = torch.backends.cuda.SDPAParams(x, x, x, None, 0.0, False, False)
     except (AttributeError, TypeError):  # before torch 2.5
         return None
@@ -90,15 +96,15 @@ def attend_in_parts(q: Tensor, parts: Sequence[Part], kernel: str, scale: float 
 def attend_in_parts_with_lse(
     q: Tensor, parts: Sequence[Part], kernel: str, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same as [B, H, N, d], and the natural logarithm of each query's weighed sum of exponentials, [B, H, N]."""
-    out, lse = _attend_in_parts(q, parts, kernel, scale, True)
-    return out, lse + parts[0][2]
+    """The same as [B, H, N, d], and the natural logarithm of each query's weighed sum of exponentials less the heaviest
+    part's weight, parts[0][2]; [B, H, N]."""
+    return _attend_in_parts(q, parts, kernel, scale, True)
 
 
 def _attend_in_parts(
     q: Tensor, parts: Sequence[Part], kernel: str, scale: float | None, whole: bool
 ) -> tuple[Tensor, Tensor]:
-    """The outcome, and the logarithm in units of the heaviest part's weight. whole: of all parts, or of all but one."""
+    """whole: the logarithm is of all parts, or of all but one."""
     out, lse, heaviest = None, None, parts[0][2]
     for number, (k, v, weight) in enumerate(parts):
         part, part_lse = attend_with_lse(q, k, v, kernel, scale)

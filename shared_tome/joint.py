@@ -169,17 +169,17 @@ def attend_joined(
     """JointCall.attend by one kernel; None where a part is not as it wants it: cuDNN takes no single key."""
     end = start + plan.tokens
     apart = own and isinstance(plan, SamplePlan)
-    index, chosen_of = (plan.turns, take_turns) if apart else (plan.choice, take_heads)  # (T, b, M) or (b, M)
+    index, chosen_of = (plan.turns, take_turns) if apart else (plan.choice, _take_both)  # (T, b, M) or (b, M)
     image = [x[:, :, start:end] for x in (k, v)]
     parts: list[Part] = []
     for places, weight in around.sizes:
         chosen = index if places is None else index[..., places]
-        parts.append((*(chosen_of(x, chosen) for x in image), weight))
-    ones = None if around.ones is None else index[..., around.ones]
+        parts.append((*chosen_of(*image, chosen), weight))
+    ones = None if around.ones is None else chosen_of(*image, index[..., around.ones])
     others = []
-    for x, of_image in zip((k, v), image, strict=True):
+    for number, x in enumerate((k, v)):
         pieces = [x[:, :, :start]] if start else []
-        pieces += [] if ones is None else [chosen_of(of_image, ones)]
+        pieces += [] if ones is None else [ones[number]]
         pieces += [x[:, :, end:]] if end < x.shape[2] else []
         if pieces:
             others.append(pieces[0] if len(pieces) == 1 else _concatenate(pieces))
@@ -191,11 +191,16 @@ def attend_joined(
         return attend_in_parts(q, parts, kernel, scale)
     out, lse = attend_in_parts_with_lse(q, parts, kernel, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    kept = keep_own(q[:, :, start:end], *image, out[:, :, start:end], lse[:, :, start:end], plan.owner, scale)
+    given = (q[:, :, start:end], *image, out[:, :, start:end], lse[:, :, start:end])
+    kept = keep_own(*given, plan.turns, plan.runs, scale, parts[0][2])
     out, kept = out.transpose(1, 2), kept.transpose(1, 2)  # (B, ., H, d)
     if kept.shape != out.shape:
         kept = torch.cat((out[:, :start], kept, out[:, end:]), dim=1)
     return kept.contiguous()
+
+
+def _take_both(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    return take_heads(k, index), take_heads(v, index)
 
 
 def _rows_lie_together(x: Tensor) -> bool:

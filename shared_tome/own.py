@@ -27,36 +27,57 @@ def by_head(index: Tensor, batch: int, heads: int) -> Tensor:
     return spread_rows(index.transpose(0, 1), batch)
 
 
-def take_turns(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens of x [B, H, L, d] by index [T, b, K], head h by its lists h % T -> [B, H, K, d]."""
-    taken = kernels.turns(x, index)
-    return _take_turns(x, index) if taken is None else taken
+def take_turns(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of k and v [B, H, L, d] by index [T, b, K], head h by its lists h % T -> [B, H, K, d] twice."""
+    return kernels.turns(k, v, index) or (_take_turns(k, index), _take_turns(v, index))
 
 
 def _take_turns(x: Tensor, index: Tensor) -> Tensor:
-    """The same in plain torch, the specification."""
+    """The same of one in plain torch, the specification."""
     return x.gather(2, by_head(index, *x.shape[:2])[..., None].expand(-1, -1, -1, x.shape[3]))
 
 
-def keep_own(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, owner: Tensor, scale: float) -> Tensor:
+def keep_own(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    turns: Tensor,
+    runs: Tensor,
+    scale: float,
+    weight: float = 0.0,
+) -> Tensor:
     """The attention with each query's own token among its keys.
 
     Args:
         q, k, v: [B, H, N, d] of all tokens. out: [B, H, N, d] and lse: [B, H, N], natural logarithm, of the attention
             to those that were drawn, each weighing as many as it stands for, and to whatever else shares the softmax.
-        owner: [T, b, N] int64, the token that stands for each, in head h by the list h % T. scale: of the logits.
+        turns: [T, b, M] int64, the drawn tokens, in head h those of the list h % T. runs: [N] int64, the place in such
+            a list of the one that stands for each token. scale: of the logits.
+        weight: what lse lacks, where the attention was told of no weights.
     Returns:
         [B, H, N, d] in out's dtype.
     """
-    made = kernels.own(q, k, v, out, lse, owner, scale)
-    return _keep_own(q, k, v, out, lse, owner, scale) if made is None else made
+    made = kernels.own(q, k, v, out, lse, turns, runs, scale, weight)
+    return _keep_own(q, k, v, out, lse, turns, runs, scale, weight) if made is None else made
 
 
-def _keep_own(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, owner: Tensor, scale: float) -> Tensor:
+def _keep_own(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    turns: Tensor,
+    runs: Tensor,
+    scale: float,
+    weight: float = 0.0,
+) -> Tensor:
     """The same in plain torch, the specification."""
-    owner = by_head(owner, q.shape[0], q.shape[1])[..., None]  # (B, H, N, 1)
+    owner = by_head(turns.index_select(2, runs), q.shape[0], q.shape[1])[..., None]  # (B, H, N, 1)
     index = owner.expand(k.shape)
-    q, lse = q.float() * scale, lse.float()
+    q, lse = q.float() * scale, lse.float() + weight
     own = (q * k.float()).sum(-1) - lse  # (B, H, N)
     drawn = (q * k.gather(2, index).float()).sum(-1) - lse
     top = own.clamp_min(0.0)  # the drawn one is among those that lse has summed

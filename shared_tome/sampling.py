@@ -42,7 +42,7 @@ class SamplePlan(Plan):
 
     @property
     def groups(self) -> Tensor:
-        return run_of_token(self.grid, self.kept, self.device).expand(self.batch, -1)
+        return self.runs.expand(self.batch, -1)
 
     @property
     def choice(self) -> Tensor:
@@ -50,9 +50,9 @@ class SamplePlan(Plan):
         return self._index
 
     @property
-    def owner(self) -> Tensor:
-        """[T, b, N]: the token that stands for each, turn by turn; b rows as the choice has."""
-        return self.turns.index_select(2, run_of_token(self.grid, self.kept, self.device))
+    def runs(self) -> Tensor:
+        """[N]: the place in `choice`, and in each of `turns`, of the token that stands for each."""
+        return run_of_token(self.grid, self.kept, self.device)
 
     @property
     def sizes(self) -> Tensor:

@@ -42,7 +42,7 @@ from .heads import (
     widen_value,
 )
 from .heads import served_blocks as blocks_with
-from .joined import KERNELS
+from .joined import TORCHS
 from .joint import JointCall
 from .plan import Plan, spread_rows
 from .schedule import config_at
@@ -202,7 +202,7 @@ class Attachment(BaseAttachment):
         if _compiles():
             self.say("under torch.compile queries do not keep their own tokens")
             return None
-        return JointCall(True, KERNELS, self._say_why, own=True)
+        return JointCall(True, TORCHS, self._say_why, own=True)
 
     def keeps_own(self, attn1: nn.Module, x: Tensor) -> bool:
         """Whether the layer's queries can keep their own tokens (heads.meets_at_sdpa), asked once for each."""
@@ -372,7 +372,7 @@ class _Block:
             call.judged.others -= 1
             return None
         block = None if is_compiling() else functools.partial(run_bare, now.block)
-        verdict = call.model.verdict(x, grid, attn1.heads, kernels=KERNELS if own else (), block=block)
+        verdict = call.model.verdict(x, grid, attn1.heads, kernels=TORCHS if own else (), block=block)
         unpaid = call.model.why_not_paid(verdict)
         if unpaid is not None:
             self.owner.say(f"{unpaid}; layers of {x.shape[1]} tokens are left alone")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .call import ModelCall
 from .config import ToMeConfig
 from .grid import Grid
-from .joined import KERNELS
+from .joined import TORCHS
 from .joint import JointCall, image_bias, merge_image, unmerge_image
 from .plan import Plan
 from .script_hooks import BaseAttachment, argument
@@ -80,7 +80,7 @@ class JointAttachment(BaseAttachment):
         timestep = argument(args, kwargs, 3, "timestep")
         call = self.model_call(self.config_now(timestep), grid, timestep, x.device)
         if call is not None:
-            joint = JointCall(call.config.weighs_keys, KERNELS, self._say_why, call.config.keeps_own)
+            joint = JointCall(call.config.weighs_keys, TORCHS, self._say_why, call.config.keeps_own)
             self.call = _Call(call, joint, grid, x.shape[0], text.shape[1], reference)
 
     def _grid_of(self, ids: Tensor) -> tuple[Grid, int]:

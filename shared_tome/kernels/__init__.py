@@ -216,19 +216,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
     return _op("attend")(q, k, v, bias, scale)
 
 
-def turns(x: Tensor, index: Tensor) -> Tensor | None:
-    """own.take_turns: x [B, H, L, d] and index [T, b, K] -> [B, H, K, d] in one launch. Not under torch.compile."""
-    if is_compiling() or x.dtype not in _DTYPES or index.numel() == 0 or not serves(x, index):
+def turns(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor] | None:
+    """own.take_turns: k and v [B, H, L, d] and index [T, b, K] -> [B, H, K, d] twice in one launch. Not under
+    torch.compile."""
+    able = k.shape == v.shape and k.dtype == v.dtype and k.dtype in _DTYPES
+    if is_compiling() or not able or index.numel() == 0 or not serves(k, v, index):
         return None
-    return _op("turns")(x, index)
+    return _op("turns")(k, v, index)
 
 
-def own(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, owner: Tensor, scale: float) -> Tensor | None:
+def own(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, turns: Tensor, runs: Tensor, scale: float, weight: float
+) -> Tensor | None:
     """own.keep_own in one launch. Not under torch.compile, which fuses it."""
     able = q.shape == k.shape == v.shape == out.shape and all(x.dtype == q.dtype for x in (k, v, out))
-    if is_compiling() or not able or q.dtype not in _DTYPES or q.numel() == 0 or not serves(q, k, v, out, owner):
+    if is_compiling() or not able or q.dtype not in _DTYPES or q.numel() == 0 or not serves(q, k, v, out, turns, runs):
         return None
-    return _op("own")(q, k, v, out, lse, owner, scale)
+    return _op("own")(q, k, v, out, lse, turns, runs, scale, weight)
 
 
 def _widens(heads: tuple[Tensor, ...], bias: Tensor | None) -> bool:

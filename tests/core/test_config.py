@@ -242,7 +242,7 @@ def test_from_widgets_round_trip():
         "reduce": "pick",
         "min_tokens": 5,
         "share_match": True,
-        "own_token": True,
+        "own_token": False,
     }
     made = ToMeConfig.from_widgets(**values)
     assert set(values) == {widget.name for widget in ToMeConfig.widgets()}

@@ -113,7 +113,7 @@ def test_half_precision(ratio, around):
 def test_several_choices_in_a_batch(ratio, around, draws):
     """Two pictures, prompted and unprompted: row i has the choice i % 2."""
     plan = draws((8, 8), ratio, batch=4, seed=torch.tensor([3, 8]))
-    assert plan.choice.shape[0] == plan.owner.shape[1] == 2 and not torch.equal(*plan.choice)
+    assert plan.choice.shape[0] == plan.turns.shape[1] == 2 and not torch.equal(*plan.choice)
     q, k, v = made(plan, around)
     out = joint().attend(q, k, v, around[0], plan)
     assert error(out, truth(q, k, v, counts(plan, HEADS, around[0], q.shape[2]))) < ROUNDINGS[torch.float32]
@@ -257,7 +257,7 @@ def test_which_configs_keep_own(changes):
 def test_heads_take_what_later_layers_would():
     """Head h of a layer has the draw of the layer h further on; where runs are short it begins anew."""
     call = ModelCall(config(method="sample", ratio=0.75, own_token=True), (8, 8), torch.device("cpu"), 3, 5)
-    plain = ModelCall(config(method="sample", ratio=0.75), (8, 8), torch.device("cpu"), 3, 5)
+    plain = ModelCall(config(method="sample", ratio=0.75, own_token=False), (8, 8), torch.device("cpu"), 3, 5)
     x = tokens(2, (8, 8), 1)
     ours, theirs = ([one.plan(x, (8, 8)) for _ in range(22)] for one in (call, plain))  # beyond the 16 drawn at once
     for layer, plan in enumerate(ours):
@@ -276,9 +276,10 @@ def test_lists_by_head():
     for row, head in itertools.product(range(6), range(5)):
         assert torch.equal(found[row, head], index[head % 2, row % 3])
     x = torch.randn(6, 5, 12, 4)
-    assert torch.equal(take_turns(x, index), x.gather(2, found[..., None].expand(-1, -1, -1, 4)))
+    expected = x.gather(2, found[..., None].expand(-1, -1, -1, 4))
+    assert all(map(torch.equal, take_turns(x, -x, index), (expected, -expected)))
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
-        take_turns(x[:4], index)
+        take_turns(x[:4], x[:4], index)
 
 
 sides = st.one_of(st.just(1), st.integers(1, 24))
@@ -292,7 +293,7 @@ def test_the_owner_is_the_token_that_stands_for_each(grid, ratio, rows):
     plan = match_tokens(x, grid, config(method="sample", ratio=ratio), seed=seed)
     if plan.is_identity:
         return
-    (owner,) = plan.owner
+    (owner,) = plan.turns.index_select(2, plan.runs)
     assert owner.shape == (rows, math.prod(grid)) and owner.dtype == torch.int64
     assert torch.equal(owner.repeat(4 // rows, 1), plan.index.gather(1, plan.groups))
     assert torch.equal(owner.gather(1, plan.choice), plan.choice)  # who stands for others stands for itself
@@ -301,4 +302,4 @@ def test_the_owner_is_the_token_that_stands_for_each(grid, ratio, rows):
 def test_a_plan_for_other_rows_is_refused():
     q, k, v = made(drawn((4, 4), 0.75, batch=4))
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
-        keep_own(q, k, v, q, q[..., 0], torch.zeros(1, 3, 16, dtype=torch.int64), 1.0)
+        keep_own(q, k, v, q, q[..., 0], torch.zeros(1, 3, 4).long(), torch.zeros(16).long(), 1.0)

@@ -440,8 +440,8 @@ def test_a_kernel_that_breaks_is_said_once(monkeypatch, caplog):
             attention.extend_value(x[None])
             attention.attend(*3 * [torch.zeros(1, 1, 3, 64, dtype=torch.float16)], torch.zeros(1, 3))
             head, zero = x[:, None], torch.zeros(1, 1, 63, dtype=torch.int64)
-            own.take_turns(head, zero)
-            own.keep_own(head, head, head, head, torch.zeros(2, 1, 63), zero, 0.25)
+            own.take_turns(head, head, zero)
+            own.keep_own(head, head, head, head, torch.zeros(2, 1, 63), zero, zero[0, 0], 0.25)
             match_tokens(x, (1, 63), CONFIG.replace(partition="alternate", ratio=0.3), class_token=True)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == len(set(said)) and all("no compiler)" in line for line in said)

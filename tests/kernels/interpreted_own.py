@@ -55,14 +55,14 @@ def drawn(grid, ratio, rows=1, batch=4):
 
 
 def made(grid, ratio, rows, d, dtype, layout="tokens first", batch=4):
-    """q, k, v, out, lse, owner as attend_joined has them: lse in float32, of the drawn keys' weights."""
+    """q, k, v, out, lse, turns, runs as attend_joined has them: lse in float32, of the drawn keys' weights."""
     plan = drawn(grid, ratio, rows, batch)
     q, k, v = (LAYOUTS[layout](draw(batch, HEADS, plan.tokens, d, seed=seed).to(dtype)) for seed in range(3))
     place = by_head(plan.turns, batch, HEADS)[..., None].expand(-1, -1, -1, d)
     keys, values = (x.float().gather(2, place) for x in (k, v))
     logits = q.float() @ keys.transpose(-1, -2) * d**-0.5 + plan.sizes[:, None, None].log()
     out, lse = (logits.softmax(-1) @ values).to(dtype), logits.logsumexp(-1)
-    return q, k, v, out, lse, plan.owner
+    return q, k, v, out, lse, plan.turns, plan.runs
 
 
 def close(made, expected):
@@ -79,9 +79,13 @@ def close(made, expected):
 )
 def test_equal_up_to_rounding(grid, ratio, rows, d, dtype):
     given = made(grid, ratio, rows, d, dtype)
-    assert given[-1].shape[1:] == (rows, grid[0] * grid[1]) and len(given[-1]) > 1
+    *_, turns, runs = given
+    assert len(turns) > 1 and turns.shape[1] == rows and runs.shape == (grid[0] * grid[1],)
     before = [x.clone() for x in given]
     got, expected = launch_own(*given, d**-0.5), _keep_own(*given, d**-0.5)
+    lighter = (*given[:4], given[4] - 0.75, *given[5:], d**-0.5, 0.75)  # what the logarithm lacks comes apart
+    for of in (launch_own, _keep_own):
+        close(of(*lighter), expected)
     close(got, expected)
     assert got.transpose(1, 2).is_contiguous()
     assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))  # nothing is written to
@@ -101,18 +105,20 @@ def test_tokens_by_head_are_those_of_plain_torch(grid, ratio, rows, layout, dtyp
     expected = _take_turns(x, turns)
     one = _take_turns(x, turns[:1])  # both heads by the only list
     assert len(turns) > 1 and torch.equal(expected[:, 0], one[:, 0]) and not torch.equal(expected, one)
-    assert torch.equal(launch_turns(x, turns), expected) and torch.equal(take_turns(x, turns[:1]), one)
-    assert kernels._load()._fake_turns(x, turns).shape == expected.shape
+    for made in (launch_turns(x, -x, turns), take_turns(x, -x, turns)):
+        assert torch.equal(made[0], expected) and torch.equal(made[1], -expected)
+    assert torch.equal(take_turns(x, x[..., :d], turns[:1])[1], one)
+    assert [made.shape for made in kernels._load()._fake_turns(x, x, turns)] == [expected.shape] * 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_who_stands_for_itself_keeps_its_output_bit_for_bit(dtype, rows):
-    q, k, v, out, lse, owner = made((5, 7), 0.75, rows, 40, dtype)
-    stands = by_head(owner, 4, HEADS) == torch.arange(35)
+    q, k, v, out, lse, turns, runs = made((5, 7), 0.75, rows, 40, dtype)
+    stands = by_head(turns.index_select(2, runs), 4, HEADS) == torch.arange(35)
     assert 0 < stands.float().mean() < 0.5
     for run in (launch_own, _keep_own):
-        got = run(q, k, v, out, lse, owner, 40**-0.5)
+        got = run(q, k, v, out, lse, turns, runs, 40**-0.5)
         assert torch.equal(got[stands], out[stands])
         assert (got[~stands] != out[~stands]).any(-1).all()
 
@@ -126,8 +132,8 @@ def test_who_stands_for_itself_keeps_its_output_bit_for_bit(dtype, rows):
     ],
 )
 def test_memory_order_changes_nothing(layout, heads_first, lse_layout):
-    q, k, v, out, lse, owner = made((5, 7), 0.6, 2, 24, torch.float32, layout)
-    expected = _keep_own(*(x.contiguous() for x in (q, k, v, out, lse)), owner, 24**-0.5)
+    q, k, v, out, lse, *drawn = made((5, 7), 0.6, 2, 24, torch.float32, layout)
+    expected = _keep_own(*(x.contiguous() for x in (q, k, v, out, lse)), *drawn, 24**-0.5)
     if not heads_first:
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
     lse = {
@@ -136,33 +142,32 @@ def test_memory_order_changes_nothing(layout, heads_first, lse_layout):
         "tokens first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
         "of longer rows": lambda x: torch.nn.functional.pad(x, (6, 3), value=torch.nan)[..., 6:41],
     }[lse_layout](lse)
-    close(launch_own(q, k, v, out, lse, owner, 24**-0.5), expected)
+    close(launch_own(q, k, v, out, lse, *drawn, 24**-0.5), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("above", [200.0, -200.0])
 def test_extreme_logits(above, dtype):
     """Its own logit far above all others: its own value; far below: as if the run's token counted once less."""
-    q, k, v, out, lse, owner = made((4, 4), 0.75, 1, 64, dtype)
+    q, k, v, out, lse, *lists = made((4, 4), 0.75, 1, 64, dtype)
     alone = q.clone()  # each token's key resembles its own query alone
     basis = torch.eye(64)[:16].expand(4, HEADS, -1, -1)
     alone, k = basis.to(dtype), (basis * above).to(dtype)
-    place = drawn((4, 4), 0.75).turns
-    keys, values = (_take_turns(x, place).float() for x in (k, v))
+    keys, values = (_take_turns(x, lists[0]).float() for x in (k, v))
     logits = alone.float() @ keys.transpose(-1, -2) + math.log(4.0)
     out, lse = (logits.softmax(-1) @ values).to(dtype), logits.logsumexp(-1)
-    got, expected = (run(alone, k, v, out, lse, owner, 1.0) for run in (launch_own, _keep_own))
+    got, expected = (run(alone, k, v, out, lse, *lists, 1.0) for run in (launch_own, _keep_own))
     close(got, expected)
     if above > 0:
         close(got, v)
 
 
 def test_a_plan_for_other_rows_is_refused():
-    q, k, v, out, lse, _ = made((5, 7), 0.75, 1, 8, torch.float32)
+    q, k, v, out, lse, _, runs = made((5, 7), 0.75, 1, 8, torch.float32)
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
-        launch_own(q, k, v, out, lse, torch.zeros(1, 3, 35, dtype=torch.int64), 1.0)
+        launch_own(q, k, v, out, lse, torch.zeros(1, 3, 9, dtype=torch.int64), runs, 1.0)
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
-        launch_turns(k, torch.zeros(2, 3, 5, dtype=torch.int64))
+        launch_turns(k, v, torch.zeros(2, 3, 5, dtype=torch.int64))
 
 
 def test_what_serves(monkeypatch):
@@ -174,13 +179,13 @@ def test_what_serves(monkeypatch):
     assert launched == [1]
     double = [x.double() for x in given[:5]]
     for q, k, v, out, lse in (double, (given[0].half(), *given[1:5]), (given[0].clone().requires_grad_(), *given[1:5])):
-        keep_own(q, k, v, out, lse, given[5], 8**-0.5)
+        keep_own(q, k, v, out, lse, *given[5:], 8**-0.5)
     assert launched == [1]
 
 
 def test_the_fake_has_the_kernels_shape_and_strides():
     ops, given = kernels._load(), made((5, 7), 0.75, 1, 8, torch.float32)
-    fake, real = ops._fake_own(*given, 8**-0.5), launch_own(*given, 8**-0.5)
+    fake, real = ops._fake_own(*given, 8**-0.5, 0.0), launch_own(*given, 8**-0.5)
     assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 
@@ -188,12 +193,13 @@ def test_the_fake_has_the_kernels_shape_and_strides():
 def test_tiles_change_nothing(config):
     given = made((5, 7), 0.75, 1, 40, torch.float32)
     turns = drawn((5, 7), 0.75).turns
-    assert torch.equal(launch_turns(given[1], turns, config), _take_turns(given[1], turns))
-    close(launch_own(*given, 40**-0.5, config), _keep_own(*given, 40**-0.5))
+    for x, taken in zip(given[1:3], launch_turns(*given[1:3], turns, config), strict=True):
+        assert torch.equal(taken, _take_turns(x, turns))
+    close(launch_own(*given, 40**-0.5, config=config), _keep_own(*given, 40**-0.5))
 
 
-def test_a_layer_adds_five_launches(monkeypatch):
-    """Keys, values, who stands for whom, the weight in the logarithm, and the kernel."""
+def test_a_layer_adds_two_launches(monkeypatch):
+    """Keys and values, and the kernel."""
     q, k, v, *_ = made((8, 8), 0.75, 1, 40, torch.float16)
     plan = drawn((8, 8), 0.75)
     joint = JointCall(True, ("flash",), lambda *_: None, own=True)
@@ -203,4 +209,4 @@ def test_a_layer_adds_five_launches(monkeypatch):
     views = {"alias"}
     attention = [name for name in launches.names if "attention" in name]
     ours = sorted(name for name in launches.names if "attention" not in name and name not in views)
-    assert len(attention) == 1 and ours == ["_own_kernel", "_turns_kernel", "_turns_kernel", "add", "index_select"]
+    assert len(attention) == 1 and ours == ["_own_kernel", "_turns_kernel"]

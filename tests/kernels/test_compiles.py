@@ -95,9 +95,9 @@ def test_own(compiled, dtype, d):
     q, k, v, out = (torch.empty(2, 77 + 35, 3, d, dtype=dtype).transpose(1, 2)[:, :, 77:] for _ in range(4))
     lse = torch.empty(2, 3, 35)
     for rows in (1, 2):
-        made = launch_own(q, k, v, out, lse, torch.zeros(4, rows, 35, dtype=torch.int64), d**-0.5)
-        assert made.shape == (2, 3, 35, d)
-        assert launch_turns(k, torch.zeros(4, rows, 9, dtype=torch.int64)).shape == (2, 3, 9, d)
+        turns, runs = torch.zeros(4, rows, 9, dtype=torch.int64), torch.zeros(35, dtype=torch.int64)
+        assert launch_own(q, k, v, out, lse, turns, runs, d**-0.5).shape == (2, 3, 35, d)
+        assert [x.shape for x in launch_turns(k, v, turns)] == [(2, 3, 9, d)] * 2
     assert compiled == ["_own_kernel", "_turns_kernel"] * 2
 
 

@@ -236,7 +236,8 @@ def test_a_lattices_token_stands_for_its_own_cell(ratio, side):
     call = methods.LatticeByLayers(config, GRID, torch.device("cpu"), torch.tensor([1, 2]), 0, {"steps": 2})
     token = torch.arange(64)
     for layer in range(3):
-        owner = call._sample(2, GRID, layer).owner[0, 0]
+        plan = call._sample(2, GRID, layer)
+        owner = plan.choice[0, plan.runs]
         assert len(owner.unique()) == 64 // side**2
         for of in (lambda x: x // 8 // side, lambda x: x % 8 // side):
             assert torch.equal(of(owner), of(token))

@@ -30,7 +30,7 @@ def joined(monkeypatch):
 @pytest.fixture
 def by_channels(monkeypatch):
     """Has made attentions from here on weigh their keys by channels."""
-    return lambda: monkeypatch.setattr(script_joint, "KERNELS", ())
+    return lambda: monkeypatch.setattr(script_joint, "TORCHS", ())
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_half_precision(dtype, joined, by_channels):
 
     def attend(*tensors):
         made = shared_tome.ModelCall(attachment.config, (6, 10), q.device)
-        shared = joint.JointCall(True, script_joint.KERNELS, print)
+        shared = joint.JointCall(True, script_joint.TORCHS, print)
         attachment.call = script_joint._Call(made, shared, (6, 10), 2, TEXT, 0)
         func = script_joint.HostAttention(F.scaled_dot_product_attention, {}, None)
         return attachment._attend(func, *tensors)
@@ -126,7 +126,7 @@ def test_dropout_and_scale(joined):
     attachment = model._shared_tome
     q, k, v = (models.noise(2, 2, TEXT + 60, 16, seed=seed) for seed in (1, 2, 3))
     made = {}
-    for kernels in (script_joint.KERNELS, ()):
+    for kernels in (script_joint.TORCHS, ()):
         for scale in (None, 0.6):
             call = shared_tome.ModelCall(attachment.config, (6, 10), q.device)
             attachment.call = script_joint._Call(call, joint.JointCall(True, kernels, print), (6, 10), 2, TEXT, 0)

@@ -288,7 +288,7 @@ def test_under_torch_compile_queries_do_not_keep_them(caplog):
 
 def test_whether_it_pays_is_measured_with_them(monkeypatch):
     from shared_tome import call
-    from shared_tome.joined import KERNELS
+    from shared_tome.joined import TORCHS
 
     asked = []
     monkeypatch.setattr(call, "measures", lambda *_: True)
@@ -297,7 +297,7 @@ def test_whether_it_pays_is_measured_with_them(monkeypatch):
     for own in (True, False):
         shared_tome.apply_patch(unet, config=config(own_token=own))
         models.run(unet)
-        assert set(asked) == {KERNELS if own else ()}
+        assert set(asked) == {TORCHS if own else ()}
         asked.clear()
 
 

@@ -201,23 +201,23 @@ def _fake_attend(q, k, v, bias, scale):
     return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
 
 
-def _plain_turns(x, index):
+def _plain_turns(k, v, index):
     from ...own import _take_turns
 
-    return _take_turns(x, index)
+    return _take_turns(k, index), _take_turns(v, index)
 
 
-def _fake_turns(x, index):
-    return x.new_empty((*x.shape[:2], index.shape[2], x.shape[3]))
+def _fake_turns(k, v, index):
+    return tuple(x.new_empty((*x.shape[:2], index.shape[2], x.shape[3])) for x in (k, v))
 
 
-def _plain_own(q, k, v, out, lse, owner, scale):
+def _plain_own(q, k, v, out, lse, turns, runs, scale, weight):
     from ...own import _keep_own
 
-    return _keep_own(q, k, v, out, lse, owner, scale)
+    return _keep_own(q, k, v, out, lse, turns, runs, scale, weight)
 
 
-def _fake_own(q, k, v, out, lse, owner, scale):
+def _fake_own(q, k, v, out, lse, turns, runs, scale, weight):
     return out.new_empty(out.transpose(1, 2).shape).transpose(1, 2)
 
 
@@ -303,10 +303,10 @@ _operator(
     _plain_attend,
     _fake_attend,
 )
-_operator("turns", "Tensor x, Tensor index", "Tensor", launch_turns, _plain_turns, _fake_turns)
+_operator("turns", "Tensor k, Tensor v, Tensor index", "(Tensor, Tensor)", launch_turns, _plain_turns, _fake_turns)
 _operator(
     "own",
-    "Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor owner, float scale",
+    "Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor turns, Tensor runs, float scale, float weight",
     "Tensor",
     launch_own,
     _plain_own,

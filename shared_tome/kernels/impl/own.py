@@ -22,12 +22,15 @@ def _own_kernel(
     v,
     out,
     lse,
-    owner,
+    drawn,
+    runs,
     made,
     heads,
     tokens,
+    kept,
     scale,
-    owner_rows,
+    weight,
+    rows,
     turns,
     q0,
     q1,
@@ -49,21 +52,21 @@ def _own_kernel(
     ROWS: tl.constexpr,
 ):
     """ROWS tokens of one head of one batch row."""
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = token < tokens
     token = token.to(tl.int64)
     channel = tl.arange(0, BLOCK)
     mask = valid[:, None] & (channel < HEAD)[None, :]
-    owner += ((head % turns) * owner_rows + batch % owner_rows) * tokens
-    drawn = tl.load(owner + token, mask=valid, other=0).to(tl.int64)
+    drawn += ((head % turns) * rows + batch % rows) * kept
+    drawn = tl.load(drawn + tl.load(runs + token, mask=valid, other=0), mask=valid, other=0).to(tl.int64)
     key, value = k + batch * k0 + head * k1, v + batch * v0 + head * v1
     at = q + batch * q0 + head * q1 + token * q2
     query = tl.load(at[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32) * scale
     key_own = tl.load(key + (token * k2)[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     key_drawn = tl.load(key + (drawn * k2)[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    total = tl.load(lse + batch * lse0 + head * lse1 + token * lse2, mask=valid, other=0.0).to(tl.float32)
+    total = tl.load(lse + batch * lse0 + head * lse1 + token * lse2, mask=valid, other=0.0).to(tl.float32) + weight
     own = tl.sum(query * key_own, 1) - total
     other = tl.sum(query * key_drawn, 1) - total
     top = tl.maximum(own, 0.0)
@@ -84,31 +87,35 @@ def launch_own(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    owner: Tensor,
+    turns: Tensor,
+    runs: Tensor,
     scale: float,
+    weight: float = 0.0,
     config: tuple[int, int] = _CONFIG,
 ) -> Tensor:
     """As own.keep_own; the result lies in memory as [B, N, H, d]."""
     q, k, v, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out))
     batch, heads, tokens, d = q.shape
-    turns, rows = owner.shape[:2]
-    check_rows(rows, batch)
+    check_rows(turns.shape[1], batch)
     made = torch.empty((batch, tokens, heads, d), dtype=out.dtype, device=out.device)
     block = power_of_two(d)
     tile = max(1, config[0] // block)
-    _own_kernel[(-(-tokens // tile), batch * heads)](
+    _own_kernel[(batch * heads, -(-tokens // tile))](
         q,
         k,
         v,
         out,
         lse,
-        owner.contiguous(),
+        turns.contiguous(),
+        runs,
         made,
         heads,
         tokens,
+        turns.shape[2],
         scale,
-        rows,
-        turns,
+        weight,
+        turns.shape[1],
+        turns.shape[0],
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],

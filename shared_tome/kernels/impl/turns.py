@@ -1,4 +1,4 @@
-"""Some tokens of each head, other ones for other heads, in one launch.
+"""Some tokens' keys and values of each head, other ones for other heads, in one launch.
 
 The specification is own.take_turns.
 """
@@ -17,56 +17,68 @@ _CONFIG = (2048, 4)
 
 @triton.jit(do_not_specialize=["count"])
 def _turns_kernel(
-    x,
+    k,
+    v,
     index,
-    out,
+    key,
+    value,
     heads,
     count,
     turns,
     index_rows,
-    x0,
-    x1,
-    x2,
+    k0,
+    k1,
+    k2,
+    v0,
+    v1,
+    v2,
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """ROWS of the tokens of one head of one batch row."""
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = row < count
     drawn = index + ((head % turns) * index_rows + batch % index_rows) * count
     token = tl.load(drawn + row, mask=valid, other=0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     mask = valid[:, None] & (channel < HEAD)[None, :]
-    source = x + batch * x0 + head * x1 + token * x2  # (ROWS,)
-    value = tl.load(source[:, None] + channel[None, :], mask=mask, other=0.0)
-    target = out + ((batch * heads + head) * count + row.to(tl.int64)) * HEAD
-    tl.store(target[:, None] + channel[None, :], value, mask=mask)
+    source = k + batch * k0 + head * k1 + token * k2  # (ROWS,)
+    of_key = tl.load(source[:, None] + channel[None, :], mask=mask, other=0.0)
+    source = v + batch * v0 + head * v1 + token * v2
+    of_value = tl.load(source[:, None] + channel[None, :], mask=mask, other=0.0)
+    target = (((batch * heads + head) * count + row.to(tl.int64)) * HEAD)[:, None] + channel[None, :]
+    tl.store(key + target, of_key, mask=mask)
+    tl.store(value + target, of_value, mask=mask)
 
 
-def launch_turns(x: Tensor, index: Tensor, config: tuple[int, int] = _CONFIG) -> Tensor:
-    """x [B, H, L, d] and index [T, b, K] -> [B, H, K, d]: head h by the lists h % T, row i by the list i % b."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    batch, heads, _, d = x.shape
+def launch_turns(k: Tensor, v: Tensor, index: Tensor, config: tuple[int, int] = _CONFIG) -> tuple[Tensor, Tensor]:
+    """k and v [B, H, L, d] and index [T, b, K] -> [B, H, K, d] twice: head h by the lists h % T, row i by the list
+    i % b."""
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    batch, heads, _, d = k.shape
     turns, rows, count = index.shape
     check_rows(rows, batch)
-    out = torch.empty((batch, heads, count, d), dtype=x.dtype, device=x.device)
+    key, value = (torch.empty((batch, heads, count, d), dtype=x.dtype, device=x.device) for x in (k, v))
     block = power_of_two(d)
     tile = max(1, config[0] // block)
-    _turns_kernel[(-(-count // tile), batch * heads)](
-        x,
+    _turns_kernel[(batch * heads, -(-count // tile))](
+        k,
+        v,
         index.contiguous(),
-        out,
+        key,
+        value,
         heads,
         count,
         turns,
         rows,
-        *x.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
         HEAD=d,
         BLOCK=block,
         ROWS=tile,
         num_warps=config[1],
     )
-    return out
+    return key, value
