@@ -93,7 +93,7 @@ class Sampling:
     def tell_own(self, refused: str | None) -> None:
         """A layer's queries are to keep their own tokens. refused: why they cannot; None: they can."""
         if refused is not None:
-            self.notes.say(refused)
+            self.notes.say(refused, shown=False)  # by default they are to: not a line under every picture
         if self._own_found is not None:
             self._own_found(refused is None)
 

@@ -8,6 +8,7 @@ on it. Large layers always pay and are not measured; nor is anything on other de
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -257,7 +258,7 @@ def verdict_on(
     their own tokens by them (joint.JointCall); none where they cannot. block: the block that the layer is in. Never
     called where torch.compile traces.
     """
-    case = _case(grid, channels, heads, dtype, config, _name(attention), kernels)
+    case = _case(grid, channels, heads, dtype, config, _name(attention, device), kernels)
     return known_or_measured(case.key, device, lambda: measure(case, device, attention, block))
 
 
@@ -272,16 +273,26 @@ def known_on(
     kernels: tuple[str, ...] = (),
 ) -> Verdict | None:
     """verdict_on of what has been measured before; measures nothing."""
-    return verdicts_of(device).known(_case(grid, channels, heads, dtype, config, _name(attention), kernels).key)
+    return verdicts_of(device).known(_case(grid, channels, heads, dtype, config, _name(attention, device), kernels).key)
 
 
-def _name(attention: Attention | None) -> str:
+def _name(attention: Attention | None, device: torch.device) -> str:
     """What tells an attention from others; torch's own, by the kernels that are switched on now, in its order."""
     if attention is not None:
         return getattr(attention, "__name__", type(attention).__name__)
+    if device.type == "cuda":
+        _put_in_order(device)
     order = getattr(torch._C, "_get_sdp_priority_order", lambda: list(_SWITCHES))()  # torch 2.6
     names = (_SWITCHES[int(number)] for number in order if int(number) in _SWITCHES)
     return " ".join(["torch", *(name for name in names if getattr(torch.backends.cuda, f"{name}_sdp_enabled")())])
+
+
+@functools.lru_cache(maxsize=8)
+def _put_in_order(device: torch.device) -> None:
+    """torch puts its kernels into a device's order (cuDNN first on an H100) when it is first asked for one."""
+    x = torch.empty(1, 1, 64, 64, device=device, dtype=torch.float16)
+    with contextlib.suppress(AttributeError, RuntimeError):
+        torch._fused_sdp_choice(x, x, x)
 
 
 # A host asks for each call of a model; making the key takes longer than a small step has to spare.

@@ -173,9 +173,9 @@ def test_a_picture_that_kept_none_does_not_claim_it(host, tome, monkeypatch, lin
     host.tabs["txt2img"].scripts[0].__class__ = Script
     images, p = host.generate([ON], **request_)
     for text in (p.extra_generation_params, *before_hires):
-        assert text == {"ToMe ratio": 0.5, "ToMe method": "sample", "ToMe min tokens": 0}
-    assert not any(LABEL in text for text in p.processed.infotexts)
-    assert any(NOT_KEPT in text for text in p.comments) and sum(NOT_KEPT in line for line in lines) == 1
+        assert text == {"ToMe ratio": 0.5, "ToMe method": "sample", "ToMe min tokens": 0, LABEL: False}
+    assert all(f"{LABEL}: False" in text for text in p.processed.infotexts)
+    assert not p.comments and sum(NOT_KEPT in line for line in lines) == 1
     values = tome.infotext.read({name: str(value) for name, value in p.extra_generation_params.items()})
     assert values["own_token"] is False
     again, _ = host.generate([values], **request_)
@@ -183,7 +183,7 @@ def test_a_picture_that_kept_none_does_not_claim_it(host, tome, monkeypatch, lin
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_one_layer_that_keeps_them_makes_another_picture(host, tome, monkeypatch, swapped):
+def test_one_layer_that_keeps_them_makes_another_picture(host, tome, monkeypatch, lines, swapped):
     """Without the option in its text the picture would not come back."""
     _use(monkeypatch, variants.sdp)
     meets, asked = tome.hooks.meets_at_sdpa, []
@@ -194,8 +194,8 @@ def test_one_layer_that_keeps_them_makes_another_picture(host, tome, monkeypatch
 
     monkeypatch.setattr(tome.hooks, "meets_at_sdpa", every_other)
     images, p = host.generate([ON])
-    assert len(set(asked)) == 2 and p.extra_generation_params[LABEL] is True
-    assert any(NOT_KEPT in text for text in p.comments)
+    assert len(set(asked)) == 2 and LABEL not in p.extra_generation_params  # as it is by default
+    assert sum(NOT_KEPT in line for line in lines) == 1 and not p.comments
     drawn, _ = host.generate([{**ON, "own_token": False}])
     assert not torch.equal(images[0], drawn[0])
 
@@ -256,5 +256,5 @@ def test_forges_other_attention_functions_get_the_drawn_tokens(forge_host, monke
         made, p = forge_host.generate([{**ON, "ratio": ratio}])
         drawn, _ = forge_host.generate([{**ON, "ratio": ratio, "own_token": False}])
         assert torch.equal(made[0], drawn[0])
-        assert LABEL not in p.extra_generation_params and any(NOT_KEPT in text for text in p.comments)
+        assert p.extra_generation_params[LABEL] is False and not p.comments
     assert sum(NOT_KEPT in line for line in lines) == 2  # once a request

@@ -45,6 +45,8 @@ def test_moving_an_option_shows_what_it_is(panel):
     assert preset.value == "Custom" and controls["ratio"].value == 0.5
     controls["ratio"].choose(0.75)
     assert preset.value == "Balanced"
+    controls["own_token"].choose(False)
+    assert preset.value == "Custom"
     controls["start"].choose(0.2)
     assert preset.value == "Custom"
     controls["own_token"].choose(True)

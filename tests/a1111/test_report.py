@@ -9,7 +9,7 @@ from .test_forge import _Loaded
 from .test_generation import _use_hypertile
 from .test_options import _parse
 
-ON = [{"ratio": 0.5, "min_tokens": 0}]
+ON = [{"ratio": 0.5, "min_tokens": 0, "own_token": False}]
 TEXT = "in the log and the picture's text"
 
 
@@ -99,7 +99,9 @@ def test_the_pictures_text_gets_it_and_gives_it_back(host, tome, lines):
     for text in p.processed.infotexts:
         read = _parse(text)
         assert read["ToMe report"] == lines[0].removeprefix("[ToMe] ") and ", " in read["ToMe report"]
-        assert tome.infotext.read(read) == tome.infotext.read(_parse("ToMe ratio: 0.5, ToMe min tokens: 0"))
+        assert tome.infotext.read(read) == tome.infotext.read(
+            _parse("ToMe ratio: 0.5, ToMe min tokens: 0, ToMe own token: False")
+        )
 
 
 def test_a_request_may_ask_for_it(host, lines):

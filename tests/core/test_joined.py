@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shared_tome.attention import attend
-from shared_tome.joined import KERNELS, attend_in_parts, attend_with_lse, choose_kernel
+from shared_tome.joined import KERNELS, TORCHS, attend_in_parts, attend_with_lse, choose_kernel
 
 CPU = torch.device("cpu")
 SIZES = [
@@ -133,6 +133,15 @@ def test_the_hosts_order_decides_on_a_gpu(cuda):
     assert ask(KERNELS, d=68) is None
     assert cuda(cudnn=True)(("flash", "cudnn")) == "cudnn"
     assert cuda()(KERNELS) is None
+
+
+def test_torchs_own_choice_decides_where_no_order_is_given(cuda, monkeypatch):
+    """cuDNN first on an H100, whatever our own list says."""
+    ask = cuda(flash=True, efficient=True, cudnn=True)
+    for number, name in ((1, "flash"), (2, "efficient"), (3, "cudnn"), (0, None), (-1, None)):
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *x, number=number: number)
+        assert ask(TORCHS) == name and ask(("flash",)) == "flash"
+    assert ask(TORCHS, d=68) is None
 
 
 def test_an_old_torch_or_a_rocm_has_none(cuda, monkeypatch):
