@@ -27,12 +27,14 @@ from .hosts import BACKENDS, choose_attention
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "unmerged": None,
+    "sample 0.5": {"ratio": 0.5, "own_token": False},
     "sample 0.75": {"ratio": 0.75, "own_token": False},
     "sample 0.9375": {"ratio": 0.9375, "own_token": False},
     "sample 0.75, own token": {"ratio": 0.75, "own_token": True},
     "sample 0.9375, own token": {"ratio": 0.9375, "own_token": True},
     "sample 0.75, unweighted": {"ratio": 0.75, "proportional": False},
     "sample 0.9375, unweighted": {"ratio": 0.9375, "proportional": False},
+    "merge 0.25": {"ratio": 0.25, "method": "merge"},
     "merge 0.5": {"ratio": 0.5, "method": "merge"},
     "limit": None,
 }

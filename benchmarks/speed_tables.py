@@ -191,13 +191,17 @@ def dit() -> str:
     if not rows:
         return NOTHING
 
+    keys = ("backend", "model", "size")
+    shares = {tuple(row[key] for key in keys): row["attention_share"] for row in rows if row["attention_share"]}
+
     def cell(row: Row) -> list[str]:
-        share = f"{float(row['attention_share']):.0%}" if row["attention_share"] else "-"
+        share = shares.get(tuple(row[key] for key in keys))  # of the run that had the limit
+        share = f"{float(share):.0%}" if share else "-"
         name = f"{MODELS.get(row['model'], row['model'])} {row['size']}"
         return [row["backend"], name, f"{int(row['tokens']):,}", f"{row['blocks']} of {row['depth']}", share]
 
     heads = ["attention", "model, size", "tokens", "blocks run", "attention's share"]
-    return f"{_by_variant(rows, ('backend', 'model', 'size'), heads, cell)}\n{about(rows)}.\n"
+    return f"{_by_variant(rows, keys, heads, cell)}\n{about(rows)}.\n"
 
 
 def weights() -> str:

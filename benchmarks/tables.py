@@ -6,13 +6,13 @@ from the committed CSVs or from ToMeConfig. A test compares, so that no page goe
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from installer.inprocess import pack_module
 from quality.plot import WITHOUT_OWN, preset_measured
+from quality.rows import of_model, results
 from shared_tome import ToMeConfig
 from shared_tome.config import PRESETS
 
@@ -80,9 +80,8 @@ def presets() -> str:
 
 
 def measured(model: str) -> list[dict[str, str]]:
-    """The rows of quality/results/MODEL.csv."""
-    with (ROOT / "quality" / "results" / f"{model}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    """The rows of the model that quality/results/MODEL.csv measured, of whatever file."""
+    return of_model(results(), model)
 
 
 MAKERS: dict[str, Callable[..., str]] = {

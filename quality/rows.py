@@ -12,16 +12,19 @@ from .methods import CATALOGUE
 Row = dict[str, str]
 LATER = ("texture", "texture_se")
 """Columns that older files lack: there they are empty."""
-MAIN, MAIN_SAMPLER = "demo", "ddim30"
+MAIN, MAIN_SAMPLER, YARDSTICK = "demo", "ddim30", "tomesd 0.5"
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV, each with the PSNR of its single pictures as `singles`, numbers with spaces between."""
+    """The rows of a CSV, each with the PSNR of its single pictures as `singles`, numbers with spaces between, and as
+    `yardstick` the speed of what was timed in each file."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     with path.with_suffix(".pictures.csv").open(newline="") as file:
         singles = {(row[0], row[1]): " ".join(row[2:]) for row in list(csv.reader(file))[1:]}
+    speeds = {row["sampler"]: row["speedup"] for row in rows if row["variant"] == YARDSTICK}
     for row in rows:
+        row["yardstick"] = speeds.get(row["sampler"], "")
         row["singles"] = singles[row["variant"], row["sampler"]]
         row["file"] = path.stem
         for column in LATER:
