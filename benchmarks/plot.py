@@ -23,6 +23,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "sample 0.75, own token": ("#6a3d9a", "o", "-"),
     "sample 0.9375, own token": ("#3f1f63", "o", "--"),
     "downsample 0.75": ("#009e73", "D", "-"),
+    "merge 0.25": ("#f3cf80", "s", "-"),
     "merge 0.5": ("#e69f00", "s", "-"),
     "merge 0.75": ("#b87d00", "s", "-"),
     "merge_queries 0.5": ("#8c6d31", "P", "-"),
@@ -53,6 +54,10 @@ def _figure(columns: int, title: str, width: float = 4.6, height: float = 4.4, *
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(INK)
     return figure, list(axes[0])
+
+
+def _machines(rows: Sequence[Row]) -> str:
+    return " and ".join(dict.fromkeys(row["machine"] for row in rows))
 
 
 def _save(figure: Any, path: Path, legend: Any = None) -> None:
@@ -119,7 +124,7 @@ def steps(rows: Sequence[Row], path: Path) -> None:
     backend = next(row["backend"] for row in rows if row["mode"] == mode)
     chosen = [row for row in rows if (row["mode"], row["backend"]) == (mode, backend)]
     how = {"graph": "CUDA graph", "eager": "eager"}[mode]
-    _by_model(chosen, f"A step of diffusers' U-Nets, {how}, {backend} attention, {chosen[0]['machine']}", path)
+    _by_model(chosen, f"A step of diffusers' U-Nets, {how}, {backend} attention, {_machines(chosen)}", path)
 
 
 def hosts(rows: Sequence[Row], path: Path) -> None:
@@ -127,14 +132,14 @@ def hosts(rows: Sequence[Row], path: Path) -> None:
     backend = rows[0]["backend"]
     chosen = [row for row in rows if row["backend"] == backend]
     named = "its own choice of attention" if backend == "default" else f"{backend} attention"
-    _by_model(chosen, f"A step of ComfyUI's KSampler, {named}, {chosen[0]['machine']}", path)
+    _by_model(chosen, f"A step of ComfyUI's KSampler, {named}, {_machines(chosen)}", path)
 
 
 def growth(rows: Sequence[Row], path: Path) -> None:
     """Time against tokens, a panel for each part."""
     rows = [row for row in rows if row["us"]]
     parts = [what for what in ("match", "merge", "unmerge", "draw", "gather") if any(r["what"] == what for r in rows)]
-    title = f"How cost grows: 320 channels, batch {rows[0]['batch']}, {rows[0]['dtype']}, {rows[0]['machine']}"
+    title = f"How cost grows: 320 channels, batch {rows[0]['batch']}, {rows[0]['dtype']}, {_machines(rows)}"
     figure, panels = _figure(len(parts), title, width=3.3, height=3.8, sharey=True)
     attention = sorted((int(r["tokens"]), float(r["us"])) for r in rows if r["what"] == "attention")
     for axes, part in zip(panels, parts, strict=True):
@@ -160,7 +165,7 @@ def memory(rows: Sequence[Row], path: Path) -> None:
     rows = [row for row in rows if row["merged_mb"] and row["channels"] == rows[0]["channels"]]
     sizes = sorted({int(row["tokens"]) for row in rows})
     names = list(dict.fromkeys(f"{row['method']} {row['ratio']}" for row in rows))
-    title = f"Peak memory that merging adds to a layer of {rows[0]['channels']} channels, {rows[0]['machine']}"
+    title = f"Peak memory that merging adds to a layer of {rows[0]['channels']} channels, {_machines(rows)}"
     figure, panels = _figure(len(sizes), title, width=3.6, height=3.8, sharey=True)
     for axes, tokens in zip(panels, sizes, strict=True):
         mine = {f"{row['method']} {row['ratio']}": row for row in rows if int(row["tokens"]) == tokens}
@@ -185,12 +190,14 @@ def dit(rows: Sequence[Row], path: Path) -> None:
     rows = [row for row in rows if row["backend"] == rows[0]["backend"]]
     jobs = list(dict.fromkeys((row["model"], row["size"]) for row in rows))
     names = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != "unmerged"]
-    title = f"Transformers in ComfyUI, {rows[0]['backend']} attention, {rows[0]['machine']}"
+    title = f"Transformers in ComfyUI, {rows[0]['backend']} attention, {_machines(rows)}"
     figure, panels = _figure(len(jobs), title, width=3.2, height=3.4, sharey=True)
     for axes, job in zip(panels, jobs, strict=True):
         mine = {row["variant"]: row for row in rows if (row["model"], row["size"]) == job}
         for place, name in enumerate(names):
-            value = float(mine[name]["speedup"]) if name in mine else 0.0
+            if name not in mine:
+                continue
+            value = float(mine[name]["speedup"])
             plain = name.partition(",")[0]
             axes.barh(place, value, color=STYLES[plain][0], alpha=0.45 if "unweighted" in name else 1.0)
             axes.text(value, place, f" {value:.2f}x", va="center", color=INK, fontsize=8)

@@ -228,10 +228,10 @@ def test_weighing_changes_the_picture_beside_text(rows):
 
 
 def test_tables_and_plots_take_the_sampler_that_was_measured(rows):
-    own = [dict(row, file="dit", singles="40 41", model="m") for row in rows.values()]
+    own = [dict(row, file="fresh", singles="40 41", model="m", yardstick="") for row in rows.values()]
     ddim = [dict(row, sampler="ddim30") for row in own]
     assert main_sampler(own) == "flow2" and main_sampler(own + ddim) == "ddim30"
-    page = "".join(f"<!-- table {name}@dit -->\n<!-- end -->\n" for name in ("frontier", "pairs", "about"))
+    page = "".join(f"<!-- table {name}@fresh -->\n<!-- end -->\n" for name in ("frontier", "pairs", "about"))
     written = plot.with_tables(page, [*results(), *own])
     for name in MEASURED:
         assert f"| {name} |" in written, name

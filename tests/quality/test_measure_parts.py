@@ -389,9 +389,9 @@ def defaulting(own: bool):
 
 def measured(names, sampler: str = "ddim30", **cells: str) -> list[dict[str, str]]:
     """Rows as of a file "fresh" of a model of its own."""
-    empty = dict.fromkeys((*COLUMNS, "singles"), "")
+    empty = dict.fromkeys((*COLUMNS, "singles", "yardstick"), "")
     numbers = {"psnr": "30", "psnr_se": "1", "gain": "2", "gain_se": "1", "ssim": "0.9", "cost": "0.25"}
-    numbers |= {"cost_all": "0.3", "fd_gap": "1", "fd_gap_se": "1", "model": "fresh", "file": "fresh"}
+    numbers |= {"cost_all": "0.3", "fd_gap": "1", "fd_gap_se": "1", "model": "fresh", "file": "fresh", "images": "2"}
     return [
         {**empty, **numbers, "variant": name, "sampler": sampler, "family": methods.CATALOGUE.variants[name].family}
         | cells
@@ -457,7 +457,24 @@ def test_fine_detail_is_shown_where_it_is_known():
     assert "| -1.23 ± 0.10 |" in page_of("texture@fresh", fresh)
     both = page_of("frontier@fresh", fresh + measured(["sample 0.984375"]))
     assert "| fine detail, dB |" in both and "| -1.23 ± 0.10 |" in both
-    assert next(line for line in both.splitlines() if "sample 0.984375" in line).split(" | ")[6] == "-"
+    assert next(line for line in both.splitlines() if "sample 0.984375" in line).endswith(" | - |")
+    assert "fine detail" not in page_of("frontier@fresh", fresh + measured(methods.KEY[6:16]))  # most know none
+
+
+@pytest.mark.parametrize(("yardstick", "shown"), [("1.41", True), ("1.35", False), ("", False)])
+def test_the_speed_of_another_run_is_shown_where_both_found_tomesd_alike(yardstick, shown):
+    timed = {"step_ms": "10", "speedup": "1.50"}
+    first = measured(["unmerged", "tomesd 0.5"], yardstick="1.40", **timed)
+    other = measured(["sample 0.75", "sample 0.5"], file="other", yardstick=yardstick, **timed)
+    lines = {line.split(" | ")[0]: line for line in page_of("frontier@fresh", first + other).splitlines()}
+    assert lines["| tomesd 0.5"].endswith("| 10.0 | 1.50x |")
+    assert lines["| sample 0.75"].endswith("|  | 1.50x |" if shown else "|  |  |")
+
+
+def test_a_column_has_means_over_the_most_pictures_alone():
+    many, few = measured(methods.KEY[:6], images="264"), measured(methods.KEY[:8], images="8", psnr="50")
+    page = page_of("samplers@fresh", few + many + measured(methods.KEY[:8], "lcm6", images="8", psnr="40"))
+    assert "50.0" not in page and "30.0 ± 1.0 | 40.0 ± 1.0 |" in page and f"| {methods.KEY[7]} |" not in page
 
 
 @pytest.mark.parametrize(
