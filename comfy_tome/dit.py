@@ -29,6 +29,7 @@ from ..shared_tome.auto import Verdict, compared, known_or_measured, measures
 from ..shared_tome.curve import is_compiling
 from ..shared_tome.grid import Grid
 from ..shared_tome.joint import JointCall, image_bias, merge_image, unmerge_image
+from ..shared_tome.own import NOT_KEPT
 from ..shared_tome.plan import Plan
 from ..shared_tome.report import CallTally, why_not_served
 from ..shared_tome.schedule import config_at
@@ -362,6 +363,9 @@ class DiTCall:
             out = attend_joint(self._joint, call, q, k, v, start, plan)
             if out is not None:
                 return out
+        elif self._joint.own:
+            masked = "under a mask queries do not keep their own tokens"
+            say_once(NOT_KEPT if call.mask is None else masked)
         index = around.index(plan, start)
         k, v = call.take(k, index), call.take(v, index)
         if call.mask is not None:

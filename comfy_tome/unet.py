@@ -23,6 +23,7 @@ from ..shared_tome.auto import Attention, Verdict
 from ..shared_tome.call import why_left_alone
 from ..shared_tome.curve import is_compiling
 from ..shared_tome.joint import JointCall
+from ..shared_tome.own import NOT_KEPT
 from ..shared_tome.plan import Plan
 from ..shared_tome.report import CallTally, why_not_served
 from ..shared_tome.schedule import config_at
@@ -172,7 +173,7 @@ class UNetCall:
         if not self.call.config.keeps_own or self._host_attention is None:
             return None
         if not self._kernels:
-            say_once("another attention than PyTorch's is in use; queries do not keep their own tokens")
+            say_once(NOT_KEPT)
             return None
         return JointCall(True, self._kernels, say_once, own=True)
 
@@ -252,7 +253,7 @@ class UNetCall:
                 if out is not None:
                     return out
             else:
-                say_once("another attention than PyTorch's is in use; queries do not keep their own tokens")
+                say_once(NOT_KEPT)
             k, v = (call.take(x, plan.choice[0]) for x in (k, v))  # what sampling before the projections gives
         if bias is None or k.shape[1] != bias.shape[1]:
             if before is None:

@@ -21,6 +21,7 @@ from . import kernels
 from .attention import extend_key, extend_query, extend_value, extra_channels
 from .config import ToMeConfig
 from .joined import TORCHS, choose_kernel
+from .own import NOT_KEPT
 from .sdpa import AroundSdpa, HostAttention, is_torchs_sdpa
 
 OWN, GIVEN = "own", "given"
@@ -158,7 +159,7 @@ def why_not_own(meets: Callable[[], bool], d: int, device: torch.device, dtype: 
     meets: asks meets_at_sdpa, or what it once answered.
     """
     if not is_torchs_sdpa() or not meets():
-        return "another attention than PyTorch's is in use; queries do not keep their own tokens"
+        return NOT_KEPT
     if choose_kernel(TORCHS, device, dtype, d) is None:
         return "this PyTorch tells no log-sum-exps of its attention here; queries do not keep their own tokens"
     return None

@@ -20,6 +20,9 @@ from torch import Tensor
 from . import kernels
 from .plan import spread_rows
 
+# What adapters say where no kernel that tells its log-sum-exp is at hand.
+NOT_KEPT = "another attention than PyTorch's is in use; queries do not keep their own tokens"
+
 
 def by_head(index: Tensor, batch: int, heads: int) -> Tensor:
     """Lists [T, b, K] -> [batch, heads, K]: head h has the lists h % T, row i the list i % b."""

@@ -329,12 +329,15 @@ def sample(model: Any, name: str, *, steps: int = 2, seed: int = 1, cfg: float =
 
 
 def bare(grid: tuple[int, ...], head: int = 0, tail: int = 0, override: Any = None, **values: Any) -> Any:
-    """attention(q, k, v, heads, **kwargs) of one layer of a call, without a model around it."""
+    """attention(q, k, v, heads, **kwargs) of one layer of a call, without a model around it.
+
+    Unless values say so, no query keeps its own token: what is compared is the weighing of the drawn keys.
+    """
     import torch
     from comfy.ldm.modules.attention import optimized_attention
 
     dit, table = host.pack_module("dit"), host.pack_module("dit_models")
-    config = dit.ToMeConfig(**{"min_tokens": 0, **values})
+    config = dit.ToMeConfig(**{"min_tokens": 0, "own_token": False, **values})
     options = {} if override is None else {"optimized_attention_override": override}
     made = dit.ModelCall(config, grid, torch.device("cpu"))
     patch = dit.DiTCall(made, table.DIT_MODELS[0], dit.Layout(grid, head, tail), options)

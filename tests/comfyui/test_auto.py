@@ -15,6 +15,8 @@ import torch
 from . import dit_host
 from .host import forget_log, pack_module, run_node, sample, small_unet, tokens, watch
 
+DRAWN = {"own_token": False}  # keys before their projections, where they are counted
+
 
 @pytest.fixture
 def judged(comfy_nodes, monkeypatch):
@@ -43,7 +45,7 @@ def merged_grids(model, steps=2):
 def test_what_does_not_pay_is_left_alone(sd15, tome, judged, caplog):
     forget_log()
     with caplog.at_level(logging.INFO, "ToMe"):
-        _, keys = merged_grids(tome(sd15, min_tokens=100))
+        _, keys = merged_grids(tome(sd15, min_tokens=100, **DRAWN))
     assert keys["input_blocks.1.1"] == 1024 and keys["input_blocks.3.1"] == 128
     said = [line for line in caplog.messages if "does not pay here" in line]
     assert said == [
@@ -56,7 +58,7 @@ def test_what_does_not_pay_is_left_alone(sd15, tome, judged, caplog):
 
 
 def test_named_levels_are_merged_whatever_they_cost(sd15, tome, judged):
-    _, keys = merged_grids(tome(sd15, min_tokens=100, levels="0,1"))
+    _, keys = merged_grids(tome(sd15, min_tokens=100, levels="0,1", **DRAWN))
     assert keys["input_blocks.1.1"] == 512 and not judged
 
 
@@ -141,11 +143,11 @@ def test_the_report_says_what_each_layer_saves(sd15, tome, judged, comfy_nodes):
 def test_a_compiled_model_is_measured_before_its_graph_runs(comfy_nodes, tome, judged):
     torch._dynamo.reset()
     model = small_unet("SD15")
-    compiled = run_node(comfy_nodes["TorchCompileModel"], model=tome(model, min_tokens=100), backend="eager")
+    compiled = run_node(comfy_nodes["TorchCompileModel"], model=tome(model, min_tokens=100, **DRAWN), backend="eager")
     made, keys = merged_grids(compiled, steps=1)
     assert keys["input_blocks.1.1"] == 1024 and keys["input_blocks.3.1"] == 128
     torch._dynamo.reset()
-    levels = tome(model, min_tokens=100, levels="1")
+    levels = tome(model, min_tokens=100, levels="1", **DRAWN)
     assert (made - sample(levels, steps=1)).norm() / made.norm() < 1e-4
     assert sorted({(grid, heads > 0) for grid, _, heads, _, _ in judged}) == [((16, 16), True), ((32, 32), True)]
 

@@ -13,6 +13,7 @@ from .host import run_node, sample, small_unet
 OPTIONS = [
     {"method": "sample", "ratio": 0.5},
     {"method": "sample", "ratio": 0.75},
+    {"method": "sample", "ratio": 0.75, "own_token": False},
     {"method": "merge", "ratio": 0.5},
     {"method": "merge_keys", "ratio": 0.5, "reduce": "pick"},
     {"method": "merge", "ratio": 0.5, "mlp": True, "cross_attention": True},

@@ -200,13 +200,15 @@ def test_an_image_beside_its_source_is_left_alone(dit, tome, caplog):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_masks(dit, tome, method):
+def test_masks(dit, tome, caplog, method):
     """Qwen's text mask: what it hides does not matter, and what it shows does."""
+    host.forget_log()
     model = tome(dit("qwen"), method=method, ratio=0.5)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]])
     text = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(3))
-    with watch() as seen:
+    with caplog.at_level(logging.INFO, logger="ToMe"), watch() as seen:
         first = call(model, "qwen", c_crossattn=text, attention_mask=mask)
+    assert ("[ToMe] under a mask queries do not keep their own tokens" in log(caplog)) == (method == "sample")
     assert seen[0].mask.shape[-1] == seen[0].k.shape[-2]
     hidden = torch.where(mask[..., None].bool(), text, text + 1.0)
     assert torch.allclose(call(model, "qwen", c_crossattn=hidden, attention_mask=mask), first, atol=1e-4)
@@ -251,13 +253,15 @@ def with_override(model, called):
 
 @pytest.mark.parametrize("tome_first", [True, False], ids=["tome first", "override first"])
 @pytest.mark.parametrize("name", ["flux", "wan", "stable_audio"])
-def test_another_override_is_called(dit, tome, name, tome_first):
+def test_another_override_is_called(dit, tome, caplog, name, tome_first):
     called = []
     model = dit(name)
     both = with_override(tome(model), called) if tome_first else tome(with_override(model, called))
-    with watch() as seen:
+    host.forget_log()
+    with caplog.at_level(logging.INFO, logger="ToMe"), watch() as seen:
         merged = call(both, name)
-    alone = call(tome(model), name)
+    assert sum("another attention than PyTorch's is in use; queries do not keep" in line for line in log(caplog)) == 1
+    alone = call(tome(model, own_token=False), name)  # what is not PyTorch's attention keeps no own tokens
     assert len(called) == len(seen)
     if name == "wan":  # nothing to weigh: as alone, bit for bit
         assert torch.equal(merged, alone)
@@ -294,7 +298,7 @@ def test_tokens_that_another_node_adds(dit, tome, caplog):
         ids = torch.zeros_like(args["txt_ids"][:, :3])
         return {**args, "txt": torch.cat((zeros, args["txt"]), 1), "txt_ids": torch.cat((ids, args["txt_ids"]), 1)}
 
-    model = tome(dit("flux"), ratio=0.75)
+    model = tome(dit("flux"), ratio=0.75, own_token=False)
     model.set_model_patch(add, "post_input")
     host.forget_log()
     with caplog.at_level(logging.INFO, logger="ToMe"), watch() as seen:

@@ -10,7 +10,7 @@ import torch
 from . import dit_host, host
 from .dit_host import call, sample
 
-OPTIONS = [{"ratio": 0.5}, {"method": "merge", "ratio": 0.5}]
+OPTIONS = [{"ratio": 0.5}, {"ratio": 0.5, "own_token": False}, {"method": "merge", "ratio": 0.5}]
 
 
 @pytest.fixture
@@ -48,6 +48,7 @@ def test_the_key_says_what_a_graph_takes_for_granted(comfy_nodes):
         return dit.DiTCall(call, table.DIT_MODELS[0], dit.Layout(grid, head, tail), {}).key
 
     others = [{"grid": (12, 8)}, {"grid": (1, 8, 12)}, {"head": 8}, {"tail": 4}, {"ratio": 0.5}, {"method": "merge"}]
+    others += [{"own_token": False}]
     keys = [key(), *(key(**other) for other in others)]
     assert len(set(keys)) == len(keys) and key(seed=3) == key()
 

@@ -13,6 +13,9 @@ from . import dit_host, host
 from .dit_host import bare, kept
 from .test_dit_weights import AROUND, HEADS, D, alike, full, same, split
 
+# What joins the parts, by whether queries keep their own tokens.
+JOINING = {False: "attend_in_parts", True: "attend_in_parts_with_lse"}
+
 
 @pytest.fixture(autouse=True)
 def comfy(comfy_nodes):
@@ -194,7 +197,7 @@ def test_where_pytorchs_attention_steps_in_it_is_joined(joined, monkeypatch):
 @pytest.mark.parametrize("name", [name for name in dit_host.SMALL if name not in ("camera", "vace", "ltxv")])
 @pytest.mark.parametrize("ratio", [0.75, 0.6])
 def test_whole_models_are_the_same_either_way(name, ratio, tome, joined, by_channels):
-    model = tome(dit_host.small(name), ratio=ratio)
+    model = tome(dit_host.small(name), ratio=ratio, own_token=False)
     ours = dit_host.call(model, name)
     which = dit_host.SMALL[name]
     weighed = which.others > 0 or which.image % kept(which.image, ratio) > 0
@@ -243,11 +246,13 @@ def test_comfyuis_own_order_of_kernels(monkeypatch):
     chosen = [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
     monkeypatch.setattr(comfy.ops, "SDPA_BACKEND_PRIORITY", chosen, raising=False)
     assert order(torch.device("cuda")) == ("cudnn", "MATH", "flash")
+    assert order(torch.device("cpu")) == ("torch",)
     monkeypatch.delattr(comfy.ops, "SDPA_BACKEND_PRIORITY")
-    assert order(torch.device("cuda")) == ("flash", "efficient", "cudnn")
+    assert order(torch.device("cuda")) == ("torch",)  # what torch itself would take, in an order that is not ours
 
 
-def test_a_kernel_that_refuses_is_left_for_wider_heads(by_channels, monkeypatch, caplog):
+@pytest.mark.parametrize("own", [False, True])
+def test_a_kernel_that_refuses_is_left_for_wider_heads(own, by_channels, monkeypatch, caplog):
     """Once a call of the model: no layer crashes, and the result is the one of the other way."""
     tried = []
 
@@ -255,9 +260,10 @@ def test_a_kernel_that_refuses_is_left_for_wider_heads(by_channels, monkeypatch,
         tried.append(args)
         raise RuntimeError("not on this device\nand more")
 
-    monkeypatch.setattr(joint_module(), "attend_in_parts", refuse)
+    monkeypatch.setattr(joint_module(), JOINING[own], refuse)
     q, k, v = tokens(96 + 5)
-    attend = bare((8, 12), 5, 0, ratio=0.75)
+    attend = bare((8, 12), 5, 0, ratio=0.75, own_token=own)
+    host.forget_log()
     with caplog.at_level("INFO"):
         ours = [attend(q, k, v, HEADS) for _ in range(2)]
     assert len(tried) == 1 and "not on this device" in caplog.text
@@ -267,10 +273,11 @@ def test_a_kernel_that_refuses_is_left_for_wider_heads(by_channels, monkeypatch,
         same(out, attend(q, k, v, HEADS))
 
 
-def test_no_memory_is_not_taken_for_a_refusal(monkeypatch):
+@pytest.mark.parametrize("own", [False, True])
+def test_no_memory_is_not_taken_for_a_refusal(own, monkeypatch):
     def full_up(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(joint_module(), "attend_in_parts", full_up)
+    monkeypatch.setattr(joint_module(), JOINING[own], full_up)
     with pytest.raises(torch.cuda.OutOfMemoryError):  # ComfyUI frees memory and tries again
-        bare((8, 12), 5, 0, ratio=0.75)(*tokens(96 + 5), HEADS)
+        bare((8, 12), 5, 0, ratio=0.75, own_token=own)(*tokens(96 + 5), HEADS)

@@ -48,8 +48,9 @@ def test_prompt_and_negative_in_one_batch_or_two(dit, tome, name, method, monkey
     model = tome(dit(name), method=method)
     plain, merged = sample(dit(name), name), sample(model, name)
     monkeypatch.setattr(dit(name).model, "memory_required", lambda *_a, **_k: 1e30)  # nothing fits
-    with watch() as seen:
-        plain_split, merged_split = sample(dit(name), name), sample(model, name)
+    plain_split, merged_split = sample(dit(name), name), sample(model, name)
+    with watch() as seen:  # apart: in the place of torch's attention it leaves queries without their own tokens
+        sample(dit(name), name), sample(model, name)
     assert all(len(one.q) == 1 for one in seen)
     own = (plain - plain_split).norm() / plain.norm()
     assert (merged - merged_split).norm() / merged.norm() <= max(1e-5, 10 * own)

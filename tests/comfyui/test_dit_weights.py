@@ -63,8 +63,9 @@ def same(a, b, tolerance=2e-5):
 def test_sampling(grid, ratio, head, tail):
     k, v = (alike(grid, "sample", ratio, head, tail, seed=seed) for seed in (0, 1))
     q = torch.randn(k.shape, generator=torch.Generator().manual_seed(2)) * 2
-    run = bare(grid, head, tail, method="sample", ratio=ratio)
-    same(run(q, k, v, HEADS), full(q, k, v))
+    for own in (False, True):
+        run = bare(grid, head, tail, method="sample", ratio=ratio, own_token=own)
+        same(run(q, k, v, HEADS), full(q, k, v))
     plain = bare(grid, head, tail, method="sample", ratio=ratio, proportional=False)(q, k, v, HEADS)
     count = math.prod(grid)
     if head + tail or count % kept(count, ratio):
@@ -90,12 +91,13 @@ def test_other_methods(grid, method, head, tail, layout):
 @pytest.mark.parametrize("method", ["sample", "merge", "merge_keys", "downsample"])
 @pytest.mark.parametrize("kv_heads", [HEADS, 2, 1])
 @pytest.mark.parametrize("layout", ["flat", "split", "split out", "four"])
-def test_layouts_and_grouped_heads(method, kv_heads, layout):
+@pytest.mark.parametrize("own", [False, True])
+def test_layouts_and_grouped_heads(method, kv_heads, layout, own):
     grid, head, tail = (8, 12), 5, 3
     k, v = (alike(grid, method, 0.75, head, tail, heads=kv_heads, seed=seed) for seed in (0, 1))
     q = alike(grid, method, 0.75, head, tail, seed=2)
     grouped = {"enable_gqa": True} if kv_heads < HEADS else {}
-    run = bare(grid, head, tail, method=method, ratio=0.75)
+    run = bare(grid, head, tail, method=method, ratio=0.75, own_token=own)
     expected = full(q, k, v, kv_heads=kv_heads)
     if layout == "flat":
         return same(run(q, k, v, HEADS, **grouped), expected)

@@ -18,6 +18,7 @@ METHODS = {  # method: (queries merged, keys merged)
     "downsample": (False, True),
     "prune": (True, True),
 }
+DRAWN = {"own_token": False}  # keys before their projections, where they are counted
 
 
 def seen_by(model, watched, **kwargs):
@@ -28,7 +29,7 @@ def seen_by(model, watched, **kwargs):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_method_merges_what_it_says(sd15, tome, method):
-    part = seen_by(tome(sd15, method=method), sd15, steps=1)
+    part = seen_by(tome(sd15, method=method, **DRAWN), sd15, steps=1)
     queries, keys = METHODS[method]
     for block, full in FULL.items():
         assert part("attn1.to_q")[block] == {full // 2 if queries else full}
@@ -72,7 +73,7 @@ def test_mlp_and_cross_attention_keep_the_picture_at_a_tiny_ratio(sd15, tome):
 
 def test_sdxl_is_merged(sdxl, tome):
     """Its first attention is at level 1, where ComfyUI's own node and tomesd's default do nothing."""
-    part = seen_by(tome(sdxl, levels="auto", min_tokens=256), sdxl, steps=1)
+    part = seen_by(tome(sdxl, levels="auto", min_tokens=256, **DRAWN), sdxl, steps=1)
     assert part("attn1.to_k")["input_blocks.3.1"] == {128}
     assert part("attn1.to_k")["input_blocks.5.1"] == {64}
     assert not torch.equal(sample(tome(sdxl)), sample(sdxl))
@@ -80,20 +81,20 @@ def test_sdxl_is_merged(sdxl, tome):
 
 @pytest.mark.parametrize(("levels", "merged"), [("0", {1024}), ("1", {256}), ("0,1", {1024, 256}), ("2,3", {64})])
 def test_levels(sd15, tome, levels, merged):
-    part = seen_by(tome(sd15, levels=levels), sd15, steps=1)
+    part = seen_by(tome(sd15, levels=levels, **DRAWN), sd15, steps=1)
     for block, full in FULL.items():
         assert part("attn1.to_k")[block] == {full // 2 if full in merged else full}
 
 
 def test_min_tokens(sd15, tome):
-    part = seen_by(tome(sd15, min_tokens=257), sd15, steps=1)
+    part = seen_by(tome(sd15, min_tokens=257, **DRAWN), sd15, steps=1)
     assert [part("attn1.to_k")[block] for block in FULL] == [{512}, {256}, {64}, {64}]
 
 
 def test_start_end_and_a_falling_ratio(sd15, tome):
     def keys(**options):
         with watch(sd15) as seen:
-            sample(tome(sd15, **options), steps=4)
+            sample(tome(sd15, **DRAWN, **options), steps=4)
         return seen["input_blocks.1.1.transformer_blocks.0.attn1.to_k"]
 
     assert keys(start=0.5) == [1024, 1024, 512, 512]

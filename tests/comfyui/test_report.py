@@ -38,7 +38,8 @@ METHODS = ("sample", "merge", "merge_queries", "merge_keys", "downsample", "prun
 
 @pytest.mark.parametrize("method", METHODS)
 def test_tokens_are_those_that_reach_the_projections(sd15, tome, record, report, method):
-    model, kept = record(tome(sd15, method=method, ratio=0.6, min_tokens=100))
+    # With own tokens keys are drawn behind the projections.
+    model, kept = record(tome(sd15, method=method, ratio=0.6, min_tokens=100, own_token=False))
     with watch(sd15) as seen:
         sample(model, steps=3)
     part = tokens(seen, "attn1.to_q" if method == "merge_queries" else "attn1.to_k")

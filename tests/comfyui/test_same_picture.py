@@ -87,7 +87,7 @@ def matched_rows(run):
 def test_steps_and_layers_choose_anew(sd15, tome):
     """One noise level twice gives one choice; another noise level another."""
     chosen = []
-    model = tome(sd15, method="sample")
+    model = tome(sd15, method="sample", own_token=False)  # whose keys are drawn before their projections
 
     def spy(q, k, v, extra_options):
         chosen.append((extra_options["block"], float(extra_options["sigmas"][0])))
