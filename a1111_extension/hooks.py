@@ -119,10 +119,10 @@ class Attachment:
         self.model = self.call = self.joint = self.told = None
         _attached.discard(self)
 
-    def _hook(self) -> Iterator[Any]:
-        """Put the blocks' hooks on; yields the handles."""
+    def _hook(self) -> Iterator[tuple[_Block, Callable[[], list[Any]]]]:
+        """The blocks, and what puts their hooks on."""
         for block in self._blocks:
-            yield from block.hook()
+            yield block, block.hook
 
     def say(self, message: str) -> None:
         """Tell what was left alone and why, in the log."""
@@ -165,7 +165,8 @@ class Attachment:
                 self.call = None
                 self._hooks.off()
             else:
-                self._hooks.on(self._hook)
+                # A report wants to know of every layer.
+                self._hooks.on(self._hook, self.kind if self.told is None else None)
         if self.call is not None and self.call.config.keeps_own:
             self.joint = JointCall(True, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), own=True)
 
@@ -286,7 +287,7 @@ class _Block:
     def _grid(self, call: ModelCall, attn1: nn.Module, x: Any, context: Any) -> Grid | None:
         """The grid of this layer's tokens, or None where it is to be left alone."""
         batch = self.owner.batch
-        self.owner.judged.others += 1
+        self.owner.judged.begin(self)
         if not isinstance(x, Tensor) or x.dim() != 3:
             return None
         if context is not None and context is not x:
@@ -300,7 +301,7 @@ class _Block:
             )
             return None
         if not call.serves(grid):
-            self.owner.judged.others -= 1
+            self.owner.judged.leave(self)
             if self.owner.told is not None:
                 reason = why_not_served(call.config, grid, call.full)
                 self.owner.told.left_alone(reason, self.where, grid, self.part)
@@ -314,8 +315,7 @@ class _Block:
         unpaid = call.why_not_paid(verdict)
         if unpaid is not None:
             self._leave(f"{unpaid}; layers of {x.shape[1]} tokens are left alone", grid)
-            self.owner.judged.unpaid += 1
-            self.owner.judged.others -= 1
+            self.owner.judged.leave(self, unpaid=True)
             return None
         return grid
 

@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -157,18 +158,12 @@ class Attachment(BaseAttachment):
 
     def detach(self, model: nn.Module) -> None:
         super().detach(model)
-        self._unhook()
-
-    def _hook(self, model: nn.Module) -> Iterator[Any]:
-        """Put the blocks' hooks on; yields the handles."""
-        for hooked, block in zip(self._blocks, served_blocks(model), strict=True):
-            yield from hooked.hook(block)
-
-    def _unhook(self) -> None:
-        """Take the blocks' hooks off."""
         self._hooks.off()
-        for block in self._blocks:
-            block.forget_projections()
+
+    def _hook(self, model: nn.Module) -> Iterator[tuple[_Block, Callable[[], list[Any]]]]:
+        """The blocks, and what puts their hooks on."""
+        for hooked, block in zip(self._blocks, served_blocks(model), strict=True):
+            yield hooked, functools.partial(hooked.hook, block)
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.call = None  # also of one that ended in an exception
@@ -184,11 +179,12 @@ class Attachment(BaseAttachment):
         # What does nothing takes the processor time: the GPU is asked for nothing, and the blocks' hooks go.
         call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x.device)
         with _hooking:
-            if idle and not self._calls:
-                self._unhook()
+            alone = not self._calls  # another thread may be in the midst of a call
+            if idle and alone:
+                self._hooks.off()
             elif call is not None and not idle:
                 self.call = _Call(call, x.shape[0], self._joint(call), kind=kind)
-                self._hooks.on(lambda: self._hook(module))
+                self._hooks.on(lambda: self._hook(module), kind, alone)
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         call, self.call = self.call, None
@@ -257,6 +253,7 @@ class _Block:
             attn1.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             attn1.register_forward_hook(self._after_attention, prepend=True),
         ]
+        handles.append(SimpleNamespace(remove=self.forget_projections))
         if config.keeps_own or may_meet(config):
             handles += SdpaHooks(attn1, self._begin, self._missed).handles
         for name, wanted in (("attn2", config.cross_attention), ("ff", config.mlp)):
@@ -361,7 +358,7 @@ class _Block:
     def _grid(self, x: Any, now: _Pass, attn1: nn.Module, own: bool = False) -> Grid | None:
         """The grid of this layer's tokens, or None where it is to be left alone."""
         call = self.owner.call
-        call.judged.others += 1
+        call.judged.begin(self)
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[:2] != now.metric.shape[:2]:
             return None
         grid = grid_of(x.shape[1], call.model.full)
@@ -369,15 +366,14 @@ class _Block:
             self.owner.say("a layer whose tokens are not those of the image (it attends over time) is left alone")
             return None
         if not call.model.serves(grid):
-            call.judged.others -= 1
+            call.judged.leave(self)
             return None
         block = None if is_compiling() else functools.partial(run_bare, now.block)
         verdict = call.model.verdict(x, grid, attn1.heads, kernels=TORCHS if own else (), block=block)
         unpaid = call.model.why_not_paid(verdict)
         if unpaid is not None:
             self.owner.say(f"{unpaid}; layers of {x.shape[1]} tokens are left alone")
-            call.judged.others -= 1
-            call.judged.unpaid += 1
+            call.judged.leave(self, unpaid=True)
             return None
         return grid
 

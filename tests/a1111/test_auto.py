@@ -84,5 +84,20 @@ def test_where_nothing_pays_the_blocks_hooks_go(host, tome, lines, monkeypatch, 
     assert models.count_hooks(unet) == 0
 
 
+def test_blocks_in_which_nothing_is_done_lose_their_hooks(host, lines):
+    """Of the level that does not pay; where a map wants to know of every layer they stay, and the picture is the same."""
+    unet = host.shared.sd_model.model.diffusion_model
+    hooks = []
+    handle = unet.register_forward_hook(lambda module, *_: hooks.append(models.count_hooks(module)))
+    made = host.generate(ON)[0]
+    whole, left = hooks[0], hooks[-1]
+    assert 3 < left < whole
+    hooks.clear()
+    mapped = host.generate([{**ON[0], "map": True}])[0]
+    handle.remove()
+    assert set(hooks) == {whole} and torch.equal(made[0], mapped[0])
+    assert models.count_hooks(unet) == 0
+
+
 def _equal(one, two):
     return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

@@ -53,13 +53,39 @@ def test_hooks_go_after_the_first_call_and_come_back(judged, name, options):
     assert models.count_hooks(unet) == 0 and torch.equal(models.run(unet, 32, 32), large)
 
 
-def test_a_model_of_which_one_level_pays_keeps_them(judged):
-    unet = models.sd15()
+@pytest.mark.parametrize("options", [{}, {"ratio": 0.4}, {"method": "merge", "cross_attention": True}])
+def test_blocks_of_levels_that_do_not_pay_lose_theirs(judged, options):
+    """And have them again in calls of a size of which more levels pay."""
+    unet, fresh = models.sd15(), models.sd15()
     judged[0] = 256
-    shared_tome.apply_patch(unet, config=config())
+    for one in (unet, fresh):
+        shared_tome.apply_patch(one, config=config(**options))
     on = models.count_hooks(unet)
-    made = [models.run(unet) for _ in range(3)]
-    assert models.count_hooks(unet) == on and torch.equal(made[0], made[2])
+    made = models.run(unet)
+    assert models.count_hooks(unet) >= on  # and those on the projections of merged layers
+    assert torch.equal(models.run(unet), made) and MODEL_HOOKS < models.count_hooks(unet) < on
+    large = models.run(fresh, 32, 32)
+    assert torch.equal(models.run(unet, 32, 32), large) and models.count_hooks(unet) >= on
+    assert torch.equal(models.run(unet), made) and models.count_hooks(unet) < on
+    assert torch.equal(models.run(unet, 32, 32), large)
+    shared_tome.remove_patch(unet)
+    assert models.count_hooks(unet) == 0
+
+
+def test_a_block_that_was_not_reached_keeps_its_hooks(judged):
+    """Others leave blocks out in some steps: nothing is known of those."""
+    unet, fresh = models.sd15(), models.sd15()
+    judged[0] = 256
+    for one in (unet, fresh):
+        shared_tome.apply_patch(one, config=config())
+    block = next(m for m in unet.modules() if hasattr(m, "attn1"))
+    forward, block.forward = block.forward, lambda x, *_, **__: x
+    calls, attention = [], block.attn1.forward
+    models.run(unet)
+    models.run(unet)
+    block.forward = forward
+    block.attn1.forward = lambda x, *args, **kwargs: calls.append(x.shape) or attention(x, *args, **kwargs)
+    assert torch.equal(models.run(unet), models.run(fresh)) and calls
 
 
 def test_a_schedule_is_judged_by_its_ratios(judged):
@@ -75,10 +101,11 @@ def test_a_schedule_is_judged_by_its_ratios(judged):
     assert models.count_hooks(unet) == MODEL_HOOKS
 
 
-def test_another_thread_at_work_keeps_its_hooks(judged):
-    """One thread finds that nothing pays at its size while another is in the midst of a call that does."""
+@pytest.mark.parametrize("least", [32 * 32, 16 * 16])
+def test_another_thread_at_work_keeps_its_hooks(judged, least):
+    """One thread finds that nothing pays at its size, or less, while another is in the midst of a call that does."""
     unet = models.sd15()
-    judged[0] = 32 * 32
+    judged[0] = least
     shared_tome.apply_patch(unet, config=config())
     expected = models.run(unet, 32, 32)
     models.run(unet)  # the small size is known now
