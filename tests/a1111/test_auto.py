@@ -85,7 +85,7 @@ def test_where_nothing_pays_the_blocks_hooks_go(host, tome, lines, monkeypatch, 
 
 
 def test_blocks_in_which_nothing_is_done_lose_their_hooks(host, lines):
-    """Of the level that does not pay; where a map wants to know of every layer they stay, and the picture is the same."""
+    """Of the level that does not pay; a map wants to know of every layer, so they stay, and the picture is the same."""
     unet = host.shared.sd_model.model.diffusion_model
     hooks = []
     handle = unet.register_forward_hook(lambda module, *_: hooks.append(models.count_hooks(module)))
