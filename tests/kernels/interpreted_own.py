@@ -83,9 +83,10 @@ def test_equal_up_to_rounding(grid, ratio, rows, d, dtype):
     assert len(turns) > 1 and turns.shape[1] == rows and runs.shape == (grid[0] * grid[1],)
     before = [x.clone() for x in given]
     got, expected = launch_own(*given, d**-0.5), _keep_own(*given, d**-0.5)
-    lighter = (*given[:4], given[4] - 0.75, *given[5:], d**-0.5, 0.75)  # what the logarithm lacks comes apart
-    for of in (launch_own, _keep_own):
-        close(of(*lighter), expected)
+    if (grid, d, dtype) == ((5, 7), 40, torch.float16):  # once: what the logarithm lacks comes apart
+        lighter = (*given[:4], given[4] - 0.75, *given[5:], d**-0.5, 0.75)
+        for of in (launch_own, _keep_own):
+            close(of(*lighter), expected)
     close(got, expected)
     assert got.transpose(1, 2).is_contiguous()
     assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))  # nothing is written to
