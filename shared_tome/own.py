@@ -83,12 +83,12 @@ def _keep_own(
     # In passes over whole rows: a gather by an index that is the same for all channels takes a CPU ten times as long.
     drawn_k, drawn_v = (_take_turns(x, turns).index_select(2, runs).float() for x in (k, v))
     q, lse = q.float(), lse.float() + weight
-    own = torch.linalg.vecdot(q, k.float()) * scale - lse  # (B, H, N)
-    drawn = torch.linalg.vecdot(q, drawn_k) * scale - lse
+    own, drawn = (
+        (torch.linalg.vecdot(q, x) * scale - lse).masked_fill(stands, -torch.inf) for x in (k.float(), drawn_k)
+    )  # (B, H, N)
     top = own.clamp_min(0.0)  # the drawn one is among those that lse has summed
-    rest, own, drawn = (-top).exp(), (own - top).exp().masked_fill(stands, 0.0), (drawn - top).exp()
-    drawn = drawn.masked_fill(stands, 0.0)
-    total = (rest + own - drawn).where(~stands, rest)
+    rest, own, drawn = (x.exp() for x in (-top, own - top, drawn - top))
+    total = rest + own - drawn
     mixed = out.float() * (rest / total)[..., None]
     mixed.addcmul_(v.float(), (own / total)[..., None]).addcmul_(drawn_v, (drawn / total)[..., None], value=-1.0)
     return mixed.to(out.dtype)
