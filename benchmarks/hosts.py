@@ -40,6 +40,7 @@ MODELS = {"sd15": ("SD15", 768, 320, 2048), "sdxl": ("SDXL", 2048, 320, 2048), "
 KEYS = ("model", "pixels", "backend", "variant")
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "unmerged": None,
+    "unmerged again": None,  # how far two rows of the same lie apart
     "sample 0.5": {"ratio": 0.5, "own_token": False},
     "sample 0.75": {"ratio": 0.75, "own_token": False},
     "sample 0.9375": {"ratio": 0.9375, "own_token": False},

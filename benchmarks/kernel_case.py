@@ -90,25 +90,24 @@ def check_select(case: Case, got: tuple[Tensor, Tensor], similarity: Tensor | No
     return "" if fine and ascending and total else "NOT EQUAL"
 
 
-def check_links(groups: Tensor, chain: tuple[Tensor, Tensor]) -> str:
+def check_links(index: Tensor, groups: Tensor, chain: tuple[Tensor, Tensor]) -> str:
     """The sizes are right; all chains together hold every token that is not its group's own, once."""
+    from shared_tome.kernels.impl.mean import LANES
+
     heads, following = chain
-    rows, kept = heads.shape[1:]
-    sizes = group_counts(groups, kept)
-    row = torch.arange(rows, device="cuda")[:, None].expand(rows, kept)
-    member, group = heads[1].long(), torch.arange(kept, device="cuda").expand(rows, kept)
-    members, right = torch.ones_like(sizes), True
+    rows, kept = index.shape
+    said, lanes = heads[:, :kept].view(torch.float32), heads[:, kept:].view(rows, -1, LANES)
+    sizes, taking = group_counts(groups, kept), lanes.shape[1]
+    row = torch.arange(rows, device="cuda")[:, None, None].expand_as(lanes)
+    group = torch.arange(kept - taking, kept, device="cuda")[:, None].expand_as(lanes)
+    member, members, right = lanes.long(), torch.ones_like(sizes), True
     for _ in range(int(sizes.max())):
         here = member > 0
         token = (member - 1).clamp_min(0)
         right = right and bool((groups[row, token] == group)[here].all())
-        members += here
+        members[:, kept - taking :] += here.sum(-1)
         member = torch.where(here, following[row, token].long(), 0)
-    return (
-        ""
-        if torch.equal(heads[0].view(torch.float32), sizes) and torch.equal(members, sizes) and right
-        else "BAD LINKS"
-    )
+    return "" if torch.equal(said, sizes) and torch.equal(members, sizes) and right else "BAD LINKS"
 
 
 def check_mean(case: Case, got: Tensor, bias: Tensor) -> str:

@@ -125,7 +125,7 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
             "",
             lambda: match.launch_match(x, src, dst, case.goes),
             lambda: matching._matched(x, src, dst, case.goes, False, False),
-            lambda got: check_select(case, got[:2], found[0]) + check_links(got[1], got[2:]),
+            lambda got: check_select(case, got[:2], found[0]) + check_links(got[0], got[1], got[2:]),
         )
         tried = [match._TILES, *(tiles for tiles in MATCH_TILES if tiles != match._TILES)]
         for tiles in tried if variants else tried[:1]:
@@ -155,19 +155,18 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
         yield (
             "links",
             "",
-            lambda: mean.launch_links(case.index, case.groups),
+            lambda: mean.launch_links(case.index, case.groups, case.kept),
             lambda: group_counts(case.groups, case.kept),
-            lambda got: check_links(case.groups, got),
+            lambda got: check_links(case.index, case.groups, got),
         )
-    chain = mean.launch_links(case.index, case.groups)
-    tried = [(4, 64, 1), (8, 64, 1), (8, 64, 2), (2, 64, 1)]
-    for setting in tried if variants else [mean._CONFIG]:
+    chain = mean.launch_links(case.index, case.groups, case.dst.shape[1])
+    for blocks in (mean._BLOCKS, (512,), (256,), (128,)) if variants else (mean._BLOCKS,):
         yield (
             "mean",
-            str(setting) if variants else "",
-            lambda setting=setting: mean.launch_mean(x, case.index, case.groups, *chain, setting),
+            str(blocks) if variants else "",
+            lambda blocks=blocks: mean.launch_mean(x, case.index, case.groups, *chain, blocks),
             (lambda: ((group_sum(x, case.groups, case.kept) / case.sizes[..., None]).to(x.dtype), case.sizes.log()))
-            if setting == mean._CONFIG
+            if blocks == mean._BLOCKS
             else None,
             lambda got: check_mean(case, *got),
         )

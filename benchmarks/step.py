@@ -7,8 +7,9 @@ capturing, each is replayed at another timestep and compared with an eager call 
 
 "limit" leaves the attention of the layers that are merged out altogether: nothing at the same layers can be faster.
 "half at no cost" runs it among half the tokens and counts nothing else: the bound of "merge" and tomesd at 0.5.
-tomesd merges at the same levels. "downsample" is ToDo's rule and "merge_queries" the one of ComfyUI's own node, both
-in this project's code. Steps that a schedule leaves unmerged are not timed: they cost what "unmerged" does.
+tomesd merges at the same levels; "unmerged again" shows how far two rows of the same lie apart. "downsample" is ToDo's
+rule and "merge_queries" the one of ComfyUI's own node, both in this project's code. Steps that a schedule leaves
+unmerged are not timed: they cost what "unmerged" does.
 """
 
 from __future__ import annotations

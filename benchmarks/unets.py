@@ -32,8 +32,10 @@ OURS: dict[str, dict[str, Any]] = {
     "merge_queries 0.5": {"ratio": 0.5, "method": "merge_queries"},
 }
 TOMESD, FREE, LIMIT = "tomesd 0.5", "half at no cost", "limit"
+# The same once more: how far two rows of the same lie apart.
+AGAIN = "unmerged again"
 # tomesd is the last to be captured: where that fails, the others are done.
-VARIANTS = ("unmerged", *OURS, FREE, LIMIT, TOMESD)
+VARIANTS = ("unmerged", AGAIN, *OURS, FREE, LIMIT, TOMESD)
 
 
 @dataclass(frozen=True)

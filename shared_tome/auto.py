@@ -56,6 +56,14 @@ Attention = Callable[..., Tensor]
 Block = Callable[[Tensor], "Callable[[], Any] | None"]
 
 
+def ways(config: ToMeConfig, keeps_own: bool) -> list[str]:
+    """The options that a layer's times depend on, in words."""
+    how = [config.method, f"{config.ratio:.4f}"]
+    if config.kind.matches:
+        how += ["x".join(map(str, config.stride)), config.partition, config.reduce, f"share {config.share_match}"]
+    return [*how, f"proportional {config.proportional}", *(["own"] if keeps_own else [])]
+
+
 @dataclass(frozen=True)
 class Case:
     """A layer that is measured: the grid of its tokens, channels, heads, and how it would be merged.
@@ -79,14 +87,9 @@ class Case:
     @functools.cached_property
     def key(self) -> str:
         """What tells it from other layers on one device."""
-        config = self.config
-        how = [config.method, f"{config.ratio:.4f}"]
-        if config.kind.matches:
-            how += ["x".join(map(str, config.stride)), config.partition, config.reduce, f"share {config.share_match}"]
-        how.append(f"proportional {config.proportional}")
-        how += ["own"] if self.keeps_own else []
         grid = "x".join(map(str, self.grid))
         shape = [grid, f"{self.channels}/{self.heads}", str(self.dtype).removeprefix("torch.")]
+        how = ways(self.config, self.keeps_own)
         return ", ".join([*shape, " ".join([self.attention, *self.kernels]), *how])
 
 
@@ -258,7 +261,7 @@ def verdict_on(
     their own tokens by them (joint.JointCall); none where they cannot. block: the block that the layer is in. Never
     called where torch.compile traces.
     """
-    case = _case(grid, channels, heads, dtype, config, _name(attention, device), kernels)
+    case = _case(grid, channels, heads, dtype, config, name_of(attention, device), kernels)
     return known_or_measured(case.key, device, lambda: measure(case, device, attention, block))
 
 
@@ -273,10 +276,11 @@ def known_on(
     kernels: tuple[str, ...] = (),
 ) -> Verdict | None:
     """verdict_on of what has been measured before; measures nothing."""
-    return verdicts_of(device).known(_case(grid, channels, heads, dtype, config, _name(attention, device), kernels).key)
+    case = _case(grid, channels, heads, dtype, config, name_of(attention, device), kernels)
+    return verdicts_of(device).known(case.key)
 
 
-def _name(attention: Attention | None, device: torch.device) -> str:
+def name_of(attention: Attention | None, device: torch.device) -> str:
     """What tells an attention from others; torch's own, by the kernels that are switched on now, in its order."""
     if attention is not None:
         return getattr(attention, "__name__", type(attention).__name__)

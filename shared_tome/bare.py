@@ -1,4 +1,4 @@
-"""A model's own transformer block, by itself, to be timed (auto.py)."""
+"""A model, or a transformer block of it, by itself, to be timed (auto.py)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_bare(block: nn.Module, x: Tensor) -> Callable[[], Any] | None:
     """
     try:
         width = block.attn2.to_k.in_features
-        made = _bare(block)
+        made = _bare(block, _cloned)
         names = inspect.signature(type(block).forward).parameters
         name = "encoder_hidden_states" if "encoder_hidden_states" in names else "context"
         context = {name: x.new_zeros(x.shape[0], _PROMPT, width)}
@@ -48,15 +48,35 @@ def run_bare(block: nn.Module, x: Tensor) -> Callable[[], Any] | None:
     return run if isinstance(out, Tensor) and out.shape == x.shape else None
 
 
-def _bare(module: nn.Module) -> nn.Module:
-    """A copy without hooks, its parameters and buffers copied too. Raises ValueError for another's forward."""
+def bare_model(model: nn.Module) -> nn.Module | None:
+    """A copy of a whole model without hooks, which shares its parameters and buffers; for hosts that write into none.
+
+    None where something else stands in the place of a module's forward, or where one that is not diffusers' own does an
+    attention's work: it may keep what it sees.
+    """
+    for module in model.modules():
+        processor = getattr(module, "processor", None)
+        if processor is not None and type(processor).__module__.partition(".")[0] != "diffusers":
+            return None
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            return None
+    try:
+        return _bare(model, lambda x: x)
+    except ValueError:
+        return None
+
+
+def _bare(module: nn.Module, taken: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy without hooks; taken: what it gets for a parameter or buffer. Raises ValueError for another's forward."""
     if "forward" in module.__dict__:
         raise ValueError(f"{type(module).__name__} has a forward of its own")
     made = copy.copy(module)
     state = made.__dict__
-    state["_modules"] = {name: child if child is None else _bare(child) for name, child in module._modules.items()}
+    state["_modules"] = {
+        name: child if child is None else _bare(child, taken) for name, child in module._modules.items()
+    }
     for kind in ("_parameters", "_buffers"):
-        state[kind] = {name: x if x is None else _cloned(x) for name, x in module.__dict__[kind].items()}
+        state[kind] = {name: x if x is None else taken(x) for name, x in module.__dict__[kind].items()}
     for hooks in _HOOKS:
         state[hooks] = OrderedDict()
     return made

@@ -52,6 +52,10 @@ class BlockHooks:
         """Whether merging pays nowhere in calls of this kind: what those that are judged alike have in common."""
         return kind in self._idle
 
+    def rest(self, kind: Hashable) -> None:
+        """Merging is to do nothing in calls of this kind."""
+        self._idle.add(kind)
+
     def judge(self, kind: Hashable, judged: Judged) -> None:
         """Remember what became of a whole call."""
         if judged.pays_nowhere:

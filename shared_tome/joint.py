@@ -53,10 +53,12 @@ class Around:
         alike = plan.even and length == plan.tokens  # alone and alike: softmax takes no notice
         if not weighs or (alike and not own):
             return cls(before, after, None, None, None)
-        bias = F.pad(plan.sizes[:1].log(), (len(before), len(after)))
         small, longer = divmod(plan.tokens, plan.kept)
+        if alike:
+            return cls(before, after, None, ((None, math.log(small)),), None)
+        bias = F.pad(plan.sizes[:1].log(), (len(before), len(after)))
         if plan.even:
-            return cls(before, after, None if alike else bias, ((None, math.log(small)),), None)
+            return cls(before, after, bias, ((None, math.log(small)),), None)
         if not isinstance(plan, SamplePlan):
             return cls(before, after, bias, None, None)
         order = run_lengths(plan.tokens, plan.kept, plan.device)[1].argsort(stable=True)

@@ -93,7 +93,8 @@ class MergePlan(Plan):
         self._index, self._groups = index, groups
         self._chain = kernels.links(index, groups) if mean and chain is None else chain
         self._bias: Tensor | None = None  # log(sizes) [b, M] once a mean has written it
-        self._sizes = group_counts(groups, index.shape[1]) if self._chain is None else kernels.sizes_of(self._chain)
+        kept, chain = index.shape[1], self._chain
+        self._sizes = group_counts(groups, kept) if chain is None else kernels.sizes_of(chain, kept)
         self.mean, self.fills, self.even = mean, fills, even
 
     @property

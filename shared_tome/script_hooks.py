@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import script_auto
 from .bare import run_bare
 from .block_hooks import BlockHooks, Judged
 from .call import MergedAttention, ModelCall
@@ -141,11 +142,12 @@ class BaseAttachment:
 
 
 class Attachment(BaseAttachment):
-    """On a U-Net. merge_attn: whether attn1 is merged at all."""
+    """On a U-Net. merge_attn: whether attn1 is merged at all. judges: whether its whole steps are judged, too."""
 
-    def __init__(self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True):
+    def __init__(self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True, judges: bool = True):
         super().__init__(config, pipe)
-        self.merge_attn = merge_attn
+        self.merge_attn, self._judges = merge_attn, judges
+        self._judged: set[tuple] = set()
         self._rules: dict[tuple, str | None] = {}
         self._meets: dict[tuple, bool] = {}
         self._blocks = [_Block(self) for _ in served_blocks(model)]
@@ -175,6 +177,8 @@ class Attachment(BaseAttachment):
         timestep = argument(args, kwargs, 1, "timestep", "timesteps", "t")
         config, grid = self.config_now(timestep), (x.shape[2], x.shape[3])
         kind = (grid, config.ratio, x.dtype, x.device)
+        if config.ratio > 0.0 and not self._hooks.is_idle(kind):
+            self._judge_step(module, args, kwargs, config, kind, x.shape[0])
         idle = self._hooks.is_idle(kind)
         # What does nothing takes the processor time: the GPU is asked for nothing, and the blocks' hooks go.
         call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x.device)
@@ -185,6 +189,23 @@ class Attachment(BaseAttachment):
             elif call is not None and not idle:
                 self.call = _Call(call, x.shape[0], self._joint(call), kind=kind)
                 self._hooks.on(lambda: self._hook(module), kind, alone)
+
+    def _judge_step(
+        self, model: nn.Module, args: tuple, kwargs: dict[str, Any], config: ToMeConfig, kind: tuple, batch: int
+    ) -> None:
+        """Whether merging pays in whole steps of this kind, asked once of each."""
+        captures = kind[-1].type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not self._judges or kind in self._judged or captures or _compiles():
+            return
+        self._judged.add(kind)
+        config = config.replace(start=0.0, end=1.0)  # whatever its place in the schedule
+        pipe, merge_attn = self.steps.pipe, self.merge_attn
+        verdict = script_auto.verdict_of(
+            model, args, kwargs, batch, kind[0], config, lambda made: Attachment(made, config, pipe, merge_attn, False)
+        )
+        if verdict is not None and not verdict.pays():
+            self.say(script_auto.why_left_alone(verdict))
+            self._hooks.rest(kind)
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         call, self.call = self.call, None

@@ -28,6 +28,11 @@ class Steps:
         self._last: Tensor | None = None
         self._count: Tensor | None = None
 
+    @property
+    def pipe(self) -> Any:
+        """The pipeline, or None."""
+        return self._pipe()
+
     def _timesteps(self, timestep: Any) -> Tensor | None:
         """All timesteps of this run, rounded as the one that the model gets, or None."""
         found = self._told()
@@ -43,7 +48,7 @@ class Steps:
 
     def _told(self) -> Tensor | None:
         """All timesteps of this run as the pipeline's scheduler has them, or None."""
-        scheduler = getattr(self._pipe(), "scheduler", None)
+        scheduler = getattr(self.pipe, "scheduler", None)
         found = getattr(scheduler, "timesteps", None)
         return found if isinstance(found, Tensor) and getattr(scheduler, "num_inference_steps", None) else None
 

@@ -150,12 +150,12 @@ def links(index: Tensor, groups: Tensor) -> tuple[Tensor, Tensor] | None:
 
     Its order changes from run to run; no result depends on it.
     """
-    return _op("links")(index, groups) if serves(groups, index) else None
+    return _op("links")(index, groups, index.shape[1]) if serves(groups, index) else None
 
 
-def sizes_of(chain: tuple[Tensor, Tensor]) -> Tensor:
-    """The groups' sizes [b, M] float32, from `links`."""
-    return chain[0][0].view(torch.float32)
+def sizes_of(chain: tuple[Tensor, Tensor], kept: int) -> Tensor:
+    """The groups' sizes [b, M] float32, from `links` or `match`."""
+    return chain[0][:, :kept].view(torch.float32)
 
 
 def mean(x: Tensor, index: Tensor, groups: Tensor, chain: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:

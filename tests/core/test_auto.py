@@ -218,16 +218,16 @@ def test_the_order_of_kernels_tells_layers_apart():
 
 
 def test_torchs_own_attention_is_told_by_the_kernels_that_are_on():
-    every = auto._name(None, torch.device("cpu"))
+    every = auto.name_of(None, torch.device("cpu"))
     assert every == "torch flash mem_efficient cudnn"
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION]):
-        assert auto._name(None, torch.device("cpu")) == "torch mem_efficient"
+        assert auto.name_of(None, torch.device("cpu")) == "torch mem_efficient"
     if hasattr(torch._C, "_get_sdp_priority_order"):
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-            assert auto._name(None, torch.device("cpu")) == "torch cudnn flash"
+            assert auto.name_of(None, torch.device("cpu")) == "torch cudnn flash"
     assert (
-        auto._name(None, torch.device("cpu")) == every
-        and auto._name(auto.torch_attention, torch.device("cpu")) == "torch_attention"
+        auto.name_of(None, torch.device("cpu")) == every
+        and auto.name_of(auto.torch_attention, torch.device("cpu")) == "torch_attention"
     )
 
 

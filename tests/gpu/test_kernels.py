@@ -130,7 +130,7 @@ def test_select_mean_and_gather(grid, channels, dtype):
     kept = index.shape[1]
     chain = kernels.links(index, groups)
     sizes = group_counts(groups, kept)
-    assert torch.equal(kernels.sizes_of(chain), sizes) and sizes.sum() == 2 * grid[0] * grid[1]
+    assert torch.equal(kernels.sizes_of(chain, index.shape[1]), sizes) and sizes.sum() == 2 * grid[0] * grid[1]
     got, bias = kernels.mean(x, index, groups, chain)
     torch.testing.assert_close(bias, sizes.log(), rtol=1e-6, atol=1e-7)
     spread = groups[..., None].expand(-1, -1, channels)
@@ -167,7 +167,7 @@ def test_match_is_what_it_joins(grid, channels, share, dtype):
             assert torch.equal(groups[row, src[0, ~stays[row]]], target[row, ~stays[row]] + stay)
         assert torch.equal(groups.gather(1, index), torch.arange(index.shape[1], device="cuda").expand(2, -1))
         sizes = group_counts(groups, index.shape[1])
-        assert torch.equal(kernels.sizes_of(chain), sizes)
+        assert torch.equal(kernels.sizes_of(chain, index.shape[1]), sizes)
         # Another way to the same chains gives the same means.
         other = kernels.links(index, groups)
         assert torch.equal(kernels.mean(x, index, groups, chain)[0], kernels.mean(x, index, groups, other)[0])

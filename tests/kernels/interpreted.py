@@ -6,6 +6,7 @@ The interpreter cuts bfloat16 off where a GPU rounds, so what is off by one roun
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 
@@ -24,6 +25,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
 from triton.runtime.interpreter import GridExecutor
 
 from shared_tome.kernels.impl.match import launch_match
+from shared_tome.kernels.impl.mean import LANES, heads_like
 from shared_tome.kernels.impl.nearest import Config, launch_nearest
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -54,14 +56,22 @@ def sorted_rows(plan, merged):
     return merged.gather(1, order[..., None].expand_as(merged))
 
 
-def members(chain, row, place):
-    """The tokens of a group but its own, by its chain, ascending."""
+def members(chain, kept, row, place):
+    """The tokens of a group but its own, by its chains, ascending."""
+    return sorted(token for lane in lanes(chain, kept, row, place) for token in lane)
+
+
+def lanes(chain, kept, row, place):
+    """The tokens of each of a group's chains, in its order; none of groups that have none."""
     heads, following = chain
-    found, at = [], int(heads[1, row, place])
-    while at:
-        found.append(at - 1)
-        at = int(following[row, at - 1])
-    return sorted(found)
+    found, alone = [], kept - (heads.shape[1] - kept) // LANES
+    begin = kept + (place - alone) * LANES
+    for at in heads[row, begin : begin + LANES].tolist() if place >= alone else ():
+        found.append([])
+        while at:
+            found[-1].append(at - 1)
+            at = int(following[row, at - 1])
+    return found
 
 
 def seeds(rows):
@@ -160,7 +170,7 @@ def test_select_links_mean_gather(grid, batch, dtype):
             assert torch.equal(index, expected[0]) and torch.equal(groups, expected[1])
         kept = index.shape[1]
         chain, sizes = kernels.links(index, groups), group_counts(groups, kept)
-        assert torch.equal(kernels.sizes_of(chain), sizes)
+        assert torch.equal(kernels.sizes_of(chain, index.shape[1]), sizes)
         got, bias = kernels.mean(x, index, groups, chain)
         torch.testing.assert_close(bias, sizes.log(), rtol=1e-6, atol=1e-7)
         spread = groups[..., None].expand(-1, -1, 40)
@@ -193,10 +203,11 @@ def test_match_is_what_it_joins(grid, batch, rows, dtype, tiles):
                 assert (made is None) == (goes == count)
                 expected = made or matching._grouped(similarity, target, src, dst, goes, True)
                 assert torch.equal(index, expected[0]) and torch.equal(groups, expected[1])
-                assert torch.equal(kernels.sizes_of(chain), group_counts(groups, index.shape[1]))
+                assert torch.equal(kernels.sizes_of(chain, index.shape[1]), group_counts(groups, index.shape[1]))
                 for place in range(index.shape[1]):
-                    group = (groups[-1] == place).nonzero()[:, 0].tolist()
-                    assert members(chain, -1, place) == [token for token in group if token != index[-1, place]]
+                    others = (groups[-1] == place).nonzero()[:, 0].tolist()
+                    others.remove(int(index[-1, place]))
+                    assert members(chain, index.shape[1], -1, place) == others
 
 
 @pytest.mark.parametrize("tiles", TILES, ids=str)
@@ -211,11 +222,12 @@ def test_match_spares_protected_tokens(tiles, distill):
         expected = kernels.select(similarity, target, src, dst, goes)
         if distill:
             expected = matching._distill_second(*expected, src.shape[1] - goes)
-            assert (index[:, 1] == 1).all() and (kernels.sizes_of(chain)[:, 1] == 1).all()
+            assert (index[:, 1] == 1).all() and (kernels.sizes_of(chain, index.shape[1])[:, 1] == 1).all()
         assert torch.equal(index, expected[0]) and torch.equal(groups, expected[1])
-        assert (index[:, 0] == 0).all() and (kernels.sizes_of(chain)[:, 0] == 1).all()
-        assert torch.equal(kernels.sizes_of(chain), group_counts(groups, index.shape[1]))
-        assert all(members(chain, 1, int(groups[1, i])) for i in range(51) if int(index[1, groups[1, i]]) != i)
+        assert (index[:, 0] == 0).all() and (kernels.sizes_of(chain, index.shape[1])[:, 0] == 1).all()
+        assert torch.equal(kernels.sizes_of(chain, index.shape[1]), group_counts(groups, index.shape[1]))
+        joined = [i for i in range(51) if int(index[1, groups[1, i]]) != i]
+        assert all(i in members(chain, index.shape[1], 1, int(groups[1, i])) for i in joined)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -235,7 +247,7 @@ def test_match_of_many_src_in_one_launch(dtype):
     for goes in (10, 3000, 8990):
         tally = torch.zeros(rows, TALLY, dtype=torch.int64)
         tally.scatter_add_(1, code >> 8, torch.ones_like(code)).scatter_add_(1, code + COARSE, torch.ones_like(code))
-        heads = torch.zeros(2, rows, count - goes + dst_count, dtype=torch.int32)
+        heads = torch.zeros(heads_like(rows, count - goes + dst_count, dst_count), dtype=torch.int32)
         index, groups, _ = launch_grouped(similarity, target, src, dst, goes, tally.int(), heads)
         stays = torch.zeros(rows, count, dtype=torch.bool)
         order = code.argsort(dim=1, stable=True)[:, : count - goes]
@@ -244,7 +256,7 @@ def test_match_of_many_src_in_one_launch(dtype):
             assert torch.equal(index[row], torch.cat((src[0, stays[row]], dst[0])))
             goal = groups[row, src[0, ~stays[row]]] - (count - goes)
             assert torch.equal(goal, target[row, ~stays[row]])
-        assert torch.equal(heads[0].view(torch.float32), group_counts(groups, index.shape[1]))
+        assert torch.equal(kernels.sizes_of((heads, None), index.shape[1]), group_counts(groups, index.shape[1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -328,21 +340,45 @@ def test_equal_similarities_stay_by_their_order():
 
 
 def test_a_sum_depends_on_no_order():
-    """The chain turned round gives the same bits, in every dtype."""
+    """The members dealt out to other chains, turned round, give the same bits, in every dtype."""
     for dtype in DTYPES:
         x = tokens(1, (7, 9), 16, dtype) * torch.logspace(-6, 4, 63)[:, None].to(dtype)
         index, groups = torch.tensor([[0]]), torch.zeros(1, 63, dtype=torch.int64)
         heads, following = kernels.links(index, groups)
         forward = kernels.mean(x, index, groups, (heads, following))[0]
-        assert members((heads, following), 0, 0) == list(range(1, 63))
-        chained = [int(heads[1, 0, 0])]
-        while following[0, chained[-1] - 1]:
-            chained.append(int(following[0, chained[-1] - 1]))
-        turned = chained[::-1]
-        heads[1, 0, 0] = turned[0]
-        for here, after in zip(turned, [*turned[1:], 0], strict=True):
-            following[0, here - 1] = after
+        assert members((heads, following), 1, 0, 0) == list(range(1, 63))
+        assert max(map(len, lanes((heads, following), 1, 0, 0))) <= -(-63 // LANES)
+        dealt = [list(range(62, 40, -1)), [], list(range(1, 40)), [40]]
+        for lane, members_of in enumerate(dealt):
+            heads[0, 1 + lane] = (members_of or [-1])[0] + 1
+            for here, after in itertools.pairwise([*members_of, -1]):
+                following[0, here] = after + 1
+        assert members((heads, following), 1, 0, 0) == list(range(1, 63))
         assert torch.equal(kernels.mean(x, index, groups, (heads, following))[0], forward)
+
+
+@pytest.mark.parametrize("channels", [24, 96])
+def test_a_mean_in_blocks_of_any_width(channels):
+    """And where the last merged tokens alone may stand for others, as `match` has it, or all of them."""
+    from shared_tome.kernels.impl.mean import launch_links, launch_mean
+
+    groups = (torch.arange(63) % 20).clamp_min(9)[None].flip(1) - 9  # many of the first, three of the others
+    order = torch.cat((torch.arange(7, 11), torch.arange(7)))  # those of many are the last
+    groups, index = order.argsort()[groups], torch.stack([(groups[0] == g).nonzero()[0, 0] for g in order])[None]
+    for dtype in DTYPES:
+        x = tokens(2, (7, 9), channels, dtype)
+        spread = groups.expand(2, -1)[..., None].expand(-1, -1, channels)
+        exact = torch.zeros(2, 11, channels, dtype=torch.float64).scatter_add_(1, spread, x.double())
+        exact = (exact / group_counts(groups, 11)[..., None]).to(dtype)
+        for blocks in ((512, 256), (32,), (64,)):
+            made = launch_mean(x, index, groups, *launch_links(index, groups, 11), blocks)
+            torch.testing.assert_close(made[0], exact)
+            torch.testing.assert_close(made[1], group_counts(groups, 11).log())
+    # Groups of one token come first: the rest alone have chains.
+    ones = torch.cat((torch.arange(5), 5 + torch.arange(58) % 4))[None]
+    index = torch.cat((torch.arange(5), torch.arange(5, 9)))[None]
+    found = [launch_mean(x, index, ones, *launch_links(index, ones, taking)) for taking in (4, 9)]
+    assert all(map(torch.equal, *found)) and found[0][1][0, :5].eq(0).all() and found[0][1][0, 5:].gt(2).all()
 
 
 def test_what_is_not_finite_stays_so():

@@ -128,7 +128,7 @@ def test_the_rest(compiled):
         x, index = torch.empty(2, 63, 40, dtype=dtype), torch.randperm(63)[None, :20]
         launch_gather(x, index)
         groups = torch.zeros(2, 63, dtype=torch.int64)
-        launch_mean(x, index.expand(2, -1), groups, *launch_links(index.expand(2, -1), groups))
+        launch_mean(x, index.expand(2, -1), groups, *launch_links(index.expand(2, -1), groups, 20))
         src, dst = lists(47, 16)
         launch_select(torch.empty(2, 47, dtype=dtype), torch.zeros(2, 47, dtype=torch.int64), src, dst, 20)
         heads = torch.empty(2, 3, 63, 40, dtype=dtype)

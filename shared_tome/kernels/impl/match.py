@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .compiler import power_of_two, tl, triton
+from .mean import LANES, heads_like, join
 from .nearest import COARSE, TALLY, Config, launch_nearest, ordered
 
 # src of a program, dst of a program, src that it counts at a time, warps. On an H100 at 4,096, 16,384, 65,536 tokens:
@@ -47,26 +48,27 @@ def _match_kernel(
     index,
     groups,
     sizes,
-    head,
+    heads,
     following,
     src_count,
     dst_count,
     stay,
     list_rows,
     SECOND: tl.constexpr,
+    LANES: tl.constexpr,
     SRC: tl.constexpr,
     DST: tl.constexpr,
     READ: tl.constexpr,
 ):
     """The first programs of a row: SRC of its src each; the others: DST of its dst each.
 
-    sizes, head: [B, M], zero before.
+    sizes, heads, following: see mean.join; the former two zero before.
     """
     row = tl.program_id(1).to(tl.int64)
     tokens, kept = src_count + dst_count, stay + dst_count
     index += row * kept
-    sizes += row * kept
-    head += row * kept
+    sizes += row * (kept + dst_count * LANES)
+    heads += row * (kept + dst_count * LANES)
     groups += row * tokens
     following += row * tokens
     src += (row % list_rows) * src_count
@@ -114,9 +116,7 @@ def _match_kernel(
         place = _seat(tl.where(stays, place, stay + partner), stay, SECOND)
         tl.store(index + place, token, mask=stays)
         tl.store(groups + token, place.to(tl.int64), mask=valid)
-        before = tl.atomic_xchg(head + place, (token + 1).to(tl.int32), mask=joins, sem="relaxed")
-        tl.store(following + token, before, mask=joins)
-        tl.atomic_add(sizes + place, valid.to(tl.float32), mask=valid, sem="relaxed")
+        join(sizes, heads, following, place, token, joins, valid, kept, dst_count, LANES)
 
 
 def launch_match(
@@ -129,7 +129,8 @@ def launch_match(
     config: Config | None = None,
     tiles: Tiles = _TILES,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """index [B, M], groups [B, N] and what mean.launch_links makes of them: heads [2, B, M] and following [B, N].
+    """index [B, M], groups [B, N] and what mean.launch_links makes of them: heads, where the dst alone
+    may stand for others, and following [B, N].
 
     Args:
         metric: [B, N, C] in 16 bits, src: [b, S], dst: [b, D]; goes: how many src go.
@@ -137,7 +138,7 @@ def launch_match(
     """
     rows, kept = metric.shape[0], src.shape[1] - goes + dst.shape[1]
     tally = torch.empty((rows, TALLY), dtype=torch.int32, device=metric.device)
-    heads = torch.empty((2, rows, kept), dtype=torch.int32, device=metric.device)
+    heads = torch.empty(heads_like(rows, kept, dst.shape[1]), dtype=torch.int32, device=metric.device)
     similarity, target = launch_nearest(metric, src, dst, first, config, alone=alone, tally=tally, heads=heads)
     index, groups, following = launch_grouped(similarity, target, src, dst, goes, tally, heads, first, tiles)
     return index, groups, heads, following
@@ -154,7 +155,7 @@ def launch_grouped(
     first: int = 0,
     tiles: Tiles = _TILES,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """index [B, M], groups [B, N], following [B, N] and, into heads [2, B, M] of zeros, sizes and chains.
+    """index [B, M], groups [B, N], following [B, N] and, into heads (mean.heads_like) of zeros, sizes and chains.
 
     similarity, target: [B, S] and tally: [B, TALLY], from launch_nearest.
     """
@@ -174,14 +175,15 @@ def launch_grouped(
         tally,
         index,
         groups,
-        heads[0].view(torch.float32),
-        heads[1],
+        heads.view(torch.float32),
+        heads,
         following,
         src_count,
         dst_count,
         stay,
         src.shape[0],
         SECOND=bool(first),
+        LANES=LANES,
         SRC=src_tile,
         DST=dst_tile,
         READ=tiles[2],

@@ -1,9 +1,10 @@
 """Means of groups, bit-equal on repeat without a sort: chains of members, summed in whole numbers.
 
-The specification is plan.group_sum over the sizes. `links` chains the members of each group by an atomic exchange, so
-their order changes from run to run. `mean` walks the chains and adds in 64-bit integers, where order does not
-matter: float16 in units of 2**-24, exactly; other dtypes in units of 2**-40 of the largest member, finer than a
-float32 sum. It has read the sizes then, so it writes their logarithms for proportional attention too.
+The specification is plan.group_sum over the sizes. `links` deals the members of each group out to LANES chains, by an
+atomic count and an atomic exchange, so their order changes from run to run. `mean` walks a group's chains side by side
+and adds in 64-bit integers, where order does not matter: float16 in units of 2**-24, exactly; other dtypes in units of
+2**-40 of the largest member, finer than a float32 sum. It has read the sizes then, so it writes their logarithms for
+proportional attention too.
 """
 
 from __future__ import annotations
@@ -12,18 +13,38 @@ import torch
 from torch import Tensor
 
 from ...plan import check_rows
-from .compiler import channel_block, power_of_two, tl, triton
+from .compiler import power_of_two, tl, triton
 
-# (rows of a program, most channels of a program, warps). On an H200, 4,096, 16,384 and 65,536 x 320 tokens, float16:
-# 11.0, 20.1 and 79 us; 2 rows 12.1, 30.8, 114; 16 rows and 2 warps 18.1, 26.0, 101; all channels in a program 15.4,
-# 24.7, 100; 8 rows, 2 warps and at most 48 registers 13.3, 21.5, 79.
-_CONFIG = (4, 64, 1)
+# Chains of a group: how many of its members are read at once.
+LANES = 4
+# Merged tokens of a program that stand for themselves alone.
+_COPIES = 8
+# Channels of a program, the most first, and of a warp. On an H200, 4,096, 16,384 and 65,536 x 320 tokens, float16: 7.1,
+# 13.9 and 53 us, by blocks of 256 7.5, 15.0 and 57; at 640 channels blocks of 256 take 8.8 and those of 512 9.4. One
+# chain a group: 9.3, 17.8 and 68, eight: 7.7, 16.7 and 67. What a program costs is its launch, about a nanosecond, and
+# the walk through the longest chain.
+_BLOCKS, _OF_WARP = (512, 256), 256
 # Tokens of a program of `links`: 3.8, 4.4 and 6.3 us, with 256 5.0, 5.2 and 6.4.
 _TOKENS = 128
 
 
-@triton.jit(do_not_specialize=["tokens", "kept"])
-def _links_kernel(index, groups, sizes, head, following, tokens, kept, BLOCK: tl.constexpr):
+@triton.jit
+def join(sizes, heads, following, place, token, joins, valid, kept, taking, LANES: tl.constexpr):
+    """Count tokens in their groups' sizes, and put those that join into one of their groups' chains.
+
+    sizes, heads, following: a row of them, see heads_like. place: the tokens' groups.
+    """
+    # Sums of ones are exact in any order.
+    count = tl.atomic_add(sizes + place, valid.to(tl.float32), mask=valid, sem="relaxed")
+    lane = kept + (place - (kept - taking)) * LANES + tl.where(valid, count, 0.0).to(tl.int32) % LANES
+    before = tl.atomic_xchg(heads + lane, (token + 1).to(tl.int32), mask=joins, sem="relaxed")
+    tl.store(following + token, before, mask=joins)
+
+
+@triton.jit(do_not_specialize=["tokens", "kept", "taking"])
+def _links_kernel(
+    index, groups, sizes, heads, following, tokens, kept, taking, LANES: tl.constexpr, BLOCK: tl.constexpr
+):
     """One program: BLOCK tokens of one row."""
     row = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -31,108 +52,131 @@ def _links_kernel(index, groups, sizes, head, following, tokens, kept, BLOCK: tl
     group = tl.load(groups + row * tokens + token, mask=valid, other=0)
     own = tl.load(index + row * kept + group, mask=valid, other=0)
     joins = valid & (own != token)
-    before = tl.atomic_xchg(head + row * kept + group, token + 1, mask=joins)
-    tl.store(following + row * tokens + token, before, mask=joins)
-    # Sums of ones are exact in any order.
-    tl.atomic_add(sizes + row * kept + group, tl.full((BLOCK,), 1.0, tl.float32), mask=valid)
+    at = row * (kept + taking * LANES)
+    join(sizes + at, heads + at, following + row * tokens, group, token, joins, valid, kept, taking, LANES)
 
 
-@triton.jit(do_not_specialize=["tokens", "kept"])
+@triton.jit(do_not_specialize=["tokens", "kept", "taking"])
 def _mean_kernel(
     x,
     index,
     sizes,
-    head,
+    heads,
     following,
     out,
     bias,
     tokens,
     kept,
+    taking,
     channels,
     batch_stride,
     token_stride,
     channel_stride,
     index_rows,
     FIXED: tl.constexpr,
-    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: ROWS merged tokens of one batch row, BLOCK channels.
+    """The first programs: BLOCK channels of one merged token that may stand for others; the rest: of COPIES others.
 
     FIXED: float16, whose values are whole multiples of 2**-24.
     """
     batch = tl.program_id(2).to(tl.int64)
     row = batch % index_rows
-    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    valid = place < kept
-    fits = (channel < channels)[None, :]
-    own = tl.load(index + row * kept + place, mask=valid, other=0)
-    first = tl.load(head + row * kept + place, mask=valid, other=0)
-    source = x + batch * batch_stride + channel[None, :] * channel_stride  # (1, BLOCK)
-    target = out + (batch * kept + place)[:, None] * channels + channel[None, :]
-    mask = valid[:, None] & fits
+    fits = channel < channels
     # The first programs of a row of the plan write its logarithms.
-    writes = valid & (tl.program_id(1) == 0) & (batch < index_rows)
-    raw = tl.load(source + own[:, None] * token_stride, mask=mask, other=0.0)
-    if tl.max(first, 0) == 0:  # all stand for themselves alone
-        tl.store(target, raw, mask=mask)
-        tl.store(bias + row * kept + place, tl.zeros((ROWS,), tl.float32), mask=writes)
+    writes = (tl.program_id(1) == 0) & (batch < index_rows)
+    alone = kept - taking
+    source = x + batch * batch_stride + channel * channel_stride  # (BLOCK,)
+    out += batch * kept * channels
+    index += row * kept
+    bias += row * kept
+    if tl.program_id(0) >= taking:
+        place = (tl.program_id(0) - taking) * COPIES + tl.arange(0, COPIES)
+        valid = place < alone
+        token = tl.load(index + place, mask=valid, other=0)
+        mask = valid[:, None] & fits[None, :]
+        value = tl.load(source[None, :] + token[:, None] * token_stride, mask=mask, other=0.0)
+        tl.store(out + place.to(tl.int64)[:, None] * channels + channel[None, :], value, mask=mask)
+        tl.store(bias + place, tl.zeros((COPIES,), tl.float32), mask=valid & writes)
     else:
-        value = raw.to(tl.float32)
-        spoilt = value - value  # not a number where something is infinite, as a sum would be
-        if FIXED:
-            scale = tl.full((ROWS, BLOCK), 16777216.0, tl.float32)
-            back = tl.full((ROWS, BLOCK), 1.0 / 16777216.0, tl.float32)
+        at = alone + tl.program_id(0)
+        width = kept + taking.to(tl.int64) * LANES
+        # Lanes come first, so that a thread has all of a channel's and adds them up by itself.
+        member = tl.load(heads + row * width + kept + tl.program_id(0) * LANES + tl.arange(0, LANES))
+        size = tl.load(sizes + row * width + at)
+        raw = tl.load(source + tl.load(index + at) * token_stride, mask=fits, other=0.0)
+        target = out + at.to(tl.int64) * channels + channel
+        if size == 1.0:
+            tl.store(target, raw, mask=fits)
         else:
-            largest = tl.abs(value)
-            member = first
+            following += row * tokens
+            own = raw.to(tl.float32)
+            spoilt = own - own  # not a number where something is infinite, as a sum would be
+            if FIXED:
+                scale = tl.full((BLOCK,), 16777216.0, tl.float32)
+                back = tl.full((BLOCK,), 1.0 / 16777216.0, tl.float32)
+            else:
+                largest = tl.abs(own)
+                walked = member
+                while tl.max(walked, 0) > 0:
+                    others, walked = _members(source, following, walked, token_stride, fits)
+                    largest = tl.maximum(largest, tl.max(tl.abs(others), 0))
+                # 2**(40 - exponent of the largest), and its inverse, by their exponent bits.
+                exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
+                field = tl.minimum(294 - exponent, 253)
+                scale = (field << 23).to(tl.float32, bitcast=True)
+                back = ((254 - field) << 23).to(tl.float32, bitcast=True)
+            total = (own * scale).to(tl.int64)
             while tl.max(member, 0) > 0:
-                here = member > 0
-                token = (member - 1).to(tl.int64)
-                other = tl.load(source + token[:, None] * token_stride, mask=here[:, None] & fits, other=0.0)
-                largest = tl.maximum(largest, tl.abs(other.to(tl.float32)))
-                member = tl.load(following + row * tokens + token, mask=here, other=0)
-            # 2**(40 - exponent of the largest), and its inverse, by their exponent bits.
-            exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
-            field = tl.minimum(294 - exponent, 253)
-            scale = (field << 23).to(tl.float32, bitcast=True)
-            back = ((254 - field) << 23).to(tl.float32, bitcast=True)
-        total = (value * scale).to(tl.int64)
-        member = first
-        while tl.max(member, 0) > 0:
-            here = member > 0
-            token = (member - 1).to(tl.int64)
-            other = tl.load(source + token[:, None] * token_stride, mask=here[:, None] & fits, other=0.0)
-            other = other.to(tl.float32)
-            member = tl.load(following + row * tokens + token, mask=here, other=0)
-            spoilt += other - other
-            total += (other * scale).to(tl.int64)
-        size = tl.load(sizes + row * kept + place, mask=valid, other=1.0)
-        result = total.to(tl.float32) * back / size[:, None] + spoilt
-        tl.store(target, result.to(out.dtype.element_ty), mask=mask)
-        tl.store(bias + row * kept + place, tl.log(size), mask=writes)
+                others, member = _members(source, following, member, token_stride, fits)
+                spoilt += tl.sum(others - others, 0)
+                total += tl.sum((others * scale[None, :]).to(tl.int64), 0)
+            result = total.to(tl.float32) * back / size + spoilt
+            tl.store(target, result.to(out.dtype.element_ty), mask=fits)
+        tl.store(bias + at, tl.log(size), mask=writes)
 
 
-def launch_links(index: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """heads [2, b, M] int32 (the bits of the float32 sizes, the chains' heads) and following [b, N] int32.
+@triton.jit
+def _members(source, following, member, token_stride, fits):
+    """The values (LANES, BLOCK) of members (LANES,), 0 where there are none, and the members after them."""
+    here = member > 0
+    token = (member - 1).to(tl.int64)
+    mask = here[:, None] & fits[None, :]
+    value = tl.load(source[None, :] + token[:, None] * token_stride, mask=mask, other=0.0)
+    return value.to(tl.float32), tl.load(following + token, mask=here, other=0)
 
-    index: [b, M], groups: [b, N]. A chain holds a group's tokens other than its own one, each as its number plus one.
+
+def heads_like(rows: int, kept: int, taking: int) -> tuple[int, int]:
+    """The shape of a plan's `heads`, int32: a row has the sizes [M], as the bits of float32, and for each of its last
+    `taking` merged tokens, which alone may stand for others, the heads of its chains [taking, LANES].
+
+    A chain holds tokens other than the group's own, by their numbers plus one; after each comes that at its place in
+    `following` [b, N]; 0 ends it.
     """
+    return rows, kept + taking * LANES
+
+
+def launch_links(index: Tensor, groups: Tensor, taking: int) -> tuple[Tensor, Tensor]:
+    """heads and following [b, N] int32, see heads_like. index: [b, M], groups: [b, N]."""
     rows, tokens = groups.shape
     kept = index.shape[1]
     # One allocation and one launch for both: a float32 zero has the bits of an int32 zero.
-    heads = torch.zeros((2, rows, kept), dtype=torch.int32, device=groups.device)
+    heads = torch.zeros(heads_like(rows, kept, taking), dtype=torch.int32, device=groups.device)
     following = torch.empty((rows, tokens), dtype=torch.int32, device=groups.device)
     block = min(_TOKENS, power_of_two(tokens))
     _links_kernel[(-(-tokens // block), rows)](
         index.contiguous(),
         groups.contiguous(),
-        heads[0].view(torch.float32),
-        heads[1],
+        heads.view(torch.float32),
+        heads,
         following,
         tokens,
         kept,
+        taking,
+        LANES=LANES,
         BLOCK=block,
         num_warps=4,
     )
@@ -140,41 +184,39 @@ def launch_links(index: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def launch_mean(
-    x: Tensor,
-    index: Tensor,
-    groups: Tensor,
-    heads: Tensor,
-    following: Tensor,
-    config: tuple[int, int, int] = _CONFIG,
+    x: Tensor, index: Tensor, groups: Tensor, heads: Tensor, following: Tensor, blocks: tuple[int, ...] = _BLOCKS
 ) -> tuple[Tensor, Tensor]:
     """x [B, N, C] -> [B, M, C] in its dtype, and log(sizes) [b, M] float32.
 
     index, groups and what `launch_links` or `launch_match` made of them have b rows.
     """
-    rows, widest, warps = config
     batch, tokens, channels = x.shape
     check_rows(index.shape[0], batch)
     kept = index.shape[1]
-    rows = min(rows, power_of_two(kept))
-    block = channel_block(channels, widest)
+    taking = (heads.shape[1] - kept) // LANES
+    copies = min(_COPIES, power_of_two(kept))
+    # Of the sizes of a block that with the fewest channels that are none.
+    block = min((min(b, power_of_two(channels)) for b in blocks), key=lambda b: -(-channels // b) * b)
     out = torch.empty((batch, kept, channels), dtype=x.dtype, device=x.device)
     bias = torch.empty(index.shape, dtype=torch.float32, device=x.device)
-    _mean_kernel[(-(-kept // rows), -(-channels // block), batch)](
+    _mean_kernel[(taking - (taking - kept) // copies, -(-channels // block), batch)](
         x,
         index.contiguous(),
-        heads[0].view(torch.float32),
-        heads[1],
+        heads.view(torch.float32),
+        heads,
         following,
         out,
         bias,
         tokens,
         kept,
+        taking,
         channels,
         *x.stride(),
         index.shape[0],
         FIXED=x.dtype == torch.float16,
-        ROWS=rows,
+        LANES=LANES,
+        COPIES=copies,
         BLOCK=block,
-        num_warps=warps,
+        num_warps=max(1, block // _OF_WARP),
     )
     return out, bias

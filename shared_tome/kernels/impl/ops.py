@@ -15,7 +15,7 @@ from .attend import launch_attend
 from .draw import launch_draw
 from .gather import launch_gather
 from .match import launch_match
-from .mean import launch_links, launch_mean
+from .mean import heads_like, launch_links, launch_mean
 from .nearest import launch_nearest
 from .own import launch_own
 from .select import launch_select
@@ -125,33 +125,33 @@ def _plain_match(metric, src, dst, goes, alone, first):
         index, groups = _grouped(similarity, target, src, dst, goes, True)
     if first:
         index, groups = _distill_second(index, groups, src.shape[1] - goes)
-    return index, groups, *DIRECT["links"](index, groups)
+    return index, groups, *DIRECT["links"](index, groups, dst.shape[1])
 
 
 def _fake_match(metric, src, dst, goes, alone, first):
     rows, tokens = metric.shape[0], src.shape[1] + dst.shape[1]
     index, groups = src.new_empty((rows, tokens - goes)), src.new_empty((rows, tokens))
-    return index, groups, *_fake_links(index, groups)
+    return index, groups, *_fake_links(index, groups, dst.shape[1])
 
 
-def _plain_links(index, groups):
+def _plain_links(index, groups, taking):
     from ...plan import group_counts
 
     _broken.add("mean")  # without chains there is no mean by them
-    heads, following = _fake_links(index, groups)
-    heads[0] = group_counts(groups, index.shape[1]).view(torch.int32)
+    heads, following = _fake_links(index, groups, taking)
+    heads[:, : index.shape[1]] = group_counts(groups, index.shape[1]).view(torch.int32)
     return heads, following
 
 
-def _fake_links(index, groups):
-    heads = index.new_empty((2, *index.shape), dtype=torch.int32)
+def _fake_links(index, groups, taking):
+    heads = index.new_empty(heads_like(*index.shape, taking), dtype=torch.int32)
     return heads, index.new_empty(groups.shape, dtype=torch.int32)
 
 
 def _plain_mean(x, index, groups, heads, following):
     from ...plan import group_sum, spread_rows
 
-    sizes = heads[0].view(torch.float32)
+    sizes = heads[:, : index.shape[1]].view(torch.float32)
     mean = group_sum(x, groups, index.shape[1]) / spread_rows(sizes, x.shape[0])[..., None]
     return mean.to(x.dtype), sizes.log()
 
@@ -264,7 +264,7 @@ _operator(
 )
 _operator(
     "links",
-    "Tensor index, Tensor groups",
+    "Tensor index, Tensor groups, int taking",
     "(Tensor, Tensor)",
     launch_links,
     _plain_links,

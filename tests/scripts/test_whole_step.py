@@ -1,0 +1,167 @@
+"""levels "auto" on a GPU: a script's whole step is run both ways at its first call, by a copy of the model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import shared_tome
+from shared_tome import ToMeConfig, script_auto, script_hooks
+from shared_tome.auto import Verdict
+from shared_tome.bare import bare_model
+
+from . import models
+from .test_idle import MODEL_HOOKS
+
+OPTIONS = {"min_tokens": 0, "ratio": 0.5, "method": "merge"}
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """A GPU, on which a step takes 100 ms, and one that is merged that of `merged`; what was run, and its names."""
+    found = {"merged": 99.0, "outs": [], "keys": [], "known": {}}
+
+    def compared(whole, merged, device):
+        found["outs"].append((whole().sample, merged().sample))
+        return Verdict(1e5, 1e3 * found["merged"], 0.0)
+
+    def known_or_measured(key, device, measure):
+        found["keys"].append(key)
+        if key not in found["known"]:
+            found["known"][key] = measure()
+        return found["known"][key]
+
+    monkeypatch.setattr(script_auto, "may_measure", lambda device: True)
+    monkeypatch.setattr(script_auto, "_compared", compared)
+    monkeypatch.setattr(script_auto, "known_or_measured", known_or_measured)
+    return found
+
+
+def patched(unet, **options):
+    shared_tome.apply_patch(unet, config=ToMeConfig(**{**OPTIONS, **options}))
+    return unet
+
+
+@pytest.mark.parametrize("name", models.UNETS)
+@pytest.mark.parametrize("merged", [99.0, 60.0])
+def test_the_first_call_is_run_both_ways(judged, caplog, name, merged):
+    unet, judged["merged"] = models.UNETS[name](), merged
+    plain, hooks = models.run(unet), models.count_hooks(unet)
+    expected = models.run(patched(models.UNETS[name](), levels="0,1,2"))
+    patched(unet)
+    on = models.count_hooks(unet)
+    with caplog.at_level(logging.INFO, "ToMe"):
+        for _ in range(2):
+            assert torch.equal(models.run(unet), expected if merged < 97 else plain)
+    (whole, less), (key,) = judged["outs"][0], judged["keys"]
+    # The first row as a picture with guidance; that the rows are alike shows in the outcome.
+    alone = models.run(models.UNETS[name](), batch=2)[:1]
+    assert whole.shape == plain.shape and torch.equal(whole[0], whole[1]) and whole.shape == less.shape
+    torch.testing.assert_close(whole[:1], alone)
+    assert not torch.equal(whole, less) and key.startswith("a step of UNet2DConditionModel of ") and "16x20" in key
+    said = "a step takes 100.0 ms without and 99.0 ms with it"
+    assert (said in caplog.text) == (merged > 97)
+    left = models.count_hooks(unet)
+    assert left >= on if merged < 97 else left == MODEL_HOOKS
+    shared_tome.remove_patch(unet)
+    assert models.count_hooks(unet) == hooks
+
+
+def test_what_is_known_of_one_batch_holds_for_another(judged):
+    unet = patched(models.sd15())
+    for batch in (1, 2, 4):
+        models.run(unet, batch=batch)
+    shared_tome.remove_patch(unet)
+    models.run(patched(unet), batch=4)
+    assert len(judged["keys"]) == 2 and len(set(judged["keys"])) == 1 and len(judged["outs"]) == 1
+
+
+def test_each_size_and_way_is_judged_by_itself(judged):
+    unet = models.sd15()
+    for options in ({}, {"mlp": True}, {"ratio": 0.25}, {"method": "sample"}, {"method": "sample", "own_token": False}):
+        models.run(patched(unet, **options))
+        models.run(unet, 8, 8)
+    assert len(set(judged["keys"])) == len(judged["keys"]) == 10
+
+
+def test_a_schedule_is_judged_by_the_ratios_that_it_has(judged):
+    unet = patched(models.sd15(), start=0.5, ratio=0.25, ratio_end=0.5)
+    for timestep in (900, 499, 300, 100, 1, 900, 499):
+        models.run(unet, timestep=timestep)
+    ratios = [part for key in judged["keys"] for part in key.split(", ") if part.startswith("0.")]
+    assert ratios[0] == "0.2500" and ratios[-1] == "0.5000"
+    assert 2 < len(set(ratios)) == len(ratios) == len(judged["keys"])
+    assert all(not torch.equal(*outs) for outs in judged["outs"])
+
+
+@pytest.mark.parametrize("what", ["levels", "training", "another's forward", "another's attention", "tomesd's call"])
+def test_not_judged(judged, what):
+    unet = models.sd15()
+    block = next(script_hooks.served_blocks(unet))
+    options = {"levels": "0"} if what == "levels" else {}
+    if what == "training":
+        unet.train()
+    elif what == "another's forward":
+        block.ff.forward = block.ff.forward
+    elif what == "another's attention":
+
+        class Keeps(type(block.attn1.processor)):
+            """As those that collect maps: in a module that is not diffusers'."""
+
+        block.attn1.set_processor(Keeps())
+    if what == "tomesd's call":
+        shared_tome.apply_patch(unet, ratio=0.5)
+    else:
+        patched(unet, **options)
+    plain = models.run(models.sd15())
+    assert not torch.equal(models.run(unet), plain) and not judged["keys"]
+
+
+def test_nobody_else_sees_it(judged):
+    """Hooks of others run as often as without; the weights are the same ones, and no copy of the model is kept."""
+    unet, ran = models.sd15(), []
+    for module in (unet, unet.conv_in, next(script_hooks.served_blocks(unet)).ff):
+        module.register_forward_hook(lambda *_: ran.append(1))
+    weights = [weight.clone() for weight in unet.parameters()]
+    random = torch.get_rng_state()
+    models.run(patched(unet))
+    assert len(ran) == 3 and judged["outs"] and torch.equal(torch.get_rng_state(), random)
+    assert all(map(torch.equal, unet.parameters(), weights))
+    twin = copy.deepcopy(unet)
+    assert torch.equal(models.run(twin), models.run(unet)) and len(judged["outs"]) == 1
+
+
+def test_a_copy_of_a_model_shares_its_weights_alone():
+    unet = patched(models.sd15())
+    made = bare_model(unet)
+    assert models.count_hooks(made) == 0 < models.count_hooks(unet)
+    assert [id(x) for x in made.parameters()] == [id(x) for x in unet.parameters()]
+    assert not {id(module) for module in made.modules()} & {id(module) for module in unet.modules()}
+    assert torch.equal(models.run(made), models.run(models.sd15()))
+    made.conv_in.weight = nn.Parameter(torch.zeros_like(unet.conv_in.weight))
+    assert unet.conv_in.weight.any()
+
+
+def test_both_take_turns_and_the_least_counts(monkeypatch):
+    calls, clock = [], iter([30.0, 20.0, 10.0, 25.0, 20.0, 19.0, 18.0, 17.0, 16.0, 15.0])
+    monkeypatch.setattr(script_auto, "_seconds", lambda call, device: call() or next(clock) * 1e-3)
+    verdict = script_auto._compared(lambda: calls.append("w"), lambda: calls.append("m"), torch.device("cpu"))
+    assert "".join(calls) == "wwmm" + "wm" * 5
+    assert (verdict.full_us, verdict.merged_us) == (10e3, 15e3) and not verdict.pays()
+
+
+def test_a_long_step_is_run_once_each(monkeypatch):
+    calls, clock = [], iter([0.5, 0.3])
+    monkeypatch.setattr(script_auto, "_seconds", lambda call, device: call() or next(clock))
+    verdict = script_auto._compared(lambda: calls.append("w"), lambda: calls.append("m"), torch.device("cpu"))
+    assert "".join(calls) == "wwmmwm" and verdict.pays() and verdict.full_us == 5e5
+
+
+def test_a_call_is_timed_among_others():
+    calls = []
+    taken = script_auto._seconds(lambda: calls.append(1), torch.device("cpu"))
+    assert len(calls) == 2 and 0 < taken < 1
