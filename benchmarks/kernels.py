@@ -110,7 +110,7 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
     # What match does: the same similarities, tallied, then the groups by the tally.
     rows = x.shape[0]
     tally = torch.empty((rows, nearest.TALLY), dtype=torch.int32, device=x.device)
-    heads = torch.zeros((2, rows, case.kept), dtype=torch.int32, device=x.device)
+    heads = torch.zeros(mean.heads_like(rows, case.kept, dst.shape[1]), dtype=torch.int32, device=x.device)
     if x.dtype != torch.float32:
         yield (
             "nearest",

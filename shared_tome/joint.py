@@ -170,9 +170,14 @@ def attend_joined(
 ) -> Tensor | None:
     """JointCall.attend by one kernel; None where a part is not as it wants it: cuDNN takes no single key."""
     end = start + plan.tokens
+    alone = k.shape[2] == plan.tokens
+
+    def cut(x: Tensor) -> Tensor:  # each view takes the processor a few microseconds in each layer
+        return x if alone else x[:, :, start:end]
+
     apart = own and isinstance(plan, SamplePlan)
     index, chosen_of = (plan.turns, take_turns) if apart else (plan.choice, _take_both)  # (T, b, M) or (b, M)
-    image = [x[:, :, start:end] for x in (k, v)]
+    image = [cut(x) for x in (k, v)]
     parts: list[Part] = []
     for places, weight in around.sizes:
         chosen = index if places is None else index[..., places]
@@ -193,8 +198,7 @@ def attend_joined(
         return attend_in_parts(q, parts, kernel, scale)
     out, lse = attend_in_parts_with_lse(q, parts, kernel, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    given = (q[:, :, start:end], *image, out[:, :, start:end], lse[:, :, start:end])
-    kept = keep_own(*given, plan.turns, plan.runs, scale, parts[0][2])
+    kept = keep_own(cut(q), *image, cut(out), cut(lse), plan.turns, plan.runs, scale, parts[0][2])
     out, kept = out.transpose(1, 2), kept.transpose(1, 2)  # (B, ., H, d)
     if kept.shape != out.shape:
         kept = torch.cat((out[:, :start], kept, out[:, end:]), dim=1)

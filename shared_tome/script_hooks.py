@@ -89,6 +89,7 @@ class _Call:
     passes: dict[_Block, _Pass] = field(default_factory=dict)
     kind: tuple = ()
     judged: Judged = field(default_factory=Judged)
+    keeps_own: dict[tuple, bool] = field(default_factory=dict)  # by what of a layer decides
 
 
 class BaseAttachment:
@@ -353,8 +354,14 @@ class _Block:
             return False
         if not isinstance(x, Tensor) or x.dim() != 3:
             return False
-        grid = grid_of(x.shape[1], call.model.full)
-        return grid is not None and call.model.serves(grid) and self.owner.keeps_own(attn1, x)
+        processor = getattr(attn1, "processor", None)
+        d = head_size(attn1, attn1.heads, x)
+        key = (type(attn1), type(processor), attn1.heads, d, x.shape[1], x.dtype)
+        if key not in call.keeps_own:  # asked once a call and not once a layer
+            grid = grid_of(x.shape[1], call.model.full)
+            served = grid is not None and call.model.serves(grid)
+            call.keeps_own[key] = served and self.owner.keeps_own(attn1, x)
+        return call.keeps_own[key]
 
     def _begin(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
         now = self.now
