@@ -20,17 +20,19 @@ from torch import Tensor
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention import attend_tokens
 from ..shared_tome.auto import Attention, Verdict
-from ..shared_tome.call import why_left_alone
+from ..shared_tome.call import why_left_alone as why_layers_left_alone
 from ..shared_tome.curve import is_compiling
 from ..shared_tome.joint import JointCall
 from ..shared_tome.own import NOT_KEPT
 from ..shared_tome.plan import Plan
 from ..shared_tome.report import CallTally, why_not_served
 from ..shared_tome.schedule import config_at
+from ..shared_tome.step_auto import why_left_alone
 from .dit_attention import Call, attend_joint, kernel_order, may_join
 from .log import leave_alone, say_once
 from .model_call import DIFFUSION_MODEL, KEY, call_key, find_options, halves_alike, progress_of, put_options, step_of
 from .record import begin, is_compiled
+from .unet_auto import verdict_on_step
 
 
 class UNetPatch:
@@ -50,10 +52,14 @@ class UNetPatch:
         layers = _layers_of(model), _dtype_of(executor)
         if record is None and not compiled and _leaves_alone(config, full, x.device, *layers, options):
             return executor(x, t, *args, **kwargs)
+        told = None if record is None or record.run.compiled else record
+        unpaid = None if compiled else self._why_not_paid(executor, x, t, args, kwargs, config)
+        if unpaid is not None and told is None:
+            say_once(unpaid, f"{x.shape[-2]}x{x.shape[-1]}, nothing is merged")
+            return executor(x, t, *args, **kwargs)
         step, alike = step_of(options, x.device), halves_alike(options)
         call = ModelCall(config, full, x.device, step=step, alike=alike)
-        told = None if record is None or record.run.compiled else record
-        patch = UNetCall(call, options, told, _host_attention(), layers if compiled else None, model)
+        patch = UNetCall(call, options, told, _host_attention(), layers if compiled else None, model, unpaid)
         # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
         # transformer_options, so without this a compiled model would keep the patches it first saw.
         kwargs["tome"] = patch.key
@@ -63,6 +69,22 @@ class UNetPatch:
         if record is not None:
             record.end()
         return out
+
+    def _why_not_paid(
+        self, executor: Any, x: Tensor, t: Tensor, args: tuple, kwargs: dict[str, Any], config: ToMeConfig
+    ) -> str | None:
+        """Why merging does not pay in whole steps, or None."""
+        base, full, host = executor.class_obj, tuple(x.shape[-2:]), _host_attention()
+        kernels = _kernels_of(find_options(args, kwargs)[1], x.device)
+
+        def merged(options: dict[str, Any], run: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
+            call = ModelCall(config, full, x.device, step=step_of(options, x.device))
+            patch = UNetCall(call, options, None, host, None, base.diffusion_model)
+            with patch.mlp_hooks(base):
+                return run(patch.options, {"tome": patch.key})
+
+        found = verdict_on_step(base, x, t, args, kwargs, config, merged, host, kernels)
+        return None if found is None or found.pays() else why_left_alone(found)
 
 
 def _host_attention() -> Attention:
@@ -85,7 +107,7 @@ def _leaves_alone(
     if not layers:
         return False  # not a U-Net as they are known
     host = _host_attention(), _kernels_of(options, device)
-    reasons = why_left_alone(config, full, device, layers, dtype, *host)
+    reasons = why_layers_left_alone(config, full, device, layers, dtype, *host)
     for grid, reason in (reasons or {}).items():
         leave_alone(None, reason, f"layers of {grid[0]}x{grid[1]} tokens")
     return reasons is not None
@@ -139,6 +161,7 @@ class UNetCall:
     """The patches of one call of the model, and the options that carry them.
 
     attention, model: the host's, to measure with. layers: what ModelCall.look_ahead wants to know of a compiled model.
+    unpaid: why no layer is merged after all, for the record.
     """
 
     def __init__(
@@ -149,8 +172,9 @@ class UNetCall:
         attention: Attention | None = None,
         layers: tuple[list[tuple[int, int, int]], torch.dtype] | None = None,
         model: Any = None,
+        unpaid: str | None = None,
     ):
-        self.call = call
+        self.call, self._unpaid = call, unpaid
         self._record = record
         self._host_attention, self._model = attention, model
         # The seed is a tensor and so an input of a compiled graph; all else is decided in Python.
@@ -296,7 +320,7 @@ class UNetCall:
         if block is not None and (block in self._replaced or (*block, place) in self._replaced):
             self._leave("a layer whose attention another node replaces is left alone", extra_options, grid=grid)
             return None
-        unpaid = self.call.why_not_paid(self._verdict(q, grid, extra_options))
+        unpaid = self._unpaid or self.call.why_not_paid(self._verdict(q, grid, extra_options))
         if unpaid is not None:
             self._leave(unpaid, extra_options, f"{grid[0]}x{grid[1]} tokens", grid)
             return None

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import script_auto
 from .bare import run_bare
 from .block_hooks import BlockHooks, Judged
 from .call import MergedAttention, ModelCall
@@ -48,8 +47,10 @@ from .joined import TORCHS
 from .joint import JointCall
 from .plan import Plan, spread_rows
 from .schedule import config_at
+from .script_auto import verdict_on_step
 from .script_steps import Steps
 from .sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_own, attend_weighed, leave_left_modes
+from .step_auto import why_left_alone
 
 logger = logging.getLogger("ToMe")
 
@@ -201,11 +202,11 @@ class Attachment(BaseAttachment):
         self._judged.add(kind)
         config = config.replace(start=0.0, end=1.0)  # whatever its place in the schedule
         pipe, merge_attn = self.steps.pipe, self.merge_attn
-        verdict = script_auto.verdict_of(
+        verdict = verdict_on_step(
             model, args, kwargs, batch, kind[0], config, lambda made: Attachment(made, config, pipe, merge_attn, False)
         )
         if verdict is not None and not verdict.pays():
-            self.say(script_auto.why_left_alone(verdict))
+            self.say(f"{why_left_alone(verdict)}; nothing is merged")
             self._hooks.rest(kind)
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:

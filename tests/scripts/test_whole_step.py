@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import shared_tome
-from shared_tome import ToMeConfig, script_auto, script_hooks
+from shared_tome import ToMeConfig, script_hooks, step_auto
 from shared_tome.auto import Verdict
 from shared_tome.bare import bare_model
 
@@ -35,9 +35,9 @@ def judged(monkeypatch):
             found["known"][key] = measure()
         return found["known"][key]
 
-    monkeypatch.setattr(script_auto, "may_measure", lambda device: True)
-    monkeypatch.setattr(script_auto, "_compared", compared)
-    monkeypatch.setattr(script_auto, "known_or_measured", known_or_measured)
+    monkeypatch.setattr(step_auto, "may_measure", lambda device: True)
+    monkeypatch.setattr(step_auto, "_compared", compared)
+    monkeypatch.setattr(step_auto, "known_or_measured", known_or_measured)
     return found
 
 
@@ -147,21 +147,21 @@ def test_a_copy_of_a_model_shares_its_weights_alone():
 
 
 def test_both_take_turns_and_the_least_counts(monkeypatch):
-    calls, clock = [], iter([30.0, 20.0, 10.0, 25.0, 20.0, 19.0, 18.0, 17.0, 16.0, 15.0])
-    monkeypatch.setattr(script_auto, "_seconds", lambda call, device: call() or next(clock) * 1e-3)
-    verdict = script_auto._compared(lambda: calls.append("w"), lambda: calls.append("m"), torch.device("cpu"))
-    assert "".join(calls) == "wwmm" + "wm" * 5
-    assert (verdict.full_us, verdict.merged_us) == (10e3, 15e3) and not verdict.pays()
+    calls, clock = [], iter([30.0, 20.0, 10.0, 25.0, 20.0, 19.0, 18.0, 17.0, 16.0])
+    monkeypatch.setattr(step_auto, "_seconds", lambda call, device: call() or next(clock) * 1e-3)
+    verdict = step_auto._compared(lambda: calls.append("w"), lambda: calls.append("m"), torch.device("cpu"))
+    assert "".join(calls) == "wwmm" + "mw" * 4
+    assert (verdict.full_us, verdict.merged_us) == (10e3, 17e3) and not verdict.pays()
 
 
-def test_a_long_step_is_run_once_each(monkeypatch):
-    calls, clock = [], iter([0.5, 0.3])
-    monkeypatch.setattr(script_auto, "_seconds", lambda call, device: call() or next(clock))
-    verdict = script_auto._compared(lambda: calls.append("w"), lambda: calls.append("m"), torch.device("cpu"))
-    assert "".join(calls) == "wwmmwm" and verdict.pays() and verdict.full_us == 5e5
+def test_a_long_step_pays_and_is_not_run_merged(monkeypatch):
+    calls, clock = [], iter([0.5])
+    monkeypatch.setattr(step_auto, "_seconds", lambda call, device: call() or next(clock))
+    verdict = step_auto._compared(lambda: calls.append("w"), lambda: calls.append("m"), torch.device("cpu"))
+    assert "".join(calls) == "ww" and verdict.pays() and verdict.full_us == 5e5
 
 
 def test_a_call_is_timed_among_others():
     calls = []
-    taken = script_auto._seconds(lambda: calls.append(1), torch.device("cpu"))
+    taken = step_auto._seconds(lambda: calls.append(1), torch.device("cpu"))
     assert len(calls) == 2 and 0 < taken < 1

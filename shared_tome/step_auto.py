@@ -1,0 +1,117 @@
+"""Whether merging pays in a model's whole step on a GPU, measured at its first call (auto.py).
+
+A layer that saves the GPU time takes the processor some, and steps often wait for the processor alone: then nothing is
+gained, however much each layer saves. Python, the host's code and the machine decide, so a step is run both ways.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .auto import ROWS, Attention, Verdict, known_or_measured, may_measure, name_of, ways
+from .config import ToMeConfig
+from .grid import Grid
+
+# A step that takes longer, in seconds, keeps a GPU busy whatever the processor does (docs/speed.md).
+LONG = 0.3
+_ROUNDS, _CALLS = 4, 2
+# Walking through a model takes longer than a step may.
+_sizes: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def is_judged(config: ToMeConfig, device: torch.device) -> bool:
+    """Whether whole steps are measured at all: with levels "auto" on a GPU."""
+    return config.levels == "auto" and may_measure(device)
+
+
+def verdict_of(
+    model: nn.Module,
+    x: Tensor,
+    grid: Grid,
+    config: ToMeConfig,
+    both: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]],
+    attention: Attention | None = None,
+    kernels: tuple[str, ...] = (),
+) -> Verdict | None:
+    """What is known of the times of a model's steps, microseconds of one; None where they cannot be measured.
+
+    A step longer than LONG pays, and none that is merged is run: its time is 0.
+
+    Args:
+        x: what the model is given, for its dtype and device. grid: the latent's. config: how it is merged.
+        both: gives what runs a step whole and one that is merged; may raise, which is logged once.
+        attention, kernels: see auto.verdict_on.
+    """
+    if model not in _sizes:
+        _sizes[model] = sum(parameter.numel() for parameter in model.parameters())
+    more = [name for name in ("cross_attention", "mlp") if getattr(config, name)]
+    key = ", ".join(
+        [
+            f"a step of {type(model).__name__} of {_sizes[model]} parameters",
+            "x".join(map(str, grid)),
+            str(x.dtype).removeprefix("torch."),
+            " ".join([name_of(attention, x.device), *kernels]),
+            *ways(config, config.keeps_own),
+            *more,
+        ]
+    )
+
+    def measure() -> Verdict:
+        with torch.no_grad():
+            return _compared(*both(), x.device)
+
+    return known_or_measured(key, x.device, measure)
+
+
+def why_left_alone(verdict: Verdict) -> str:
+    """Why nothing is merged, for people."""
+    whole, merged = verdict.full_us / 1e3, verdict.merged_us / 1e3
+    return f"merging does not pay here: a step takes {whole:.1f} ms without and {merged:.1f} ms with it"
+
+
+def rows_of(given: Any, batch: int) -> Any:
+    """What a call of `batch` rows is given, with its first row ROWS times instead: a picture with guidance."""
+    if isinstance(given, Tensor):
+        alike = given.dim() > 0 and given.shape[0] == batch
+        return given[:1].expand(ROWS, *given.shape[1:]).contiguous() if alike else given
+    if isinstance(given, dict):
+        return {name: rows_of(value, batch) for name, value in given.items()}
+    if isinstance(given, (list, tuple)):
+        return type(given)(rows_of(value, batch) for value in given)
+    return given
+
+
+def _compared(whole: Callable[[], Any], merged: Callable[[], Any], device: torch.device) -> Verdict:
+    """Both take turns; of each the least time, since what disturbs a processor only adds to it."""
+    whole()  # kernels are chosen, compiled and loaded
+    first = _seconds(whole, device)
+    if first > LONG:
+        return Verdict(1e6 * first, 0.0, 0.0)
+    for _ in range(2):
+        merged()  # and layers measured
+    times: tuple[list[float], list[float]] = [first], []
+    for _ in range(_ROUNDS):
+        for call, taken in zip((merged, whole), times[::-1], strict=True):
+            taken.append(_seconds(call, device))
+    return Verdict(1e6 * min(times[0]), 1e6 * min(times[1]), 0.0)
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Of one call, where some follow each other as a sampler's do."""
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(_CALLS):
+        call()
+    _wait(device)
+    return (time.perf_counter() - start) / _CALLS
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,115 @@
+"""levels "auto" on a GPU: whole steps are run both ways at the first call, by the model's own call without patches.
+
+The CPU measures nothing; here verdicts are given as a GPU's would be. How they are timed: tests/scripts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import pytest
+import torch
+
+from .host import forget_log, pack_module, sample
+
+OPTIONS = {"min_tokens": 100, "ratio": 0.5, "method": "merge"}
+
+
+@pytest.fixture
+def judged(comfy_nodes, monkeypatch):
+    """A GPU, on which a step takes 100 ms, and one that is merged that of `merged`; what was run, and its names."""
+    forget_log()
+    unet_auto = pack_module("unet_auto")
+    step_auto = sys.modules[unet_auto.verdict_of.__module__]
+    found = {"merged": 99.0, "outs": [], "keys": [], "known": {}, "refused": []}
+
+    def compared(whole, merged, device):
+        found["outs"].append((whole(), merged()))
+        return step_auto.Verdict(1e5, 1e3 * found["merged"], 0.0)
+
+    def known_or_measured(key, device, measure):
+        found["keys"].append(key)
+        if key not in found["known"]:
+            try:
+                found["known"][key] = measure()
+            except ValueError as error:
+                found["refused"].append(str(error))
+                found["known"][key] = None
+        return found["known"][key]
+
+    monkeypatch.setattr(unet_auto, "is_judged", lambda config, device: config.levels == "auto")
+    monkeypatch.setattr(step_auto, "_compared", compared)
+    monkeypatch.setattr(step_auto, "known_or_measured", known_or_measured)
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"mlp": True, "cross_attention": True}, {"method": "sample", "ratio": 0.75}])
+@pytest.mark.parametrize("merged", [99.0, 60.0])
+def test_the_first_call_is_run_both_ways(sd15, tome, judged, caplog, options, merged):
+    judged["merged"], options = merged, {**OPTIONS, **options}
+    plain, expected = sample(sd15, steps=2), sample(tome(sd15, **options, levels="0,1"), steps=2)
+    with caplog.at_level(logging.INFO, "ToMe"):
+        assert torch.equal(sample(tome(sd15, **options), steps=2), expected if merged < 97 else plain)
+    ((whole, less),) = judged["outs"]
+    assert whole.shape == less.shape and len(whole) == 2 and torch.equal(whole[0], whole[1])
+    assert not torch.equal(whole, less) and whole.isfinite().all()
+    assert len(judged["keys"]) == 2 and "a step of UNetModel of " in judged["keys"][0] and not judged["refused"]
+    said = [line for line in caplog.messages if "a step takes" in line]
+    assert said == ([] if merged < 97 else [
+        "[ToMe] merging does not pay here: a step takes 100.0 ms without and 99.0 ms with it (32x32, nothing is merged)"
+    ])  # fmt: skip
+    assert not [module for module in sd15.model.diffusion_model.modules() if module._forward_pre_hooks]
+
+
+def test_named_levels_are_not_judged(sd15, tome, judged):
+    assert not torch.equal(sample(tome(sd15, **OPTIONS, levels="0"), steps=1), sample(sd15, steps=1))
+    assert not judged["keys"]
+
+
+def test_the_report_says_it_of_each_layer(sd15, tome, judged, comfy_nodes):
+    plain = sample(sd15, steps=2)
+    model, kept = comfy_nodes["ToMeRecord"].execute(model=tome(sd15, **OPTIONS)).result
+    assert torch.equal(sample(model, steps=2), plain)
+    out = comfy_nodes["ToMeReport"].execute(record=kept, after=None, measure_time=False)
+    text, data = out.result[0], json.loads(out.result[1])
+    assert "a step takes 100.0 ms without and 99.0 ms with it" in text and data["layers"]
+
+
+def test_other_nodes_do_not_see_it(sd15, tome, judged):
+    """Their patches and wrappers run in the picture's own steps alone, whatever is found."""
+    seen = []
+    model = sd15.clone()
+    model.set_model_attn1_patch(lambda q, k, v, extra_options: seen.append("patch") or (q, k, v))
+    model.add_wrapper_with_key(
+        "diffusion_model", "other", lambda executor, *a, **k: seen.append("w") or executor(*a, **k)
+    )
+    sample(model, steps=2)
+    before, seen[:] = list(seen), []
+    for judged["merged"] in (99.0, 60.0):
+        judged["known"].clear()
+        sample(tome(model, **OPTIONS), steps=2)
+        assert seen == before
+        seen.clear()
+    assert len(judged["outs"]) == 2
+
+
+@pytest.mark.parametrize("what", ["forward", "hook", "call"])
+def test_not_run_where_another_node_works_on_the_model_itself(sd15, tome, judged, what):
+    base = sd15.model
+    block = next(m for m in base.diffusion_model.modules() if hasattr(m, "attn1"))
+    expected = sample(tome(sd15, **OPTIONS, levels="0,1"), steps=1)
+    handle = block.ff.register_forward_hook(lambda *_: None) if what == "hook" else None
+    if what == "forward":
+        block.ff.forward = block.ff.forward
+    elif what == "call":
+        base._apply_model = base._apply_model
+    try:
+        assert torch.equal(sample(tome(sd15, **OPTIONS), steps=1), expected)  # merged, as where nothing is measured
+    finally:
+        for owner, name in ((block.ff, "forward"), (base, "_apply_model")):
+            owner.__dict__.pop(name, None)
+        if handle is not None:
+            handle.remove()
+    assert not judged["outs"] and "another node" in judged["refused"][0]
