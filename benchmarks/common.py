@@ -38,6 +38,10 @@ def priority(backend: str) -> list[SDPBackend]:
 
 def attention_by(backend: str) -> Any:
     """A context in which torch's attention runs by `priority(backend)`."""
+    if torch.cuda.is_available():
+        # When it is first asked, torch puts its kernels into the device's own order, whatever was chosen before.
+        x = torch.empty(1, 1, 64, 64, device="cuda", dtype=torch.float16)
+        torch._fused_sdp_choice(x, x, x)
     return sdpa_kernel(priority(backend), set_priority=True)
 
 

@@ -38,7 +38,8 @@ def test(arguments: Sequence[str]) -> int:
     linted = _run(python, ["-m", "ruff", "check", "."])
     where = [] if any(Path(argument.partition("::")[0]).exists() for argument in arguments) else ["tests"]
     # A process for each core, a file's tests in one process: each starts a ComfyUI of its own once.
-    workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    # In their order: sorted by their number of tests, the long ones of few would come last, alone.
+    workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
     command = ["-m", "pytest", "-c", "tests/pytest.ini", *workers, *where, *arguments]
     tested = _run(python, command, {"COMFYUI_DIR": str(folder), "OMP_NUM_THREADS": "1"})
     return linted or tested

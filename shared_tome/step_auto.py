@@ -21,7 +21,7 @@ from .grid import Grid
 # A step that takes longer, in seconds, keeps a GPU busy whatever the processor does (docs/speed.md).
 LONG = 0.3
 _ROUNDS, _CALLS = 4, 2
-# Walking through a model takes longer than a step may.
+# Walking through a model takes longer than a step may. A fact about a model, not state of a call.
 _sizes: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
