@@ -46,8 +46,9 @@ def verdict_on_step(
     def both() -> tuple[Callable[[], Any], Callable[[], Any]]:
         _refuse_anothers(base_model)
         plain = {name: value for name, value in find_options(args, kwargs)[1].items() if name in _STEP}
-        given = tuple(None if at == _CONTROL else value for at, value in enumerate(args))
-        named = {name: value for name, value in kwargs.items() if name != "control"}
+        given, named = put_options(args, kwargs, {})
+        given = tuple(None if at == _CONTROL else value for at, value in enumerate(given))
+        named = {name: value for name, value in named.items() if name != "control"}
         row, noise, given, named = rows_of((x, t, given, named), x.shape[0])
 
         def run(options: dict[str, Any], more: dict[str, Any]) -> Any:

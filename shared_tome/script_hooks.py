@@ -201,10 +201,12 @@ class Attachment(BaseAttachment):
             return
         self._judged.add(kind)
         config = config.replace(start=0.0, end=1.0)  # whatever its place in the schedule
-        pipe, merge_attn = self.steps.pipe, self.merge_attn
-        verdict = verdict_on_step(
-            model, args, kwargs, batch, kind[0], config, lambda made: Attachment(made, config, pipe, merge_attn, False)
-        )
+
+        def merge(made: nn.Module) -> None:
+            twin = Attachment(made, config, self.steps.pipe, self.merge_attn, judges=False)
+            twin._said = self._said  # what both have to say is said once
+
+        verdict = verdict_on_step(model, args, kwargs, batch, kind[0], config, merge)
         if verdict is not None and not verdict.pays():
             self.say(f"{why_left_alone(verdict)}; nothing is merged")
             self._hooks.rest(kind)

@@ -37,9 +37,9 @@ class AroundSdpa(TorchFunctionMode):
         self.handler, self.calls = handler, 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not _SDPA:  # some twenty an attention: each counts where steps wait for the processor
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if func is not _SDPA:
-            return func(*args, **kwargs)
         self.calls += 1
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
         given = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -165,3 +165,15 @@ def test_a_call_is_timed_among_others():
     calls = []
     taken = step_auto._seconds(lambda: calls.append(1), torch.device("cpu"))
     assert len(calls) == 2 and 0 < taken < 1
+
+
+def test_what_a_call_is_given_is_brought_to_two_rows():
+    """Its first row; what has no row, or is another's kind of list, is passed on as it is."""
+    x, other = torch.arange(12.0).view(3, 4), torch.zeros(7)
+    size, step = torch.Size((3, 5)), torch.tensor(5)
+    given = (x, step, {"a": [x[:, 1], other], "b": None}, size, "text", (x, (x,)))
+    made = step_auto.rows_of(given, 3)
+    assert torch.equal(made[0], x[:1].repeat(2, 1)) and made[0].is_contiguous() and made[1] is step
+    assert torch.equal(made[2]["a"][0], torch.ones(2)) and made[2]["a"][1] is other and made[2]["b"] is None
+    assert made[3] is size and made[4] == "text" and torch.equal(made[5][1][0], made[0])
+    assert type(made[5]) is tuple and type(made[2]["a"]) is list

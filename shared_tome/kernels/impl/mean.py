@@ -20,9 +20,9 @@ LANES = 4
 # Merged tokens of a program that stand for themselves alone.
 _COPIES = 8
 # Channels of a program, the most first, and of a warp. On an H200, 4,096, 16,384 and 65,536 x 320 tokens, float16: 7.1,
-# 13.9 and 53 us, by blocks of 256 7.5, 15.0 and 57; at 640 channels blocks of 256 take 8.8 and those of 512 9.4. One
-# chain a group: 9.3, 17.8 and 68, eight: 7.7, 16.7 and 67. What a program costs is its launch, about a nanosecond, and
-# the walk through the longest chain.
+# 13.9 and 53 us, by blocks of 256 7.5, 15.0 and 57; at 640 channels blocks of 256 take 8.8 and those of 512 9.4. Eight
+# chains a group: 7.7, 16.7 and 67. What a program costs is its launch, about a nanosecond, and the walk through the
+# longest chain (docs/kernels.md).
 _BLOCKS, _OF_WARP = (512, 256), 256
 # Tokens of a program of `links`: 3.8, 4.4 and 6.3 us, with 256 5.0, 5.2 and 6.4.
 _TOKENS = 128
