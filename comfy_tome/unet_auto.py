@@ -40,8 +40,8 @@ def verdict_on_step(
         config: how it is merged. attention, kernels: see auto.verdict_on.
         merged: merged(options, run) calls run(options, more) with ToMe's options and further arguments.
     """
-    if not is_judged(config, x.device):
-        return None
+    if not is_judged(config, x.device) or find_options(args, kwargs)[1].get("optimized_attention_override"):
+        return None  # a step by another attention than the picture's tells nothing
 
     def both() -> tuple[Callable[[], Any], Callable[[], Any]]:
         _refuse_anothers(base_model)

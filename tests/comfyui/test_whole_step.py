@@ -95,6 +95,13 @@ def test_other_nodes_do_not_see_it(sd15, tome, judged):
     assert len(judged["outs"]) == 2
 
 
+def test_not_judged_under_another_nodes_attention(sd15, tome, judged):
+    model = sd15.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = lambda func, *a, **k: func(*a, **k)
+    expected = sample(tome(model, **OPTIONS, levels="0,1"), steps=1)
+    assert torch.equal(sample(tome(model, **OPTIONS), steps=1), expected) and not judged["keys"]
+
+
 @pytest.mark.parametrize("what", ["forward", "hook", "call"])
 def test_not_run_where_another_node_works_on_the_model_itself(sd15, tome, judged, what):
     base = sd15.model
