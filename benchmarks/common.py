@@ -21,6 +21,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
+from shared_tome.auto import put_in_order
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -39,9 +41,7 @@ def priority(backend: str) -> list[SDPBackend]:
 def attention_by(backend: str) -> Any:
     """A context in which torch's attention runs by `priority(backend)`."""
     if torch.cuda.is_available():
-        # When it is first asked, torch puts its kernels into the device's own order, whatever was chosen before.
-        x = torch.empty(1, 1, 64, 64, device="cuda", dtype=torch.float16)
-        torch._fused_sdp_choice(x, x, x)
+        put_in_order(torch.device("cuda"))  # or the first attention undoes what is chosen here
     return sdpa_kernel(priority(backend), set_priority=True)
 
 

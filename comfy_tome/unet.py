@@ -50,16 +50,17 @@ class UNetPatch:
         compiled = is_compiled(executor, options)
         model, full = executor.class_obj.diffusion_model, tuple(x.shape[-2:])
         layers = _layers_of(model), _dtype_of(executor)
-        if record is None and not compiled and _leaves_alone(config, full, x.device, *layers, options):
+        host = _host_attention(), _kernels_of(options, x.device)
+        if record is None and not compiled and _leaves_alone(config, full, x.device, *layers, *host):
             return executor(x, t, *args, **kwargs)
         told = None if record is None or record.run.compiled else record
-        unpaid = None if compiled else self._why_not_paid(executor, x, t, args, kwargs, config)
+        unpaid = None if compiled else _why_not_paid(executor.class_obj, x, t, args, kwargs, config, *host)
         if unpaid is not None and told is None:
             say_once(unpaid, f"{x.shape[-2]}x{x.shape[-1]}, nothing is merged")
             return executor(x, t, *args, **kwargs)
         step, alike = step_of(options, x.device), halves_alike(options)
         call = ModelCall(config, full, x.device, step=step, alike=alike)
-        patch = UNetCall(call, options, told, _host_attention(), layers if compiled else None, model, unpaid)
+        patch = UNetCall(call, options, told, host[0], layers if compiled else None, model, unpaid)
         # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
         # transformer_options, so without this a compiled model would keep the patches it first saw.
         kwargs["tome"] = patch.key
@@ -69,22 +70,6 @@ class UNetPatch:
         if record is not None:
             record.end()
         return out
-
-    def _why_not_paid(
-        self, executor: Any, x: Tensor, t: Tensor, args: tuple, kwargs: dict[str, Any], config: ToMeConfig
-    ) -> str | None:
-        """Why merging does not pay in whole steps, or None."""
-        base, full, host = executor.class_obj, tuple(x.shape[-2:]), _host_attention()
-        kernels = _kernels_of(find_options(args, kwargs)[1], x.device)
-
-        def merged(options: dict[str, Any], run: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
-            call = ModelCall(config, full, x.device, step=step_of(options, x.device))
-            patch = UNetCall(call, options, None, host, None, base.diffusion_model)
-            with patch.mlp_hooks(base):
-                return run(patch.options, {"tome": patch.key})
-
-        found = verdict_on_step(base, x, t, args, kwargs, config, merged, host, kernels)
-        return None if found is None or found.pays() else why_left_alone(found)
 
 
 def _host_attention() -> Attention:
@@ -100,17 +85,39 @@ def _leaves_alone(
     device: torch.device,
     layers: list[tuple[int, int, int]],
     dtype: torch.dtype,
-    options: dict[str, Any],
+    attention: Attention,
+    kernels: tuple[str, ...],
 ) -> bool:
     """Whether no layer would be merged, by what is known of all of them: then the model runs as if ToMe were not there.
     Its patches take the processor time, which shows where steps wait for it."""
     if not layers:
         return False  # not a U-Net as they are known
-    host = _host_attention(), _kernels_of(options, device)
-    reasons = why_layers_left_alone(config, full, device, layers, dtype, *host)
+    reasons = why_layers_left_alone(config, full, device, layers, dtype, attention, kernels)
     for grid, reason in (reasons or {}).items():
         leave_alone(None, reason, f"layers of {grid[0]}x{grid[1]} tokens")
     return reasons is not None
+
+
+def _why_not_paid(
+    base: Any,
+    x: Tensor,
+    t: Tensor,
+    args: tuple,
+    kwargs: dict[str, Any],
+    config: ToMeConfig,
+    attention: Attention,
+    kernels: tuple[str, ...],
+) -> str | None:
+    """Why merging does not pay in whole steps, or None. base: the model that apply_model is of."""
+
+    def merged(options: dict[str, Any], run: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
+        call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=step_of(options, x.device))
+        patch = UNetCall(call, options, None, attention, None, base.diffusion_model)
+        with patch.mlp_hooks(base):
+            return run(patch.options, {"tome": patch.key})
+
+    found = verdict_on_step(base, x, t, args, kwargs, config, merged, attention, kernels)
+    return None if found is None or found.pays() else why_left_alone(found)
 
 
 # Walking through a model takes longer than a step may.

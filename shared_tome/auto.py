@@ -285,14 +285,14 @@ def name_of(attention: Attention | None, device: torch.device) -> str:
     if attention is not None:
         return getattr(attention, "__name__", type(attention).__name__)
     if device.type == "cuda":
-        _put_in_order(device)
+        put_in_order(device)
     order = getattr(torch._C, "_get_sdp_priority_order", lambda: list(_SWITCHES))()  # torch 2.6
     names = (_SWITCHES[int(number)] for number in order if int(number) in _SWITCHES)
     return " ".join(["torch", *(name for name in names if getattr(torch.backends.cuda, f"{name}_sdp_enabled")())])
 
 
 @functools.lru_cache(maxsize=8)
-def _put_in_order(device: torch.device) -> None:
+def put_in_order(device: torch.device) -> None:
     """torch puts its kernels into a device's order (cuDNN first on an H100) when it is first asked for one."""
     x = torch.empty(1, 1, 64, 64, device=device, dtype=torch.float16)
     with contextlib.suppress(AttributeError, RuntimeError):

@@ -59,7 +59,7 @@ class BlockHooks:
     def judge(self, kind: Hashable, judged: Judged) -> None:
         """Remember what became of a whole call."""
         if judged.pays_nowhere:
-            self._idle.add(kind)
+            self.rest(kind)
         elif not is_compiling():
             self._alone[kind] = frozenset((self._alone.get(kind, frozenset()) | judged.alone) - judged.busy)
 

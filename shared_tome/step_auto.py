@@ -6,6 +6,7 @@ gained, however much each layer saves. Python, the host's code and the machine d
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
 from collections.abc import Callable
@@ -50,23 +51,23 @@ def verdict_of(
     """
     if model not in _sizes:
         _sizes[model] = sum(parameter.numel() for parameter in model.parameters())
-    more = [name for name in ("cross_attention", "mlp") if getattr(config, name)]
-    key = ", ".join(
-        [
-            f"a step of {type(model).__name__} of {_sizes[model]} parameters",
-            "x".join(map(str, grid)),
-            str(x.dtype).removeprefix("torch."),
-            " ".join([name_of(attention, x.device), *kernels]),
-            *ways(config, config.keeps_own),
-            *more,
-        ]
-    )
+    what = f"a step of {type(model).__name__} of {_sizes[model]} parameters"
+    key = _key(what, grid, x.dtype, " ".join([name_of(attention, x.device), *kernels]), config)
 
     def measure() -> Verdict:
         with torch.no_grad():
             return _compared(*both(), x.device)
 
     return known_or_measured(key, x.device, measure)
+
+
+# ComfyUI asks in each step (see auto._case).
+@functools.lru_cache(maxsize=256)
+def _key(what: str, grid: Grid, dtype: torch.dtype, attention: str, config: ToMeConfig) -> str:
+    """What tells a step from others on one device."""
+    more = [name for name in ("cross_attention", "mlp") if getattr(config, name)]
+    shape = ["x".join(map(str, grid)), str(dtype).removeprefix("torch.")]
+    return ", ".join([what, *shape, attention, *ways(config, config.keeps_own), *more])
 
 
 def why_left_alone(verdict: Verdict) -> str:

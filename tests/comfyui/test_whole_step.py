@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from kept_verdicts import Kept
 
 from .host import forget_log, pack_module, sample
 
@@ -23,25 +24,16 @@ def judged(comfy_nodes, monkeypatch):
     forget_log()
     unet_auto = pack_module("unet_auto")
     step_auto = sys.modules[unet_auto.verdict_of.__module__]
-    found = {"merged": 99.0, "outs": [], "keys": [], "known": {}, "refused": []}
+    known = Kept(sys.modules[step_auto.Verdict.__module__].Verdicts)
+    found = {"merged": 99.0, "outs": [], "keys": known.keys, "known": known}
 
     def compared(whole, merged, device):
         found["outs"].append((whole(), merged()))
         return step_auto.Verdict(1e5, 1e3 * found["merged"], 0.0)
 
-    def known_or_measured(key, device, measure):
-        found["keys"].append(key)
-        if key not in found["known"]:
-            try:
-                found["known"][key] = measure()
-            except ValueError as error:
-                found["refused"].append(str(error))
-                found["known"][key] = None
-        return found["known"][key]
-
     monkeypatch.setattr(unet_auto, "is_judged", lambda config, device: config.levels == "auto")
     monkeypatch.setattr(step_auto, "_compared", compared)
-    monkeypatch.setattr(step_auto, "known_or_measured", known_or_measured)
+    monkeypatch.setattr(step_auto, "known_or_measured", known)
     return found
 
 
@@ -55,7 +47,11 @@ def test_the_first_call_is_run_both_ways(sd15, tome, judged, caplog, options, me
     ((whole, less),) = judged["outs"]
     assert whole.shape == less.shape and len(whole) == 2 and torch.equal(whole[0], whole[1])
     assert not torch.equal(whole, less) and whole.isfinite().all()
-    assert len(judged["keys"]) == 2 and "a step of UNetModel of " in judged["keys"][0] and not judged["refused"]
+    assert (
+        len(judged["keys"]) == 2
+        and "a step of UNetModel of " in judged["keys"][0]
+        and "not measured" not in caplog.text
+    )
     said = [line for line in caplog.messages if "a step takes" in line]
     assert said == ([] if merged < 97 else [
         "[ToMe] merging does not pay here: a step takes 100.0 ms without and 99.0 ms with it (32x32, nothing is merged)"
@@ -103,7 +99,7 @@ def test_not_judged_under_another_nodes_attention(sd15, tome, judged):
 
 
 @pytest.mark.parametrize("what", ["forward", "hook", "call"])
-def test_not_run_where_another_node_works_on_the_model_itself(sd15, tome, judged, what):
+def test_not_run_where_another_node_works_on_the_model_itself(sd15, tome, judged, caplog, what):
     base = sd15.model
     block = next(m for m in base.diffusion_model.modules() if hasattr(m, "attn1"))
     expected = sample(tome(sd15, **OPTIONS, levels="0,1"), steps=1)
@@ -119,4 +115,4 @@ def test_not_run_where_another_node_works_on_the_model_itself(sd15, tome, judged
             owner.__dict__.pop(name, None)
         if handle is not None:
             handle.remove()
-    assert not judged["outs"] and "another node" in judged["refused"][0]
+    assert not judged["outs"] and "not measured (ValueError: another node" in caplog.text

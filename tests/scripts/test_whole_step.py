@@ -7,11 +7,12 @@ import logging
 
 import pytest
 import torch
+from kept_verdicts import Kept
 from torch import nn
 
 import shared_tome
 from shared_tome import ToMeConfig, script_hooks, step_auto
-from shared_tome.auto import Verdict
+from shared_tome.auto import Verdict, Verdicts
 from shared_tome.bare import bare_model
 
 from . import models
@@ -23,21 +24,16 @@ OPTIONS = {"min_tokens": 0, "ratio": 0.5, "method": "merge"}
 @pytest.fixture
 def judged(monkeypatch):
     """A GPU, on which a step takes 100 ms, and one that is merged that of `merged`; what was run, and its names."""
-    found = {"merged": 99.0, "outs": [], "keys": [], "known": {}}
+    known = Kept(Verdicts)
+    found = {"merged": 99.0, "outs": [], "keys": known.keys}
 
     def compared(whole, merged, device):
         found["outs"].append((whole().sample, merged().sample))
         return Verdict(1e5, 1e3 * found["merged"], 0.0)
 
-    def known_or_measured(key, device, measure):
-        found["keys"].append(key)
-        if key not in found["known"]:
-            found["known"][key] = measure()
-        return found["known"][key]
-
     monkeypatch.setattr(step_auto, "may_measure", lambda device: True)
     monkeypatch.setattr(step_auto, "_compared", compared)
-    monkeypatch.setattr(step_auto, "known_or_measured", known_or_measured)
+    monkeypatch.setattr(step_auto, "known_or_measured", known)
     return found
 
 

@@ -7,9 +7,11 @@ import threading
 
 import pytest
 import torch
+from kept_verdicts import Kept
 
 import shared_tome.vit as vit
 from shared_tome import vit_auto
+from shared_tome.auto import Verdicts
 
 from . import test_timm, test_transformers
 
@@ -19,7 +21,8 @@ HOOKS = 2  # around the model
 @pytest.fixture
 def judged(monkeypatch):
     """A GPU, on which merging saves so many of 100 us; what was timed, and under which names."""
-    found = {"saves": 1.0, "shapes": [], "keys": [], "known": {}}
+    known = Kept(Verdicts)
+    found = {"saves": 1.0, "shapes": [], "keys": known.keys, "known": known}
 
     def compared(full, merged, device, repeats):
         outs = [full(), merged()]
@@ -28,15 +31,9 @@ def judged(monkeypatch):
         found["differ"] = float((outs[0] - outs[1]).norm() / outs[0].norm())
         return vit_auto.Verdict(100.0, 100.0 - found["saves"], 0.0)
 
-    def known_or_measured(key, device, measure):
-        found["keys"].append(key)
-        if key not in found["known"]:
-            found["known"][key] = measure()
-        return found["known"][key]
-
     monkeypatch.setattr(vit_auto, "may_measure", lambda device: True)
     monkeypatch.setattr(vit_auto, "compared", compared)
-    monkeypatch.setattr(vit_auto, "known_or_measured", known_or_measured)
+    monkeypatch.setattr(vit_auto, "known_or_measured", known)
     return found
 
 
