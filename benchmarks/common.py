@@ -159,7 +159,8 @@ def turn_of(call: Callable[[], Any], device: str, together: float = 0.05) -> Cal
 def take_turns(
     turns: dict[str, Callable[[], Sequence[Any]]], seconds: float, least: int = 5, most: int = 200
 ) -> dict[str, list[Any]]:
-    """What each turn measured, one after the other and round after round, so that a drift of the machine meets all.
+    """What each turn measured, one after the other and round after round, so that a drift of the machine meets all;
+    every second round the other way round, so that none always comes first.
 
     Rounds are begun until `seconds` have passed, at least `least` and at most `most` of them.
     """
@@ -168,8 +169,8 @@ def take_turns(
     for done in range(most):
         if done >= least and time.perf_counter() - start >= seconds:
             break
-        for name, turn in turns.items():
-            found[name] += turn()
+        for name in list(turns)[:: -1 if done % 2 else 1]:
+            found[name] += turns[name]()
     return found
 
 

@@ -257,6 +257,26 @@ def own_jobs(case: Case, heads: int) -> Iterator[Job]:
         return beside_torch(exact, got, own._keep_own(*given))
 
     yield "own", "", lambda: own_kernel.launch_own(*given), lambda: own._keep_own(*given), check
+    if case.channels // heads == 64:
+        yield attend_drawn_job(q, k, v, drawn, kernel, weight)
+
+
+def attend_drawn_job(q: Tensor, k: Tensor, v: Tensor, plan: Any, kernel: str, weight: float) -> Job:
+    """The attention with own tokens in it; plain: torch's own kernel, and behind it what `own` does."""
+    from shared_tome.joined import attend_with_lse
+    from shared_tome.kernels.impl.attend_drawn import launch_attend_drawn
+
+    drawn, scale = own.take_turns(k, v, plan.turns), q.shape[-1] ** -0.5
+    given = (q, k, v, *drawn, plan.turns, plan.runs, 0, scale, weight)
+
+    def plain() -> Tensor:
+        return own._keep_own(q, k, v, *attend_with_lse(q, *drawn, kernel), plan.turns, plan.runs, scale, weight)
+
+    def check(got: Tensor) -> str:
+        one = [x[:, :1].double() for x in given[:5]]
+        return beside_torch(own._attend_drawn(*one, plan.turns[:1], *given[6:]), got[:, :1], plain()[:, :1])
+
+    return "attend_drawn", "", lambda: launch_attend_drawn(*given), plain, check
 
 
 def nearest_variants() -> list:

@@ -39,7 +39,7 @@ log = logging.getLogger("ToMe")
 FOLDER = "TOME_CACHE"
 # 0 measures nothing: every layer with at least min_tokens is merged.
 SWITCH = "TOME_MEASURE"
-FORM = 3  # of the file; one of another form is written anew
+FORM = 4  # of the file; one of another form is written anew
 # From here on attention takes so long that merging pays on any device (docs/speed.md).
 ALWAYS = 16384
 # Merging must save this share of the layer: what is measured scatters by a few percent.

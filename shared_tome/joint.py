@@ -26,6 +26,8 @@ from .sampling import SamplePlan, run_lengths
 
 # Kernels of torch in whose place one call of ours is faster than theirs joined (docs/kernels.md).
 _SLOWER = ("flash", "efficient")
+# Heads at which the kernel that has own tokens in it is faster than cuDNN's and `own` behind it.
+_OWN_HEADS = 64
 # Keys that count several times stand as often among those that count once where that makes so few: it saves a call.
 _FEW = 256
 
@@ -114,10 +116,14 @@ class JointCall:
         kernel = self._kernel(q)
         if kernel is None:
             return None
-        if not self.own and kernel in _SLOWER and kernels.attends(q.shape[-1], q.dtype):
+        out = None
+        if self.own:
+            if kernel in _SLOWER or q.shape[-1] == _OWN_HEADS:
+                out = _attend_drawn_at_once(q, k, v, start, plan, around, scale)
+        elif kernel in _SLOWER and kernels.attends(q.shape[-1], q.dtype):
             out = _attend_at_once(q, k, v, start, plan, around, scale)
-            if out is not None:
-                return out
+        if out is not None:
+            return out
         try:
             return attend_joined(q, k, v, start, plan, around, kernel, scale, self.own)
         except torch.cuda.OutOfMemoryError:
@@ -155,6 +161,21 @@ def _attend_at_once(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = kernels.attend(q, take_heads(k, index), take_heads(v, index), around.bias, scale)
     return None if out is None else out.transpose(1, 2)
+
+
+def _attend_drawn_at_once(
+    q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, around: Around, scale: float | None
+) -> Tensor | None:
+    """JointCall.attend with own tokens by a kernel of ours; None where it does not serve: all drawn keys must
+    count alike."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    alike = around.ones is None and len(around.sizes) == 1
+    if not alike or not isinstance(plan, SamplePlan) or not kernels.attends_drawn(q, k, v, scale):
+        return None
+    image = [k, v] if k.shape[2] == plan.tokens else [x[:, :, start : start + plan.tokens] for x in (k, v)]
+    drawn = take_turns(*image, plan.turns)
+    out = kernels.attend_drawn(q, k, v, *drawn, plan.turns, plan.runs, start, scale, around.sizes[0][1])
+    return out.transpose(1, 2)
 
 
 def attend_joined(

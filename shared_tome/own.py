@@ -6,7 +6,8 @@ needed to put one more key in for each query, and to let the token that stands f
 
     (exp(s) o + exp(q k_own) v_own - exp(q k_drawn) v_drawn) / (exp(s) + exp(q k_own) - exp(q k_drawn))
 
-A query whose own token is the drawn one gets o, bit for bit.
+A query whose own token is the drawn one gets o, bit for bit. For some heads a kernel of ours does both at once
+(kernels.attend_drawn): its sums begin with these two keys.
 
 As all tokens' keys are there, heads draw apart: head h takes what layer and step would draw h turns later. Their errors
 differ then, and what comes behind them takes the mean (docs/quality.md).
@@ -92,3 +93,45 @@ def _keep_own(
     mixed = out.float() * (rest / total)[..., None]
     mixed.addcmul_(v.float(), (own / total)[..., None]).addcmul_(drawn_v, (drawn / total)[..., None], value=-1.0)
     return mixed.to(out.dtype)
+
+
+# Scores that _attend_drawn writes at a time.
+_SCORES = 2**26
+
+
+def _attend_drawn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    drawn_k: Tensor,
+    drawn_v: Tensor,
+    turns: Tensor,
+    runs: Tensor,
+    start: int,
+    scale: float,
+    weight: float,
+) -> Tensor:
+    """The attention to drawn keys, to all tokens beside the image's, and of each of the image's queries to its own
+    token, in plain torch: the specification of kernels.attend_drawn.
+
+    Args:
+        q, k, v: [B, H, L, d] of all tokens; the image's N begin at `start`. drawn_k, drawn_v: [B, H, M, d], take_turns
+            of the image's by `turns`. turns, runs, scale: as in keep_own.
+        weight: the logarithm of what each drawn key counts; a key beside the image's counts once.
+    Returns:
+        [B, H, L, d].
+    """
+    image = slice(start, start + runs.shape[0])
+    beside = [[x[:, :, :start], x[:, :, image.stop :]] for x in (k, v)]
+    keys, values = (torch.cat((x, *y), 2).float() for x, y in zip((drawn_k, drawn_v), beside, strict=True))
+    count = torch.full((keys.shape[2],), 0.0, device=q.device)
+    count[: drawn_k.shape[2]] = weight
+    out, lse = [], []
+    for part in q.float().split(max(1, _SCORES // (q.shape[0] * q.shape[1] * keys.shape[2])), 2):
+        logits = part @ keys.transpose(-1, -2) * scale + count
+        out.append(logits.softmax(-1) @ values)
+        lse.append(logits.logsumexp(-1))
+    out, lse = torch.cat(out, 2), torch.cat(lse, 2)
+    parts = (x[:, :, image] for x in (q, k, v, out, lse))
+    out[:, :, image] = _keep_own(*parts, turns, runs, scale)
+    return out.to(q.dtype)

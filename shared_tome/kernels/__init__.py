@@ -208,12 +208,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
 
     q: [B, H, N, d], k and v: [B, H, M, d], bias: [b, M], scale: of the logits. The result lies as [B, N, H, d].
     """
-    able = k.shape == v.shape and q.shape[:2] == k.shape[:2] and k.shape[2] > 0 and q.dtype == k.dtype == v.dtype
-    if not able or not attends(q.shape[-1], q.dtype) or not serves(q, k, v, bias):
-        return None
-    if q.shape[0] * q.shape[1] > _MOST_PROGRAMS or any(x.shape[2] * x.stride(2) >= _FARTHEST for x in (k, v)):
-        return None
-    return _op("attend")(q, k, v, bias, scale)
+    able = k.shape == v.shape and q.shape[:2] == k.shape[:2] and k.shape[2] > 0
+    return _op("attend")(q, k, v, bias, scale) if able and _fits(q, k, v) and serves(q, k, v, bias) else None
+
+
+def attends_drawn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether `attend_drawn` takes q, k, v [B, H, L, d] and logits of this scale."""
+    able = q.shape == k.shape == v.shape and q.numel() > 0 and scale > 0.0
+    # Where it failed once, the way without it is faster than plain torch.
+    return able and _fits(q, k, v) and serves(q, k, v) and (is_compiling() or _load().runs("attend_drawn"))
+
+
+def attend_drawn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    drawn_k: Tensor,
+    drawn_v: Tensor,
+    turns: Tensor,
+    runs: Tensor,
+    start: int,
+    scale: float,
+    weight: float,
+) -> Tensor:
+    """own._attend_drawn in one launch, where attends_drawn allows it. The result lies as [B, L, H, d]."""
+    return _op("attend_drawn")(q, k, v, drawn_k, drawn_v, turns, runs, start, scale, weight)
 
 
 def turns(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -233,6 +252,14 @@ def own(
     if is_compiling() or not able or q.dtype not in _DTYPES or q.numel() == 0 or not serves(q, k, v, out, turns, runs):
         return None
     return _op("own")(q, k, v, out, lse, turns, runs, scale, weight)
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels that attend take heads q, k, v of such channels and so many tokens."""
+    if not attends(q.shape[-1], q.dtype) or not q.dtype == k.dtype == v.dtype:
+        return False
+    near = all(x.shape[2] * x.stride(2) < _FARTHEST for x in (k, v))
+    return near and q.shape[0] * q.shape[1] <= _MOST_PROGRAMS
 
 
 def _widens(heads: tuple[Tensor, ...], bias: Tensor | None) -> bool:

@@ -30,7 +30,7 @@ def test_turns_take_turns():
     order = []
     turns = {name: lambda name=name: order.append(name) or [1.0] for name in "abc"}
     found = common.take_turns(turns, seconds=0.0, least=3)
-    assert "".join(order) == "abcabcabc" and found == {name: [1.0] * 3 for name in "abc"}
+    assert "".join(order) == "abccbaabc" and found == {name: [1.0] * 3 for name in "abc"}
     assert len(common.take_turns(turns, seconds=60.0, most=4)["a"]) == 4
 
 

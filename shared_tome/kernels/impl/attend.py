@@ -12,16 +12,17 @@ from torch import Tensor
 from ...plan import check_rows
 from .compiler import power_of_two, tl, triton
 
+Config = tuple[int, int, int, int]
 # By channels of a program's head: queries, keys of a block, warps, stages of the pipeline.
-_CONFIG = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3)}
-# The same where there are so few programs that a large GPU would wait for its last ones.
-_SMALL = (64, 64, 4, 3)
-_FEW = 400
-_LOG2_E = 1.4426950408889634
+_CONFIG: dict[int, Config] = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3)}
+# The same where there are so few programs that a large GPU would wait for its last ones, and (heads of 64) some more.
+_SMALL, _MEDIUM = (64, 64, 4, 3), (64, 128, 4, 3)
+_FEW, _SOME = 400, 1000
+LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _block(
+def add_keys(
     query,
     total,
     top,
@@ -29,6 +30,7 @@ def _block(
     key,
     value,
     weight,
+    lighter,
     k2,
     v2,
     first,
@@ -38,10 +40,15 @@ def _block(
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     WHOLE: tl.constexpr,
+    WEIGHED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """KEYS keys from `first` on. WHOLE: all of them are there. WIDEN: for the interpreter, which cannot multiply
-    bfloat16."""
+    """KEYS keys from `first` on; exponents are powers of two, exp2 is the GPU's own.
+
+    WHOLE: all of them are there. WEIGHED: each by its own `weight`, natural logarithms; else all by -`lighter`, a power
+    of two: the greatest logit is then looked for before it is scaled, an instruction less for each. scale: above 0.
+    WIDEN: for the interpreter, which cannot multiply bfloat16.
+    """
     at = first + tl.arange(0, KEYS)
     channel = tl.arange(0, BLOCK)
     at_key = key + at[None, :] * k2 + channel[:, None]
@@ -54,15 +61,62 @@ def _block(
         v = tl.load(at_value, mask=there[:, None] & (channel < HEAD)[None, :], other=0.0)
     if WIDEN:
         query, k, v = query.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
-    # Keys that are not there weigh nothing. Logits in powers of two: exp2 is the GPU's own.
-    bias = tl.load(weight + at, mask=at < keys, other=float("-inf")) * 1.4426950408889634
-    logits = tl.dot(query, k) * scale + bias[None, :]
-    higher = tl.maximum(top, tl.max(logits, 1))
-    share = tl.exp2(logits - higher[:, None])
+    # Keys that are not there weigh nothing.
+    logits = tl.dot(query, k)
+    if WEIGHED:
+        bias = tl.load(weight + at, mask=at < keys, other=float("-inf")) * 1.4426950408889634
+        logits = logits * scale + bias[None, :]
+        higher = tl.maximum(top, tl.max(logits, 1))
+        share = tl.exp2(logits - higher[:, None])
+    else:
+        if not WHOLE:
+            logits = tl.where((at < keys)[None, :], logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1) * scale - lighter)
+        share = tl.exp2(logits * scale - (higher + lighter)[:, None])
     shrink = tl.exp2(top - higher)
     mass = mass * shrink + tl.sum(share, 1)
     total = tl.dot(share.to(v.dtype), v, total * shrink[:, None])
     return total, higher, mass
+
+
+@triton.jit
+def add_all_keys(
+    query,
+    total,
+    top,
+    mass,
+    key,
+    value,
+    weight,
+    lighter,
+    k2,
+    v2,
+    begin,
+    end,
+    scale,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+    WEIGHED: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Keys from `begin` to `end`, as add_keys has them.
+
+    query: [ROWS, BLOCK]; total [ROWS, BLOCK], top and mass [ROWS]: the sum of the values, the greatest exponent and the
+    sum of what the values weigh, so far.
+    """
+    whole = begin + (end - begin) // KEYS * KEYS
+    for first in range(begin, whole, KEYS):
+        total, top, mass = add_keys(
+            query, total, top, mass, key, value, weight, lighter, k2, v2, first, end, scale,
+            HEAD, BLOCK, KEYS, True, WEIGHED, WIDEN,
+        )  # fmt: skip
+    if whole < end:
+        total, top, mass = add_keys(
+            query, total, top, mass, key, value, weight, lighter, k2, v2, whole, end, scale,
+            HEAD, BLOCK, KEYS, False, WEIGHED, WIDEN,
+        )  # fmt: skip
+    return total, top, mass
 
 
 @triton.jit
@@ -105,22 +159,22 @@ def _attend_kernel(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     top = tl.full((ROWS,), -1e30, tl.float32)
     mass = tl.zeros((ROWS,), tl.float32)
-    whole = keys // KEYS * KEYS
-    for first in range(0, whole, KEYS):
-        total, top, mass = _block(
-            query, total, top, mass, key, value, weight, k2, v2, first, keys, scale, HEAD, BLOCK, KEYS, True, WIDEN
-        )
-    if whole < keys:
-        total, top, mass = _block(
-            query, total, top, mass, key, value, weight, k2, v2, whole, keys, scale, HEAD, BLOCK, KEYS, False, WIDEN
-        )
+    total, top, mass = add_all_keys(
+        query, total, top, mass, key, value, weight, 0.0, k2, v2, 0, keys, scale, HEAD, BLOCK, KEYS, True, WIDEN
+    )
     target = out + ((batch * tokens + token.to(tl.int64)) * heads + head) * HEAD
     tl.store(target[:, None] + channel[None, :], (total / mass[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
-def launch_attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, config: tuple[int, int, int, int] | None = None
-) -> Tensor:
+def _config_for(block: int, queries: int) -> Config:
+    """The settings for heads of `block` channels; queries: of all rows and heads."""
+    programs = queries / _CONFIG[block][0]
+    if programs < _FEW:
+        return _SMALL
+    return _MEDIUM if block == 64 and programs < _SOME else _CONFIG[block]
+
+
+def launch_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, config: Config | None = None) -> Tensor:
     """As attention.attend with a bias; the result lies in memory as [B, N, H, d]."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, d = q.shape
@@ -128,8 +182,7 @@ def launch_attend(
     bias = bias.float().contiguous()
     made = torch.empty((batch, tokens, heads, d), dtype=q.dtype, device=q.device)
     block = max(min(_CONFIG), power_of_two(d))
-    few = tokens * batch * heads < _FEW * _CONFIG[block][0]
-    rows, keys, warps, stages = config or (_SMALL if few else _CONFIG[block])
+    rows, keys, warps, stages = config or _config_for(block, batch * heads * tokens)
     _attend_kernel[(-(-tokens // rows), batch * heads)](
         q,
         k,
@@ -140,7 +193,7 @@ def launch_attend(
         tokens,
         k.shape[2],
         bias.shape[0],
-        scale * _LOG2_E,
+        scale * LOG2_E,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...config import ToMeConfig
 from .. import NAMESPACE, SELECTED, log
 from .attend import launch_attend
+from .attend_drawn import launch_attend_drawn
 from .draw import launch_draw
 from .gather import launch_gather
 from .match import launch_match
@@ -48,6 +49,11 @@ def _operator(name: str, arguments: str, results: str, launch: Callable, plain: 
     DIRECT[name], LAUNCH[name] = run, launch
     schema = f"({arguments}) -> {results}"
     torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=schema).register_fake(fake)
+
+
+def runs(name: str) -> bool:
+    """Whether the kernel has not failed in this process."""
+    return name not in _broken
 
 
 def _on_device_of(x: Tensor):
@@ -201,6 +207,16 @@ def _fake_attend(q, k, v, bias, scale):
     return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
 
 
+def _plain_attend_drawn(q, *given):
+    from ...own import _attend_drawn
+
+    return _attend_drawn(q, *given).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _fake_attend_drawn(q, *given):
+    return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
+
+
 def _plain_turns(k, v, index):
     from ...own import _take_turns
 
@@ -302,6 +318,15 @@ _operator(
     launch_attend,
     _plain_attend,
     _fake_attend,
+)
+_operator(
+    "attend_drawn",
+    "Tensor q, Tensor k, Tensor v, Tensor drawn_k, Tensor drawn_v, Tensor turns, Tensor runs, SymInt start, "
+    "float scale, float weight",
+    "Tensor",
+    launch_attend_drawn,
+    _plain_attend_drawn,
+    _fake_attend_drawn,
 )
 _operator("turns", "Tensor k, Tensor v, Tensor index", "(Tensor, Tensor)", launch_turns, _plain_turns, _fake_turns)
 _operator(
