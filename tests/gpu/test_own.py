@@ -145,7 +145,7 @@ def test_extreme_logits(kernel, dtype, above):
 @torch.inference_mode()
 @pytest.mark.parametrize(("grid", "heads", "d"), [((64, 64), 8, 40), ((64, 64), 10, 64)])
 def test_a_layer_adds_two_launches(kernel, grid, heads, d):
-    """Keys and values, and the kernel."""
+    """Keys and values, and the kernel; at heads of 64 the kernel is the attention itself."""
     if choose_kernel((kernel,), CUDA, torch.float16, d) is None:
         pytest.skip(f"this GPU or torch has no {kernel} kernel for heads of {d}")
     plan = drawn(grid)
@@ -154,7 +154,8 @@ def test_a_layer_adds_two_launches(kernel, grid, heads, d):
     assert all(map(torch.equal, take_turns(k, v, plan.turns), (key, value)))
     joint = JointCall(True, (kernel,), never, own=True)
     attention = launches(lambda: attend_with_lse(q, key, value, kernel))
-    assert 0 < attention < launches(lambda: joint.attend(q, k, v, 0, plan)) <= attention + 2
+    found = launches(lambda: joint.attend(q, k, v, 0, plan))
+    assert attention > 0 and (found == 2 if d == 64 else attention < found <= attention + 2)
 
 
 @torch.inference_mode()
