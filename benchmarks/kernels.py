@@ -258,25 +258,33 @@ def own_jobs(case: Case, heads: int) -> Iterator[Job]:
 
     yield "own", "", lambda: own_kernel.launch_own(*given), lambda: own._keep_own(*given), check
     if case.channels // heads == 64:
-        yield attend_drawn_job(q, k, v, drawn, kernel, weight)
+        yield from attend_drawn_jobs(q, k, v, drawn, kernel, weight)
 
 
-def attend_drawn_job(q: Tensor, k: Tensor, v: Tensor, plan: Any, kernel: str, weight: float) -> Job:
+def attend_drawn_jobs(q: Tensor, k: Tensor, v: Tensor, plan: Any, kernel: str, weight: float) -> Iterator[Job]:
     """The attention with own tokens in it; plain: torch's own kernel, and behind it what `own` does."""
     from shared_tome.joined import attend_with_lse
     from shared_tome.kernels.impl.attend_drawn import launch_attend_drawn
 
     drawn, scale = own.take_turns(k, v, plan.turns), q.shape[-1] ** -0.5
-    given = (q, k, v, *drawn, plan.turns, plan.runs, 0, scale, weight)
+    lists = (plan.turns, plan.runs)
 
     def plain() -> Tensor:
-        return own._keep_own(q, k, v, *attend_with_lse(q, *drawn, kernel), plan.turns, plan.runs, scale, weight)
+        return own._keep_own(q, k, v, *attend_with_lse(q, *drawn, kernel), *lists, scale, weight)
 
     def check(got: Tensor) -> str:
-        one = [x[:, :1].double() for x in given[:5]]
-        return beside_torch(own._attend_drawn(*one, plan.turns[:1], *given[6:]), got[:, :1], plain()[:, :1])
+        one = [x[:, :1].double() for x in (q, k, v)]
+        exact = own._attend_drawn(*one, None, lists[0][:1], lists[1], 0, scale, weight)
+        return beside_torch(exact, got[:, :1], plain()[:, :1])
 
-    return "attend_drawn", "", lambda: launch_attend_drawn(*given), plain, check
+    for variant, taken in (("", drawn), ("listed", None)):
+        yield (
+            "attend_drawn",
+            variant,
+            lambda taken=taken: launch_attend_drawn(q, k, v, taken, *lists, 0, scale, weight),
+            None if variant else plain,
+            check,
+        )
 
 
 def nearest_variants() -> list:

@@ -78,7 +78,7 @@ class Draw(ModelCall):
         kept = kept_count(tokens, int(tokens * self.config.ratio))
         seed, turn = self.words(grid, layer)
         walk = walk_table(grid, kept, seed, self.order(grid))
-        return SamplePlan(batch, grid, walk_rows(walk, tokens, turn, 0, 1)[0])
+        return SamplePlan(batch, grid, walk_rows(walk, tokens, turn, 0, 1))
 
 
 class Independent(Draw):
@@ -183,7 +183,7 @@ class Lattice(Draw):
         row, column = places[self.turn(layer) % len(places)]
         runs = self.order(grid).reshape(kept, side**2)
         there = (runs // grid[1] % side == row) & (runs % grid[1] % side == column)  # (M, L), one of each run
-        return SamplePlan(batch, grid, runs.gather(1, there.int().argmax(1, keepdim=True)).T)
+        return SamplePlan(batch, grid, runs.gather(1, there.int().argmax(1, keepdim=True)).T[None])
 
 
 class LatticeByLayers(Lattice):

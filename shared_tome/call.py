@@ -202,8 +202,7 @@ class ModelCall:
                     self._walks[grid] = walk_table(grid, kept, self.seed, order)
                 drawn = walk_rows(self._walks[grid], tokens, self.step, layer, count)
             self._drawn[grid] = drawn
-        drawn = self._drawn[grid]
-        return SamplePlan(batch, grid, drawn[place], drawn[place : place + turns])
+        return SamplePlan(batch, grid, self._drawn[grid].narrow(0, place, turns))
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, metric: Tensor | None = None, own: bool = False

@@ -172,9 +172,11 @@ def _attend_drawn_at_once(
     alike = around.ones is None and len(around.sizes) == 1
     if not alike or not isinstance(plan, SamplePlan) or not kernels.attends_drawn(q, k, v, scale):
         return None
-    image = [k, v] if k.shape[2] == plan.tokens else [x[:, :, start : start + plan.tokens] for x in (k, v)]
-    drawn = take_turns(*image, plan.turns)
-    out = kernels.attend_drawn(q, k, v, *drawn, plan.turns, plan.runs, start, scale, around.sizes[0][1])
+    drawn = None
+    if not kernels.pays_to_list(plan.kept):
+        image = [k, v] if k.shape[2] == plan.tokens else [x[:, :, start : start + plan.tokens] for x in (k, v)]
+        drawn = take_turns(*image, plan.turns)
+    out = kernels.attend_drawn(q, k, v, drawn, plan.turns, plan.runs, start, scale, around.sizes[0][1])
     return out.transpose(1, 2)
 
 

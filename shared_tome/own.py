@@ -103,8 +103,7 @@ def _attend_drawn(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    drawn_k: Tensor,
-    drawn_v: Tensor,
+    drawn: tuple[Tensor, Tensor] | None,
     turns: Tensor,
     runs: Tensor,
     start: int,
@@ -115,17 +114,18 @@ def _attend_drawn(
     token, in plain torch: the specification of kernels.attend_drawn.
 
     Args:
-        q, k, v: [B, H, L, d] of all tokens; the image's N begin at `start`. drawn_k, drawn_v: [B, H, M, d], take_turns
-            of the image's by `turns`. turns, runs, scale: as in keep_own.
+        q, k, v: [B, H, L, d] of all tokens; the image's N begin at `start`. drawn: take_turns of the image's k and
+            v by `turns`; None: taken here. turns, runs, scale: as in keep_own.
         weight: the logarithm of what each drawn key counts; a key beside the image's counts once.
     Returns:
         [B, H, L, d].
     """
     image = slice(start, start + runs.shape[0])
+    drawn = drawn or tuple(_take_turns(x[:, :, image], turns) for x in (k, v))
     beside = [[x[:, :, :start], x[:, :, image.stop :]] for x in (k, v)]
-    keys, values = (torch.cat((x, *y), 2).float() for x, y in zip((drawn_k, drawn_v), beside, strict=True))
+    keys, values = (torch.cat((x, *y), 2).float() for x, y in zip(drawn, beside, strict=True))
     count = torch.full((keys.shape[2],), 0.0, device=q.device)
-    count[: drawn_k.shape[2]] = weight
+    count[: turns.shape[2]] = weight
     out, lse = [], []
     for part in q.float().split(max(1, _SCORES // (q.shape[0] * q.shape[1] * keys.shape[2])), 2):
         logits = part @ keys.transpose(-1, -2) * scale + count

@@ -25,20 +25,19 @@ from .plan import Plan, spread_rows, take
 class SamplePlan(Plan):
     """One token of each run; groups and sizes are worked out only when asked for.
 
-    index: [b, M]. turns: [T, b, M], `index` and what comes after it in the walk, for heads that draw apart (own.py).
+    turns: [T, b, M], the choice and what comes after it in the walk, for heads that draw apart (own.py).
     """
 
     is_identity = False
 
-    def __init__(self, batch: int, grid: Grid, index: Tensor, turns: Tensor | None = None):
-        super().__init__(batch, math.prod(grid), index.shape[1], index.device)
-        self.grid, self._index = grid, index
-        self.turns = index[None] if turns is None else turns
+    def __init__(self, batch: int, grid: Grid, turns: Tensor):
+        super().__init__(batch, math.prod(grid), turns.shape[2], turns.device)
+        self.grid, self.turns = grid, turns
         self.even = self.tokens % self.kept == 0
 
     @property
     def index(self) -> Tensor:
-        return spread_rows(self._index, self.batch)
+        return spread_rows(self.choice, self.batch)
 
     @property
     def groups(self) -> Tensor:
@@ -47,7 +46,7 @@ class SamplePlan(Plan):
     @property
     def choice(self) -> Tensor:
         """[b, M]: `index` with as many rows as there are choices."""
-        return self._index
+        return self.turns[0]
 
     @property
     def runs(self) -> Tensor:
@@ -59,7 +58,7 @@ class SamplePlan(Plan):
         return run_lengths(self.tokens, self.kept, self.device)[1].float().expand(self.batch, -1)
 
     def merge(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        return take(x, self._index)
+        return take(x, self.choice)
 
     def unmerge(self, y: Tensor) -> Tensor:
         return take(y, self.groups[:1])
@@ -87,7 +86,7 @@ def sample_plan(batch: int, grid: Grid, goes: int, seed: Tensor, step: int | Ten
     drawn = kernels.draw(order, kept, seed, step, layer, 1)
     if drawn is None:
         drawn = walk_rows(walk_table(grid, kept, seed, order), tokens, step, layer, 1)
-    return SamplePlan(batch, grid, drawn[0])
+    return SamplePlan(batch, grid, drawn)
 
 
 def kept_count(tokens: int, goes: int) -> int:

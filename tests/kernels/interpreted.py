@@ -480,7 +480,7 @@ def test_a_kernel_that_breaks_is_said_once(monkeypatch, caplog):
             own.keep_own(head, head, head, head, torch.zeros(2, 1, 63), zero, zero[0, 0], 0.25)
             heads = torch.zeros(1, 1, 63, 64, dtype=torch.float16)
             if kernels.attends_drawn(heads, heads, heads, 0.1):  # not asked for again
-                drawn = kernels.attend_drawn(*5 * [heads], zero, zero[0, 0], 0, 0.1, 0.0)
+                drawn = kernels.attend_drawn(*3 * [heads], None, zero, zero[0, 0], 0, 0.1, 0.0)
                 assert drawn.shape == heads.shape and drawn.transpose(1, 2).is_contiguous()
             match_tokens(x, (1, 63), CONFIG.replace(partition="alternate", ratio=0.3), class_token=True)
     said = [record.getMessage() for record in caplog.records]

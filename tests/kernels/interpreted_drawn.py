@@ -34,11 +34,11 @@ def made(plan, d, dtype, around=(0, 0), layout="tokens first"):
     return [LAYOUTS[layout](draw(plan.batch, HEADS, length, d, seed=seed).to(dtype)) for seed in range(3)]
 
 
-def given(q, k, v, plan, start=0, scale=None):
+def given(q, k, v, plan, start=0, scale=None, listed=False):
     """The arguments of launch_attend_drawn."""
     drawn = take_turns(*(x[:, :, start : start + plan.tokens] for x in (k, v)), plan.turns)
     weight, scale = math.log(plan.tokens / plan.kept), scale or q.shape[-1] ** -0.5
-    return (q, k, v, *drawn, plan.turns, plan.runs, start, scale, weight)
+    return (q, k, v, None if listed else drawn, plan.turns, plan.runs, start, scale, weight)
 
 
 def truth(q, k, v, plan, start=0, scale=None):
@@ -77,12 +77,18 @@ def test_equal_up_to_rounding(grid, ratio, rows, d, around, tiles, dtype, monkey
     monkeypatch.setattr(own, "_SCORES", 1000)  # the specification in many parts
     plan = drawn(grid, ratio, rows, batch=max(2, rows))
     q, k, v = made(plan, d, dtype, around)
-    arguments = given(q, k, v, plan, around[0])
-    before = [x.clone() for x in arguments[:7]]
+    together, listed = (given(q, k, v, plan, around[0], listed=listed) for listed in (False, True))
+    tensors = (q, k, v, *together[3], *together[4:6])
+    before = [x.clone() for x in tensors]
     expected = truth(q, k, v, plan, around[0])
-    for got in (launch_attend_drawn(*arguments, *([tiles] if tiles else [])), _attend_drawn(*arguments)):
+    tiles = [tiles] if tiles else []
+    found = [
+        run(*of) for run in (_attend_drawn, lambda *x: launch_attend_drawn(*x, *tiles)) for of in (together, listed)
+    ]
+    for got in found:
         assert got.shape == q.shape and got.dtype == dtype and near(got, expected)
-    assert all(torch.equal(x, y) for x, y in zip(arguments, before, strict=False))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
     assert len(plan.turns) > 1 and plan.even
 
 
@@ -92,6 +98,7 @@ def test_memory_order_changes_nothing(layout):
     q, k, v = made(plan, 64, torch.float16, (3, 4), layout)
     got = launch_attend_drawn(*given(q, k, v, plan, 3), TILES)
     assert got.transpose(1, 2).is_contiguous() and near(got, truth(q, k, v, plan, 3))
+    assert torch.equal(got, launch_attend_drawn(*given(q, k, v, plan, 3, listed=True), TILES))
     assert torch.equal(got, launch_attend_drawn(*given(*(x.contiguous() for x in (q, k, v)), plan, 3), TILES))
 
 
@@ -113,7 +120,7 @@ def test_who_stands_for_itself_gets_no_key_twice():
     plan = drawn((6, 8), 0.75)
     q, k, v = made(plan, 64, torch.float16)
     arguments = given(q, k, v, plan)
-    nothing = launch_attend_drawn(q, k + torch.nan, v + torch.nan, *arguments[3:], TILES)
+    nothing = launch_attend_drawn(q, k + torch.nan, v + torch.nan, *arguments[3:], TILES)  # but the drawn ones
     stands = by_head(plan.turns[..., plan.runs], 4, HEADS) == torch.arange(48)
     assert 0 < stands.float().mean() < 0.5
     assert torch.equal(nothing[stands], launch_attend_drawn(*arguments, TILES)[stands])
@@ -123,7 +130,7 @@ def test_who_stands_for_itself_gets_no_key_twice():
 def test_a_plan_for_other_rows_is_refused():
     plan = drawn((6, 8), 0.75)
     arguments = list(given(*made(plan, 64, torch.float16), plan))
-    arguments[5] = torch.zeros(1, 3, 12, dtype=torch.int64)
+    arguments[4] = torch.zeros(1, 3, 12, dtype=torch.int64)
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
         launch_attend_drawn(*arguments)
 
@@ -131,7 +138,10 @@ def test_a_plan_for_other_rows_is_refused():
 def test_the_fake_has_the_kernels_shape_and_strides():
     plan = drawn((6, 8), 0.75)
     arguments = given(*made(plan, 64, torch.float16), plan)
-    fake, real = kernels._load()._fake_attend_drawn(*arguments), launch_attend_drawn(*arguments, TILES)
+    fake, real = (
+        kernels._load()._fake_attend_drawn(*arguments[:3], None, None, *arguments[4:]),
+        launch_attend_drawn(*arguments, TILES),
+    )
     assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 
@@ -159,9 +169,10 @@ def test_what_is_taken():
         ("flash", 64, 0.6, False),  # drawn keys do not all count alike
     ],
 )
-@pytest.mark.parametrize("around", [(0, 0), (3, 2)])
-def test_when_it_is_taken(monkeypatch, kernel, d, ratio, at_once, around):
-    """And both ways give the same up to rounding, in two launches where the image is alone."""
+@pytest.mark.parametrize(("around", "listed"), [((0, 0), 11), ((3, 2), 12)])
+def test_when_it_is_taken(monkeypatch, kernel, d, ratio, at_once, around, listed):
+    """And both ways give the same up to rounding, in one launch or two."""
+    monkeypatch.setattr(kernels, "_LISTED", listed)  # of twelve keys
     monkeypatch.setattr(joint, "choose_kernel", lambda *_: kernel)
     real = joint.attend_joined
     monkeypatch.setattr(joint, "attend_joined", lambda *given: real(*given[:6], "cpu", *given[7:]))
@@ -174,7 +185,7 @@ def test_when_it_is_taken(monkeypatch, kernel, d, ratio, at_once, around):
     ours = [name for name in launches.names if name.endswith("_kernel")]
     assert ("_attend_drawn_kernel" in ours) == at_once and got.is_contiguous() and got.shape == expected.shape
     if at_once:
-        assert ours == ["_turns_kernel", "_attend_drawn_kernel"]
+        assert ours == [*(["_turns_kernel"] if listed == 11 else []), "_attend_drawn_kernel"]
         assert [name for name in launches.names if name not in (*ours, "alias")] == []
     assert near(got, expected.double(), 4)
 

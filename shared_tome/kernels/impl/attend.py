@@ -29,8 +29,9 @@ def add_keys(
     mass,
     key,
     value,
-    weight,
+    weights,
     lighter,
+    listed,
     k2,
     v2,
     first,
@@ -41,18 +42,24 @@ def add_keys(
     KEYS: tl.constexpr,
     WHOLE: tl.constexpr,
     WEIGHED: tl.constexpr,
+    LISTED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """KEYS keys from `first` on; exponents are powers of two, exp2 is the GPU's own.
 
-    WHOLE: all of them are there. WEIGHED: each by its own `weight`, natural logarithms; else all by -`lighter`, a power
-    of two: the greatest logit is then looked for before it is scaled, an instruction less for each. scale: above 0.
-    WIDEN: for the interpreter, which cannot multiply bfloat16.
+    WHOLE: all of them are there. WEIGHED: each by its own of `weights`, natural logarithms; else all by -`lighter`, a
+    power of two: the greatest logit is then looked for before it is scaled, an instruction less for each. scale: above
+    0. LISTED: keys are the tokens that `listed` has at these places. WIDEN: for the interpreter, which cannot multiply
+    bfloat16.
     """
     at = first + tl.arange(0, KEYS)
     channel = tl.arange(0, BLOCK)
-    at_key = key + at[None, :] * k2 + channel[:, None]
-    at_value = value + at[:, None] * v2 + channel[None, :]
+    if LISTED:
+        token = tl.load(listed + at) if WHOLE else tl.load(listed + at, mask=at < keys, other=0)
+    else:
+        token = at
+    at_key = key + token[None, :] * k2 + channel[:, None]
+    at_value = value + token[:, None] * v2 + channel[None, :]
     if WHOLE and HEAD == BLOCK:
         k, v = tl.load(at_key), tl.load(at_value)
     else:
@@ -64,7 +71,7 @@ def add_keys(
     # Keys that are not there weigh nothing.
     logits = tl.dot(query, k)
     if WEIGHED:
-        bias = tl.load(weight + at, mask=at < keys, other=float("-inf")) * 1.4426950408889634
+        bias = tl.load(weights + at, mask=at < keys, other=float("-inf")) * 1.4426950408889634
         logits = logits * scale + bias[None, :]
         higher = tl.maximum(top, tl.max(logits, 1))
         share = tl.exp2(logits - higher[:, None])
@@ -87,8 +94,9 @@ def add_all_keys(
     mass,
     key,
     value,
-    weight,
+    weights,
     lighter,
+    listed,
     k2,
     v2,
     begin,
@@ -98,6 +106,7 @@ def add_all_keys(
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     WEIGHED: tl.constexpr,
+    LISTED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """Keys from `begin` to `end`, as add_keys has them.
@@ -108,13 +117,13 @@ def add_all_keys(
     whole = begin + (end - begin) // KEYS * KEYS
     for first in range(begin, whole, KEYS):
         total, top, mass = add_keys(
-            query, total, top, mass, key, value, weight, lighter, k2, v2, first, end, scale,
-            HEAD, BLOCK, KEYS, True, WEIGHED, WIDEN,
+            query, total, top, mass, key, value, weights, lighter, listed, k2, v2, first, end, scale,
+            HEAD, BLOCK, KEYS, True, WEIGHED, LISTED, WIDEN,
         )  # fmt: skip
     if whole < end:
         total, top, mass = add_keys(
-            query, total, top, mass, key, value, weight, lighter, k2, v2, whole, end, scale,
-            HEAD, BLOCK, KEYS, False, WEIGHED, WIDEN,
+            query, total, top, mass, key, value, weights, lighter, listed, k2, v2, whole, end, scale,
+            HEAD, BLOCK, KEYS, False, WEIGHED, LISTED, WIDEN,
         )  # fmt: skip
     return total, top, mass
 
@@ -160,8 +169,9 @@ def _attend_kernel(
     top = tl.full((ROWS,), -1e30, tl.float32)
     mass = tl.zeros((ROWS,), tl.float32)
     total, top, mass = add_all_keys(
-        query, total, top, mass, key, value, weight, 0.0, k2, v2, 0, keys, scale, HEAD, BLOCK, KEYS, True, WIDEN
-    )
+        query, total, top, mass, key, value, weight, 0.0, weight, k2, v2, 0, keys, scale,
+        HEAD, BLOCK, KEYS, True, False, WIDEN,
+    )  # fmt: skip
     target = out + ((batch * tokens + token.to(tl.int64)) * heads + head) * HEAD
     tl.store(target[:, None] + channel[None, :], (total / mass[:, None]).to(out.dtype.element_ty), mask=mask)
 

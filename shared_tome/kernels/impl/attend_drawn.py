@@ -50,23 +50,19 @@ def _attend_drawn_kernel(
     v0,
     v1,
     v2,
-    dk0,
-    dk1,
-    dk2,
-    dv0,
-    dv1,
-    dv2,
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     ALONE: tl.constexpr,
+    LISTED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """ROWS queries of one head of one batch row.
 
-    ALONE: there are no tokens beside the image's. share: 1 / s where a drawn key counts s times, lighter: log2(s); all
-    is counted in units of s, so drawn keys have no weight.
+    ALONE: there are no tokens beside the image's. LISTED: drawn keys and values are read from k and v, else from
+    drawn_k and drawn_v [B, H, kept, HEAD], contiguous. share: 1 / s where a drawn key counts s times, lighter: log2(s);
+    all is counted in units of s, so drawn keys have no weight.
     """
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
@@ -77,40 +73,46 @@ def _attend_drawn_kernel(
     query = tl.load(q + batch * q0 + head * q1 + far * q2 + channel[None, :], mask=mask, other=0.0)
     k += batch * k0 + head * k1
     v += batch * v0 + head * v1
-    drawn_k += batch * dk0 + head * dk1
-    drawn_v += batch * dv0 + head * dv1
     drawn += ((head % turns) * rows + batch % rows) * kept
+    image_k, image_v = k + start * k2, v + start * v2
     # Its own key, once, and once less the one that stands for its run; both are one where it stands for itself.
     place = token - start
     held = (place >= 0) & (place < image)
-    run = tl.load(runs + place, mask=held, other=0)
-    held = held & (tl.load(drawn + run, mask=held, other=0) != place)
-    run = run.to(tl.int64)[:, None]
+    other = tl.load(drawn + tl.load(runs + place, mask=held, other=0), mask=held, other=0)
+    held = held & (other != place)
     there = held[:, None] & mask
     wide = query.to(tl.float32)
     key = tl.load(k + far * k2 + channel[None, :], mask=there, other=0.0).to(tl.float32)
     own = tl.where(held, tl.sum(wide * key, 1) * scale, -1e30)
-    key = tl.load(drawn_k + run * dk2 + channel[None, :], mask=there, other=0.0).to(tl.float32)
-    other = tl.where(held, tl.sum(wide * key, 1) * scale, -1e30)
-    top = tl.maximum(own, other)
+    key = tl.load(image_k + other[:, None] * k2 + channel[None, :], mask=there, other=0.0).to(tl.float32)
+    less = tl.where(held, tl.sum(wide * key, 1) * scale, -1e30)
+    top = tl.maximum(own, less)
     own = tl.where(held, tl.exp2(own - top) * share, 0.0)
-    other = tl.where(held, tl.exp2(other - top) * share, 0.0)
-    mass = own - other
+    less = tl.where(held, tl.exp2(less - top) * share, 0.0)
+    mass = own - less
     value = tl.load(v + far * v2 + channel[None, :], mask=there, other=0.0).to(tl.float32)
     total = own[:, None] * value
-    value = tl.load(drawn_v + run * dv2 + channel[None, :], mask=there, other=0.0).to(tl.float32)
-    total -= other[:, None] * value
-    total, top, mass = add_all_keys(
-        query, total, top, mass, drawn_k, drawn_v, drawn_k, 0.0, dk2, dv2, 0, kept, scale,
-        HEAD, BLOCK, KEYS, False, WIDEN,
-    )  # fmt: skip
+    value = tl.load(image_v + other[:, None] * v2 + channel[None, :], mask=there, other=0.0).to(tl.float32)
+    total -= less[:, None] * value
+    if LISTED:
+        total, top, mass = add_all_keys(
+            query, total, top, mass, image_k, image_v, k, 0.0, drawn, k2, v2, 0, kept, scale,
+            HEAD, BLOCK, KEYS, False, True, WIDEN,
+        )  # fmt: skip
+    else:
+        first = (batch * heads + head) * kept * HEAD
+        total, top, mass = add_all_keys(
+            query, total, top, mass, drawn_k + first, drawn_v + first, k, 0.0, drawn, HEAD, HEAD, 0, kept, scale,
+            HEAD, BLOCK, KEYS, False, False, WIDEN,
+        )  # fmt: skip
     if not ALONE:
         total, top, mass = add_all_keys(
-            query, total, top, mass, k, v, k, lighter, k2, v2, 0, start, scale, HEAD, BLOCK, KEYS, False, WIDEN
-        )
+            query, total, top, mass, k, v, k, lighter, drawn, k2, v2, 0, start, scale,
+            HEAD, BLOCK, KEYS, False, False, WIDEN,
+        )  # fmt: skip
         total, top, mass = add_all_keys(
-            query, total, top, mass, k, v, k, lighter, k2, v2, start + image, tokens, scale,
-            HEAD, BLOCK, KEYS, False, WIDEN,
+            query, total, top, mass, k, v, k, lighter, drawn, k2, v2, start + image, tokens, scale,
+            HEAD, BLOCK, KEYS, False, False, WIDEN,
         )  # fmt: skip
     target = made + ((batch * tokens + far) * heads + head) * HEAD
     tl.store(target + channel[None, :], (total / mass[:, None]).to(made.dtype.element_ty), mask=mask)
@@ -120,8 +122,7 @@ def launch_attend_drawn(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    drawn_k: Tensor,
-    drawn_v: Tensor,
+    drawn: tuple[Tensor, Tensor] | None,
     turns: Tensor,
     runs: Tensor,
     start: int,
@@ -130,11 +131,12 @@ def launch_attend_drawn(
     config: tuple[int, int, int, int] = _CONFIG,
 ) -> Tensor:
     """As own._attend_drawn; the result lies in memory as [B, L, H, d]."""
-    q, k, v, drawn_k, drawn_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, drawn_k, drawn_v))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, d = q.shape
     check_rows(turns.shape[1], batch)
     made = torch.empty((batch, tokens, heads, d), dtype=q.dtype, device=q.device)
     rows, keys, warps, stages = config
+    drawn_k, drawn_v = (k, v) if drawn is None else (x.contiguous() for x in drawn)
     _attend_drawn_kernel[(-(-tokens // rows), batch * heads)](
         q,
         k,
@@ -148,7 +150,7 @@ def launch_attend_drawn(
         tokens,
         start,
         runs.shape[0],
-        drawn_k.shape[2],
+        turns.shape[2],
         turns.shape[0],
         turns.shape[1],
         scale * LOG2_E,
@@ -157,13 +159,12 @@ def launch_attend_drawn(
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
-        *drawn_k.stride()[:3],
-        *drawn_v.stride()[:3],
         HEAD=d,
         BLOCK=max(_NARROWEST, power_of_two(d)),
         ROWS=rows,
         KEYS=keys,
         ALONE=tokens == runs.shape[0],
+        LISTED=drawn is None,
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
         num_warps=warps,
         num_stages=stages,

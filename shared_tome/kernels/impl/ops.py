@@ -207,10 +207,15 @@ def _fake_attend(q, k, v, bias, scale):
     return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
 
 
-def _plain_attend_drawn(q, *given):
+def _launch_attend_drawn(q, k, v, drawn_k, drawn_v, *given):
+    return launch_attend_drawn(q, k, v, None if drawn_k is None else (drawn_k, drawn_v), *given)
+
+
+def _plain_attend_drawn(q, k, v, drawn_k, drawn_v, *given):
     from ...own import _attend_drawn
 
-    return _attend_drawn(q, *given).transpose(1, 2).contiguous().transpose(1, 2)
+    drawn = None if drawn_k is None else (drawn_k, drawn_v)
+    return _attend_drawn(q, k, v, drawn, *given).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _fake_attend_drawn(q, *given):
@@ -321,10 +326,10 @@ _operator(
 )
 _operator(
     "attend_drawn",
-    "Tensor q, Tensor k, Tensor v, Tensor drawn_k, Tensor drawn_v, Tensor turns, Tensor runs, SymInt start, "
+    "Tensor q, Tensor k, Tensor v, Tensor? drawn_k, Tensor? drawn_v, Tensor turns, Tensor runs, SymInt start, "
     "float scale, float weight",
     "Tensor",
-    launch_attend_drawn,
+    _launch_attend_drawn,
     _plain_attend_drawn,
     _fake_attend_drawn,
 )
