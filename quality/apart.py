@@ -28,7 +28,7 @@ class ApartPlan(SamplePlan):
     """keys, labels: [L, b, M]: each run's tokens in the order in which keys are drawn and queries are numbered."""
 
     def __init__(self, batch: int, grid: Grid, keys: Tensor, labels: Tensor | None, heads: bool, own: bool):
-        super().__init__(batch, grid, keys[0])
+        super().__init__(batch, grid, keys[:1])
         if not self.even:
             raise ValueError(f"runs must be of equal length, got {self.tokens} tokens in {self.kept} runs")
         self.keys, self.labels, self.heads, self.own = keys, labels, heads, own
