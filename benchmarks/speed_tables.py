@@ -69,11 +69,16 @@ def _by_variant(
     return table([*heads, "unmerged step (p20 to p80)", *variants], body)
 
 
+# The node's own default stands first.
+DEFAULT = "sample 0.75, own token"
+
+
 def speed() -> str:
     """Steps of a real ComfyUI with its own choice of attention."""
     rows = [row for row in read("hosts") if row["backend"] == "default"]
     if not rows:
         return NOTHING
+    rows.sort(key=lambda row: (row["variant"] != DEFAULT, row["model"], int(row["pixels"])))
     made = _by_variant(rows, ("model", "pixels"), ["model, pixels"], lambda row: [_model(row)])
     return f"{made}\n{about(rows)}; median of the turns.\n"
 
