@@ -31,16 +31,28 @@ def type_of(value):
     return "fp32" if isinstance(value, float) else "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
+class Compiled(list):
+    """Names of the kernels that were launched; each was compiled, for a GPU of this capability.
+
+    shared: bytes of shared memory that each takes.
+    """
+
+    capability = 90
+
+    def __init__(self):
+        super().__init__()
+        self.shared = []
+
+
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """Names of the kernels that were launched; each was compiled."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    names = []
+    names = Compiled()
 
     def run(self, *given, grid, warmup, num_warps=4, num_stages=3, **named):
         values = dict(zip(self.arg_names, given, strict=False)) | named
@@ -56,8 +68,9 @@ def compiled(monkeypatch, tmp_path):
                 attributes[(at,)] = [["tt.divisibility", 16]]
         source = ASTSource(self, signature=signature, constexprs=constants, attrs=attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages}
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        made = triton.compile(source, target=GPUTarget("cuda", names.capability, 32), options=options)
         names.append(self.__name__)
+        names.shared.append(made.metadata.shared)
 
     monkeypatch.setattr(JITFunction, "run", run)
     return names
@@ -121,6 +134,25 @@ def test_attend(compiled, dtype, d, queries, keys):
     q, k, v = (torch.empty(2, n, 3, d, dtype=dtype).transpose(1, 2) for n in (queries, keys, keys))
     assert launch_attend(q, k, v, torch.zeros(1, keys), d**-0.5).shape == q.shape
     assert compiled == ["_attend_kernel"]
+
+
+# An A100's, and those of RTX cards.
+@pytest.mark.parametrize(("capability", "room"), [(80, 163 * 1024), (89, 99 * 1024)])
+def test_attention_fits_into_shared_memory(compiled, monkeypatch, capability, room):
+    """Where it does not a kernel fails for good, at heads of either size."""
+    from shared_tome.kernels.impl import attend, attend_drawn
+
+    monkeypatch.setattr(attend, "shared_memory", lambda device: room)
+    compiled.capability = capability
+    turns, runs = torch.zeros(4, 1, 9, dtype=torch.int64), torch.zeros(30000, dtype=torch.int64)
+    for dtype, d, tokens in ((torch.float16, 64, 15000), (torch.bfloat16, 128, 30000)):
+        q, k, v = (torch.empty(2, tokens, 3, d, dtype=dtype).transpose(1, 2) for _ in range(3))
+        drawn = (torch.empty(2, 3, 9, d, dtype=dtype),) * 2
+        attend.launch_attend(q, k, v, torch.zeros(1, tokens), d**-0.5)
+        attend_drawn.launch_attend_drawn(q, k, v, drawn, turns, runs[:tokens], 0, d**-0.5, 1.4)
+    assert len(compiled) == 4 and 0 < max(compiled.shared) <= room
+    # The counterpart: what larger cards take does not fit into the smaller ones'.
+    assert (max(compiled.shared) > 99 * 1024) == (room > 99 * 1024)
 
 
 def test_the_rest(compiled):

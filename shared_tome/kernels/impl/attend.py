@@ -1,7 +1,8 @@
 """Attention with a bias for each key, in one launch and at the heads' own size.
 
 Softmax over blocks of keys with a running maximum (Dao et al., FlashAttention, arXiv 2205.14135, algorithm 1); the bias
-comes to the logits as they leave the matrix product. The specification is attention.attend.
+comes to the logits as they leave the matrix product. The specification is attention.attend. attend_drawn.py has its
+blocks without a bias.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...plan import check_rows
-from .compiler import power_of_two, tl, triton
+from .compiler import power_of_two, shared_memory, tl, triton
 
 Config = tuple[int, int, int, int]
 # By channels of a program's head: queries, keys of a block, warps, stages of the pipeline.
@@ -18,6 +19,10 @@ _CONFIG: dict[int, Config] = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3)}
 # The same where there are so few programs that a large GPU would wait for its last ones, and (heads of 64) some more.
 _SMALL, _MEDIUM = (64, 64, 4, 3), (64, 128, 4, 3)
 _FEW, _SOME = 400, 1000
+# Heads of 128 take up to 128 KiB of shared memory on an A100, where _CONFIG is meant to fit, and 192 of 227 on Hopper;
+# cards with 99 KiB (RTX) have room for this one.
+_ROOM = 136 * 1024
+NARROW = (64, 64, 4, 2)
 LOG2_E = 1.4426950408889634
 
 
@@ -176,8 +181,15 @@ def _attend_kernel(
     tl.store(target[:, None] + channel[None, :], (total / mass[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
-def _config_for(block: int, queries: int) -> Config:
+def is_narrow(block: int, device: torch.device) -> bool:
+    """Whether heads of `block` channels have to do with NARROW on a device."""
+    return block > 64 and shared_memory(device) < _ROOM
+
+
+def _config_for(block: int, queries: int, device: torch.device) -> Config:
     """The settings for heads of `block` channels; queries: of all rows and heads."""
+    if is_narrow(block, device):
+        return NARROW
     programs = queries / _CONFIG[block][0]
     if programs < _FEW:
         return _SMALL
@@ -192,7 +204,7 @@ def launch_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, c
     bias = bias.float().contiguous()
     made = torch.empty((batch, tokens, heads, d), dtype=q.dtype, device=q.device)
     block = max(min(_CONFIG), power_of_two(d))
-    rows, keys, warps, stages = config or _config_for(block, batch * heads * tokens)
+    rows, keys, warps, stages = config or _config_for(block, batch * heads * tokens, q.device)
     _attend_kernel[(-(-tokens // rows), batch * heads)](
         q,
         k,

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ...plan import check_rows
-from .attend import LOG2_E, add_all_keys
+from .attend import LOG2_E, NARROW, Config, add_all_keys, is_narrow
 from .compiler import power_of_two, tl, triton
 
 # Queries, keys of a block, warps, stages of the pipeline. Of eight settings the fastest on an H100, or within 4% of it,
 # at heads of 64 from 1,024 to 16,384 tokens and of 128 from 4,608 to 32,760.
-_CONFIG = (64, 64, 4, 3)
+_CONFIG: Config = (64, 64, 4, 3)
 _NARROWEST = 64
 
 
@@ -128,14 +128,15 @@ def launch_attend_drawn(
     start: int,
     scale: float,
     weight: float,
-    config: tuple[int, int, int, int] = _CONFIG,
+    config: Config | None = None,
 ) -> Tensor:
     """As own._attend_drawn; the result lies in memory as [B, L, H, d]."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, d = q.shape
     check_rows(turns.shape[1], batch)
     made = torch.empty((batch, tokens, heads, d), dtype=q.dtype, device=q.device)
-    rows, keys, warps, stages = config
+    block = max(_NARROWEST, power_of_two(d))
+    rows, keys, warps, stages = config or (NARROW if is_narrow(block, q.device) else _CONFIG)
     drawn_k, drawn_v = (k, v) if drawn is None else (x.contiguous() for x in drawn)
     _attend_drawn_kernel[(-(-tokens // rows), batch * heads)](
         q,
@@ -160,7 +161,7 @@ def launch_attend_drawn(
         *k.stride()[:3],
         *v.stride()[:3],
         HEAD=d,
-        BLOCK=max(_NARROWEST, power_of_two(d)),
+        BLOCK=block,
         ROWS=rows,
         KEYS=keys,
         ALONE=tokens == runs.shape[0],

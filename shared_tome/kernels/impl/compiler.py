@@ -5,10 +5,21 @@ By name, since the core's own imports are torch and Python alone.
 
 from __future__ import annotations
 
+import functools
 from importlib import import_module
+
+import torch
 
 triton = import_module("triton")
 tl = import_module("triton.language")
+
+
+@functools.lru_cache(maxsize=8)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take on a device; no bound where none is a GPU."""
+    if device.type != "cuda":
+        return 2**31
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 * 1024)
 
 
 def power_of_two(number: int) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .compiler import power_of_two, tl, triton
+from .compiler import power_of_two, shared_memory, tl, triton
 
 # A row's tally of 16-bit similarities: how many by their upper byte, then how many by all 16 bits.
 COARSE = 256
@@ -60,8 +60,7 @@ def config_for(metric: Tensor) -> Config:
         return _EXACT
     if not metric.is_cuda:
         return _SMALL
-    about = torch.cuda.get_device_properties(metric.device)
-    return _LARGE if getattr(about, "shared_memory_per_block_optin", 0) >= _LARGE_SHARED else _SMALL
+    return _LARGE if shared_memory(metric.device) >= _LARGE_SHARED else _SMALL
 
 
 def splits_for(metric: Tensor, programs: int, tiles: int) -> int:
