@@ -24,8 +24,11 @@ from .plan import Plan
 from .sampling import SamplePlan, kept_count, walk_rows, walk_table
 from .schedule import serves_layer
 
-# Layers whose tokens are drawn in one go; no denoiser in use has more at a level that pays but SDXL's deepest.
-_DRAWN_AT_ONCE = 16
+# Layers whose tokens are drawn in one go: the first ones of a grid, all that most denoisers have at a level that pays,
+# and those behind them, which SDXL's deepest level and transformers have.
+_DRAWN_FIRST, _DRAWN_THEN = 16, 64
+# Layers whose src and dst are split in one go.
+_SPLIT_AT_ONCE = 16
 # Different draws that heads have at most, where they draw apart.
 _TURNS = 16
 
@@ -178,9 +181,9 @@ class ModelCall:
 
     def _parts(self, grid: Grid, layer: int) -> tuple[Tensor, Tensor] | None:
         """The layer's src and dst, split for many layers at once, or None where that gains nothing."""
-        place = layer % _DRAWN_AT_ONCE
+        place = layer % _SPLIT_AT_ONCE
         if place == 0:
-            self._split[grid] = split_layers(grid, self.config, self.seed, self.step, layer, _DRAWN_AT_ONCE)
+            self._split[grid] = split_layers(grid, self.config, self.seed, self.step, layer, _SPLIT_AT_ONCE)
         ahead = self._split[grid]
         return None if ahead is None else ahead[place]
 
@@ -192,9 +195,10 @@ class ModelCall:
             return Plan(batch, tokens, tokens, self.seed.device)
         # Heads that draw apart want the turns after the layer's own, as many as a run has.
         turns = min(_TURNS, -(-tokens // kept)) if self.config.keeps_own else 1
-        place = layer % _DRAWN_AT_ONCE
+        behind = layer - _DRAWN_FIRST
+        place, layers = (layer, _DRAWN_FIRST) if behind < 0 else (behind % _DRAWN_THEN, _DRAWN_THEN)
         if place == 0:
-            count = _DRAWN_AT_ONCE + turns - 1
+            count = layers + turns - 1
             order = self._orders[grid] if grid in self._orders else curve_order(grid, self.seed.device)
             drawn = kernels.draw(order, kept, self.seed, self.step, layer, count)
             if drawn is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -123,6 +125,24 @@ def test_a_model_call_draws_the_same(seed, step):
             plan, other = call.plan(x, grid), match_tokens(x, grid, ours, seed=seed, step=step, layer=layer)
             assert torch.equal(plan.index, other.index) and torch.equal(plan.groups, other.groups)
             assert torch.equal(plan.merge(x), other.merge(x))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_few_draws_serve_many_layers(monkeypatch, own):
+    drawn, grid = [], (10, 14)
+    ours = config(method="sample", ratio=0.75, own_token=own)
+    real = sys.modules[ModelCall.__module__].walk_rows
+    monkeypatch.setattr(
+        sys.modules[ModelCall.__module__], "walk_rows", lambda *given: drawn.append(given[3:]) or real(*given)
+    )
+    call, x = ModelCall(ours, grid, CPU, seed=5, step=3), tokens(2, grid, 3)
+    plans = [call.plan(x, grid) for _ in range(90)]
+    choices = [match_tokens(x, grid, ours, seed=5, step=3, layer=layer).choice for layer in range(94)]
+    for layer, plan in enumerate(plans):
+        assert torch.equal(plan.choice, choices[layer]) and len(plan.turns) == (4 if own else 1)
+        assert all(map(torch.equal, plan.turns, choices[layer:]))
+    more = 3 if own else 0  # heads take what comes behind the layer's own
+    assert drawn == [(0, 16 + more), (16, 64 + more), (80, 64 + more)]
 
 
 @pytest.mark.parametrize("method", ["merge", "merge_queries", "merge_keys", "downsample", "prune"])
