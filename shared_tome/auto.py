@@ -48,7 +48,7 @@ MARGIN = 0.03
 # batch is to be that which it is alone. More rows pay sooner, so this is on the safe side.
 ROWS = 2
 _SWITCHES = {1: "flash", 2: "mem_efficient", 3: "cudnn"}  # torch.backends.cuda.*_sdp_enabled, by torch's numbers
-_REPEATS, _ROUNDS = 16, 5  # 16: layers that are drawn at once (call.py)
+_REPEATS, _ROUNDS = 16, 5  # 16: about as many layers as share a draw or a split (call.py)
 
 # attention(q, k, v, heads, scale=None): [B, N, H * d], [B, M, H * d] twice -> [B, N, H * d]
 Attention = Callable[..., Tensor]

@@ -24,8 +24,8 @@ from .plan import Plan
 from .sampling import SamplePlan, kept_count, walk_rows, walk_table
 from .schedule import serves_layer
 
-# Layers whose tokens are drawn in one go: the first ones of a grid, all that most denoisers have at a level that pays,
-# and those behind them, which SDXL's deepest level and transformers have.
+# Layers whose tokens are drawn in one go where runs are of two lengths: the first ones of a grid, all that most
+# denoisers have at a level that pays, and those behind them, which SDXL's deepest level and transformers have.
 _DRAWN_FIRST, _DRAWN_THEN = 16, 64
 # Layers whose src and dst are split in one go.
 _SPLIT_AT_ONCE = 16
@@ -106,7 +106,7 @@ class ModelCall:
         self._waits = True
         self._layers: dict[Grid, int] = {}
         self._walks: dict[Grid, Tensor] = {}
-        self._drawn: dict[Grid, Tensor] = {}
+        self._drawn: dict[Grid, tuple[int, Tensor]] = {}  # (first layer, [layers, b, M])
         self._split: dict[Grid, list[tuple[Tensor, Tensor]] | None] = {}
         # Made here and not where they are used: that may be inside a compiled graph.
         levels = (grid_at(full, level) for level in range(4)) if config.method == "sample" else ()
@@ -195,18 +195,23 @@ class ModelCall:
             return Plan(batch, tokens, tokens, self.seed.device)
         # Heads that draw apart want the turns after the layer's own, as many as a run has.
         turns = min(_TURNS, -(-tokens // kept)) if self.config.keeps_own else 1
-        behind = layer - _DRAWN_FIRST
-        place, layers = (layer, _DRAWN_FIRST) if behind < 0 else (behind % _DRAWN_THEN, _DRAWN_THEN)
-        if place == 0:
+        if tokens % kept == 0:  # each run's walk begins again after as many layers as it has tokens
+            layers = tokens // kept
+            first, place = 0, layer % layers
+        else:
+            first, layers = (0, _DRAWN_FIRST) if layer < _DRAWN_FIRST else (_DRAWN_FIRST, _DRAWN_THEN)
+            place = (layer - first) % layers
+            first = layer - place
+        if grid not in self._drawn or self._drawn[grid][0] != first:
             count = layers + turns - 1
             order = self._orders[grid] if grid in self._orders else curve_order(grid, self.seed.device)
-            drawn = kernels.draw(order, kept, self.seed, self.step, layer, count)
+            drawn = kernels.draw(order, kept, self.seed, self.step, first, count)
             if drawn is None:
                 if grid not in self._walks:
                     self._walks[grid] = walk_table(grid, kept, self.seed, order)
-                drawn = walk_rows(self._walks[grid], tokens, self.step, layer, count)
-            self._drawn[grid] = drawn
-        return SamplePlan(batch, grid, self._drawn[grid].narrow(0, place, turns))
+                drawn = walk_rows(self._walks[grid], tokens, self.step, first, count)
+            self._drawn[grid] = first, drawn
+        return SamplePlan(batch, grid, self._drawn[grid][1].narrow(0, place, turns))
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, metric: Tensor | None = None, own: bool = False

@@ -259,7 +259,7 @@ def test_heads_take_what_later_layers_would():
     call = ModelCall(config(method="sample", ratio=0.75, own_token=True), (8, 8), torch.device("cpu"), 3, 5)
     plain = ModelCall(config(method="sample", ratio=0.75, own_token=False), (8, 8), torch.device("cpu"), 3, 5)
     x = tokens(2, (8, 8), 1)
-    ours, theirs = ([one.plan(x, (8, 8)) for _ in range(22)] for one in (call, plain))  # beyond the 16 drawn at once
+    ours, theirs = ([one.plan(x, (8, 8)) for _ in range(22)] for one in (call, plain))  # more than one draw has
     for layer, plan in enumerate(ours):
         assert torch.equal(plan.choice, theirs[layer].choice) and len(theirs[layer].turns) == 1
         for head in range(min(4, 22 - layer)):

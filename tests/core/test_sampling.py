@@ -128,9 +128,11 @@ def test_a_model_call_draws_the_same(seed, step):
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_few_draws_serve_many_layers(monkeypatch, own):
+@pytest.mark.parametrize(("ratio", "draws"), [(0.75, [(0, 4)]), (0.7, [(0, 16), (16, 64), (80, 64)])])
+def test_few_draws_serve_many_layers(monkeypatch, ratio, draws, own):
+    """One, where all runs are of one length and so begin their walks anew together."""
     drawn, grid = [], (10, 14)
-    ours = config(method="sample", ratio=0.75, own_token=own)
+    ours = config(method="sample", ratio=ratio, own_token=own)
     real = sys.modules[ModelCall.__module__].walk_rows
     monkeypatch.setattr(
         sys.modules[ModelCall.__module__], "walk_rows", lambda *given: drawn.append(given[3:]) or real(*given)
@@ -142,7 +144,7 @@ def test_few_draws_serve_many_layers(monkeypatch, own):
         assert torch.equal(plan.choice, choices[layer]) and len(plan.turns) == (4 if own else 1)
         assert all(map(torch.equal, plan.turns, choices[layer:]))
     more = 3 if own else 0  # heads take what comes behind the layer's own
-    assert drawn == [(0, 16 + more), (16, 64 + more), (80, 64 + more)]
+    assert drawn == [(first, layers + more) for first, layers in draws]
 
 
 @pytest.mark.parametrize("method", ["merge", "merge_queries", "merge_keys", "downsample", "prune"])
