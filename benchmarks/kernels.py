@@ -267,21 +267,20 @@ def attend_drawn_jobs(q: Tensor, k: Tensor, v: Tensor, plan: Any, kernel: str, w
     from shared_tome.kernels.impl.attend_drawn import launch_attend_drawn
 
     drawn, scale = own.take_turns(k, v, plan.turns), q.shape[-1] ** -0.5
-    lists = (plan.turns, plan.runs)
 
     def plain() -> Tensor:
-        return own._keep_own(q, k, v, *attend_with_lse(q, *drawn, kernel), *lists, scale, weight)
+        return own._keep_own(q, k, v, *attend_with_lse(q, *drawn, kernel), plan.turns, plan.runs, scale, weight)
 
     def check(got: Tensor) -> str:
         one = [x[:, :1].double() for x in (q, k, v)]
-        exact = own._attend_drawn(*one, None, lists[0][:1], lists[1], 0, scale, weight)
+        exact = own._attend_drawn(*one, None, plan.turns[:1], plan.runs, 0, scale, weight)
         return beside_torch(exact, got[:, :1], plain()[:, :1])
 
     for variant, taken in (("", drawn), ("listed", None)):
         yield (
             "attend_drawn",
             variant,
-            lambda taken=taken: launch_attend_drawn(q, k, v, taken, *lists, 0, scale, weight),
+            lambda taken=taken: launch_attend_drawn(q, k, v, taken, plan.turns, plan.runs, 0, scale, weight),
             None if variant else plain,
             check,
         )

@@ -174,8 +174,7 @@ def _attend_drawn_at_once(
         return None
     drawn = None
     if not kernels.pays_to_list(plan.kept):
-        image = [k, v] if k.shape[2] == plan.tokens else [x[:, :, start : start + plan.tokens] for x in (k, v)]
-        drawn = take_turns(*image, plan.turns)
+        drawn = take_turns(*(_image_of(x, start, plan) for x in (k, v)), plan.turns)
     out = kernels.attend_drawn(q, k, v, drawn, plan.turns, plan.runs, start, scale, around.sizes[0][1])
     return out.transpose(1, 2)
 
@@ -193,14 +192,9 @@ def attend_joined(
 ) -> Tensor | None:
     """JointCall.attend by one kernel; None where a part is not as it wants it: cuDNN takes no single key."""
     end = start + plan.tokens
-    alone = k.shape[2] == plan.tokens
-
-    def cut(x: Tensor) -> Tensor:  # each view takes the processor a few microseconds in each layer
-        return x if alone else x[:, :, start:end]
-
     apart = own and isinstance(plan, SamplePlan)
     index, chosen_of = (plan.turns, take_turns) if apart else (plan.choice, _take_both)  # (T, b, M) or (b, M)
-    image = [cut(x) for x in (k, v)]
+    image = [_image_of(x, start, plan) for x in (k, v)]
     parts: list[Part] = []
     for places, weight in around.sizes:
         chosen = index if places is None else index[..., places]
@@ -221,11 +215,18 @@ def attend_joined(
         return attend_in_parts(q, parts, kernel, scale)
     out, lse = attend_in_parts_with_lse(q, parts, kernel, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    kept = keep_own(cut(q), *image, cut(out), cut(lse), plan.turns, plan.runs, scale, parts[0][2])
+    of_q, of_out, of_lse = (_image_of(x, start, plan) for x in (q, out, lse))
+    kept = keep_own(of_q, *image, of_out, of_lse, plan.turns, plan.runs, scale, parts[0][2])
     out, kept = out.transpose(1, 2), kept.transpose(1, 2)  # (B, ., H, d)
     if kept.shape != out.shape:
         kept = torch.cat((out[:, :start], kept, out[:, end:]), dim=1)
     return kept.contiguous()
+
+
+def _image_of(x: Tensor, start: int, plan: Plan) -> Tensor:
+    """The image's part of x [B, H, L, ...]; x itself where there is nothing else, since each view takes the processor a
+    few microseconds in each layer."""
+    return x if x.shape[2] == plan.tokens else x[:, :, start : start + plan.tokens]
 
 
 def _take_both(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -138,10 +138,7 @@ def test_a_plan_for_other_rows_is_refused():
 def test_the_fake_has_the_kernels_shape_and_strides():
     plan = drawn((6, 8), 0.75)
     arguments = given(*made(plan, 64, torch.float16), plan)
-    fake, real = (
-        kernels._load()._fake_attend_drawn(*arguments[:3], None, None, *arguments[4:]),
-        launch_attend_drawn(*arguments, TILES),
-    )
+    fake, real = kernels._load()._fake_attend(*arguments), launch_attend_drawn(*arguments, TILES)
     assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 

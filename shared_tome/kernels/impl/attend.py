@@ -27,7 +27,7 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def add_keys(
+def _add_keys(
     query,
     total,
     top,
@@ -114,19 +114,19 @@ def add_all_keys(
     LISTED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Keys from `begin` to `end`, as add_keys has them.
+    """Keys from `begin` to `end`, as _add_keys has them.
 
     query: [ROWS, BLOCK]; total [ROWS, BLOCK], top and mass [ROWS]: the sum of the values, the greatest exponent and the
     sum of what the values weigh, so far.
     """
     whole = begin + (end - begin) // KEYS * KEYS
     for first in range(begin, whole, KEYS):
-        total, top, mass = add_keys(
+        total, top, mass = _add_keys(
             query, total, top, mass, key, value, weights, lighter, listed, k2, v2, first, end, scale,
             HEAD, BLOCK, KEYS, True, WEIGHED, LISTED, WIDEN,
         )  # fmt: skip
     if whole < end:
-        total, top, mass = add_keys(
+        total, top, mass = _add_keys(
             query, total, top, mass, key, value, weights, lighter, listed, k2, v2, whole, end, scale,
             HEAD, BLOCK, KEYS, False, WEIGHED, LISTED, WIDEN,
         )  # fmt: skip
@@ -181,6 +181,11 @@ def _attend_kernel(
     tl.store(target[:, None] + channel[None, :], (total / mass[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
+def block_of(d: int) -> int:
+    """Channels of a program's head, for heads of d."""
+    return max(min(_CONFIG), power_of_two(d))
+
+
 def is_narrow(block: int, device: torch.device) -> bool:
     """Whether heads of `block` channels have to do with NARROW on a device."""
     return block > 64 and shared_memory(device) < _ROOM
@@ -203,7 +208,7 @@ def launch_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, c
     check_rows(bias.shape[0], batch)
     bias = bias.float().contiguous()
     made = torch.empty((batch, tokens, heads, d), dtype=q.dtype, device=q.device)
-    block = max(min(_CONFIG), power_of_two(d))
+    block = block_of(d)
     rows, keys, warps, stages = config or _config_for(block, batch * heads * tokens, q.device)
     _attend_kernel[(-(-tokens // rows), batch * heads)](
         q,

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from ...plan import check_rows
-from .attend import LOG2_E, NARROW, Config, add_all_keys, is_narrow
-from .compiler import power_of_two, tl, triton
+from .attend import LOG2_E, NARROW, Config, add_all_keys, block_of, is_narrow
+from .compiler import tl, triton
 
 # Queries, keys of a block, warps, stages of the pipeline. Of eight settings the fastest on an H100, or within 4% of it,
 # at heads of 64 from 1,024 to 16,384 tokens and of 128 from 4,608 to 32,760.
 _CONFIG: Config = (64, 64, 4, 3)
-_NARROWEST = 64
 
 
 @triton.jit
@@ -135,7 +134,7 @@ def launch_attend_drawn(
     batch, heads, tokens, d = q.shape
     check_rows(turns.shape[1], batch)
     made = torch.empty((batch, tokens, heads, d), dtype=q.dtype, device=q.device)
-    block = max(_NARROWEST, power_of_two(d))
+    block = block_of(d)
     rows, keys, warps, stages = config or (NARROW if is_narrow(block, q.device) else _CONFIG)
     drawn_k, drawn_v = (k, v) if drawn is None else (x.contiguous() for x in drawn)
     _attend_drawn_kernel[(-(-tokens // rows), batch * heads)](

@@ -200,26 +200,31 @@ def _fake_widen_one(x, bias, room, kind):
 def _plain_attend(q, k, v, bias, scale):
     from ...attention import attend_wider
 
-    return attend_wider(q, k, v, bias, scale).transpose(1, 2).contiguous().transpose(1, 2)
+    return _tokens_first(attend_wider(q, k, v, bias, scale))
 
 
-def _fake_attend(q, k, v, bias, scale):
+def _tokens_first(x):
+    """x [B, H, N, d] that lies as [B, N, H, d], as the kernels that attend leave it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _fake_attend(q, *given):
     return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
 
 
+def _both(drawn_k, drawn_v):
+    """As attend_drawn takes them: an operator's arguments are single tensors."""
+    return None if drawn_k is None else (drawn_k, drawn_v)
+
+
 def _launch_attend_drawn(q, k, v, drawn_k, drawn_v, *given):
-    return launch_attend_drawn(q, k, v, None if drawn_k is None else (drawn_k, drawn_v), *given)
+    return launch_attend_drawn(q, k, v, _both(drawn_k, drawn_v), *given)
 
 
 def _plain_attend_drawn(q, k, v, drawn_k, drawn_v, *given):
     from ...own import _attend_drawn
 
-    drawn = None if drawn_k is None else (drawn_k, drawn_v)
-    return _attend_drawn(q, k, v, drawn, *given).transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _fake_attend_drawn(q, *given):
-    return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
+    return _tokens_first(_attend_drawn(q, k, v, _both(drawn_k, drawn_v), *given))
 
 
 def _plain_turns(k, v, index):
@@ -238,8 +243,8 @@ def _plain_own(q, k, v, out, lse, turns, runs, scale, weight):
     return _keep_own(q, k, v, out, lse, turns, runs, scale, weight)
 
 
-def _fake_own(q, k, v, out, lse, turns, runs, scale, weight):
-    return out.new_empty(out.transpose(1, 2).shape).transpose(1, 2)
+def _fake_own(q, k, v, out, *given):
+    return _fake_attend(out)
 
 
 _operator(
@@ -331,7 +336,7 @@ _operator(
     "Tensor",
     _launch_attend_drawn,
     _plain_attend_drawn,
-    _fake_attend_drawn,
+    _fake_attend,
 )
 _operator("turns", "Tensor k, Tensor v, Tensor index", "(Tensor, Tensor)", launch_turns, _plain_turns, _fake_turns)
 _operator(
