@@ -12,9 +12,10 @@ if sys.version_info < (3, 10):  # noqa: UP036 (the one file that an older Python
     sys.exit(f"ToMe needs Python 3.10 or newer; this is Python {sys.version_info[0]}.{sys.version_info[1]}.")
 
 import argparse
+import signal
 from pathlib import Path
 
-from installer.console import SetupError, complain
+from installer.console import SetupError, complain, say
 
 ROOT = Path(__file__).resolve().parent
 
@@ -55,6 +56,10 @@ def main(arguments: list[str]) -> int:
         if found:
             print(found)
         return 1 if found else 0
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP: so do we then
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # a kill cleans up as Ctrl-C does
     if options.command == "demo":
         from installer.run import demo
 
@@ -72,10 +77,13 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a path that the console's code page does not know
     try:
         sys.exit(main(sys.argv[1:]))
-    except SetupError as error:
+    except (SetupError, OSError) as error:
         complain(error)
         sys.exit(1)
     except KeyboardInterrupt:
+        say("\nStopped.")
         sys.exit(130)

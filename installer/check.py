@@ -21,6 +21,8 @@ def problem() -> str:
         found = metadata.version("torch")  # read from its metadata: importing torch takes seconds
     except metadata.PackageNotFoundError:
         return f"ToMe: this Python has no PyTorch; ToMe needs {wanted} or newer. {TRY_IT}"
+    except (OSError, KeyError, ValueError):
+        return ""  # there is a PyTorch, and its metadata are damaged: the host runs with it all the same
     numbers = re.match(r"(\d+)\.(\d+)", found or "")
     if numbers and tuple(map(int, numbers.groups())) < versions.MIN_TORCH:
         return f"ToMe: PyTorch {found} is too old; ToMe needs {wanted} or newer."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from collections.abc import Iterator
@@ -16,13 +17,39 @@ class SetupError(Exception):
         self.hint = hint
 
 
+HINTS = {
+    ("ENOSPC", "EDQUOT"): "The disk is full. Free some space, then run this again.",
+    ("EACCES", "EPERM"): "Check who owns the folder, and its rights. On Windows, also close the programs that use it.",
+    ("EROFS",): "That disk is read-only. Use a folder that can be written.",
+    ("ENAMETOOLONG",): "The path is too long. Use a folder with a shorter path.",
+    ("EEXIST", "ENOTEMPTY"): "Something stands there already. Move it away, then run this again.",
+    ("ENOTDIR",): "A file stands where a folder is needed. Move the file away, then run this again.",
+    ("EISDIR",): "A folder stands where a file is needed. Move the folder away, then run this again.",
+    ("ENOENT",): "A part of that path is missing. Check the path.",
+    ("ELOOP",): "Links on that path lead in a circle. Mend the links.",
+    ("EBUSY", "ETXTBSY"): "Another program uses it. Close that program, then run this again.",
+}
+
+
+def failed(what: str, error: OSError) -> SetupError:
+    """`what` failed because the system refused it: the reason, and a hint that fits the reason."""
+    reason = error.strerror or str(error)
+    if error.filename and str(error.filename) not in what:
+        reason += f": {error.filename}"
+    name = "EBUSY" if getattr(error, "winerror", None) in (32, 33) else errno.errorcode.get(error.errno or 0)
+    hint = next((hint for names, hint in HINTS.items() if name in names), "Check that place, then run this again.")
+    return SetupError(f"{what}: {reason}", hint)
+
+
 def say(text: str = "") -> None:
     """Print a line at once, also into a pipe."""
     print(text, flush=True)
 
 
-def complain(error: SetupError) -> None:
+def complain(error: SetupError | OSError) -> None:
     """Print an error and its hint on stderr."""
+    if isinstance(error, OSError):
+        error = failed("the system refused something", error)
     print(f"\nToMe: {error}", file=sys.stderr)
     if error.hint:
         print(f"{error.hint}", file=sys.stderr)
@@ -56,7 +83,8 @@ def stage(title: str) -> Iterator[Stage]:
     current.note("")
     try:
         yield current
-    except BaseException:
-        current.close("failed after ")
+    except BaseException as error:
+        stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+        current.close("stopped after " if stopped else "failed after ")
         raise
     current.close("")

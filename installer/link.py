@@ -1,26 +1,23 @@
 """Putting this repository into a ComfyUI or an AUTOMATIC1111, and taking it out again.
 
-A link where the system gives one, else a copy with a marker file. Only a link to this repository
-or a copy with our marker is ever removed or replaced.
+A link where the system gives one, else a copy with a list of its files (`copies.py`). Only a link to this
+repository or an unchanged copy of it is ever removed or replaced; a changed copy is kept aside.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .console import SetupError
+from . import copies, files
+from .console import SetupError, failed
+from .copies import MARKER
+from .files import is_link
 from .paths import ROOT
 
-MARKER = ".tome-copy.json"
-LEFT_OUT = (
-    ".git", ".venv", ".cache", ".ci", ".github", "tests", "out", "__pycache__", "*.pyc",
-    ".pytest_cache", ".ruff_cache", ".hypothesis", ".mypy_cache", ".idea", ".vscode",
-)  # fmt: skip
+__all__ = ["A1111", "COMFYUI", "MARKER", "Host", "add", "find_host", "put", "remove"]
 
 
 @dataclass(frozen=True)
@@ -51,13 +48,19 @@ def find_host(folder: Path, host: Host) -> Path:
 
     Raises SetupError when neither is one, naming what was looked for and is missing.
     """
-    folder = folder.expanduser().absolute()
-    for candidate in (folder, *(folder / name for name in host.nested)):
-        if not _missing(candidate, host):
-            return candidate
-    if not folder.is_dir():
-        raise SetupError(f"there is no folder {folder}", f"Name the folder that {host.title} lies in.")
-    looked, missing = ", ".join(host.needs), ", ".join(_missing(folder, host))
+    folder = files.user_path(folder)
+    name_it = f"Name the folder that {host.title} lies in."
+    try:
+        for candidate in (folder, *(folder / name for name in host.nested)):
+            if not _missing(candidate, host):
+                return candidate
+        if not files.exists(folder):
+            raise SetupError(f"there is no folder {folder}", name_it)
+        if not folder.is_dir():
+            raise SetupError(f"{folder} is a file, not a folder", name_it)
+        looked, missing = ", ".join(host.needs), ", ".join(_missing(folder, host))
+    except OSError as error:
+        raise failed(f"{folder} could not be read", error) from error
     raise SetupError(
         f"{folder} is no {host.title}: looked for {looked}; missing: {missing}",
         f"Name the folder that holds {host.needs[0]}.",
@@ -65,23 +68,25 @@ def find_host(folder: Path, host: Host) -> Path:
 
 
 def _missing(folder: Path, host: Host) -> list[str]:
-    return [name for name in host.needs if not (folder / name).exists()]
+    return [name for name in host.needs if not files.exists(folder / name)]
 
 
 def add(folder: Path, host: Host, copy: bool = False, root: Path = ROOT) -> str:
     """Link (or copy) the repository `root` into a host and say what was done. Twice is harmless.
 
-    Raises SetupError when `folder` is no host, or something of the user's stands in the way.
+    A copy that was changed since is kept aside, and its place is said. Raises SetupError when `folder` is
+    no host, or something of the user's stands in the way.
     """
     extensions = find_host(folder, host) / host.extensions
     place = extensions / host.name
     inside = _lies_in(root, extensions)
     if inside:
         return f"This repository lies in {inside} already. {host.restart}"
+    tidied = copies.tidy(place, root)
     other = _other_clone(extensions, place)
     if other:
         raise SetupError(f"{other} holds ToMe already", "Remove that one first: two would clash.")
-    return f"{put(place, root, copy)}. {host.restart}"
+    return "\n".join([*tidied, f"{put(place, root, copy)}. {host.restart}"])
 
 
 def put(place: Path, root: Path = ROOT, copy: bool = False) -> str:
@@ -89,20 +94,19 @@ def put(place: Path, root: Path = ROOT, copy: bool = False) -> str:
 
     Raises SetupError when something stands at `place` that was not put there by this function.
     """
-    if _is_link(place):
+    if is_link(place):
         if not _same(place, root):
-            another = f"{place} is a link to {_target(place)}, not to {root}"
+            another = f"{place} is a link to {files.target(place)}, not to {root}"
             raise SetupError(another, "Remove that link first.")
         if not copy:
             return f"{place} is linked to {root} already"
-        _unlink(place)
-    elif place.exists() and not _is_copy(place):
+    elif os.path.lexists(place) and not copies.is_copy(place):
         raise SetupError(f"{place} was there before and is not ours", "Move it away first.")
-    place.parent.mkdir(exist_ok=True)
-    if not copy and not place.exists() and _link(place, root):
+    files.make_folder(place.parent)
+    if not copy and not os.path.lexists(place) and _link(place, root):
         return f"Linked {place} to {root}"
-    _copy(place, root)
-    return f"Copied {root} to {place} (run this again after an update)"
+    kept = copies.install(place, root)
+    return "\n".join(filter(None, [kept, f"Copied {root} to {place} (run this again after an update)"]))
 
 
 def remove(folder: Path, host: Host, root: Path = ROOT) -> str:
@@ -111,37 +115,53 @@ def remove(folder: Path, host: Host, root: Path = ROOT) -> str:
     Raises SetupError when what stands there was not put there by `add`.
     """
     place = find_host(folder, host) / host.extensions / host.name
-    if _is_link(place):
+    tidied = copies.tidy(place, root)
+    return "\n".join([*tidied, *_remove(place, host, root)])
+
+
+def _remove(place: Path, host: Host, root: Path) -> list[str]:
+    if is_link(place):
         if not _same(place, root):
-            raise SetupError(f"{place} is a link to {_target(place)}, not to {root}: left alone")
-        _unlink(place)
-        return f"Removed the link {place}. Restart {host.title}."
-    if not place.exists():
-        inside = _lies_in(root, place.parent)
-        if inside:
-            return f"This repository itself is {inside}: delete that folder yourself if you want it gone."
-        return f"There is no {place}: nothing to remove."
-    if not _is_copy(place):
+            raise SetupError(f"{place} is a link to {files.target(place)}, not to {root}: left alone")
+        try:
+            files.unlink(place)
+        except OSError as error:
+            raise failed(f"the link {place} could not be removed", error) from error
+        return [f"Removed the link {place}. Restart {host.title}."]
+    inside = _lies_in(root, place.parent)
+    if inside:
+        return [f"This repository itself is {inside}: delete that folder yourself if you want it gone."]
+    if not os.path.lexists(place):
+        return [f"There is no {place}: nothing to remove."]
+    if not copies.is_copy(place):
         raise SetupError(f"{place} is not ours: left alone")
-    shutil.rmtree(place)
-    return f"Removed the copy {place}. Restart {host.title}."
+    kept = copies.take_out(place, root)
+    done = f"Took the copy out of {place.parent}" if kept else f"Removed the copy {place}"
+    return [*filter(None, [kept]), f"{done}. Restart {host.title}."]
 
 
 def _lies_in(root: Path, extensions: Path) -> Path | None:
     """The entry of `extensions` that is the repository itself, not a link to it."""
-    for entry in extensions.iterdir() if extensions.is_dir() else ():
-        if not _is_link(entry) and entry.is_dir() and _same(entry, root):
+    for entry in _entries(extensions):
+        if not is_link(entry) and os.path.isdir(entry) and _same(entry, root):
             return entry
     return None
 
 
 def _other_clone(extensions: Path, place: Path) -> Path | None:
-    for entry in extensions.iterdir() if extensions.is_dir() else ():
+    for entry in _entries(extensions):
         if entry == place or entry.suffix == ".disabled":
             continue
-        if (entry / "comfy_tome").is_dir() and (entry / "shared_tome").is_dir():
+        if os.path.isdir(entry / "comfy_tome") and os.path.isdir(entry / "shared_tome"):
             return entry
     return None
+
+
+def _entries(extensions: Path) -> list[Path]:
+    try:
+        return sorted(extensions.iterdir()) if os.path.isdir(extensions) else []
+    except OSError as error:
+        raise failed(f"{extensions} could not be read", error) from error
 
 
 def _same(one: Path, two: Path) -> bool:
@@ -149,34 +169,6 @@ def _same(one: Path, two: Path) -> bool:
         return one.samefile(two)
     except OSError:  # a link whose target is gone
         return False
-
-
-def _is_link(place: Path) -> bool:
-    return place.is_symlink() or _is_junction(place)
-
-
-def _is_junction(place: Path) -> bool:
-    if sys.platform != "win32":
-        return False
-    try:
-        tag = getattr(os.lstat(place), "st_reparse_tag", 0)
-    except OSError:
-        return False
-    return tag == 0xA0000003  # IO_REPARSE_TAG_MOUNT_POINT
-
-
-def _target(place: Path) -> str:
-    try:
-        return os.readlink(place)
-    except OSError:
-        return "somewhere else"
-
-
-def _unlink(place: Path) -> None:
-    if _is_junction(place):
-        os.rmdir(place)  # removes the junction, never what it points to
-    else:
-        place.unlink()
 
 
 def _link(place: Path, root: Path) -> bool:
@@ -195,24 +187,3 @@ def _link(place: Path, root: Path) -> bool:
         except (OSError, AttributeError, ImportError):
             pass
     return False
-
-
-def _is_copy(place: Path) -> bool:
-    return (place / MARKER).is_file()
-
-
-def _copy(place: Path, root: Path) -> None:
-    """Copy aside first, so that a copy cut short never stands where the host looks."""
-    partial = place.with_name(f".{place.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    try:
-        shutil.copytree(root, partial, ignore=shutil.ignore_patterns(*LEFT_OUT))
-        (partial / MARKER).write_text(json.dumps({"copied from": str(root)}), encoding="utf-8")
-        if place.exists():
-            shutil.rmtree(place)
-        partial.rename(place)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        hint = "Check the folder's rights and the free space."
-        raise SetupError(f"{place} could not be written: {error}", hint) from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import stand_ins
 
 from installer import link
 from installer.console import SetupError
@@ -20,29 +23,12 @@ def host(request):
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A small stand-in for this repository."""
-    root = tmp_path / "repository"
-    for name in ("comfy_tome/nodes.py", "shared_tome/plan.py", "docs/a.md", "tests/test_a.py", ".git/config"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(name)
-    for name in (".venv/bin/python", ".cache/x", "out/compare.png", "comfy_tome/__pycache__/nodes.pyc"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(name)
-    return root
-
-
-def make(folder: Path, host: link.Host) -> Path:
-    for name in host.needs:
-        (folder / name).mkdir(parents=True) if "." not in name else folder.mkdir(parents=True, exist_ok=True)
-        if "." in name:
-            (folder / name).write_text("")
-    (folder / host.extensions).mkdir()
-    return folder
+    return stand_ins.repository(tmp_path / "repository")
 
 
 @pytest.fixture
 def place(tmp_path: Path, host: link.Host) -> Path:
-    return make(tmp_path / "host", host) / host.extensions / host.name
+    return stand_ins.host_folder(tmp_path / "host", host) / host.extensions / host.name
 
 
 def test_links(place, host, repository):
@@ -150,7 +136,7 @@ def test_refuses_a_folder_that_is_no_host(tmp_path, host, repository):
 
 
 def test_finds_the_host_inside_a_bundle(tmp_path, host, repository):
-    inner = make(tmp_path / "bundle" / host.nested[0], host)
+    inner = stand_ins.host_folder(tmp_path / "bundle" / host.nested[0], host)
     link.add(tmp_path / "bundle", host, root=repository)
     assert (inner / host.extensions / host.name).samefile(repository)
 
@@ -169,3 +155,59 @@ def test_refuses_beside_another_clone(place, host, repository):
     with pytest.raises(SetupError, match="clone"):
         link.add(place.parent.parent, host, root=repository)
     assert not place.exists()
+
+
+def test_a_clone_of_our_name_is_told_from_a_copy(place, host, repository):
+    repository.rename(place)
+    assert "delete" in link.remove(place.parent.parent, host, root=place)
+    assert (place / ".git/config").exists()
+
+
+WRONG: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "a file": (lambda extensions: extensions.write_text(""), "is a file, not a folder", "Move that file"),
+    "a link to nowhere": (lambda extensions: extensions.symlink_to("/nowhere"), "/nowhere, which is not", "Remove"),
+}
+
+
+@pytest.mark.parametrize("how", ["--copy", ""])
+@pytest.mark.parametrize("case", WRONG)
+def test_extensions_that_are_no_folder_are_told(case, how, place, host, repository):
+    make, words, hint = WRONG[case]
+    place.parent.rmdir()
+    make(place.parent)
+    with pytest.raises(SetupError, match=words) as told:
+        link.add(place.parent.parent, host, how == "--copy", repository)
+    assert hint in told.value.hint
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights on files")
+@pytest.mark.parametrize(
+    ("shut", "mode", "how", "words"),
+    [
+        (".", 0o000, "add", "could not be read"),
+        (".", 0o555, "add", "could not be made"),
+        ("extensions", 0o000, "add", "could not be read"),
+        ("extensions", 0o555, "add", "could not be written|is at work|could not be made"),
+        ("extensions", 0o555, "remove", "could not be removed"),
+        ("extensions/secret", 0o000, "add", ""),
+    ],
+)
+def test_missing_rights_are_told_in_a_line(shut, mode, how, words, host):
+    with stand_ins.open_folder() as top:
+        root, folder = stand_ins.repository(top / "repository"), stand_ins.host_folder(top / "host", host)
+        extensions = folder / host.extensions
+        if how == "remove":
+            link.add(folder, host, root=root)
+        if "secret" in shut:
+            (extensions / "secret").mkdir()
+            extensions.chmod(0o777)
+        elif shut == "." and mode == 0o555:
+            extensions.rmdir()
+        folder.joinpath(shut.replace("extensions", host.extensions)).chmod(mode)
+        with stand_ins.plain_user():
+            if not words:
+                assert "Linked" in link.add(folder, host, root=root)
+            else:
+                with pytest.raises(SetupError, match=words) as told:
+                    getattr(link, how)(folder, host, root=root)
+                assert "rights" in told.value.hint and "\n" not in str(told.value)
