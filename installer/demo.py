@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from . import comfyui, report, workflow
+from . import comfyui, files, report, workflow
 from .client import ComfyClient, PromptError
-from .console import SetupError, complain, say, stage
+from .console import SetupError, complain, failed, say, stage
 from .paths import CACHE
 from .report import Outcome
 from .server import ComfyServer
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a plain kill stops the server too
     try:
         run(options.comfyui, options.out, options.checkpoint)
-    except SetupError as error:
+    except (SetupError, OSError) as error:
         complain(error)
         return 1
     except KeyboardInterrupt:
@@ -87,15 +87,17 @@ def run(host: Path, out: Path, checkpoint: Path | None) -> None:
             outcomes = _make(client, plan, tome)
         except PromptError as error:
             raise SetupError(f"{error}\n{server.told()}", "If this is not of your doing, report it.") from error
-    with stage("Comparing") as current:
+    with stage("Comparing"):
         summary = report.summarise(outcomes, tome, plan.settings, plan.model, plan.pixels_a_token)
         summary.machine = _machine(stats)
-        files = report.write(summary, outcomes, out)
-        current.result = files[0].name
     say()
-    say(report.table(summary))
+    say(report.table(summary))  # before anything is written: a full disk must not cost the numbers
+    try:
+        written = report.write(summary, outcomes, out)
+    except OSError as error:
+        raise failed(f"the results could not be written to {out}", error) from error
     say()
-    say("\n".join(f"  {path}" for path in files))
+    say("\n".join(f"  {path}" for path in written))
 
 
 def _plan(client: ComfyClient, checkpoint: Path | None, on_cpu: bool) -> Plan:
@@ -147,8 +149,7 @@ def _models_beside(checkpoint: Path | None) -> tuple[str, ...]:
     """ComfyUI's arguments to find `checkpoint` where it lies: nothing is copied or linked."""
     if checkpoint is None:
         return ()
-    CACHE.mkdir(parents=True, exist_ok=True)
-    paths = CACHE / "checkpoint_paths.yaml"
+    paths = files.make_folder(CACHE) / "checkpoint_paths.yaml"
     # JSON is YAML too, and quotes what needs it.
     paths.write_text(json.dumps({"demo": {"base_path": str(checkpoint.parent), "checkpoints": "."}}), "utf-8")
     return ("--extra-model-paths-config", str(paths))

@@ -8,3 +8,5 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 CACHE = ROOT / ".cache"
 REQUIREMENTS = ROOT / "requirements"
+RESULTS = ("compare.png", "compare.md")  # in the folder that --out names
+TABLE_HEAD = ("", "seconds a step", "speed-up", "PSNR", "tokens kept")  # by which a compare.md is known

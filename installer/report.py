@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import sheet
+from .paths import RESULTS, TABLE_HEAD
 from .workflow import Settings, Subject
 
 
@@ -92,7 +93,6 @@ def one_layer(picture: np.ndarray, tome: Mapping[str, Any], side: int) -> tuple[
 def table(summary: Summary) -> str:
     """The numbers as a Markdown table with what they mean below it."""
     total, stay = summary.kept.size, int(summary.kept.sum())
-    head = ("", "seconds a step", "speed-up", "PSNR", "tokens kept")
     rows = (
         ("unmerged", f"{summary.unmerged:.3f}", "", "", f"{total:,}"),
         (
@@ -103,10 +103,10 @@ def table(summary: Summary) -> str:
             f"{stay:,} ({100 * stay / total:.0f} %)",
         ),
     )
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    widths = [max(len(row[column]) for row in (TABLE_HEAD, *rows)) for column in range(len(TABLE_HEAD))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in (head, ["-" * width for width in widths], *rows)
+        for row in (TABLE_HEAD, ["-" * width for width in widths], *rows)
     ]
     return "\n".join([*lines, "", *notes(summary)])
 
@@ -156,7 +156,7 @@ def write(summary: Summary, outcomes: Sequence[Outcome], out: Path) -> list[Path
     ]
     columns = ("Unmerged", "ToMe", "Difference x {factor}", "Who stands for whom")
     subtitle = f"Same seed, same steps: {summary.speed_up:.2f} times as fast, PSNR {decibels(summary.psnr)}"
-    picture, text = out / "compare.png", out / "compare.md"
-    sheet.draw("Token Merging in ComfyUI", subtitle, columns, rows, notes(summary)).save(picture, optimize=True)
+    picture, text = (out / name for name in RESULTS)
     text.write_text(table(summary) + "\n", encoding="utf-8")
+    sheet.draw("Token Merging in ComfyUI", subtitle, columns, rows, notes(summary)).save(picture, optimize=True)
     return [picture, text]

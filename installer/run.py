@@ -5,29 +5,79 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from . import comfyui, environment
-from .console import say
-from .paths import ROOT
+from . import comfyui, environment, files
+from .console import SetupError, failed, say
+from .paths import RESULTS, ROOT, TABLE_HEAD
+
+CHECKPOINTS = (".safetensors", ".ckpt", ".sft", ".pt", ".pt2", ".pth", ".bin", ".pkl")  # that ComfyUI lists
 
 
 def demo(host: str | None, checkpoint: str | None, out: str) -> int:
     """Make pictures without and with ToMe. Returns the exit status; raises SetupError."""
     # Looked at first: a wrong path should not cost a person the minutes of the installation.
-    if checkpoint and not Path(checkpoint).expanduser().is_file():
-        raise comfyui.SetupError(f"there is no file {checkpoint}", "Name a .safetensors or .ckpt file.")
+    weights = _checkpoint(checkpoint) if checkpoint else None
+    results = files.user_path(out)
+    _try_to_write(results)
     if host or os.environ.get("COMFYUI_DIR"):
         comfyui.locate(host, environment.python_in(environment.VENV))
     say("ToMe demo")
     python = environment.ensure([environment.DEMO])
     folder = comfyui.locate(host, python)
-    results = str(Path(out).expanduser().absolute())
-    command = ["-m", "installer.demo", "--comfyui", str(folder), "--out", results]
-    if checkpoint:
-        command += ["--checkpoint", str(Path(checkpoint).expanduser().absolute())]
+    command = ["-m", "installer.demo", "--comfyui", str(folder), "--out", str(results)]
+    if weights:
+        command += ["--checkpoint", str(weights)]
     return _become(python, command)
+
+
+def _checkpoint(name: str) -> Path:
+    """The file of a person's model. Raises SetupError when ComfyUI could not read it."""
+    file, name_one = files.user_path(name), f"Name a file that ends in {' or '.join(CHECKPOINTS[:2])}."
+    try:
+        if not files.exists(file):
+            raise SetupError(f"there is no file {file}", name_one)
+        if file.is_dir():
+            raise SetupError(f"{file} is a folder, not a file", name_one)
+        if file.suffix.lower() not in CHECKPOINTS:
+            raise SetupError(f"ComfyUI loads no checkpoint from {file.name}", name_one)
+        file.open("rb").close()
+    except OSError as error:
+        raise failed(f"{file} could not be read", error) from error
+    return file
+
+
+def _try_to_write(out: Path) -> None:
+    """Find out whether the results can be written, and leave nothing. Raises SetupError."""
+    made = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
+    try:
+        files.make_folder(out)
+        there = [out / name for name in RESULTS if (out / name).exists()]
+        for file in there:
+            file.open("r+b").close()
+        if there and not _is_from_demo(out):
+            raise SetupError(
+                f"{there[0]} is there already and is not from this demo",
+                "Name another folder with --out, or move that file away.",
+            )
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise failed(f"the results cannot be written to {out}", error) from error
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _is_from_demo(out: Path) -> bool:
+    try:
+        with (out / RESULTS[1]).open(encoding="utf-8") as text:
+            return TABLE_HEAD[1] in text.readline(500)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def test(arguments: Sequence[str]) -> int:
@@ -46,7 +96,10 @@ def test(arguments: Sequence[str]) -> int:
 
 
 def _run(python: Path, arguments: Sequence[str], extra: Mapping[str, str] | None = None) -> int:
-    process = subprocess.Popen([str(python), *arguments], cwd=ROOT, env=_variables(extra))
+    try:
+        process = subprocess.Popen([str(python), *arguments], cwd=ROOT, env=_variables(extra))
+    except OSError as error:
+        raise failed(f"{python} could not be run", error) from error
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         while True:
@@ -63,7 +116,10 @@ def _become(python: Path, arguments: Sequence[str]) -> int:
     if os.name == "nt":
         return _run(python, arguments)
     os.chdir(ROOT)
-    os.execve(str(python), [str(python), *arguments], _variables())
+    try:
+        os.execve(str(python), [str(python), *arguments], _variables())
+    except OSError as error:
+        raise failed(f"{python} could not be run", error) from error
 
 
 def _variables(extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -11,9 +11,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import link
+from . import files, link
 from .client import ComfyClient, PromptError
-from .console import SetupError
+from .console import SetupError, failed
 from .paths import ROOT
 
 FOLDERS = ("custom_nodes", "models", "input", "output", "temp", "user")
@@ -60,7 +60,7 @@ class ComfyServer:
     def start(self) -> ComfyClient:
         """Start the server and wait until it answers; `with` is the better way, as it stops it too."""
         for name in FOLDERS:
-            (self.base / name).mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.base / name)
         if self.pack is not None:
             put_pack(self.base / "custom_nodes", self.pack)
         port = free_port()
@@ -73,7 +73,11 @@ class ComfyServer:
             *self.arguments,
         ]  # fmt: skip
         own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
-        with self.log.open("wb") as log:
+        try:
+            log = self.log.open("wb")
+        except OSError as error:
+            raise failed(f"{self.log} could not be written", error) from error
+        with log:
             try:
                 self.process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
@@ -149,6 +153,8 @@ HINT = (
 def put_pack(custom_nodes: Path, pack: Path) -> None:
     """Link (or copy) the pack into a custom_nodes folder of our own making."""
     place = custom_nodes / link.COMFYUI.name
+    if files.is_link(place) and not (place.exists() and place.samefile(pack)):
+        files.unlink(place)  # this repository was moved
     link.put(place, pack)
 
 

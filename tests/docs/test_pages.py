@@ -47,7 +47,7 @@ def test_readme_fits_two_screens_and_names_what_there_is():
 def messages() -> list[re.Pattern]:
     """All texts of the code, with anything where a value is put in."""
     found = []
-    for folder in ("shared_tome", "comfy_tome", "a1111_extension"):
+    for folder in ("shared_tome", "comfy_tome", "a1111_extension", "installer"):
         for file in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):

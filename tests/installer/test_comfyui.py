@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from installer import comfyui, versions
+from installer import comfyui, environment, files, versions
 from installer.console import SetupError
 
 
@@ -65,9 +65,76 @@ def test_a_folder_cut_short_is_fetched_again(registry):
     into, downloads = registry
     comfyui.fetch(Path("python"), into)
     (into / comfyui.DONE).unlink()
-    (into / "main.py").unlink()
+    (into / "main.py").write_text("mine")
     comfyui.fetch(Path("python"), into)
-    assert (into / "main.py").exists() and len(downloads) == 2
+    assert (into / "main.py").read_text() == "print()" and len(downloads) == 2
+    assert (into.with_name("comfyui-kept-1") / "main.py").read_text() == "mine"  # who knows whose it was
+
+
+def test_a_link_of_the_users_is_kept_and_not_entered(registry, tmp_path):
+    into, _ = registry
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "main.py").write_text("mine")
+    into.parent.mkdir()
+    into.symlink_to(theirs, target_is_directory=True)
+    comfyui.fetch(Path("python"), into)
+    assert not into.is_symlink() and (theirs / "main.py").read_text() == "mine"
+    assert into.with_name("comfyui-kept-1").samefile(theirs)
+
+
+@pytest.mark.parametrize("stage", ["_download", "verify", "unpack", "move"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")], ids=repr)
+def test_whatever_ends_a_fetch_nothing_is_left(registry, monkeypatch, stage, error):
+    into, _ = registry
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files if stage == "move" else comfyui, stage, fail)
+        with pytest.raises(BaseException) as raised:
+            comfyui.fetch(Path("python"), into)
+    if isinstance(error, OSError):
+        assert isinstance(raised.value, SetupError) and "disk is full" in raised.value.hint
+    assert list(into.parent.iterdir()) == []
+    assert comfyui.fetch(Path("python"), into) == into
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_what_a_killed_fetch_left_goes(registry, fetched):
+    into, downloads = registry
+    if fetched:
+        comfyui.fetch(Path("python"), into)
+    left = into.parent / f"{comfyui.SCRATCH}x1y2"
+    (left / "unpacked").mkdir(parents=True)
+    (left / "unpacked/main.py").write_text("")
+    comfyui.fetch(Path("python"), into)
+    assert [entry.name for entry in into.parent.iterdir()] == ["comfyui"] and len(downloads) == 1
+
+
+def test_two_fetches_at_once_do_not_meet(registry):
+    into, downloads = registry
+    with files.alone(into.parent / environment.LOCK), pytest.raises(SetupError, match="another install.py"):
+        comfyui.fetch(Path("python"), into)
+    assert not downloads
+
+
+def test_a_disk_that_is_full_is_not_called_a_damaged_archive(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(comfyui, "_extract", full)
+    with pytest.raises(SetupError, match="No space left") as told:
+        comfyui.unpack(pack(tmp_path, {"in/a": "a"}), "in", tmp_path / "into")
+    assert "Free some space" in told.value.hint
+
+
+def test_a_wrong_variable_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMFYUI_DIR", str(tmp_path))
+    with pytest.raises(SetupError, match="^COMFYUI_DIR: ") as told:
+        comfyui.locate(None, Path("python"))
+    assert "unset" in told.value.hint
 
 
 def test_another_file_than_the_pinned_one_is_refused(registry, monkeypatch):
