@@ -140,11 +140,13 @@ def test_a_failed_start_shows_the_log_and_leaves_nothing(tmp_path):
 
 
 @posix
-def test_one_that_never_answers_is_ended(tmp_path):
-    running = server(tmp_path, "    import os, time; print('pid', os.getpid(), flush=True); time.sleep(600)", timeout=3)
+def test_one_that_never_answers_is_ended(tmp_path, monkeypatch):
+    running = server(tmp_path, "    import time; time.sleep(600)", timeout=3)
+    stop, pids = running.stop, []
+    monkeypatch.setattr(running, "stop", lambda: (pids.append(running.process.pid), stop()))
     with pytest.raises(SetupError, match="did not answer within"), running:
         pass
-    assert gone(int(running.log.read_text().partition("pid ")[2].split()[0]))
+    assert gone(*pids)
 
 
 def test_a_python_that_is_none_is_told(tmp_path):
