@@ -48,7 +48,7 @@ class DemoConfig(comfy.supported_models.SD15):
 
 
 def host_unet_config(unet: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of ComfyUI's UNetModel from the file's metadata: the fields of UNetConfig, quality/unet.py."""
+    """Arguments of ComfyUI's UNetModel from the file's metadata: the fields of UNetConfig, lab/models/unet.py."""
     levels = list(zip(unet["transformer_depth"], unet["num_res_blocks"], strict=True))
     return {
         "image_size": 32,  # required, used by nothing
@@ -74,7 +74,7 @@ def host_unet_config(unet: dict[str, Any]) -> dict[str, Any]:
 def read_metadata(path: Path = MODEL_FILE) -> dict[str, str]:
     """The file's metadata; reads the header alone."""
     if not path.is_file():
-        raise FileNotFoundError(f"the demo model is missing: {path} (train one: python -m quality.train)")
+        raise FileNotFoundError(f"the demo model is missing: {path} (train one: python -m lab.models.train)")
     with safe_open(str(path), framework="pt") as file:
         return file.metadata()
 

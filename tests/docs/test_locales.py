@@ -15,8 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from benchmarks import help_lists
 from installer.server import ComfyServer
+from lab.pages import help_lists
 from shared_tome import ToMeConfig
 from shared_tome.config import CUSTOM, PRESETS
 

@@ -41,7 +41,7 @@ def test_archive_has_all_that_comfyui_loads_and_is_small():
     files = published()
     parts = {file.parts[0] for file in files}
     assert {"__init__.py", "comfy_tome", "shared_tome", "web", "locales", "example_workflows", "LICENSE"} <= parts
-    assert not parts & {"tests", "demo", "quality", "benchmarks"}
+    assert not parts & {"tests", "demo", "lab"}
     size = sum((ROOT / file).stat().st_size for file in files)
     assert size < 8e6, f"{size / 1e6:.1f} MB"
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import tables
+from lab.pages import tables
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), *sorted((ROOT / "web").glob("**/*.md"))]
 
@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), *sorted((
 @pytest.mark.parametrize("page", tables.PAGES)
 def test_tables_are_up_to_date(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert tables.filled(text) == text, "run `python -m benchmarks.tables`"
+    assert tables.filled(text) == text, "run `python -m lab.pages.tables`"
 
 
 @pytest.mark.parametrize("maker", tables.MAKERS)

@@ -21,8 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.help_lists import LANGUAGES, LOCALES, texts
 from installer.server import ComfyServer
+from lab.pages.help_lists import LANGUAGES, LOCALES, texts
 
 HELP = ROOT / "web" / "docs"
 COMMAND = "python tests/docs/translations.py"
@@ -83,7 +83,7 @@ def help_page(node: str, language: str) -> Path:
 
 
 def prose(node: str, language: str) -> dict[str, str]:
-    """The paragraphs of a help page, without what `python -m benchmarks.tables` writes, by page and number."""
+    """The paragraphs of a help page, without what `python -m lab.pages.tables` writes, by page and number."""
     page = re.sub(
         r"(<!-- [^\n]* -->\n).*?<!-- end -->", r"\1", help_page(node, language).read_text("utf-8"), flags=re.S
     )

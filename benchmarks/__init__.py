@@ -1,1 +1,0 @@
-"""Benchmarks that count the whole cost. Run as modules: `python -m benchmarks.layer --help`."""

@@ -1,0 +1,261 @@
+"""Puts a variant of ToMe on the lab's U-Nets and DiTs through the core's ModelCall.
+
+What is measured is the core's own arithmetic; this is only the adapter, and does what the hosts' adapters do. In a
+U-Net tokens are merged before the projections, brought back after the output projection, and a block's match serves
+its cross-attention and MLP. In a DiT the image's queries, keys and values are merged where they meet the text's,
+behind the rotation; the text stays whole. Where queries keep their own tokens, keys and values are drawn behind their
+projections in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared_tome.attention import attend
+from shared_tome.grid import Grid, grid_of
+from shared_tome.joined import TORCHS
+from shared_tome.joint import JointCall
+from shared_tome.plan import Plan
+from shared_tome.schedule import ratio_at, serves_layer
+
+from ..models.dit import DiT, JointAttention
+from ..models.unet import BasicTransformerBlock, CrossAttention, FeedForward, UNet
+from .apart import Apart, ApartPlan
+from .methods import Variant
+
+
+class Run:
+    """A variant during one run of a sampler: the plans of the current step, and a count of the work left.
+
+    Call `begin` before each call of the model. seed: [b], one number a picture, b a divisor of the batch's rows.
+    dtype: of the attention's q, k and v (None: the model's own).
+    """
+
+    def __init__(self, variant: Variant, dtype: torch.dtype | None = None):
+        self.variant, self.dtype = variant, dtype
+        self.call = None
+        self.joint: JointCall | None = None  # of the current step, where queries keep their own tokens
+        self.full: Grid = (0, 0)
+        self.plan: Plan | None = None  # the current block's, for cross-attention and MLP
+        self.memory: dict = {}  # what a variant keeps from step to step
+        self.work = {"full": 0, "left": 0, "all": 0, "all_left": 0}
+        # What was counted for each attention layer of the current step, in their order.
+        self.seen: list[tuple[Grid, int, int, int]] = []
+
+    def begin(self, full: Grid, device: torch.device, seed: Tensor, step: int, steps: int) -> None:
+        config = self.variant.config
+        self.full, self.call, self.plan, self.seen = full, None, None, []
+        now = config.replace(ratio=ratio_at(config, step / steps), start=0.0, end=1.0, ratio_end=-1.0)
+        self.memory["steps"] = steps
+        if now.ratio > 0.0:
+            self.call = self.variant.make(now, full, device, seed, step, self.memory)
+        self.joint = JointCall(True, TORCHS, _refused, own=True) if self.call and now.keeps_own else None
+
+    @property
+    def draws_behind(self) -> bool:
+        """Whether keys and values are drawn behind their projections."""
+        return self.joint is not None or isinstance(self.call, Apart)
+
+    def keeps_own(self, plan: Plan) -> bool:
+        """Whether each query has its own token besides those drawn."""
+        return plan.own if isinstance(plan, ApartPlan) else self.joint is not None
+
+    def attend_behind(self, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
+        """q, k, v [B, H, L, d], the image from `start` on -> [B, L, H, d]; keys and values drawn here."""
+        if isinstance(plan, ApartPlan):
+            return plan.attend(q, k, v, start).transpose(1, 2)
+        out = self.joint.attend(q, k, v, start, plan)
+        if out is None:
+            raise RuntimeError(f"no attention here tells its log-sum-exp for {q.dtype} on {q.device}: no own tokens")
+        return out
+
+    def count(self, grid: Grid, tokens: int, queries: int, keys: int) -> None:
+        """Count the work of Q K^T and A V; all blocks of a level have the same width for each token.
+
+        tokens: of the unmerged layer, text included where the softmax has it; so are queries and keys.
+        """
+        self.seen.append((grid, tokens, queries, keys))
+        full, left = tokens * tokens, queries * keys
+        if self.variant.is_merged and serves_layer(self.variant.config, grid, self.full):
+            self.work["full"] += full
+            self.work["left"] += left
+        self.work["all"] += full
+        self.work["all_left"] += left
+
+    def count_again(self, layers: list[tuple[Grid, int, int, int]]) -> None:
+        """Count layers whose result was known, as if they had been run; layers: what was seen then."""
+        for layer in layers:
+            self.count(*layer)
+
+    @property
+    def cost(self) -> float:
+        """The share of the merged layers' attention work that is left, over the whole run."""
+        return self.work["left"] / self.work["full"] if self.work["full"] else 1.0
+
+    @property
+    def cost_all(self) -> float:
+        """The same over every self-attention of the model."""
+        return self.work["all_left"] / self.work["all"] if self.work["all"] else 1.0
+
+
+class MergedSelfAttention(nn.Module):
+    """Stands in for a block's attn1."""
+
+    def __init__(self, inner: CrossAttention, run: Run):
+        super().__init__()
+        self.inner, self.run = inner, run
+
+    def forward(self, x: Tensor) -> Tensor:
+        run, inner = self.run, self.inner
+        tokens = x.shape[1]
+        grid = grid_of(tokens, run.full)
+        behind = run.draws_behind
+        layer = None if run.call is None else run.call.attention(x, x, x, grid, own=behind)
+        run.plan = None
+        if layer is None:
+            run.count(grid, tokens, tokens, tokens)
+            if run.dtype is None:
+                return inner(x)
+            q, k, v = (self._heads(project, x) for project in (inner.to_q, inner.to_k, inner.to_v))
+            return self._out(attend(q, k, v), x.dtype)
+        if run.call.config.kind.matches:
+            run.plan = layer.plan
+        keys = layer.plan.kept + run.keeps_own(layer.plan) if behind else layer.k.shape[1]
+        run.count(grid, tokens, layer.q.shape[1], keys)
+        q, k, v = self._heads(inner.to_q, layer.q), self._heads(inner.to_k, layer.k), self._heads(inner.to_v, layer.v)
+        if behind:
+            out = run.attend_behind(q, k, v, 0, layer.plan).transpose(1, 2)
+        else:
+            out = attend(q, k, v, layer.bias)  # (B, H, N or M, d)
+        return layer.unmerge(self._out(out, x.dtype))  # (B, N, C)
+
+    def _heads(self, project: nn.Linear, x: Tensor) -> Tensor:
+        """x [B, N, C] -> [B, H, N, d]."""
+        x = self.inner._split(project(x))
+        return x if self.run.dtype is None else x.to(self.run.dtype)
+
+    def _out(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x [B, H, N, d] -> [B, N, C]."""
+        return self.inner.to_out(x.to(dtype).transpose(1, 2).flatten(2))
+
+
+class MergedCrossAttention(nn.Module):
+    """Stands in for a block's attn2: its queries go by the block's own match."""
+
+    def __init__(self, inner: CrossAttention, run: Run):
+        super().__init__()
+        self.inner, self.run = inner, run
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        plan = self.run.plan
+        if plan is None or not self.run.variant.config.cross_attention:
+            return self.inner(x, context)
+        return plan.unmerge(self.inner(plan.merge(x), context))
+
+
+class MergedFeedForward(nn.Module):
+    """Stands in for a block's ff."""
+
+    def __init__(self, inner: FeedForward, run: Run):
+        super().__init__()
+        self.inner, self.run = inner, run
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self.run.plan
+        if plan is None or not self.run.variant.config.mlp:
+            return self.inner(x)
+        return plan.unmerge(self.inner(plan.merge(x)))
+
+
+class MergedJointAttention(nn.Module):
+    """Stands in for a DiT block's attention."""
+
+    def __init__(self, run: Run):
+        super().__init__()
+        self.run = run
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, text: int) -> Tensor:
+        run, dtype = self.run, q.dtype
+        if run.dtype is not None:
+            q, k, v = (x.to(run.dtype) for x in (q, k, v))
+        tokens, layer = q.shape[1], None
+        if run.call is not None:
+            image = k[:, text:]
+            # (B, N, d): the ViT paper's keys averaged over the heads; what matches nothing wants the shape alone.
+            metric = image.mean(2) if run.call.config.kind.matches else image[:, :, 0]
+            behind = run.draws_behind
+            layer = run.call.attention(*(x[:, text:].flatten(2) for x in (q, k, v)), run.full, metric, behind)
+        if layer is None:
+            run.count(run.full, tokens, tokens, tokens)
+            return _joint(q, k, v).to(dtype)
+        if behind:
+            run.count(run.full, tokens, tokens, text + layer.plan.kept + run.keeps_own(layer.plan))
+            out = run.attend_behind(*(x.transpose(1, 2) for x in (q, k, v)), text, layer.plan)
+            return out.flatten(2).to(dtype)
+        config = run.call.config
+        if config.kind.queries:
+            q = _beside(q[:, :text], layer.q)
+        if config.kind.keys:
+            k, v = _beside(k[:, :text], layer.k), _beside(v[:, :text], layer.v)
+        # Even where all of the image's keys stand for as many, the text's do not: plan.sizes and not layer.bias.
+        bias = F.pad(layer.plan.sizes.log(), (text, 0)) if config.weighs_keys else None  # (B, K)
+        run.count(run.full, tokens, q.shape[1], k.shape[1])
+        out = _joint(q, k, v, bias).to(dtype)
+        return torch.cat((out[:, :text], layer.unmerge(out[:, text:])), dim=1) if config.kind.queries else out
+
+
+def _beside(text: Tensor, image: Tensor) -> Tensor:
+    """text [B, T, H, d] and image [B, M, H * d] -> [B, T + M, H, d]."""
+    return torch.cat((text, image.unflatten(2, text.shape[2:])), dim=1)
+
+
+def _joint(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """q [B, L, H, d], k and v [B, K, H, d], bias [B, K] -> [B, L, H * d]."""
+    return attend(*(x.transpose(1, 2) for x in (q, k, v)), bias).transpose(1, 2).flatten(2)
+
+
+def _refused(message: str, detail: str) -> None:
+    """What is measured must be what its name says."""
+    raise RuntimeError(f"{message}: {detail}")
+
+
+def check(network: UNet | DiT, variant: Variant) -> None:
+    """Raises ValueError for a variant that means nothing on this network."""
+    config = variant.config
+    if isinstance(network, DiT) and (config.cross_attention or config.mlp or config.levels != "0"):
+        raise ValueError(
+            f"{variant.name!r} cannot be measured on a DiT: it has one level, no cross-attention, and merges around "
+            "its attention alone"
+        )
+
+
+def _stand_ins(network: UNet | DiT, run: Run) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(block, its part's name, what is to take the part's place)."""
+    for block in network.modules():
+        if isinstance(block, BasicTransformerBlock):
+            yield block, "attn1", MergedSelfAttention(block.attn1, run)
+            yield block, "attn2", MergedCrossAttention(block.attn2, run)
+            yield block, "ff", MergedFeedForward(block.ff, run)
+        elif isinstance(getattr(block, "attention", None), JointAttention):
+            yield block, "attention", MergedJointAttention(run)
+
+
+@contextmanager
+def merged(network: UNet | DiT, variant: Variant, dtype: torch.dtype | None = None) -> Iterator[Run]:
+    """Puts a variant on a network, which is what it was when the block is left in whatever way. dtype: see Run."""
+    check(network, variant)
+    run = Run(variant, dtype)
+    stand_ins = list(_stand_ins(network, run))
+    plain = [getattr(block, name) for block, name, _ in stand_ins]
+    try:
+        for block, name, part in stand_ins:
+            setattr(block, name, part)
+        yield run
+    finally:
+        for (block, name, _), part in zip(stand_ins, plain, strict=True):
+            setattr(block, name, part)

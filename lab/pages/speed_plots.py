@@ -1,0 +1,238 @@
+"""Draws the pictures of docs/speed.md from the CSVs of a run: `python -m lab.pages.speed_plots --out docs/images`.
+
+Needs matplotlib, which nothing else here does. A picture whose CSV is missing is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lab.pages.fidelity_tables import GRID, INK, PAPER
+
+from . import speed_tables
+from .speed_tables import MODELS, Row, read
+
+# variant: (colour, marker, line). Colours after Okabe and Ito, told apart by colour-blind eyes too.
+STYLES: dict[str, tuple[str, str, str]] = {
+    "sample 0.5": ("#56b4e9", "o", "-"),
+    "sample 0.75": ("#0072b2", "o", "-"),
+    "sample 0.9375": ("#003f63", "o", "-"),
+    "sample 0.75, own token": ("#6a3d9a", "o", "-"),
+    "sample 0.9375, own token": ("#3f1f63", "o", "--"),
+    "downsample 0.75": ("#009e73", "D", "-"),
+    "merge 0.25": ("#f3cf80", "s", "-"),
+    "merge 0.5": ("#e69f00", "s", "-"),
+    "merge 0.75": ("#b87d00", "s", "-"),
+    "merge_queries 0.5": ("#8c6d31", "P", "-"),
+    "comfyui core 0.5": ("#8c6d31", "P", "-"),
+    "tomesd 0.5": ("#d55e00", "X", "-"),
+    "half at no cost": ("#e69f00", "", ":"),
+    "limit": ("#22262b", "", ":"),
+}
+WHO = {"kernels": ("#0072b2", "o", "-"), "torch": ("#56b4e9", "v", "--"), "tomesd": ("#d55e00", "X", "-")}
+
+
+def _figure(columns: int, title: str, width: float = 4.6, height: float = 4.4, **kwargs: Any) -> tuple[Any, list[Any]]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, columns, figsize=(width * columns, height), dpi=120, facecolor=PAPER, squeeze=False, **kwargs
+    )
+    figure.suptitle(title, color=INK, x=0.01, ha="left", fontsize=12)
+    for each in axes[0]:
+        each.set_facecolor(PAPER)
+        each.grid(color=GRID, linewidth=0.8)
+        each.tick_params(colors=INK, labelsize=8)
+        each.set_axisbelow(True)
+        for side, spine in each.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(INK)
+    return figure, list(axes[0])
+
+
+def _machines(rows: Sequence[Row]) -> str:
+    return " and ".join(dict.fromkeys(row["machine"] for row in rows))
+
+
+def _save(figure: Any, path: Path, legend: Any = None) -> None:
+    figure.tight_layout()
+    if legend is not None:
+        handles, labels = legend
+        figure.legend(
+            handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, labelcolor=INK, fontsize=9
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", facecolor=PAPER, metadata={"Software": None})
+
+
+def _legend(axes: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """Every name of all panels once."""
+    found: dict[str, Any] = {}
+    for each in axes:
+        for handle, label in zip(*each.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return list(found.values()), list(found)
+
+
+_SPREAD = ("speedup_p20", "speedup", "speedup_p80")
+
+
+def _lines(axes: Any, rows: Sequence[Row], low: float, high: float) -> None:
+    """Speed against pixels, with a bar from p20 to p80, one line a variant. low, high: the slowest and the fastest."""
+    sizes = sorted({row["pixels"] for row in rows}, key=int)
+    axes.set_yscale("log", base=2)
+    axes.axhline(1.0, color=INK, linewidth=1)
+    for name, (colour, marker, line) in STYLES.items():
+        mine = {row["pixels"]: row for row in rows if row["variant"] == name and row["speedup"]}
+        at = [size for size in sizes if size in mine]
+        if not at:
+            continue
+        slow, speeds, fast = ([float(mine[size][name]) for size in at] for name in _SPREAD)
+        bars = [[b - a for a, b in zip(*side, strict=True)] for side in ((slow, speeds), (speeds, fast))]
+        axes.errorbar(
+            [sizes.index(size) for size in at], speeds, yerr=bars, color=colour, marker=marker or None, linestyle=line,
+            linewidth=1.6, markersize=5, elinewidth=1, capsize=2, label=name,
+        )  # fmt: skip
+    axes.set_xticks(range(len(sizes)), [f"{size}²" for size in sizes])
+    axes.minorticks_off()
+    axes.set_ylim(low * 0.95, high * 1.05)
+    ticks = [tick for tick in (0.5, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
+
+
+def _by_model(rows: Sequence[Row], title: str, path: Path) -> None:
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    shown = [float(row[name]) for row in rows if row["speedup"] and row["variant"] in STYLES for name in _SPREAD]
+    figure, panels = _figure(len(models), title, sharey=True)
+    for axes, model in zip(panels, models, strict=True):
+        _lines(axes, [row for row in rows if row["model"] == model], min(shown, default=1.0), max(shown, default=1.0))
+        axes.set_title(MODELS.get(model, model), color=INK, fontsize=10)
+        axes.set_xlabel("pixels", color=INK)
+    panels[0].set_ylabel("times as fast as unmerged", color=INK)
+    _save(figure, path, _legend(panels))
+
+
+def steps(rows: Sequence[Row], path: Path) -> None:
+    """diffusers' U-Nets with the first attention kernel measured, as a graph where there is one."""
+    mode = "graph" if any(row["mode"] == "graph" for row in rows) else "eager"
+    backend = next(row["backend"] for row in rows if row["mode"] == mode)
+    chosen = [row for row in rows if (row["mode"], row["backend"]) == (mode, backend)]
+    how = {"graph": "CUDA graph", "eager": "eager"}[mode]
+    _by_model(chosen, f"A step of diffusers' U-Nets, {how}, {backend} attention, {_machines(chosen)}", path)
+
+
+def hosts(rows: Sequence[Row], path: Path) -> None:
+    """ComfyUI's KSampler."""
+    backend = rows[0]["backend"]
+    chosen = [row for row in rows if row["backend"] == backend]
+    named = "its own choice of attention" if backend == "default" else f"{backend} attention"
+    _by_model(chosen, f"A step of ComfyUI's KSampler, {named}, {_machines(chosen)}", path)
+
+
+def growth(rows: Sequence[Row], path: Path) -> None:
+    """Time against tokens, a panel for each part."""
+    rows = [row for row in rows if row["us"]]
+    parts = [what for what in ("match", "merge", "unmerge", "draw", "gather") if any(r["what"] == what for r in rows)]
+    title = f"How cost grows: 320 channels, batch {rows[0]['batch']}, {rows[0]['dtype']}, {_machines(rows)}"
+    figure, panels = _figure(len(parts), title, width=3.3, height=3.8, sharey=True)
+    attention = sorted((int(r["tokens"]), float(r["us"])) for r in rows if r["what"] == "attention")
+    for axes, part in zip(panels, parts, strict=True):
+        if attention:
+            axes.plot(*zip(*attention, strict=True), color=INK, linestyle=":", label="attention, unmerged")
+        for who, (colour, marker, line) in WHO.items():
+            mine = sorted((int(r["tokens"]), float(r["us"])) for r in rows if (r["what"], r["who"]) == (part, who))
+            if mine:
+                axes.plot(
+                    *zip(*mine, strict=True), color=colour, marker=marker, linestyle=line, markersize=4, label=who
+                )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks([2**10, 2**12, 2**14, 2**16, 2**18], ["1k", "4k", "16k", "65k", "262k"])
+        axes.set_title(part, color=INK, fontsize=10)
+        axes.set_xlabel("tokens", color=INK)
+    panels[0].set_ylabel("µs", color=INK)
+    _save(figure, path, _legend(panels))
+
+
+def memory(rows: Sequence[Row], path: Path) -> None:
+    """What merging adds to the layer's peak, a panel for each number of tokens."""
+    rows = [row for row in rows if row["merged_mb"] and row["channels"] == rows[0]["channels"]]
+    sizes = sorted({int(row["tokens"]) for row in rows})
+    names = list(dict.fromkeys(f"{row['method']} {row['ratio']}" for row in rows))
+    title = f"Peak memory that merging adds to a layer of {rows[0]['channels']} channels, {_machines(rows)}"
+    figure, panels = _figure(len(sizes), title, width=3.6, height=3.8, sharey=True)
+    for axes, tokens in zip(panels, sizes, strict=True):
+        mine = {f"{row['method']} {row['ratio']}": row for row in rows if int(row["tokens"]) == tokens}
+        for place, name in enumerate(names):
+            if name not in mine:
+                continue
+            colour = STYLES.get(name, ("#7a7a7a",))[0]
+            value = float(mine[name]["added_tensors"])
+            axes.barh(place, value, color=colour)
+            axes.text(max(value, 0.0), place, f" {value:+.1f}", va="center", color=INK, fontsize=8)
+        axes.axvline(0.0, color=INK, linewidth=1)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis() if axes is panels[0] else None
+        axes.set_title(f"{tokens:,} tokens", color=INK, fontsize=10)
+        axes.set_xlabel("times the token tensor", color=INK)
+        axes.margins(x=0.2)
+    _save(figure, path)
+
+
+def dit(rows: Sequence[Row], path: Path) -> None:
+    """Transformers: times as fast as unmerged, a panel for each model and size."""
+    rows = [row for row in rows if row["backend"] == rows[0]["backend"]]
+    jobs = list(dict.fromkeys((row["model"], row["size"]) for row in rows))
+    names = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != "unmerged"]
+    title = f"Transformers in ComfyUI, {rows[0]['backend']} attention, {_machines(rows)}"
+    figure, panels = _figure(len(jobs), title, width=3.2, height=3.4, sharey=True)
+    for axes, job in zip(panels, jobs, strict=True):
+        mine = {row["variant"]: row for row in rows if (row["model"], row["size"]) == job}
+        for place, name in enumerate(names):
+            if name not in mine:
+                continue
+            value = float(mine[name]["speedup"])
+            plain = name.partition(",")[0]
+            axes.barh(place, value, color=STYLES[plain][0], alpha=0.45 if "unweighted" in name else 1.0)
+            axes.text(value, place, f" {value:.2f}x", va="center", color=INK, fontsize=8)
+        axes.axvline(1.0, color=INK, linewidth=1)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis() if axes is panels[0] else None
+        axes.set_title(f"{MODELS.get(job[0], job[0])}\n{job[1]}", color=INK, fontsize=9)
+        axes.set_xlabel("times as fast", color=INK, fontsize=9)
+        axes.margins(x=0.25)
+    _save(figure, path)
+
+
+# picture: (the CSV it is made from, what draws it)
+PLOTS: dict[str, tuple[str, Callable[[Sequence[Row], Path], None]]] = {
+    "speed-steps.png": ("steps", steps),
+    "speed-hosts.png": ("hosts", hosts),
+    "speed-growth.png": ("growth", growth),
+    "speed-memory.png": ("memory", memory),
+    "speed-dit.png": ("dit", dit),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=speed_tables.RESULTS, help="folder of the CSVs")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder of the pictures")
+    args = parser.parse_args(argv)
+    for name, (source, draw) in PLOTS.items():
+        rows = read(source, args.results)
+        if rows:
+            draw(rows, args.out / name)
+            print(args.out / name)
+        else:
+            print(f"{name} is left out: no {source}.csv in {args.results}")
+
+
+if __name__ == "__main__":
+    main()

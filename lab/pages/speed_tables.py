@@ -1,0 +1,263 @@
+"""The tables of what was measured, each from its CSV in lab/results/speed: for tables.py."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..speed.growth import exponent
+
+Row = dict[str, str]
+RESULTS = Path(__file__).parents[1] / "results" / "speed"
+NOTHING = "Not measured yet.\n"
+MODELS = {"sd15": "SD 1.5", "sdxl": "SDXL", "flux": "Flux", "qwen": "Qwen-Image", "wan": "Wan 14B"}
+
+
+def read(name: str, folder: Path = RESULTS) -> list[Row]:
+    """The rows of a CSV; none where it is not there."""
+    path = folder / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def about(rows: Sequence[Row], commits: bool = True) -> str:
+    """Where and with what they were measured."""
+    kinds = dict.fromkeys(
+        (row["machine"], row["driver"], row["torch"], row.get("versions", ""), row["date"], row["commit"])
+        for row in rows
+    )
+    lines = []
+    for machine, driver, torch, versions, date, commit in kinds:
+        parts = [machine, f"driver {driver}" if driver else "", f"torch {torch}", versions, date]
+        lines.append(", ".join(part for part in (*parts, f"commit {commit}" if commits else "") if part))
+    return "; ".join(dict.fromkeys(lines))
+
+
+def times(row: Row | None) -> str:
+    """How many times as fast as unmerged; a dash where it was not measured."""
+    return f"{float(row['speedup']):.2f}x" if row and row["speedup"] else "-"
+
+
+def _milliseconds(row: Row) -> str:
+    """The median step, p20 to p80."""
+    digits = 1 if float(row["step_ms"]) < 100 else 0
+    low, high = (f"{float(row[name]):.{digits}f}" for name in ("step_p20", "step_p80"))
+    return f"{float(row['step_ms']):.{digits}f} ms ({low} to {high})"
+
+
+def _by_variant(
+    rows: Sequence[Row], keys: Sequence[str], heads: Sequence[str], cell: Callable[[Row], list[str]]
+) -> str:
+    """A line for each group of rows that agree in `keys`, a column for each variant. cell: the line's first cells."""
+    variants = list(dict.fromkeys(row["variant"] for row in rows if row["variant"] != "unmerged"))
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), {})[row["variant"]] = row
+    body = [
+        [*cell(found["unmerged"]), _milliseconds(found["unmerged"]), *(times(found.get(name)) for name in variants)]
+        for found in groups.values()
+    ]
+    return table([*heads, "unmerged step (p20 to p80)", *variants], body)
+
+
+# The node's own default stands first.
+DEFAULT = "sample 0.75, own token"
+
+
+def speed() -> str:
+    """Steps of a real ComfyUI with its own choice of attention."""
+    rows = [row for row in read("hosts") if row["backend"] == "default"]
+    if not rows:
+        return NOTHING
+    rows.sort(key=lambda row: (row["variant"] != DEFAULT, row["model"], int(row["pixels"])))
+    made = _by_variant(rows, ("model", "pixels"), ["model, pixels"], lambda row: [_model(row)])
+    return f"{made}\n{about(rows)}; median of the turns.\n"
+
+
+def _model(row: Row) -> str:
+    return f"{MODELS.get(row['model'], row['model'])} {row['pixels']}²"
+
+
+def hosts() -> str:
+    """The same for the attention kernels that were asked for."""
+    rows = [row for row in read("hosts") if row["backend"] != "default"]
+    if not rows:
+        return NOTHING
+    keys, heads = ("backend", "model", "pixels"), ["attention", "model, pixels"]
+    return f"{_by_variant(rows, keys, heads, lambda row: [row['backend'], _model(row)])}\n{about(rows)}.\n"
+
+
+def _steps(mode: str) -> str:
+    rows = [row for row in read("steps") if row["mode"] == mode]
+    if not rows:
+        return NOTHING
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    rows.sort(key=lambda row: (backends.index(row["backend"]), row["model"], int(row["pixels"])))
+    keys, heads = ("backend", "model", "pixels"), ["attention", "model, pixels", "levels"]
+    made = _by_variant(rows, keys, heads, lambda row: [row["backend"], _model(row), row["levels"].replace(" ", ", ")])
+    remarks = sorted({f"{row['variant']}: {row['remark']}" for row in rows if row["remark"]})
+    return "".join([made, f"\n{about(rows)}.\n", *(f"\n{remark}.\n" for remark in remarks)])
+
+
+def steps_graph() -> str:
+    """diffusers' U-Nets, each step a captured CUDA graph."""
+    return _steps("graph")
+
+
+def steps_eager() -> str:
+    """The same, eagerly."""
+    return _steps("eager")
+
+
+def _saved(row: Row) -> float:
+    """The share of the unmerged step that is saved."""
+    return 1 - 1 / float(row["speedup"])
+
+
+def bound() -> str:
+    """How much of what its zero-cost bound saves each method at ratio 0.5 saves."""
+    rows = [row for row in read("steps") if row["mode"] == "graph"]
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row["backend"], row["model"], row["pixels"]), {})[row["variant"]] = row
+    body = []
+    for (backend, *_), found in groups.items():
+        if not {"unmerged", "half at no cost", "merge 0.5"} <= set(found):
+            continue
+        # By speedups, each turn against turn with the unmerged step: rows may be of two runs.
+        free = _saved(found["half at no cost"])
+        body.append([backend, _model(found["unmerged"]), f"{free * float(found['unmerged']['step_ms']):.1f} ms"])
+        for name in ("merge 0.5", "merge 0.5, shared", "tomesd 0.5"):
+            row = found.get(name)
+            body[-1].append(f"{_saved(row) / free:.0%}" if row is not None and row["speedup"] and free > 0 else "-")
+    head = ["attention", "model, pixels", "the bound saves", "merge 0.5", "merge 0.5, shared", "tomesd 0.5"]
+    return table(head, body) if body else NOTHING
+
+
+def memory() -> str:
+    """The peak that merging adds, in units of the token tensor."""
+    rows = read("memory")
+    if not rows:
+        return NOTHING
+    shapes = list(dict.fromkeys((row["tokens"], row["channels"]) for row in rows))
+    methods = list(dict.fromkeys((row["method"], row["ratio"]) for row in rows))
+    by_key = {(row["tokens"], row["channels"], row["method"], row["ratio"]): row for row in rows}
+
+    def cell(row: Row | None) -> str:
+        if row is None or not row["merged_mb"]:
+            return "-"
+        return f"{float(row['added_tensors']):+.1f} ({float(row['alone_tensors']):.1f})"
+
+    body = [
+        [f"{method} {ratio}", *(cell(by_key.get((*shape, method, ratio))) for shape in shapes)]
+        for method, ratio in methods
+    ]
+    tensor = ["the token tensor itself"]
+    for shape in shapes:
+        first = next(row for row in rows if (row["tokens"], row["channels"]) == shape)
+        tensor.append(f"{float(first['token_tensor_mb']):.0f} MB")
+    head = ["method", *(f"{int(tokens):,} x {channels}" for tokens, channels in shapes)]
+    return f"{table(head, [tensor, *body])}\n{about(rows)}.\n"
+
+
+def growth() -> str:
+    """Microseconds by the number of tokens, and the exponent over the last three octaves."""
+    rows = [row for row in read("growth") if row["us"]]
+    if not rows:
+        return NOTHING
+    sizes = sorted({int(row["tokens"]) for row in rows})
+    body = []
+    for what, who in dict.fromkeys((row["what"], row["who"]) for row in rows):
+        found = {int(row["tokens"]): float(row["us"]) for row in rows if (row["what"], row["who"]) == (what, who)}
+        cells = [
+            (f"{found[size]:,.1f}" if found[size] < 100 else f"{found[size]:,.0f}") if size in found else "-"
+            for size in sizes
+        ]
+        slope = f"{exponent(list(found), list(found.values())):.2f}" if len(found) > 1 else "-"
+        body.append([what, "torch" if who == "attention" else who, *cells, slope])
+    order = ("draw", "gather", "match", "merge", "unmerge", "attention")
+    body.sort(key=lambda line: order.index(line[0]))
+    head = ["what", "by", *(f"{size:,}" for size in sizes), "exponent"]
+    return f"{table(head, body)}\n{about(rows)}.\n"
+
+
+def dit() -> str:
+    """Transformers in ComfyUI, scaled to their depth."""
+    rows = read("dit")
+    if not rows:
+        return NOTHING
+
+    keys = ("backend", "model", "size")
+    shares = {tuple(row[key] for key in keys): row["attention_share"] for row in rows if row["attention_share"]}
+
+    def cell(row: Row) -> list[str]:
+        share = shares.get(tuple(row[key] for key in keys))  # of the run that had the limit
+        share = f"{float(share):.0%}" if share else "-"
+        name = f"{MODELS.get(row['model'], row['model'])} {row['size']}"
+        return [row["backend"], name, f"{int(row['tokens']):,}", f"{row['blocks']} of {row['depth']}", share]
+
+    heads = ["attention", "model, size", "tokens", "blocks run", "attention's share"]
+    return f"{_by_variant(rows, keys, heads, cell)}\n{about(rows)}.\n"
+
+
+def weights() -> str:
+    """Attention alone with sampled keys: the ways to weigh them, in microseconds."""
+    rows = read("dit-attention")
+    if not rows:
+        return NOTHING
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row["backend"], row["shape"], row["ratio"]), {})[row["way"]] = row
+    body = []
+    for key, found in groups.items():
+        cells = [f"{float(found[way]['us']):,.0f}" if way in found and found[way]["us"] else "-" for way in ways]
+        body.append([*key, *cells])
+    return f"{table(['attention', 'shape', 'ratio', *ways], body)}\n{about(rows)}.\n"
+
+
+def multigpu() -> str:
+    """Steps of ComfyUI on one and on two GPUs, against unmerged on one."""
+    rows = read("multigpu")
+    if not rows:
+        return NOTHING
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["pixels"], row["images"], row["gpus"]), {})[row["variant"]] = row
+
+    def cell(row: Row | None) -> str:
+        return f"{times(row)} ({float(row['differs']):.0e})" if row and row["differs"] else times(row)
+
+    body = [
+        [
+            _model(found["unmerged"]), images, gpus, _milliseconds(found["unmerged"]),
+            *(cell(found.get(name)) for name in variants),
+        ]
+        for (_, _, images, gpus), found in groups.items()
+    ]  # fmt: skip
+    head = ["model, pixels", "images", "GPUs", "unmerged step (p20 to p80)", *variants]
+    return f"{table(head, body)}\n{about(rows)}.\n"
+
+
+MAKERS: dict[str, Callable[[], str]] = {
+    "speed": speed,
+    "hosts": hosts,
+    "steps_graph": steps_graph,
+    "steps_eager": steps_eager,
+    "bound": bound,
+    "memory": memory,
+    "growth": growth,
+    "dit": dit,
+    "weights": weights,
+    "multigpu": multigpu,
+}

@@ -1,0 +1,265 @@
+"""A real ComfyUI's KSampler with its full-size U-Nets: `COMFYUI_DIR=... python -m lab.speed.hosts`.
+
+Weights are random: what is timed does not depend on them. Whole steps are timed, guidance included, from the
+sampler's callback, the GPU synchronised at each. The variants take turns, a short run of the sampler each, so that a
+drift of the machine meets them all; the first run of each and the first two steps of every run do not count. "limit"
+leaves the merged layers' attention out altogether: no method can be faster at the same levels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from installer import inprocess
+
+from .common import (
+    BACKENDS,
+    Budget,
+    Store,
+    add_output_options,
+    machine,
+    priority,
+    show,
+    step_columns,
+    take_turns,
+    versions,
+)
+
+# name: (class in comfy.supported_models, channels of the prompt, channels of level 0, min_tokens). tiny: for a try.
+MODELS = {"sd15": ("SD15", 768, 320, 2048), "sdxl": ("SDXL", 2048, 320, 2048), "tiny": ("SD15", 768, 32, 64)}
+KEYS = ("model", "pixels", "backend", "variant")
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "unmerged": None,
+    "unmerged again": None,  # how far two rows of the same lie apart
+    "sample 0.5": {"ratio": 0.5, "own_token": False},
+    "sample 0.75": {"ratio": 0.75, "own_token": False},
+    "sample 0.9375": {"ratio": 0.9375, "own_token": False},
+    # The sampler is asked how far it is before each step: the GPU is waited for.
+    "sample 0.9375 from 0.1": {"ratio": 0.9375, "start": 0.1, "own_token": False},
+    "sample 0.75, own token": {"ratio": 0.75, "own_token": True},
+    "sample 0.9375, own token": {"ratio": 0.9375, "own_token": True},
+    "downsample 0.75": {"ratio": 0.75, "method": "downsample"},
+    "merge 0.5": {"ratio": 0.5, "method": "merge"},
+    "merge 0.75": {"ratio": 0.75, "method": "merge"},
+    "comfyui core 0.5": None,
+    "limit": None,
+}
+
+
+def build(kind: str, device: torch.device, dtype: torch.dtype, seed: int | None = None) -> Any:
+    """A ModelPatcher around a full-size U-Net of ComfyUI's with random weights.
+
+    seed: for outcomes to be compared: always the same weights, and such that each layer counts.
+    """
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    name, context, channels, _ = MODELS[kind]
+    model_class = getattr(comfy.supported_models, name)
+    unet = dict(model_class.unet_config)
+    common = {
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": channels, "context_dim": context,
+        "use_spatial_transformer": True, "legacy": False, "use_temporal_attention": False, "dtype": dtype,
+    }  # fmt: skip
+    if name == "SD15":
+        layout = {
+            "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1,
+            "num_heads": 8, "adm_in_channels": None, "use_linear_in_transformer": False,
+        }  # fmt: skip
+    else:
+        layout = {
+            "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
+            "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10,
+            "num_head_channels": 64, "num_heads": -1, "adm_in_channels": 2816, "num_classes": "sequential",
+            "use_linear_in_transformer": True,
+        }  # fmt: skip
+    unet.update(common, **layout)
+    config = model_class(unet)
+    config.unet_config = unet  # the model class overwrites the number of heads
+    config.set_inference_dtype(dtype, None)
+    with torch.device(device):
+        model = config.get_model({}, "", device=device)
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.diffusion_model.named_parameters():
+            if parameter.dim() > 1:
+                deviation = 0.02 if seed is None else parameter[0].numel() ** -0.5
+                parameter.normal_(0.0, deviation, generator=generator)
+            else:
+                parameter.fill_(0.5 if seed is None else float(name.endswith("weight")))
+    return comfy.model_patcher.ModelPatcher(model.to(device), device, device)
+
+
+@contextmanager
+def choose_attention(backend: str) -> Iterator[None]:
+    """ComfyUI's PyTorch attention by this kernel where it can; "default" is ComfyUI's own order.
+
+    Raises ValueError where ComfyUI has no such order: on the CPU, or with a torch that cannot set one.
+    """
+    import comfy.ops
+
+    if backend == "default":
+        yield
+        return
+    kept = getattr(comfy.ops, "SDPA_BACKEND_PRIORITY", None)
+    if kept is None:
+        raise ValueError(f"this ComfyUI sets no order of attention kernels here, so {backend!r} cannot be chosen")
+    comfy.ops.SDPA_BACKEND_PRIORITY = priority(backend)
+    try:
+        yield
+    finally:
+        comfy.ops.SDPA_BACKEND_PRIORITY = kept
+
+
+def sample(model: Any, kind: str, size: int, steps: int, images: int = 1, callback: Any = None) -> torch.Tensor:
+    """The latent [images, 4, size / 8, size / 8] that the sampler makes with guidance, always of the same seed.
+
+    callback: called after each step.
+    """
+    import comfy.sample
+
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(1, 77, MODELS[kind][1], generator=generator)
+    extra = {}
+    if kind == "sdxl":
+        extra = {"pooled_output": torch.randn(1, 1280, generator=generator), "width": size, "height": size}
+    latent = torch.zeros(images, 4, size // 8, size // 8)
+    noise = torch.randn(latent.shape, generator=generator)
+    return comfy.sample.sample(
+        model, noise, steps, 7.0, "euler", "normal", [[context, dict(extra)]], [[-context, dict(extra)]], latent,
+        callback=callback, disable_pbar=True, seed=0,
+    )  # fmt: skip
+
+
+def step_times(model: Any, kind: str, size: int, steps: int, images: int = 1) -> list[float]:
+    """Seconds of each step but the first two, with guidance."""
+    device = model.load_device
+    marks = []
+
+    def mark(*_: Any) -> None:
+        # With several GPUs this one waits for the others' outcomes, so it is the last.
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        marks.append(time.perf_counter())
+
+    sample(model, kind, size, steps, images, mark)
+    return [b - a for a, b in zip(marks[1:], marks[2:], strict=False)]
+
+
+def variant(model: Any, kind: str, name: str) -> Any:
+    """The model with one variant on it."""
+    if name == "comfyui core 0.5":
+        from comfy_extras.nodes_tomesd import TomePatchModel
+
+        return TomePatchModel.execute(model, 0.5)[0]
+    if VARIANTS[name] is None:
+        return model
+    patch = inprocess.pack_module("comfy_tome.patch")
+    return patch.apply_to_model(model, patch.ToMeConfig(**VARIANTS[name], min_tokens=MODELS[kind][3]))
+
+
+@contextmanager
+def without_attention(model: Any, kind: str, size: int) -> Iterator[None]:
+    """The self-attention of the layers that the defaults merge gives its input back, at no cost."""
+    from shared_tome.grid import grid_at
+
+    _, _, channels, min_tokens = MODELS[kind]
+    served = {
+        channels * mult
+        for level, mult in enumerate((1, 2, 4))
+        if (grid := grid_at((size // 8, size // 8), level)) and grid[0] * grid[1] >= min_tokens
+    }
+    layers = [m.attn1 for m in model.model.diffusion_model.modules() if hasattr(m, "attn1") and hasattr(m, "attn2")]
+    layers = [layer for layer in layers if layer.to_q.in_features in served]
+    for layer in layers:
+        layer.forward = lambda x, **_: x
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def measure(
+    model: Any, kind: str, size: int, names: Sequence[str], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """The rows of one model and size, all from the same rounds."""
+
+    def turn(name: str, steps: int = args.steps) -> list[float]:
+        with without_attention(model, kind, size) if name == "limit" else nullcontext():
+            return step_times(variant(model, kind, name), kind, size, steps)
+
+    for name in names:
+        turn(name, 2)  # warm
+    found = take_turns({name: lambda name=name: turn(name) for name in names}, args.seconds, args.least)
+    for name, times in found.items():
+        yield {
+            "host": "ComfyUI",
+            "model": kind,
+            "pixels": size,
+            "backend": args.backend,
+            "variant": name,
+            **step_columns(found["unmerged"], times),
+            "steps": len(times),
+            "device": args.device,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    named = os.environ.get("COMFYUI_DIR")
+    parser.add_argument("--comfyui", type=Path, default=named, required=named is None)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--models", nargs="+", default=["sd15", "sdxl"], choices=list(MODELS))
+    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 768, 1024, 1536, 2048])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--attention", dest="backends", nargs="+", default=["default"], choices=["default", *BACKENDS])
+    parser.add_argument("--steps", type=int, default=6, help="of each run; the first two do not count")
+    parser.add_argument("--seconds", type=float, default=12.0, help="time for the rounds of one model and size")
+    parser.add_argument("--least", type=int, default=3, help="rounds that are run in any case")
+    add_output_options(parser)
+    args = parser.parse_args()
+    if args.steps < 3:
+        parser.error(f"--steps must be 3 or more, for two do not count, got {args.steps}")
+    on_gpu = args.device == "cuda"
+    inprocess.start(Path(args.comfyui), ["--gpu-only"] if on_gpu else ["--cpu"], absent=["av"])
+    store, budget = Store(args.out, KEYS), Budget(args.minutes)
+    about = {**machine(args.device, args.commit), "versions": versions("triton")}
+    jobs = [
+        (kind, size, backend)
+        for backend in args.backends
+        for kind in args.models
+        for size in args.sizes
+        if kind != "sdxl" or size >= 1024
+    ]
+    models: dict[str, Any] = {}
+    for kind, size, args.backend in tqdm(jobs, file=sys.stderr):
+        key = {"model": kind, "pixels": size, "backend": args.backend}
+        wanted = [name for name in args.variants if not store.has(**key, variant=name)]
+        if not wanted:
+            continue
+        if budget.spent:
+            print("stopped by --minutes; the same command goes on", file=sys.stderr)
+            break
+        if kind not in models:
+            models[kind] = build(kind, torch.device(args.device), torch.float16 if on_gpu else torch.float32)
+        with choose_attention(args.backend):
+            for row in measure(models[kind], kind, size, list(dict.fromkeys(["unmerged", *wanted])), args):
+                store.add({**row, **about})
+    show(store.rows, args.json)
+
+
+if __name__ == "__main__":
+    main()

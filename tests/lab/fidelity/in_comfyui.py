@@ -1,0 +1,129 @@
+"""Runs our U-Net and the demo model beside ComfyUI's own classes: `in_comfyui.py REPO COMFYUI`, JSON on stdout."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import tempfile
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+REPO, COMFYUI = Path(sys.argv[1]), Path(sys.argv[2])
+PACK = f"{REPO}/demo".replace(".", "_x_")  # ComfyUI names a pack by its path: only relative imports hold
+
+
+def start_comfyui() -> None:
+    sys.path.insert(0, str(REPO))
+    from installer import shims
+
+    shims.install()
+    sys.path.insert(0, str(COMFYUI))
+    base = tempfile.mkdtemp(prefix="tome-demo-")
+    sys.argv = ["main.py", "--cpu", "--use-pytorch-cross-attention", "--base-directory", base]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+
+
+def load_demo() -> ModuleType:
+    """demo/nodes.py, its package loaded from the file as ComfyUI loads a pack."""
+    folder = REPO / "demo"
+    spec = spec_from_file_location(PACK, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    module = module_from_spec(spec)
+    sys.modules[PACK] = module
+    spec.loader.exec_module(module)
+    return importlib.import_module(f"{PACK}.nodes")
+
+
+def unet_differences(demo: ModuleType) -> list[float]:
+    """Largest difference between our U-Net and ComfyUI's, over sizes, odd grids and sparse attention."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    from lab.models.unet import UNet, UNetConfig
+
+    uneven = UNetConfig(
+        model_channels=32, channel_mult=(1, 2, 3), num_res_blocks=(1, 2, 1), transformer_depth=(0, 2, 1), context_dim=48
+    )
+    found = []
+    for config, (height, width) in ((UNetConfig(), (16, 24)), (uneven, (18, 25))):
+        generator = torch.Generator().manual_seed(0)
+        ours = UNet(config).eval()
+        for parameter in ours.parameters():  # the zeros of a fresh network would hide whole branches
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.06
+        theirs = UNetModel(**demo.host_unet_config(config.to_dict()), dtype=torch.float32).eval()
+        theirs.load_state_dict(ours.state_dict(), strict=True)
+        x = torch.randn(2, 3, height, width, generator=generator)
+        context = torch.randn(2, 4, config.context_dim, generator=generator)
+        times = torch.tensor([3.0, 977.0])
+        expected = ours(x, times, context)
+        error = (theirs(x, times, context) - expected).abs().max() / expected.abs().max()
+        found.append(error.item())
+    return found
+
+
+def sampled(nodes: ModuleType) -> dict:
+    """The node's outputs through the real KSampler, against the trainer's own sampler from the same noise."""
+    import comfy.sample
+    import comfy.samplers
+    import nodes as comfy_nodes
+    from comfy.ldm.modules.attention import BasicTransformerBlock
+
+    from lab.models.diffusion import sample
+    from lab.models.model import load_model
+
+    demo = nodes.demo
+    names = demo.class_names()
+    own, sigmas, _ = load_model(demo.MODEL_FILE)
+    found = {"difference": [], "means": []}
+    for name in names[:2]:
+        model, positive, negative, vae, latent = nodes.ToMeDemoModel.execute(name, 32, 1).args
+        arguments = (7, 4, 3.0, "euler", "simple", positive, negative, latent, 1.0)
+        out = comfy_nodes.KSampler().sample(model, *arguments)[0]["samples"]
+        noise = comfy.sample.prepare_noise(latent["samples"], 7)
+        context = own.context(torch.tensor([names.index(name)]))
+        expected = sample(own.network, noise, context, own.class_tokens[-1:], sigmas, steps=4)
+        picture = vae.decode(out)
+        found["difference"].append((out - expected).abs().max().item())
+        found["means"].append(picture.mean().item())
+        found["picture"] = [*picture.shape, picture.min().item(), picture.max().item()]
+    blocks = model.model.diffusion_model.modules()
+    found["blocks"] = sum(isinstance(block, BasicTransformerBlock) for block in blocks)
+    found["sigmas"] = model.get_model_object("model_sampling").sigmas.equal(sigmas)
+    plain = comfy_nodes.EmptyLatentImage().generate(32, 32)[0]
+    arguments = (7, 1, 1.0, "euler", "simple", positive, negative, plain, 1.0)
+    found["plain_latent"] = list(comfy_nodes.KSampler().sample(model, *arguments)[0]["samples"].shape)
+    return found
+
+
+def told(nodes: ModuleType) -> dict:
+    """The schema, and the refusals."""
+    schema = nodes.ToMeDemoModel.GET_SCHEMA()
+    refused = []
+    for call in (lambda: nodes.demo.conditioning("unicorn"), lambda: nodes.demo.empty_latent(8)):
+        try:
+            call()
+        except ValueError as error:
+            refused.append(str(error))
+    return {
+        "id": schema.node_id,
+        "inputs": [i.id for i in schema.inputs],
+        "outputs": [o.io_type for o in schema.outputs],
+        "names": nodes.demo.class_names(),
+        "refused": refused,
+    }
+
+
+def main() -> None:
+    start_comfyui()
+    with torch.inference_mode():
+        nodes = load_demo()
+        found = {"unet": unet_differences(nodes.demo), "sampled": sampled(nodes), "told": told(nodes)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What the rows say is so: errors, paired differences, rates; and every command runs in its short form."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lab.pages import vit_tables as tables
+from lab.vit import orders
+from lab.vit.measure import COMPARED, SCHEDULES, Variant, accuracy, images_per_second, right, throughput, variants
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def command(*words):
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=True, timeout=280
+    )
+
+
+def test_paired_errors():
+    """Against a bootstrap over pictures, drawn as pairs."""
+    generator = torch.Generator().manual_seed(0)
+    base = (torch.rand(4000, generator=generator) < 0.9).double()
+    found = torch.where(torch.rand(4000, generator=generator) < 0.05, 1 - base, base)
+    row = accuracy(found, base)
+    assert row["accuracy"] == pytest.approx(100 * float(found.mean()))
+    assert row["lost"] == pytest.approx(100 * float(base.mean() - found.mean()))
+    picks = torch.randint(4000, (2000, 4000), generator=generator)
+    assert row["lost_se"] == pytest.approx(100 * float((base - found)[picks].mean(1).std()), rel=0.08)
+    assert row["accuracy_se"] == pytest.approx(100 * float(found[picks].mean(1).std()), rel=0.08)
+    assert row["lost_se"] < row["accuracy_se"], "pairs are what makes small differences visible"
+
+
+def test_rates():
+    rates = images_per_second([10.0, 20.0, 40.0], 4)
+    assert rates["images_s"] == pytest.approx(200.0)
+    assert rates["images_s_p20"] == pytest.approx(140.0) and rates["images_s_p80"] == pytest.approx(320.0)
+    assert set(images_per_second([10.0], 4).values()) == {400.0}
+
+
+def test_all_that_is_measured_is_measured_once():
+    found = variants()
+    assert len(set(found)) == len(found)
+    assert {kind.schedule for kind in found} == set(SCHEDULES) and {kind.method for kind in found} >= set(COMPARED)
+    left = [Variant("bipartite", "constant", r).spread(12, 256)[-1] for r in (0, 11, 20)]
+    assert left == [257, 125, 19], "unmerged, half of the patches, and beyond"
+
+
+def test_right_counts_what_the_model_names(model, pictures):
+    expected = model(pictures).argmax(-1)
+    wrong = torch.stack((expected[0], (expected[1] + 1) % 12, expected[2]))
+    assert right(model, pictures, wrong, 2).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_each_variant_is_timed_in_turn_and_the_model_is_left_unmerged(model, pictures):
+    tokens = []
+    handle = model.blocks[-1].mlp.register_forward_hook(lambda module, args, out: tokens.append(out.shape[1]))
+    kinds = [Variant("bipartite", "constant", r) for r in (0, 6)]
+    found = throughput(model, pictures, kinds, rounds=2)
+    handle.remove()
+    assert tokens == [65, 65, 41, 41] + 2 * [65, 41] and set(found) == set(kinds)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_whole_command_in_short(tmp_path):
+    """Two trainings of two steps, all columns, a row for each variant; then nothing is trained again."""
+    out, models = tmp_path / "vit.csv", tmp_path / "models"
+    short = [
+        "--device", "cpu", "--workers", 0, "--steps", 2, "--batch", 3, "--per-class", 1, "--held-out", 1, "--depth", 3,
+        "--channels", 24, "--heads", 2, "--timed-batch", 4, "--rounds", 1, "--rs", 0, 20, "--compared-rs", 20,
+        "--models", models,
+    ]  # fmt: skip
+    command("lab.vit.run", *short, "--train-only")
+    stamps = {path.name: path.stat().st_mtime_ns for path in models.glob("*.safetensors")}
+    assert set(stamps) == {"unmerged.safetensors", "merged.safetensors"} and not out.exists()
+    command("lab.vit.run", *short, "--out", out)
+    assert {path.name: path.stat().st_mtime_ns for path in models.glob("*.safetensors")} == stamps
+    rows = list(csv.DictReader(out.open(encoding="utf-8")))
+    kinds = 1 + len(SCHEDULES)
+    assert len(rows) == 2 * kinds + len(COMPARED)
+    for row in rows:
+        assert row["pictures"] == "12" and float(row["images_s"]) > 0 and row["torch"] and row["date"] and row["commit"]
+        assert (row["accuracy"] == "") is (row["method"] == "limit")
+        assert int(row["tokens_left"]) == (
+            257 if row["r"] == "0" else Variant("", row["schedule"], 20).spread(3, 256)[-1]
+        )
+    first = rows[0]
+    assert (first["r"], first["lost"], first["speedup"]) == ("0", "0.0", "1.0")
+    for name in ("vit_accuracy", "vit_schedules", "vit_methods"):
+        text = tables.MAKERS[name][1](rows)
+        assert text.startswith("| ") and len({line.count("|") for line in text.split("\n\n")[0].splitlines()}) == 1
+
+
+def test_the_benchmark_in_short(tmp_path):
+    done = command("lab.speed.vit", "--device", "cpu", "--rounds", 1, "--json", "--out", tmp_path / "vit.csv")
+    rows = json.loads(done.stdout)
+    assert {row["method"] for row in rows} == {"unmerged", "bipartite", "bipartite, unweighted", "limit"}
+    for row in rows:
+        assert row["tokens"] == 65 and row["images_s"] > 0 and row["dtype"] == "float32" and row["timm"]
+        assert (row["tokens_left"] == 65) is (row["method"] == "unmerged")
+    text = tables.vit_large(tables.read(tmp_path / "vit.csv"))
+    assert len(text.split("\n\n")[0].splitlines()) == 2 + 4 and "| small |" in text
+
+
+def test_the_picture_is_drawn(tmp_path):
+    out = tmp_path / "merged.png"
+    command("lab.vit.picture", "--out", out, "--blocks", 1, 12)
+    with Image.open(out) as image:
+        assert image.size == (3 * 256 + 2 * 8, 4 * 256 + 3 * 8)
+
+
+def test_film_and_sound_are_drawn(tmp_path):
+    out = tmp_path / "orders.png"
+    orders.main(["--out", str(out)])
+    with Image.open(out) as image:
+        assert image.size == (4 * 256 + 3 * 8, 4 * 256 + 3 * 8)
+    spectrum = orders.spectrogram()
+    assert spectrum.shape == (1, 64, 256) and spectrum.min() == 0 and spectrum.max() == 1
+    # Bins of 62.5 Hz, the highest above: 500 Hz is the eighth from below, and silent for the last 0.3 s of each second.
+    tone = spectrum[0, 64 - 8]
+    assert tone[20:80].min() > 0.8 and tone[96:124].max() < 0.6
+
+
+def test_the_pages_tables_are_up_to_date():
+    text = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.filled(text) == text, "run `python -m lab.pages.vit_tables`"
+    assert all(f"<!-- {name} -->" in text for name in tables.MAKERS)
