@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import store
 from ..fidelity.methods import CATALOGUE
+from ..store import RESULTS, Row
 
-Row = dict[str, str]
 LATER = ("texture", "texture_se")
 """Columns that older files lack: there they are empty."""
 MAIN, MAIN_SAMPLER, YARDSTICK = "demo", "ddim30", "tomesd 0.5"
@@ -18,8 +19,7 @@ MAIN, MAIN_SAMPLER, YARDSTICK = "demo", "ddim30", "tomesd 0.5"
 def read(path: Path) -> list[Row]:
     """The rows of a CSV, each with the PSNR of its single pictures as `singles`, numbers with spaces between, and as
     `yardstick` the speed of what was timed in each file."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = store.read(path)
     with path.with_suffix(".pictures.csv").open(newline="") as file:
         singles = {(row[0], row[1]): " ".join(row[2:]) for row in list(csv.reader(file))[1:]}
     speeds = {row["sampler"]: row["speedup"] for row in rows if row["variant"] == YARDSTICK}
@@ -32,7 +32,7 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def results(folder: Path = Path(__file__).parents[1] / "results" / "fidelity") -> list[Row]:
+def results(folder: Path = RESULTS / "fidelity") -> list[Row]:
     """All rows that are kept with the project."""
     paths = sorted(path for path in folder.glob("*.csv") if path.with_suffix(".pictures.csv").is_file())
     return [row for path in paths for row in read(path)]

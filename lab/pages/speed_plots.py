@@ -1,19 +1,14 @@
-"""Draws the pictures of docs/speed.md from the CSVs of a run: `python -m lab.pages.speed_plots --out docs/images`.
-
-Needs matplotlib, which nothing else here does. A picture whose CSV is missing is left out.
-"""
+"""The plots of docs/speed.md. One whose CSV is missing is left out."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.pages.fidelity_tables import GRID, INK, PAPER
-
-from . import speed_tables
-from .speed_tables import MODELS, Row, read
+from ..store import Row, read
+from .speed_tables import FOLDER, MODELS
+from .style import INK, figure_of, save
 
 # variant: (colour, marker, line). Colours after Okabe and Ito, told apart by colour-blind eyes too.
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -36,24 +31,11 @@ WHO = {"kernels": ("#0072b2", "o", "-"), "torch": ("#56b4e9", "v", "--"), "tomes
 
 
 def _figure(columns: int, title: str, width: float = 4.6, height: float = 4.4, **kwargs: Any) -> tuple[Any, list[Any]]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, columns, figsize=(width * columns, height), dpi=120, facecolor=PAPER, squeeze=False, **kwargs
-    )
+    figure, panels = figure_of(columns, width, height, 120, **kwargs)
     figure.suptitle(title, color=INK, x=0.01, ha="left", fontsize=12)
-    for each in axes[0]:
-        each.set_facecolor(PAPER)
-        each.grid(color=GRID, linewidth=0.8)
-        each.tick_params(colors=INK, labelsize=8)
-        each.set_axisbelow(True)
-        for side, spine in each.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(INK)
-    return figure, list(axes[0])
+    for each in panels:
+        each.tick_params(labelsize=8)
+    return figure, panels
 
 
 def _machines(rows: Sequence[Row]) -> str:
@@ -67,8 +49,7 @@ def _save(figure: Any, path: Path, legend: Any = None) -> None:
         figure.legend(
             handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, labelcolor=INK, fontsize=9
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", facecolor=PAPER, metadata={"Software": None})
+    save(figure, path)
 
 
 def _legend(axes: Sequence[Any]) -> tuple[list[Any], list[str]]:
@@ -220,19 +201,12 @@ PLOTS: dict[str, tuple[str, Callable[[Sequence[Row], Path], None]]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=speed_tables.RESULTS, help="folder of the CSVs")
-    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder of the pictures")
-    args = parser.parse_args(argv)
-    for name, (source, draw) in PLOTS.items():
-        rows = read(source, args.results)
+def draw(folder: Path, results: Path = FOLDER) -> list[Path]:
+    """The plots whose CSVs are there; where they were written."""
+    made = []
+    for name, (source, plot) in PLOTS.items():
+        rows = read(results / f"{source}.csv")
         if rows:
-            draw(rows, args.out / name)
-            print(args.out / name)
-        else:
-            print(f"{name} is left out: no {source}.csv in {args.results}")
-
-
-if __name__ == "__main__":
-    main()
+            plot(rows, folder / name)
+            made.append(folder / name)
+    return made

@@ -1,32 +1,16 @@
-"""The tables of what was measured, each from its CSV in lab/results/speed: for tables.py."""
+"""The tables of docs/speed.md, each from its CSV in lab/results/speed."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..speed.growth import exponent
+from ..store import RESULTS, Row, read
+from ..store import markdown as table
 
-Row = dict[str, str]
-RESULTS = Path(__file__).parents[1] / "results" / "speed"
-NOTHING = "Not measured yet.\n"
+FOLDER = RESULTS / "speed"
 MODELS = {"sd15": "SD 1.5", "sdxl": "SDXL", "flux": "Flux", "qwen": "Qwen-Image", "wan": "Wan 14B"}
-
-
-def read(name: str, folder: Path = RESULTS) -> list[Row]:
-    """The rows of a CSV; none where it is not there."""
-    path = folder / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def about(rows: Sequence[Row], commits: bool = True) -> str:
@@ -73,11 +57,8 @@ def _by_variant(
 DEFAULT = "sample 0.75, own token"
 
 
-def speed() -> str:
+def speed(rows: list[Row]) -> str:
     """Steps of a real ComfyUI with its own choice of attention."""
-    rows = [row for row in read("hosts") if row["backend"] == "default"]
-    if not rows:
-        return NOTHING
     rows.sort(key=lambda row: (row["variant"] != DEFAULT, row["model"], int(row["pixels"])))
     made = _by_variant(rows, ("model", "pixels"), ["model, pixels"], lambda row: [_model(row)])
     return f"{made}\n{about(rows)}; median of the turns.\n"
@@ -87,19 +68,14 @@ def _model(row: Row) -> str:
     return f"{MODELS.get(row['model'], row['model'])} {row['pixels']}²"
 
 
-def hosts() -> str:
+def hosts(rows: list[Row]) -> str:
     """The same for the attention kernels that were asked for."""
-    rows = [row for row in read("hosts") if row["backend"] != "default"]
-    if not rows:
-        return NOTHING
     keys, heads = ("backend", "model", "pixels"), ["attention", "model, pixels"]
     return f"{_by_variant(rows, keys, heads, lambda row: [row['backend'], _model(row)])}\n{about(rows)}.\n"
 
 
-def _steps(mode: str) -> str:
-    rows = [row for row in read("steps") if row["mode"] == mode]
-    if not rows:
-        return NOTHING
+def steps(rows: list[Row]) -> str:
+    """diffusers' U-Nets."""
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     rows.sort(key=lambda row: (backends.index(row["backend"]), row["model"], int(row["pixels"])))
     keys, heads = ("backend", "model", "pixels"), ["attention", "model, pixels", "levels"]
@@ -108,24 +84,13 @@ def _steps(mode: str) -> str:
     return "".join([made, f"\n{about(rows)}.\n", *(f"\n{remark}.\n" for remark in remarks)])
 
 
-def steps_graph() -> str:
-    """diffusers' U-Nets, each step a captured CUDA graph."""
-    return _steps("graph")
-
-
-def steps_eager() -> str:
-    """The same, eagerly."""
-    return _steps("eager")
-
-
 def _saved(row: Row) -> float:
     """The share of the unmerged step that is saved."""
     return 1 - 1 / float(row["speedup"])
 
 
-def bound() -> str:
+def bound(rows: list[Row]) -> str:
     """How much of what its zero-cost bound saves each method at ratio 0.5 saves."""
-    rows = [row for row in read("steps") if row["mode"] == "graph"]
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         groups.setdefault((row["backend"], row["model"], row["pixels"]), {})[row["variant"]] = row
@@ -140,14 +105,11 @@ def bound() -> str:
             row = found.get(name)
             body[-1].append(f"{_saved(row) / free:.0%}" if row is not None and row["speedup"] and free > 0 else "-")
     head = ["attention", "model, pixels", "the bound saves", "merge 0.5", "merge 0.5, shared", "tomesd 0.5"]
-    return table(head, body) if body else NOTHING
+    return table(head, body) if body else ""
 
 
-def memory() -> str:
+def memory(rows: list[Row]) -> str:
     """The peak that merging adds, in units of the token tensor."""
-    rows = read("memory")
-    if not rows:
-        return NOTHING
     shapes = list(dict.fromkeys((row["tokens"], row["channels"]) for row in rows))
     methods = list(dict.fromkeys((row["method"], row["ratio"]) for row in rows))
     by_key = {(row["tokens"], row["channels"], row["method"], row["ratio"]): row for row in rows}
@@ -169,11 +131,8 @@ def memory() -> str:
     return f"{table(head, [tensor, *body])}\n{about(rows)}.\n"
 
 
-def growth() -> str:
+def growth(rows: list[Row]) -> str:
     """Microseconds by the number of tokens, and the exponent over the last three octaves."""
-    rows = [row for row in read("growth") if row["us"]]
-    if not rows:
-        return NOTHING
     sizes = sorted({int(row["tokens"]) for row in rows})
     body = []
     for what, who in dict.fromkeys((row["what"], row["who"]) for row in rows):
@@ -190,11 +149,8 @@ def growth() -> str:
     return f"{table(head, body)}\n{about(rows)}.\n"
 
 
-def dit() -> str:
+def dit(rows: list[Row]) -> str:
     """Transformers in ComfyUI, scaled to their depth."""
-    rows = read("dit")
-    if not rows:
-        return NOTHING
 
     keys = ("backend", "model", "size")
     shares = {tuple(row[key] for key in keys): row["attention_share"] for row in rows if row["attention_share"]}
@@ -209,11 +165,8 @@ def dit() -> str:
     return f"{_by_variant(rows, keys, heads, cell)}\n{about(rows)}.\n"
 
 
-def weights() -> str:
+def weights(rows: list[Row]) -> str:
     """Attention alone with sampled keys: the ways to weigh them, in microseconds."""
-    rows = read("dit-attention")
-    if not rows:
-        return NOTHING
     ways = list(dict.fromkeys(row["way"] for row in rows))
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
@@ -225,11 +178,8 @@ def weights() -> str:
     return f"{table(['attention', 'shape', 'ratio', *ways], body)}\n{about(rows)}.\n"
 
 
-def multigpu() -> str:
+def multigpu(rows: list[Row]) -> str:
     """Steps of ComfyUI on one and on two GPUs, against unmerged on one."""
-    rows = read("multigpu")
-    if not rows:
-        return NOTHING
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
@@ -249,15 +199,23 @@ def multigpu() -> str:
     return f"{table(head, body)}\n{about(rows)}.\n"
 
 
-MAKERS: dict[str, Callable[[], str]] = {
-    "speed": speed,
-    "hosts": hosts,
-    "steps_graph": steps_graph,
-    "steps_eager": steps_eager,
-    "bound": bound,
-    "memory": memory,
-    "growth": growth,
-    "dit": dit,
-    "weights": weights,
-    "multigpu": multigpu,
+# table: (its CSV, which of the rows, what makes it)
+MAKERS: dict[str, tuple[str, Callable[[Row], bool], Callable[[list[Row]], str]]] = {
+    "speed": ("hosts", lambda row: row["backend"] == "default", speed),
+    "hosts": ("hosts", lambda row: row["backend"] != "default", hosts),
+    "steps_graph": ("steps", lambda row: row["mode"] == "graph", steps),
+    "steps_eager": ("steps", lambda row: row["mode"] == "eager", steps),
+    "bound": ("steps", lambda row: row["mode"] == "graph", bound),
+    "memory": ("memory", bool, memory),
+    "growth": ("growth", lambda row: row["us"] != "", growth),
+    "dit": ("dit", bool, dit),
+    "weights": ("dit-attention", bool, weights),
+    "multigpu": ("multigpu", bool, multigpu),
 }
+
+
+def made(name: str, folder: Path = FOLDER) -> str:
+    """The table of that name; empty where nothing was measured."""
+    source, chosen, maker = MAKERS[name]
+    rows = [row for row in read(folder / f"{source}.csv") if chosen(row)]
+    return maker(rows) if rows else ""

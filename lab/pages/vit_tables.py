@@ -1,35 +1,13 @@
-"""Writes the tables of docs/vit.md from the committed CSVs: `python -m lab.pages.vit_tables`.
-
-Between `<!-- NAME -->` and `<!-- end -->` stands what the function of that name makes. A test compares.
-"""
+"""The tables of docs/vit.md."""
 
 from __future__ import annotations
 
-import csv
-import re
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "vit.md"
-SMALL = ROOT / "lab" / "results" / "fidelity" / "vit.csv"
-LARGE = ROOT / "lab" / "results" / "speed" / "vit.csv"
-NOT_YET = "Not measured yet.\n"
-_BLOCK = re.compile(r"(<!-- (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-Row = dict[str, str]
+from ..store import RESULTS, Row, markdown, read
 
-
-def read(path: Path) -> list[Row]:
-    """A CSV's rows; none where there is no such file yet."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+SMALL, LARGE = RESULTS / "fidelity" / "vit.csv", RESULTS / "speed" / "vit.csv"
 
 
 def _about(row: Row, words: str) -> str:
@@ -74,7 +52,7 @@ def vit_accuracy(rows: list[Row]) -> str:
         f"unmerged and the standard error of that paired difference. {first['precision']}, batch {first['batch']}, "
         f"median of {first['rounds']} runs in turns."
     )
-    return _table(head, body) + _about(first, words)
+    return markdown(head, body) + _about(first, words)
 
 
 def vit_schedules(rows: list[Row]) -> str:
@@ -85,7 +63,7 @@ def vit_schedules(rows: list[Row]) -> str:
     for r in (r for r in _rs(ours) if r != "0"):
         found = [_find(ours, schedule=name, r=r) for name in names]
         body.append([r, *(f"{_lost(row)}, {_speed(row)}, {row['tokens_left']} left" if row else "" for row in found)])
-    return _table(["r", *names], body)
+    return markdown(["r", *names], body)
 
 
 def vit_methods(rows: list[Row]) -> str:
@@ -97,7 +75,7 @@ def vit_methods(rows: list[Row]) -> str:
     for name in names:
         found = [_find(ours, method=name, r=r) for r in rs]
         body.append([name, *(", ".join(filter(None, (_lost(row), _speed(row)))) for row in found)])
-    return _table(["method", *(f"r = {r}" for r in rs)], body)
+    return markdown(["method", *(f"r = {r}" for r in rs)], body)
 
 
 def vit_large(rows: list[Row]) -> str:
@@ -118,7 +96,7 @@ def vit_large(rows: list[Row]) -> str:
         "unweighted", "limit",
     ]  # fmt: skip
     batches = ", ".join(dict.fromkeys(f"{row['model']}: {row['batch']}" for row in rows))
-    return _table(head, body) + _about(rows[0], f"Median of {rows[0]['rounds']} runs in turns, batches {batches}.")
+    return markdown(head, body) + _about(rows[0], f"Median of {rows[0]['rounds']} runs in turns, batches {batches}.")
 
 
 MAKERS: dict[str, tuple[Path, Callable[[list[Row]], str]]] = {
@@ -130,20 +108,7 @@ MAKERS: dict[str, tuple[Path, Callable[[list[Row]], str]]] = {
 
 
 def made(name: str) -> str:
-    """The table of that name. Raises KeyError for one that nobody makes."""
+    """The table of that name; empty where nothing was measured."""
     path, maker = MAKERS[name]
     rows = read(path)
-    return maker(rows) if rows else NOT_YET
-
-
-def filled(text: str) -> str:
-    """A page with its tables made anew."""
-    return _BLOCK.sub(lambda found: f"{found[1]}{made(found[2])}{found[4]}", text)
-
-
-def main() -> None:
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    return maker(rows) if rows else ""

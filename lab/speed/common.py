@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import importlib.metadata
-import io
 import json
 import platform
 import statistics
@@ -23,6 +21,9 @@ from torch.utils.benchmark import Timer
 
 from shared_tome.auto import put_in_order
 
+from ..store import Store, as_csv, rounded, save
+
+__all__ = ["Store", "save"]  # kept beside what writes rows
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -201,39 +202,6 @@ class Budget:
         return self._end is not None and time.monotonic() > self._end
 
 
-class Store:
-    """The rows of a benchmark: those that an earlier run left in the file, and those of this one.
-
-    path: a CSV file, written anew with each row, so that an interrupted run keeps what it has; None: memory alone.
-    keys: the columns that tell one row from another.
-    """
-
-    def __init__(self, path: Path | None, keys: Sequence[str]):
-        self.path, self.keys = path, tuple(keys)
-        self.rows: list[dict[str, Any]] = []
-        if path is not None and path.exists():
-            with path.open(encoding="utf-8", newline="") as file:
-                self.rows = list(csv.DictReader(file))
-            missing = [key for row in self.rows[:1] for key in self.keys if key not in row]
-            if missing:
-                raise ValueError(f"{path} has no column {missing[0]!r}: it is of another benchmark or an older form")
-        self._seen = {self._key(row) for row in self.rows}
-
-    def _key(self, row: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(str(row[key]) for key in self.keys)
-
-    def has(self, **row: Any) -> bool:
-        """Whether there is a row with these keys."""
-        return self._key(row) in self._seen
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Another row; one with keys that are there already is left out."""
-        if self._key(row) not in self._seen:
-            self.rows.append(row)
-            self._seen.add(self._key(row))
-            save(self.rows, self.path)
-
-
 def add_output_options(parser: ArgumentParser, resumes: bool = True) -> None:
     """What all benchmarks have in common on the command line."""
     parser.add_argument("--commit", default=None, help="where the tree is no git checkout")
@@ -244,35 +212,6 @@ def add_output_options(parser: ArgumentParser, resumes: bool = True) -> None:
         parser.add_argument("--minutes", type=float, default=None, help="begin nothing new after this time")
 
 
-def as_csv(rows: list[dict[str, Any]]) -> str:
-    """The rows as CSV text."""
-    text = io.StringIO()
-    if rows:
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(_rounded(rows))
-    return text.getvalue()
-
-
-def save(rows: list[dict[str, Any]], out: Path | None) -> None:
-    """Write the rows to a CSV file, if one is named."""
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(as_csv(rows), encoding="utf-8")
-
-
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:
     """The rows on stdout, as one JSON list or as CSV."""
-    sys.stdout.write(json.dumps(_rounded(rows), indent=1) + "\n" if as_json else as_csv(rows))
-
-
-def _rounded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Floats to two places, shares to four."""
-    return [
-        {
-            key: round(value, 2 if abs(value) >= 1 else 4) if isinstance(value, float) else value
-            for key, value in row.items()
-        }
-        for row in rows
-    ]
+    sys.stdout.write(json.dumps(rounded(rows), indent=1) + "\n" if as_json else as_csv(rows))

@@ -83,7 +83,7 @@ def help_page(node: str, language: str) -> Path:
 
 
 def prose(node: str, language: str) -> dict[str, str]:
-    """The paragraphs of a help page, without what `python -m lab.pages.tables` writes, by page and number."""
+    """The paragraphs of a help page, without what `python -m lab.pages` writes, by page and number."""
     page = re.sub(
         r"(<!-- [^\n]* -->\n).*?<!-- end -->", r"\1", help_page(node, language).read_text("utf-8"), flags=re.S
     )

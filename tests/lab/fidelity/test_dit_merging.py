@@ -17,6 +17,7 @@ from lab.fidelity.methods import CATALOGUE, OWN, UNMERGED, Variant
 from lab.models.model import load_model
 from lab.models.train import main
 from lab.pages import fidelity_tables as plot
+from lab.pages import fill
 from lab.pages.rows import main_sampler, results
 from shared_tome import ModelCall, ToMeConfig
 
@@ -232,8 +233,8 @@ def test_tables_and_plots_take_the_sampler_that_was_measured(rows):
     own = [dict(row, file="fresh", singles="40 41", model="m", yardstick="") for row in rows.values()]
     ddim = [dict(row, sampler="ddim30") for row in own]
     assert main_sampler(own) == "flow2" and main_sampler(own + ddim) == "ddim30"
-    page = "".join(f"<!-- table {name}@fresh -->\n<!-- end -->\n" for name in ("frontier", "pairs", "about"))
-    written = plot.with_tables(page, [*results(), *own])
+    page = "".join(f"<!-- {name} fresh -->\n<!-- end -->\n" for name in ("frontier", "pairs", "about"))
+    written = fill.filled(page, fill.of_fidelity([*results(), *own]))
     for name in MEASURED:
         assert f"| {name} |" in written, name
     assert "| sample 0.75 | sample 0.75, unweighted |" in written and "model m" in written

@@ -18,6 +18,7 @@ from lab.fidelity import methods, metrics, samplers
 from lab.fidelity.measure import COLUMNS, describe
 from lab.models.diffusion import cosine_sigmas
 from lab.pages import fidelity_tables as plot
+from lab.pages import fill
 from lab.pages.rows import MAIN, results
 from shared_tome import ModelCall, ToMeConfig
 from shared_tome.config import Preset
@@ -355,9 +356,9 @@ PAGE = ROOT / "docs" / "quality.md"
 
 def test_the_page_agrees_with_the_csv():
     text = PAGE.read_text(encoding="utf-8")
-    assert plot.with_tables(text, results()) == text, "run python -m lab.pages.fidelity_tables --tables ..."
+    assert fill.filled(text) == text, "run `python -m lab.pages`"
     for name in (*plot.TABLES, *plot.ACROSS):
-        assert re.search(rf"<!-- table {name}(@(lab|dit)(-\d)?)? -->", text), name
+        assert re.search(rf"<!-- {name}( (lab|dit)(-\d)?)? -->", text), name
 
 
 def test_a_changed_number_is_noticed():
@@ -365,7 +366,7 @@ def test_a_changed_number_is_noticed():
     row = next(row for row in rows if row["variant"] == methods.BASELINE and row["file"] == MAIN)
     row["psnr"] = "99.000"
     text = PAGE.read_text(encoding="utf-8")
-    assert plot.with_tables(text, rows) != text
+    assert fill.filled(text, fill.of_fidelity(rows)) != text
 
 
 def test_the_results_name_their_origin():
@@ -376,8 +377,8 @@ def test_the_results_name_their_origin():
 def test_a_second_models_rows_have_tables_of_their_own():
     rows = results()
     second = [dict(row, model="other", file="other", psnr="77.0") for row in rows]
-    page = "<!-- table presets -->\n<!-- end -->\n<!-- table presets@other -->\n<!-- end -->"
-    alone, both = plot.with_tables(page, rows), plot.with_tables(page, rows + second)
+    page = "<!-- presets_fidelity -->\n<!-- end -->\n<!-- presets_fidelity other -->\n<!-- end -->"
+    alone, both = fill.filled(page, fill.of_fidelity(rows)), fill.filled(page, fill.of_fidelity(rows + second))
     assert "Not measured yet" in alone
     assert alone.split("<!-- end -->")[0] == both.split("<!-- end -->")[0]
     assert both.count("77.0 ") == len(plot.PRESETS)
@@ -401,7 +402,7 @@ def measured(names, sampler: str = "ddim30", **cells: str) -> list[dict[str, str
 
 
 def page_of(table: str, rows: list[dict[str, str]]) -> str:
-    return plot.with_tables(f"<!-- table {table} -->\n<!-- end -->", rows)
+    return fill.filled(f"<!-- {table} -->\n<!-- end -->", fill.of_fidelity(rows))
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -436,7 +437,7 @@ def test_presets_measured_without_own_tokens_are_marked(monkeypatch):
     without = [name.removesuffix(", own token kept") for name in own]
 
     def page(names):
-        return page_of("presets@fresh", measured(names))
+        return page_of("presets_fidelity fresh", measured(names))
 
     whole = page(own + without)
     assert all(f"| {name} |" in whole for name in own) and "*" not in whole
@@ -453,13 +454,13 @@ def test_presets_measured_without_own_tokens_are_marked(monkeypatch):
 
 def test_fine_detail_is_shown_where_it_is_known():
     old, fresh = measured(methods.TEXTURE), measured(methods.TEXTURE[:6], texture="-1.234", texture_se="0.1")
-    assert plot.NOTHING in page_of("texture@fresh", old)
-    assert "fine detail" not in page_of("frontier@fresh", old)
-    assert "| -1.23 ± 0.10 |" in page_of("texture@fresh", fresh)
-    both = page_of("frontier@fresh", fresh + measured(["sample 0.984375"]))
+    assert fill.NOTHING in page_of("texture fresh", old)
+    assert "fine detail" not in page_of("frontier fresh", old)
+    assert "| -1.23 ± 0.10 |" in page_of("texture fresh", fresh)
+    both = page_of("frontier fresh", fresh + measured(["sample 0.984375"]))
     assert "| fine detail, dB |" in both and "| -1.23 ± 0.10 |" in both
     assert next(line for line in both.splitlines() if "sample 0.984375" in line).endswith(" | - |")
-    assert "fine detail" not in page_of("frontier@fresh", fresh + measured(methods.KEY[6:16]))  # most know none
+    assert "fine detail" not in page_of("frontier fresh", fresh + measured(methods.KEY[6:16]))  # most know none
 
 
 @pytest.mark.parametrize(("yardstick", "shown"), [("1.41", True), ("1.35", False), ("", False)])
@@ -467,14 +468,14 @@ def test_the_speed_of_another_run_is_shown_where_both_found_tomesd_alike(yardsti
     timed = {"step_ms": "10", "speedup": "1.50"}
     first = measured(["unmerged", "tomesd 0.5"], yardstick="1.40", **timed)
     other = measured(["sample 0.75", "sample 0.5"], file="other", yardstick=yardstick, **timed)
-    lines = {line.split(" | ")[0]: line for line in page_of("frontier@fresh", first + other).splitlines()}
+    lines = {line.split(" | ")[0]: line for line in page_of("frontier fresh", first + other).splitlines()}
     assert lines["| tomesd 0.5"].endswith("| 10.0 | 1.50x |")
     assert lines["| sample 0.75"].endswith("|  | 1.50x |" if shown else "|  |  |")
 
 
 def test_a_column_has_means_over_the_most_pictures_alone():
     many, few = measured(methods.KEY[:6], images="264"), measured(methods.KEY[:8], images="8", psnr="50")
-    page = page_of("samplers@fresh", few + many + measured(methods.KEY[:8], "lcm6", images="8", psnr="40"))
+    page = page_of("samplers fresh", few + many + measured(methods.KEY[:8], "lcm6", images="8", psnr="40"))
     assert "50.0" not in page and "30.0 ± 1.0 | 40.0 ± 1.0 |" in page and f"| {methods.KEY[7]} |" not in page
 
 
@@ -484,8 +485,8 @@ def test_a_column_has_means_over_the_most_pictures_alone():
 def test_other_samplers_have_tables_of_their_own(table, sampler):
     names = methods.CATALOGUE.sets["joint" if table == "joint" else "key"]
     rows = measured(names, sampler)
-    assert all(f"| {name} |" in page_of(f"{table}@fresh", rows) for name in names)
-    assert plot.NOTHING in page_of(f"{table}@fresh", measured(methods.KEY[:8], "lcm6"))
+    assert all(f"| {name} |" in page_of(f"{table} fresh", rows) for name in names)
+    assert fill.NOTHING in page_of(f"{table} fresh", measured(methods.KEY[:8], "lcm6"))
 
 
 def test_models_stand_side_by_side(monkeypatch):
@@ -495,7 +496,7 @@ def test_models_stand_side_by_side(monkeypatch):
     page = page_of("models", first + second)
     assert "| what | fresh, DDIM, 30 steps | other, Euler, 28 steps |" in page
     assert "| sample 0.75 | 30.0 ± 1.0 | 44.0 ± 1.0 |" in page and "unweighted" not in page
-    assert plot.NOTHING in page_of("models", first)
+    assert fill.NOTHING in page_of("models", first)
 
 
 def test_a_samplers_title_tells_its_guidance():

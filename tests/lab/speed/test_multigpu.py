@@ -80,7 +80,7 @@ def test_each_device_has_one_row_a_copy_and_a_thread():
     assert difference < 1e-5
 
 
-def test_the_table_has_a_line_for_each_number_of_gpus(tmp_path, monkeypatch):
+def test_the_table_has_a_line_for_each_number_of_gpus(tmp_path):
     about = {"machine": "2 x a GPU", "driver": "1", "torch": "2", "date": "2026-01-01", "commit": "abc", "versions": ""}
     rows = []
     for name, gpus, ms, differs in (
@@ -90,8 +90,7 @@ def test_the_table_has_a_line_for_each_number_of_gpus(tmp_path, monkeypatch):
         row = {"model": "sd15", "pixels": 2048, "images": 1, "gpus": gpus, "variant": name, "step_ms": ms}
         rows.append({**row, "step_p20": ms, "step_p80": ms, "speedup": f"{400 / ms:.3f}", "differs": differs, **about})
     common.save(rows, tmp_path / "multigpu.csv")
-    monkeypatch.setattr(speed_tables.read, "__defaults__", (tmp_path,))
-    lines = speed_tables.MAKERS["multigpu"]().splitlines()
+    lines = speed_tables.made("multigpu", tmp_path).splitlines()
     assert lines[2:4] == [
         "| SD 1.5 2048² | 1 | 1 | 400 ms (400 to 400) | 1.00x | 2.00x |",
         "| SD 1.5 2048² | 1 | 2 | 250 ms (250 to 250) | 1.60x (4e-03) | 4.00x (1e-03) |",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from lab.pages import fill, speed_tables
 from lab.pages import speed_plots as plot
-from lab.pages import speed_tables
 from lab.speed import common
 
 ABOUT = {"machine": "a GPU", "driver": "1", "torch": "2", "date": "2026-01-01", "commit": "abc", "versions": "x 1"}
@@ -18,7 +18,7 @@ def step(variant, ms, model="sd15", pixels=1024, backend="cudnn", **more):
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
+def results(tmp_path):
     times = {"unmerged": 100.0, "merge 0.5": 60.0, "half at no cost": 50.0, "limit": 20.0, "sample 0.75": 40.0}
     steps = [step(name, ms, mode=mode) for mode in ("graph", "eager") for name, ms in times.items()]
     steps.append(step("tomesd 0.5", "", mode="graph") | {"remark": "cannot be captured: why"})
@@ -38,7 +38,6 @@ def results(tmp_path, monkeypatch):
         "steps": steps, "hosts": hosts, "memory": [memory], "growth": growth, "dit": dit, "dit-attention": [ways],
     }.items():  # fmt: skip
         common.save(rows, tmp_path / f"{name}.csv")
-    monkeypatch.setattr(speed_tables.read, "__defaults__", (tmp_path,))
     return tmp_path
 
 
@@ -58,21 +57,20 @@ def results(tmp_path, monkeypatch):
     ],
 )
 def test_a_table_says_what_its_csv_says(results, maker, line):
-    text = speed_tables.MAKERS[maker]()
+    text = speed_tables.made(maker, results)
     assert line in text.splitlines()
     assert "a GPU, driver 1, torch 2, x 1, 2026-01-01" in text or maker == "bound"
     assert "abc" in text or maker == "bound"  # the commit
 
 
 @pytest.mark.parametrize("maker", list(speed_tables.MAKERS))
-def test_a_table_without_a_csv_says_so(tmp_path, monkeypatch, maker):
-    monkeypatch.setattr(speed_tables.read, "__defaults__", (tmp_path,))
-    assert speed_tables.MAKERS[maker]() == speed_tables.NOTHING
+def test_a_table_without_a_csv_says_so(tmp_path, maker):
+    page = f"<!-- {maker} -->\n<!-- end -->"
+    assert fill.NOTHING in fill.filled(page, fill.of_speed(tmp_path))
 
 
-def test_every_picture_is_drawn(results, tmp_path, capsys):
+def test_every_picture_is_drawn(results, tmp_path):
     pytest.importorskip("matplotlib", reason="only the plots need it")
-    plot.main(["--results", str(results), "--out", str(tmp_path / "images")])
-    assert {path.name for path in (tmp_path / "images").iterdir()} == set(plot.PLOTS)
-    plot.main(["--results", str(tmp_path / "nothing"), "--out", str(tmp_path / "none")])
-    assert not (tmp_path / "none").exists() and "left out" in capsys.readouterr().out
+    made = plot.draw(tmp_path / "images", results)
+    assert set(made) == set((tmp_path / "images").iterdir()) == {tmp_path / "images" / name for name in plot.PLOTS}
+    assert plot.draw(tmp_path / "none", tmp_path / "nothing") == [] and not (tmp_path / "none").exists()

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from lab.pages import vit_tables as tables
+from lab.store import read
 from lab.vit import orders
 from lab.vit.measure import COMPARED, SCHEDULES, Variant, accuracy, images_per_second, right, throughput, variants
 
@@ -106,7 +107,7 @@ def test_the_benchmark_in_short(tmp_path):
     for row in rows:
         assert row["tokens"] == 65 and row["images_s"] > 0 and row["dtype"] == "float32" and row["timm"]
         assert (row["tokens_left"] == 65) is (row["method"] == "unmerged")
-    text = tables.vit_large(tables.read(tmp_path / "vit.csv"))
+    text = tables.vit_large(read(tmp_path / "vit.csv"))
     assert len(text.split("\n\n")[0].splitlines()) == 2 + 4 and "| small |" in text
 
 
@@ -127,9 +128,3 @@ def test_film_and_sound_are_drawn(tmp_path):
     # Bins of 62.5 Hz, the highest above: 500 Hz is the eighth from below, and silent for the last 0.3 s of each second.
     tone = spectrum[0, 64 - 8]
     assert tone[20:80].min() > 0.8 and tone[96:124].max() < 0.6
-
-
-def test_the_pages_tables_are_up_to_date():
-    text = tables.PAGE.read_text(encoding="utf-8")
-    assert tables.filled(text) == text, "run `python -m lab.pages.vit_tables`"
-    assert all(f"<!-- {name} -->" in text for name in tables.MAKERS)

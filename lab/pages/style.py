@@ -1,0 +1,58 @@
+"""How plots look: colours, axes, one way to save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+PAPER, INK, GRID = "#fbfbf9", "#22262b", "#d9d9d4"
+# family: (colour, marker, line). Colours after Okabe and Ito, told apart by colour-blind eyes too.
+STYLES: dict[str, tuple[str, str, str]] = {
+    "sample": ("#0072b2", "o", "-"),
+    "sample from 0.05": ("#56b4e9", "D", "--"),
+    "sample from 0.1": ("#56b4e9", "v", "--"),
+    "sample from 0.2": ("#56b4e9", "o", "--"),
+    "sample from 0.4": ("#56b4e9", "s", "--"),
+    "sample from 0.6": ("#56b4e9", "^", "--"),
+    "sample, own token kept": ("#5e3c99", "o", "-"),
+    "sample, own token kept from 0.1": ("#9a7fc7", "v", "--"),
+    "sample, own token kept from 0.2": ("#9a7fc7", "o", "--"),
+    "ToDo": ("#009e73", "D", "-"),
+    "merge_keys, pick": ("#cc79a7", "v", "-"),
+    "merge_keys, mean": ("#cc79a7", "v", ":"),
+    "merge_queries": ("#8c6d31", "P", "-"),
+    "merge, proportional": ("#e69f00", "s", "-"),
+    "tomesd": ("#d55e00", "s", "-"),
+    "prune": ("#7a7a7a", "X", "-"),
+    "ToDo from 0.2": ("#009e73", "D", "--"),
+    "merge, proportional from 0.2": ("#e69f00", "s", "--"),
+    "tomesd from 0.2": ("#d55e00", "s", "--"),
+    "sample, unweighted": ("#0072b2", "x", ":"),
+    "ToDo, unweighted": ("#009e73", "x", ":"),
+}
+
+
+def figure_of(columns: int, width: float, height: float, dpi: int, **kwargs: Any) -> tuple[Any, list[Any]]:
+    """(figure, its axes side by side), drawn without a screen. width, height: of one, in inches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (width * columns, height)
+    figure, axes = plt.subplots(1, columns, figsize=size, dpi=dpi, facecolor=PAPER, squeeze=False, **kwargs)
+    for each in axes[0]:
+        each.set_facecolor(PAPER)
+        each.grid(color=GRID, linewidth=0.8)
+        each.tick_params(colors=INK)
+        each.set_axisbelow(True)
+        for side, spine in each.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(INK)
+    return figure, list(axes[0])
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write the picture, the same bytes each time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", facecolor=PAPER, metadata={"Software": None})
