@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import kernels
 from .attention import extend_key, extend_query, extend_value, extra_channels
 from .config import ToMeConfig
+from .failures import is_out_of_memory
 from .joined import TORCHS, choose_kernel
 from .own import NOT_KEPT
 from .sdpa import AroundSdpa, HostAttention, is_torchs_sdpa
@@ -114,7 +115,9 @@ def find_rule(
             with torch.no_grad():
                 found = forward(layer(**_parts(rule, heads, d, *given, bias.float().to(device))), x, **arguments)
             found = narrow(found, heads, d)
-        except Exception:  # whatever a foreign attention raises on heads that it did not expect
+        except Exception as error:  # whatever a foreign attention raises on heads that it did not expect
+            if is_out_of_memory(error):
+                raise
             continue
         if found.shape == expected.shape:
             errors[rule] = float((found.cpu().double() - expected).abs().max())
@@ -144,7 +147,9 @@ def meets_at_sdpa(
     try:
         with torch.no_grad(), AroundSdpa(handler):
             forward(layer(**parts), q.new_zeros(rows, tokens, heads * d))
-    except Exception:  # whatever a foreign attention raises
+    except Exception as error:  # whatever a foreign attention raises
+        if is_out_of_memory(error):
+            raise
         return False
     if len(seen) != 1:
         return False

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
+from .failures import is_out_of_memory
 from .joined import Part, attend_in_parts, attend_in_parts_with_lse, choose_kernel
 from .own import keep_own, take_turns
 from .plan import Plan, spread_rows, take
@@ -126,9 +127,9 @@ class JointCall:
             return out
         try:
             return attend_joined(q, k, v, start, plan, around, kernel, scale, self.own)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except RuntimeError as error:  # what a kernel refuses on some machine; the wider heads go everywhere
+            if is_out_of_memory(error):
+                raise
             reason = str(error).strip().partition("\n")[0]
             self._say(f"the {kernel} kernel joins no attentions here; heads are widened instead", reason)
             self.own = False

@@ -2,7 +2,8 @@
 
 Importing this package imports no triton; the first tensor on a CUDA device does. Every function here returns None
 where no kernel serves (no CUDA device, no triton, gradients asked for, TOME_KERNELS=0), and the caller goes on in
-plain torch. A kernel that does not compile on a machine says so once in the log and plain torch takes over for good.
+plain torch. A kernel that does not compile for a device says so once in the log and plain torch takes over for good
+on that device.
 Under torch.compile each is one custom operator, so it breaks no graph and no new seed or step needs another one.
 """
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..curve import is_compiling
+from ..failures import is_out_of_memory
 from ..grid import Grid, split_frames
 
 log = logging.getLogger("ToMe")
@@ -58,9 +60,16 @@ def _load():
     try:
         from .impl import ops
     except Exception as error:  # a broken triton raises what it likes
+        if is_out_of_memory(error):
+            raise
         log.info("no Triton kernels (%s: %s); plain torch does the work", type(error).__name__, error)
         return None
     return ops
+
+
+def version() -> str | None:
+    """Triton's version where kernels can run in this process, else None."""
+    return None if _load() is None else _load().VERSION
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -161,10 +170,15 @@ def sizes_of(chain: tuple[Tensor, Tensor], kept: int) -> Tensor:
     return chain[0][:, :kept].view(torch.float32)
 
 
+def means(x: Tensor) -> bool:
+    """Whether `mean` takes x. Not float64: its sums are finer than what the kernel adds up in."""
+    return x.dtype in _DTYPES and serves(x)
+
+
 def mean(x: Tensor, index: Tensor, groups: Tensor, chain: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
     """The mean of each group, x [B, N, C] -> [B, M, C], bit-equal on repeat, and log(sizes) [b, M] float32, in one
     launch; chain: from `match` or `links`."""
-    return _op("mean")(x, index, groups, *chain) if x.dtype in _DTYPES and serves(x, groups) else None
+    return _op("mean")(x, index, groups, *chain) if means(x) and serves(groups) else None
 
 
 def pays_to_gather(x: Tensor, index: Tensor) -> bool:
@@ -219,7 +233,7 @@ def attends_drawn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     """Whether `attend_drawn` takes q, k, v [B, H, L, d] and logits of this scale."""
     able = q.shape == k.shape == v.shape and q.numel() > 0 and scale > 0.0
     # Where it failed once, the way without it is faster than plain torch.
-    return able and _fits(q, k, v) and serves(q, k, v) and (is_compiling() or _load().runs("attend_drawn"))
+    return able and _fits(q, k, v) and serves(q, k, v) and (is_compiling() or _load().runs("attend_drawn", q.device))
 
 
 def attend_drawn(

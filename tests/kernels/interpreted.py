@@ -450,6 +450,41 @@ def test_gradients_go_through_plain_torch():
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")], ids=repr
+)
+def test_a_kernel_short_of_memory_is_not_off(monkeypatch, caplog, error):
+    ops = kernels._load()
+
+    def fail(*given):
+        raise error
+
+    x, index = tokens(2, (7, 9), 16), torch.arange(4)[None]
+    with monkeypatch.context() as patch:
+        patch.setitem(ops.LAUNCH, "gather", fail)
+        with pytest.raises(type(error)):
+            kernels.gather(x, index)
+    assert torch.equal(kernels.gather(x, index), x[:, :4]) and not caplog.text
+
+
+def test_a_kernel_that_breaks_on_one_device_runs_on_others(monkeypatch, caplog):
+    """A small GPU beside a large one."""
+    ops, small, x = kernels._load(), torch.device("cuda", 1), tokens(2, (7, 9), 16)
+    monkeypatch.setattr(ops, "_broken", {(name, small) for name in ops.LAUNCH})
+    launched, launch = [], ops.LAUNCH["gather"]
+    monkeypatch.setitem(ops.LAUNCH, "gather", lambda *given: launched.append(1) or launch(*given))
+    kernels.gather(x, torch.arange(4)[None])
+    assert launched and not ops.runs("attend_drawn", small) and ops.runs("attend_drawn", x.device)
+
+    def fail(*given):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setitem(ops.LAUNCH, "gather", fail)
+    kernels.gather(x, torch.arange(4)[None])
+    assert "the gather kernel does not run on cpu, plain torch takes over there" in caplog.text
+    assert not ops.runs("gather", x.device) and ops.runs("gather", torch.device("cuda", 0))
+
+
 def test_a_kernel_that_breaks_is_said_once(monkeypatch, caplog):
     """Plain torch takes over for good; nothing is raised."""
     ops = kernels._load()
@@ -485,4 +520,4 @@ def test_a_kernel_that_breaks_is_said_once(monkeypatch, caplog):
             match_tokens(x, (1, 63), CONFIG.replace(partition="alternate", ratio=0.3), class_token=True)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == len(set(said)) and all("no compiler)" in line for line in said)
-    assert ops._broken == set(ops.LAUNCH)
+    assert ops._broken == {(name, torch.device("cpu")) for name in ops.LAUNCH}

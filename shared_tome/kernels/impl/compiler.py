@@ -12,6 +12,7 @@ import torch
 
 triton = import_module("triton")
 tl = import_module("triton.language")
+VERSION = getattr(triton, "__version__", "unknown")
 
 
 @functools.lru_cache(maxsize=8)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ...config import ToMeConfig
+from ...failures import is_out_of_memory
 from .. import NAMESPACE, SELECTED, log
 from .attend import launch_attend
 from .attend_drawn import launch_attend_drawn
+from .compiler import VERSION as VERSION
 from .draw import launch_draw
 from .gather import launch_gather
 from .match import launch_match
@@ -27,23 +29,27 @@ from .widen import KEY, QUERY, launch_widen, launch_widen_one
 # Called where nothing is traced; each runs what stands in LAUNCH, or plain torch.
 DIRECT: dict[str, Callable[..., Any]] = {}
 LAUNCH: dict[str, Callable[..., Any]] = {}
-_broken: set[str] = set()
+# (kernel, device) of those that failed: a GPU with less shared memory than others says nothing about these.
+_broken: set[tuple[str, torch.device]] = set()
 
 
 def _operator(name: str, arguments: str, results: str, launch: Callable, plain: Callable, fake: Callable) -> None:
     """Define one: `launch` runs the kernel, `plain` is the specification, `fake` gives shapes alone."""
 
     def run(*given):
-        if name not in _broken:
+        first = next(x for x in given if isinstance(x, Tensor))
+        if runs(name, first.device):
             try:
-                with _on_device_of(next(x for x in given if isinstance(x, Tensor))):
+                with _on_device_of(first):
                     return LAUNCH[name](*given)
-            except torch.cuda.OutOfMemoryError:
-                raise
             except Exception as error:  # what a compiler raises is not for us to list
-                _broken.add(name)
+                if is_out_of_memory(error):
+                    raise
+                _broken.add((name, first.device))
                 reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-                log.warning("the %s kernel does not run here, plain torch takes over (%s)", name, reason)
+                log.warning(
+                    "the %s kernel does not run on %s, plain torch takes over there (%s)", name, first.device, reason
+                )
         return plain(*given)
 
     DIRECT[name], LAUNCH[name] = run, launch
@@ -51,9 +57,9 @@ def _operator(name: str, arguments: str, results: str, launch: Callable, plain: 
     torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=schema).register_fake(fake)
 
 
-def runs(name: str) -> bool:
-    """Whether the kernel has not failed in this process."""
-    return name not in _broken
+def runs(name: str, device: torch.device) -> bool:
+    """Whether the kernel has not failed on this device in this process."""
+    return (name, device) not in _broken
 
 
 def _on_device_of(x: Tensor):
@@ -143,7 +149,7 @@ def _fake_match(metric, src, dst, goes, alone, first):
 def _plain_links(index, groups, taking):
     from ...plan import group_counts
 
-    _broken.add("mean")  # without chains there is no mean by them
+    _broken.add(("mean", index.device))  # without chains there is no mean by them
     heads, following = _fake_links(index, groups, taking)
     heads[:, : index.shape[1]] = group_counts(groups, index.shape[1]).view(torch.int32)
     return heads, following
