@@ -151,7 +151,7 @@ def nearest(metric: Tensor, src: Tensor, dst: Tensor, distill_token: bool = Fals
         similarity [B, S] in metric's dtype and target [B, S], a position in dst. Zero tokens are similar to
         nothing (0), never NaN.
     """
-    metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(metric.dtype).tiny)
+    metric = _unit(metric)
     a, b = take(metric, src), take(metric, dst).transpose(1, 2)  # (B, S, C), (B, C, D)
     rows = max(1, CHUNK // (b.shape[0] * b.shape[2]))
     best = []
@@ -161,6 +161,15 @@ def nearest(metric: Tensor, src: Tensor, dst: Tensor, distill_token: bool = Fals
             scores[..., 0] = -torch.inf
         best.append(scores.max(dim=-1))
     return torch.cat([x.values for x in best], dim=1), torch.cat([x.indices for x in best], dim=1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Finite x [B, N, C] with tokens of length 1; zero tokens stay."""
+    norm, largest = x.norm(dim=-1, keepdim=True), x.abs().amax(dim=-1, keepdim=True)  # (B, N, 1)
+    # Squares may overflow or vanish where their token does neither.
+    lost = (norm.isinf() & largest.isfinite()) | (norm < 0.5 * largest)
+    x = x / torch.where(lost, largest, 1.0)  # by 1, exact, as a rule
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def _grouped(

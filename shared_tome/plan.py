@@ -113,6 +113,10 @@ class MergePlan(Plan):
     def sizes(self) -> Tensor:
         return spread_rows(self._sizes, self.batch)
 
+    def has_kernel(self, x: Tensor) -> bool:
+        """Whether a mean of x without weights goes through a kernel, which is faster than one with weights."""
+        return self._chain is not None and kernels.means(x)
+
     def merge(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         if not self.mean:
             return take(x, self._index)
@@ -124,7 +128,8 @@ class MergePlan(Plan):
             total, summed = self._sizes, group_sum(x, self._groups, self.kept)
         else:
             total = self.merge_sizes(weights)
-            summed = group_sum(x.float() * weights[..., None].float(), self._groups, self.kept)
+            wide = _sum_dtype(x)
+            summed = group_sum(x.to(wide) * weights[..., None].to(wide), self._groups, self.kept)
         return (summed / spread_rows(total, x.shape[0])[..., None]).to(x.dtype)
 
     def unmerge(self, y: Tensor) -> Tensor:
@@ -135,7 +140,8 @@ class MergePlan(Plan):
         return torch.where(spread_rows(stays, y.shape[0])[..., None], out, 0.0)
 
     def merge_sizes(self, sizes: Tensor) -> Tensor:
-        return group_sum(sizes[..., None], self._groups, self.kept)[..., 0]
+        total = group_sum(sizes[..., None], self._groups, self.kept)[..., 0]
+        return total.to(torch.promote_types(sizes.dtype, torch.float32))
 
     def key_bias(self) -> Tensor | None:
         if self.even:
@@ -173,17 +179,28 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def group_sum(x: Tensor, groups: Tensor, kept: int) -> Tensor:
-    """x [B, N, C] summed by groups [b, N] -> [B, M, C] in float32."""
+    """x [B, N, C] summed by groups [b, N] -> [B, M, C] in float32 or float64, see _sum_dtype."""
     batch, _, channels = x.shape
-    out = x.new_zeros((batch * kept, channels), dtype=torch.float32)
+    out = x.new_zeros((batch * kept, channels), dtype=_sum_dtype(x))
     index = _flat(spread_rows(groups, batch), kept)  # (B * N,)
-    rows = x.reshape(-1, channels).float()  # (B * N, C)
+    rows = x.reshape(-1, channels).to(out.dtype)  # (B * N, C)
     if x.device.type == "cuda":
         # index_add adds in an order that changes from run to run there; index_put sorts first.
         out = out.index_put((index,), rows, accumulate=True)
     else:
         out = out.index_add(0, index, rows)
     return out.reshape(batch, kept, channels)  # (B, M, C)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """What x's tokens are added up in: float64 where some tokens of x's dtype overflow float32, or are finer.
+
+    Some other devices (Apple's GPUs) have no float64; there sums of float32 and bfloat16 stay in float32.
+    """
+    if x.dtype == torch.float64:
+        return torch.float64
+    able = x.device.type in ("cpu", "cuda", "meta")
+    return torch.float64 if able and x.dtype in (torch.float32, torch.bfloat16) else torch.float32
 
 
 def group_counts(groups: Tensor, kept: int) -> Tensor:

@@ -192,12 +192,14 @@ class Call:
 def _merge_again(plan: MergePlan, x: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens x [B, N, C] that stand for sizes [B, N] already -> [B, M, C] and the sizes' sums [B, M].
 
-    As plan.merge(x, weights=sizes), by way of the plain mean, which has a kernel.
+    As plan.merge(x, weights=sizes), by way of the plain mean where that has a kernel.
     """
     # Sums of whole numbers are exact in any order, so the unordered add is as good as another.
     total = sizes.new_zeros(sizes.shape[0], plan.kept).scatter_add(1, plan.groups, sizes)
     if not plan.mean:
         return plan.merge(x), total
+    if not plan.has_kernel(x):
+        return plan.merge(x, weights=sizes), total
     weights = sizes * (plan.sizes / total).gather(1, plan.groups)  # (B, N), a group's have the mean 1
     return plan.merge(x * weights[..., None]).to(x.dtype), total  # float32 in between
 

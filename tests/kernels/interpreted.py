@@ -381,6 +381,17 @@ def test_a_mean_in_blocks_of_any_width(channels):
     assert all(map(torch.equal, *found)) and found[0][1][0, :5].eq(0).all() and found[0][1][0, 5:].gt(2).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [2, 3, 5, 63])
+def test_means_at_the_dtypes_end_stay_finite(dtype, count):
+    x = torch.full((1, 63, 16), torch.finfo(dtype).max, dtype=dtype)
+    x[..., 1::2] *= -1
+    groups = (torch.arange(63) - count + 1).clamp_min(0)[None]
+    index = torch.cat((torch.zeros(1, dtype=torch.int64), torch.arange(count, 63)))[None]
+    merged, _ = kernels.mean(x, index, groups, kernels.links(index, groups))
+    torch.testing.assert_close(merged, x[:, :1].expand_as(merged), rtol=2e-7, atol=0.0)
+
+
 def test_what_is_not_finite_stays_so():
     for dtype in DTYPES:
         x = tokens(1, (7, 9), 16, dtype)

@@ -134,7 +134,12 @@ def _mean_kernel(
                 others, member = _members(source, following, member, token_stride, fits)
                 spoilt += tl.sum(others - others, 0)
                 total += tl.sum((others * scale[None, :]).to(tl.int64), 0)
-            result = total.to(tl.float32) * back / size + spoilt
+            # Divided before it is scaled back: the sum itself may be more than float32 holds.
+            result = total.to(tl.float32) / size
+            if not FIXED:
+                edge = largest * scale  # a division that is not exact may go past the farthest member
+                result = tl.minimum(tl.maximum(result, -edge), edge)
+            result = result * back + spoilt
             tl.store(target, result.to(out.dtype.element_ty), mask=fits)
         tl.store(bias + at, tl.log(size), mask=writes)
 
