@@ -6,6 +6,7 @@ the state of each call and one after it takes it away; hooks on the blocks' attn
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..shared_tome import ModelCall
-from ..shared_tome.bare import run_bare
+from ..shared_tome.autotune.verdict import Verdict
+from ..shared_tome.bare import about_model, run_bare
 from ..shared_tome.block_hooks import BlockHooks, Judged
 from ..shared_tome.call import MergedAttention
 from ..shared_tome.grid import Grid, grid_of
@@ -197,6 +199,7 @@ class _Block:
         self.bias: Tensor | None = None
         self.rule: str | None = None
         self.head_size = 0
+        self.verdict: Verdict | None = None  # what is known of this layer's times
 
     def hook(self) -> list[Any]:
         """Register; returns the handles."""
@@ -241,7 +244,7 @@ class _Block:
         layer = call.attention(x, x, x, grid, own=own) if grid is not None else None
         told = self.owner.told
         if told is not None and grid is not None:
-            told.layer(self.where, grid, layer and layer.plan, self.part, call.verdict(x, grid, self.heads))
+            told.layer(self.where, grid, layer and layer.plan, self.part, self.verdict)
         if layer is None:
             return None
         self.layer = layer
@@ -311,8 +314,9 @@ class _Block:
             self._leave(reason, grid)
             return None
         kernels = TORCHS if self._keeps_own(attn1, x) else ()
-        verdict = call.verdict(x, grid, self.heads, kernels=kernels, block=self._run_bare)
-        unpaid = call.why_not_paid(verdict)
+        about = functools.partial(about_model, attn1, x.device)
+        self.verdict = call.verdict(x, grid, self.heads, kernels=kernels, block=self._run_bare, about=about)
+        unpaid = call.why_not_paid(self.verdict)
         if unpaid is not None:
             self._leave(f"{unpaid}; layers of {x.shape[1]} tokens are left alone", grid)
             self.owner.judged.leave(self, unpaid=True)

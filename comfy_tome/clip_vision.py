@@ -34,8 +34,8 @@ class MergedVision:
 
     def _verdict(self, args: tuple, kwargs: dict[str, Any]) -> Verdict | None:
         """What is known of the times of this encoder's calls."""
-        name, (pixels, on) = type(self._model).__name__, by_pixels(args, kwargs)
-        return verdict_of(name, self._tower, self._options, pixels, on(self._model), on(self._merged))
+        pixels, on = by_pixels(args, kwargs)
+        return verdict_of(self._model, self._tower, self._options, pixels, on)
 
     def _merged(self, *args: Any, **kwargs: Any) -> Any:
         attachment = Attachment(self._tower, self._options, thread=threading.get_ident())

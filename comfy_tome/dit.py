@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ..shared_tome import ModelCall, ToMeConfig, kernels
 from ..shared_tome.attention import extend_heads, extra_channels
-from ..shared_tome.auto import Verdict, compared, known_or_measured, measures
+from ..shared_tome.auto import Verdict, known_or_measured, measures, name_of
+from ..shared_tome.autotune.timing import compared
 from ..shared_tome.curve import is_compiling
 from ..shared_tome.grid import Grid
 from ..shared_tome.joint import JointCall, image_bias, merge_image, unmerge_image
@@ -257,10 +258,10 @@ class DiTCall:
     def _judge(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, shape: tuple) -> str | None:
         """Why a layer of this shape is left alone, or None. q, k, v: of one row."""
         config, device = self.call.config, q.device
-        names = [self.facts.name, getattr(any_size(call.func), "__name__", ""), *self._joint.kernels, *map(str, shape)]
+        names = [self.facts.name, name_of(any_size(call.func), device), *self._joint.kernels, *map(str, shape)]
         names += [config.method, f"{config.ratio:.4f}"]
         names += [f"proportional {config.proportional}", f"own {config.keeps_own}"]
-        names += ["another's attention"] if self._override is not None else []
+        names += [f"by {name_of(self._override, device)}"] if self._override is not None else []
 
         def measure() -> Verdict:
             plain, grid = [call.plain(x) for x in (q, k, v)], self.layout.grid

@@ -32,7 +32,7 @@ from .dit_attention import Call, attend_joint, kernel_order, may_join
 from .log import leave_alone, say_once
 from .model_call import DIFFUSION_MODEL, KEY, call_key, find_options, halves_alike, progress_of, put_options, step_of
 from .record import begin, is_compiled
-from .unet_auto import verdict_on_step
+from .unet_auto import about_model, dtype_of, verdict_on_step
 
 
 class UNetPatch:
@@ -49,8 +49,8 @@ class UNetPatch:
             return executor(x, t, *args, **kwargs)
         compiled = is_compiled(executor, options)
         model, full = executor.class_obj.diffusion_model, tuple(x.shape[-2:])
-        layers = _layers_of(model), _dtype_of(executor)
-        host = _host_attention(), _kernels_of(options, x.device)
+        layers = _layers_of(model), dtype_of(executor.class_obj)
+        host = _host_attention(), _kernels_of(options, x.device), about_model(executor.class_obj)
         if record is None and not compiled and _leaves_alone(config, full, x.device, *layers, *host):
             return executor(x, t, *args, **kwargs)
         told = None if record is None or record.run.compiled else record
@@ -59,7 +59,7 @@ class UNetPatch:
             say_once(unpaid, f"{x.shape[-2]}x{x.shape[-1]}, nothing is merged")
             return executor(x, t, *args, **kwargs)
         step, alike = step_of(options, x.device), halves_alike(options)
-        call = ModelCall(config, full, x.device, step=step, alike=alike)
+        call = ModelCall(config, full, x.device, step=step, alike=alike, about=host[2])
         patch = UNetCall(call, options, told, host[0], layers if compiled else None, model, unpaid)
         # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
         # transformer_options, so without this a compiled model would keep the patches it first saw.
@@ -87,12 +87,13 @@ def _leaves_alone(
     dtype: torch.dtype,
     attention: Attention,
     kernels: tuple[str, ...],
+    about: str,
 ) -> bool:
     """Whether no layer would be merged, by what is known of all of them: then the model runs as if ToMe were not there.
     Its patches take the processor time, which shows where steps wait for it."""
     if not layers:
         return False  # not a U-Net as they are known
-    reasons = why_layers_left_alone(config, full, device, layers, dtype, attention, kernels)
+    reasons = why_layers_left_alone(config, full, device, layers, dtype, attention, kernels, about)
     for grid, reason in (reasons or {}).items():
         leave_alone(None, reason, f"layers of {grid[0]}x{grid[1]} tokens")
     return reasons is not None
@@ -107,16 +108,17 @@ def _why_not_paid(
     config: ToMeConfig,
     attention: Attention,
     kernels: tuple[str, ...],
+    about: str,
 ) -> str | None:
     """Why merging does not pay in whole steps, or None. base: the model that apply_model is of."""
 
     def merged(options: dict[str, Any], run: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
-        call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=step_of(options, x.device))
+        call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=step_of(options, x.device), about=about)
         patch = UNetCall(call, options, None, attention, None, base.diffusion_model)
         with patch.mlp_hooks(base):
             return run(patch.options, {"tome": patch.key})
 
-    found = verdict_on_step(base, x, t, args, kwargs, config, merged, attention, kernels)
+    found = verdict_on_step(base, x, t, args, kwargs, config, merged, attention, kernels, about)
     return None if found is None or found.pays() else why_left_alone(found)
 
 
@@ -151,12 +153,6 @@ def _run_block(model: Any, heads: int, x: Tensor) -> Callable[[], Any] | None:
                 context = x.new_zeros(x.shape[0], 77, block.attn2.to_k.in_features)
                 return lambda: block(x, context=context, transformer_options={})
     return None
-
-
-def _dtype_of(executor: Any) -> torch.dtype:
-    """What the model computes in."""
-    model = executor.class_obj
-    return getattr(model, "manual_cast_dtype", None) or model.get_dtype()
 
 
 def _kernels_of(options: dict[str, Any], device: torch.device) -> tuple[str, ...]:

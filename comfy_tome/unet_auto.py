@@ -6,13 +6,16 @@ more; where another node has replaced or hooked a part of the model itself, noth
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..shared_tome import ToMeConfig
 from ..shared_tome.auto import Attention, Verdict
+from ..shared_tome.autotune.store import NotNow
 from ..shared_tome.step_auto import is_judged, rows_of, verdict_of
 from .model_call import find_options, put_options
 
@@ -32,12 +35,13 @@ def verdict_on_step(
     merged: Callable[[dict[str, Any], Callable[[dict[str, Any], dict[str, Any]], Any]], Any],
     attention: Attention,
     kernels: tuple[str, ...],
+    about: str,
 ) -> Verdict | None:
     """What is known of the times of a model's steps; None: not measured, or not to be.
 
     Args:
         base_model: comfy.model_base.BaseModel; x, t, args, kwargs: of its apply_model, whose first row is what is run.
-        config: how it is merged. attention, kernels: see auto.verdict_on.
+        config: how it is merged. attention, kernels: see auto.verdict_on. about: from about_model.
         merged: merged(options, run) calls run(options, more) with ToMe's options and further arguments.
     """
     if not is_judged(config, x.device) or find_options(args, kwargs)[1].get("optimized_attention_override"):
@@ -57,13 +61,53 @@ def verdict_on_step(
 
         return lambda: run(plain, {}), lambda: merged(plain, run)
 
-    return verdict_of(base_model.diffusion_model, x, tuple(x.shape[-2:]), config, both, attention, kernels)
+    model, grid = base_model.diffusion_model, tuple(x.shape[-2:])
+    return verdict_of(model, dtype_of(base_model), x.device, grid, config, both, attention, kernels, about)
+
+
+def dtype_of(base_model: Any) -> torch.dtype:
+    """What the model computes in; what it is given has the sampler's dtype, float32."""
+    return getattr(base_model, "manual_cast_dtype", None) or base_model.get_dtype()
+
+
+# Walking through a model takes longer than a step may. A fact about a model, not state of a call.
+_stored: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
+
+
+def about_model(base_model: Any) -> str:
+    """In words, what the times of a model's layers and steps depend on beside shapes and dtype: how its weights are
+    stored, by which of ComfyUI's operations they are used, and whether all of them stay on the GPU."""
+    model, dtype = base_model.diffusion_model, base_model.get_dtype()
+    if model not in _stored or _stored[model][0] != dtype:
+        _stored[model] = dtype, _how_stored(model)
+    words = [_stored[model][1]]
+    if getattr(base_model, "model_lowvram", False):
+        words.append("partly elsewhere")
+    if getattr(base_model, "dynamic_vbars", None):
+        words.append("loaded on the way")
+    if getattr(base_model, "lowvram_patch_counter", 0):
+        words.append("patched on the way")
+    return ", ".join(words)
+
+
+def _how_stored(model: Any) -> str:
+    """Names of dtypes, and of the classes of quantized weights and of operations that use them."""
+    dtypes, classes = set(), set()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
+        dtypes.add(str(weight.dtype).removeprefix("torch."))
+        if weight.dim() == 2:  # of a linear layer: what is quantized
+            operations = type(module).__qualname__.rpartition(".")[0]
+            classes.update({type(weight.data).__name__, f"{type(module).__module__}.{operations}".rstrip(".")})
+    return " ".join(["weights", *sorted(dtypes), *sorted(classes - {"Tensor"})])
 
 
 def _refuse_anothers(base_model: Any) -> None:
-    """Raises ValueError where a part of the model is not its class's own: it may count or keep what it sees."""
+    """Raises NotNow where a part of the model is not its class's own: it may count or keep what it sees."""
     if "_apply_model" in base_model.__dict__:
-        raise ValueError("another node stands in the place of the model's call")
+        raise NotNow("another node stands in the place of the model's call")
     for module in base_model.diffusion_model.modules():
         if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
-            raise ValueError(f"another node works on the model's {type(module).__name__}")
+            raise NotNow(f"another node works on the model's {type(module).__name__}")

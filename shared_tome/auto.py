@@ -8,21 +8,13 @@ on it. Large layers always pay and are not measured; nor is anything on other de
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import math
 import os
-import statistics
-import sys
-import tempfile
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,25 +22,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import attend_tokens
+from .autotune import timing
+from .autotune.store import BETWEEN, verdicts_of
+from .autotune.surroundings import surroundings
+from .autotune.verdict import Verdict
 from .config import ToMeConfig
+from .failures import is_out_of_memory
 from .grid import Grid
 
 log = logging.getLogger("ToMe")
 
-# The folder of the file; an empty name keeps nothing.
-FOLDER = "TOME_CACHE"
 # 0 measures nothing: every layer with at least min_tokens is merged.
 SWITCH = "TOME_MEASURE"
-FORM = 4  # of the file; one of another form is written anew
 # From here on attention takes so long that merging pays on any device (docs/speed.md).
 ALWAYS = 16384
-# Merging must save this share of the layer: what is measured scatters by a few percent.
-MARGIN = 0.03
 # A picture with guidance. Never the rows of the call: hosts split batches as memory and GPUs allow, and a picture in a
 # batch is to be that which it is alone. More rows pay sooner, so this is on the safe side.
 ROWS = 2
 _SWITCHES = {1: "flash", 2: "mem_efficient", 3: "cudnn"}  # torch.backends.cuda.*_sdp_enabled, by torch's numbers
-_REPEATS, _ROUNDS = 16, 5  # 16: about as many layers as share a draw or a split (call.py)
 
 # attention(q, k, v, heads, scale=None): [B, N, H * d], [B, M, H * d] twice -> [B, N, H * d]
 Attention = Callable[..., Tensor]
@@ -69,7 +60,7 @@ class Case:
     """A layer that is measured: the grid of its tokens, channels, heads, and how it would be merged.
 
     attention: the name of the function; kernels: those of torch's that it would try, in its order, where an adapter
-    knows them.
+    knows them. about: what else of the model its times depend on, in words: its attention code, its weights.
     """
 
     grid: Grid
@@ -79,6 +70,7 @@ class Case:
     config: ToMeConfig
     attention: str = "torch"
     kernels: tuple[str, ...] = ()
+    about: str = ""
 
     @property
     def keeps_own(self) -> bool:
@@ -90,148 +82,8 @@ class Case:
         grid = "x".join(map(str, self.grid))
         shape = [grid, f"{self.channels}/{self.heads}", str(self.dtype).removeprefix("torch.")]
         how = ways(self.config, self.keeps_own)
-        return ", ".join([*shape, " ".join([self.attention, *self.kernels]), *how])
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What was measured, microseconds of one layer: on the GPU whole and merged, and what merging takes the
-    processor longer, which counts where steps wait for it.
-
-    block_us, block_cpu_us: the layer's whole block unmerged, of the GPU and of the processor; 0 where not known.
-    """
-
-    full_us: float
-    merged_us: float
-    cpu_us: float
-    block_us: float = 0.0
-    block_cpu_us: float = 0.0
-
-    def pays(self, waits: bool = True) -> bool:
-        """Whether the layer is to be merged. waits: for the processor, as steps without a compiled graph do."""
-        return self.saves_us > MARGIN * self.full_us and not (waits and self._waits)
-
-    @property
-    def _waits(self) -> bool:
-        """Whether the processor would need longer for a merged block than the GPU does for an unmerged one; where no
-        block is known, longer than is saved."""
-        if self.block_us > 0.0:
-            return self.block_cpu_us + self.cpu_us >= self.block_us
-        return self.cpu_us >= self.saves_us
-
-    @property
-    def saves_us(self) -> float:
-        return self.full_us - self.merged_us
-
-    @functools.cached_property
-    def reason(self) -> str:
-        """Why a layer is left alone, for people."""
-        if self.block_us > 0.0 and self._waits and self.saves_us > MARGIN * self.full_us:
-            return (
-                f"merging does not pay here: a block takes the processor {self.block_cpu_us:.0f} us and the GPU "
-                f"{self.block_us:.0f}, so its steps wait for the processor"
-            )
-        return (
-            f"merging does not pay here: it saves {self.saves_us:.0f} of {self.full_us:.0f} us and takes the processor "
-            f"{self.cpu_us:.0f} us longer"
-        )
-
-
-class Verdicts:
-    """All verdicts of a device, in a file that other processes may write too. Safe to use from several threads.
-
-    path: None keeps them in memory alone. A damaged file counts as none and is written anew.
-    """
-
-    def __init__(self, path: Path | None):
-        self.path = path
-        self._lock = threading.RLock()
-        self._known: dict[str, Verdict] | None = None
-        self._failed: set[str] = set()
-
-    def get(self, key: str, measured: Callable[[], Verdict]) -> Verdict | None:
-        """What is known of a layer; what is not is measured, by one thread at a time, and kept.
-
-        None where measuring fails, which is said once and not tried again in this process.
-        """
-        with self._lock:
-            if self.known(key) is None and key not in self._failed:
-                try:
-                    self._known[key] = measured()
-                except Exception as error:  # short of memory, or whatever a foreign attention raises
-                    self._failed.add(key)
-                    log.warning("[ToMe] %s: not measured (%s: %s), so merged", key, type(error).__name__, error)
-                else:
-                    self._write()
-            return self._known.get(key)
-
-    def known(self, key: str) -> Verdict | None:
-        """What is known of a layer, measured by this process or an earlier one."""
-        with self._lock:
-            if self._known is None:
-                self._known = self._read()
-            return self._known.get(key)
-
-    def _read(self) -> dict[str, Verdict]:
-        if self.path is None or not self.path.is_file():
-            return {}
-        try:
-            held = json.loads(self.path.read_text(encoding="utf-8"))
-            if held["form"] != FORM:
-                return {}
-            found = {key: Verdict(**numbers) for key, numbers in held["layers"].items()}
-            for verdict in found.values():
-                if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in asdict(verdict).values()):
-                    raise ValueError(f"a time that is none: {verdict}")
-            return found
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("[ToMe] %s is damaged (%s) and is written anew", self.path, error)
-            return {}
-
-    def _write(self) -> None:
-        """With what others have written since: two ComfyUIs may share the file."""
-        if self.path is None:
-            return
-        self._known = {**self._read(), **self._known}
-        rounded = {key: {n: round(x, 2) for n, x in asdict(v).items()} for key, v in sorted(self._known.items())}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"form": FORM, "layers": rounded}, file, indent=1)
-            os.replace(name, self.path)
-        except OSError as error:
-            log.warning("[ToMe] what was measured cannot be kept in %s (%s)", self.path, error)
-            self.path = None
-
-
-def folder() -> Path | None:
-    """The user's cache folder for ToMe, or None where nothing is to be kept."""
-    if FOLDER in os.environ:
-        return Path(os.environ[FOLDER]) if os.environ[FOLDER] else None
-    if os.name == "nt":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tome"
-
-
-# One for each device of this process; a measurement's outcome is a fact about the machine, not state of a call.
-_verdicts: dict[str, Verdicts] = {}
-_lock = threading.Lock()
-
-
-def verdicts_of(device: torch.device) -> Verdicts:
-    """The verdicts of a device, read the first time."""
-    name = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    with _lock:
-        if name not in _verdicts:
-            base = folder()
-            file = "".join(c if c.isalnum() or c in ".+-" else "_" for c in name) + ".json"
-            _verdicts[name] = Verdicts(None if base is None else base / file)
-        return _verdicts[name]
+        about = [self.about] if self.about else []
+        return ", ".join([*shape, " ".join([self.attention, *self.kernels]), *about, *how])
 
 
 def measures(config: ToMeConfig, grid: Grid, device: torch.device) -> bool:
@@ -254,14 +106,16 @@ def verdict_on(
     attention: Attention | None = None,
     kernels: tuple[str, ...] = (),
     block: Block | None = None,
+    about: str = "",
 ) -> Verdict | None:
     """What is known of a layer's times on a device, or None where nothing is or can be measured.
 
     attention: the host's (None: torch's). kernels: those of torch's that it tries, in its order, where queries can keep
-    their own tokens by them (joint.JointCall); none where they cannot. block: the block that the layer is in. Never
-    called where torch.compile traces.
+    their own tokens by them (joint.JointCall); none where they cannot. block: the block that the layer is in. about:
+    see Case. Never called where torch.compile traces.
     """
-    case = _case(grid, channels, heads, dtype, config, name_of(attention, device), kernels)
+    about = about if block is not None else ", ".join([*([about] if about else []), "without its block"])
+    case = _case(grid, channels, heads, dtype, config, name_of(attention, device), kernels, about)
     return known_or_measured(case.key, device, lambda: measure(case, device, attention, block))
 
 
@@ -274,16 +128,18 @@ def known_on(
     config: ToMeConfig,
     attention: Attention | None = None,
     kernels: tuple[str, ...] = (),
+    about: str = "",
 ) -> Verdict | None:
-    """verdict_on of what has been measured before; measures nothing."""
-    case = _case(grid, channels, heads, dtype, config, name_of(attention, device), kernels)
-    return verdicts_of(device).known(case.key)
+    """verdict_on, in its block, of what has been measured before; measures nothing."""
+    case = _case(grid, channels, heads, dtype, config, name_of(attention, device), kernels, about)
+    return verdicts_of(device).known(_full_key(case.key, device))
 
 
 def name_of(attention: Attention | None, device: torch.device) -> str:
     """What tells an attention from others; torch's own, by the kernels that are switched on now, in its order."""
     if attention is not None:
-        return getattr(attention, "__name__", type(attention).__name__)
+        named = attention if hasattr(attention, "__qualname__") else type(attention)
+        return f"{named.__module__}.{named.__qualname__}"
     if device.type == "cuda":
         put_in_order(device)
     order = getattr(torch._C, "_get_sdp_priority_order", lambda: list(_SWITCHES))()  # torch 2.6
@@ -295,8 +151,11 @@ def name_of(attention: Attention | None, device: torch.device) -> str:
 def put_in_order(device: torch.device) -> None:
     """torch puts its kernels into a device's order (cuDNN first on an H100) when it is first asked for one."""
     x = torch.empty(1, 1, 64, 64, device=device, dtype=torch.float16)
-    with contextlib.suppress(AttributeError, RuntimeError):
+    try:
         torch._fused_sdp_choice(x, x, x)
+    except (AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):  # not remembered: the order would stay another one
+            raise
 
 
 # A host asks for each call of a model; making the key takes longer than a small step has to spare.
@@ -309,10 +168,15 @@ def _case(
     config: ToMeConfig,
     attention: str,
     kernels: tuple[str, ...],
+    about: str,
 ) -> Case:
     """The layer, with the options alone that its times depend on."""
     config = config.replace(start=0.0, end=1.0, ratio_end=-1.0, min_tokens=0, seed=0, cross_attention=False, mlp=False)
-    return Case(grid, channels, heads, dtype, config, attention, kernels)
+    return Case(grid, channels, heads, dtype, config, attention, kernels, about)
+
+
+def _full_key(key: str, device: torch.device) -> str:
+    return f"{key}{BETWEEN}{surroundings(device)}"
 
 
 def known_or_measured(key: str, device: torch.device, measure: Callable[[], Verdict]) -> Verdict | None:
@@ -332,7 +196,7 @@ def known_or_measured(key: str, device: torch.device, measure: Callable[[], Verd
 
     # While a CUDA graph is captured nothing can be measured, nor may a layer be merged whose warm-up was not.
     captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return None if captures else verdicts_of(device).get(key, measured)
+    return None if captures else verdicts_of(device).get(_full_key(key, device), measured)
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None) -> Tensor:
@@ -388,47 +252,8 @@ def measure(
             out = attend_tokens(q, k, v, case.heads, layer.bias, inner, is_torchs)
         return layer.unmerge(F.linear(out, weight))
 
-    found, run_block = compared(full, merged, device), block and block(x.clone())
+    found, run_block = timing.compared(full, merged, device), block and block(x.clone())
     if run_block is None:
         return found
-    gpu, cpu = times_of(run_block, device)
+    gpu, cpu = timing.times_of(run_block, device)
     return dataclasses.replace(found, block_us=gpu, block_cpu_us=cpu)
-
-
-def compared(
-    full: Callable[[], Any], merged: Callable[[], Any], device: torch.device, repeats: int = _REPEATS
-) -> Verdict:
-    """The verdict of a layer, or of more than one, run whole and merged."""
-    whole, less = times_of(full, device, repeats), times_of(merged, device, repeats)
-    return Verdict(whole[0], less[0], max(0.0, less[1] - whole[1]))
-
-
-def times_of(call: Callable[[], Any], device: torch.device, repeats: int = _REPEATS) -> tuple[float, float]:
-    """(microseconds on the GPU, of the processor) of one call: the median of some rounds, and the least.
-
-    The GPU is kept busy while the calls are queued, so the gaps between launches do not count.
-    """
-    stream = torch.cuda.current_stream(device)
-    with torch.cuda.device(device):
-        for _ in range(3):
-            call()  # kernels are compiled and loaded
-        stream.synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        busy = 2.0 * (time.perf_counter() - start)
-        gpu, cpu = [], []
-        for _ in range(_ROUNDS):
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            stream.synchronize()
-            torch.cuda._sleep(int(min(busy, 0.05) * 2e9))  # cycles; no GPU runs faster than 2 GHz by much
-            first.record(stream)
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            cpu.append(time.perf_counter() - start)
-            last.record(stream)
-            last.synchronize()
-            gpu.append(first.elapsed_time(last) * 1e-3)
-    # What disturbs a processor only adds to its time.
-    return tuple(1e6 * taken / repeats for taken in (statistics.median(gpu), min(cpu)))

@@ -1,4 +1,4 @@
-"""A model, or a transformer block of it, by itself, to be timed (auto.py)."""
+"""A model, or a transformer block of it, by itself, to be timed (auto.py), and what its times depend on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .failures import is_out_of_memory
 
 # Of nn.Module.
 _HOOKS = (
@@ -41,9 +43,9 @@ def run_bare(block: nn.Module, x: Tensor) -> Callable[[], Any] | None:
 
         with torch.no_grad():
             out = run()
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a foreign block wants besides
+    except Exception as error:  # whatever a foreign block wants besides
+        if is_out_of_memory(error):
+            raise
         return None
     return run if isinstance(out, Tensor) and out.shape == x.shape else None
 
@@ -64,6 +66,33 @@ def bare_model(model: nn.Module) -> nn.Module | None:
         return _bare(model, lambda x: x)
     except ValueError:
         return None
+
+
+def about_model(model: nn.Module, device: torch.device) -> str:
+    """In words, what a model's times on a device depend on beside its shapes: the codes of its attentions, how its
+    weights are stored, and whether all of them lie there."""
+    codes, stored, elsewhere = set(), set(), False
+    for module in model.modules():
+        if hasattr(module, "to_q"):
+            processor = getattr(module, "processor", None)
+            backend = getattr(processor, "_attention_backend", None)
+            codes.add(_code(type(module).forward if processor is None else type(processor)))
+            codes.update(() if backend is None else (str(backend),))
+        # Offloading and quantization stand in the place of a forward, or bring classes of their own.
+        if "forward" in module.__dict__:
+            stored.add("replaced forwards")
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            stored.add(str(weight.dtype).removeprefix("torch."))
+            if not type(module).__module__.startswith("torch.nn.") and weight.dim() == 2:
+                stored.add(_code(type(module)))
+            elsewhere = elsewhere or weight.device != device
+    words = [*sorted(codes), f"weights {' '.join(sorted(stored))}", *(["partly elsewhere"] if elsewhere else [])]
+    return ", ".join(words)
+
+
+def _code(made: Any) -> str:
+    return f"{made.__module__}.{getattr(made, '__qualname__', type(made).__qualname__)}"
 
 
 def _bare(module: nn.Module, taken: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -7,14 +7,15 @@ by that call, so clones, threads and several samplers cannot mix.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import kernels
-from .auto import Attention, Block, Verdict, known_on, measures, verdict_on
+from .auto import Attention, Block, known_on, measures, verdict_on
+from .autotune.verdict import Verdict
 from .config import ToMeConfig
 from .curve import curve_order, is_compiling
 from .grid import Grid, grid_at
@@ -38,6 +39,20 @@ def _serves(config: ToMeConfig, grid: Grid, full: Grid) -> bool:
     return config.ratio > 0.0 and serves_layer(config, grid, full)
 
 
+def _check_tokens(grid: Grid, **given: Tensor) -> None:
+    """Raises ValueError where one of these [B, N, C] has more or fewer tokens than the grid."""
+    tokens = math.prod(grid)
+    for name, x in given.items():
+        if x.shape[1] != tokens:
+            shape = "x".join(map(str, grid))
+            raise ValueError(f"a grid of {shape} has {tokens} tokens, the {name} has {x.shape[1]}")
+
+
+def _kind(grid: Grid, channels: int, heads: int | None, dtype: torch.dtype, kernels: tuple[str, ...]) -> tuple:
+    """What tells layers of one call apart whose times differ."""
+    return grid, channels, heads, dtype, kernels
+
+
 def _served_layers(
     config: ToMeConfig, full: Grid, layers: Iterable[tuple[int, int, int]]
 ) -> Iterator[tuple[Grid, int, int]]:
@@ -56,6 +71,7 @@ def why_left_alone(
     dtype: torch.dtype,
     attention: Attention | None = None,
     kernels: tuple[str, ...] = (),
+    about: str = "",
 ) -> dict[Grid, str] | None:
     """Why each grid's layers were found not to pay, where it is known before a call that none of these layers will be
     merged: the host need not be patched for it, and no ModelCall made, which asks the GPU for a few things. Else None.
@@ -66,7 +82,7 @@ def why_left_alone(
     for grid, channels, heads in _served_layers(config, full, layers):
         if not measures(config, grid, device):
             return None
-        known = known_on(grid, channels, heads, dtype, device, config, attention, kernels)
+        known = known_on(grid, channels, heads, dtype, device, config, attention, kernels, about)
         if known is None or known.pays():
             return None
         reasons[grid] = known.reason
@@ -83,6 +99,7 @@ class ModelCall:
         seed: a number, or a tensor [] or [B] with one number for each row of the batch; None: config.seed.
         step: number or 0-d tensor: a tensor costs no synchronisation.
         alike: whether both halves of the batch are the same images, so that one match may serve both (share_match).
+        about: what else of the model its layers' times depend on, in words (auto.Case).
     """
 
     def __init__(
@@ -93,16 +110,17 @@ class ModelCall:
         seed: int | Tensor | None = None,
         step: int | Tensor = 0,
         alike: bool = True,
+        about: str = "",
     ):
         self.config, self.full, self.step = config, full, step
-        self.alike = alike
+        self.alike, self.about = alike, about
         self._matching = config if alike or not config.share_match else config.replace(share_match=False)
         seed = config.seed if seed is None else seed
         if not isinstance(seed, Tensor):
             seed = torch.full((), fold_seed(seed), dtype=torch.int64, device=device)
         self.seed = seed
         self._served: dict[Grid, bool] = {}
-        self._verdicts: dict[tuple[Grid, int], Verdict | None] = {}
+        self._verdicts: dict[tuple, Verdict | None] = {}  # by _kind
         self._waits = True
         self._layers: dict[Grid, int] = {}
         self._walks: dict[Grid, Tensor] = {}
@@ -126,17 +144,20 @@ class ModelCall:
         attention: Attention | None = None,
         kernels: tuple[str, ...] = (),
         block: Block | None = None,
+        about: Callable[[], str] | None = None,
     ) -> Verdict | None:
         """What a layer on this grid takes whole and merged, measured at its first use (auto.py); None: not measured.
 
         x: its tokens [B, N, C]; heads: None where the host does not tell; attention: the host's; kernels, block: see
-        auto.verdict_on. Inside a compiled graph only what `look_ahead` measured.
+        auto.verdict_on; about: tells what else this layer's times depend on. Inside a compiled graph only what
+        `look_ahead` measured.
         """
-        key = (grid, x.shape[2])
+        key = _kind(grid, x.shape[2], heads, x.dtype, kernels)
         if key not in self._verdicts and not is_compiling():
             known = None
             if heads and measures(self.config, grid, x.device):
-                known = verdict_on(grid, x.shape[2], heads, x.dtype, x.device, self.config, attention, kernels, block)
+                given = (grid, x.shape[2], heads, x.dtype, x.device, self.config, attention, kernels)
+                known = verdict_on(*given, block=block, about=self.about if about is None else about())
             self._verdicts[key] = known
         return self._verdicts.get(key)
 
@@ -155,21 +176,23 @@ class ModelCall:
         self._waits = False
         for grid, channels, heads in _served_layers(self.config, self.full, layers):
             if measures(self.config, grid, self.seed.device):
-                known = verdict_on(grid, channels, heads, dtype, self.seed.device, self.config, attention, kernels)
-                self._verdicts[grid, channels] = known
+                given = (grid, channels, heads, dtype, self.seed.device, self.config, attention, kernels)
+                self._verdicts[_kind(grid, channels, heads, dtype, kernels)] = verdict_on(*given, about=self.about)
 
     @property
-    def unpaid(self) -> tuple[tuple[Grid, int], ...]:
-        """(grid, channels) of the layers that `look_ahead` found not to pay: a compiled graph depends on them."""
+    def unpaid(self) -> tuple[tuple, ...]:
+        """The kinds of layers that `look_ahead` found not to pay: a compiled graph depends on them."""
         return tuple(key for key, found in self._verdicts.items() if self.why_not_paid(found) is not None)
 
     def plan(self, metric: Tensor, grid: Grid) -> Plan | None:
         """The plan for the next layer on this grid, or None where it is to be left alone.
 
-        metric: [B, N, C]; each call counts as a layer, in the order in which the model runs them.
+        metric: [B, N, C]; each call counts as a layer, in the order in which the model runs them. Raises ValueError
+        where the grid does not have N tokens.
         """
         if not self.serves(grid):
             return None
+        _check_tokens(grid, metric=metric)
         layer = self._layers.get(grid, 0)
         self._layers[grid] = layer + 1
         if self.config.method == "sample":
@@ -221,7 +244,10 @@ class ModelCall:
         q, k, v: [B, N, C], before or after their projections; pass the same tensor where they are the same.
         metric: [B, N, D], what similarity is measured on; None: q. own: k and v stay whole, for an adapter that samples
         behind the projections because queries keep their own tokens (joint.JointCall with the outcome's plan).
+        Raises ValueError where one of them does not have the grid's tokens.
         """
+        if self.serves(grid):
+            _check_tokens(grid, q=q, k=k, v=v)
         plan = self.plan(q if metric is None else metric, grid)
         if plan is None:
             return None

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .auto import Verdict
-from .bare import bare_model
+from .bare import about_model, bare_model
 from .config import ToMeConfig
 from .grid import Grid
 from .step_auto import is_judged, rows_of, verdict_of
@@ -42,4 +42,5 @@ def verdict_on_step(
         given, named = rows_of((args, kwargs), batch)
         return lambda: whole(*given, **named), lambda: merged(*given, **named)
 
-    return verdict_of(model, x, grid, config, both)
+    about = about_model(model, x.device)
+    return verdict_of(model, x.dtype, x.device, grid, config, both, about=about)

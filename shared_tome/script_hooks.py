@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bare import run_bare
+from .autotune.store import RETRY
+from .bare import about_model, run_bare
 from .block_hooks import BlockHooks, Judged
 from .call import MergedAttention, ModelCall
 from .config import ToMeConfig
@@ -149,7 +152,7 @@ class Attachment(BaseAttachment):
     def __init__(self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True, judges: bool = True):
         super().__init__(config, pipe)
         self.merge_attn, self._judges = merge_attn, judges
-        self._judged: set[tuple] = set()
+        self._judged: dict[tuple, float] = {}  # when a kind of steps is asked about again, by the monotonic clock
         self._rules: dict[tuple, str | None] = {}
         self._meets: dict[tuple, bool] = {}
         self._blocks = [_Block(self) for _ in served_blocks(model)]
@@ -195,11 +198,10 @@ class Attachment(BaseAttachment):
     def _judge_step(
         self, model: nn.Module, args: tuple, kwargs: dict[str, Any], config: ToMeConfig, kind: tuple, batch: int
     ) -> None:
-        """Whether merging pays in whole steps of this kind, asked once of each."""
+        """Whether merging pays in whole steps of this kind, asked once of each; again where it is not known."""
         captures = kind[-1].type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not self._judges or kind in self._judged or captures or _compiles():
+        if not self._judges or time.monotonic() < self._judged.get(kind, 0.0) or captures or _compiles():
             return
-        self._judged.add(kind)
         config = config.replace(start=0.0, end=1.0)  # whatever its place in the schedule
 
         def merge(made: nn.Module) -> None:
@@ -207,6 +209,7 @@ class Attachment(BaseAttachment):
             twin._said = self._said  # what both have to say is said once
 
         verdict = verdict_on_step(model, args, kwargs, batch, kind[0], config, merge)
+        self._judged[kind] = time.monotonic() + RETRY if verdict is None else math.inf
         if verdict is not None and not verdict.pays():
             self.say(f"{why_left_alone(verdict)}; nothing is merged")
             self._hooks.rest(kind)
@@ -400,7 +403,8 @@ class _Block:
             call.judged.leave(self)
             return None
         block = None if is_compiling() else functools.partial(run_bare, now.block)
-        verdict = call.model.verdict(x, grid, attn1.heads, kernels=TORCHS if own else (), block=block)
+        about = functools.partial(about_model, now.block, x.device)
+        verdict = call.model.verdict(x, grid, attn1.heads, kernels=TORCHS if own else (), block=block, about=about)
         unpaid = call.model.why_not_paid(verdict)
         if unpaid is not None:
             self.owner.say(f"{unpaid}; layers of {x.shape[1]} tokens are left alone")

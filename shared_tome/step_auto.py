@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .auto import ROWS, Attention, Verdict, known_or_measured, may_measure, name_of, ways
+from .autotune import timing
 from .config import ToMeConfig
 from .grid import Grid
 
 # A step that takes longer, in seconds, keeps a GPU busy whatever the processor does (docs/speed.md).
 LONG = 0.3
-_ROUNDS, _CALLS = 4, 2
+_ROUNDS = 4
 # Walking through a model takes longer than a step may. A fact about a model, not state of a call.
 _sizes: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
@@ -34,41 +34,45 @@ def is_judged(config: ToMeConfig, device: torch.device) -> bool:
 
 def verdict_of(
     model: nn.Module,
-    x: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
     grid: Grid,
     config: ToMeConfig,
     both: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]],
     attention: Attention | None = None,
     kernels: tuple[str, ...] = (),
+    about: str = "",
 ) -> Verdict | None:
     """What is known of the times of a model's steps, microseconds of one; None where they cannot be measured.
 
     A step longer than LONG pays, and none that is merged is run: its time is 0.
 
     Args:
-        x: what the model is given, for its dtype and device. grid: the latent's. config: how it is merged.
-        both: gives what runs a step whole and one that is merged; may raise, which is logged once.
-        attention, kernels: see auto.verdict_on.
+        dtype: what the model computes in, whatever it is given. grid: the latent's. config: how it is merged.
+        both: gives what runs a step whole and one that is merged; may raise, which is logged once, and store.NotNow
+            where another call of the same model may do.
+        attention, kernels, about: see auto.verdict_on.
     """
     if model not in _sizes:
         _sizes[model] = sum(parameter.numel() for parameter in model.parameters())
     what = f"a step of {type(model).__name__} of {_sizes[model]} parameters"
-    key = _key(what, grid, x.dtype, " ".join([name_of(attention, x.device), *kernels]), config)
+    key = _key(what, grid, dtype, " ".join([name_of(attention, device), *kernels]), about, config)
 
     def measure() -> Verdict:
         with torch.no_grad():
-            return _compared(*both(), x.device)
+            return _compared(*both(), device)
 
-    return known_or_measured(key, x.device, measure)
+    return known_or_measured(key, device, measure)
 
 
 # ComfyUI asks in each step (see auto._case).
 @functools.lru_cache(maxsize=256)
-def _key(what: str, grid: Grid, dtype: torch.dtype, attention: str, config: ToMeConfig) -> str:
+def _key(what: str, grid: Grid, dtype: torch.dtype, attention: str, about: str, config: ToMeConfig) -> str:
     """What tells a step from others on one device."""
-    more = [name for name in ("cross_attention", "mlp") if getattr(config, name)]
+    more = [f"from {config.min_tokens} tokens"]
+    more += [name for name in ("cross_attention", "mlp") if getattr(config, name)]
     shape = ["x".join(map(str, grid)), str(dtype).removeprefix("torch.")]
-    return ", ".join([what, *shape, attention, *ways(config, config.keeps_own), *more])
+    return ", ".join([what, *shape, attention, *([about] if about else []), *ways(config, config.keeps_own), *more])
 
 
 def why_left_alone(verdict: Verdict) -> str:
@@ -96,7 +100,7 @@ def _compared(whole: Callable[[], Any], merged: Callable[[], Any], device: torch
     """Both take turns. Of the whole step the least time, since what disturbs a processor only adds to it; of the merged
     one the median: where it waits for the processor it must pay with what disturbs it, too."""
     whole()  # kernels are chosen, compiled and loaded
-    first = _seconds(whole, device)
+    first = timing.seconds(whole, device)
     if first > LONG:
         return Verdict(1e6 * first, 0.0, 0.0)
     for _ in range(2):
@@ -104,20 +108,5 @@ def _compared(whole: Callable[[], Any], merged: Callable[[], Any], device: torch
     times: tuple[list[float], list[float]] = [first], []
     for _ in range(_ROUNDS):
         for call, taken in zip((merged, whole), times[::-1], strict=True):
-            taken.append(_seconds(call, device))
+            taken.append(timing.seconds(call, device))
     return Verdict(1e6 * min(times[0]), 1e6 * statistics.median(times[1]), 0.0)
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Of one call, where some follow each other as a sampler's do."""
-    _wait(device)
-    start = time.perf_counter()
-    for _ in range(_CALLS):
-        call()
-    _wait(device)
-    return (time.perf_counter() - start) / _CALLS
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -18,7 +18,7 @@ def lines(tome, monkeypatch):
     call = sys.modules[tome.core.ModelCall.__module__]
     verdict = call.Verdict
 
-    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None):
+    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
         return verdict(100.0, 99.0, 5.0) if grid == (16, 16) else verdict(80.0, 30.0, 20.0)
 
     monkeypatch.setattr(call, "measures", lambda config, grid, device: config.levels == "auto")
@@ -46,7 +46,7 @@ def test_the_models_own_block_is_timed_by_itself(host, tome, monkeypatch):
     call = sys.modules[tome.core.ModelCall.__module__]
     ran, found = [], []
 
-    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None):
+    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
         x = torch.randn(2, grid[0] * grid[1], channels, dtype=dtype)
         count = len(ran)
         assert block(x)().shape == x.shape and len(ran) == count

@@ -73,8 +73,11 @@ def fill(module: Any, seed: int = 0) -> None:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
 
-def small_unet(kind: str = "SD15", **changes: Any) -> Any:
-    """A ModelPatcher around a small U-Net of ComfyUI's: SD15 (attention from level 0) or SDXL (from level 1)."""
+def small_unet(kind: str = "SD15", manual_cast: Any = None, **changes: Any) -> Any:
+    """A ModelPatcher around a small U-Net of ComfyUI's: SD15 (attention from level 0) or SDXL (from level 1).
+
+    manual_cast: the dtype to compute in, where the weights' own (dtype) is for storage alone.
+    """
     import comfy.model_patcher
     import comfy.supported_models
     import torch
@@ -97,6 +100,7 @@ def small_unet(kind: str = "SD15", **changes: Any) -> Any:
     config.update(changes)
     # SDXL's model class insists on a size embedding; what matters here is the layout of its U-Net.
     model_config = comfy.supported_models.SD15(config)
+    model_config.manual_cast_dtype = manual_cast
     model_config.unet_config = config  # BASE.__init__ overwrites the number of heads
     model_config.latent_format = comfy.supported_models.__dict__[kind].latent_format()
     model = model_config.get_model({}, "")

@@ -24,7 +24,7 @@ def judged(comfy_nodes, monkeypatch):
     call = sys.modules[pack_module("unet").ModelCall.__module__]
     verdict, asked = call.Verdict, []
 
-    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None):
+    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
         asked.append((grid, channels, heads, dtype, attention.__name__))
         return verdict(100.0, 99.0, 5.0) if grid == (32, 32) else verdict(80.0, 30.0, 20.0)
 
@@ -77,7 +77,8 @@ def test_a_model_of_which_nothing_pays_is_not_patched_once_that_is_known(sd15, t
     pays = {(32, 32): False, (16, 16): False}
     kept, made = {}, []
 
-    def verdict_on(grid, *facts):
+    def verdict_on(grid, *facts, block, about):
+        assert about.startswith("weights float32")
         verdict = call.Verdict(100.0, 30.0 if pays[grid] else 99.0, 5.0)
         return kept.setdefault((grid, *facts[:3], bool(facts[6])), verdict)
 
@@ -158,7 +159,7 @@ def test_the_models_own_block_is_timed(sd15, tome, comfy_nodes, monkeypatch):
     call = sys.modules[unet.ModelCall.__module__]
     runs = []
 
-    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None):
+    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
         x = torch.randn(2, grid[0] * grid[1], channels, dtype=dtype)
         before, run = x.clone(), block(x)
         runs.append((grid, run().shape == before.shape))

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from made_up_gpu import MadeUpGPU
 
 from . import host
 from .host import forget_log, pack_module
@@ -209,30 +210,29 @@ def test_what_is_not_served_is_told(merge):
 
 @pytest.mark.parametrize("pays", [True, False])
 @pytest.mark.parametrize("name", ["clip", "siglip2"])
-def test_on_a_gpu_it_is_left_alone_where_merging_does_not_pay(merge, monkeypatch, caplog, name, pays):
-    """Measured on one picture of the batch, both ways, once for each set of options."""
-    auto, seen, keys = sys.modules[pack_module("clip_vision").verdict_of.__module__], [], []
+def test_on_a_gpu_it_is_left_alone_where_merging_does_not_pay(merge, monkeypatch, tmp_path, caplog, name, pays):
+    """Measured on one picture of the batch, both ways, once for each set of options; others' hooks see no call more."""
+    auto, seen, ran = sys.modules[pack_module("clip_vision").verdict_of.__module__], [], []
 
     def compared(full, merged, device, repeats):
         seen.append((full(), merged()))
         return auto.Verdict(100.0, 40.0 if pays else 99.0, 5.0)
 
-    def known_or_measured(key, device, measure):
-        keys.append(key)
-        return measure()
-
     plain = encoder(name)
+    plain.model.register_forward_pre_hook(lambda *_: ran.append(1))
     merged = outputs(merge(plain))
     forget_log()
     monkeypatch.setattr(auto, "may_measure", lambda device: True)
-    monkeypatch.setattr(auto, "compared", compared)
-    monkeypatch.setattr(auto, "known_or_measured", known_or_measured)
+    monkeypatch.setattr(auto.timing, "compared", compared)
+    gpu = MadeUpGPU(monkeypatch, tmp_path, sys.modules[auto.NotNow.__module__])
+    ran.clear()
     with caplog.at_level(logging.INFO, "ToMe"):
         assert same(outputs(merge(plain)), merged if pays else outputs(plain))
     assert ("merging does not pay here: it saves 1 of 100 us" in caplog.text) == (not pays)
-    (full, less), (key,) = seen[0], keys
+    (full, less), (key,) = seen[0], gpu.kept
+    assert len(ran) == (1 if pays else 2)  # and the unmerged call above
     assert full[0].shape == less[0].shape and full[0].shape[0] == 1
     assert 0 < (full[0] - less[0]).norm() / full[0].norm() < 1
     assert "5 blocks, 32 channels" in key and "0.6000, constant, proportional True" in key
     outputs(merge(plain, schedule="falling"))
-    assert len(set(keys)) == 2 and hooks(plain) == 0
+    assert len(gpu.kept) == len(seen) == 2 and hooks(plain) == 1

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from made_up_gpu import MadeUpGPU
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from shared_tome import METHODS, ModelCall, auto
-from shared_tome.auto import Case, Verdict, Verdicts
+from shared_tome import METHODS, ModelCall, auto, kernels
+from shared_tome.auto import Case
+from shared_tome.autotune import store, surroundings, timing
+from shared_tome.autotune.store import Verdicts
+from shared_tome.autotune.verdict import Verdict
 from shared_tome.joint import JointCall
 
 from .helpers import config, tokens
@@ -55,7 +63,7 @@ def test_a_block_that_waits_for_the_processor_gains_nothing(block, block_cpu, ea
 
 def test_the_block_is_timed_on_tokens_of_its_own(monkeypatch):
     times = iter([(100.0, 20.0), (60.0, 25.0), (900.0, 400.0)])
-    monkeypatch.setattr(auto, "times_of", lambda call, device, *_: call() is not None and next(times))
+    monkeypatch.setattr(timing, "times_of", lambda call, device, *_: call() is not None and next(times))
     given = []
 
     def block(x):
@@ -94,7 +102,7 @@ def test_two_processes_share_the_file(tmp_path):
 
 
 DAMAGED = tuple(
-    text.replace("FORM", str(auto.FORM))
+    text.replace("FORM", str(store.FORM))
     for text in (
         "",
         "{",
@@ -123,7 +131,7 @@ def test_a_file_of_another_form_is_rewritten(tmp_path, caplog):
     path = tmp_path / "gpu.json"
     path.write_text('{"form": 99, "layers": {"a": {"full_us": 1, "merged_us": 2, "cpu_us": 0}}}')
     assert Verdicts(path).get("a", lambda: PAYS) == PAYS
-    assert json.loads(path.read_text())["form"] == auto.FORM
+    assert json.loads(path.read_text())["form"] == store.FORM
     assert not caplog.text
 
 
@@ -147,11 +155,11 @@ def test_what_cannot_be_measured_is_merged(tmp_path, caplog):
 
     def fails():
         tries.append(1)
-        raise RuntimeError("out of memory")
+        raise RuntimeError("no such heads")
 
     assert kept.get("a", fails) is None
     assert kept.get("a", fails) is None
-    assert len(tries) == 1 and "out of memory" in caplog.text
+    assert len(tries) == 1 and "no such heads" in caplog.text
     assert not kept.path.exists()
     assert ModelCall(config(), GRID, torch.device("cpu")).why_not_paid(None) is None
 
@@ -185,6 +193,7 @@ def test_what_tells_layers_apart():
         case(heads=4),
         case(dtype=torch.bfloat16),
         case(attention="sage"),
+        case(about="weights float8_e4m3fn"),
         case(config=config(ratio=0.25)),
         case(config=config(proportional=False)),
         case(config=config(method="merge_keys")),
@@ -227,7 +236,7 @@ def test_torchs_own_attention_is_told_by_the_kernels_that_are_on():
             assert auto.name_of(None, torch.device("cpu")) == "torch cudnn flash"
     assert (
         auto.name_of(None, torch.device("cpu")) == every
-        and auto.name_of(auto.torch_attention, torch.device("cpu")) == "torch_attention"
+        and auto.name_of(auto.torch_attention, torch.device("cpu")) == "shared_tome.auto.torch_attention"
     )
 
 
@@ -244,12 +253,12 @@ def test_which_layers_are_measured(monkeypatch):
 
 
 def test_where_it_is_kept(monkeypatch, tmp_path):
-    monkeypatch.setenv(auto.FOLDER, str(tmp_path))
-    assert auto.folder() == tmp_path
-    monkeypatch.setenv(auto.FOLDER, "")
-    assert auto.folder() is None
-    monkeypatch.delenv(auto.FOLDER)
-    assert auto.folder().name == "tome"
+    monkeypatch.setenv(store.FOLDER, str(tmp_path))
+    assert store.folder() == tmp_path
+    monkeypatch.setenv(store.FOLDER, "")
+    assert store.folder() is None
+    monkeypatch.delenv(store.FOLDER)
+    assert store.folder().name == "tome"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -262,7 +271,7 @@ def test_both_ways_are_run(monkeypatch, method, ratio):
         outputs.append(call())
         return (100.0, 20.0) if len(outputs) == 1 else (60.0, 25.0)
 
-    monkeypatch.setattr(auto, "times_of", times_of)
+    monkeypatch.setattr(timing, "times_of", times_of)
     asked = []
 
     def attention(q, k, v, heads, scale=None):
@@ -302,7 +311,7 @@ def test_both_ways_are_run_with_own_tokens(monkeypatch, ratio, joins):
         joined.append((q.shape, k.shape, v.shape, start, plan.kept, self.own))
         return attend(self, q, k, v, start, plan, scale) if joins else None
 
-    monkeypatch.setattr(auto, "times_of", times_of)
+    monkeypatch.setattr(timing, "times_of", times_of)
     monkeypatch.setattr(JointCall, "attend", spied)
     options = config(method="sample", ratio=ratio, own_token=True)
     ours = case(config=options, dtype=torch.float32, kernels=("flash",))
@@ -337,7 +346,7 @@ def judged(monkeypatch):
 
     asked = []
 
-    def verdict_on(grid, channels, heads, dtype, device, ours, attention=None, kernels=(), block=None):
+    def verdict_on(grid, channels, heads, dtype, device, ours, attention=None, kernels=(), block=None, about=""):
         asked.append((grid, channels, heads, dtype, attention, kernels))
         return {16: PAYS, 8: COSTS}.get(channels)
 
@@ -369,10 +378,10 @@ def test_a_call_hands_the_kernels_on(judged):
 
 def test_a_compiled_graph_is_looked_ahead_of(judged):
     """Nothing can be measured in it; launches are not waited for there."""
-    ahead = ModelCall(config(min_tokens=20), GRID, torch.device("cpu"))
+    ahead = ModelCall(config(min_tokens=20), GRID, torch.device("cpu"), about="weights float32")
     ahead.look_ahead([(0, 8, 2), (0, 16, 2), (1, 8, 2)], torch.float32)
     assert [one[:2] for one in judged] == [(GRID, 8), (GRID, 16)]  # level 1 has 12 tokens
-    assert ahead.unpaid == ((GRID, 8),)
+    assert ahead.unpaid == ((GRID, 8, 2, torch.float32, ()),)
 
     def layer(x, call):
         return x if call.why_not_paid(call.verdict(x, GRID, 2)) is None else -x
@@ -383,3 +392,126 @@ def test_a_compiled_graph_is_looked_ahead_of(judged):
         assert torch.equal(compiled(x, ahead), x if kept else -x)
     assert len(judged) == 2
     torch._dynamo.reset()
+
+
+def test_layers_of_other_heads_or_kernels_are_others(monkeypatch):
+    """Also where grid and channels are the same."""
+    from shared_tome import call
+
+    asked = []
+
+    def verdict_on(grid, channels, heads, dtype, device, ours, attention, kernels, block=None, about=""):
+        asked.append((heads, dtype, kernels, about))
+        return PAYS if heads == 2 and not kernels else COSTS
+
+    monkeypatch.setattr(call, "measures", lambda *_: True)
+    monkeypatch.setattr(call, "verdict_on", verdict_on)
+    ours, x = ModelCall(config(), GRID, torch.device("cpu"), about="fp8"), tokens(2, GRID, 16)
+    for _ in range(2):
+        assert ours.verdict(x, GRID, 2) == PAYS
+        assert ours.verdict(x, GRID, 4) == COSTS
+        assert ours.verdict(x, GRID, 2, None, ("flash",), about=lambda: "fp16") == COSTS
+        assert ours.verdict(x.half(), GRID, 2) == PAYS
+    single, half, flash = torch.float32, torch.float16, ("flash",)
+    assert asked == [(2, single, (), "fp8"), (4, single, (), "fp8"), (2, single, flash, "fp16"), (2, half, (), "fp8")]
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """Its layers take no time; the store is the real one."""
+    monkeypatch.setattr(auto, "measure", lambda *_: PAYS)
+    return MadeUpGPU(monkeypatch, tmp_path, store)
+
+
+def ask(**changes):
+    given = {"grid": GRID, "channels": 16, "heads": 2, "dtype": torch.float16, "config": config(), **changes}
+    return auto.verdict_on(device=torch.device("cpu"), **given)
+
+
+def test_a_layer_by_itself_is_not_one_in_its_block(gpu):
+    """A compiled model is measured before there are blocks; a verdict with its block's times is another."""
+    ask()
+    assert auto.known_on(GRID, 16, 2, torch.float16, torch.device("cpu"), config()) is None
+    ask(block=lambda x: None)
+    assert auto.known_on(GRID, 16, 2, torch.float16, torch.device("cpu"), config()) == PAYS
+    assert len(gpu.kept) == 2
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (torch.backends.cudnn, "benchmark", True),
+        (torch.backends.cudnn, "allow_tf32", False),
+        (torch.backends.cuda.matmul, "allow_tf32", True),
+        (torch.version, "cuda", "99.9"),
+        (torch.version, "hip", "9.9"),
+        (surroundings, "SOURCE", "of another ToMe"),
+        (torch.backends.cudnn, "version", lambda: 99999),
+        (kernels, "version", lambda: None),
+        (kernels, "version", lambda: "99.9"),
+        (surroundings, "_PACKAGES", ("torch",)),
+    ],
+)
+def test_what_a_machine_runs_is_part_of_each_name(gpu, monkeypatch, owner, name, value):
+    monkeypatch.setattr(kernels, "version", lambda: "3.0")
+    ask()
+    before = getattr(owner, name)
+    surroundings._versions.cache_clear()
+    surroundings._in_words.cache_clear()
+    try:
+        setattr(owner, name, value)  # some of torch's switches cannot be taken back by monkeypatch
+        ask()
+    finally:
+        setattr(owner, name, before)
+        surroundings._versions.cache_clear()
+        surroundings._in_words.cache_clear()
+    assert len(set(gpu.keys)) == len(gpu.kept) == 2
+
+
+def test_autocast_is_part_of_each_name(gpu):
+    ask()
+    with torch.autocast("cpu", torch.bfloat16):
+        ask()
+    assert len(gpu.kept) == 2 and gpu.keys[1].endswith("autocast bfloat16")
+
+
+def test_another_source_is_another_version(tmp_path):
+    """Of kernels and of the rule alike, told without anybody counting it up."""
+    core = Path(surroundings.__file__).parents[1]
+    code = "from shared_tome.autotune import surroundings; print(surroundings.SOURCE)"
+
+    def source(root):
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True).stdout
+
+    shutil.copytree(core, tmp_path / "shared_tome", ignore=shutil.ignore_patterns("__pycache__"))
+    same = source(tmp_path)
+    assert same.strip() == surroundings.SOURCE and len(surroundings.SOURCE) == 12
+    found = {same}
+    for name in ("kernels/impl/mean.py", "autotune/verdict.py", "step_auto.py"):
+        with open(tmp_path / "shared_tome" / name, "a", encoding="utf-8") as file:
+            file.write("\n# another\n")
+        found.add(source(tmp_path))
+    assert len(found) == 4
+
+
+def test_two_attentions_of_one_name_are_two():
+    def attention(q, k, v, heads, scale=None):
+        return q
+
+    other = type("attention", (), {"__call__": lambda self, q, k, v, heads, scale=None: q})()
+    names = {auto.name_of(one, torch.device("cpu")) for one in (attention, other, auto.torch_attention)}
+    assert len(names) == 3
+
+
+def test_the_order_of_kernels_is_asked_for_again_after_a_lack_of_memory(monkeypatch):
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    auto.put_in_order.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_fused_sdp_choice", full)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            auto.put_in_order(torch.device("cpu"))
+    auto.put_in_order(torch.device("cpu"))
+    assert auto.put_in_order.cache_info().currsize == 1
+    auto.put_in_order.cache_clear()

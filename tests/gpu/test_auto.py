@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from shared_tome import ModelCall, ToMeConfig, auto
+from shared_tome.autotune import store
+from shared_tome.autotune.verdict import Verdict
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,13 +21,13 @@ LAYER = {"grid": (64, 64), "channels": 640, "heads": 10, "dtype": torch.float16}
 
 @pytest.fixture
 def kept(monkeypatch, tmp_path):
-    monkeypatch.setenv(auto.FOLDER, str(tmp_path))
-    monkeypatch.setattr(auto, "_verdicts", {})
+    monkeypatch.setenv(store.FOLDER, str(tmp_path))
+    monkeypatch.setattr(store, "_verdicts", {})
     monkeypatch.delenv(auto.SWITCH, raising=False)
     return tmp_path
 
 
-def measured(**changes) -> auto.Verdict:
+def measured(**changes) -> Verdict:
     return auto.verdict_on(**{**LAYER, "device": torch.device("cuda"), "config": ToMeConfig(), **changes})
 
 

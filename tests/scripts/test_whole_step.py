@@ -7,13 +7,14 @@ import logging
 
 import pytest
 import torch
-from kept_verdicts import Kept
+from made_up_gpu import MadeUpGPU
 from torch import nn
 
 import shared_tome
 from shared_tome import ToMeConfig, script_hooks, step_auto
-from shared_tome.auto import Verdict, Verdicts
-from shared_tome.bare import bare_model
+from shared_tome.autotune import store, timing
+from shared_tome.autotune.verdict import Verdict
+from shared_tome.bare import about_model, bare_model
 
 from . import models
 from .test_idle import MODEL_HOOKS
@@ -22,9 +23,9 @@ OPTIONS = {"min_tokens": 0, "ratio": 0.5, "method": "merge"}
 
 
 @pytest.fixture
-def judged(monkeypatch):
+def judged(monkeypatch, tmp_path):
     """A GPU, on which a step takes 100 ms, and one that is merged that of `merged`; what was run, and its names."""
-    known = Kept(Verdicts)
+    known = MadeUpGPU(monkeypatch, tmp_path, store)
     found = {"merged": 99.0, "outs": [], "keys": known.keys}
 
     def compared(whole, merged, device):
@@ -33,7 +34,6 @@ def judged(monkeypatch):
 
     monkeypatch.setattr(step_auto, "may_measure", lambda device: True)
     monkeypatch.setattr(step_auto, "_compared", compared)
-    monkeypatch.setattr(step_auto, "known_or_measured", known)
     return found
 
 
@@ -117,6 +117,48 @@ def test_not_judged(judged, what):
     assert not torch.equal(models.run(unet), plain) and not judged["keys"]
 
 
+def test_attention_codes_and_weights_are_part_of_a_steps_name(judged):
+    from diffusers.models.attention_processor import AttnProcessor
+
+    unet = models.sd15()
+    models.run(patched(unet))
+    unet.set_attn_processor(AttnProcessor())
+    models.run(patched(unet))
+    first, second = judged["keys"]
+    assert "attention_processor.AttnProcessor2_0, weights float32" in first
+    assert "attention_processor.AttnProcessor, weights float32" in second
+
+
+def test_what_a_models_times_depend_on():
+    unet, cpu = models.sd15(), torch.device("cpu")
+    plain = about_model(unet, cpu)
+    assert about_model(unet, torch.device("meta")) == plain + ", partly elsewhere"
+    block = next(script_hooks.served_blocks(unet))
+    block.ff.forward = block.ff.forward  # as offloading puts one there
+    assert about_model(unet, cpu) == plain.replace("float32", "float32 replaced forwards")
+    del block.ff.forward
+    block.attn1.to_q.half()
+    assert about_model(unet, cpu) == plain.replace("float32", "float16 float32")
+
+
+def test_a_step_short_of_memory_is_asked_about_again(judged, monkeypatch, caplog):
+    compared, now = step_auto._compared, [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(step_auto, "_compared", full)
+    unet, plain = patched(models.sd15()), models.run(models.sd15())
+    merged = models.run(unet)
+    assert torch.equal(models.run(unet), merged) and not torch.equal(merged, plain)
+    assert "it is tried again later" in caplog.text and len(judged["keys"]) == 1
+    monkeypatch.setattr(step_auto, "_compared", compared)
+    now[0] += store.RETRY
+    assert torch.equal(models.run(unet), plain) and len(judged["outs"]) == 1
+    assert torch.equal(models.run(unet), plain) and len(judged["keys"]) == 2
+
+
 def test_nobody_else_sees_it(judged):
     """Hooks of others run as often as without; the weights are the same ones, and no copy of the model is kept."""
     unet, ran = models.sd15(), []
@@ -144,7 +186,7 @@ def test_a_copy_of_a_model_shares_its_weights_alone():
 
 def test_both_take_turns_and_the_least_counts_of_the_whole_one(monkeypatch):
     calls, clock = [], iter([30.0, 20.0, 10.0, 25.0, 20.0, 19.0, 18.0, 17.0, 16.0])
-    monkeypatch.setattr(step_auto, "_seconds", lambda call, device: call() or next(clock) * 1e-3)
+    monkeypatch.setattr(timing, "seconds", lambda call, device: call() or next(clock) * 1e-3)
     verdict = step_auto._compared(lambda: calls.append("w"), lambda: calls.append("m"), torch.device("cpu"))
     assert "".join(calls) == "wwmm" + "mw" * 4
     assert (verdict.full_us, verdict.merged_us) == (10e3, 19.5e3) and not verdict.pays()
@@ -152,14 +194,14 @@ def test_both_take_turns_and_the_least_counts_of_the_whole_one(monkeypatch):
 
 def test_a_long_step_pays_and_is_not_run_merged(monkeypatch):
     calls, clock = [], iter([0.5])
-    monkeypatch.setattr(step_auto, "_seconds", lambda call, device: call() or next(clock))
+    monkeypatch.setattr(timing, "seconds", lambda call, device: call() or next(clock))
     verdict = step_auto._compared(lambda: calls.append("w"), lambda: calls.append("m"), torch.device("cpu"))
     assert "".join(calls) == "ww" and verdict.pays() and verdict.full_us == 5e5
 
 
 def test_a_call_is_timed_among_others():
     calls = []
-    taken = step_auto._seconds(lambda: calls.append(1), torch.device("cpu"))
+    taken = timing.seconds(lambda: calls.append(1), torch.device("cpu"))
     assert len(calls) == 2 and 0 < taken < 1
 
 

@@ -7,11 +7,11 @@ import threading
 
 import pytest
 import torch
-from kept_verdicts import Kept
+from made_up_gpu import MadeUpGPU
 
 import shared_tome.vit as vit
 from shared_tome import vit_auto
-from shared_tome.auto import Verdicts
+from shared_tome.autotune import store, timing
 
 from . import test_timm, test_transformers
 
@@ -19,9 +19,9 @@ HOOKS = 2  # around the model
 
 
 @pytest.fixture
-def judged(monkeypatch):
+def judged(monkeypatch, tmp_path):
     """A GPU, on which merging saves so many of 100 us; what was timed, and under which names."""
-    known = Kept(Verdicts)
+    known = MadeUpGPU(monkeypatch, tmp_path, store)
     found = {"saves": 1.0, "shapes": [], "keys": known.keys, "known": known}
 
     def compared(full, merged, device, repeats):
@@ -32,8 +32,7 @@ def judged(monkeypatch):
         return vit_auto.Verdict(100.0, 100.0 - found["saves"], 0.0)
 
     monkeypatch.setattr(vit_auto, "may_measure", lambda device: True)
-    monkeypatch.setattr(vit_auto, "compared", compared)
-    monkeypatch.setattr(vit_auto, "known_or_measured", known)
+    monkeypatch.setattr(timing, "compared", compared)
     return found
 
 
@@ -95,6 +94,47 @@ def test_a_trace_is_of_the_owners_calls(judged):
     judged["saves"] = 50.0
     run()
     assert vit.trace(model).sources.shape[0] == 2
+
+
+@pytest.mark.parametrize("name", ["timm", "transformers"])
+@torch.no_grad()
+def test_nobody_else_sees_the_timing(judged, name):
+    """Hooks of others run in the owner's call alone, once each."""
+    model, run = models()[name]
+    vit.apply_patch(model, r=3, auto=True)
+    ran, weights = [], [weight.clone() for weight in model.parameters()]
+    inner = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    for module in (model, inner):
+        module.register_forward_hook(lambda *_: ran.append("after"))
+        module.register_forward_pre_hook(lambda *_: ran.append("before"))
+    random, hooks = torch.get_rng_state(), count_hooks(model)
+    run()
+    assert len(judged["shapes"]) == 1 and sorted(ran) == ["after"] * 2 + ["before"] * 2
+    assert torch.equal(random, torch.get_rng_state()) and count_hooks(model) == hooks
+    assert all(map(torch.equal, model.parameters(), weights))
+
+
+@torch.no_grad()
+def test_a_model_that_another_package_works_on_is_not_run(judged, caplog):
+    """It may count or keep what it sees. Merged, as where nothing is measured, and said."""
+    model, run = models()["timm"]
+    vit.apply_patch(model, r=3)
+    merged = run()
+    vit.apply_patch(model, r=3, auto=True)
+    model.blocks[1].mlp.forward = model.blocks[1].mlp.forward
+    assert torch.equal(run(), merged) and not judged["shapes"]
+    assert "another package stands in the place of a module's forward), so merged; it is tried again" in caplog.text
+
+
+@torch.no_grad()
+def test_what_tells_models_apart(judged):
+    for stored in (torch.float32, torch.bfloat16):
+        for restore in ("last", "all"):
+            timm = test_timm.make().to(stored)
+            vit.apply_patch(timm, r=3, auto=True, restore=restore)
+            timm(test_timm.images(timm).to(stored))
+    assert len(judged["known"].kept) == 4
+    assert [" weights bfloat16" in key for key in judged["keys"]] == [False, False, True, True]
 
 
 @torch.no_grad()

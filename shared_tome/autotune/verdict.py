@@ -1,0 +1,57 @@
+"""What was measured of a layer or of a step, and whether merging pays by it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass
+
+# Merging must save this share of the layer: what is measured scatters by a few percent.
+MARGIN = 0.03
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was measured, microseconds of one layer: on the GPU whole and merged, and what merging takes the
+    processor longer, which counts where steps wait for it.
+
+    block_us, block_cpu_us: the layer's whole block unmerged, of the GPU and of the processor; 0 where not known.
+    """
+
+    full_us: float
+    merged_us: float
+    cpu_us: float
+    block_us: float = 0.0
+    block_cpu_us: float = 0.0
+
+    def pays(self, waits: bool = True) -> bool:
+        """Whether the layer is to be merged. waits: for the processor, as steps without a compiled graph do."""
+        return self.saves_us > MARGIN * self.full_us and not (waits and self._waits)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the processor would need longer for a merged block than the GPU does for an unmerged one; where no
+        block is known, longer than is saved."""
+        if self.block_us > 0.0:
+            return self.block_cpu_us + self.cpu_us >= self.block_us
+        return self.cpu_us >= self.saves_us
+
+    @property
+    def saves_us(self) -> float:
+        return self.full_us - self.merged_us
+
+    @functools.cached_property
+    def reason(self) -> str:
+        """Why a layer is left alone, for people."""
+        if self.block_us > 0.0 and self._waits and self.saves_us > MARGIN * self.full_us:
+            return (
+                f"merging does not pay here: a block takes the processor {self.block_cpu_us:.0f} us and the GPU "
+                f"{self.block_us:.0f}, so its steps wait for the processor"
+            )
+        return (
+            f"merging does not pay here: it saves {self.saves_us:.0f} of {self.full_us:.0f} us and takes the processor "
+            f"{self.cpu_us:.0f} us longer"
+        )
+
+    def rounded(self) -> Verdict:
+        """As a file has it: the process that measured and those that read the file must decide alike."""
+        return Verdict(**{name: round(float(x), 2) for name, x in asdict(self).items()})

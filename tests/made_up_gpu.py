@@ -1,0 +1,43 @@
+"""A GPU made up on the CPU: what is measured goes through the real store, into a folder of the test's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class MadeUpGPU:
+    """keys: what was asked for. store: autotune.store of the package under test, which hosts load under names of their
+    own."""
+
+    def __init__(self, monkeypatch: Any, folder: Path, store: Any):
+        self.keys: list[str] = []
+        self._folder, self._store, get = folder, store, store.Verdicts.get
+
+        def asked(verdicts: Any, key: str, measured: Any) -> Any:
+            self.keys.append(key)
+            return get(verdicts, key, measured)
+
+        monkeypatch.setenv(store.FOLDER, str(folder))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "made-up GPU")
+        monkeypatch.setattr(store, "_verdicts", {})
+        monkeypatch.setattr(store.Verdicts, "get", asked)
+
+    @property
+    def kept(self) -> dict[str, dict[str, float]]:
+        """What stands in the file."""
+        (file,) = self._folder.glob("made-up_GPU*.json")
+        return json.loads(file.read_text(encoding="utf-8"))["layers"]
+
+    def forget(self) -> None:
+        """As in another process: what is known is read again."""
+        self._store._verdicts.clear()
+
+    def clear(self) -> None:
+        """Nothing is known."""
+        self.forget()
+        for file in self._folder.glob("*.json"):
+            file.unlink()
