@@ -68,11 +68,11 @@ class Verdicts:
         the model could not be run now (NotNow), it is, in a later picture.
         """
         found = self.known(key)
-        if found is not None:
+        if found is not None or self._waits(key):
             return found
         with self._measuring:
             found = self._known_since(key)
-            if found is not None or time.monotonic() < self._again.get(key, 0.0):
+            if found is not None or self._waits(key):
                 return found
             try:
                 made = measured().rounded()
@@ -87,6 +87,10 @@ class Verdicts:
             if self._known is None:
                 self._known = self._read()
             return self._known.get(key)
+
+    def _waits(self, key: str) -> bool:
+        """Whether it failed and is not yet to be tried again."""
+        return time.monotonic() < self._again.get(key, 0.0)
 
     def _known_since(self, key: str) -> Verdict | None:
         """The same, with what other processes have written by now."""
