@@ -23,14 +23,15 @@ from .joint import JointCall, image_bias, merge_image, unmerge_image
 from .plan import Plan
 from .script_hooks import BaseAttachment, argument
 from .sdpa import Handler, HostAttention, SdpaHooks, attend_sampled, leave_left_modes
+from .served import served_as
 
 # Class of the transformer: whether its text comes first, and what the pipeline divides timesteps by.
-_JOINT = {"FluxTransformer2DModel": (True, 1000.0), "SD3Transformer2DModel": (False, 1.0)}
+JOINT = {"FluxTransformer2DModel": (True, 1000.0), "SD3Transformer2DModel": (False, 1.0)}
 
 
 def joint_blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The attentions of a transformer that we know."""
-    if type(model).__name__ not in _JOINT:
+    if served_as(model, JOINT) is None:
         return
     for name in ("transformer_blocks", "single_transformer_blocks"):
         for block in getattr(model, name, ()):
@@ -50,10 +51,10 @@ class _Call:
 
 
 class JointAttachment(BaseAttachment):
-    """On a transformer of _JOINT. merge_attn: whether anything is merged at all."""
+    """On a transformer of JOINT. merge_attn: whether anything is merged at all."""
 
     def __init__(self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True):
-        self.text_first, scale = _JOINT[type(model).__name__]
+        self.text_first, scale = JOINT[served_as(model, JOINT)]
         super().__init__(config, pipe, scale)
         self._grid: tuple[weakref.ref, Grid, int] | None = None
         if not merge_attn:

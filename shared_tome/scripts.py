@@ -17,10 +17,13 @@ from torch import nn
 
 from .config import ToMeConfig
 from .script_hooks import Attachment, served_blocks
-from .script_joint import JointAttachment, joint_blocks
+from .script_joint import JOINT, JointAttachment
+from .served import find_served, served_as
 
 _NAME = "_shared_tome"  # the attribute of the patched module that keeps its attachment
 _LEVELS = {1: "0", 2: "0,1", 4: "0,1,2", 8: "0,1,2,3"}
+# diffusers'; those of ldm, of generative-models (sgm) and of ControlNet's repository (cldm). See served.served_as.
+UNETS = ("UNet2DConditionModel", "UNetControlNetXSModel", "openaimodel.UNetModel", "cldm.ControlledUnetModel")
 SERVED = (
     "diffusers pipelines with a U-Net (SD 1.x, SD 2.x, SDXL) and UNet2DConditionModel; diffusers' Flux and SD3 "
     "pipelines and transformers; ldm's LatentDiffusion, DiffusionWrapper and UNetModel"
@@ -85,7 +88,7 @@ def apply_patch(
     denoiser = find_denoiser(model)
     if any(type(module).__name__ == "ToMeBlock" for module in denoiser.modules()):
         raise ValueError("tomesd has patched this model; call tomesd.remove_patch(model) first")
-    joint = not any(served_blocks(denoiser))
+    joint = served_as(denoiser, JOINT) is not None
     for name in ("cross_attention", "mlp"):
         if joint and getattr(config, name):
             raise ValueError(
@@ -112,17 +115,22 @@ def remove_patch(model: Any) -> Any:
 def find_denoiser(model: Any) -> nn.Module:
     """The network inside a pipeline or latent diffusion model. Raises ValueError where there is none that is served."""
     found = _denoiser(model)
-    if found is None or not (any(served_blocks(found)) or any(joint_blocks(found))):
-        what = type(model).__name__ if found in (None, model) else f"{type(model).__name__} with {type(found).__name__}"
+    names = [type(part).__name__ for part in (model, found) if part is not None]
+    what = " with ".join(dict.fromkeys(names))
+    if found is None or served_as(found, (*UNETS, *JOINT)) is None:
         raise ValueError(f"ToMe does not know {what}. It serves {SERVED}")
+    if served_as(found, JOINT) is None and not any(served_blocks(found)):
+        raise ValueError(f"ToMe knows none of the attention layers in {what}. It serves {SERVED}")
     return found
 
 
 def _denoiser(model: Any) -> nn.Module | None:
+    """The served network; the first that is found, where none is served."""
     for path in (("unet",), ("transformer",), ("model", "diffusion_model"), ("diffusion_model",), ()):
         found = model
         for name in path:
             found = getattr(found, name, None)
         if isinstance(found, nn.Module):
-            return getattr(found, "_orig_mod", found)  # as torch.compile wraps it
+            found = getattr(found, "_orig_mod", found)  # as torch.compile wraps it
+            return find_served(found, (*UNETS, *JOINT)) or found
     return None

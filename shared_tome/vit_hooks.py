@@ -23,11 +23,29 @@ from .config import ToMeConfig
 from .matching import match_tokens
 from .plan import MergePlan, Plan, take
 from .sdpa import Handler, HostAttention, SdpaHooks
+from .served import served_as
 
 NAME = "_shared_tome_vit"  # the attribute of a patched model that keeps its attachment
 SCHEDULES = ("constant", "falling")
 RESTORES = ("last", "all", "none")
 SERVED = "timm's VisionTransformer and the CLIP and SigLIP vision towers of transformers and ComfyUI"
+_TIMM = ("VisionTransformer", "VisionTransformerDistilled")
+_TIMM_BLOCKS = ("vision_transformer.Block",)
+# Layers of transformers' and ComfyUI's towers. Others may turn keys by their place or mask some of the patches.
+_LAYERS = (
+    "AltCLIPEncoderLayer",
+    "Blip2EncoderLayer",
+    "CLIPEncoderLayer",
+    "CLIPSegEncoderLayer",
+    "ChineseCLIPVisionLayer",
+    "InstructBlipEncoderLayer",
+    "JanusVisionEncoderLayer",
+    "MetaClip2EncoderLayer",
+    "OwlViTEncoderLayer",
+    "Owlv2EncoderLayer",
+    "SiglipEncoderLayer",
+    "clip_model.CLIPLayer",
+)
 
 
 @dataclass(frozen=True)
@@ -105,12 +123,14 @@ def find_tower(model: nn.Module) -> Tower:
 
 
 def _timm_tower(model: nn.Module) -> Tower | None:
+    if served_as(model, _TIMM) is None:
+        return None
     blocks = list(getattr(model, "blocks", ()))
     if not blocks or not hasattr(model, "num_prefix_tokens"):
         return None
     for block in blocks:
         attention = getattr(block, "attn", None)
-        if type(block).__name__ != "Block" or type(attention).__name__ != "Attention":
+        if served_as(block, _TIMM_BLOCKS) is None or type(attention).__name__ != "Attention":
             return None  # others turn keys by their place or have no residual between attention and MLP
         if not getattr(attention, "fused_attn", False):
             raise ValueError("ToMe needs timm's fused attention; see timm.layers.set_fused_attn")
@@ -122,13 +142,12 @@ def _timm_tower(model: nn.Module) -> Tower | None:
 
 def _clip_tower(model: nn.Module) -> Tower | None:
     """transformers' and ComfyUI's towers have the same layout."""
-    names = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
     found = []
     for path, module in model.named_modules():
         layers = getattr(module, "layers", None)
         if "text_model" in path.split(".") or not isinstance(layers, nn.ModuleList) or not len(layers):
             continue
-        if all(hasattr(layer, name) for layer in layers for name in names):
+        if all(served_as(layer, _LAYERS) is not None for layer in layers):
             found.append(list(layers))
     embeddings = [m for path, m in model.named_modules() if hasattr(m, "patch_embedding")]
     if len(found) != 1 or len(embeddings) != 1:

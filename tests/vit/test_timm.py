@@ -347,6 +347,10 @@ def test_what_is_not_served_is_named():
         vit.apply_patch(torch.nn.Linear(2, 2), 1)
     with pytest.raises(ValueError, match="does not know Eva"):  # its keys are turned by their place
         vit.apply_patch(timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28), 1)
+    with pytest.raises(ValueError, match="does not know Beit"):  # its attention adds a bias for each pair of places
+        vit.apply_patch(timm.create_model("beit_base_patch16_224", depth=1, img_size=32, embed_dim=12, num_heads=2), 1)
+    with pytest.raises(ValueError, match="does not know NaFlexVit"):  # it masks the patches that fill up a row
+        vit.apply_patch(timm.create_model("naflexvit_base_patch16_gap", depth=1, embed_dim=12, num_heads=2), 1)
     with pytest.raises(ValueError, match="trace=True"):
         vit.trace(make())
     model = make()

@@ -132,3 +132,44 @@ def test_what_cannot_be_served_is_told():
     model.set_attn_implementation("eager")
     with pytest.raises(RuntimeError, match="attn_implementation='sdpa'"):
         model.eval()(pixels())
+
+
+# Config and model of each listed layer's vision tower in transformers.
+TOWERS = (
+    "CLIPVision SiglipVision AltCLIPVision ChineseCLIPVision MetaClip2Vision CLIPSegVision OwlViTVision Owlv2Vision "
+    "Blip2Vision InstructBlipVision JanusVision"
+).split()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TOWERS)
+def test_every_listed_tower_is_merged(name):
+    options = {key: value for key, value in VISION.items() if key != "projection_dim"}
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**options)).eval()
+    before = model(pixel_values=pixels()).last_hidden_state
+    vit.apply_patch(model, 0)
+    assert torch.equal(model(pixel_values=pixels()).last_hidden_state, before)
+    vit.apply_patch(model, 3, trace=True)
+    after = model(pixel_values=pixels()).last_hidden_state
+    counts = vit.trace(model).counts
+    assert after.shape == before.shape and not torch.equal(after, before)
+    assert [counts[0] - count for count in counts] == [0, 3, 6, 9] and counts[0] == before.shape[1] - 3
+    vit.remove_patch(model)
+    assert torch.equal(model(pixel_values=pixels()).last_hidden_state, before)
+
+
+OTHERS = {
+    "MLCDVision": {"num_key_value_groups": 1},  # turns keys by their place
+    "XCLIPVision": {"num_frames": 2, "mit_hidden_size": 32, "mit_num_attention_heads": 2, "mit_num_hidden_layers": 1},
+    "Siglip2Vision": {},  # masks the patches that fill up a row
+    "Dinov2": {},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_not_listed_is_refused_by_name(name):
+    options = {key: value for key, value in VISION.items() if key != "projection_dim"} | OTHERS[name]
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**options))
+    with pytest.raises(ValueError, match=f"does not know {name}Model as a vision transformer. It serves timm's"):
+        vit.apply_patch(model, 4)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
