@@ -111,6 +111,7 @@ class BaseAttachment:
             handle.remove()
         self._handles.clear()
         self._calls.clear()
+        leave_left_modes()
 
     @property
     def call(self) -> Any:
@@ -159,7 +160,7 @@ class Attachment(BaseAttachment):
         self._hooks = BlockHooks()
         self._handles += [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            model.register_forward_hook(self._after_model),
+            model.register_forward_hook(self._after_model, always_call=True),
         ]
         self._hooks.on(lambda: self._hook(model))
 
@@ -173,7 +174,7 @@ class Attachment(BaseAttachment):
             yield hooked, functools.partial(hooked.hook, block)
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.call = None  # also of one that ended in an exception
+        self.call = None  # of one that was interrupted: KeyboardInterrupt runs no hook
         leave_left_modes()
         x = argument(args, kwargs, 0, "sample", "x")
         if not isinstance(x, Tensor) or x.dim() != 4:  # (B, C, H, W)
@@ -216,7 +217,7 @@ class Attachment(BaseAttachment):
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         call, self.call = self.call, None
-        if call is not None:
+        if call is not None and out is not None:  # None: the call ended in an exception
             self._hooks.judge(call.kind, call.judged)
 
     def _joint(self, call: ModelCall) -> JointCall | None:

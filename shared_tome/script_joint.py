@@ -61,13 +61,13 @@ class JointAttachment(BaseAttachment):
             return
         self._handles += [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            model.register_forward_hook(self._after_model),
+            model.register_forward_hook(self._after_model, always_call=True),
         ]
         for attention in joint_blocks(model):
             self._handles += SdpaHooks(attention, self._before_attention).handles
 
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.call = None  # also of one that ended in an exception
+        self.call = None  # of one that was interrupted: KeyboardInterrupt runs no hook
         leave_left_modes()
         x, text = argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 1, "encoder_hidden_states")
         if self.text_first:

@@ -8,6 +8,7 @@ code is neither copied nor replaced.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import types
 from collections.abc import Callable
@@ -19,10 +20,12 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from . import kernels
 from .attention import attend_wider
+from .curve import is_compiling
 from .joint import JointCall, take_heads
 from .plan import Plan
 
 _SDPA = F.scaled_dot_product_attention
+_MODULE_CALL = nn.Module._wrapped_call_impl.__code__
 # handler(attention, q, k, v): attention(q, k, v, bias=None) is what the host meant to do.
 Handler = Callable[..., Tensor]
 # What adapters say where attend_own's missed() is called.
@@ -30,21 +33,38 @@ NOT_AS_TRIED = "an attention that does not meet as it was tried out is left alon
 
 
 class AroundSdpa(TorchFunctionMode):
-    """While it is entered, this thread's calls of that function go to the handler. calls: how many did."""
+    """While it is entered, this thread's calls of that function go to the handler. calls: how many did.
 
-    def __init__(self, handler: Handler):
+    module: only those inside its forward, since an interrupt can leave the mode on; None: all.
+    """
+
+    def __init__(self, handler: Handler, module: nn.Module | None = None):
         super().__init__()
-        self.handler, self.calls = handler, 0
+        self.handler, self.module, self.calls = handler, module, 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is not _SDPA:  # some twenty an attention: each counts where steps wait for the processor
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
+        if self.module is not None and not _is_running(self.module):
+            return func(*args, **kwargs)
         self.calls += 1
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         q, k, v, mask = given.pop("query"), given.pop("key"), given.pop("value"), given.pop("attn_mask", None)
         return self.handler(HostAttention(func, given, mask), q, k, v)
+
+
+def _is_running(module: nn.Module) -> bool:
+    """Whether a call of the module is under way in this thread."""
+    if is_compiling():
+        return True
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _MODULE_CALL and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class HostAttention:
@@ -171,7 +191,7 @@ class SdpaHooks:
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         handler = self._begin(module, args, kwargs)
         if handler is not None:
-            mode = AroundSdpa(handler)
+            mode = AroundSdpa(handler, module)
             mode.__enter__()
             self._modes[threading.get_ident()] = mode
 

@@ -22,7 +22,7 @@ from .attention import attend_tokens
 from .config import ToMeConfig
 from .matching import match_tokens
 from .plan import MergePlan, Plan, take
-from .sdpa import Handler, HostAttention, SdpaHooks
+from .sdpa import Handler, HostAttention, SdpaHooks, leave_left_modes
 from .served import served_as
 
 NAME = "_shared_tome_vit"  # the attribute of a patched model that keeps its attachment
@@ -252,6 +252,7 @@ class Attachment:
             handle.remove()
         self._handles.clear()
         self._calls.clear()
+        leave_left_modes()
 
     def add_handles(self, *handles: Any) -> None:
         """Of further hooks, which go with these."""
@@ -280,11 +281,16 @@ class Attachment:
         """The first block is about to run on x [B, N, C]."""
         if self.thread not in (None, threading.get_ident()):
             return
+        self.drop()  # of one that was interrupted: KeyboardInterrupt runs no hook
+        leave_left_modes()
         if threading.get_ident() in self._paused:
-            self._calls.pop(threading.get_ident(), None)  # of one that ended in an exception
             return
         per_block = self.options.per_block(self.depth, x.shape[1] - self.prefix)
         self._calls[threading.get_ident()] = self.call_type(self, per_block, x.shape[1])
+
+    def drop(self) -> None:
+        """Forget this thread's call."""
+        self._calls.pop(threading.get_ident(), None)
 
     def end(self, tokens: Tensor) -> None:
         """The last block is done with its tokens [B, M, C]."""
@@ -310,7 +316,7 @@ class _Block:
             block.register_forward_pre_hook(self._before_block, with_kwargs=True),
             getattr(block, tower.norm).register_forward_pre_hook(self._before_norm),
             getattr(block, tower.tail).register_forward_hook(self._after_tail),
-            block.register_forward_hook(self._after_block, prepend=True),
+            block.register_forward_hook(self._after_block, prepend=True, always_call=True),
         ]
         if tower.explicit:
             handles.append(attention.register_forward_pre_hook(self._give_attention, with_kwargs=True))
@@ -391,6 +397,9 @@ class _Block:
     def _after_block(self, block: nn.Module, args: tuple, out: Any) -> Any:
         call = self.owner.call
         if call is None:
+            return None
+        if out is None:  # the block ended in an exception
+            self.owner.drop()
             return None
         tokens, call.out = call.out, None
         if tokens is None:

@@ -80,12 +80,22 @@ def test_nothing_stays_behind(name):
     shared_tome.apply_patch(model, config=config())
     merged = run(model)
     block = list(joint_blocks(model))[1]
-    handle = block.to_k.register_forward_pre_hook(lambda module, args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(model)
-    handle.remove()
-    assert torch._C._len_torch_function_stack() == 0
-    assert torch.equal(run(model), merged)
+    heads = [models.noise(2, 2, TEXT + IMAGE, 16, seed=seed) for seed in range(3)]
+    attended = F.scaled_dot_product_attention(*heads)
+    for error in (ZeroDivisionError, KeyboardInterrupt):
+
+        def fail(module, args, error=error):
+            raise error
+
+        handle = block.to_k.register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            run(model)
+        handle.remove()
+        if error is not KeyboardInterrupt:  # for which torch runs no hook
+            assert torch._C._len_torch_function_stack() == 0
+            assert not model._shared_tome._calls, "no tensor of the call is kept"
+        assert torch.equal(F.scaled_dot_product_attention(*heads), attended), "somebody else's attention"
+        assert torch.equal(run(model), merged) and torch._C._len_torch_function_stack() == 0
     shared_tome.apply_patch(model, config=config(ratio=0.0))
     assert torch.equal(run(model), before)
     shared_tome.remove_patch(model)

@@ -227,15 +227,28 @@ def test_nothing_stays_behind(error):
     def fail(module, args):
         raise error
 
-    block = list(served_blocks(unet))[1]
+    block, shapes = list(served_blocks(unet))[1], []
+    handle = block.attn1.to_q.register_forward_hook(lambda m, args, out: shapes.append(out.shape))
+    models.run(unet)
+    handle.remove()
+    (rows, tokens, channels), count = shapes[0], block.attn1.heads
+    heads = [models.noise(rows, count, tokens, channels // count, seed=seed) for seed in range(3)]
+    attended = F.scaled_dot_product_attention(*heads)
     for part in (block.attn1.to_k, block.attn1.to_out[0]):
         handle = part.register_forward_pre_hook(fail)
         with pytest.raises(error):
             models.run(unet)
         handle.remove()
         assert no_mode_is_on() or error is KeyboardInterrupt, "torch runs no hook then"
+        assert error is KeyboardInterrupt or not unet._shared_tome._calls, "no tensor of the call is kept"
+        assert torch.equal(F.scaled_dot_product_attention(*heads), attended), "somebody else's attention"
         assert torch.equal(models.run(unet), kept) and no_mode_is_on()
+    with pytest.raises(error):
+        handle = block.attn1.to_out[0].register_forward_pre_hook(fail)
+        models.run(unet)
+    handle.remove()
     shared_tome.remove_patch(unet)
+    assert no_mode_is_on()
     assert torch.equal(models.run(unet), before) and models.count_hooks(unet) == 0
 
 
