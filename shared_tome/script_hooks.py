@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autotune.store import RETRY
@@ -156,6 +157,7 @@ class Attachment(BaseAttachment):
         self._judged: dict[tuple, float] = {}  # when a kind of steps is asked about again, by the monotonic clock
         self._rules: dict[tuple, str | None] = {}
         self._meets: dict[tuple, bool] = {}
+        self.takes_keys: dict[tuple, bool] = {}  # by attention code: whether it makes its keys from the given context
         self._blocks = [_Block(self) for _ in served_blocks(model)]
         self._hooks = BlockHooks()
         self._handles += [
@@ -241,11 +243,11 @@ class Attachment(BaseAttachment):
 
     def meets(self, attn1: nn.Module, x: Tensor) -> bool:
         """heads.meets_at_sdpa of a layer that is given x, asked once for each; not where torch.compile is at work."""
-        if _compiles():
+        if _compiles() or is_replaced(attn1):
             return False
         d, dtype = head_size(attn1, attn1.heads, x), trial_dtype(x)
         forward = type(attn1).forward
-        key = (forward, type(getattr(attn1, "processor", None)), attn1.heads, d, x.device, dtype)
+        key = (*code_of(attn1), attn1.heads, d, x.device, dtype)
         if key not in self._meets:
             self._meets[key] = meets_at_sdpa(forward, d, x.device, dtype, layer=stand_in(attn1), heads=attn1.heads)
         return self._meets[key]
@@ -254,11 +256,14 @@ class Attachment(BaseAttachment):
         """How the layer's attention code scales (heads.find_rule), asked once for each."""
         dtype = trial_dtype(x)
         forward, names = type(attn1).forward, _names(attn1)
-        key = (forward, type(getattr(attn1, "processor", None)), attn1.heads, d, x.device, dtype)
+        # A forward of its own, or keys in fewer heads, are not what a trial runs.
+        alike = {getattr(getattr(attn1, name), "out_features", attn1.heads * d) for name in PROJECTIONS}
+        tried = not is_replaced(attn1) and alike == {attn1.heads * d}
+        key = (*code_of(attn1), attn1.heads, d, x.device, dtype, tried)
         if key not in self._rules:
-            self._rules[key] = find_rule(
+            self._rules[key] = None if not tried else find_rule(
                 forward, d, x.device, dtype, layer=stand_in(attn1), heads=attn1.heads, context=names[1]
-            )
+            )  # fmt: skip
             if self._rules[key] is None:
                 self.say("this attention processor takes no weights of keys; proportional attention is off")
         return self._rules[key]
@@ -271,6 +276,7 @@ class _Block:
         self.owner = owner
         self._hooked: list[weakref.ref] = []  # the projections that carry the hooks below
         self._projection_handles: list[Any] = []
+        self._watch: Any = None  # a handle on to_k, in the first call of a kind of attention
 
     def hook(self, block: nn.Module) -> list[Any]:
         """Register; returns the handles."""
@@ -325,7 +331,7 @@ class _Block:
         call = self.owner.call.model
         kind = call.config.kind
         if self.owner.merge_attn and itself:
-            if not self._can_merge_keys(attn1, args, kwargs, kind):
+            if not self._can_merge_keys(attn1, args, kwargs, kind, own):
                 return None
             now.layer = call.attention(x, x, x, grid, metric=now.metric, own=own)
             if now.layer is None:
@@ -335,11 +341,15 @@ class _Block:
                 return None  # attn1 gets all tokens; _attend_own takes some of their keys
             now.plan = now.layer.plan if kind.matches else None
             self._weigh(attn1, now)
+            if kind.keys != kind.queries:
+                self._watch_keys(attn1, now.layer.k.shape[1])
             return _with(args, kwargs, name, now.layer.q, context_name, now.layer.k)
         if not kind.matches:
             return None
         now.plan = call.plan(now.metric, grid)
         if now.plan is None or not (self.owner.merge_attn and kind.queries):
+            return None
+        if self._is_anothers("attn1", attn1, kwargs, x.shape[1]):
             return None
         now.open["attn1"] = now.plan  # keys of its own (the block only attends to a prompt): queries alone
         return _with(args, kwargs, name, now.plan.merge(x))
@@ -349,10 +359,56 @@ class _Block:
         if now is None:
             return None
         layer, now.layer, now.own, now.bias = now.layer, None, None, None
+        self._stop_watching()
         if layer is not None:
-            return layer.unmerge(out)
-        plan = now.open.pop("attn1", None)
-        return None if plan is None else plan.unmerge(out)
+            return self._unmerge(layer.plan, out) if layer.merges_queries else None
+        return self._unmerge(now.open.pop("attn1", None), out)
+
+    def _unmerge(self, plan: Plan | None, out: Any) -> Tensor | None:
+        """What replaces a module's output [B, M, C]: [B, N, C]; None where it stays."""
+        if plan is None:
+            return None
+        if not isinstance(out, Tensor) or out.shape[:2] != (plan.batch, plan.kept):
+            self.owner.say("an attention gave back other tokens than it was given; its output is left as it is")
+            return None
+        return plan.unmerge(out)
+
+    def _watch_keys(self, attn1: nn.Module, tokens: int) -> None:
+        """See once for each attention code whether its keys come from the context that it is given."""
+        code = code_of(attn1)
+        if code in self.owner.takes_keys or is_compiling():
+            return
+
+        def see(module: nn.Module, args: tuple) -> None:
+            self.owner.takes_keys[code] = args[0].shape[1] == tokens
+            self._stop_watching()
+
+        self._stop_watching()
+        self._watch = attn1.to_k.register_forward_pre_hook(see)
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
+    def _is_anothers(self, name: str, module: nn.Module, kwargs: dict[str, Any], tokens: int) -> bool:
+        """Whether a module that gets merged queries, or tokens, may need every token or its place; says so."""
+        processor = getattr(module, "processor", None)
+        why = None
+        made = type(module).forward.__module__.partition(".")[0]
+        if is_replaced(module) or made != type(module).__module__.partition(".")[0]:
+            why = "something else replaces its forward"
+        elif processor is not None and not _is_diffusers(processor):
+            why = f"{type(processor).__name__} replaces its attention"
+        elif kwargs.get("ip_adapter_masks") is not None:
+            why = "an IP-Adapter masks parts of the picture"
+        else:
+            mask = next((kwargs[key] for key in ("attention_mask", "mask") if kwargs.get(key) is not None), None)
+            if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-2] == tokens:
+                why = "it has a mask for each token"
+        if why is not None:
+            self.owner.say(f"{name} is not merged: {why}")
+        return why is not None
 
     def _keeps_own(self, attn1: nn.Module, x: Any) -> bool:
         """Whether the queries of this call of a layer keep their own tokens."""
@@ -413,7 +469,7 @@ class _Block:
             return None
         return grid
 
-    def _can_merge_keys(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any], kind: Any) -> bool:
+    def _can_merge_keys(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any], kind: Any, own: bool) -> bool:
         if kind.keys and argument(args, kwargs, 2, "attention_mask", "mask") is not None:
             self.owner.say("a self-attention with a mask is left alone")
             return False
@@ -421,6 +477,10 @@ class _Block:
             self.owner.say(
                 "fused projections allow no keys of their own; call unfuse_qkv_projections() or choose method merge"
             )
+            return False
+        if not own and kind.keys != kind.queries and not self.owner.takes_keys.get(code_of(attn1), True):
+            what = type(getattr(attn1, "processor", None) or attn1).__name__
+            self.owner.say(f"{what} allows no keys of their own: its self-attention is left alone; choose method merge")
             return False
         return True
 
@@ -462,6 +522,7 @@ class _Block:
         for handle in self._projection_handles:
             handle.remove()
         self._projection_handles, self._hooked = [], []
+        self._stop_watching()
 
     def _widen(self, name: str, heads: int, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
         now = self.now
@@ -469,7 +530,13 @@ class _Block:
             return None
         if name == "to_q":
             return widen_query(out, heads, now.rule)
-        return widen_key(out, heads, now.rule, now.bias) if name == "to_k" else widen_value(out, heads)
+        if name == "to_v":
+            return widen_value(out, heads)
+        bias = now.bias
+        if out.shape[:2] != bias.shape:
+            self.owner.say("an attention makes keys from other tokens than it is given; they have no weights")
+            bias = bias.new_zeros(out.shape[:2])
+        return widen_key(out, heads, now.rule, bias)
 
     def _narrow(self, heads: int, module: nn.Module, args: tuple) -> tuple | None:
         now = self.now
@@ -484,13 +551,37 @@ class _Block:
         if now is None or now.plan is None or not isinstance(x, Tensor):
             return None
         if x.shape[:2] != (now.plan.batch, now.plan.tokens):
+            self.owner.say(f"{name} is not merged: its tokens are not those of the block's self-attention")
+            return None
+        if self._is_anothers(name, module, kwargs, now.plan.tokens):
             return None
         now.open[name] = now.plan
         return _with(args, kwargs, "hidden_states" if "hidden_states" in kwargs else "x", now.plan.merge(x))
 
     def _unmerge_output(self, name: str, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-        plan = None if self.now is None else self.now.open.pop(name, None)
-        return None if plan is None else plan.unmerge(out)
+        return None if self.now is None else self._unmerge(self.now.open.pop(name, None), out)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether another forward than its class's runs. accelerate's moves weights and then runs the class's."""
+    return "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+
+
+def _is_diffusers(processor: Any) -> bool:
+    return type(processor).__module__.partition(".")[0] == "diffusers"
+
+
+def code_of(attention: nn.Module) -> tuple:
+    """What decides how a layer attends: its forward, its processor with that one's settings, and torch's function,
+    which may have been replaced."""
+    processor = getattr(attention, "processor", None)
+    told: Any = ()
+    if processor is not None and _is_diffusers(processor):
+        simple = (bool, int, float, str)
+        told = tuple((key, x) for key, x in getattr(processor, "__dict__", {}).items() if isinstance(x, simple))
+    elif hasattr(processor, "__weakref__"):
+        told = weakref.ref(processor)
+    return type(attention).forward, type(processor), told, F.scaled_dot_product_attention
 
 
 def argument(args: tuple, kwargs: dict[str, Any], place: int, *names: str) -> Any:

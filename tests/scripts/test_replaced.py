@@ -1,0 +1,202 @@
+"""Attentions and feed-forwards that something else replaces, masks or feeds: left alone, with a line that says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import shared_tome
+from shared_tome.script_hooks import served_blocks
+
+from . import models
+
+SDPA = F.scaled_dot_product_attention
+
+
+def config(**options):
+    return shared_tome.ToMeConfig(**{"method": "merge", "ratio": 0.5, "min_tokens": 0, "levels": "0,1", **options})
+
+
+def tokens_of(unet, name, **told):
+    """How many tokens each block's part of a name gets in a call of the model."""
+    seen = []
+    handles = [
+        getattr(block, name).register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[1]))
+        for block in served_blocks(unet)
+    ]
+    with torch.no_grad():
+        x, context = models.noise(2, 4, 16, 20, seed=1), models.noise(2, 7, 16, seed=2)
+        unet(x, 500, encoder_hidden_states=context, **told)
+    for handle in handles:
+        handle.remove()
+    return set(seen)
+
+
+class Regional:
+    """Half of the picture gets half of the prompt: needs all tokens, in their places."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        assert hidden_states.shape[1] in (320, 80)
+        return hidden_states
+
+
+def replace_attn2(unet):
+    own = {name: processor for name, processor in unet.attn_processors.items() if "attn1" in name}
+    unet.set_attn_processor({name: own.get(name, Regional()) for name in unet.attn_processors})
+    return {}
+
+
+def mask_attn2(unet):
+    return {"cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 16, 20)]}}
+
+
+def mask_prompt(unet):
+    return {"encoder_attention_mask": torch.zeros(2, 320, 7)}
+
+
+def replace_forward(unet):
+    for block in served_blocks(unet):
+        block.attn2.forward = lambda hidden_states, encoder_hidden_states=None, **kwargs: hidden_states
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "blocks"),
+    [
+        (replace_attn2, "attn2 is not merged: Regional replaces its attention", 2),
+        (mask_attn2, "attn2 is not merged: an IP-Adapter masks parts of the picture", 2),
+        (mask_prompt, "attn2 is not merged: it has a mask for each token", 1),
+        (replace_forward, "attn2 is not merged: something else replaces its forward", 2),
+    ],
+)
+def test_a_cross_attention_that_needs_every_token_gets_it(change, words, blocks, caplog):
+    unet = models.sd15()
+    if blocks == 1:  # a mask of one size goes with one grid
+        unet = models.seeded(
+            lambda: models.diffusers.UNet2DConditionModel(
+                sample_size=16, block_out_channels=(16,), layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
+                down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+                cross_attention_dim=16,
+            )
+        )  # fmt: skip
+    shared_tome.apply_patch(unet, config=config(cross_attention=True))
+    merged = tokens_of(unet, "attn2")
+    assert all(n not in (320, 80) for n in merged) and "attn2" not in caplog.text
+    told = change(unet)
+    assert tokens_of(unet, "attn2", **told) <= {320, 80}
+    assert caplog.text.count(words) == 1
+    tokens_of(unet, "attn2", **told)
+    assert caplog.text.count(words) == 1, "said once"
+
+
+def test_a_feed_forward_in_chunks_is_left_alone(caplog):
+    unet = models.sd15()
+    shared_tome.apply_patch(unet, config=config(mlp=True))
+    assert tokens_of(unet, "ff") == {160, 40}
+    for block in served_blocks(unet):
+        block.set_chunk_feed_forward(10, 1)
+    assert tokens_of(unet, "ff") == {10}
+    assert "ff is not merged: its tokens are not those of the block's self-attention" in caplog.text
+
+
+class Itself:
+    """Makes its keys from the tokens themselves, whatever it is given, as diffusers' PAG processors do."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        q, k, v = (
+            project(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_processor_without_keys_of_their_own_is_left_alone(caplog):
+    """Nothing is merged then, and unequal weights would not fit its keys."""
+    unet = models.sd15()
+    processors = {n: Itself() if "attn1" in n else p for n, p in unet.attn_processors.items()}
+    unet.set_attn_processor(processors)
+    before = models.run(unet, 15, 17)
+    shared_tome.apply_patch(unet, config=config(method="sample", ratio=0.6, own_token=False))
+    for _ in range(2):
+        torch.testing.assert_close(models.run(unet, 15, 17), before, rtol=1e-5, atol=1e-5)
+    assert "Itself allows no keys of their own: its self-attention is left alone" in caplog.text
+    shared_tome.remove_patch(unet)
+    assert torch.equal(models.run(unet, 15, 17), before) and models.count_hooks(unet) == 0
+
+
+class WithReference:
+    """Attends to the first row's tokens, too, as reference and style processors do."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        context = torch.cat((context, context[:1].expand_as(context)), dim=1)
+        q, k, v = (
+            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_keys_that_a_processor_adds_have_no_weights(caplog):
+    unet = models.sd15()
+    unet.set_attn_processor({n: WithReference() if "attn1" in n else p for n, p in unet.attn_processors.items()})
+    shared_tome.apply_patch(unet, config=config(proportional=False))
+    plain = models.run(unet)
+    shared_tome.apply_patch(unet, config=config())
+    torch.testing.assert_close(models.run(unet), plain, rtol=1e-4, atol=1e-5)
+    assert "makes keys from other tokens than it is given; they have no weights" in caplog.text
+
+
+def test_keys_in_fewer_heads_have_no_weights(caplog):
+    """DreamLite's U-Net inherits its forward and shares keys between heads."""
+    from diffusers.models.unets.unet_dreamlite import DreamLiteUNetModel
+
+    unet = models.seeded(
+        lambda: DreamLiteUNetModel(
+            sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=16,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=2, num_kv_heads=1,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+    )  # fmt: skip
+    before = models.run(unet)
+    shared_tome.apply_patch(unet, config=config(proportional=False))
+    plain = models.run(unet)
+    shared_tome.apply_patch(unet, config=config())
+    assert torch.equal(models.run(unet), plain) and not torch.equal(plain, before)
+    assert "takes no weights of keys" in caplog.text
+
+
+def test_an_attention_function_that_is_swapped_in_later_is_tried_again(monkeypatch, caplog):
+    """Attention packages take torch's place by name; this one knows what the heads' size was."""
+    unet = models.sd15()
+    shared_tome.apply_patch(unet, config=config())
+    expected = models.run(unet)
+
+    def package(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+        size = q.shape[-1] if k.shape[2] == 7 else {16: 8, 24: 16}[q.shape[-1]]  # 7: the prompt's
+        return SDPA(q, k, v, attn_mask=attn_mask, scale=size**-0.5)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", package)
+    torch.testing.assert_close(models.run(unet), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_forward_of_its_own_is_not_taken_for_the_classs(caplog):
+    """A trial of the class's code says nothing about it."""
+    unet = models.sd15()
+
+    def attend(attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        q, k, v = (
+            project(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        out = SDPA(q, k, v, scale=1.5 * q.shape[-1] ** -0.5)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+    for block in served_blocks(unet):
+        block.attn1.forward = attend.__get__(block.attn1)
+    shared_tome.apply_patch(unet, config=config(proportional=False))
+    plain = models.run(unet)
+    shared_tome.apply_patch(unet, config=config())
+    assert torch.equal(models.run(unet), plain)
+    assert "takes no weights of keys" in caplog.text
