@@ -52,6 +52,7 @@ from .joint import JointCall
 from .plan import Plan, spread_rows
 from .schedule import config_at
 from .script_auto import verdict_on_step
+from .script_outcome import CallOutcome, Outcome
 from .script_steps import Steps
 from .sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_own, attend_weighed, leave_left_modes
 from .step_auto import why_left_alone
@@ -94,6 +95,7 @@ class _Call:
     passes: dict[_Block, _Pass] = field(default_factory=dict)
     kind: tuple = ()
     judged: Judged = field(default_factory=Judged)
+    outcome: CallOutcome = field(default_factory=CallOutcome)
     keeps_own: dict[tuple, bool] = field(default_factory=dict)  # by what of a layer decides
 
 
@@ -105,9 +107,11 @@ class BaseAttachment:
         self._handles: list[Any] = []
         self._calls: dict[int, Any] = {}
         self._said: set[str] = set()
+        self._outcome = Outcome(config, self.steps, self._log)
 
     def detach(self, model: nn.Module) -> None:
         """Take all hooks off."""
+        self._outcome.end()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -130,7 +134,10 @@ class BaseAttachment:
         """Tell once what is left alone and why."""
         if message not in self._said:
             self._said.add(message)
-            logger.warning("[ToMe] %s", message)
+            self._log(message)
+
+    def _log(self, message: str) -> None:
+        logger.warning("[ToMe] %s", message)
 
     def _say_why(self, message: str, detail: str) -> None:
         self.say(f"{message} ({detail})")
@@ -142,10 +149,11 @@ class BaseAttachment:
     def model_call(self, config: ToMeConfig, grid: Grid, timestep: Any, device: torch.device) -> ModelCall | None:
         """The core's state for this call, or None where nothing is merged now. config: from config_now."""
         step = self.steps.step(timestep, device)
-        return ModelCall(config, grid, device, step=step) if config.ratio > 0.0 else None
-
-    def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
-        self.call = None
+        if config.ratio > 0.0:
+            self._outcome.reach()
+            return ModelCall(config, grid, device, step=step)
+        self._outcome.skip(lambda known: self.config_now(known / self.steps.scale).ratio)
+        return None
 
 
 class Attachment(BaseAttachment):
@@ -160,6 +168,8 @@ class Attachment(BaseAttachment):
         self.takes_keys: dict[tuple, bool] = {}  # by attention code: whether it makes its keys from the given context
         self._blocks = [_Block(self) for _ in served_blocks(model)]
         self._hooks = BlockHooks()
+        if not (merge_attn or config.cross_attention or config.mlp):
+            self.say("nothing is merged: attention, cross-attention and MLP are all off")
         self._handles += [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             model.register_forward_hook(self._after_model, always_call=True),
@@ -209,7 +219,7 @@ class Attachment(BaseAttachment):
 
         def merge(made: nn.Module) -> None:
             twin = Attachment(made, config, self.steps.pipe, self.merge_attn, judges=False)
-            twin._said = self._said  # what both have to say is said once
+            twin._said, twin._outcome = self._said, self._outcome  # what both have to say is said once
 
         verdict = verdict_on_step(model, args, kwargs, batch, kind[0], config, merge)
         self._judged[kind] = time.monotonic() + RETRY if verdict is None else math.inf
@@ -221,6 +231,8 @@ class Attachment(BaseAttachment):
         call, self.call = self.call, None
         if call is not None and out is not None:  # None: the call ended in an exception
             self._hooks.judge(call.kind, call.judged)
+            if not _compiles():
+                self._outcome.end_call(call.kind, call.outcome)
 
     def _joint(self, call: ModelCall) -> JointCall | None:
         """What lets queries keep their own tokens, or None where they shall not."""
@@ -335,7 +347,9 @@ class _Block:
                 return None
             now.layer = call.attention(x, x, x, grid, metric=now.metric, own=own)
             if now.layer is None:
+                self.owner.call.outcome.leave(call, grid)
                 return None
+            self.owner.call.outcome.merged = True
             if own:
                 now.own = now.layer.plan
                 return None  # attn1 gets all tokens; _attend_own takes some of their keys
@@ -347,10 +361,13 @@ class _Block:
         if not kind.matches:
             return None
         now.plan = call.plan(now.metric, grid)
+        if now.plan is None:
+            self.owner.call.outcome.leave(call, grid)
         if now.plan is None or not (self.owner.merge_attn and kind.queries):
             return None
         if self._is_anothers("attn1", attn1, kwargs, x.shape[1]):
             return None
+        self.owner.call.outcome.merged = True
         now.open["attn1"] = now.plan  # keys of its own (the block only attends to a prompt): queries alone
         return _with(args, kwargs, name, now.plan.merge(x))
 
@@ -451,12 +468,14 @@ class _Block:
         call = self.owner.call
         call.judged.begin(self)
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[:2] != now.metric.shape[:2]:
+            self.owner.say("a self-attention that is given other tokens than its block is left alone")
             return None
         grid = grid_of(x.shape[1], call.model.full)
         if grid is None or x.shape[0] != call.batch:
             self.owner.say("a layer whose tokens are not those of the image (it attends over time) is left alone")
             return None
         if not call.model.serves(grid):
+            call.outcome.leave(call.model, grid)
             call.judged.leave(self)
             return None
         block = None if is_compiling() else functools.partial(run_bare, now.block)
@@ -556,6 +575,7 @@ class _Block:
         if self._is_anothers(name, module, kwargs, now.plan.tokens):
             return None
         now.open[name] = now.plan
+        self.owner.call.outcome.merged = True
         return _with(args, kwargs, "hidden_states" if "hidden_states" in kwargs else "x", now.plan.merge(x))
 
     def _unmerge_output(self, name: str, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:

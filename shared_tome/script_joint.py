@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .joined import TORCHS
 from .joint import JointCall, image_bias, merge_image, unmerge_image
 from .plan import Plan
 from .script_hooks import BaseAttachment, argument
+from .script_outcome import CallOutcome
 from .sdpa import Handler, HostAttention, SdpaHooks, attend_sampled, leave_left_modes
 from .served import served_as
 
@@ -48,6 +49,7 @@ class _Call:
     batch: int
     text: int
     reference: int
+    outcome: CallOutcome = field(default_factory=CallOutcome)
 
 
 class JointAttachment(BaseAttachment):
@@ -58,6 +60,7 @@ class JointAttachment(BaseAttachment):
         super().__init__(config, pipe, scale)
         self._grid: tuple[weakref.ref, Grid, int] | None = None
         if not merge_attn:
+            self.say("nothing is merged: attention is off")
             return
         self._handles += [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -83,6 +86,11 @@ class JointAttachment(BaseAttachment):
         if call is not None:
             joint = JointCall(call.config.weighs_keys, TORCHS, self._say_why, call.config.keeps_own)
             self.call = _Call(call, joint, grid, x.shape[0], text.shape[1], reference)
+
+    def _after_model(self, model: nn.Module, args: tuple, out: Any) -> None:
+        call, self.call = self.call, None
+        if call is not None and out is not None:  # None: the call ended in an exception
+            self._outcome.end_call(call.grid, call.outcome)
 
     def _grid_of(self, ids: Tensor) -> tuple[Grid, int]:
         """The image's grid from its position ids [N, 3] (number, row, column), and the reference tokens behind it.
@@ -124,7 +132,9 @@ class JointAttachment(BaseAttachment):
         metric = k[:, :, start : start + image].mean(1) if call.model.config.kind.matches else k[:, 0, :image]
         plan = call.model.plan(metric, call.grid)  # metric [B, N, d]
         if plan is None:
+            call.outcome.leave(call.model, call.grid)
             return attention(q, k, v)
+        call.outcome.merged = True
         if call.model.config.kind.matches:
             return self._merged(attention, q, k, v, start, plan)
         return attend_sampled(call.joint, attention, q, k, v, start, plan)
