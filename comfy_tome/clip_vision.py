@@ -17,6 +17,7 @@ from ..shared_tome.auto import Verdict
 from ..shared_tome.vit_auto import by_pixels, verdict_of
 from ..shared_tome.vit_hooks import SCHEDULES, Attachment, Options, Tower, find_tower
 from .log import say_once
+from .schema import make
 
 
 class MergedVision:
@@ -78,7 +79,8 @@ class ToMeCLIPVision(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make(
+            io.Schema,
             node_id="ToMeCLIPVision",
             display_name="ToMe CLIP Vision",
             category="model/patch",
@@ -97,7 +99,8 @@ class ToMeCLIPVision(io.ComfyNode):
                     display_mode=io.NumberDisplay.slider,
                     tooltip="The share of the tokens that is gone after the last layer. 0 changes nothing.",
                 ),
-                io.Combo.Input(
+                make(
+                    io.Combo.Input,
                     "schedule",
                     options=list(SCHEDULES),
                     default=SCHEDULES[0],
@@ -106,7 +109,8 @@ class ToMeCLIPVision(io.ComfyNode):
                     tooltip="constant: as many tokens fewer in each layer. falling: most in the first layers, none in "
                     "the last: faster, further from the unmerged result.",
                 ),
-                io.Boolean.Input(
+                make(
+                    io.Boolean.Input,
                     "proportional",
                     default=True,
                     optional=True,

@@ -13,6 +13,7 @@ from .clip_vision import ToMeCLIPVision
 from .log import logger
 from .patch import apply_to_model
 from .record_nodes import NODES as RECORD_NODES
+from .schema import make
 
 
 def _input(widget: Widget) -> io.Input:
@@ -26,20 +27,20 @@ def _input(widget: Widget) -> io.Input:
         "optional": option.advanced,
     }
     if option.choices is not None:
-        return io.Combo.Input(widget.name, options=list(option.choices), **common)
+        return make(io.Combo.Input, widget.name, options=list(option.choices), **common)
     if isinstance(widget.default, bool):
-        return io.Boolean.Input(widget.name, **common)
+        return make(io.Boolean.Input, widget.name, **common)
     numbers = {"min": option.minimum, "max": option.maximum, "step": option.step}
     if isinstance(widget.default, int):
         # By itself the page gives whatever is called seed a control that draws another one after each picture.
         after = {"control_after_generate": False} if widget.name == "seed" else {}
-        return io.Int.Input(widget.name, **numbers, **after, **common)
+        return make(io.Int.Input, widget.name, **numbers, **after, **common)
     if widget.name != "ratio":
-        return io.Float.Input(widget.name, **numbers, round=0.001, **common)
+        return make(io.Float.Input, widget.name, **numbers, round=0.001, **common)
     # The page shows as many digits as `step` has and would make 0.94 of 0.9375; a dragged slider moves by `round`.
     numbers |= {"step": 0.0005, "round": option.step}
     extra = {"tome_presets": _presets()}
-    return io.Float.Input(widget.name, **numbers, display_mode=io.NumberDisplay.slider, extra_dict=extra, **common)
+    return make(io.Float.Input, widget.name, **numbers, display_mode=io.NumberDisplay.slider, extra_dict=extra, **common)
 
 
 def _presets() -> dict[str, Any]:
@@ -58,7 +59,8 @@ class ToMe(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make(
+            io.Schema,
             node_id="ToMe",
             display_name="ToMe",
             category="model/patch/unet",

@@ -14,6 +14,7 @@ from .log import logger
 from .map import EMPTY, draw_maps
 from .measure import measure
 from .record import COMPILED, RECORD, Record, Run
+from .schema import make
 
 ToMeRecordType = io.Custom("TOME_RECORD")
 
@@ -32,8 +33,8 @@ def record_model(model: Any) -> tuple[Any, Record]:
 
 
 def _which_run() -> io.Input:
-    return io.Int.Input(
-        "sampling", default=0, min=0, max=3, optional=True, advanced=True,
+    return make(
+        io.Int.Input, "sampling", default=0, min=0, max=3, optional=True, advanced=True,
         tooltip="Where one model is sampled several times (hires pass, tiles): 0 is the last, 1 the one before it.",
     )  # fmt: skip
 
@@ -43,7 +44,8 @@ class ToMeRecord(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make(
+            io.Schema,
             node_id="ToMeRecord",
             display_name="ToMe Record",
             category="model/patch/unet",
@@ -68,7 +70,8 @@ class ToMeMap(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         shows = "\n".join(f"{name}: {summary}." for name, summary in SHOWS.items())
-        return io.Schema(
+        return make(
+            io.Schema,
             node_id="ToMeMap",
             display_name="ToMe Map",
             category="image",
@@ -92,12 +95,13 @@ class ToMeMap(io.ComfyNode):
                     "opacity", default=0.6, min=0.0, max=1.0, step=0.05, display_mode=io.NumberDisplay.slider,
                     tooltip="How strong the colours are.",
                 ),
-                io.Int.Input(
-                    "picture", default=0, min=-1, max=4095, optional=True, advanced=True,
+                make(
+                    io.Int.Input, "picture", default=0, min=-1, max=4095, optional=True, advanced=True,
                     tooltip="Which picture of the batch, or frame of the video, from 0. -1: all.",
                 ),
-                io.Boolean.Input(
-                    "legend", default=True, optional=True, advanced=True, tooltip="What is shown, in the lower edge."
+                make(
+                    io.Boolean.Input, "legend", default=True, optional=True, advanced=True,
+                    tooltip="What is shown, in the lower edge.",
                 ),
                 _which_run(),
             ],
@@ -125,7 +129,8 @@ class ToMeReport(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make(
+            io.Schema,
             node_id="ToMeReport",
             display_name="ToMe Report",
             category="utilities",
