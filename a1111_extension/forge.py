@@ -7,6 +7,7 @@ already is called by ours. Both programs put the unpatched U-Net back before eac
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,7 @@ from ..shared_tome.heads import (
 from ..shared_tome.joined import TORCHS
 from ..shared_tome.joint import JointCall
 from ..shared_tome.plan import spread_rows
+from ..shared_tome.progress import percent_of_level, percent_table
 from ..shared_tome.record import CallRecord
 from ..shared_tome.report import CallTally
 from ..shared_tome.sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_own, leave_left_modes
@@ -56,7 +58,7 @@ def patch(sd_model: Any, sampling: Sampling) -> None:
         raise NotServed(f"{type(diffusion_model).__name__} has no self-attention that ToMe knows; nothing is merged")
     inner = _without_ours(unet.model_options.get(_WRAPPER))
     sampling.another_model()
-    unet.set_model_unet_function_wrapper(_wrapper(diffusion_model, sampling, inner))
+    unet.set_model_unet_function_wrapper(_wrapper(unet.model, sampling, inner))
     sd_model.forge_objects.unet = unet
 
 
@@ -81,9 +83,28 @@ def _without_ours(wrapper: Callable | None) -> Callable | None:
     return wrapper
 
 
-def _wrapper(diffusion_model: nn.Module, sampling: Sampling, inner: Callable | None) -> Callable:
-    """A plain function, because clone() copies objects deeply and would part them from the sampling's state."""
+def _percent_to_sigma(model: Any) -> Callable[[float], float] | None:
+    """The noise level at a share of the model's time: Forge keeps it in `predictor`, reForge in `model_sampling`."""
+    for name in ("predictor", "model_sampling"):
+        found = getattr(getattr(model, name, None), "percent_to_sigma", None)
+        if found is not None:
+            return found
+    return None
+
+
+def _wrapper(model: Any, sampling: Sampling, inner: Callable | None) -> Callable:
+    """A plain function, because clone() copies objects deeply and would part them from the sampling's state.
+
+    model: what the U-Net's patcher holds.
+    """
+    diffusion_model, percent_to_sigma = model.diffusion_model, _percent_to_sigma(model)
     met: dict[tuple, bool] = {}
+    table: list[Tensor] = []  # asked for where there is a schedule
+
+    def progress(level: Tensor) -> float:
+        if not table:
+            table.append(percent_table(percent_to_sigma))
+        return percent_of_level(level, table[0])
 
     def tome_wrapper(apply_model: Callable, args: dict[str, Any]) -> Tensor:
         def run(args: dict[str, Any]) -> Tensor:
@@ -93,7 +114,9 @@ def _wrapper(diffusion_model: nn.Module, sampling: Sampling, inner: Callable | N
 
         x = args["input"]  # (B, C, H, W): whole batches of images, prompts and negative prompts one after another
         rows = tuple(row % len(sampling.seeds) for row in range(x.shape[0]))
-        call = sampling.call(tuple(x.shape[-2:]), x.shape[0], x.device, rows) if x.dim() == 4 else None
+        tells = percent_to_sigma is not None
+        far = functools.partial(progress, args["timestep"]) if tells else None
+        call = sampling.call(tuple(x.shape[-2:]), x.shape[0], x.device, rows, far) if x.dim() == 4 else None
         if call is None:
             return run(args)
         told = sampling.told

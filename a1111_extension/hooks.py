@@ -39,6 +39,7 @@ from ..shared_tome.heads import (
 from ..shared_tome.joined import TORCHS
 from ..shared_tome.joint import JointCall
 from ..shared_tome.plan import Plan, spread_rows
+from ..shared_tome.progress import percent_of_time
 from ..shared_tome.record import CallRecord
 from ..shared_tome.report import CallTally, why_not_served
 from ..shared_tome.sdpa import (
@@ -157,7 +158,9 @@ class Attachment:
         self.call = self.joint = self.told = None
         leave_left_modes()
         if isinstance(x, Tensor) and x.dim() == 4:  # (B, C, H, W)
-            self.call = self.sampling.call((x.shape[2], x.shape[3]), x.shape[0], x.device)
+            time = args[1] if len(args) > 1 else kwargs.get("timesteps")
+            progress = None if time is None else functools.partial(percent_of_time, time)
+            self.call = self.sampling.call((x.shape[2], x.shape[3]), x.shape[0], x.device, progress=progress)
             self.told = self.sampling.told
             self.batch = x.shape[0]
         self.judged = Judged()

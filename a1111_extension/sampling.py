@@ -42,7 +42,7 @@ class Sampling:
     ):
         self.config, self.notes = config, notes
         self.seeds = tuple(fold_seed(int(seed)) for seed in seeds) or (0,)
-        self.step, self.progress = 0, 0.0
+        self.step, self._by_steps = 0, 0.0
         self._rows = RowCursor(len(self.seeds))
         self._tensors: dict[tuple[Rows, torch.device], torch.Tensor] = {}
         self.run = Run(config) if report or keep_choices else None
@@ -61,7 +61,7 @@ class Sampling:
                 stands still in samplers that call twice a step.
             rows: how many rows it made, cond: its conditioning, which tells the prompts of each image.
         """
-        self.step, self.progress = step, min(step / max(1, total), 1.0 - 1e-6)
+        self.step, self._by_steps = step, min(step / max(1, total), 1.0 - 1e-6)
         if self.run is not None:
             self.run.tally.of_steps = total
         if rows is None:
@@ -76,14 +76,22 @@ class Sampling:
             self.notes.say(f"{rows} rows for {images} images are not understood; their choices go by row", shown=False)
         self._rows.begin(found)
 
-    def call(self, full: Grid, batch: int, device: torch.device, rows: Rows | None = None) -> ModelCall | None:
+    def call(
+        self,
+        full: Grid,
+        batch: int,
+        device: torch.device,
+        rows: Rows | None = None,
+        progress: Callable[[], float] | None = None,
+    ) -> ModelCall | None:
         """The state of one call of the model, or None where nothing is merged now.
 
         full: the latent's grid, batch: its rows; rows: their images, where the caller knows better than the step.
+        progress: how far the model is by its noise level, 0 to 1, asked only for a schedule; None: by steps.
         """
         if rows is None:
             rows = self._rows.take(batch)  # even if not merged: the cursor has to move on
-        config = config_at(self.config, lambda: self.progress)
+        config = config_at(self.config, progress or (lambda: self._by_steps))
         self.told = None if self.run is None else self._tell(self.run, config, full, rows)
         if config.ratio == 0.0:
             return None

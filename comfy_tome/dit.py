@@ -38,7 +38,7 @@ from ..shared_tome.sdpa import Handler, HostAttention, SdpaHooks, leave_left_mod
 from .dit_attention import Call, any_size, attend_joint, kernel_order, may_join, take_mask
 from .dit_models import DiTModel, Told, cross_lengths, dit_model, unwrapped
 from .log import leave_alone, say_once
-from .model_call import DIFFUSION_MODEL, KEY, call_key, find_options, halves_alike, progress_of, put_options, step_of
+from .model_call import DIFFUSION_MODEL, KEY, call_key, draw_of, find_options, halves_alike, progress_of, put_options
 from .record import COMPILE_KEY, CallRecord, begin
 
 # Head sizes that every attention kernel in use takes (SageAttention: these alone).
@@ -112,10 +112,10 @@ class DiTPatch:
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         args, options = find_options(args, kwargs)
-        config = config_at(self.config, lambda: progress_of(options))
+        config = config_at(self.config, lambda: progress_of(options, executor.class_obj))
         record = begin(executor, x, t, args, kwargs, self.config, config)
         told = {**kwargs, **_prompt(args)}
-        patch = self._patch(config, unwrapped(executor.class_obj.diffusion_model), x, options, told, record)
+        patch = self._patch(config, executor.class_obj, x, options, told, record)
         if patch is None:
             return executor(x, t, *args, **kwargs)
         if patch.facts.compiles:
@@ -128,9 +128,10 @@ class DiTPatch:
         return out
 
     def _patch(
-        self, config: ToMeConfig, model: Any, x: Tensor, options: dict[str, Any], told: Told, record: CallRecord | None
+        self, config: ToMeConfig, base: Any, x: Tensor, options: dict[str, Any], told: Told, record: CallRecord | None
     ) -> DiTCall | None:
-        """What this call gets, or None where it is left alone."""
+        """What this call gets, or None where it is left alone. base: the model that apply_model is of."""
+        model = unwrapped(base.diffusion_model)
         facts = dit_model(model)
         if config.ratio == 0.0 or facts is None:
             return None
@@ -144,7 +145,7 @@ class DiTPatch:
             reason = "under torch.compile this model is left alone: it would not notice ToMe"
             leave_alone(record, reason, facts.name, grid=layout.grid)
             return None
-        step, alike = step_of(options, x.device), halves_alike(options)
+        step, alike = draw_of(options, x.device, base), halves_alike(options)
         call = ModelCall(config, layout.grid, x.device, step=step, alike=alike)
         if not call.serves(layout.grid):
             if record is not None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..shared_tome import ModelCall, ToMeConfig
+from ..shared_tome.progress import Draws, percent_of_level, percent_table, place_of
 
 KEY = "ToMe"
 APPLY_MODEL = "apply_model"  # comfy.patcher_extension.WrappersMP.APPLY_MODEL
@@ -44,20 +47,69 @@ def halves_alike(options: dict[str, Any]) -> bool:
 
 
 def step_of(options: dict[str, Any], device: torch.device) -> Tensor | int:
-    """Which step of the sampler this is, as a 0-d tensor on the device: no synchronisation.
+    """Which step of this sampler it is, for people, as a 0-d tensor on the device: no synchronisation.
 
     Counted in noise levels and not in calls: samplers that call the model twice a step, area conditioning and
     split batches all come to the same number.
     """
-    sigmas, sigma = options.get("sample_sigmas"), options.get("sigmas")
-    if sigmas is None or sigma is None:
+    levels, level = _levels(options, device)
+    return 0 if levels is None else place_of(levels, level)
+
+
+def draw_of(options: dict[str, Any], device: torch.device, base: Any) -> Tensor | int:
+    """The number of this call's draw (progress.Draws), as a 0-d tensor on the device: no synchronisation.
+
+    base: the BaseModel that apply_model is of.
+    """
+    levels, level = _levels(options, device)
+    if levels is None or len(levels) < 2:
         return 0
-    return (sigmas.to(device) > sigma.to(device).flatten()[0] * (1 + 1e-4)).sum()
+    table = _table_of(base)
+    return place_of(levels, level) if table is None else _draws(levels, table).number(level)
 
 
-def progress_of(options: dict[str, Any]) -> float:
-    """How far the sampler is, 0 to 1 in steps. Synchronises, once a step and only for a schedule."""
-    sigmas = options.get("sample_sigmas")
-    if sigmas is None or len(sigmas) < 2:
+def progress_of(options: dict[str, Any], base: Any) -> float:
+    """How far the model is by its noise level, 0 to 1. Synchronises, once a call and only for a schedule.
+
+    The percent whose `percent_to_sigma` is the present level; by steps where a model has no such function.
+    """
+    levels, level = _levels(options, torch.device("cpu"))
+    if levels is None:
         return 0.0
-    return int(step_of(options, sigmas.device)) / (len(sigmas) - 1)
+    table = _table_of(base)
+    if table is not None:
+        return percent_of_level(level, table)
+    return int(place_of(levels, level)) / max(1, len(levels) - 1)
+
+
+def _levels(options: dict[str, Any], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """The sampler's noise levels [n] and the present one []; None where they are not told."""
+    levels, level = options.get("sample_sigmas"), options.get("sigmas")
+    if levels is None or level is None:
+        return None, None
+    return levels.to(device, torch.float32), level.to(device, torch.float32).flatten()[0]
+
+
+# A table asks the host a thousand times; a sampler's draws take more launches than a small step should wait for.
+_tables: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+_known_draws: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the sampler's list: (table, its draws)
+
+
+def _table_of(base: Any) -> Tensor | None:
+    """progress.percent_table of the model's sampling, on the CPU; None where it cannot tell."""
+    sampling = getattr(base, "model_sampling", None)
+    if not hasattr(sampling, "percent_to_sigma"):
+        return None
+    if sampling not in _tables:
+        _tables[sampling] = percent_table(sampling.percent_to_sigma)
+    return _tables[sampling]
+
+
+def _draws(levels: Tensor, table: Tensor) -> Draws:
+    known, draws = _known_draws.get(levels, (None, None))
+    if known is not table:
+        # A copy: an entry that holds its own key would stay. On the CPU where a device may lack a search.
+        copy = levels.clone() if levels.device.type in ("cpu", "cuda") else levels.cpu()
+        draws = Draws.of(copy, table.to(copy.device)).to(levels.device)
+        _known_draws[levels] = table, draws
+    return draws

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..shared_tome import ToMeConfig
 from ..shared_tome.record import CallRecord, Run, StepFacts
 from .log import say_once
-from .model_call import find_options, step_of
+from .model_call import draw_of, find_options, step_of
 
 RECORD = "ToMe record"
 COMPILED = "under torch.compile ToMe Record sees no single layers, and nothing of what methods that match chose"
@@ -85,7 +85,8 @@ def begin(
     run.compiled = is_compiled(executor, options)
     if run.compiled:
         say_once(COMPILED)
-    run.note(step, StepFacts(now, latent, latent))
+    draw = int(draw_of(options, x.device, executor.class_obj))
+    run.note(step, StepFacts(now, latent, latent, draw=draw))
     if now.ratio > 0.0:
         run.last = _last_call(executor, x, t, args, kwargs, options, step, now.ratio)
     return CallRecord(run, step, rows, latent)

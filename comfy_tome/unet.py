@@ -30,7 +30,7 @@ from ..shared_tome.schedule import config_at
 from ..shared_tome.step_auto import why_left_alone
 from .dit_attention import Call, attend_joint, kernel_order, may_join
 from .log import leave_alone, say_once
-from .model_call import DIFFUSION_MODEL, KEY, call_key, find_options, halves_alike, progress_of, put_options, step_of
+from .model_call import DIFFUSION_MODEL, KEY, call_key, draw_of, find_options, halves_alike, progress_of, put_options
 from .record import begin, is_compiled
 from .unet_auto import about_model, dtype_of, verdict_on_step
 
@@ -43,7 +43,7 @@ class UNetPatch:
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         args, options = find_options(args, kwargs)
-        config = config_at(self.config, lambda: progress_of(options))
+        config = config_at(self.config, lambda: progress_of(options, executor.class_obj))
         record = begin(executor, x, t, args, kwargs, self.config, config)
         if config.ratio == 0.0:
             return executor(x, t, *args, **kwargs)
@@ -58,7 +58,7 @@ class UNetPatch:
         if unpaid is not None and told is None:
             say_once(unpaid, f"{x.shape[-2]}x{x.shape[-1]}, nothing is merged")
             return executor(x, t, *args, **kwargs)
-        step, alike = step_of(options, x.device), halves_alike(options)
+        step, alike = draw_of(options, x.device, executor.class_obj), halves_alike(options)
         call = ModelCall(config, full, x.device, step=step, alike=alike, about=host[2])
         patch = UNetCall(call, options, told, host[0], layers if compiled else None, model, unpaid)
         # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
@@ -113,7 +113,7 @@ def _why_not_paid(
     """Why merging does not pay in whole steps, or None. base: the model that apply_model is of."""
 
     def merged(options: dict[str, Any], run: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
-        call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=step_of(options, x.device), about=about)
+        call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=draw_of(options, x.device, base), about=about)
         patch = UNetCall(call, options, None, attention, None, base.diffusion_model)
         with patch.mlp_hooks(base):
             return run(patch.options, {"tome": patch.key})

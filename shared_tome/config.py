@@ -170,8 +170,9 @@ class ToMeConfig:
     start: float = _option(
         0.0,
         "Start",
-        "The share of the steps after which merging begins. The first steps decide the composition: leaving them alone "
-        "costs that share of the gain and keeps the picture much nearer to the unmerged one.",
+        "Where merging begins, by noise: 0 is pure noise, 1 the picture, like the start percent of other nodes. With "
+        "even schedulers (normal, simple) it is the share of the steps. The first steps decide the composition: "
+        "leaving them alone costs that share of the gain and keeps the picture much nearer to the unmerged one.",
         minimum=0.0,
         maximum=1.0,
         step=0.05,
@@ -180,7 +181,7 @@ class ToMeConfig:
     end: float = _option(
         1.0,
         "End",
-        "The share of the steps after which merging stops.",
+        "Where merging stops, by noise: 0 is pure noise, 1 the picture.",
         minimum=0.0,
         maximum=1.0,
         step=0.05,

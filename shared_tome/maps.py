@@ -81,7 +81,8 @@ def choose(
     if owner is None:
         seed = torch.tensor([fold_seed(seed) for seed in facts.seeds or (facts.config.seed,)])
         metric = torch.zeros(len(seed), math.prod(grid), 1)  # of a choice that looks at nothing
-        owner = owners(match_tokens(metric, grid, facts.config, seed=seed, step=step, layer=layer))
+        draw = step if facts.draw is None else facts.draw
+        owner = owners(match_tokens(metric, grid, facts.config, seed=seed, step=draw, layer=layer))
     return Chosen(run, facts, level, layer, step, grid, owner, where)
 
 

@@ -27,13 +27,14 @@ from .report import CallTally, StepTime, Tally
 class StepFacts:
     """What held in the calls of one step: options with that step's ratio, the latent's size and its own grid.
 
-    seeds: one an image, where a host has them; none: the options' own.
+    seeds: one an image, where a host has them; none: the options' own. draw: the number of its draw; None: the step's.
     """
 
     config: ToMeConfig
     latent: tuple[int, int]
     full: Grid
     seeds: tuple[int, ...] = ()
+    draw: int | None = None
 
 
 class Run:

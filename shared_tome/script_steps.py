@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Diffusion models in use count their noise levels from 0 to 999.
-_TRAINED = 1000
+from .progress import percent_of_time
 
 
 class Steps:
@@ -55,15 +54,19 @@ class Steps:
     def step(self, timestep: Any, device: torch.device) -> Tensor | int:
         """The number of the step as a 0-d tensor on the device, without a synchronisation.
 
-        The timesteps above this one, where they are known. Otherwise counted: another timestep is the next step, a
-        higher one the first step of another run.
+        How many other timesteps are above this one, where they are known: the scheduler knows those of the whole run,
+        of which a pipeline may run a part (strength, denoising_start, denoising_end). Otherwise counted: another
+        timestep is the next step, a higher one the first step of another run.
         """
         if timestep is None:
             return 0
         now = _first(timestep, device)
         known = self._timesteps(timestep)
         if known is not None:
-            return (known.to(device) > now).sum()
+            known = known.to(device)
+            # Schedulers of samplers that call the model twice a step have a timestep twice.
+            again = torch.nn.functional.pad(known[1:] == known[:-1], (1, 0))
+            return ((known > now) & ~again).sum()
         if self._last is None or self._last.device != now.device:
             self._count = torch.zeros((), dtype=torch.int64, device=device)
         else:
@@ -72,16 +75,18 @@ class Steps:
         return self._count
 
     def progress(self, timestep: Any) -> float:
-        """How far the run is, 0 to 1. Synchronises; only a schedule asks.
+        """How far the model is, 0 to 1. Synchronises; only a schedule asks.
 
-        By steps where a pipeline knows them, otherwise by the timestep itself.
+        By the timestep itself; by its place among all timesteps of the run where the scheduler shifts time (Flux,
+        SD3), since it does not tell by how much.
         """
         if timestep is None:
             return 0.0
-        now, known = float(_first(timestep, torch.device("cpu"))), self._timesteps(timestep)
+        known = None if hasattr(getattr(self.pipe, "scheduler", None), "alphas_cumprod") else self._timesteps(timestep)
         if known is not None and len(known):
+            now = _first(timestep, torch.device("cpu"))
             return int((known.cpu() > now).sum()) / len(known)
-        return min(1.0, max(0.0, 1.0 - (now * self.scale + 1.0) / _TRAINED))
+        return percent_of_time(_first(timestep, torch.device("cpu")) * self.scale)
 
 
 def _first(timestep: Any, device: torch.device) -> Tensor:

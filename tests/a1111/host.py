@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import gradio_double
 
 ROOT = Path(__file__).resolve().parents[2]
+HIGHEST = 5.0  # noise level; levels fall evenly in the model's time
 
 
 class Errors(list):
@@ -211,8 +212,10 @@ class CFGDenoiser:
     def _model(self, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
         host = self.p.host
         host.calls.append(x.shape[0])
+        # A1111's U-Net is given the model's time, Forge's patcher the noise level.
+        time = sigma if host.forge else sigma / HIGHEST * 999.0
         eps = host.shared.sd_model.model.diffusion_model(
-            x / (1 + sigma[:, None, None, None] ** 2) ** 0.5, sigma, context=cond
+            x / (1 + sigma[:, None, None, None] ** 2) ** 0.5, time, context=cond
         )
         return x - eps * sigma[:, None, None, None]
 
@@ -321,7 +324,7 @@ class Processing:
         ).to(self.host.dtype)
 
     def sample(self) -> Tensor:
-        sigmas = torch.linspace(5.0, 0.0, self.steps + 1, dtype=self.host.dtype)
+        sigmas = torch.linspace(HIGHEST, 0.0, self.steps + 1, dtype=self.host.dtype)
         cond, uncond = self.c, self.uc
         x = self._noise(self.height // 8, self.width // 8)
         self.scripts.call("process_before_every_sampling", self, x=x, noise=x, c=cond, uc=uncond)

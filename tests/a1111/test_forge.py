@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .host import HIGHEST
+
 ON = [{"ratio": 0.5, "min_tokens": 0}]
 
 
@@ -74,10 +76,16 @@ class _UNet(nn.Module):
         return F.interpolate(self.back(h), x.shape[-2:])
 
 
+def _level_at(percent):
+    return HIGHEST * (1.0 - percent)
+
+
 class _KModel(nn.Module):
     def __init__(self, tells=False):
         super().__init__()
         self.diffusion_model = _UNet(tells)
+        # Where the two programs keep it.
+        setattr(self, "model_sampling" if tells else "predictor", types.SimpleNamespace(percent_to_sigma=_level_at))
 
     def apply_model(self, x, t, c_crossattn=None, transformer_options=None, **kwargs):
         # reForge knows the first and would call it; neither is for these hosts.
@@ -226,6 +234,21 @@ def test_a_clone_made_after_us_keeps_the_step(forge_host, tome):
     finally:
         script.process_before_every_sampling = original
     assert (again[0] == merged[0]).all() and (merged[0] != plain[0]).any()
+
+
+def test_the_schedule_goes_by_the_noise_level(forge_host, tome, monkeypatch):
+    ratios, original = [], tome.sampling.Sampling.call
+
+    def call(self, *arguments, **kwargs):
+        made = original(self, *arguments, **kwargs)
+        ratios.append(0.0 if made is None else made.config.ratio)
+        return made
+
+    monkeypatch.setattr(tome.sampling.Sampling, "call", call)
+    request = {"steps": 4, "enable_hr": True, "calls_twice": True}
+    forge_host.generate([{**ON[0], "start": 0.5}], **request)
+    first, hires = ratios[:7], ratios[7:]  # which begins a step later; the second call is at the next step's level
+    assert first == [0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.5] and hires == [0.0, 0.5, 0.5, 0.5, 0.5]
 
 
 def test_an_image_of_four_is_the_same_made_alone(forge_host):

@@ -178,8 +178,8 @@ def test_rows_calls_and_prompts_do_not_move_the_choices(host, tome, monkeypatch,
     seen = []
     original = tome.sampling.Sampling.call
 
-    def call(self, full, batch, device, rows=None):
-        made = original(self, full, batch, device, rows)
+    def call(self, full, batch, device, rows=None, **more):
+        made = original(self, full, batch, device, rows, **more)
         seeds = made.seed.tolist()
         seen.append([seeds[row % len(seeds)] for row in range(batch)])
         return made
@@ -258,13 +258,18 @@ def _merged_calls(host, tome, monkeypatch, args, **request):
     return ratios
 
 
-def test_the_schedule_goes_by_the_samplers_steps(host, tome, monkeypatch):
+def test_the_schedule_goes_by_the_noise_level(host, tome, monkeypatch):
     assert _merged_calls(host, tome, monkeypatch, _on(start=0.5), steps=4) == [0.0, 0.0, 0.5, 0.5]
 
 
-def test_the_schedule_counts_calls_where_the_sampler_makes_two_a_step(host, tome, monkeypatch):
+def test_calls_at_one_noise_level_have_one_ratio_where_the_sampler_makes_two_a_step(host, tome, monkeypatch):
     found = _merged_calls(host, tome, monkeypatch, _on(end=0.5), steps=4, calls_twice=True)
-    assert found == [0.5] * 4 + [0.0] * 3
+    assert found == [0.5] * 3 + [0.0] * 4  # at 0, 1/4, 1/4, 1/2, 1/2, 3/4, 3/4
+
+
+def test_the_hires_pass_goes_on_where_its_noise_level_is(host, tome, monkeypatch):
+    found = _merged_calls(host, tome, monkeypatch, _on(start=0.5), steps=4, enable_hr=True)
+    assert found == [0.0, 0.0, 0.5, 0.5] + [0.0, 0.5, 0.5]  # which begins a step later
 
 
 def test_a_falling_ratio(host, tome, monkeypatch):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +113,26 @@ def test_after_an_exception_all_is_well(method):
     block.ff._forward_pre_hooks.clear()
     shared_tome.remove_patch(unet)
     assert torch.equal(models.run(unet), before) and models.count_hooks(unet) == 0
+
+
+@pytest.mark.parametrize("method", ["sample", "merge"])
+def test_an_exception_keeps_no_tensor(method):
+    unet, seen = models.sd15(), []
+    shared_tome.apply_patch(unet, config=config(method=method, ratio=0.6))
+    block = list(served_blocks(unet))[1]
+    handles = [
+        block.register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0]))),
+        block.ff.register_forward_pre_hook(lambda module, args: 1 / 0),
+    ]
+    with contextlib.suppress(ZeroDivisionError):
+        models.run(unet)
+    gc.collect()
+    assert len(seen) == 1 and seen[0]() is None
+    for handle in handles:
+        handle.remove()
+    merged = models.run(unet)
+    shared_tome.apply_patch(unet, config=config(method=method, ratio=0.6))
+    assert torch.equal(models.run(unet), merged)
 
 
 def test_an_exception_in_a_merged_step_does_not_reach_an_unmerged_one():
@@ -264,7 +287,7 @@ def test_steps_are_counted():
     steps, cpu = Steps(), torch.device("cpu")
     given = (981, 961, 961, 941.0, torch.tensor(921), torch.tensor([901, 901]), 981, 741, None)
     assert [int(steps.step(t, cpu)) for t in given] == [0, 1, 1, 2, 3, 4, 0, 1, 0]
-    assert steps.progress(999) == 0.0 and steps.progress(torch.tensor(499)) == 0.5
+    assert steps.progress(999) == 0.0 and steps.progress(torch.tensor(499.5)) == 0.5 and steps.progress(0) == 1.0
     scheduler = SimpleNamespace(timesteps=torch.tensor([999.0, 750.3, 500.1, 250.0]), num_inference_steps=4)
     pipe = SimpleNamespace(scheduler=scheduler)
     steps = Steps(pipe)
@@ -274,6 +297,42 @@ def test_steps_are_counted():
     steps = Steps(pipe, 1000.0)
     given = scheduler.timesteps.to(torch.bfloat16) / 1000  # as Flux's pipeline does
     assert [int(steps.step(t, cpu)) for t in given] == [0, 1, 2, 3]
+
+
+def test_a_step_of_two_calls_is_one_step():
+    """Schedulers such as Heun's have each timestep but the first twice."""
+    scheduler = SimpleNamespace(timesteps=torch.tensor([999.0, 750, 750, 500, 500, 250, 250]), num_inference_steps=4)
+    steps = Steps(SimpleNamespace(scheduler=scheduler))
+    assert [int(steps.step(t, torch.device("cpu"))) for t in scheduler.timesteps] == [0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_schedule_goes_by_noise_whatever_part_of_a_run_a_pipeline_has():
+    """As a base model and a refiner that share a run, each with a number of steps of its own."""
+    for timesteps in (torch.arange(999, 0, -100), torch.arange(999, 0, -37), torch.tensor([499, 249])):
+        scheduler = SimpleNamespace(timesteps=timesteps, num_inference_steps=len(timesteps), alphas_cumprod=None)
+        steps = Steps(SimpleNamespace(scheduler=scheduler))
+        assert [steps.progress(t) for t in timesteps] == [round(1 - int(t) / 999, 4) for t in timesteps]
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "merge"}, {"start": 0.4}, {"end": 0.6}, {"ratio_end": 0.0}])
+def test_two_pipelines_that_share_a_run_make_the_picture_of_one(options):
+    pipe = models.pipeline()
+
+    def run(first, last, latents):
+        pipe.scheduler.set_timesteps(6)
+        for t in pipe.scheduler.timesteps[first:last]:
+            noise = pipe.unet(latents, t, models.noise(1, 7, 16, seed=2)).sample
+            latents = pipe.scheduler.step(noise, t, latents).prev_sample
+        return latents
+
+    with torch.no_grad():
+        plain = run(0, 6, models.noise(1, 4, 16, 16))
+        shared_tome.apply_patch(pipe, config=config(**options))
+        merged = run(0, 6, models.noise(1, 4, 16, 16))
+        half = run(0, 2, models.noise(1, 4, 16, 16))
+        shared_tome.remove_patch(pipe)
+        shared_tome.apply_patch(pipe, config=config(**options))  # the other pipeline, which has called nothing yet
+        assert torch.equal(run(2, 6, half), merged) and not torch.equal(merged, plain)
 
 
 def test_pipeline_with_a_schedule():
