@@ -40,7 +40,9 @@ def _input(widget: Widget) -> io.Input:
     # The page shows as many digits as `step` has and would make 0.94 of 0.9375; a dragged slider moves by `round`.
     numbers |= {"step": 0.0005, "round": option.step}
     extra = {"tome_presets": _presets()}
-    return make(io.Float.Input, widget.name, **numbers, display_mode=io.NumberDisplay.slider, extra_dict=extra, **common)
+    return make(
+        io.Float.Input, widget.name, **numbers, display_mode=io.NumberDisplay.slider, extra_dict=extra, **common
+    )
 
 
 def _presets() -> dict[str, Any]:

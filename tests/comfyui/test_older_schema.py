@@ -96,4 +96,5 @@ def test_an_older_one_gets_one_line_and_no_nodes(missing, monkeypatch, caplog):
 
 def test_this_one_is_new_enough(pack):
     assert not pack["schema"].is_too_old()
-    assert asyncio.iscoroutinefunction(sys.modules[pack["schema"].__name__.rpartition(".comfy_tome")[0]].comfy_entrypoint)
+    root = sys.modules[pack["schema"].__name__.rpartition(".comfy_tome")[0]]
+    assert asyncio.iscoroutinefunction(root.comfy_entrypoint)
