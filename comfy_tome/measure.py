@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +21,11 @@ ROUNDS = 5
 _BUDGET = 20.0  # seconds for all rounds; one round is always run
 
 
+CACHED = "another node answers from its cache"
+
+
 def measure(run: Run) -> StepTime:
-    """Times of a step. Afterwards the run holds neither the call nor the model.
+    """Times of a step. Afterwards the run holds nothing of the call.
 
     Raises ValueError: nothing was merged, or the call cannot be run again; says why.
     """
@@ -28,16 +33,21 @@ def measure(run: Run) -> StepTime:
 
     last, run.last = run.last, None
     if last is None:
-        raise ValueError("nothing was merged")
-    if last.patcher is None:
+        raise ValueError("nothing was merged, or the model is gone")
+    model = last.model()
+    patcher = _patcher_of(last, model, management.current_loaded_models)
+    if patcher is None:
         raise ValueError("the model does not tell how it was loaded")
     try:
-        management.load_models_gpu([last.patcher])
-        last.patcher.pre_run()
+        management.load_models_gpu([patcher])
+        patcher.pre_run()
         try:
-            without, merged, rounds = _by_turns(last, management.throw_exception_if_processing_interrupted)
+            watched = None if run.compiled else model.diffusion_model  # hooks would have it compiled anew
+            without, merged, rounds = _by_turns(
+                last, model, watched, management.throw_exception_if_processing_interrupted
+            )
         finally:
-            last.patcher.cleanup()
+            patcher.cleanup()
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     # Calls on several GPUs run side by side.
@@ -46,18 +56,66 @@ def measure(run: Run) -> StepTime:
     return StepTime(1000 * without * calls, 1000 * merged * calls, rounds, calls, last.step, last.ratio, device)
 
 
-def _by_turns(last: LastCall, check_interrupt: Any) -> tuple[float, float, int]:
-    """(median seconds without, with, rounds)."""
-    plain = _without(last)
-    _seconds(last.model, *plain)  # kernels, graphs and memory are made in the first call
-    took = _seconds(last.model, *plain) + _seconds(last.model, last.args, last.kwargs)
-    times: tuple[list[float], list[float]] = ([], [])
-    rounds = max(1, min(ROUNDS, int(_BUDGET / max(took, 1e-6))))
-    for _ in range(rounds):
-        check_interrupt()
-        times[0].append(_seconds(last.model, *plain))
-        times[1].append(_seconds(last.model, last.args, last.kwargs))
+def _patcher_of(last: LastCall, model: Any, loaded: list[Any]) -> Any:
+    """The patcher that made the call, or the one by which its model is loaded now; None where there is neither."""
+    found = None if last.patcher is None else last.patcher()
+    if found is None and last.patcher is not None:
+        found = next((one.model for one in loaded if getattr(one.model, "model", None) is model), None)
+    return found
+
+
+def _by_turns(last: LastCall, model: Any, watched: Any, check_interrupt: Any) -> tuple[float, float, int]:
+    """(median seconds without, with, rounds). Raises ValueError where calls did not run all of the watched model."""
+    plain, merged = _without(last), (last.args, last.kwargs)
+    with _watch(watched) as ran:
+
+        def seconds(call: tuple[tuple, dict[str, Any]]) -> float:
+            ran.append(set())
+            return _seconds(model, *call)
+
+        seconds(plain)  # kernels, graphs and memory are made in the first call
+        took = seconds(plain) + seconds(merged)
+        times: tuple[list[float], list[float]] = ([], [])
+        rounds = max(1, min(ROUNDS, int(_BUDGET / max(took, 1e-6))))
+        for _ in range(rounds):
+            check_interrupt()
+            times[0].append(seconds(plain))
+            times[1].append(seconds(merged))
+            _check_ran(ran, watched)
     return statistics.median(times[0]), statistics.median(times[1]), rounds
+
+
+_MARKS = 32  # modules that are watched, spread over the model
+
+
+def _marks(model: Any) -> list[Any]:
+    leaves = [one for one in model.modules() if not one._modules and one._parameters]
+    return leaves[:: max(1, len(leaves) // _MARKS)]
+
+
+@contextmanager
+def _watch(model: Any) -> Iterator[list[set[int]]]:
+    """Which of the marked modules each call ran: a list to append a set to before a call. model: None watches none."""
+    ran: list[set[int]] = []
+    marks = [] if model is None else _marks(model)
+    handles = [
+        mark.register_forward_hook(lambda *_, number=number: ran[-1].add(number)) for number, mark in enumerate(marks)
+    ]
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_ran(ran: list[set[int]], model: Any) -> None:
+    """Raises ValueError where a call did not run what another one did, or less than half of the model was ever run:
+    EasyCache and its kind answer from what they remember."""
+    if model is None:
+        return
+    most = set().union(*ran)
+    if any(one != most for one in ran) or 2 * len(most) < len(_marks(model)):
+        raise ValueError(CACHED)
 
 
 def _without(last: LastCall) -> tuple[tuple, dict[str, Any]]:

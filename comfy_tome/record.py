@@ -7,6 +7,7 @@ stand. What a run is, and what is kept of it: shared_tome/record.py.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..shared_tome import ToMeConfig
 from ..shared_tome.record import CallRecord, Run, StepFacts
 from .log import say_once
-from .model_call import draw_of, find_options, step_of
+from .model_call import DIFFUSION_MODEL, draw_of, find_options, step_of
 
 RECORD = "ToMe record"
 COMPILED = "under torch.compile ToMe Record sees no single layers, and nothing of what methods that match chose"
@@ -51,10 +52,15 @@ class Record:
 
 @dataclass(frozen=True)
 class LastCall:
-    """All that is needed to run a call of the model once more."""
+    """All that is needed to run a call of the model once more.
 
-    patcher: Any
-    model: Any
+    The model is only referred to: a record outlives it in ComfyUI's cache, and must not keep it in memory. What the
+    call was given (latents, prompts) stays until it is measured, the model goes or four more samplings were recorded:
+    a report may ask for each of them.
+    """
+
+    model: weakref.ref
+    patcher: weakref.ref | None
     args: tuple
     kwargs: dict[str, Any]
     step: int
@@ -74,7 +80,6 @@ def begin(
         return None
     step = int(step_of(options, x.device))
     run = record.run_now(asked, options, step)
-    run.tally.call(step, now.ratio)
     chunks = options.get("cond_or_uncond") or [0]
     images = x.shape[0] // len(chunks)
     place = chunks.index(0) if 0 in chunks else None  # the prompted rows
@@ -85,10 +90,10 @@ def begin(
     run.compiled = is_compiled(executor, options)
     if run.compiled:
         say_once(COMPILED)
-    draw = int(draw_of(options, x.device, executor.class_obj))
-    run.note(step, StepFacts(now, latent, latent, draw=draw))
+    run.note(step, StepFacts(now, latent, latent, draw=int(draw_of(options, x.device, executor.class_obj))))
     if now.ratio > 0.0:
-        run.last = _last_call(executor, x, t, args, kwargs, options, step, now.ratio)
+        _keep_call(run, executor.class_obj, (x, t, *args), kwargs, options, step, now.ratio)
+    _count(run, options, step, now.ratio)
     return CallRecord(run, step, rows, latent)
 
 
@@ -98,14 +103,37 @@ def is_compiled(executor: Any, options: dict[str, Any]) -> bool:
     return compiled or hasattr(executor.class_obj.diffusion_model, "_orig_mod")
 
 
-def _last_call(
-    executor: Any, x: Tensor, t: Tensor, args: tuple, kwargs: dict[str, Any], options: dict[str, Any], step, ratio
-) -> LastCall:
-    """The call without the record, and without what a control network adds: the model empties those lists."""
+def _count(run: Run, options: dict[str, Any], step: int, ratio: float) -> None:
+    """Count the call of the model: where another node may answer in its place (EasyCache), only if it is run."""
+    run.tally.ask(step, ratio)
+    wrappers = dict(options.get("wrappers", {}))
+    others = {key: found for key, found in wrappers.get(DIFFUSION_MODEL, {}).items() if key != RECORD and found}
+    if run.compiled or not others:
+        run.tally.call(step, ratio)
+        return
+
+    def count(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        run.tally.call(step, ratio)
+        return executor(*args, **kwargs)
+
+    # Behind all others, in this call's own options.
+    options["wrappers"] = {**wrappers, DIFFUSION_MODEL: {**others, RECORD: [count]}}
+
+
+def _keep_call(
+    run: Run, model: Any, args: tuple, kwargs: dict[str, Any], options: dict[str, Any], step: int, ratio: float
+) -> None:
+    """Keep the call for measuring, but not the record, nor a control network's lists: the model empties them."""
     options = {key: value for key, value in options.items() if key != RECORD}
-    if len(args) > 3:
-        args = (*args[:2], None, options, *args[4:])
+    if len(args) > 5:
+        args = (*args[:4], None, options, *args[6:])
     else:
-        args, kwargs = args[:2], {**kwargs, "control": None, "transformer_options": options}
-    model = executor.class_obj
-    return LastCall(getattr(model, "current_patcher", None), model, (x, t, *args), dict(kwargs), step, ratio)
+        args, kwargs = args[:4], {**kwargs, "control": None, "transformer_options": options}
+
+    def forget(gone: weakref.ref) -> None:
+        if run.last is not None and run.last.model is gone:
+            run.last = None
+
+    patcher = getattr(model, "current_patcher", None)
+    patcher = None if patcher is None else weakref.ref(patcher)
+    run.last = LastCall(weakref.ref(model, forget), patcher, args, dict(kwargs), step, ratio)

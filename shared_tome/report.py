@@ -193,9 +193,21 @@ class Tally:
         self._layers: dict[tuple, Layer] = {}
         self._steps: dict[int, float] = {}
         self._calls = 0
+        self._asked: list[tuple[int, float]] = []
+
+    def ask(self, step: int, ratio: float) -> None:
+        """One call that the model is asked for; `call` says that it was run. For hosts where a cache may answer."""
+        with self._lock:
+            self._asked.append((step, ratio))
+
+    def settle(self) -> None:
+        """Where layers were met but no call was counted, the model does not tell its runs: all asked calls count."""
+        if not self._calls and self._layers:
+            for step, ratio in self._asked:
+                self.call(step, ratio)
 
     def call(self, step: int, ratio: float) -> None:
-        """One call of the model. ratio: what holds there, 0 where nothing is merged."""
+        """One call of the model that is run. ratio: what holds there, 0 where nothing is merged."""
         with self._lock:
             self._calls += 1
             self._steps[step] = max(ratio, self._steps.get(step, 0.0))
@@ -251,6 +263,9 @@ class Tally:
         """What has been counted so far."""
         with self._lock:
             ratios = list(self._steps.values())
+            unanswered = len(self._asked) - self._calls
+        if unanswered > 0:
+            notes = (*notes, f"another node answered {unanswered} of {len(self._asked)} calls without the model")
         merged = sum(ratio > 0 for ratio in ratios)
         return Report(self.config, len(ratios), self.of_steps, merged, self._calls, self.layers(), time, tuple(notes))
 
