@@ -1,6 +1,7 @@
 """One line a reason: what was left alone and why, said once a process and not at every step.
 
-The same reasons stand in ToMe Report: `leave_alone` is the one way to both.
+The same reasons stand in ToMe Report and in the line at the end of a sampling that merged nothing (outcome.py):
+`leave_alone` is the one way to all.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from ..shared_tome.curve import is_compiling
 if TYPE_CHECKING:
     from ..shared_tome.grid import Grid
     from ..shared_tome.report import CallTally
+    from .outcome import Outcome
 
 logger = logging.getLogger("ToMe")
 _said: set[str] = set()  # reasons logged already; nothing that is computed depends on it
@@ -30,9 +32,16 @@ def say_once(reason: str, where: str = "") -> None:
 
 
 def leave_alone(
-    record: CallTally | None, reason: str, where: str, detail: str = "", grid: Grid | None = None, part: int = 0
+    record: CallTally | None,
+    reason: str,
+    where: str,
+    detail: str = "",
+    grid: Grid | None = None,
+    part: int = 0,
+    outcome: Outcome | None = None,
 ) -> None:
-    """Say why a layer is left alone: once to the log, each time to the call's record, where there is one.
+    """Say why a layer is left alone: once to the log, each time to the call's record and the sampling's outcome, where
+    there are any.
 
     where: the layer's block; detail: what only the log is to say beside it.
     """
@@ -40,4 +49,6 @@ def leave_alone(
         return
     if record is not None:
         record.left_alone(reason, where, grid, part)
+    if outcome is not None:
+        outcome.left_alone(reason, where)
     say_once(reason, f"{where}, {detail}" if detail else where)

@@ -9,6 +9,7 @@ from .dit import DiTPatch
 from .dit_models import SERVED, dit_model, unwrapped
 from .log import logger
 from .model_call import APPLY_MODEL, KEY
+from .outcome import OUTER_SAMPLE, say_outcome
 from .unet import UNetPatch
 
 
@@ -29,6 +30,8 @@ def apply_to_model(model: Any, config: ToMeConfig) -> Any:
     clone = model.clone()
     if not config.is_off:
         clone.add_wrapper_with_key(APPLY_MODEL, KEY, UNetPatch(config) if has_unet else DiTPatch(config))
+        if has_unet:
+            clone.add_wrapper_with_key(OUTER_SAMPLE, KEY, say_outcome)
         clone.set_attachments(KEY, config)
     return clone
 

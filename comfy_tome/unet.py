@@ -22,15 +22,17 @@ from ..shared_tome.attention import attend_tokens
 from ..shared_tome.auto import Attention, Verdict
 from ..shared_tome.call import why_left_alone as why_layers_left_alone
 from ..shared_tome.curve import is_compiling
+from ..shared_tome.grid import grid_at
 from ..shared_tome.joint import JointCall
 from ..shared_tome.own import NOT_KEPT
 from ..shared_tome.plan import Plan
-from ..shared_tome.report import CallTally, why_not_served
+from ..shared_tome.report import NO_WHOLE_TOKEN, CallTally, why_no_step, why_not_served
 from ..shared_tome.schedule import config_at
 from ..shared_tome.step_auto import why_left_alone
 from .dit_attention import Call, attend_joint, kernel_order, may_join
 from .log import leave_alone, say_once
 from .model_call import DIFFUSION_MODEL, KEY, call_key, draw_of, find_options, halves_alike, progress_of, put_options
+from .outcome import Outcome, outcome_of
 from .record import begin, is_compiled
 from .unet_auto import about_model, dtype_of, verdict_on_step
 
@@ -42,25 +44,32 @@ class UNetPatch:
         self.config = config
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with outcome_of(find_options(args, kwargs)[1]) as outcome:
+            return self._run(outcome, executor, x, t, args, kwargs)
+
+    def _run(
+        self, outcome: Outcome, executor: Any, x: Tensor, t: Tensor, args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
         args, options = find_options(args, kwargs)
         config = config_at(self.config, lambda: progress_of(options, executor.class_obj))
         record = begin(executor, x, t, args, kwargs, self.config, config)
         if config.ratio == 0.0:
+            outcome.left_alone(why_no_step(self.config))
             return executor(x, t, *args, **kwargs)
         compiled = is_compiled(executor, options)
         model, full = executor.class_obj.diffusion_model, tuple(x.shape[-2:])
         layers = _layers_of(model), dtype_of(executor.class_obj)
         host = _host_attention(), _kernels_of(options, x.device), about_model(executor.class_obj)
-        if record is None and not compiled and _leaves_alone(config, full, x.device, *layers, *host):
+        if record is None and not compiled and _leaves_alone(outcome, config, full, x.device, *layers, *host):
             return executor(x, t, *args, **kwargs)
         told = None if record is None or record.run.compiled else record
         unpaid = None if compiled else _why_not_paid(executor.class_obj, x, t, args, kwargs, config, *host)
         if unpaid is not None and told is None:
-            say_once(unpaid, f"{x.shape[-2]}x{x.shape[-1]}, nothing is merged")
+            leave_alone(None, unpaid, f"{x.shape[-2]}x{x.shape[-1]}", "nothing is merged", outcome=outcome)
             return executor(x, t, *args, **kwargs)
         step, alike = draw_of(options, x.device, executor.class_obj), halves_alike(options)
         call = ModelCall(config, full, x.device, step=step, alike=alike, about=host[2])
-        patch = UNetCall(call, options, told, host[0], layers if compiled else None, model, unpaid)
+        patch = UNetCall(call, options, told, host[0], layers if compiled else None, model, unpaid, outcome)
         # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
         # transformer_options, so without this a compiled model would keep the patches it first saw.
         kwargs["tome"] = patch.key
@@ -80,6 +89,7 @@ def _host_attention() -> Attention:
 
 
 def _leaves_alone(
+    outcome: Outcome,
     config: ToMeConfig,
     full: tuple[int, int],
     device: torch.device,
@@ -95,7 +105,10 @@ def _leaves_alone(
         return False  # not a U-Net as they are known
     reasons = why_layers_left_alone(config, full, device, layers, dtype, attention, kernels, about)
     for grid, reason in (reasons or {}).items():
-        leave_alone(None, reason, f"layers of {grid[0]}x{grid[1]} tokens")
+        leave_alone(None, reason, f"layers of {grid[0]}x{grid[1]} tokens", outcome=outcome)
+    if reasons == {}:
+        for grid in sorted({grid_at(full, level) for level, _, _ in layers}, reverse=True):
+            outcome.left_alone(why_not_served(config, grid, full), tokens_of(grid))
     return reasons is not None
 
 
@@ -164,7 +177,7 @@ class UNetCall:
     """The patches of one call of the model, and the options that carry them.
 
     attention, model: the host's, to measure with. layers: what ModelCall.look_ahead wants to know of a compiled model.
-    unpaid: why no layer is merged after all, for the record.
+    unpaid: why no layer is merged after all, for the record. outcome: the sampling's.
     """
 
     def __init__(
@@ -176,8 +189,10 @@ class UNetCall:
         layers: tuple[list[tuple[int, int, int]], torch.dtype] | None = None,
         model: Any = None,
         unpaid: str | None = None,
+        outcome: Outcome | None = None,
     ):
         self.call, self._unpaid = call, unpaid
+        self._outcome = Outcome() if outcome is None else outcome
         self._record = record
         self._host_attention, self._model = attention, model
         # The seed is a tensor and so an input of a compiled graph; all else is decided in Python.
@@ -192,8 +207,22 @@ class UNetCall:
         self._joint = self._own_tokens()
         if layers is not None:
             call.look_ahead(*layers, attention, self._kernels)
+            self._tell_ahead(layers[0])
         self.key += f" {call.unpaid} {self._kernels}"
         self.options = self._patched(options)
+
+    def _tell_ahead(self, layers: list[tuple[int, int, int]]) -> None:
+        """What becomes of a compiled model's layers, which tell nothing themselves."""
+        merged = not layers  # not a U-Net as they are known: taken to be merged
+        for level, channels, _ in layers:
+            grid = grid_at(self.call.full, level)
+            unpaid = self.call.why_not_paid(self.call.known(grid, channels))
+            reason = why_not_served(self.call.config, grid, self.call.full) or unpaid
+            merged |= reason is None
+            if reason is not None:
+                self._outcome.left_alone(reason, tokens_of(grid))
+        if merged:
+            self._outcome.merged()
 
     def _own_tokens(self) -> JointCall | None:
         """What lets queries keep their own tokens; None where they shall not, or another's attention would run."""
@@ -238,7 +267,9 @@ class UNetCall:
             place = extra_options.get("block_index", 0)
             self._record.layer(block_name(extra_options), grid, plan, place, self._verdict(q, grid, extra_options))
         if layer is None:
+            self._outcome.left_alone(NO_WHOLE_TOKEN, tokens_of(grid))
             return q, k, v
+        self._outcome.merged()
         if self.call.config.kind.matches:
             self._block_plan = layer.plan
         self._pending = layer.bias
@@ -302,8 +333,9 @@ class UNetCall:
             return None
         grid = (shape[2], shape[3])
         if not self.call.serves(grid):
+            reason = why_not_served(self.call.config, grid, self.call.full)
+            self._outcome.left_alone(reason, tokens_of(grid))
             if self._record is not None:
-                reason = why_not_served(self.call.config, grid, self.call.full)
                 self._record.left_alone(reason, block_name(extra_options), grid, extra_options.get("block_index", 0))
             return None
         block = extra_options.get("block")
@@ -339,7 +371,7 @@ class UNetCall:
         self, reason: str, extra_options: dict[str, Any], detail: str = "", grid: tuple[int, int] | None = None
     ) -> None:
         place = extra_options.get("block_index", 0)
-        leave_alone(self._record, reason, block_name(extra_options), detail, grid, place)
+        leave_alone(self._record, reason, block_name(extra_options), detail, grid, place, self._outcome)
 
     @contextmanager
     def mlp_hooks(self, base_model: Any):
@@ -368,6 +400,11 @@ class UNetCall:
     def _after_mlp(self, module: Any, args: tuple, out: Tensor) -> Tensor:
         plan = self._block_plan
         return out if plan is None else plan.unmerge(out)
+
+
+def tokens_of(grid: tuple[int, int]) -> str:
+    """A grid as the log names it."""
+    return f"{grid[0]}x{grid[1]} tokens"
 
 
 def block_name(extra_options: dict[str, Any]) -> str:

@@ -179,6 +179,10 @@ class ModelCall:
                 given = (grid, channels, heads, dtype, self.seed.device, self.config, attention, kernels)
                 self._verdicts[_kind(grid, channels, heads, dtype, kernels)] = verdict_on(*given, about=self.about)
 
+    def known(self, grid: Grid, channels: int) -> Verdict | None:
+        """What `verdict` or `look_ahead` found of such layers in this call."""
+        return self._verdicts.get((grid, channels))
+
     @property
     def unpaid(self) -> tuple[tuple, ...]:
         """The kinds of layers that `look_ahead` found not to pay: a compiled graph depends on them."""

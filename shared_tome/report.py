@@ -20,6 +20,8 @@ from .grid import Grid, level_of
 from .plan import Plan
 from .schedule import serves_layer
 
+NO_WHOLE_TOKEN = "the ratio takes away no whole token"
+
 
 def capped(config: ToMeConfig) -> str | None:
     """What to tell somebody who asked for more than the method can do, or None."""
@@ -40,6 +42,12 @@ def why_not_served(config: ToMeConfig, grid: Grid, full: Grid) -> str | None:
     if levels is not None and level_of(grid, full) not in levels:
         return f"its level is not one of levels {config.levels}"
     return f"fewer than min tokens {max(2, config.min_tokens)}"
+
+
+def why_no_step(config: ToMeConfig) -> str:
+    """Why a step at ratio 0 is left alone (see ratio_at)."""
+    moves = f", ratio {config.ratio:g} to {config.ratio_end:g}" if config.ratio_end >= 0.0 else ""
+    return f"steps at ratio 0: start {config.start:g}, end {config.end:g}{moves}"
 
 
 @dataclass(frozen=True)
@@ -285,7 +293,7 @@ class CallTally:
         """
         number = self.count(grid)
         if plan is None:
-            self.left_alone("the ratio takes away no whole token", where, grid, part)
+            self.left_alone(NO_WHOLE_TOKEN, where, grid, part)
         else:
             saves = None if verdict is None else verdict.saves_us
             self._tally.merged(where, grid, self.full, number, plan.kept, part, saves)

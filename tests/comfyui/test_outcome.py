@@ -1,0 +1,102 @@
+"""A sampling in which ToMe merges nothing says why in one line at its end; one that merges says nothing."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from . import dit_host, host
+from .host import sample
+
+NOTHING = "[ToMe] nothing was merged in this sampling: "
+
+
+@pytest.fixture
+def said(comfy_nodes, caplog):
+    """said() -> ToMe's lines since the last call of it."""
+    host.forget_log()
+
+    def take():
+        lines = [record.message for record in caplog.records if record.name == "ToMe"]
+        caplog.clear()
+        return lines
+
+    with caplog.at_level(logging.INFO, logger="ToMe"):
+        yield take
+
+
+def test_a_small_picture_says_so_in_each_sampling(sd15, tome, said):
+    small = tome(sd15, min_tokens=2048)
+    line = NOTHING + "fewer than min tokens 2048 (32x32 tokens, 16x16 tokens, 8x8 tokens)"
+    assert torch.equal(sample(small), sample(sd15))
+    assert said() == [line]
+    sample(small)
+    assert said() == [line]
+
+
+def test_a_merged_picture_says_nothing(sd15, tome, said):
+    """Some of its layers have too few tokens: that is as it should be."""
+    sample(tome(sd15, min_tokens=1024))
+    assert said() == []
+
+
+def test_levels_without_attention_say_so(sd15, tome, said):
+    sample(tome(sd15, levels="3"), steps=1)
+    assert said() == [NOTHING + "its level is not one of levels 3 (32x32 tokens, 16x16 tokens, 8x8 tokens)"]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"start": 0.8}, "steps at ratio 0: start 0.8, end 1"),
+        ({"ratio": 0.0, "ratio_end": 0.5}, "steps at ratio 0: start 0, end 1, ratio 0 to 0.5"),
+    ],
+)
+def test_a_schedule_that_no_step_meets_says_so(sd15, tome, said, options, why):
+    sample(tome(sd15, **options), steps=1)
+    assert said() == [NOTHING + why]
+
+
+def test_a_schedule_that_one_step_meets_says_nothing(sd15, tome, said):
+    sample(tome(sd15, start=0.5), steps=2)
+    assert said() == []
+
+
+def test_a_ratio_that_takes_no_whole_token_says_so(sd15, tome, said):
+    sample(tome(sd15, ratio=0.01, levels="2"), steps=1)
+    level = "its level is not one of levels 2 (32x32 tokens, 16x16 tokens)"
+    assert said() == [f"{NOTHING}{level}; the ratio takes away no whole token (8x8 tokens)"]
+
+
+def test_a_sampler_without_a_step_says_nothing(sd15, tome, said):
+    sample(tome(sd15, min_tokens=2048), steps=2, denoise=0.0)
+    assert said() == []
+
+
+def test_a_call_outside_a_sampler_says_it_once(sd15, tome, said):
+    small = tome(sd15, min_tokens=2048)
+    x, t = torch.zeros(1, 4, 32, 32), torch.full((1,), 0.7)
+    for _ in range(2):
+        with torch.no_grad():
+            small.model.apply_model(
+                x, t, c_crossattn=torch.zeros(1, 7, 64), transformer_options=dit_host.options_of(small, 0.7)
+            )
+    (line,) = said()
+    assert line.startswith("[ToMe] fewer than min tokens 2048 (32x32 tokens, ")
+
+
+def test_an_interrupted_sampling_leaves_nothing_behind(sd15, tome, said):
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    merged = tome(sd15, min_tokens=2048)
+    broken = merged.clone()
+    broken.set_model_unet_function_wrapper(fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        sample(broken)
+    assert said() == []
+    assert not any("outcome" in key for key in broken.model_options["transformer_options"])
+    sample(merged)
+    assert len(said()) == 1
