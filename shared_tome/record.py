@@ -106,8 +106,8 @@ class CallRecord(CallTally):
     def __init__(
         self, run: Run, step: int, rows: slice | list[int] | None, full: Grid, images: Sequence[int] | None = None
     ):
-        super().__init__(run.tally, full)
-        self.run, self.step = run, step
+        super().__init__(run.tally, full, step)
+        self.run = run
         self._rows, self._images = rows, images
         self._plans: list[tuple[Grid, int, Plan]] = []
 

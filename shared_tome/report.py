@@ -200,6 +200,7 @@ class Tally:
         self._lock = threading.Lock()
         self._layers: dict[tuple, Layer] = {}
         self._steps: dict[int, float] = {}
+        self._merged_in: dict[int, bool] = {}  # of the steps whose layers were told: whether one was merged
         self._calls = 0
         self._asked: list[tuple[int, float]] = []
 
@@ -229,21 +230,28 @@ class Tally:
         after: int,
         part: int = 0,
         saves_us: float | None = None,
+        step: int | None = None,
     ) -> None:
-        """One layer of a call that has been merged: full is the latent's own grid."""
+        """One layer of a call that has been merged: full is the latent's own grid. step: None where not known."""
         after = (after, after)
         layer = Layer(where, part, level_of(grid, full), grid, number, math.prod(grid), after, 1, saves_us=saves_us)
-        self._add(layer)
+        self._add(layer, step)
 
     def left_alone(
-        self, where: str, reason: str, grid: Grid | None = None, full: Grid | None = None, part: int = 0
+        self,
+        where: str,
+        reason: str,
+        grid: Grid | None = None,
+        full: Grid | None = None,
+        part: int = 0,
+        step: int | None = None,
     ) -> None:
-        """One layer of a call that has been left alone, and why."""
+        """One layer of a call that has been left alone, and why. step: None where not known."""
         level = None if grid is None or full is None else level_of(grid, full)
         before = None if grid is None else math.prod(grid)
-        self._add(Layer(where, part, level, grid, None, before, None, 1, reason))
+        self._add(Layer(where, part, level, grid, None, before, None, 1, reason), step)
 
-    def _add(self, layer: Layer) -> None:
+    def _add(self, layer: Layer, step: int | None) -> None:
         key = (layer.where, layer.part, layer.grid, layer.number, layer.reason)
         with self._lock:
             known = self._layers.get(key)
@@ -251,6 +259,8 @@ class Tally:
                 after = layer.after and (min(known.after[0], layer.after[0]), max(known.after[1], layer.after[1]))
                 layer = dataclasses.replace(layer, after=after, calls=known.calls + 1)
             self._layers[key] = layer
+            if step is not None:
+                self._merged_in[step] = self._merged_in.get(step, False) or not layer.reason
 
     def layers(self) -> tuple[Layer, ...]:
         """In the order in which the model ran them first."""
@@ -269,20 +279,27 @@ class Tally:
 
     def report(self, time: StepTime | None = None, notes: Sequence[str] = ()) -> Report:
         """What has been counted so far."""
+        layers = self.layers()
         with self._lock:
-            ratios = list(self._steps.values())
+            steps = len(self._steps)
+            merged = sum(ratio > 0 and self._merged_in.get(step, True) for step, ratio in self._steps.items())
             unanswered = len(self._asked) - self._calls
         if unanswered > 0:
             notes = (*notes, f"another node answered {unanswered} of {len(self._asked)} calls without the model")
-        merged = sum(ratio > 0 for ratio in ratios)
-        return Report(self.config, len(ratios), self.of_steps, merged, self._calls, self.layers(), time, tuple(notes))
+        if layers and all(layer.reason for layer in layers):
+            merged = 0
+        return Report(self.config, steps, self.of_steps, merged, self._calls, layers, time, tuple(notes))
 
 
 class CallTally:
-    """The layers of one call of the model, told to a tally. full: the latent's own grid, from which levels count."""
+    """The layers of one call of the model, told to a tally.
 
-    def __init__(self, tally: Tally, full: Grid):
-        self.full = full
+    full: the latent's own grid, from which levels count. step: of the sampler; None where these layers stand for those
+    of other steps too.
+    """
+
+    def __init__(self, tally: Tally, full: Grid, step: int | None = None):
+        self.full, self.step = full, step
         self._tally = tally
         self._numbers: dict[Grid, int] = {}
 
@@ -296,7 +313,7 @@ class CallTally:
             self.left_alone(NO_WHOLE_TOKEN, where, grid, part)
         else:
             saves = None if verdict is None else verdict.saves_us
-            self._tally.merged(where, grid, self.full, number, plan.kept, part, saves)
+            self._tally.merged(where, grid, self.full, number, plan.kept, part, saves, self.step)
         return number
 
     def count(self, grid: Grid) -> int:
@@ -307,7 +324,7 @@ class CallTally:
 
     def left_alone(self, reason: str, where: str, grid: Grid | None = None, part: int = 0) -> None:
         """A layer that was not merged, and why."""
-        self._tally.left_alone(where, reason, grid, self.full, part)
+        self._tally.left_alone(where, reason, grid, self.full, part, self.step)
 
 
 def _alike(layers: Iterable[Layer]) -> list[list[Layer]]:

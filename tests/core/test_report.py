@@ -94,6 +94,22 @@ def test_steps_in_which_nothing_was_merged():
     assert "Nothing was merged." in report.text()
 
 
+def test_steps_in_which_all_layers_were_left_alone():
+    tally = Tally(ToMeConfig(), of_steps=4)
+    for step in range(3):
+        tally.call(step, 0.5)
+        call = CallTally(tally, FULL, step)
+        call.left_alone("another node's", "block 1", FULL)
+        if step == 1:
+            call.layer("block 2", FULL, plan(1024))
+    tally.call(3, 0.5)  # of which no layer was told
+    assert tally.report().merged_steps == 2
+    tally = Tally(ToMeConfig(), of_steps=1)
+    tally.call(0, 0.5)
+    CallTally(tally, FULL).left_alone("another node's", "block 1", FULL)  # a host that tells alike calls once
+    assert tally.report().merged_steps == 0
+
+
 def test_the_cap_is_said():
     assert capped(ToMeConfig(method="merge", ratio=0.75)) is None
     said = capped(ToMeConfig(method="merge", ratio=0.9))
