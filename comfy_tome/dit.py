@@ -4,7 +4,8 @@ As for U-Nets (unet.py): one wrapper around `apply_model` puts what a call needs
 transformer_options, and nothing outlives the call. Here it is one `optimized_attention_override`. It sees q, k and v
 of every attention after their position embedding; where their number is that of the call's own tokens, the image's
 keys and values (and the queries, for methods that merge them) go through the core and all other tokens stay: text,
-references, padding. An override that another node has set is called in turn. (One model's attentions do not tell their
+references, padding. An override that another node has set is called in turn; a sparse one, which serves calls with as
+many keys as queries alone, goes first, and what it declines is merged. (One model's attentions do not tell their
 options and so are met one step later, where they call torch: DiTModel.silent.)
 
 In one softmax with text, each image token that stands for n counts n times: log(n) is added to its logits
@@ -13,94 +14,47 @@ In one softmax with text, each image token that stands for n counts n times: log
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..shared_tome import ModelCall, ToMeConfig, kernels
-from ..shared_tome.attention import extend_heads, extra_channels
-from ..shared_tome.auto import Verdict, known_or_measured, measures, name_of
+from ..shared_tome import ModelCall, ToMeConfig
+from ..shared_tome.attention import extra_channels
+from ..shared_tome.auto import Verdict, known_or_measured, may_measure, measures, name_of
 from ..shared_tome.autotune.timing import compared
 from ..shared_tome.curve import is_compiling
-from ..shared_tome.grid import Grid
-from ..shared_tome.joint import JointCall, image_bias, merge_image, unmerge_image
-from ..shared_tome.own import NOT_KEPT
+from ..shared_tome.joint import JointCall
 from ..shared_tome.plan import Plan
-from ..shared_tome.report import CallTally, why_not_served
+from ..shared_tome.report import NO_WHOLE_TOKEN, CallTally, why_no_step, why_not_served
 from ..shared_tome.schedule import config_at
-from ..shared_tome.sdpa import Handler, HostAttention, SdpaHooks, leave_left_modes
-from .dit_attention import Call, any_size, attend_joint, kernel_order, may_join, take_mask
-from .dit_models import DiTModel, Told, cross_lengths, dit_model, unwrapped
+from .dit_attention import (
+    Call,
+    attend_merged,
+    attend_sampled,
+    fits_weights,
+    is_sparse,
+    kernel_order,
+    torchs_order,
+)
+from .dit_layout import Layout
+from .dit_models import DiTModel, Told, dit_model, unwrapped
+from .dit_silent import NOT_TORCHS, met_at_torch
 from .log import leave_alone, say_once
 from .model_call import DIFFUSION_MODEL, KEY, call_key, draw_of, find_options, halves_alike, progress_of, put_options
-from .record import COMPILE_KEY, CallRecord, begin
+from .outcome import Outcome, outcome_of
+from .record import COMPILE_KEY, CallRecord, begin, is_compiled
 
-# Head sizes that every attention kernel in use takes (SageAttention: these alone).
-_SAFE_SIZES = (64, 96, 128)
 # Text and reference tokens of two calls that differ by less count as equally many where a layer is judged.
 _OTHERS = 256
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a call's tokens lie: `head` tokens, the image's, `tail` tokens (None: as many as are left over).
-
-    alone: some layers have the image's only. crosses: lengths that a cross-attention may have. together: attention
-    calls of one layer that want the same tokens.
-    """
-
-    grid: Grid
-    head: int | None
-    tail: int | None
-    alone: bool = False
-    crosses: tuple[int, ...] = ()
-    together: int = 1
-
-    @property
-    def tokens(self) -> int:
-        """How many of them are the image's, N."""
-        return math.prod(self.grid)
-
-    @classmethod
-    def of(cls, facts: DiTModel, model: Any, shape: tuple[int, ...], told: Told) -> Layout | None:
-        """The layout of a call, or None where its image tokens do not lie on a grid."""
-        grid = facts.grid(model, tuple(shape), told)
-        if grid is None:
-            return None
-        return cls(
-            grid,
-            None if facts.head is None else facts.head(model, told),
-            None if facts.tail is None else facts.tail(model, told, grid),
-            facts.alone,
-            cross_lengths(told) if facts.crosses else (),
-            facts.calls(model),
-        )
-
-    def start(self, length: int, img_slice: list[int] | None = None) -> int | None:
-        """Where the image begins among `length` tokens; None where these are not this call's tokens.
-
-        img_slice: [end of the text, end], where the model tells it.
-        """
-        head, tail = self.head, self.tail
-        if head is None:
-            start = length - self.tokens - tail
-            return start if start >= 0 else None
-        if tail is None:
-            return head if length >= head + self.tokens else None
-        if length == head + self.tokens + tail:
-            return head
-        if self.alone and length == self.tokens:
-            return 0
-        # Another node has added tokens: to the text, or behind the image. Only the model itself can tell which.
-        if img_slice is not None and img_slice[1] == length >= img_slice[0] + self.tokens + tail:
-            return img_slice[0]
-        return None
+# What the log says.
+_UNKNOWN = "another node has put a model that ToMe does not know in the place of this one; it is left alone"
+_NOT_MET = "no attention of the model came to ToMe: another node has replaced them, or this ComfyUI tells too little"
+_SPARSE = "attentions that another node's sparse attention computes are left alone; ToMe merges those that it declines"
+_GETS_MERGED = (
+    "another node's attention gets the merged tokens; if that attention is sparse, use one of the two nodes, because "
+    "sparse attention needs all tokens in their places"
+)
 
 
 class DiTPatch:
@@ -112,51 +66,74 @@ class DiTPatch:
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         args, options = find_options(args, kwargs)
-        config = config_at(self.config, lambda: progress_of(options, executor.class_obj))
-        record = begin(executor, x, t, args, kwargs, self.config, config)
-        told = {**kwargs, **_prompt(args)}
-        patch = self._patch(config, executor.class_obj, x, options, told, record)
-        if patch is None:
-            return executor(x, t, *args, **kwargs)
-        if patch.facts.compiles:
-            kwargs["tome"] = patch.key
-        args, kwargs = put_options(args, kwargs, patch.options)
-        with patch.hooks(unwrapped(executor.class_obj.diffusion_model)):
-            out = executor(x, t, *args, **kwargs)
-        if record is not None:
-            record.end()
-        return out
+        with outcome_of(options) as outcome:
+            config = config_at(self.config, lambda: progress_of(options, executor.class_obj))
+            record = begin(executor, x, t, args, kwargs, self.config, config)
+            told = {**kwargs, **_prompt(args)}
+            base = executor.class_obj
+            model = unwrapped(base.diffusion_model)
+            patch = self._patch(config, base, x, options, told, record, outcome)
+            if patch is None:
+                return executor(x, t, *args, **kwargs)
+            if is_compiled(executor, options):
+                outcome.merged()  # compiled layers tell nothing of themselves
+            if patch.facts.compiles:
+                kwargs["tome"] = patch.key
+            args, kwargs = put_options(args, kwargs, patch.options)
+            with patch.hooks(model):
+                out = executor(x, t, *args, **kwargs)
+            patch.end(model)
+            if record is not None:
+                record.end()
+            return out
 
     def _patch(
-        self, config: ToMeConfig, base: Any, x: Tensor, options: dict[str, Any], told: Told, record: CallRecord | None
+        self,
+        config: ToMeConfig,
+        base: Any,
+        x: Tensor,
+        options: dict[str, Any],
+        told: Told,
+        record: CallRecord | None,
+        outcome: Outcome,
     ) -> DiTCall | None:
         """What this call gets, or None where it is left alone. base: the model that apply_model is of."""
         model = unwrapped(base.diffusion_model)
+        if config.ratio == 0.0:
+            outcome.left_alone(why_no_step(self.config))
+            return None
         facts = dit_model(model)
-        if config.ratio == 0.0 or facts is None:
+        if facts is None:
+            leave_alone(record, _UNKNOWN, type(model).__name__, outcome=outcome)
             return None
         layout = Layout.of(facts, model, x.shape, told)
         if layout is None:
-            leave_alone(record, "an image whose tokens do not lie on one grid is left alone", facts.name)
+            reason = "an image whose tokens do not lie on one grid is left alone"
+            leave_alone(record, reason, facts.name, outcome=outcome)
             return None
         if record is not None:
             record.lies_on(layout.grid)
         if not facts.compiles and COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}):
             reason = "under torch.compile this model is left alone: it would not notice ToMe"
-            leave_alone(record, reason, facts.name, grid=layout.grid)
+            leave_alone(record, reason, facts.name, grid=layout.grid, outcome=outcome)
             return None
         step, alike = draw_of(options, x.device, base), halves_alike(options)
         call = ModelCall(config, layout.grid, x.device, step=step, alike=alike)
         if not call.serves(layout.grid):
+            reason = why_not_served(config, layout.grid, layout.grid)
+            outcome.left_alone(reason, f"{'x'.join(map(str, layout.grid))} tokens")
             if record is not None:
-                record.left_alone(why_not_served(config, layout.grid, layout.grid), facts.name, layout.grid)
+                record.left_alone(reason, facts.name, layout.grid)
             return None
         record = None if record is None or record.run.compiled else record
-        return DiTCall(call, facts, layout, options, record, self.judges)
+        return DiTCall(call, facts, layout, options, record, self.judges, outcome)
 
 
 class DiTCall:
-    """The override of one call of the model, and the options that carry it."""
+    """The override of one call of the model, and the options that carry it.
+
+    judges: a layer is merged only where that was measured to be faster, levels "auto" (auto.py).
+    """
 
     def __init__(
         self,
@@ -166,19 +143,25 @@ class DiTCall:
         options: dict[str, Any],
         record: CallTally | None = None,
         judges: bool = False,
+        outcome: Outcome | None = None,
     ):
         self.call, self.facts, self.layout = call, facts, layout
-        # levels "auto": by what was measured of a layer (auto.py); None: whatever it costs.
-        self._unpaid: dict[tuple, str | None] | None = {} if judges else None
-        self._record = record
+        self._record, self._judges = record, judges
+        self._outcome = Outcome() if outcome is None else outcome
+        self._measured: dict[tuple, Verdict | None] = {}  # by the layer's shape
         self._override = options.get("optimized_attention_override")
-        order = kernel_order(call.seed.device) if self._override is None else ()
-        self._joint = JointCall(self._weighs, order, say_once, call.config.keeps_own)
+        self._sparse = self._override is not None and is_sparse(self._override)
+        order = kernel_order(call.seed.device) if self._override is None or self._sparse else ()
+        self._joint = self._joins(order)
+        # Of PyTorch's attention where it steps in for another (_fitting).
+        instead = () if order or self._override is not None else torchs_order(call.seed.device)
+        self._instead = self._joins(instead)
         # What is done must stand in a guard of its own, as in unet.py: all that a compiled graph takes for granted.
         # The seed is a tensor and so one of its inputs.
-        self.key = repr((call_key(call), layout, order))
-        self._served = 0
+        self.key = repr((call_key(call), layout, order, instead, judges, self._sparse))
+        self._met, self._served = False, 0
         self._plan: Plan | None = None
+        self._queries = 0  # that a layer has brought so far, where they come in parts
         wrappers = dict(options.get("wrappers", {}))
         wrappers[DIFFUSION_MODEL] = {**wrappers.get(DIFFUSION_MODEL, {}), KEY: [self._check_key]}
         self.options = {**options, "optimized_attention_override": self.attention, "wrappers": wrappers}
@@ -188,100 +171,116 @@ class DiTCall:
             raise RuntimeError("another node changed ToMe's argument 'tome' on its way to the model")
         return executor(*args, **kwargs)
 
+    def end(self, model: Any) -> None:
+        """To be called after the model's call: says it where no attention came here."""
+        if self._met:
+            return
+        if any(hasattr(module, "_orig_mod") for module in model.modules()):
+            self._outcome.merged()  # a compiled block's attentions come here while the block is compiled alone
+            return
+        self._outcome.left_alone(_NOT_MET, self.facts.name)
+        if self._record is not None:
+            self._record.left_alone(_NOT_MET, self.facts.name, self.layout.grid)
+
     def attention(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         """optimized_attention_override: q, k, v [B, L, H * d], or [B, H, L, d] with skip_reshape."""
-        call = Call.of(func, q, k, heads, args, kwargs)
+        if not self._sparse:
+            return self._merge(self._override, func, q, k, v, heads, *args, **kwargs)
+        declined = []
+
+        def dense(*args: Any, **kwargs: Any) -> Tensor:
+            declined.append(True)
+            return self._merge(None, func, *args, **kwargs)
+
+        out = self._override(dense, q, k, v, heads, *args, **kwargs)
+        if not declined and self._start(q, v, Call.of(func, q, k, heads, args, kwargs)) is not None:
+            self._leave(_SPARSE)
+        return out
+
+    def _merge(
+        self, override: Any, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The attention by func, or by another node's override of it; with the image's tokens merged, where they are to
+        be."""
+        call = Call.of(func, q, k, heads, args, kwargs, override)
         start = self._start(q, v, call)
-        if start is not None and self._does_not_pay(call, q, k, v, start):
-            start = None
-        plan = self._plan_at(start, call.plain(k), call)
-        if plan is None:
-            return self._run(func, q, k, v, heads, *args, **kwargs)
-        serve = self._merged if self.call.config.kind.matches else self._sampled
-        return serve(call, *(call.plain(x) for x in (q, k, v)), start, plan)
+        ready = None if start is None else self._prepare(start, q, k, v, call)
+        if ready is None:
+            first = (func,) if override is None else (override, func)
+            return first[0](*first[1:], q, k, v, heads, *args, **kwargs)
+        self._outcome.merged()
+        if self._sparse:
+            say_once(_SPARSE, self.facts.name)
+        elif override is not None:
+            say_once(_GETS_MERGED)
+        elif ready[1].func is not func:
+            say_once(
+                f"PyTorch's attention takes the place of {call.name} where keys need weights (text beside the image, "
+                f"or an uneven ratio) and so heads of {_width(call)} channels"
+            )
+        return self._serve(*ready, *(call.plain(x) for x in (q, k, v)), start)
 
-    @contextmanager
-    def hooks(self, model: Any) -> Iterator[None]:
-        """For attentions that do not tell their options (DiTModel.silent): hooks, gone when the call ends in whatever
-        way."""
-        if self.facts.silent is None:
-            yield
-            return
-        handles: list[Any] = []
-        here = threading.get_ident()  # another thread's call of the same modules has hooks of its own
+    def _serve(self, plan: Plan, call: Call, joint: JointCall, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        """The attention with the image's tokens merged, by what _prepare says."""
+        kind = self.call.config.kind
+        if kind.matches:
+            return attend_merged(joint, call, q, k, v, start, plan, kind)
+        return attend_sampled(joint, call, q, k, v, start, plan)
 
-        def begin(*_: Any) -> Handler | None:
-            return self._met if threading.get_ident() == here else None
+    def hooks(self, model: Any) -> AbstractContextManager[None]:
+        """What the model's attentions need that do not tell their options (DiTModel.silent)."""
+        modules = () if self.facts.silent is None else self.facts.silent(model)
+        return met_at_torch(modules, self.attention, self.call.config.kind.matches, lambda: self._leave(NOT_TORCHS))
 
-        try:
-            for module in self.facts.silent(model):
-                handles += SdpaHooks(module, begin, self._missed).handles
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            leave_left_modes()  # ComfyUI's interrupt is no Exception: no hook runs after it
-
-    def _met(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, H, L, d], k and v [B, H or fewer, L, d] -> [B, H, L, d], where such an attention calls torch."""
-        from comfy.ldm.modules.attention import attention_pytorch
-
-        told = {"skip_reshape": True, "skip_output_reshape": True, "mask": attention.mask}
-        if self.call.config.kind.matches:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        elif attention.options.get("enable_gqa"):
-            told["enable_gqa"] = True
-        return self.attention(attention_pytorch, q, k, v, q.shape[1], **told)
-
-    def _missed(self) -> None:
-        self._leave("an attention that is not PyTorch's is left alone: this model tells no node of it")
-
-    def _does_not_pay(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int) -> bool:
-        """Whether this layer was measured not to be faster merged, and is left alone.
+    def _verdict(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int) -> Verdict | None:
+        """What was measured of this layer; None where nothing is.
 
         Measured on its first row's own tokens: what is decided must not depend on how many rows a call has, nor on a
         few words more in the prompt.
         """
         config = self.call.config
-        if self._unpaid is None or config.kind.matches or call.mask is not None or is_compiling():
-            return False
-        others = -(-(call.length - self.layout.tokens) // _OTHERS)
-        shape = (self.layout.grid, others, call.heads, k.shape[1 if call.split else 2], call.d, q.dtype, call.split)
-        if shape not in self._unpaid:
-            self._unpaid[shape] = None
-            if measures(config.replace(levels="auto"), self.layout.grid, q.device):
-                self._unpaid[shape] = self._judge(call, q[:1], k[:1], v[:1], start, shape)
-        reason = self._unpaid[shape]
-        if reason is not None:
-            self._leave(reason)
-        return reason is not None
+        part = q.shape[2 if call.split else 1] != call.length
+        if not self._judges or config.kind.matches or call.mask is not None or part or is_compiling():
+            return None
+        shape = self._shape(call, k)
+        if shape not in self._measured:
+            self._measured[shape] = None
+            # Another attention may be slower however large the layer is.
+            by_another = not fits_weights(call) and may_measure(q.device)
+            if by_another or measures(config.replace(levels="auto"), self.layout.grid, q.device):
+                self._measured[shape] = self._judge(call, q[:1], k[:1], v[:1], start, shape)
+        return self._measured[shape]
 
-    def _judge(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, shape: tuple) -> str | None:
-        """Why a layer of this shape is left alone, or None. q, k, v: of one row."""
+    def _shape(self, call: Call, k: Tensor) -> tuple:
+        """All of a layer that its times depend on, beside the options."""
+        others = -(-(call.length - self.layout.tokens) // _OTHERS)
+        return (self.layout.grid, others, call.heads, k.shape[1 if call.split else 2], call.d, k.dtype, call.split)
+
+    def _pays(self, call: Call, k: Tensor) -> bool:
+        """Whether the layer was measured to be faster merged, or is to be merged whatever it costs."""
+        return not self._judges or self._measured.get(self._shape(call, k)) is not None
+
+    def _judge(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, shape: tuple) -> Verdict | None:
+        """The times of a layer of this shape, or None. q, k, v: of one row."""
         config, device = self.call.config, q.device
-        names = [self.facts.name, name_of(any_size(call.func), device), *self._joint.kernels, *map(str, shape)]
-        names += [config.method, f"{config.ratio:.4f}"]
-        names += [f"proportional {config.proportional}", f"own {config.keeps_own}"]
-        names += [f"by {name_of(self._override, device)}"] if self._override is not None else []
+        names = [self.facts.name, name_of(call.func, device), *self._joint.kernels, *map(str, shape)]
+        names += [
+            config.method,
+            f"{config.ratio:.4f}",
+            f"proportional {config.proportional}",
+            f"own {config.keeps_own}",
+        ]
+        names += [f"by {name_of(call.override, device)}"] if call.override is not None else []
 
         def measure() -> Verdict:
             plain, grid = [call.plain(x) for x in (q, k, v)], self.layout.grid
             plan = ModelCall(config, grid, device).plan(plain[0].new_empty(1, self.layout.tokens, 1), grid)
-            if plan is None:
+            fitting = None if plan is None else self._fitting(call, start, plan, True)
+            if fitting is None:
                 return Verdict(0.0, 0.0, 0.0)
-            kwargs = {"heads": call.heads, **call.kwargs}
-            return compared(
-                lambda: self._run(call.func, q, k, v, **kwargs),
-                lambda: self._sampled(call, *plain, start, plan),
-                device,
-            )
+            return compared(lambda: call.run(q, k, v), lambda: self._serve(plan, *fitting, *plain, start), device)
 
-        found = known_or_measured(", ".join(names), device, measure)
-        return None if found is None or found.pays() else found.reason
-
-    def _run(self, func: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The attention as it would be without ToMe: another node's override goes first."""
-        return func(*args, **kwargs) if self._override is None else self._override(func, *args, **kwargs)
+        return known_or_measured(", ".join(names), device, measure)
 
     def _start(self, q: Tensor, v: Tensor, call: Call) -> int | None:
         """Where the image's tokens begin; None for an attention that is none of ours."""
@@ -289,8 +288,11 @@ class DiTCall:
         if self.facts.numbered and "block_index" not in options:
             return None  # a refiner, before the blocks
         place = 2 if call.split else 1
-        if q.shape[place] != length or v.shape[place] != length:
+        if v.shape[place] != length or q.shape[place] > length:
             return None  # to another's tokens
+        part = q.shape[place] < length
+        if part and (not self.layout.parts or length in self.layout.crosses):
+            return None
         start = self.layout.start(length, options.get("img_slice"))
         if start is None and length > self.layout.tokens:
             self._leave(
@@ -298,39 +300,85 @@ class DiTCall:
                 "node has added some",
                 f"{length} tokens for {self.layout}",
             )
-        if start is not None and length in self.layout.crosses:
+        if start is None:
+            return None
+        self._met = True
+        if length in self.layout.crosses:
             self._leave("an image of as many tokens as its prompt is left alone: self- and cross-attention look alike")
+            return None
+        if part and self.call.config.kind.queries:
+            self._leave(
+                "attentions that take a part of the queries each (LTXV's guides of a strength other than 1) are left "
+                "alone, because this method merges queries"
+            )
             return None
         return start
 
-    def _plan_at(self, start: int | None, k: Tensor, call: Call) -> Plan | None:
-        """The plan of this layer; None where it is left alone."""
-        if start is None:
-            return None
+    def _prepare(self, start: int, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Plan, Call, JointCall] | None:
+        """The plan of this layer, and what _fitting says; None where it is left alone."""
         if call.mask is not None and (call.mask.dim() < 2 or call.mask.shape[-1] != call.length):
             self._leave("an attention whose mask is not one over its keys is left alone")
             return None
-        matches = self.call.config.kind.matches
-        if matches and self._weighs and not self._takes_wider_heads(call.d):
+        verdict = self._verdict(call, q, k, v, start)
+        if verdict is not None and not verdict.pays():
+            self._leave(verdict.reason)
             return None
-        first = self._served % self.layout.together == 0
-        if first:
+        paid = self._pays(call, k)
+        matches = self.call.config.kind.matches
+        if matches and self._fitting(call, start, None, paid) is None:
+            return None
+        if first := self._is_first(q, call):
+            k = call.plain(k)
             image = (k if matches or not call.split else k[:, 0]).narrow(-2, start, self.layout.tokens)
             # The ViT paper's metric: keys averaged over the heads. What matches nothing wants its shape alone.
             metric = (
                 image if not matches else image.mean(1) if call.split else image.unflatten(-1, (-1, call.d)).mean(2)
             )
             self._plan = self.call.plan(metric, self.layout.grid)  # metric [B, N, .]
-        self._served += 1
         plan = self._plan
-        if plan is not None and not matches and self._joint.around(plan, start, call.length).bias is not None:
-            if not self._takes_wider_heads(call.d):
-                plan = None
-        if first and self._record is not None and plan is self._plan:
-            self._record.layer(self._name(call), self.layout.grid, plan)
-        elif first and self._record is not None:
-            self._record.count(self.layout.grid)
-        return plan
+        if plan is None:
+            self._outcome.left_alone(NO_WHOLE_TOKEN, self.facts.name)
+        fitting = None if plan is None else self._fitting(call, start, plan, paid)
+        if first and self._record is not None:
+            if plan is None or fitting is not None:
+                self._record.layer(self._name(call), self.layout.grid, plan)
+            else:
+                self._record.count(self.layout.grid)
+        return None if fitting is None else (plan, *fitting)
+
+    def _is_first(self, q: Tensor, call: Call) -> bool:
+        """Whether this is the first attention of a layer: the others want the same tokens."""
+        count, self._queries = self._queries, self._queries + q.shape[2 if call.split else 1]
+        if self._queries < call.length:
+            return count == 0
+        self._queries = 0
+        if count == 0:
+            self._served += 1
+        return count == 0 and (self._served - 1) % self.layout.together == 0
+
+    def _fitting(self, call: Call, start: int, plan: Plan | None, paid: bool) -> tuple[Call, JointCall] | None:
+        """The call by an attention that takes its keys' weights, and how they are joined; None: it is left alone.
+
+        The attention that the user has chosen does it wherever it can.
+
+        Args:
+            plan: of a method that matches nothing.
+            paid: whether PyTorch's attention may take the place of one that knows a few sizes of heads.
+        """
+        weighed = self._weighs and (plan is None or self._joint.around(plan, start, call.length).bias is not None)
+        if not weighed or fits_weights(call):
+            return call, self._joint
+        if call.override is None and paid:
+            return call.by_torch(), self._instead
+        other = call.name if call.override is None else "another node's attention"
+        self._leave(
+            "an attention is left alone where keys need weights (text beside the image, or an uneven ratio) and so "
+            f"heads of {_width(call)} channels: {other} may not take them"
+        )
+        return None
+
+    def _joins(self, order: tuple[str, ...]) -> JointCall:
+        return JointCall(self._weighs, order, say_once, self.call.config.keeps_own)
 
     def _name(self, call: Call) -> str:
         """The block as the log names it."""
@@ -340,81 +388,18 @@ class DiTCall:
         return f"{options.get('block_type', '')} block {options['block_index']}".lstrip()
 
     def _leave(self, reason: str, detail: str = "") -> None:
-        leave_alone(self._record, reason, self.facts.name, detail, self.layout.grid)
+        self._met = True
+        leave_alone(self._record, reason, self.facts.name, detail, self.layout.grid, outcome=self._outcome)
 
     @property
     def _weighs(self) -> bool:
         """Whether a key that stands for several counts for as many."""
         return self.call.config.weighs_keys
 
-    def _takes_wider_heads(self, d: int) -> bool:
-        """Whether the attention that is to be called takes heads of d channels with weights on them."""
-        width = d + extra_channels(d)
-        if self._override is None or width <= _SAFE_SIZES[-1]:
-            return True
-        self._leave(
-            f"an attention whose keys need weights (text beside the image, or an uneven ratio) is left whole: heads of "
-            f"{width} channels may be more than another node's attention takes"
-        )
-        return False
 
-    def _sampled(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
-        """Keys and values from some of the image's tokens, the same for all rows, and all others: no unmerge."""
-        around = self._joint.around(plan, start, call.length)
-        if self._joint.kernels and around.sizes is not None and may_join(call):
-            out = attend_joint(self._joint, call, q, k, v, start, plan)
-            if out is not None:
-                return out
-        elif self._joint.own:
-            masked = "under a mask queries do not keep their own tokens"
-            say_once(NOT_KEPT if call.mask is None else masked)
-        index = around.index(plan, start)
-        k, v = call.take(k, index), call.take(v, index)
-        if call.mask is not None:
-            call = call.replace(mask=call.mask.index_select(-1, index))
-        return self._weighted(call, q, k, v, around.bias)
-
-    def _merged(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
-        """Methods that match: the image's part of queries, keys and values merged; the queries' outcome unmerged."""
-        kind, flat = self.call.config.kind, call.flattened()
-        if call.mask is not None:
-            flat = flat.replace(mask=take_mask(call.mask, call.length, start, plan, kind.queries, kind.keys))
-        q, k, v = (call.flat(x) for x in (q, k, v))  # (B, L, H * d)
-        q = merge_image(q, start, plan) if kind.queries else q
-        k, v = (merge_image(x, start, plan) for x in (k, v)) if kind.keys else (k, v)
-        out = self._weighted(flat, q, k, v, image_bias(plan, start, call.length) if self._weighs else None)
-        out = unmerge_image(out, start, plan) if kind.queries else out
-        return out.unflatten(-1, (call.heads, -1)).transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out
-
-    def _weighted(self, call: Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """The attention with bias [b, K] added to its logits, without a mask, which would be slow (attention.py)."""
-        func, heads, kwargs, d = call.func, call.heads, dict(call.kwargs), call.d
-        if bias is None:
-            return self._run(func, q, k, v, heads, **kwargs)
-        scale = kwargs.pop("scale", None) or d**-0.5
-        if self._joint.kernels and may_join(call):
-            made = kernels.attend(*(call.by_head(x) for x in (q, k, v)), bias, scale)  # (B, H, L, d)
-            if made is not None:
-                return made if kwargs.get("skip_output_reshape") else made.transpose(1, 2).flatten(2)
-        if not call.split:
-            q, k, v = (x.unflatten(-1, (-1, d)) for x in (q, k, v))  # (B, L, H, d)
-        bias = bias[:, None] if call.split else bias[:, :, None]
-        q, k, v = extend_heads(q, k, v, bias * (d**-0.5 / scale))
-        if self._override is None:
-            func, kwargs["scale"] = any_size(func), scale
-        else:
-            # Another node's attention may know a few sizes only and may not mind `scale`: what it would take by
-            # itself must be right.
-            width = next(size for size in _SAFE_SIZES if size >= q.shape[-1])
-            q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-            q = q * (scale * width**0.5)
-        width = q.shape[-1]
-        if not call.split:
-            q, k, v = (x.flatten(2) for x in (q, k, v))  # (B, L, H * width)
-        out = self._run(func, q, k, v, heads, **kwargs)
-        if kwargs.get("skip_output_reshape"):
-            return out[..., :d]  # (B, H, L, d)
-        return out.unflatten(-1, (heads, width))[..., :d].flatten(2)  # (B, L, H * d)
+def _width(call: Call) -> int:
+    """Channels of the heads that carry weights."""
+    return call.d + extra_channels(call.d)
 
 
 def _prompt(args: tuple) -> Told:

@@ -8,6 +8,7 @@ channels of the heads, which any attention function takes: those of other nodes 
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -16,21 +17,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..shared_tome import kernels
+from ..shared_tome.attention import extend_heads, extra_channels
+from ..shared_tome.config import Method
 from ..shared_tome.joined import KERNELS, TORCHS
-from ..shared_tome.joint import JointCall, take_heads
+from ..shared_tome.joint import JointCall, image_bias, merge_image, take_heads, unmerge_image
+from ..shared_tome.own import why_not_kept
 from ..shared_tome.plan import Plan, take
 from .log import say_once
 
 _HOST = "comfy.ldm.modules.attention"
-# ComfyUI's attention functions that take heads of any size and mind `scale`; sage's two do not.
+# ComfyUI's attention functions that take heads of any size. Its others (SageAttention's two, comfy-kitchen's) and other
+# nodes' may know these sizes alone.
 _ANY_SIZE = tuple(f"attention_{name}" for name in ("basic", "sub_quad", "split", "xformers", "pytorch", "flash"))
+SAFE_SIZES = (64, 96, 128)
 # torch's names of the kernels that tell their log-sum-exp.
 _NAMES = dict(zip(("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"), KERNELS, strict=True))
+# Words by which another node's attention is known to be sparse.
+_SPARSE = {"sparse", "sparge", "radial", "sla", "vsa", "nabla"}
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an attention function, and how its tensors lie: [B, H, L, d] where split, else [B, L, H * d]."""
+    """One call of an attention function, and how its tensors lie: [B, H, L, d] where split, else [B, L, H * d].
+
+    override: another node's, called with func as its first argument. length: of the keys.
+    """
 
     func: Any
     heads: int  # of the queries; keys and values may have fewer
@@ -38,19 +50,48 @@ class Call:
     split: bool
     length: int
     d: int
+    override: Any = None
 
     @classmethod
-    def of(cls, func: Any, q: Tensor, k: Tensor, heads: int, args: tuple, kwargs: dict[str, Any]) -> Call:
+    def of(
+        cls, func: Any, q: Tensor, k: Tensor, heads: int, args: tuple, kwargs: dict[str, Any], override: Any = None
+    ) -> Call:
         """From what optimized_attention(q, k, v, heads, mask, attn_precision, ...) is called with."""
         kwargs = {**kwargs, **dict(zip(("mask", "attn_precision"), args, strict=False))}
         split = bool(kwargs.get("skip_reshape"))
         d = q.shape[-1] if split else q.flatten(2).shape[-1] // heads
-        return cls(func, heads, kwargs, split, k.shape[2 if split else 1], d)
+        return cls(func, heads, kwargs, split, k.shape[2 if split else 1], d, override)
 
     @property
     def mask(self) -> Tensor | None:
         """[..., L or 1, L]."""
         return self.kwargs.get("mask")
+
+    @property
+    def name(self) -> str:
+        """The attention function's, for people and keys."""
+        return getattr(self.func, "__name__", type(self.func).__name__)
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether the attention is known to take heads of any size."""
+        return self.override is None and any(_is_comfys(self.func, name) for name in _ANY_SIZE)
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether ComfyUI's PyTorch attention itself would run, and no function of the same name."""
+        return self.override is None and is_torchs(self.func)
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+        """The attention as it would be without ToMe: another node's override goes first."""
+        first = (self.func,) if self.override is None else (self.override, self.func)
+        return first[0](*first[1:], q, k, v, self.heads, **{**self.kwargs, **kwargs})
+
+    def by_torch(self) -> Call:
+        """The call of ComfyUI's PyTorch attention in place of this one."""
+        from comfy.ldm.modules.attention import attention_pytorch
+
+        return dataclasses.replace(self, func=attention_pytorch)
 
     def replace(self, **kwargs: Any) -> Call:
         """The call with other keywords."""
@@ -77,8 +118,30 @@ class Call:
         return take_heads(x, index) if self.split else take(x, index[None])
 
 
+def _is_comfys(func: Any, name: str) -> bool:
+    """Whether func is ComfyUI's own attention function of that name. An override gets it without its wrapper."""
+    from comfy.ldm.modules import attention
+
+    own = getattr(attention, name, None)
+    own = getattr(own, "__wrapped__", own)
+    return own is not None and own.__module__ == _HOST and getattr(func, "__wrapped__", func) is own
+
+
+def is_torchs(func: Any) -> bool:
+    """Whether it is ComfyUI's PyTorch attention itself, and no function of the same name."""
+    return _is_comfys(func, "attention_pytorch")
+
+
 def kernel_order(device: torch.device) -> tuple[str, ...]:
-    """The kernels that ComfyUI's PyTorch attention would try, in its order; none where it is not torch's own."""
+    """The kernels of torch that ComfyUI's attention would try, in its order; none where that is not PyTorch's
+    (--use-sage-attention and the like), or not torch's own."""
+    from comfy.ldm.modules import attention
+
+    return torchs_order(device) if is_torchs(attention.optimized_attention) else ()
+
+
+def torchs_order(device: torch.device) -> tuple[str, ...]:
+    """The same of ComfyUI's PyTorch attention, whatever ComfyUI was started with."""
     import comfy.ops
 
     if not isinstance(F.scaled_dot_product_attention, types.BuiltinFunctionType) or getattr(
@@ -91,12 +154,18 @@ def kernel_order(device: torch.device) -> tuple[str, ...]:
     return tuple(_NAMES.get(kernel.name, kernel.name) for kernel in order)
 
 
+def is_sparse(override: Any) -> bool:
+    """Whether another node's attention override says by its name, or by that of its module, that it is sparse."""
+    override = getattr(override, "func", override)  # functools.partial
+    owner = override if hasattr(override, "__qualname__") else type(override)
+    module = re.split(r"custom_nodes|comfy_extras", owner.__module__ or "")[-1]  # not the folders ComfyUI lies in
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", f"{module} {owner.__qualname__}")
+    return not _SPARSE.isdisjoint(word.lower() for word in words)
+
+
 def may_join(call: Call) -> bool:
     """Whether JointCall.attend may take the place of this call: ComfyUI's PyTorch attention, without a mask."""
-    if call.mask is not None:
-        return False
-    func = any_size(call.func)
-    return getattr(func, "__name__", "") == "attention_pytorch" and getattr(func, "__module__", "") == _HOST
+    return call.mask is None and call.is_torchs
 
 
 def attend_joint(
@@ -109,15 +178,83 @@ def attend_joint(
     return out.transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out.flatten(2)
 
 
-def any_size(func: Any) -> Any:
-    """ComfyUI's attention function, or its PyTorch one where that knows a few head sizes only."""
-    name = getattr(func, "__name__", "")
-    if name in _ANY_SIZE:
-        return func
-    from comfy.ldm.modules.attention import attention_pytorch
+def attend_sampled(joint: JointCall, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
+    """Keys and values from some of the image's tokens, the same for all rows, and all others: no unmerge."""
+    around = joint.around(plan, start, call.length)
+    if joint.kernels and around.sizes is not None and may_join(call):
+        out = attend_joint(joint, call, q, k, v, start, plan)
+        if out is not None:
+            return out
+    if joint.own:
+        torchs = bool(joint.kernels) and call.is_torchs
+        say_once(why_not_kept(call.by_head(q), call.by_head(k), call.mask is not None, torchs))
+    index = around.index(plan, start)
+    k, v = call.take(k, index), call.take(v, index)
+    if call.mask is not None:
+        call = call.replace(mask=call.mask.index_select(-1, index))
+    return attend_weighed(call, q, k, v, around.bias, bool(joint.kernels))
 
-    say_once(f"the weighted keys of an attention with text go through PyTorch's attention, not {name}")
-    return attention_pytorch
+
+def attend_merged(
+    joint: JointCall, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, kind: Method
+) -> Tensor:
+    """Methods that match: the image's part of queries, keys and values merged; the queries' outcome unmerged."""
+    flat = call.flattened()
+    if call.mask is not None:
+        flat = flat.replace(mask=take_mask(call.mask, call.length, start, plan, kind.queries, kind.keys))
+    q, k, v = (call.flat(x) for x in (q, k, v))  # (B, L, H * d)
+    q = merge_image(q, start, plan) if kind.queries else q
+    k, v = (merge_image(x, start, plan) for x in (k, v)) if kind.keys else (k, v)
+    bias = image_bias(plan, start, call.length) if joint.weighs else None
+    out = attend_weighed(flat, q, k, v, bias, bool(joint.kernels))
+    out = unmerge_image(out, start, plan) if kind.queries else out
+    return out.unflatten(-1, (call.heads, -1)).transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out
+
+
+def attend_weighed(call: Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, joins: bool) -> Tensor:
+    """The attention with bias [b, K] added to its logits, without a mask, which would be slow (attention.py).
+
+    joins: whether kernels of ours may take the place of torch's.
+    """
+    if bias is None:
+        return call.run(q, k, v)
+    heads, kwargs, d = call.heads, dict(call.kwargs), call.d
+    scale = kwargs.pop("scale", None) or d**-0.5
+    if joins and may_join(call):
+        made = kernels.attend(*(call.by_head(x) for x in (q, k, v)), bias, scale)  # (B, H, L, d)
+        if made is not None:
+            return made if kwargs.get("skip_output_reshape") else made.transpose(1, 2).flatten(2)
+    if not call.split:
+        q, k, v = (x.unflatten(-1, (-1, d)) for x in (q, k, v))  # (B, L, H, d)
+    bias = bias[:, None] if call.split else bias[:, :, None]
+    q, k, v = extend_heads(q, k, v, bias * (d**-0.5 / scale))
+    if call.takes_any_size and _minds_scale(call.func):
+        kwargs["scale"] = scale
+    else:
+        # What the attention takes by itself must be right: a size that it knows, and the scale of that size.
+        if not call.takes_any_size:
+            width = next(size for size in SAFE_SIZES if size >= q.shape[-1])
+            q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        q = q * (scale * q.shape[-1] ** 0.5)
+    width = q.shape[-1]
+    if not call.split:
+        q, k, v = (x.flatten(2) for x in (q, k, v))  # (B, L, H * width)
+    out = dataclasses.replace(call, kwargs=kwargs).run(q, k, v)
+    if kwargs.get("skip_output_reshape"):
+        return out[..., :d]  # (B, H, L, d)
+    return out.unflatten(-1, (heads, width))[..., :d].flatten(2)  # (B, L, H * d)
+
+
+def fits_weights(call: Call) -> bool:
+    """Whether the attention takes the wider heads by which attend_weighed weighs keys."""
+    return call.takes_any_size or call.d + extra_channels(call.d) <= SAFE_SIZES[-1]
+
+
+def _minds_scale(func: Any) -> bool:
+    """Whether one of ComfyUI's attention functions looks for `scale` among its keywords: up to 0.20.1 none does, in
+    0.24 not all do."""
+    func = getattr(func, "__wrapped__", func)
+    return any("scale" in (x if isinstance(x, tuple) else (x,)) for x in func.__code__.co_consts)
 
 
 def take_mask(mask: Tensor, length: int, start: int, plan: Plan, queries: bool, keys: bool) -> Tensor:

@@ -1,8 +1,8 @@
 """What ToMe knows of ComfyUI's transformers without a U-Net: one row of DIT_MODELS each.
 
 A row was written from the model's own forward (ComfyUI 0.30, comfy/ldm/<file of its class>). A model is known by its
-class's name, so a ComfyUI that lacks one loads all the same; a subclass may order its tokens anew, so it counts only
-where it is named. To add a model, add its row: nothing else names one.
+class's name, so a ComfyUI that lacks one loads all the same. A subclass may order its tokens anew, so it counts only
+where it is named or changes nothing that it inherits. To add a model, add its row: nothing else names one.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class DiTModel:
     alone: some layers attend to the image without head and tail.
     crosses: has cross-attention, to be told from self-attention by its length alone.
     calls(model): attention calls of one layer that want the same tokens.
+    parts: some layers call attention several times, each time with a part of the queries and all keys.
     compiles: forward hands keywords that it does not know to its wrappers, which torch.compile can guard (unet.py).
     silent(model): self-attentions to be served whose calls do not tell their options, so that no override reaches them:
         they are met where they call torch (shared_tome/sdpa.py).
@@ -50,6 +51,7 @@ class DiTModel:
     alone: bool = False
     crosses: bool = False
     calls: Callable[[Any], int] = _one
+    parts: bool = False
     compiles: bool = True
     silent: Callable[[Any], list[Any]] | None = None
 
@@ -191,15 +193,21 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         numbered=True,
         crosses=True,
     ),
-    DiTModel("LTXV", ("lightricks.model.LTXVModel",), _video_before_guides, head=_none, crosses=True),
+    DiTModel(
+        "LTXV",
+        ("lightricks.model.LTXVModel",),
+        _video_before_guides,
+        head=_none,
+        crosses=True,
+        parts=True,  # guides of a strength other than 1
+    ),
     DiTModel(
         "Cosmos-Predict2 and Anima",
         ("cosmos.predict2.MiniTrainDIT", "anima.model.Anima"),
         lambda model, shape, told: _patches(shape, model.patch_temporal, model.patch_spatial, model.patch_spatial),
         head=_none,
         tail=_none,
-        numbered=True,
-        crosses=True,
+        crosses=True,  # and not numbered: it has no refiner, and tells no numbers up to ComfyUI 0.27
     ),
     DiTModel(
         "HiDream", ("hidream.model.HiDreamImageTransformer2DModel",), _image_without_source, head=_none, compiles=False
@@ -235,10 +243,20 @@ _BY_CLASS = {f"comfy.ldm.{name}": row for row in DIT_MODELS for name in row.clas
 SERVED = ", ".join(row.name for row in DIT_MODELS)
 
 
+# What a subclass may have of its own without running in another way.
+_OF_ANY_CLASS = {"__init__", "__module__", "__doc__", "__annotations__", "__static_attributes__", "__firstlineno__"}
+
+
 def dit_model(model: Any) -> DiTModel | None:
-    """The row of a diffusion model, or None."""
-    kind = type(model)
-    return _BY_CLASS.get(f"{kind.__module__}.{kind.__qualname__}")
+    """The row of a diffusion model, or None. A subclass that changes nothing it inherits has the row of its base: a
+    node may swap the class of a loaded model."""
+    kinds = type(model).__mro__
+    for place, kind in enumerate(kinds):
+        row = _BY_CLASS.get(f"{kind.__module__}.{kind.__qualname__}")
+        if row is not None:
+            changed = {name for own in kinds[:place] for name in vars(own) if hasattr(kind, name)}
+            return None if changed - _OF_ANY_CLASS else row
+    return None
 
 
 def cross_lengths(told: Told) -> tuple[int, ...]:

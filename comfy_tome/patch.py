@@ -30,8 +30,7 @@ def apply_to_model(model: Any, config: ToMeConfig) -> Any:
     clone = model.clone()
     if not config.is_off:
         clone.add_wrapper_with_key(APPLY_MODEL, KEY, UNetPatch(config) if has_unet else DiTPatch(config))
-        if has_unet:
-            clone.add_wrapper_with_key(OUTER_SAMPLE, KEY, say_outcome)
+        clone.add_wrapper_with_key(OUTER_SAMPLE, KEY, say_outcome)
         clone.set_attachments(KEY, config)
     return clone
 

@@ -22,7 +22,7 @@ from .attention import extend_key, extend_query, extend_value, extra_channels
 from .config import ToMeConfig
 from .failures import is_out_of_memory
 from .joined import TORCHS, choose_kernel
-from .own import NOT_KEPT
+from .own import NO_LSE, NOT_KEPT
 from .sdpa import AroundSdpa, HostAttention, is_torchs_sdpa
 
 OWN, GIVEN = "own", "given"
@@ -166,7 +166,7 @@ def why_not_own(meets: Callable[[], bool], d: int, device: torch.device, dtype: 
     if not is_torchs_sdpa() or not meets():
         return NOT_KEPT
     if choose_kernel(TORCHS, device, dtype, d) is None:
-        return "this PyTorch tells no log-sum-exps of its attention here; queries do not keep their own tokens"
+        return NO_LSE
     return None
 
 

@@ -328,7 +328,15 @@ def sample(model: Any, name: str, *, steps: int = 2, seed: int = 1, cfg: float =
     )[0]["samples"]
 
 
-def bare(grid: tuple[int, ...], head: int = 0, tail: int = 0, override: Any = None, **values: Any) -> Any:
+def bare(
+    grid: tuple[int, ...],
+    head: int = 0,
+    tail: int | None = 0,
+    override: Any = None,
+    judges: bool = False,
+    layout: Any = None,
+    **values: Any,
+) -> Any:
     """attention(q, k, v, heads, **kwargs) of one layer of a call, without a model around it.
 
     Unless values say so, no query keeps its own token: what is compared is the weighing of the drawn keys.
@@ -340,6 +348,7 @@ def bare(grid: tuple[int, ...], head: int = 0, tail: int = 0, override: Any = No
     config = dit.ToMeConfig(**{"min_tokens": 0, "own_token": False, **values})
     options = {} if override is None else {"optimized_attention_override": override}
     made = dit.ModelCall(config, grid, torch.device("cpu"))
-    patch = dit.DiTCall(made, table.DIT_MODELS[0], dit.Layout(grid, head, tail), options)
+    layout = dit.Layout(grid, head, tail) if layout is None else layout
+    patch = dit.DiTCall(made, table.DIT_MODELS[0], layout, options, judges=judges)
     told = {**patch.options, "block_index": 0}
     return lambda q, k, v, heads, **kwargs: optimized_attention(q, k, v, heads, transformer_options=told, **kwargs)

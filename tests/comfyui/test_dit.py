@@ -25,6 +25,11 @@ def log(caplog) -> list[str]:
     return [record.message for record in caplog.records if record.name == "ToMe"]
 
 
+def nothing(reason: str, where: str) -> list[str]:
+    """What the log has where a call of the model merges nothing for one reason."""
+    return [f"[ToMe] {reason} ({where})", f"[ToMe] {reason} ({where}) (nothing was merged in this call of the model)"]
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_keys_go_and_all_others_stay(dit, tome, name):
     model, which = dit(name), SMALL[name]
@@ -190,13 +195,62 @@ def test_guides_of_ltxv(dit, tome):
     assert torch.equal(after[0].k[:, :, 18:, :32], before[0].k[:, :, 72:])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_guides_of_a_strength_other_than_1(dit, tome, comfy_nodes, caplog, method):
+    """Attention is then called twice a layer, for the video's queries and for the guides', with all keys each time."""
+    mask = torch.ones(2, 1, 5, 4, 6)
+    entry = {"pre_filter_count": 48, "strength": 0.7, "pixel_mask": None, "latent_shape": [2, 4, 6]}
+    told = {"keyframe_idxs": torch.zeros(2, 3, 48, 2), "denoise_mask": mask, "guide_attention_entries": [entry]}
+    told["latent"] = (2, 16, 5, 4, 6)
+    model = dit("ltxv")
+    recorded, record = comfy_nodes["ToMeRecord"].execute(model=tome(model, method=method, ratio=0.75)).result
+    host.forget_log()
+    with watch() as before:
+        plain = call(model, "ltxv", **told)
+    with caplog.at_level(logging.INFO, logger="ToMe"), watch() as after:
+        merged = call(recorded, "ltxv", **told)
+    said = log(caplog)
+    told = record.run().tally.report()
+    assert dit_host.lengths(before) == 2 * [(72, 120), (48, 120), (120, 7)]
+    if method in ("merge", "merge_queries", "prune"):
+        assert torch.equal(merged, plain) and dit_host.lengths(after) == dit_host.lengths(before)
+        reason = (
+            "attentions that take a part of the queries each (LTXV's guides of a strength other than 1) are left "
+            "alone, because this method merges queries"
+        )
+        assert said == nothing(reason, "LTXV")
+        assert told.merged_steps == 0 and [layer.reason for layer in told.layers] == [reason]
+        return
+    assert not torch.equal(merged, plain) and merged.isfinite().all()
+    assert dit_host.lengths(after) == 2 * [(72, 18 + 48), (48, 18 + 48), (120, 7)]
+    first, second = after[:2]
+    assert torch.equal(first.k, second.k) and torch.equal(first.v, second.v)  # one layer, one choice
+    assert first.mask.shape[-1] == second.mask.shape[-1] == 66 and second.mask.shape[-2] == 48
+    assert said == (["[ToMe] under a mask queries do not keep their own tokens"] if method == "sample" else [])
+    assert told.merged_steps == 1 and [layer.number for layer in told.merged] == [0, 1]
+
+
+def test_a_part_of_the_queries_without_a_mask_keeps_no_own_tokens(dit, tome, caplog):
+    """Own tokens need all queries; the keys that a part of the queries gets are the same."""
+    layout = host.pack_module("dit").Layout((8, 12), 0, None, parts=True)
+    attend = dit_host.bare(layout.grid, 0, None, layout=layout, ratio=0.75, own_token=True, method="sample")
+    q, k, v = (torch.randn(2, 96, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    host.forget_log()
+    with caplog.at_level(logging.INFO, logger="ToMe"), watch() as seen:
+        parts = [attend(q[:, :60], k, v, 2), attend(q[:, 60:], k, v, 2)]
+    assert log(caplog) == ["[ToMe] an attention takes a part of the queries alone; these do not keep their own tokens"]
+    assert dit_host.lengths(seen) == [(60, 24), (36, 24)]
+    attend = dit_host.bare(layout.grid, 0, None, layout=layout, ratio=0.75, own_token=False, method="sample")
+    assert torch.allclose(torch.cat(parts, 1), attend(q, k, v, 2), atol=1e-5)
+
+
 def test_an_image_beside_its_source_is_left_alone(dit, tome, caplog):
     """HiDream E1's rows hold both images by turns."""
     told = {"image_cond": torch.ones(2, 16, 16, 24)}
     host.forget_log()
     with caplog.at_level(logging.INFO, logger="ToMe"):
         assert torch.equal(call(tome(dit("hidream")), "hidream", **told), call(dit("hidream"), "hidream", **told))
-    assert log(caplog) == ["[ToMe] an image whose tokens do not lie on one grid is left alone (HiDream)"]
+    assert log(caplog) == nothing("an image whose tokens do not lie on one grid is left alone", "HiDream")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -238,7 +292,7 @@ def test_a_mask_not_over_keys_is_left_alone(dit, tome, caplog):
     with caplog.at_level(logging.INFO, logger="ToMe"):
         merged = call(model, "flux", attention_mask=mask)
     assert torch.equal(merged, call(dit("flux"), "flux", attention_mask=mask))
-    assert log(caplog) == ["[ToMe] an attention whose mask is not one over its keys is left alone (Flux)"]
+    assert log(caplog) == nothing("an attention whose mask is not one over its keys is left alone", "Flux")
 
 
 def with_override(model, called):
@@ -280,10 +334,11 @@ def test_another_override_with_no_room_for_weights(dit, tome, caplog, method):
     with caplog.at_level(logging.INFO, logger="ToMe"):
         left = call(tome(with_override(wide, called), method=method), "flux")
     assert torch.equal(left, call(wide, "flux")) and len(called) == 2
-    assert log(caplog) == [
-        "[ToMe] an attention whose keys need weights (text beside the image, or an uneven ratio) is left whole: heads "
-        "of 136 channels may be more than another node's attention takes (Flux)"
-    ]
+    assert log(caplog) == nothing(
+        "an attention is left alone where keys need weights (text beside the image, or an uneven ratio) and so heads "
+        "of 136 channels: another node's attention may not take them",
+        "Flux",
+    )
     with watch() as seen:
         call(tome(with_override(wide, called), proportional=False), "flux")
         call(tome(wide), "flux")
@@ -325,26 +380,6 @@ def test_differential_attention_samples_both_halves_alike(dit, tome):
     assert first.v.shape == third.v.shape
 
 
-def test_a_kernel_that_takes_few_sizes(dit, tome, monkeypatch, caplog):
-    """ComfyUI's own --use-sage-attention: keys with weights go through PyTorch's attention."""
-    import comfy.ldm.flux.math
-    from comfy.ldm.modules import attention
-
-    calls = []
-
-    def attention_sage(q, k, v, heads, *args, **kwargs):
-        calls.append(q.shape)
-        return attention.attention_pytorch(q, k, v, heads, *args, **kwargs)
-
-    monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", attention.wrap_attn(attention_sage))
-    host.forget_log()
-    with caplog.at_level(logging.INFO, logger="ToMe"):
-        merged = call(tome(dit("flux")), "flux")
-    assert not calls and "not attention_sage" in log(caplog)[0]
-    monkeypatch.undo()
-    assert torch.equal(merged, call(tome(dit("flux")), "flux"))
-
-
 def test_options_that_only_a_unet_has(dit, tome, caplog):
     for options in ({"mlp": True}, {"cross_attention": True}):
         with pytest.raises(ValueError, match="needs a model with a U-Net; Flux is served at its self-attention alone"):
@@ -362,6 +397,9 @@ def test_a_model_that_is_not_served(comfy_nodes, tome):
 
     class Other(comfy.ldm.flux.model.Flux):
         """A subclass may order its tokens anew."""
+
+        def forward_orig(self, *args, **kwargs):
+            return super().forward_orig(*args, **kwargs)
 
     model = dit_host.small("flux")
     model.model.diffusion_model.__class__ = Other

@@ -182,16 +182,23 @@ def test_a_function_in_the_place_of_torchs_is_called(place, joined, monkeypatch)
     assert called and joined == []
 
 
-def test_where_pytorchs_attention_steps_in_it_is_joined(joined, monkeypatch):
-    """SageAttention takes few sizes of heads, so keys with weights never reach it."""
+@pytest.mark.parametrize("d", [D, 128])
+def test_where_pytorchs_attention_steps_in_it_is_joined(joined, monkeypatch, d):
+    """SageAttention takes heads of 128 channels at most: narrow ones reach it with their weights."""
     from comfy.ldm.modules import attention
 
-    def attention_sage(*args, **kwargs):
-        raise AssertionError("weights would be lost")
+    called = []
+
+    def attention_sage(q, k, v, heads, **kwargs):
+        called.append(q.shape[-1] // heads)
+        return attention.attention_pytorch(q, k, v, heads, **kwargs)
 
     monkeypatch.setattr(attention, "optimized_attention", attention.wrap_attn(attention_sage))
-    attend_once()
-    assert joined == [[24, 5]]
+    q, k, v = tokens(96 + 5, d=d)
+    ours = bare((8, 12), 5, 0, method="sample", ratio=0.75)(q, k, v, HEADS)
+    assert (called, joined) == (([64], []) if d == D else ([], [[24, 5]]))
+    monkeypatch.undo()
+    same(ours, bare((8, 12), 5, 0, method="sample", ratio=0.75)(q, k, v, HEADS))
 
 
 @pytest.mark.parametrize("name", [name for name in dit_host.SMALL if name not in ("camera", "vace", "ltxv")])

@@ -1,0 +1,68 @@
+"""How the tokens of one call of a transformer lie: which of an attention's are the image's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..shared_tome.grid import Grid
+from .dit_models import DiTModel, Told, cross_lengths
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a call's tokens lie: `head` tokens, the image's, `tail` tokens (None: as many as are left over).
+
+    alone: some layers have the image's only. crosses: lengths that a cross-attention may have. together: attention
+    calls of one layer that want the same tokens. parts: some bring a part of the queries (DiTModel.parts).
+    """
+
+    grid: Grid
+    head: int | None
+    tail: int | None
+    alone: bool = False
+    crosses: tuple[int, ...] = ()
+    together: int = 1
+    parts: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """How many of them are the image's, N."""
+        return math.prod(self.grid)
+
+    @classmethod
+    def of(cls, facts: DiTModel, model: Any, shape: tuple[int, ...], told: Told) -> Layout | None:
+        """The layout of a call, or None where its image tokens do not lie on a grid."""
+        grid = facts.grid(model, tuple(shape), told)
+        if grid is None:
+            return None
+        return cls(
+            grid,
+            None if facts.head is None else facts.head(model, told),
+            None if facts.tail is None else facts.tail(model, told, grid),
+            facts.alone,
+            cross_lengths(told) if facts.crosses else (),
+            facts.calls(model),
+            facts.parts,
+        )
+
+    def start(self, length: int, img_slice: list[int] | None = None) -> int | None:
+        """Where the image begins among `length` tokens; None where these are not this call's tokens.
+
+        img_slice: [end of the text, end], where the model tells it.
+        """
+        head, tail = self.head, self.tail
+        if head is None:
+            start = length - self.tokens - tail
+            return start if start >= 0 else None
+        if tail is None:
+            return head if length >= head + self.tokens else None
+        if length == head + self.tokens + tail:
+            return head
+        if self.alone and length == self.tokens:
+            return 0
+        # Another node has added tokens: to the text, or behind the image. Only the model itself can tell which.
+        if img_slice is not None and img_slice[1] == length >= img_slice[0] + self.tokens + tail:
+            return img_slice[0]
+        return None

@@ -1,0 +1,331 @@
+"""ToMe in transformers beside attentions and models of others: what users chose is kept, and what is done is said."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+
+import pytest
+import torch
+
+from . import dit_host, host
+from .dit_host import bare, call
+from .test_dit import log, nothing
+from .test_dit_weights import HEADS, alike, full, same
+
+NOT_KEPT = "[ToMe] another attention than PyTorch's is in use; queries do not keep their own tokens"
+
+
+@pytest.fixture(scope="session")
+def dit(comfy_nodes):
+    return functools.lru_cache(dit_host.small)
+
+
+@pytest.fixture
+def sage(comfy_nodes, monkeypatch):
+    """sage(name): ComfyUI as with --use-sage-attention, of that function's name. Returns (queries, keys, channels of a
+    head) of its calls. It minds no `scale`, as ComfyUI's attention3_sage."""
+    import comfy.ldm.flux.math
+    import comfy.ldm.wan.model
+    from comfy.ldm.modules import attention
+
+    def start(name="attention_sage"):
+        calls = []
+
+        def chosen(q, k, v, heads, *args, scale=None, **kwargs):
+            place = 2 if kwargs.get("skip_reshape") else 1
+            calls.append((q.shape[place], k.shape[place], q.shape[-1] if place == 2 else q.shape[-1] // heads))
+            assert calls[-1][2] <= 128
+            return attention.attention_pytorch(q, k, v, heads, *args, **kwargs)
+
+        chosen.__name__ = name
+        for module in (attention, comfy.ldm.flux.math, comfy.ldm.wan.model):
+            monkeypatch.setattr(module, "optimized_attention", attention.wrap_attn(chosen))
+        return calls
+
+    host.forget_log()
+    return start
+
+
+@pytest.mark.parametrize(
+    "name", ["attention_sage", "attention3_sage", "attention_comfy_kitchen_int8", "attention_pytorch"]
+)
+def test_a_chosen_attention_gets_the_drawn_keys(dit, tome, sage, caplog, name):
+    """Own tokens need PyTorch's attention: the chosen one is worth more. Names do not tell, the function does."""
+    calls = sage(name)
+    with caplog.at_level(logging.INFO, logger="ToMe"):
+        merged = call(tome(dit("wan"), ratio=0.75), "wan")
+    assert calls == 2 * [(72, 18, 32), (72, 7, 32)]
+    assert log(caplog) == [NOT_KEPT]
+    calls.clear()
+    assert torch.equal(call(tome(dit("wan"), ratio=0.75, own_token=False), "wan"), merged)
+    assert calls == 2 * [(72, 18, 32), (72, 7, 32)]
+
+
+@pytest.mark.parametrize("method", ["sample", "merge"])
+def test_weights_reach_it_in_heads_of_a_size_that_it_takes(dit, tome, sage, caplog, method):
+    """Heads of 32 beside text become 64."""
+    expected = call(tome(dit("flux"), ratio=0.75, method=method, own_token=False), "flux")
+    calls = sage()
+    with caplog.at_level(logging.INFO, logger="ToMe"):
+        merged = call(tome(dit("flux"), ratio=0.75, method=method), "flux")
+    queries = 103 if method == "sample" else 31
+    assert calls == 2 * [(queries, 31, 64)]
+    assert log(caplog) == ([NOT_KEPT] if method == "sample" else [])
+    same(merged, expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("method", ["sample", "merge", "merge_keys"])
+def test_heads_too_wide_for_it_are_left_to_it(dit, tome, sage, caplog, method):
+    """Heads of 128 would become 136. What it does is not given to another attention unless that was measured to pay."""
+    wide = dit_host.small("flux", hidden_size=256, axes_dim=[32, 48, 48])
+    plain, calls = call(wide, "flux"), sage()
+    with caplog.at_level(logging.INFO, logger="ToMe"):
+        left = call(tome(wide, method=method, levels="auto"), "flux")
+    assert torch.equal(left, plain) and calls == 2 * [(103, 103, 128)]
+    assert log(caplog) == nothing(
+        "an attention is left alone where keys need weights (text beside the image, or an uneven ratio) and so heads "
+        "of 136 channels: attention_sage may not take them",
+        "Flux",
+    )
+
+
+@pytest.mark.parametrize("levels", ["0", "auto"])
+def test_pytorchs_attention_steps_in_where_that_pays(tome, sage, caplog, monkeypatch, levels):
+    """Where it was measured, or where the user names the levels, which are merged whatever it costs."""
+    module, asked = host.pack_module("dit"), []
+
+    def known_or_measured(key, device, measure):
+        asked.append(key)
+        return module.Verdict(100.0, 40.0, 5.0)
+
+    monkeypatch.setattr(module, "known_or_measured", known_or_measured)
+    monkeypatch.setattr(module, "may_measure", lambda device: True)
+    wide = dit_host.small("flux", hidden_size=256, axes_dim=[32, 48, 48])
+    by_torch, calls = call(tome(wide, levels="0"), "flux"), sage()
+    with caplog.at_level(logging.INFO, logger="ToMe"):
+        merged = call(tome(wide, levels=levels), "flux")
+    assert torch.equal(merged, by_torch) and not calls  # own tokens included
+    assert log(caplog) == [
+        "[ToMe] PyTorch's attention takes the place of attention_sage where keys need weights (text beside the image, "
+        "or an uneven ratio) and so heads of 136 channels"
+    ]
+    assert [", attention_sage, " in key for key in asked] == ([True] if levels == "auto" else [])
+
+
+def test_what_is_measured_is_the_chosen_attention_against_what_would_take_its_place(tome, sage, monkeypatch):
+    module, seen = host.pack_module("dit"), []
+    monkeypatch.setattr(module, "known_or_measured", lambda key, device, measure: measure())
+    monkeypatch.setattr(module, "may_measure", lambda device: True)
+    calls = sage()
+
+    def compared(whole, merged, device):
+        calls.clear()
+        seen.append((whole(), list(calls), merged(), list(calls)))
+        return module.Verdict(100.0, 99.0, 5.0)
+
+    monkeypatch.setattr(module, "compared", compared)
+    wide = dit_host.small("flux", hidden_size=256, axes_dim=[32, 48, 48])
+    call(tome(wide, levels="auto"), "flux")
+    ((whole, before, merged, after),) = seen
+    assert before == after == [(103, 103, 128)]
+    assert whole.shape == merged.shape and 0 < (whole - merged).norm() / whole.norm() < 1
+
+
+def sparse_node(model, called, declines=()):
+    """As ComfyUI's node for block-sparse attention: it computes calls with as many keys as queries itself."""
+
+    def override(func, q, k, v, heads, mask=None, **kwargs):
+        if q.shape != k.shape or mask is not None or len(called) in declines:
+            called.append("declined")
+            return func(q, k, v, heads, mask=mask, **kwargs)
+        called.append(tuple(q.shape))
+        return v.transpose(1, 2).flatten(2)  # each token attends to itself alone; Flux's q, k, v are [B, H, L, d]
+
+    override.__qualname__ = "make_override.<locals>.override"
+    override.__module__ = "/home/x/ComfyUI/comfy_extras/nodes_sparse_attention"
+    return with_override(model, override)
+
+
+def with_override(model, override):
+    model = model.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    return model
+
+
+SPARSE = "attentions that another node's sparse attention computes are left alone; ToMe merges those that it declines"
+
+
+@pytest.mark.parametrize("tome_first", [True, False], ids=["tome first", "sparse first"])
+@pytest.mark.parametrize("method", ["sample", "merge"])
+def test_sparse_attention_goes_first(dit, tome, caplog, method, tome_first):
+    """It gets all tokens in their places, whatever the method; ToMe has nothing to add."""
+    called, alone = [], []
+    expected = call(sparse_node(dit("flux"), alone), "flux")
+    model = tome(dit("flux"), method=method) if tome_first else dit("flux")
+    model = sparse_node(model, called)
+    host.forget_log()
+    with caplog.at_level(logging.INFO, logger="ToMe"):
+        made = call(model if tome_first else tome(model, method=method), "flux")
+    assert torch.equal(made, expected) and called == alone == 2 * [(2, 2, 103, 32)]
+    assert log(caplog) == nothing(SPARSE, "Flux")
+
+
+@pytest.mark.parametrize("method", ["sample", "merge"])
+def test_what_sparse_attention_declines_is_merged(dit, tome, caplog, method):
+    """As if it were not there: own tokens included."""
+    called = []
+    plain = call(tome(dit("flux"), method=method), "flux")
+    host.forget_log()
+    with caplog.at_level(logging.INFO, logger="ToMe"):
+        made = call(tome(sparse_node(dit("flux"), called, declines=(0, 1)), method=method), "flux")
+    assert torch.equal(made, plain) and called == 2 * ["declined"]
+    assert log(caplog) == [f"[ToMe] {SPARSE} (Flux)"]
+
+
+def plainly(func, *args, **kwargs):
+    return func(*args, **kwargs)
+
+
+class BlockSparse:
+    def __call__(self, func, *args, **kwargs):
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "sparse"),
+    [
+        ("/x/ComfyUI/comfy_extras/nodes_sparse_attention", "make_attention_override.<locals>.override", True),
+        ("/x/ComfyUI/custom_nodes/ComfyUI-RadialAttn.nodes", "attention_override", True),
+        ("/x/ComfyUI/custom_nodes/pack", "SLAPatch.override", True),
+        ("/x/ComfyUI/custom_nodes/pack", "apply_sparge_attn", True),
+        ("/home/sparse/ComfyUI/custom_nodes/ComfyUI-KJNodes.nodes.nodes", "PathchSageAttentionKJ.override", False),
+        ("/x/custom_nodes/translate", "slapdash", False),
+        (None, "override", False),
+    ],
+)
+def test_sparse_attention_is_known_by_whole_words(comfy_nodes, module, name, sparse):
+    is_sparse = host.pack_module("dit_attention").is_sparse
+    override = types.FunctionType(plainly.__code__, {})
+    override.__module__, override.__qualname__ = module, name
+    assert is_sparse(override) == is_sparse(functools.partial(override)) == sparse
+    assert is_sparse(BlockSparse()) and is_sparse(BlockSparse().__call__)
+
+
+@pytest.mark.parametrize("method", ["sample", "merge"])
+def test_an_unknown_override_gets_merged_tokens_and_that_is_said(dit, tome, caplog, method):
+    host.forget_log()
+    with caplog.at_level(logging.INFO, logger="ToMe"):
+        call(tome(with_override(dit("wan"), plainly), method=method), "wan")
+    said = (
+        "[ToMe] another node's attention gets the merged tokens; if that attention is sparse, use one of the two "
+        "nodes, because sparse attention needs all tokens in their places"
+    )
+    assert log(caplog) == ([said, NOT_KEPT] if method == "sample" else [said])
+
+
+@pytest.mark.parametrize("name", ["basic", "sub_quad", "split", "pytorch"])
+@pytest.mark.parametrize("minds", [True, False])
+def test_weights_are_right_whether_an_attention_minds_scale_or_not(comfy_nodes, monkeypatch, name, minds):
+    """ComfyUI's up to 0.20.1 take `scale` and forget it."""
+    from comfy.ldm.modules import attention
+
+    chosen = getattr(attention, f"attention_{name}")
+    if not minds:
+        raw = chosen.__wrapped__
+
+        def forgets(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, **kwargs):
+            return raw(q, k, v, heads, mask=mask, skip_reshape=skip_reshape)
+
+        forgets.__module__ = attention.__name__
+        chosen = attention.wrap_attn(forgets)
+        monkeypatch.setattr(attention, f"attention_{name}", chosen)
+    monkeypatch.setattr(attention, "optimized_attention", chosen)
+    monkeypatch.setattr(host.pack_module("dit"), "kernel_order", lambda device: ())
+    k, v = (alike((8, 12), "sample", 0.75, 5, 0, seed=seed) for seed in (0, 1))
+    q = torch.randn(k.shape, generator=torch.Generator().manual_seed(2))
+    same(bare((8, 12), 5, 0, method="sample", ratio=0.75)(q, k, v, HEADS), full(q, k, v))
+
+
+def swap(model, kind):
+    """As RES4LYF does: the class of the loaded model is another one, for all that hold it."""
+    model.model.diffusion_model.__class__ = kind
+
+
+def test_a_swapped_class_that_changes_nothing_is_served(tome, comfy_nodes):
+    model = dit_host.small("flux")
+    merged = tome(model)
+    expected = call(merged, "flux")
+    swap(model, type("ReFlux", (type(model.model.diffusion_model),), {"__init__": lambda self: None, "extra": 1}))
+    assert torch.equal(call(merged, "flux"), expected)
+    assert torch.equal(call(tome(model), "flux"), expected)
+
+
+@pytest.mark.parametrize("changed", ["forward", "forward_orig", "process_img"])
+def test_a_swapped_class_that_runs_in_another_way_is_left_alone(tome, comfy_nodes, caplog, changed):
+    model = dit_host.small("flux")
+    merged, plain, kind = tome(model), call(model, "flux"), type(model.model.diffusion_model)
+    swap(
+        model,
+        type("ReFlux", (kind,), {changed: lambda self, *args, **kwargs: getattr(kind, changed)(self, *args, **kwargs)}),
+    )
+    host.forget_log()
+    with caplog.at_level(logging.INFO, logger="ToMe"):
+        assert torch.equal(call(merged, "flux"), plain)
+    reason = "another node has put a model that ToMe does not know in the place of this one; it is left alone"
+    assert log(caplog) == nothing(reason, "ReFlux")
+
+
+def test_attentions_that_do_not_come_to_tome(tome, comfy_nodes, monkeypatch, caplog):
+    """Another node's attention in the place of the model's own, which asks no override (RES4LYF, RadialAttn)."""
+    import comfy.ldm.wan.model
+    from comfy.ldm.modules import attention
+
+    raw = attention.attention_pytorch.__wrapped__
+    monkeypatch.setattr(comfy.ldm.wan.model, "optimized_attention", raw)
+    model = dit_host.small("wan")
+    recorded, record = comfy_nodes["ToMeRecord"].execute(model=tome(model)).result
+    host.forget_log()
+    with caplog.at_level(logging.INFO, logger="ToMe"):
+        dit_host.sample(recorded, "wan", steps=2)
+    reason = "no attention of the model came to ToMe: another node has replaced them, or this ComfyUI tells too little"
+    assert log(caplog) == [f"[ToMe] nothing was merged in this sampling: {reason} (Wan)"]
+    told = record.run().tally.report()
+    assert told.merged_steps == 0 and [layer.reason for layer in told.layers] == [reason]
+
+
+@pytest.mark.parametrize("name", ["cosmos", "anima"])
+def test_a_comfyui_that_tells_no_numbers_of_blocks(tome, comfy_nodes, name):
+    """Cosmos-Predict2 and Anima up to ComfyUI 0.27."""
+    model = dit_host.small(name)
+    expected, plain = call(tome(model), name), call(model, name)
+
+    def forget(module, args, kwargs):
+        kwargs["transformer_options"] = {
+            key: value for key, value in kwargs["transformer_options"].items() if key != "block_index"
+        }
+        return args, kwargs
+
+    for block in model.model.diffusion_model.blocks:
+        block.register_forward_pre_hook(forget, with_kwargs=True)
+    assert torch.equal(call(tome(model), name), expected) and not torch.equal(expected, plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"min_tokens": 2048}, "fewer than min tokens 2048 (8x12 tokens)"),
+        ({"start": 0.9}, "steps at ratio 0: start 0.9, end 1"),
+        ({"ratio": 0.001}, "the ratio takes away no whole token (Flux)"),
+    ],
+)
+def test_why_nothing_is_merged(dit, tome, caplog, options, reason):
+    plain = dit_host.sample(dit("flux"), "flux", steps=2)
+    with caplog.at_level(logging.INFO, logger="ToMe"):
+        assert torch.equal(dit_host.sample(tome(dit("flux"), **options), "flux", steps=2), plain)
+    assert log(caplog) == [f"[ToMe] nothing was merged in this sampling: {reason}"]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="ToMe"):
+        dit_host.sample(tome(dit("flux")), "flux", steps=2)
+    assert not [line for line in log(caplog) if "nothing was merged" in line]
