@@ -255,7 +255,7 @@ class Attachment(BaseAttachment):
 
     def meets(self, attn1: nn.Module, x: Tensor) -> bool:
         """heads.meets_at_sdpa of a layer that is given x, asked once for each; not where torch.compile is at work."""
-        if _compiles() or is_replaced(attn1):
+        if _compiles():
             return False
         d, dtype = head_size(attn1, attn1.heads, x), trial_dtype(x)
         forward = type(attn1).forward
