@@ -157,7 +157,7 @@ class ModelCall:
             known = None
             if heads and measures(self.config, grid, x.device):
                 given = (grid, x.shape[2], heads, x.dtype, x.device, self.config, attention, kernels)
-                known = verdict_on(*given, block=block, about=self.about if about is None else about())
+                known = verdict_on(*given, block, self.about if about is None else about())
             self._verdicts[key] = known
         return self._verdicts.get(key)
 
@@ -177,7 +177,7 @@ class ModelCall:
         for grid, channels, heads in _served_layers(self.config, self.full, layers):
             if measures(self.config, grid, self.seed.device):
                 given = (grid, channels, heads, dtype, self.seed.device, self.config, attention, kernels)
-                self._verdicts[_kind(grid, channels, heads, dtype, kernels)] = verdict_on(*given, about=self.about)
+                self._verdicts[_kind(grid, channels, heads, dtype, kernels)] = verdict_on(*given, None, self.about)
 
     def known(self, grid: Grid, channels: int) -> Verdict | None:
         """What `verdict` or `look_ahead` found of such layers in this call."""

@@ -77,8 +77,8 @@ def test_a_model_of_which_nothing_pays_is_not_patched_once_that_is_known(sd15, t
     pays = {(32, 32): False, (16, 16): False}
     kept, made = {}, []
 
-    def verdict_on(grid, *facts, block, about):
-        assert about.startswith("weights float32")
+    def verdict_on(grid, *facts):
+        assert facts[-1].startswith("weights float32")
         verdict = call.Verdict(100.0, 30.0 if pays[grid] else 99.0, 5.0)
         return kept.setdefault((grid, *facts[:3], bool(facts[6])), verdict)
 

@@ -168,7 +168,7 @@ def test_the_models_own_block_is_timed_by_itself(monkeypatch):
     unet = models.sd15()
     before, ran, found = models.run(unet), [], []
 
-    def verdict_on(grid, channels, heads, dtype, device, ours, attention, kernels, block):
+    def verdict_on(grid, channels, heads, dtype, device, ours, attention, kernels, block, about):
         x = torch.randn(2, grid[0] * grid[1], channels)
         count = len(ran)
         run = block(x)
