@@ -200,8 +200,7 @@ class DiTCall:
     def _merge(
         self, override: Any, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The attention by func, or by another node's override of it; with the image's tokens merged, where they are to
-        be."""
+        """The attention by func, or by another node's override of it, with what is to be merged merged."""
         call = Call.of(func, q, k, heads, args, kwargs, override)
         start = self._start(q, v, call)
         ready = None if start is None else self._prepare(start, q, k, v, call)
@@ -263,14 +262,10 @@ class DiTCall:
     def _judge(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, shape: tuple) -> Verdict | None:
         """The times of a layer of this shape, or None. q, k, v: of one row."""
         config, device = self.call.config, q.device
-        names = [self.facts.name, name_of(call.func, device), *self._joint.kernels, *map(str, shape)]
-        names += [
-            config.method,
-            f"{config.ratio:.4f}",
-            f"proportional {config.proportional}",
-            f"own {config.keeps_own}",
-        ]
-        names += [f"by {name_of(call.override, device)}"] if call.override is not None else []
+        kernels = *self._joint.kernels, *self._instead.kernels
+        how = f"proportional {config.proportional}", f"own {config.keeps_own}"
+        by = [name_of(func, device) for func in (call.func, call.override) if func is not None]
+        names = [self.facts.name, *by, *kernels, *map(str, shape), config.method, f"{config.ratio:.4f}", *how]
 
         def measure() -> Verdict:
             plain, grid = [call.plain(x) for x in (q, k, v)], self.layout.grid
