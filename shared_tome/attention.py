@@ -8,6 +8,7 @@ kernels compute it, a kernel of ours adds the bias itself (kernels.attend).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -112,8 +113,27 @@ def attend_wider(
     return (attention or F.scaled_dot_product_attention)(q, k, v, scale=scale)[..., :d]
 
 
+def minds_scale(attention: Callable[..., Tensor]) -> bool:
+    """Whether a host's attention function does something with a keyword `scale`: it has such a parameter, or reads it
+    out of its **kwargs. One that does not scales by the size of the heads that it is given, and says nothing."""
+    code = getattr(inspect.unwrap(getattr(attention, "func", attention)), "__code__", None)
+    if code is None:
+        return False
+    named = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    constants = (part for one in code.co_consts for part in (one if isinstance(one, tuple) else (one,)))
+    return "scale" in named or "scale" in constants
+
+
 def attend_tokens(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor, attention: Callable[..., Tensor], is_torchs: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    bias: Tensor,
+    attention: Callable[..., Tensor],
+    is_torchs: bool = False,
+    scale: float | None = None,
+    minds: bool = True,
 ) -> Tensor:
     """The same for hosts that keep heads and channels together and bring their own kernel.
 
@@ -121,16 +141,28 @@ def attend_tokens(
         q: [B, N, H * d], k and v: [B, M, H * d], bias: [B or 1, M].
         attention: called as attention(q, k, v, scale) on [B, ., H * (d + p)], gives [B, N, H * (d + p)].
         is_torchs: whether it is torch's own, in whose place a kernel of ours may go.
+        scale: of the logits; None: d ** -0.5.
+        minds: whether it is known to mind `scale`. If not, it is called as attention(q, k, v), with queries for which
+            the scale that it takes by itself, (d + p) ** -0.5, is right.
     Returns:
         [B, N, H * d].
     """
     batch, tokens, channels = q.shape
     d = channels // heads
     q, k, v = (x.reshape(batch, -1, heads, d) for x in (q, k, v))  # (B, N, H, d)
-    made = kernels.attend(*(x.transpose(1, 2) for x in (q, k, v)), bias, d**-0.5) if is_torchs else None
+    made = None
+    if is_torchs:
+        made = kernels.attend(*(x.transpose(1, 2) for x in (q, k, v)), bias, d**-0.5 if scale is None else scale)
     if made is not None:
         return made.transpose(1, 2).flatten(2)
+    if minds:
+        bias = bias if scale is None else bias * (d**-0.5 / scale)
+        rest = (d**-0.5 if scale is None else scale,)
+    else:
+        wide = d + extra_channels(d)
+        q = q * ((d**-0.5 if scale is None else scale) * wide**0.5)
+        bias, rest = bias * (wide / d) ** 0.5, ()
     q, k, v = extend_heads(q, k, v, bias[:, :, None])
     q, k, v = (x.flatten(2) for x in (q, k, v))  # (B, N, H * (d + p))
-    out = attention(q, k, v, d**-0.5)
+    out = attention(q, k, v, *rest)
     return out.reshape(batch, tokens, heads, -1)[..., :d].reshape(batch, tokens, channels)

@@ -89,6 +89,12 @@ def why_left_alone(
     return reasons
 
 
+def same_halves(x: Tensor) -> bool:
+    """Whether the second half of the rows of x [B, ...] repeats the first (ModelCall's `alike`). Synchronises."""
+    half = x.shape[0] // 2
+    return x.shape[0] % 2 == 0 and torch.equal(x[:half], x[half:])
+
+
 class ModelCall:
     """Plans for the layers of one call.
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attend_tokens
+from .attention import attend_tokens, minds_scale
 from .config import ToMeConfig
 from .matching import match_tokens
 from .plan import MergePlan, Plan, take
@@ -372,8 +372,11 @@ class _Block:
             bias = call.key_bias() if proportional else None
             if bias is None:
                 return host(q, k, v, heads, *args, **kwargs)
-            inner = functools.partial(_with_scale, host, heads, args, kwargs)
-            return attend_tokens(q, k, v, heads, bias, inner)
+
+            def inner(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+                return host(q, k, v, heads, *args, **kwargs, **({} if scale is None else {"scale": scale}))
+
+            return attend_tokens(q, k, v, heads, bias, inner, scale=kwargs.pop("scale", None), minds=minds_scale(host))
 
         return (), {**given, "optimized_attention": attend}
 
@@ -436,9 +439,3 @@ def detach(model: nn.Module) -> None:
 def _name(kwargs: dict[str, Any]) -> str:
     """What a block calls its tokens."""
     return "hidden_states" if "hidden_states" in kwargs else "x"
-
-
-def _with_scale(
-    host: Any, heads: int, args: tuple, kwargs: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> Tensor:
-    return host(q, k, v, heads, *args, **{**kwargs, "scale": scale})

@@ -50,6 +50,12 @@ def host_attention(heads):
     return attention
 
 
+def deaf_attention(heads):
+    """A host's kernel that scales by the heads that it is given."""
+    inner = host_attention(heads)
+    return lambda q, k, v: inner(q, k, v, (q.shape[-1] // heads) ** -0.5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", HEAD_SIZES)
 def test_within_the_references_own_error(d, dtype):
@@ -60,9 +66,10 @@ def test_within_the_references_own_error(d, dtype):
     plain = F.scaled_dot_product_attention(q, k, v).double() - reference(q, k, v, torch.zeros_like(bias))
     bound, typical = max(bound.max(), plain.abs().max()), max(bound.mean(), plain.abs().mean())
     ours = attend(q, k, v, sizes.float().log())
-    brought = attend_tokens(as_tokens(q), as_tokens(k), as_tokens(v), 3, sizes.float().log(), host_attention(3))
-    assert ours.shape == q.shape and ours.dtype == brought.dtype == dtype
-    for out in (ours, brought.unflatten(-1, (3, -1)).transpose(1, 2)):
+    given = (*map(as_tokens, (q, k, v)), 3, sizes.float().log())
+    brought = [attend_tokens(*given, host_attention(3)), attend_tokens(*given, deaf_attention(3), minds=False)]
+    assert ours.shape == q.shape and all(out.dtype == dtype for out in (ours, *brought))
+    for out in (ours, *(out.unflatten(-1, (3, -1)).transpose(1, 2) for out in brought)):
         error = (out.double() - exact).abs()
         assert error.max() <= 2 * bound and error.mean() <= 1.5 * typical
     assert (reference(q, k, v, torch.zeros_like(bias)) - exact).abs().max() > 8 * bound  # a lost bias would show
@@ -76,6 +83,17 @@ def test_a_key_of_size_s_is_as_s_keys(d):
     out = attend(q, k, v, sizes.float().log())
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)  # the bias itself is float32
     out = attend_tokens(as_tokens(q), as_tokens(k), as_tokens(v), 2, sizes.float().log(), host_attention(2))
+    torch.testing.assert_close(out, as_tokens(expected), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("minds", [True, False])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_whether_or_not_an_attention_minds_scale(scale, minds):
+    q, k, v, sizes = make(2, 2, 9, 11, 20, torch.float64)
+    bias = sizes.double().log()
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None], scale=scale)
+    host = host_attention(2) if minds else deaf_attention(2)
+    out = attend_tokens(*map(as_tokens, (q, k, v)), 2, bias.float(), host, scale=scale, minds=minds)
     torch.testing.assert_close(out, as_tokens(expected), rtol=1e-6, atol=1e-6)
 
 
