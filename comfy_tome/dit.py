@@ -67,10 +67,10 @@ class DiTPatch:
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         args, options = find_options(args, kwargs)
         with outcome_of(options) as outcome:
-            config = config_at(self.config, lambda: progress_of(options, executor.class_obj))
-            record = begin(executor, x, t, args, kwargs, self.config, config)
-            told = {**kwargs, **_prompt(args)}
             base = executor.class_obj
+            config = config_at(self.config, lambda: progress_of(options, base))
+            record = begin(executor, base, x, t, args, kwargs, self.config, config)
+            told = {**kwargs, **_prompt(args)}
             model = unwrapped(base.diffusion_model)
             patch = self._patch(config, base, x, options, told, record, outcome)
             if patch is None:
@@ -117,7 +117,7 @@ class DiTPatch:
             reason = "under torch.compile this model is left alone: it would not notice ToMe"
             leave_alone(record, reason, facts.name, grid=layout.grid, outcome=outcome)
             return None
-        step, alike = draw_of(options, x.device, base), halves_alike(options)
+        step, alike = draw_of(options, x.device, base), halves_alike(options, x, config)
         call = ModelCall(config, layout.grid, x.device, step=step, alike=alike)
         if not call.serves(layout.grid):
             reason = why_not_served(config, layout.grid, layout.grid)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..shared_tome.report import StepTime
-from .model_call import APPLY_MODEL, KEY, find_options, put_options
+from .model_call import APPLY_MODEL, DIFFUSION_MODEL, find_options, put_options, without_wrapper
 from .record import LastCall, Run
 
 ROUNDS = 5
@@ -33,7 +33,10 @@ def measure(run: Run) -> StepTime:
 
     last, run.last = run.last, None
     if last is None:
-        raise ValueError("nothing was merged, or the model is gone")
+        merged = run.tally.report().merged_steps
+        raise ValueError(
+            "another node runs the model in a way of its own, or the model is gone" if merged else "nothing was merged"
+        )
     model = last.model()
     patcher = _patcher_of(last, model, management.current_loaded_models)
     if patcher is None:
@@ -119,11 +122,10 @@ def _check_ran(ran: list[set[int]], model: Any) -> None:
 
 
 def _without(last: LastCall) -> tuple[tuple, dict[str, Any]]:
-    """The same call without ToMe's wrapper; all that other nodes have put there stays."""
+    """The same call without ToMe's wrappers; all that other nodes have put there stays."""
     args, options = find_options(last.args[2:], last.kwargs)
-    wrappers = dict(options.get("wrappers", {}))
-    wrappers[APPLY_MODEL] = {key: value for key, value in wrappers.get(APPLY_MODEL, {}).items() if key != KEY}
-    args, kwargs = put_options(args, last.kwargs, {**options, "wrappers": wrappers})
+    options = without_wrapper(without_wrapper(options, APPLY_MODEL), DIFFUSION_MODEL)
+    args, kwargs = put_options(args, last.kwargs, options)
     return (*last.args[:2], *args), kwargs
 
 

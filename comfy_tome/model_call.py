@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..shared_tome import ModelCall, ToMeConfig
+from ..shared_tome.call import same_halves
 from ..shared_tome.progress import Draws, percent_of_level, percent_table, place_of
 
 KEY = "ToMe"
@@ -31,6 +32,15 @@ def put_options(args: tuple, kwargs: dict[str, Any], options: dict[str, Any]) ->
     return args, {**kwargs, "transformer_options": options}
 
 
+def without_wrapper(options: dict[str, Any], kind: str) -> dict[str, Any]:
+    """transformer_options without ToMe's wrapper of a kind; what other nodes have put there stays."""
+    wrappers = options.get("wrappers", {})
+    if KEY not in wrappers.get(kind, {}):
+        return options
+    others = {key: value for key, value in wrappers[kind].items() if key != KEY}
+    return {**options, "wrappers": {**wrappers, kind: others}}
+
+
 def call_key(call: ModelCall) -> str:
     """What a compiled graph takes for granted of a call: all options but the seed, which is a tensor there."""
     return _config_key(call.config, call.alike)
@@ -41,9 +51,15 @@ def _config_key(config: ToMeConfig, alike: bool) -> str:
     return repr(config.replace(seed=0)) + (" alike" if alike and config.share_match else "")
 
 
-def halves_alike(options: dict[str, Any]) -> bool:
-    """Whether both halves of the batch are the same images: prompted and unprompted."""
-    return sorted(options.get("cond_or_uncond", ())) == [0, 1]
+def halves_alike(options: dict[str, Any], x: Tensor, config: ToMeConfig) -> bool:
+    """Whether both halves of the batch x [B, ...] are the same images: prompted and unprompted.
+
+    Other nodes put tiles into one call, and areas of a prompt are other parts of the picture: where a match is to be
+    shared the halves are compared, which synchronises.
+    """
+    if sorted(options.get("cond_or_uncond", ())) != [0, 1]:
+        return False
+    return not (config.share_match and config.kind.matches) or same_halves(x)
 
 
 def step_of(options: dict[str, Any], device: torch.device) -> Tensor | int:

@@ -1,6 +1,6 @@
 """What became of ToMe in one sampling; one line at its end where nothing was merged.
 
-The node puts `say_outcome` around the sampler (OUTER_SAMPLE). It makes the sampling's Outcome and hands it to the
+The node puts `OutcomePatch` around the sampler (OUTER_SAMPLE). It makes the sampling's Outcome and hands it to the
 calls of the model in the sampler's own copy of transformer_options, so it ends with the sampling.
 """
 
@@ -10,11 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
+from ..shared_tome import ToMeConfig
 from ..shared_tome.curve import is_compiling
 from .log import logger, say_once
+from .mergers import merger_in
+from .record import RECORD
 
 OUTER_SAMPLE = "outer_sample"  # comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
-NEVER_ASKED = "another node runs the model in a way that does not call ToMe"
+NEVER_ASKED = "ToMe was never asked, because another node runs the model in a way of its own"
 _OUTCOME = "ToMe outcome"
 _NOTHING = "nothing was merged in this sampling"
 _MOST_PLACES = 6
@@ -23,7 +28,8 @@ _MOST_PLACES = 6
 class Outcome:
     """What the calls of one sampling tell of themselves. Safe to fill from several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: Any = None) -> None:
+        self.base = base  # the model that is sampled, comfy.model_base.BaseModel
         self.asked = False
         self._merged = False
         self._reasons: dict[str, dict[str, None]] = {}  # each with its places, in the order in which they came up
@@ -71,16 +77,35 @@ def outcome_of(options: dict[str, Any]) -> Iterator[Outcome]:
         say_once(line, "nothing was merged in this call of the model")
 
 
-def say_outcome(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """The wrapper around CFGGuider.outer_sample(noise, latent_image, sampler, sigmas, ...)."""
-    options = executor.class_obj.model_options.setdefault("transformer_options", {})
-    outcome = options[_OUTCOME] = Outcome()
-    try:
-        out = executor(*args, **kwargs)
-    finally:
-        options.pop(_OUTCOME, None)
-    sigmas = args[3] if len(args) > 3 else kwargs["sigmas"]
-    line = outcome.line()
-    if line is not None and len(sigmas) > 1:  # else the sampler has no step
-        logger.info("[ToMe] %s: %s", _NOTHING, line)
-    return out
+class OutcomePatch:
+    """The wrapper around CFGGuider.outer_sample. Holds the config alone; safe to share between clones and threads."""
+
+    def __init__(self, config: ToMeConfig):
+        self.config = config
+
+    def __call__(
+        self,
+        executor: Any,
+        noise: Tensor,
+        latent_image: Tensor,
+        sampler: Any,
+        sigmas: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Raises ValueError before the first step where a node behind ToMe merges as well."""
+        options = executor.class_obj.model_options.setdefault("transformer_options", {})
+        merger = merger_in(options)
+        if merger is not None:
+            raise ValueError(f"this model is merged by ToMe and by {merger} too; remove one of the two nodes.")
+        outcome = options[_OUTCOME] = Outcome(getattr(getattr(executor.class_obj, "model_patcher", None), "model", None))
+        try:
+            out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            options.pop(_OUTCOME, None)
+        line = outcome.line()
+        if line is not None and len(sigmas) > 1:  # else the sampler has no step
+            logger.info("[ToMe] %s: %s", _NOTHING, line)
+            if not outcome.asked and RECORD in options:
+                options[RECORD].passed_by(self.config, sigmas, line)
+        return out

@@ -8,9 +8,11 @@ from ..shared_tome import ToMeConfig
 from .dit import DiTPatch
 from .dit_models import SERVED, dit_model, unwrapped
 from .log import logger
-from .model_call import APPLY_MODEL, KEY
-from .outcome import OUTER_SAMPLE, say_outcome
+from .mergers import merger_in
+from .model_call import APPLY_MODEL, DIFFUSION_MODEL, KEY
+from .outcome import OUTER_SAMPLE, OutcomePatch
 from .unet import UNetPatch
+from .unet_model import layers_of
 
 
 def apply_to_model(model: Any, config: ToMeConfig) -> Any:
@@ -27,10 +29,15 @@ def apply_to_model(model: Any, config: ToMeConfig) -> Any:
     has_unet = check_served(model)
     if not has_unet:
         check_dit_options(model, config)
+    else:
+        tell_levels(model, config)
     clone = model.clone()
     if not config.is_off:
-        clone.add_wrapper_with_key(APPLY_MODEL, KEY, UNetPatch(config) if has_unet else DiTPatch(config))
-        clone.add_wrapper_with_key(OUTER_SAMPLE, KEY, say_outcome)
+        patch = UNetPatch(config) if has_unet else DiTPatch(config)
+        clone.add_wrapper_with_key(APPLY_MODEL, KEY, patch)
+        if has_unet:
+            clone.add_wrapper_with_key(DIFFUSION_MODEL, KEY, patch.around_model)
+        clone.add_wrapper_with_key(OUTER_SAMPLE, KEY, OutcomePatch(config))
         clone.set_attachments(KEY, config)
     return clone
 
@@ -39,14 +46,7 @@ def find_merger(model: Any) -> str | None:
     """The name of the node that already merges this model's tokens, or None."""
     if model.get_wrappers(APPLY_MODEL, KEY):
         return "another ToMe node"
-    patches = model.model_options.get("transformer_options", {}).get("patches", {})
-    for patch in patches.get("attn1_patch", ()):
-        module = getattr(patch, "__module__", None) or type(patch).__module__
-        if "tome" in module.rsplit(".", 1)[-1].lower():
-            if module.endswith("nodes_tomesd"):
-                return "ComfyUI's own node TomePatchModel"
-            return f"a node of {module}"
-    return None
+    return merger_in(model.model_options.get("transformer_options", {}))
 
 
 def check_served(model: Any) -> bool:
@@ -73,3 +73,14 @@ def check_dit_options(model: Any, config: ToMeConfig) -> None:
         raise ValueError(f"{name} has one resolution, level 0; levels {config.levels!r} would merge nothing")
     if levels is not None and levels != {0}:
         logger.info("[ToMe] %s has one resolution: of levels %s there is 0 alone", name, config.levels)
+
+
+def tell_levels(model: Any, config: ToMeConfig) -> None:
+    """Say which of the levels that were asked for a U-Net has no attention at (SDXL: level 0). Where it has none at any
+    of them, each sampling says that nothing was merged."""
+    levels, there = config.level_set, {level for level, _, _ in layers_of(model.get_model_object("diffusion_model"))}
+    if levels is not None and there & levels and not levels <= there:
+        there, served = (", ".join(map(str, sorted(found))) for found in (there, there & levels))
+        logger.info(
+            "[ToMe] this model has attention at levels %s: of levels %s there is %s", there, config.levels, served
+        )

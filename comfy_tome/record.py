@@ -49,6 +49,13 @@ class Record:
                 self._runs.append(Run(config, sigmas, _MOST_BYTES))
             return self._runs[-1]
 
+    def passed_by(self, config: ToMeConfig, sigmas: Tensor, reason: str) -> None:
+        """A run of a sampler in which ToMe was never asked, and why."""
+        run = Run(config, sigmas, 0)
+        run.passed_by = reason
+        with self._lock:
+            self._runs.append(run)
+
 
 @dataclass(frozen=True)
 class LastCall:
@@ -68,11 +75,20 @@ class LastCall:
 
 
 def begin(
-    executor: Any, x: Tensor, t: Tensor, args: tuple, kwargs: dict[str, Any], asked: ToMeConfig, now: ToMeConfig
+    executor: Any,
+    base: Any,
+    x: Tensor,
+    t: Tensor,
+    args: tuple,
+    kwargs: dict[str, Any],
+    asked: ToMeConfig,
+    now: ToMeConfig,
 ) -> CallRecord | None:
-    """The record of a call of apply_model, None where nobody asked for one (the rule, and then it costs nothing).
+    """The record of a call of apply_model, or of a U-Net itself; None where nobody asked for one (the rule, and then it
+    costs nothing).
 
-    asked: the node's options; now: those of this step. Synchronises once, to know the step.
+    base: the model that is sampled. asked: the node's options; now: those of this step. Synchronises once, to know the
+    step.
     """
     args, options = find_options(args, kwargs)
     record = options.get(RECORD)
@@ -90,25 +106,32 @@ def begin(
     run.compiled = is_compiled(executor, options)
     if run.compiled:
         say_once(COMPILED)
-    run.note(step, StepFacts(now, latent, latent, draw=int(draw_of(options, x.device, executor.class_obj))))
-    if now.ratio > 0.0:
-        _keep_call(run, executor.class_obj, (x, t, *args), kwargs, options, step, now.ratio)
-    _count(run, options, step, now.ratio)
+    run.note(step, StepFacts(now, latent, latent, draw=int(draw_of(options, x.device, base))))
+    whole = hasattr(executor.class_obj, "apply_model")  # else a node calls the U-Net itself
+    if now.ratio > 0.0 and whole:
+        _keep_call(run, base, (x, t, *args), kwargs, options, step, now.ratio)
+    _count(run, options, step, now.ratio, whole)
     return CallRecord(run, step, rows, latent)
 
 
 def is_compiled(executor: Any, options: dict[str, Any]) -> bool:
     """Whether torch.compile runs the model."""
-    compiled = COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {})
-    return compiled or hasattr(executor.class_obj.diffusion_model, "_orig_mod")
+    model = getattr(executor.class_obj, "diffusion_model", executor.class_obj)
+    if COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}) or hasattr(model, "_orig_mod"):
+        return True
+    forward = getattr(model, "__dict__", {}).get("forward")
+    return getattr(model, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
-def _count(run: Run, options: dict[str, Any], step: int, ratio: float) -> None:
-    """Count the call of the model: where another node may answer in its place (EasyCache), only if it is run."""
+def _count(run: Run, options: dict[str, Any], step: int, ratio: float, whole: bool) -> None:
+    """Count the call of the model: where another node may answer in its place (EasyCache), only if it is run.
+
+    whole: whether it is a call of apply_model, which such nodes are met behind.
+    """
     run.tally.ask(step, ratio)
     wrappers = dict(options.get("wrappers", {}))
     others = {key: found for key, found in wrappers.get(DIFFUSION_MODEL, {}).items() if key != RECORD and found}
-    if run.compiled or not others:
+    if run.compiled or not others or not whole:
         run.tally.call(step, ratio)
         return
 

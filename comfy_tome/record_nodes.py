@@ -173,7 +173,7 @@ class ToMeReport(io.ComfyNode):
 def make_report(run: Run, measure_time: bool) -> Report:
     """The report of a run; measures once, and what it measured on is let go of then."""
     run.tally.settle()
-    notes = [COMPILED] if run.compiled else []
+    notes = [note for note in (COMPILED if run.compiled else None, run.passed_by) if note]
     if measure_time and run.time is None:
         try:
             run.time = measure(run)

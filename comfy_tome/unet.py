@@ -1,6 +1,7 @@
 """ToMe in ComfyUI's U-Nets (SD1.x, SD2.x, SDXL, SVD's spatial layers and what is built like them).
 
-The node adds one wrapper around `apply_model`. For each call of the model it makes a `UNetCall` and puts that
+The node adds a wrapper around `apply_model`, and one around the U-Net itself for nodes that call it past
+`apply_model`. For each call of the model the first that is met makes a `UNetCall` and puts that
 call's patches into a copy of the call's own transformer_options: the attention patch last and the output patch
 first, so that ToMe sits right around the attention whatever else is on the model and in whatever order the nodes
 stand. Nothing outlives the call: clones, several samplers, several GPUs and control networks cannot mix.
@@ -9,20 +10,21 @@ stand. Nothing outlives the call: clones, several samplers, several GPUs and con
 from __future__ import annotations
 
 import functools
-import weakref
+import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..shared_tome import ModelCall, ToMeConfig
-from ..shared_tome.attention import attend_tokens
+from ..shared_tome.attention import attend_tokens, minds_scale
 from ..shared_tome.auto import Attention, Verdict
 from ..shared_tome.call import why_left_alone as why_layers_left_alone
 from ..shared_tome.curve import is_compiling
 from ..shared_tome.grid import grid_at
+from ..shared_tome.guard import why_left_whole
 from ..shared_tome.joint import JointCall
 from ..shared_tome.own import NOT_KEPT
 from ..shared_tome.plan import Plan
@@ -31,50 +33,79 @@ from ..shared_tome.schedule import config_at
 from ..shared_tome.step_auto import why_left_alone
 from .dit_attention import Call, attend_joint, kernel_order, may_join
 from .log import leave_alone, say_once
-from .model_call import DIFFUSION_MODEL, KEY, call_key, draw_of, find_options, halves_alike, progress_of, put_options
+from .model_call import (
+    DIFFUSION_MODEL,
+    KEY,
+    call_key,
+    draw_of,
+    find_options,
+    halves_alike,
+    progress_of,
+    put_options,
+    without_wrapper,
+)
 from .outcome import Outcome, outcome_of
 from .record import begin, is_compiled
-from .unet_auto import about_model, dtype_of, verdict_on_step
+from .unet_auto import about_model, verdict_on_step
+from .unet_model import dtype_of, layers_of, replaced_layers, run_block
 
 
 class UNetPatch:
-    """The wrapper around `apply_model`. Holds the config alone; safe to share between clones and threads."""
+    """The wrappers around the model's call. Holds the config alone; safe to share between clones and threads."""
 
     def __init__(self, config: ToMeConfig):
         self.config = config
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with outcome_of(find_options(args, kwargs)[1]) as outcome:
+        """Around apply_model(x, t, c_concat, c_crossattn, control, transformer_options)."""
+        args, options = find_options(args, kwargs)
+        args, kwargs = put_options(args, kwargs, without_wrapper(options, DIFFUSION_MODEL))
+        with outcome_of(options) as outcome:
+            return self._run(outcome, executor, x, t, args, kwargs)
+
+    def around_model(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Around the U-Net's own forward(x, t, context, y, control, transformer_options), for nodes that call it
+        themselves. Calls of apply_model take this wrapper away."""
+        if is_compiling():
+            return executor(x, t, *args, **kwargs)
+        args, options = find_options(args, kwargs)
+        with outcome_of(options) as outcome:
             return self._run(outcome, executor, x, t, args, kwargs)
 
     def _run(
         self, outcome: Outcome, executor: Any, x: Tensor, t: Tensor, args: tuple, kwargs: dict[str, Any]
     ) -> Tensor:
         args, options = find_options(args, kwargs)
-        config = config_at(self.config, lambda: progress_of(options, executor.class_obj))
-        record = begin(executor, x, t, args, kwargs, self.config, config)
+        base = executor.class_obj
+        model, full = getattr(base, "diffusion_model", base), tuple(x.shape[-2:])
+        sampled = outcome.base if base is model else base  # tells the noise levels
+        config = config_at(self.config, lambda: progress_of(options, sampled))
+        record = begin(executor, sampled, x, t, args, kwargs, self.config, config)
         if config.ratio == 0.0:
             outcome.left_alone(why_no_step(self.config))
             return executor(x, t, *args, **kwargs)
         compiled = is_compiled(executor, options)
-        model, full = executor.class_obj.diffusion_model, tuple(x.shape[-2:])
-        layers = _layers_of(model), dtype_of(executor.class_obj)
-        host = _host_attention(), _kernels_of(options, x.device), about_model(executor.class_obj)
+        layers = layers_of(model), dtype_of(base)
+        about = "" if sampled is None else about_model(sampled)
+        host = _host_attention(), _kernels_of(options, x.device), about
         if record is None and not compiled and _leaves_alone(outcome, config, full, x.device, *layers, *host):
             return executor(x, t, *args, **kwargs)
         told = None if record is None or record.run.compiled else record
-        unpaid = None if compiled else _why_not_paid(executor.class_obj, x, t, args, kwargs, config, *host)
+        unpaid = None
+        if not compiled and base is not model:
+            unpaid = _why_not_paid(base, x, t, args, kwargs, config, *host)
         if unpaid is not None and told is None:
             leave_alone(None, unpaid, f"{x.shape[-2]}x{x.shape[-1]}", "nothing is merged", outcome=outcome)
             return executor(x, t, *args, **kwargs)
-        step, alike = draw_of(options, x.device, executor.class_obj), halves_alike(options)
-        call = ModelCall(config, full, x.device, step=step, alike=alike, about=host[2])
+        step, alike = draw_of(options, x.device, sampled), halves_alike(options, x, config)
+        call = ModelCall(config, full, x.device, step=step, alike=alike, about=about)
         patch = UNetCall(call, options, told, host[0], layers if compiled else None, model, unpaid, outcome)
-        # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
-        # transformer_options, so without this a compiled model would keep the patches it first saw.
-        kwargs["tome"] = patch.key
+        if compiled:
+            # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
+            # transformer_options, so without this a compiled model would keep the patches it first saw.
+            kwargs["tome"] = patch.key
         args, kwargs = put_options(args, kwargs, patch.options)
-        with patch.mlp_hooks(executor.class_obj):
+        with patch.mlp_hooks(model):
             out = executor(x, t, *args, **kwargs)
         if record is not None:
             record.end()
@@ -128,44 +159,11 @@ def _why_not_paid(
     def merged(options: dict[str, Any], run: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
         call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=draw_of(options, x.device, base), about=about)
         patch = UNetCall(call, options, None, attention, None, base.diffusion_model)
-        with patch.mlp_hooks(base):
-            return run(patch.options, {"tome": patch.key})
+        with patch.mlp_hooks(base.diffusion_model):
+            return run(patch.options, {})
 
     found = verdict_on_step(base, x, t, args, kwargs, config, merged, attention, kernels, about)
     return None if found is None or found.pays() else why_left_alone(found)
-
-
-# Walking through a model takes longer than a step may.
-_known_layers: weakref.WeakKeyDictionary[Any, list[tuple[int, int, int]]] = weakref.WeakKeyDictionary()
-
-
-def _layers_of(model: Any) -> list[tuple[int, int, int]]:
-    """(level, channels, heads) of a U-Net's self-attention layers, each once."""
-    model = getattr(model, "_orig_mod", model)
-    if model not in _known_layers:
-        _known_layers[model] = _find_layers(model)
-    return _known_layers[model]
-
-
-def _find_layers(model: Any) -> list[tuple[int, int, int]]:
-    """On every level that is as wide as the layer: SD 1.x has two of 1,280 channels."""
-    widths = [model.model_channels * mult for mult in getattr(model, "channel_mult", ())]
-    attentions = (block.attn1 for block in model.modules() if hasattr(block, "attn1") and hasattr(block, "attn2"))
-    found = sorted({(attention.to_q.in_features, attention.heads) for attention in attentions})
-    return [
-        (level, width, heads) for channels, heads in found for level, width in enumerate(widths) if width == channels
-    ]
-
-
-def _run_block(model: Any, heads: int, x: Tensor) -> Callable[[], Any] | None:
-    """What runs the model's first block of as many channels and heads on tokens x [B, N, C] and a prompt, without any
-    node's patches; None where there is none."""
-    for block in () if model is None else model.modules():
-        if hasattr(block, "attn1") and hasattr(block, "attn2") and block.attn2 is not None:
-            if (block.attn1.to_q.in_features, block.attn1.heads) == (x.shape[2], heads):
-                context = x.new_zeros(x.shape[0], 77, block.attn2.to_k.in_features)
-                return lambda: block(x, context=context, transformer_options={})
-    return None
 
 
 def _kernels_of(options: dict[str, Any], device: torch.device) -> tuple[str, ...]:
@@ -176,7 +174,8 @@ def _kernels_of(options: dict[str, Any], device: torch.device) -> tuple[str, ...
 class UNetCall:
     """The patches of one call of the model, and the options that carry them.
 
-    attention, model: the host's, to measure with. layers: what ModelCall.look_ahead wants to know of a compiled model.
+    attention, model: the host's, to measure with. layers: what ModelCall.look_ahead wants to know of a compiled model;
+    None: it is not compiled.
     unpaid: why no layer is merged after all, for the record. outcome: the sampling's.
     """
 
@@ -191,7 +190,7 @@ class UNetCall:
         unpaid: str | None = None,
         outcome: Outcome | None = None,
     ):
-        self.call, self._unpaid = call, unpaid
+        self.call, self._unpaid, self._compiled = call, unpaid, layers is not None
         self._outcome = Outcome() if outcome is None else outcome
         self._record = record
         self._host_attention, self._model = attention, model
@@ -200,7 +199,11 @@ class UNetCall:
         self._pending: Tensor | None = None
         self._pending_own: Plan | None = None  # the layer's, whose keys and values are taken behind their projections
         self._block_plan: Plan | None = None
-        self._replaced = set(options.get("patches_replace", {}).get("attn1", {}))
+        self._block: dict[str, Any] = {}  # extra_options of the block that the plan is of
+        config = call.config
+        parts = ("attn1", *("attn2",) * config.cross_attention, *("ff",) * config.mlp)
+        taken = options.get("patches_replace", {})
+        self._replaced = replaced_layers(model, parts) | {(part, at) for part in parts for at in taken.get(part, ())}
         self._attention = options.get("optimized_attention_override")
         # Nothing to measure with: nothing to join with either (a test's call, not a host's).
         self._kernels = () if attention is None else _kernels_of(options, call.seed.device)
@@ -208,7 +211,10 @@ class UNetCall:
         if layers is not None:
             call.look_ahead(*layers, attention, self._kernels)
             self._tell_ahead(layers[0])
-        self.key += f" {call.unpaid} {self._kernels}"
+        self._minding = None  # the attention function that minds `scale`, where one is known to
+        if self._attention is None and attention is not None and minds_scale(attention):
+            self._minding = inspect.unwrap(attention)
+        self.key += f" {call.unpaid} {self._kernels} {sorted(map(repr, self._replaced))}"
         self.options = self._patched(options)
 
     def _tell_ahead(self, layers: list[tuple[int, int, int]]) -> None:
@@ -245,9 +251,11 @@ class UNetCall:
         options["patches"] = patches
         if config.weighs_keys:
             options["optimized_attention_override"] = self.attention
-        wrappers = dict(options.get("wrappers", {}))
-        wrappers[DIFFUSION_MODEL] = {**wrappers.get(DIFFUSION_MODEL, {}), KEY: [self._check_key]}
-        options["wrappers"] = wrappers
+        options = without_wrapper(options, DIFFUSION_MODEL)
+        if self._compiled:
+            wrappers = dict(options.get("wrappers", {}))
+            wrappers[DIFFUSION_MODEL] = {**wrappers.get(DIFFUSION_MODEL, {}), KEY: [self._check_key]}
+            options["wrappers"] = wrappers
         return options
 
     def _check_key(self, executor: Any, *args: Any, tome: str = "", **kwargs: Any) -> Tensor:
@@ -271,7 +279,7 @@ class UNetCall:
             return q, k, v
         self._outcome.merged()
         if self.call.config.kind.matches:
-            self._block_plan = layer.plan
+            self._block_plan, self._block = layer.plan, extra_options
         self._pending = layer.bias
         self._pending_own = None if self._joint is None else layer.plan
         extra_options[KEY] = layer
@@ -286,7 +294,7 @@ class UNetCall:
     def before_cross_attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple:
         """attn2_patch: the block's match serves the queries of its cross-attention."""
         plan = self._block_plan
-        if plan is None or q.shape[1] != plan.tokens:
+        if plan is None or self._is_left_whole("attn2", q, extra_options):
             return q, k, v
         extra_options[KEY] = plan
         return plan.merge(q), k, v
@@ -300,7 +308,6 @@ class UNetCall:
         """optimized_attention_override: adds the sizes to the logits; another node's override is called, not lost."""
         bias, self._pending = self._pending, None
         plan, self._pending_own = self._pending_own, None
-        before = self._attention
         is_torchs = False
         if bias is not None or plan is not None:
             call = Call.of(func, q, k, heads, args, kwargs)
@@ -313,17 +320,17 @@ class UNetCall:
             else:
                 say_once(NOT_KEPT)
             k, v = (call.take(x, plan.choice[0]) for x in (k, v))  # what sampling before the projections gives
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+            named = kwargs if scale is None else {**kwargs, "scale": scale}
+            if self._attention is None:
+                return func(q, k, v, heads, *args, **named)
+            return self._attention(func, q, k, v, heads, *args, **named)
+
         if bias is None or k.shape[1] != bias.shape[1]:
-            if before is None:
-                return func(q, k, v, heads, *args, **kwargs)
-            return before(func, q, k, v, heads, *args, **kwargs)
-
-        def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            if before is None:
-                return func(q, k, v, heads, *args, scale=scale, **kwargs)
-            return before(func, q, k, v, heads, *args, scale=scale, **kwargs)
-
-        return attend_tokens(q, k, v, heads, bias, attention, is_torchs)
+            return attention(q, k, v)
+        scale = kwargs.pop("scale", None)
+        return attend_tokens(q, k, v, heads, bias, attention, is_torchs, scale, func is self._minding)
 
     def _grid(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple[int, int] | None:
         """The grid of this call's tokens, or None where it is to be left alone."""
@@ -338,7 +345,6 @@ class UNetCall:
             if self._record is not None:
                 self._record.left_alone(reason, block_name(extra_options), grid, extra_options.get("block_index", 0))
             return None
-        block = extra_options.get("block")
         if q.shape[0] != shape[0] or q.shape[1] != grid[0] * grid[1]:
             self._leave(
                 "a layer whose tokens are not those of its grid is left alone: another node has tiled or merged "
@@ -351,9 +357,7 @@ class UNetCall:
         if k.shape[:2] != q.shape[:2] or v.shape[:2] != q.shape[:2]:
             self._leave("a layer that does not attend to its own tokens is left alone", extra_options, grid=grid)
             return None
-        place = extra_options.get("block_index", 0)
-        if block is not None and (block in self._replaced or (*block, place) in self._replaced):
-            self._leave("a layer whose attention another node replaces is left alone", extra_options, grid=grid)
+        if self._is_left_whole("attn1", q, extra_options, grid):
             return None
         unpaid = self._unpaid or self.call.why_not_paid(self._verdict(q, grid, extra_options))
         if unpaid is not None:
@@ -361,10 +365,26 @@ class UNetCall:
             return None
         return grid
 
+    def _is_left_whole(
+        self, part: str, x: Tensor, extra_options: dict[str, Any], grid: tuple[int, int] | None = None
+    ) -> bool:
+        """Whether a layer of the block is another node's, or its tokens x [B, N, C] are; which is said.
+
+        grid: of a self-attention, whose tokens lie on it; the others' have to be those of the block's plan.
+        """
+        block, plan, shape = extra_options.get("block"), self._block_plan, extra_options.get("activations_shape", ())
+        places = () if block is None else (block, (*block, extra_options.get("block_index", 0)))
+        replaced = any((part, place) in self._replaced for place in places)
+        rows, tokens = x.shape[:2] if grid is not None else (plan.batch, plan.tokens)
+        reason = why_left_whole(part, x, rows, tokens, replaced)
+        if reason is not None:
+            self._leave(reason, extra_options, grid=grid or tuple(shape[2:4]) or None)
+        return reason is not None
+
     def _verdict(self, q: Tensor, grid: tuple[int, int], extra_options: dict[str, Any]) -> Verdict | None:
         """What is known of this layer's times."""
         heads = extra_options.get("n_heads")
-        block = None if is_compiling() else functools.partial(_run_block, self._model, heads)
+        block = None if is_compiling() else functools.partial(run_block, self._model, heads)
         return self.call.verdict(q, grid, heads, self._host_attention, self._kernels, block)
 
     def _leave(
@@ -374,14 +394,14 @@ class UNetCall:
         leave_alone(self._record, reason, block_name(extra_options), detail, grid, place, self._outcome)
 
     @contextmanager
-    def mlp_hooks(self, base_model: Any):
-        """For the option `mlp`: hooks on the feed-forward layers, gone when the call ends in whatever way."""
-        if not self.call.config.mlp:
+    def mlp_hooks(self, model: Any):
+        """For the option `mlp`: hooks on a U-Net's feed-forward layers, gone when the call ends in whatever way."""
+        if not self.call.config.mlp or not isinstance(model, nn.Module):
             yield
             return
         handles = []
         try:
-            for module in base_model.diffusion_model.modules():
+            for module in model.modules():
                 if hasattr(module, "attn1") and hasattr(module, "ff"):
                     handles.append(module.ff.register_forward_pre_hook(self._before_mlp))
                     handles.append(module.ff.register_forward_hook(self._after_mlp))
@@ -392,7 +412,9 @@ class UNetCall:
 
     def _before_mlp(self, module: Any, args: tuple) -> tuple:
         plan = self._block_plan
-        if plan is None or args[0].shape[1] != plan.tokens:
+        if plan is None:
+            return args
+        if self._is_left_whole("ff", args[0], self._block):
             self._block_plan = None
             return args
         return (plan.merge(args[0]), *args[1:])

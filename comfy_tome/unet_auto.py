@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..shared_tome import ToMeConfig
@@ -18,6 +17,7 @@ from ..shared_tome.auto import Attention, Verdict
 from ..shared_tome.autotune.store import NotNow
 from ..shared_tome.step_auto import is_judged, rows_of, verdict_of
 from .model_call import find_options, put_options
+from .unet_model import dtype_of
 
 # What of a call's options tells the step, and is no node's.
 _STEP = ("sample_sigmas", "sigmas")
@@ -63,11 +63,6 @@ def verdict_on_step(
 
     model, grid = base_model.diffusion_model, tuple(x.shape[-2:])
     return verdict_of(model, dtype_of(base_model), x.device, grid, config, both, attention, kernels, about)
-
-
-def dtype_of(base_model: Any) -> torch.dtype:
-    """What the model computes in; what it is given has the sampler's dtype, float32."""
-    return getattr(base_model, "manual_cast_dtype", None) or base_model.get_dtype()
 
 
 # Walking through a model takes longer than a step may. A fact about a model, not state of a call.

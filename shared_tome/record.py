@@ -42,13 +42,14 @@ class Run:
 
     sigmas: its list of noise levels, by which a host that does not announce a run knows one. most_bytes: of kept
     choices. images: in the batch. devices: on which calls of a step ran side by side. last: what a host needs to run
-    a call once more. is_full: not all choices were kept.
+    a call once more. is_full: not all choices were kept. passed_by: why ToMe was not asked in it, where it was not.
     """
 
     def __init__(self, config: ToMeConfig, sigmas: Tensor | None = None, most_bytes: int = 2**29):
         self.config, self._sigmas, self._most_bytes = config, sigmas, most_bytes
         self.tally = Tally(config, None if sigmas is None else len(sigmas) - 1)
         self.compiled = False
+        self.passed_by: str | None = None
         self.devices: set[torch.device] = set()  # one, or those that share a batch
         self.images = 1
         self.facts: dict[int, StepFacts] = {}

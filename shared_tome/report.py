@@ -47,7 +47,7 @@ def why_not_served(config: ToMeConfig, grid: Grid, full: Grid) -> str | None:
 def why_no_step(config: ToMeConfig) -> str:
     """Why a step at ratio 0 is left alone (see ratio_at)."""
     moves = f", ratio {config.ratio:g} to {config.ratio_end:g}" if config.ratio_end >= 0.0 else ""
-    return f"steps at ratio 0: start {config.start:g}, end {config.end:g}{moves}"
+    return f"steps at ratio 0: start {config.start:g}, end {config.end:g}" + moves
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,11 @@ def test_another_attention_override_is_called(sd15, tome, tome_first, method):
         return model
 
     alone = sample(tome(sd15, method=method, own_token=False))  # for the override queries keep no own tokens
-    assert torch.equal(sample(chain(sd15, tome, node, tome_first, method=method)), alone)
+    made = sample(chain(sd15, tome, node, tome_first, method=method))
+    if method == "sample":
+        assert torch.equal(made, alone)
+    else:  # keys with weights: queries are scaled beforehand, as nobody knows whether the override minds `scale`
+        torch.testing.assert_close(made, alone, rtol=1e-4, atol=2e-3)
     assert called
 
 
@@ -224,19 +228,31 @@ def test_keys_from_another_image_are_left_alone(sd15, tome, tome_first, caplog):
     with caplog.at_level(logging.INFO, logger="ToMe"):
         assert torch.equal(sample(chain(sd15, tome, node, tome_first)), sample(node(sd15)))
     assert [record.message for record in caplog.records if record.name == "ToMe"] == [
-        "[ToMe] a layer that does not attend to its own tokens is left alone (input block 1)"
+        "[ToMe] a layer that does not attend to its own tokens is left alone (input block 1)",
+        "[ToMe] nothing was merged in this sampling: a layer that does not attend to its own tokens is left alone "
+        "(input block 1, input block 3, input block 5, middle block 0, output block 0, output block 1 and 4 more)",
     ]
 
 
-def test_core_node_after_ours_is_left_alone(sd15, tome, comfy_nodes):
-    """ComfyUI's own node merges the queries first; ours finds half of them and stands aside."""
-    core = comfy_nodes["TomePatchModel"]
+def test_core_node_after_ours_is_an_error_before_the_first_step(sd15, tome, comfy_nodes):
+    """In this order the node cannot know; the sampler's start is the first to see both."""
+    both = run_node(comfy_nodes["TomePatchModel"], model=tome(sd15), ratio=0.3)
+    with pytest.raises(ValueError, match="merged by ToMe and by ComfyUI's own node TomePatchModel too"):
+        sample(both)
 
-    def both(model):
-        torch.manual_seed(0)
-        return sample(run_node(core, model=model, ratio=0.3), steps=1)
 
-    assert torch.equal(both(tome(sd15, levels="0")), both(sd15))
+@pytest.mark.parametrize("name", ["customextras", "my_customer_pack", "nodes_customedits", "comfy_todo.nodes"])
+def test_a_pack_whose_name_looks_like_ours_is_accepted(sd15, tome, name):
+    def patch(q, k, v, extra_options):
+        return q, k, v
+
+    patch.__module__ = f"custom_nodes.{name}"
+    other = sd15.clone()
+    other.set_model_attn1_patch(patch)
+    assert tome(other).get_wrappers("apply_model", "ToMe")
+    patch.__module__ = "custom_nodes.my-tome.nodes_tome"
+    with pytest.raises(ValueError, match="a node of custom_nodes.my-tome.nodes_tome"):
+        tome(other)
 
 
 def test_core_node_before_ours_is_an_error(sd15, tome, comfy_nodes):

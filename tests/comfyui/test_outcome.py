@@ -47,6 +47,11 @@ def test_levels_without_attention_say_so(sd15, tome, said):
     assert said() == [NOTHING + "its level is not one of levels 3 (32x32 tokens, 16x16 tokens, 8x8 tokens)"]
 
 
+def test_a_level_that_a_unet_lacks_is_told_as_on_transformers(sdxl, tome, said):
+    sample(tome(sdxl, levels="0,1"), steps=1)
+    assert said() == ["[ToMe] this model has attention at levels 1, 2: of levels 0,1 there is 1"]
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

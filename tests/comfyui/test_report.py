@@ -105,7 +105,7 @@ def perturbed(nodes, model):
     ("other", "part"),
     [
         (hypertile, "another node has tiled or merged them"),
-        (perturbed, "whose attention another node replaces"),
+        (perturbed, "that another node or extension replaces"),
     ],
 )
 def test_the_log_and_the_report_give_the_same_reason(comfy_nodes, sd15, tome, record, report, caplog, other, part):
@@ -213,7 +213,7 @@ def test_the_clock_is_read_around_each_call(sd15, tome, record, report, monkeypa
     forward = sd15.model.diffusion_model.forward
 
     def slow(*args, **kwargs):
-        now[0] += 0.004 if "tome" in kwargs else 0.010
+        now[0] += 0.004 if "ToMe" in kwargs["transformer_options"]["wrappers"]["apply_model"] else 0.010
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(sd15.model.diffusion_model, "forward", slow)
