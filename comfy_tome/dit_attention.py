@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..shared_tome import kernels
-from ..shared_tome.attention import extend_heads, extra_channels
+from ..shared_tome.attention import extend_heads, extra_channels, minds_scale
 from ..shared_tome.config import Method
 from ..shared_tome.joined import KERNELS, TORCHS
 from ..shared_tome.joint import JointCall, image_bias, merge_image, take_heads, unmerge_image
@@ -228,7 +228,7 @@ def attend_weighed(call: Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | N
         q, k, v = (x.unflatten(-1, (-1, d)) for x in (q, k, v))  # (B, L, H, d)
     bias = bias[:, None] if call.split else bias[:, :, None]
     q, k, v = extend_heads(q, k, v, bias * (d**-0.5 / scale))
-    if call.takes_any_size and _minds_scale(call.func):
+    if call.takes_any_size and minds_scale(call.func):
         kwargs["scale"] = scale
     else:
         # What the attention takes by itself must be right: a size that it knows, and the scale of that size.
@@ -248,13 +248,6 @@ def attend_weighed(call: Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | N
 def fits_weights(call: Call) -> bool:
     """Whether the attention takes the wider heads by which attend_weighed weighs keys."""
     return call.takes_any_size or call.d + extra_channels(call.d) <= SAFE_SIZES[-1]
-
-
-def _minds_scale(func: Any) -> bool:
-    """Whether one of ComfyUI's attention functions looks for `scale` among its keywords: up to 0.20.1 none does, in
-    0.24 not all do."""
-    func = getattr(func, "__wrapped__", func)
-    return any("scale" in (x if isinstance(x, tuple) else (x,)) for x in func.__code__.co_consts)
 
 
 def take_mask(mask: Tensor, length: int, start: int, plan: Plan, queries: bool, keys: bool) -> Tensor:

@@ -98,7 +98,8 @@ class OutcomePatch:
         merger = merger_in(options)
         if merger is not None:
             raise ValueError(f"this model is merged by ToMe and by {merger} too; remove one of the two nodes.")
-        outcome = options[_OUTCOME] = Outcome(getattr(getattr(executor.class_obj, "model_patcher", None), "model", None))
+        patcher = getattr(executor.class_obj, "model_patcher", None)
+        outcome = options[_OUTCOME] = Outcome(getattr(patcher, "model", None))
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
