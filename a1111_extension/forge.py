@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..comfy_tome.unet import UNetCall
+from ..comfy_tome.unet import UNetCall, block_name
 from ..shared_tome import ModelCall
 from ..shared_tome.grid import grid_of
 from ..shared_tome.heads import (
     GIVEN,
+    PROJECTIONS,
     meets_at_sdpa,
     narrow,
     stand_in,
@@ -27,6 +28,7 @@ from ..shared_tome.heads import (
     widen_key,
     widen_query,
     widen_value,
+    width,
 )
 from ..shared_tome.joined import TORCHS
 from ..shared_tome.joint import JointCall
@@ -35,7 +37,8 @@ from ..shared_tome.progress import percent_of_level, percent_table
 from ..shared_tome.record import CallRecord
 from ..shared_tome.report import CallTally
 from ..shared_tome.sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_own, leave_left_modes
-from .hooks import NotServed, served_blocks
+from .hooks import NO_WEIGHTS, NotServed, is_taken, served_blocks, taken
+from .notes import Notes
 from .sampling import Sampling
 
 _WRAPPER = "model_function_wrapper"
@@ -47,8 +50,10 @@ def is_forge(sd_model: Any) -> bool:
     return hasattr(sd_model, "forge_objects")
 
 
-def patch(sd_model: Any, sampling: Sampling) -> None:
+def patch(sd_model: Any, sampling: Sampling, called: Callable[[], None] = lambda: None) -> None:
     """Give this pass a merged clone of the U-Net; called twice, the second replaces the first.
+
+    called: told after each call of the model.
 
     Raises NotServed: the model has no self-attention that takes patches (Flux and other transformers).
     """
@@ -58,7 +63,7 @@ def patch(sd_model: Any, sampling: Sampling) -> None:
         raise NotServed(f"{type(diffusion_model).__name__} has no self-attention that ToMe knows; nothing is merged")
     inner = _without_ours(unet.model_options.get(_WRAPPER))
     sampling.another_model()
-    unet.set_model_unet_function_wrapper(_wrapper(unet.model, sampling, inner))
+    unet.set_model_unet_function_wrapper(_wrapper(unet.model, sampling, inner, called))
     sd_model.forge_objects.unet = unet
 
 
@@ -92,13 +97,14 @@ def _percent_to_sigma(model: Any) -> Callable[[float], float] | None:
     return None
 
 
-def _wrapper(model: Any, sampling: Sampling, inner: Callable | None) -> Callable:
+def _wrapper(model: Any, sampling: Sampling, inner: Callable | None, called: Callable[[], None]) -> Callable:
     """A plain function, because clone() copies objects deeply and would part them from the sampling's state.
 
     model: what the U-Net's patcher holds.
     """
     diffusion_model, percent_to_sigma = model.diffusion_model, _percent_to_sigma(model)
     met: dict[tuple, bool] = {}
+    wide: dict[tuple, bool] = {}
     table: list[Tensor] = []  # asked for where there is a schedule
 
     def progress(level: Tensor) -> float:
@@ -118,14 +124,17 @@ def _wrapper(model: Any, sampling: Sampling, inner: Callable | None) -> Callable
         far = functools.partial(progress, args["timestep"]) if tells else None
         call = sampling.call(tuple(x.shape[-2:]), x.shape[0], x.device, rows, far) if x.dim() == 4 else None
         if call is None:
-            return run(args)
-        told = sampling.told
-        own = OwnTokens(diffusion_model, x.device, met, sampling) if call.config.keeps_own else None
-        ours = ForgeCall(call, args["c"].get("transformer_options", {}), x.shape[0], told, own)
-        with ours.hooks(diffusion_model):
-            out = run({**args, "c": {**args["c"], "transformer_options": ours.options}})
-        if isinstance(told, CallRecord):
-            told.end()
+            out = run(args)
+        else:
+            told = sampling.told
+            own = OwnTokens(diffusion_model, x.device, met, sampling) if call.config.keeps_own else None
+            options = args["c"].get("transformer_options", {})
+            ours = ForgeCall(call, options, x.shape[0], sampling.notes, told, own, wide)
+            with ours.hooks(diffusion_model):
+                out = run({**args, "c": {**args["c"], "transformer_options": ours.options}})
+            if isinstance(told, CallRecord):
+                told.end()
+        called()
         return out
 
     tome_wrapper.inner = inner
@@ -163,7 +172,7 @@ class OwnTokens:
 
     def _meets(self, block: nn.Module, heads: int, d: int) -> bool:
         forward = type(block.attn1).forward
-        if "forward" in vars(block.attn1):  # somebody replaced this very layer's
+        if is_taken(block.attn1):
             return False
         key = forward, heads, d
         if key not in self._met:
@@ -172,22 +181,47 @@ class OwnTokens:
         return self._met[key]
 
 
+def takes_wider(attention: nn.Module, heads: int, q: Tensor) -> bool:
+    """Whether the host's attention runs on heads that are wider than the layer's: SageAttention 1 knows three sizes.
+
+    q [B, N, H * d]: what the layer's to_q gives. Runs the attention on a few zeros.
+    """
+    x = q.new_zeros(1, 6, width(heads, q.shape[-1] // heads))
+    parts = {name: lambda *_: x for name in PROJECTIONS}
+    layer = stand_in(attention)(**parts, to_out=nn.Sequential(nn.Identity(), nn.Identity()))
+    try:
+        with torch.no_grad():
+            return type(attention).forward(layer, x).shape == x.shape
+    except torch.cuda.OutOfMemoryError:  # says nothing of the attention
+        raise
+    except Exception:  # whatever a foreign attention raises
+        return False
+
+
 def _heads(block: nn.Module) -> int:
     return getattr(block.attn1, "heads", None) or block.n_heads
 
 
 class ForgeCall(UNetCall):
-    """ComfyUI's patches where the grid is not told and the attention cannot be overridden."""
+    """ComfyUI's patches where the grid is not told and the attention cannot be overridden.
+
+    notes: where to tell what is left alone. told, own: of the call, where there is one. wide: what takes_wider
+    answered, remembered for a sampling pass.
+    """
 
     def __init__(
         self,
         call: ModelCall,
         options: dict[str, Any],
         batch: int,
+        notes: Notes,
         told: CallTally | None = None,
         own: OwnTokens | None = None,
+        wide: dict[tuple, bool] | None = None,
     ):
-        self._own = own
+        self._notes, self._own = notes, own
+        self._wide = {} if wide is None else wide
+        self._taken: frozenset[str] = frozenset()  # of the block that runs now: see is_taken
         super().__init__(call, options, told)
         self._batch = batch
         for name in ("wrappers", "optimized_attention_override"):  # these are ComfyUI's; keep what was there
@@ -197,11 +231,13 @@ class ForgeCall(UNetCall):
 
     @contextmanager
     def hooks(self, diffusion_model: nn.Module) -> Iterator[None]:
-        """The hooks of one call: on the feed-forward layers for `mlp`, on the projections for keys with weights."""
+        """The hooks of one call: on the feed-forward layers for `mlp`, on the projections for keys with weights, on
+        blocks in which another extension has replaced a layer."""
         config = self.call.config
         handles: list[Any] = []
         try:
             for block in served_blocks(diffusion_model):
+                handles += self._watch(block)
                 if self._joint is not None:
                     handles += SdpaHooks(block.attn1, self._begin_own, self._missed_own).handles
                 elif config.weighs_keys:
@@ -213,6 +249,18 @@ class ForgeCall(UNetCall):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _watch(self, block: nn.Module) -> list[Any]:
+        layers = {name: getattr(block, name, None) for name in ("attn1", "attn2")}
+        found = frozenset(name for name, layer in layers.items() if isinstance(layer, nn.Module) and is_taken(layer))
+
+        def begin(*_: Any) -> None:
+            self._taken = found
+
+        def end(*_: Any) -> None:
+            self._taken = frozenset()
+
+        return [block.register_forward_pre_hook(begin), block.register_forward_hook(end)] if found else []
 
     def _own_tokens(self) -> JointCall | None:
         return None if self._own is None else self._own.joint()
@@ -232,31 +280,57 @@ class ForgeCall(UNetCall):
         grid = grid_of(q.shape[1], self.call.full) if q.dim() == 3 else None
         if grid is not None and "activations_shape" not in extra_options:
             extra_options = {**extra_options, "activations_shape": (self._batch, q.shape[2], *grid)}
-        return super()._grid(q, k, v, extra_options)
+        found = super()._grid(q, k, v, extra_options)
+        if found is not None and "attn1" in self._taken:
+            self._leave(taken("attn1"), extra_options, grid=found)
+            return None
+        return found
+
+    def before_cross_attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple:
+        if self._block_plan is not None and "attn2" in self._taken:
+            self._leave(taken("attn2"), extra_options, grid=grid_of(self._block_plan.tokens, self.call.full))
+            return q, k, v
+        return super().before_cross_attention(q, k, v, extra_options)
+
+    def _before_mlp(self, module: Any, args: tuple) -> tuple:
+        if self._block_plan is not None and is_taken(module):
+            self._block_plan = None  # so that the output is left alone too
+            self._notes.say(taken("ff"), shown=False)
+        return super()._before_mlp(module, args)
+
+    def _leave(
+        self, reason: str, extra_options: dict[str, Any], detail: str = "", grid: tuple[int, int] | None = None
+    ) -> None:
+        """Once a generation, not once a process."""
+        self._notes.say(reason, shown=False)
+        if self._record is not None:
+            part = extra_options.get("block_index", 0)
+            self._record.left_alone(reason.partition(";")[0], block_name(extra_options), grid, part)
 
     def _widen(self, block: nn.Module) -> list[Any]:
-        """Forge's attention codes all scale by the size of the heads that they are given (heads.GIVEN)."""
+        """No attention code of Forge, reForge and Forge Classic takes a scale: each goes by the heads that it is given
+        (heads.GIVEN)."""
         attn1 = block.attn1
         heads = _heads(block)
         state: dict[str, Any] = {}
 
         def after_query(module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
             # The pending bias is this layer's: attn1_patch sets it right before and attn1_output_patch clears it.
-            if self._pending is None:
-                return None
             state["d"] = out.shape[-1] // heads
-            return widen_query(out, heads, GIVEN)
+            return widen_query(out, heads, GIVEN) if self._weighs(attn1, heads, out) else None
 
         def after_key(module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-            if self._pending is None:
+            if not self._weighs(attn1, heads, out):
                 return None
             return widen_key(out, heads, GIVEN, spread_rows(self._pending, out.shape[0]))
 
         def after_value(module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-            return None if self._pending is None else widen_value(out, heads)
+            return widen_value(out, heads) if self._weighs(attn1, heads, out) else None
 
         def before_out(module: nn.Module, args: tuple) -> tuple | None:
-            return None if self._pending is None else (narrow(args[0], heads, state["d"]), *args[1:])
+            if self._pending is None or args[0].shape[-1] == heads * state["d"]:
+                return None
+            return (narrow(args[0], heads, state["d"]), *args[1:])
 
         return [
             attn1.to_q.register_forward_hook(after_query),
@@ -264,3 +338,14 @@ class ForgeCall(UNetCall):
             attn1.to_v.register_forward_hook(after_value),
             attn1.to_out.register_forward_pre_hook(before_out),
         ]
+
+    def _weighs(self, attn1: nn.Module, heads: int, out: Tensor) -> bool:
+        """Whether the layer that runs now gets wider heads. out [B, N, H * d]: what one of its projections gives."""
+        if self._pending is None:
+            return False
+        key = type(attn1).forward, heads, out.shape[-1], out.device, out.dtype
+        if key not in self._wide:
+            self._wide[key] = takes_wider(attn1, heads, out)
+            if not self._wide[key]:
+                self._notes.say(NO_WEIGHTS, shown=False)
+        return self._wide[key]

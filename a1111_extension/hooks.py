@@ -56,6 +56,8 @@ from .sampling import Sampling
 # Those whose hooks are on a model. Not a registry to work with: it only serves to take off what a crash left on.
 _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
+NO_WEIGHTS = "the active attention optimization takes no weights of keys; proportional attention is off"
+
 
 class NotServed(Exception):
     """This model has nothing that ToMe can merge. The text is for a person."""
@@ -70,11 +72,12 @@ def detach_all() -> None:
 class Attachment:
     """The hooks of one sampling pass on one diffusion model. `detach` may be called at any time, and twice.
 
-    Raises NotServed.
+    called: told after each call of the model. Raises NotServed.
     """
 
-    def __init__(self, model: nn.Module | None, sampling: Sampling):
+    def __init__(self, model: nn.Module | None, sampling: Sampling, called: Callable[[], None] = lambda: None):
         self.sampling = sampling
+        self._called = called
         self.model: nn.Module | None = None
         self.call: ModelCall | None = None
         self.joint: JointCall | None = None  # this call's, where queries are to keep their own tokens
@@ -137,7 +140,7 @@ class Attachment:
         if key not in self._rules:
             self._rules[key] = find_rule(forward, d, x.device, dtype)
             if self._rules[key] is None:
-                self.say("the active attention optimization takes no weights of keys; proportional attention is off")
+                self.say(NO_WEIGHTS)
         return self._rules[key]
 
     def keeps_own(self, attention: nn.Module, d: int, x: Tensor) -> bool:
@@ -181,6 +184,7 @@ class Attachment:
         if self.call is not None:
             self._hooks.judge(self.kind, self.judged)
         self.call = self.joint = self.told = None
+        self._called()
 
 
 class _Block:
@@ -197,6 +201,7 @@ class _Block:
         self.layer: MergedAttention | None = None
         self.own: Plan | None = None  # the layer's, whose keys and values are taken where they meet the queries
         self.plan: Plan | None = None  # the block's match, for attn2 and ff
+        self.planned: ModelCall | None = None  # the call that the match is of
         self.open: dict[str, Plan] = {}
         self.query: Tensor | None = None
         self.bias: Tensor | None = None
@@ -252,7 +257,7 @@ class _Block:
             return None
         self.layer = layer
         if call.config.kind.matches:
-            self.plan = layer.plan
+            self.plan, self.planned = layer.plan, call
         if own:
             self.own = layer.plan
             return None  # attn1 gets all tokens; _attend_own takes some of their keys
@@ -312,9 +317,8 @@ class _Block:
                 reason = why_not_served(call.config, grid, call.full)
                 self.owner.told.left_alone(reason, self.where, grid, self.part)
             return None
-        if _is_taken(attn1):
-            reason = "HyperTile or another extension has replaced the self-attention; such layers are left alone"
-            self._leave(reason, grid)
+        if is_taken(attn1):
+            self._leave(taken("attn1"), grid)
             return None
         kernels = TORCHS if self._keeps_own(attn1, x) else ()
         about = functools.partial(about_model, attn1, x.device)
@@ -378,14 +382,21 @@ class _Block:
         return (narrow(args[0], self.heads, self.head_size),)
 
     def _merge_input(self, name: str) -> Any:
-        """A pre-hook for attn2 or ff: the block's match serves it too."""
+        """A pre-hook for attn2 or ff: the block's match serves it too, where its tokens are those of the match."""
 
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-            x = args[0] if args else None
-            if self.plan is None or not isinstance(x, Tensor) or x.shape[:2] != (self.plan.batch, self.plan.tokens):
+            plan = self.plan
+            if plan is None or self.planned is not self.owner.call:  # attn1 did not run in this call of the model
                 return None
-            self.open[name] = self.plan
-            return (self.plan.merge(x), *args[1:]), kwargs
+            x = args[0] if args else kwargs.get("x")
+            same = isinstance(x, Tensor) and x.dim() == 3 and x.shape[:2] == (plan.batch, plan.tokens)
+            if is_taken(module) or not same:
+                reason = taken(name) if is_taken(module) else changed(name)
+                self._leave(reason, grid_of(plan.tokens, self.planned.full))
+                return None
+            self.open[name] = plan
+            x = plan.merge(x)
+            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "x": x})
 
         return before
 
@@ -417,12 +428,30 @@ def _hypertile(attn1: nn.Module) -> Any:
     return getattr(attn1, "__webui_hypertile_params", None)
 
 
-def _is_taken(attn1: nn.Module) -> bool:
-    """Whether somebody replaced this very layer's forward. HyperTile leaves its wrapper there when it is off."""
-    if "forward" not in vars(attn1):
+def is_taken(module: nn.Module) -> bool:
+    """Whether somebody replaced this very layer's forward: what stands there may go by the number of tokens.
+
+    HyperTile leaves its wrapper there when it is off; others put the class's own forward back there.
+    """
+    forward = vars(module).get("forward")
+    if forward is None or getattr(forward, "__func__", None) is type(module).forward:
         return False
-    params = _hypertile(attn1)
+    params = _hypertile(module)
     return params is None or bool(getattr(params, "enabled", True))
+
+
+_NAMES = {"attn1": "self-attention", "attn2": "cross-attention", "ff": "feed-forward layer"}
+
+
+def taken(name: str) -> str:
+    """What to tell of a layer that is_taken. name: its attribute of the block."""
+    who = "HyperTile or another extension" if name == "attn1" else "another extension"
+    return f"{who} has replaced the {_NAMES[name]}; such layers are left alone"
+
+
+def changed(name: str) -> str:
+    """What to tell of attn2 or ff where it is given other rows or tokens than the block's self-attention."""
+    return f"another extension has changed the tokens of the {_NAMES[name]}; such layers are left alone"
 
 
 def _plain_forward(attn1: nn.Module) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..shared_tome.config import Widget
-from .options import WIDGETS, Settings, by_name, is_valid
+from .notes import logger
+from .options import WIDGETS, Settings, fit
 
 _ALWAYS = ("ratio", "method")
 _SILENT = ("enabled", "map")  # the first shows by the others; a map changes no picture
@@ -17,30 +17,45 @@ LABELS = {
     if widget.name not in _SILENT
 }
 _TOLD = [widget for widget in WIDGETS if widget.name in LABELS]
-_OWN_TOKEN = by_name()["own_token"]
 
 
-def write(parameters: dict[str, Any], settings: Settings) -> None:
-    """Put ToMe's options into p.extra_generation_params: ratio, method, and all that is not the default."""
-    erase(parameters)
-    if settings.is_off:
-        return
+def write(
+    parameters: dict[str, Any],
+    settings: Settings,
+    merged: Mapping[bool, bool] | None = None,
+    kept_own: bool | None = None,
+) -> None:
+    """Put ToMe's options into p.extra_generation_params: ratio, method, and all that is not the default.
+
+    Args:
+        merged: by whether it is the hires pass, whether a pass merged anything; one that is not there is not known yet.
+            The text tells ratio 0 of a pass that merged nothing, and nothing of ToMe where none did.
+        kept_own: whether queries kept their own tokens; None: not known. Where none could, the picture is the one
+            without the option.
+    """
+    told = _told(settings, merged or {}, kept_own)
+    for label in LABELS.values():
+        if label in told:
+            parameters[label] = told[label]
+        else:
+            parameters.pop(label, None)
+
+
+def _told(settings: Settings, merged: Mapping[bool, bool], kept_own: bool | None) -> dict[str, Any]:
+    if settings.is_off or (merged and not any(merged.values())):
+        return {}
     values = values_of(settings)
-    for widget in _TOLD:
-        _put(parameters, widget, values[widget.name])
-
-
-def write_own_token(parameters: dict[str, Any], kept: bool) -> None:
-    """Tell whether queries kept their own tokens. Where none could, the picture is the one without the option."""
-    if LABELS["ratio"] in parameters:  # not where all of ToMe was left out
-        _put(parameters, _OWN_TOKEN, kept)
-
-
-def _put(parameters: dict[str, Any], widget: Widget, value: Any) -> None:
-    if widget.name in _ALWAYS or value != widget.default:
-        parameters[LABELS[widget.name]] = value
-    else:
-        parameters.pop(LABELS[widget.name], None)
+    if merged.get(False) is False:
+        values.update(ratio=0.0, hires_ratio=settings.for_pass(True).ratio)
+    if merged.get(True) is False:
+        values["hires_ratio"] = 0.0
+    if kept_own is not None:
+        values["own_token"] = kept_own
+    return {
+        LABELS[widget.name]: values[widget.name]
+        for widget in _TOLD
+        if widget.name in _ALWAYS or values[widget.name] != widget.default
+    }
 
 
 def erase(parameters: dict[str, Any]) -> None:
@@ -66,36 +81,42 @@ def values_of(settings: Settings) -> dict[str, Any]:
 def read(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
     """Named values from a parsed infotext, with defaults for what it leaves out; None where ToMe was not on.
 
-    A value that this version does not know becomes the default.
+    A value that is not possible, alone or beside the others, becomes the default.
     """
+    found = _read(parameters)
+    return None if found is None else found[0]
+
+
+def _read(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """What read gives, and why a value was not taken, by name."""
     if LABELS["ratio"] not in parameters:
         return None
-    values: dict[str, Any] = {"enabled": True}
-    for widget in _TOLD:
-        value = _parsed(parameters.get(LABELS[widget.name]), widget.default)
-        values[widget.name] = value if is_valid(widget.name, value) else widget.default
-    return values
+    given = {name: parameters[label] for name, label in LABELS.items() if label in parameters}
+    parsed = {widget.name: _parsed(given[widget.name], widget.default) for widget in _TOLD if widget.name in given}
+    return fit({"enabled": True, **parsed})
 
 
 def paste_function(name: str) -> Any:
     """For the host's paste fields: parsed infotext -> the value of one option, or None to leave it."""
 
     def paste(parameters: Mapping[str, Any]) -> Any:
-        values = read(parameters)
-        if values is None:
+        found = _read(parameters)
+        if found is None:
             # A picture made without ToMe is made again without it.
             return False if name == "enabled" else None
+        values, refused = found
+        if name in refused:
+            logger.info("[ToMe] from the picture's text: %s; %r is used", refused[name], values[name])
         return values[name]
 
     return paste
 
 
 def _parsed(text: Any, default: Any) -> Any:
-    if text is None:
-        return default
+    """The text as a value of the default's type, or itself where it is none."""
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False}[str(text).lower()]
         return type(default)(text)
-    except (KeyError, ValueError):
-        return default
+    except (KeyError, TypeError, ValueError):
+        return text

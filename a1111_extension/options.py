@@ -104,11 +104,11 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
 def named(values: Sequence[Any]) -> dict[str, Any]:
     """The host's list of arguments by name. An API request may put one object with names in the first place.
 
-    There "preset" stands for the options that it makes; those that are named beside it win. Raises ValueError for an
-    unknown preset.
+    There "preset" stands for the options that it makes; those that are named beside it win, and null is as left out.
+    Raises ValueError for an unknown preset.
     """
     if values and isinstance(values[0], Mapping):
-        given = dict(values[0])
+        given = {name: value for name, value in values[0].items() if value is not None}
         preset = preset_options(given.pop("preset")) if "preset" in given else {}
         return {**dict(zip(NAMES[1:], values[1:], strict=False)), "enabled": True, **preset, **given}
     return dict(zip(NAMES, values, strict=False))  # a short list leaves the rest at its defaults
@@ -129,16 +129,23 @@ def preset_of(*values: Any) -> str:
         return CUSTOM
 
 
-def is_valid(name: str, value: Any) -> bool:
-    """Whether a single value is one that the option takes (on its own, with defaults for the rest)."""
-    values = {"enabled": True, name: value}
-    if name in ("cross_attention", "mlp"):  # need a method that matches
-        values["method"] = "merge"
-    try:
-        settings_from(values)
-    except ValueError:
-        return False
-    return True
+def fit(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values of every option that are possible together, and why others were refused, by name.
+
+    values: by name, as they come from a file or a picture's text. Each is taken, in the order of WIDGETS, where it is
+    possible beside those before it; else, and where it is missing, the default is.
+    """
+    taken: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for widget in WIDGETS:
+        taken[widget.name] = value = values.get(widget.name, widget.default)
+        try:
+            if value is None:
+                raise ValueError(f"{widget.name} has no value")
+            settings_from({**taken, "enabled": True if widget.name != "enabled" else value})
+        except ValueError as error:
+            taken[widget.name], refused[widget.name] = widget.default, str(error)
+    return taken, refused
 
 
 def control(widget: Widget) -> tuple[str, dict[str, Any]]:

@@ -15,9 +15,24 @@ def tell(runs: Mapping[bool, Run]) -> str:
 
 
 def _line(report: Report) -> str:
-    left = _reasons(report.left_alone)
     line = f"{report.line()}, in {report.merged_steps} of {report.steps} steps" if report.merged else report.line()
-    return f"{line}; left alone: {', '.join(left)}" if left else line
+    left = ", ".join(_reasons(report.left_alone))
+    if left:
+        return f"{line}; left alone: {left}"
+    return line if report.merged else f"{line}: {_why_nothing(report)}"
+
+
+def _why_nothing(report: Report) -> str:
+    """Why a pass merged nothing in which no layer was left alone."""
+    if report.calls == 0:
+        return "no step was run" if report.of_steps is None else "another extension runs the model without ToMe"
+    if report.merged_steps == 0:
+        config, steps = report.config, report.steps
+        if config.ratio_end >= 0.0:
+            return "the ratio is 0 in each step that was run"
+        all_steps = "the one step that was run" if steps == 1 else f"all {steps} steps that were run"
+        return f"start {config.start:g} and end {config.end:g} leave out {all_steps}"
+    return "another extension runs the model's self-attention"
 
 
 def _reasons(layers: Iterable[Layer]) -> list[str]:

@@ -15,6 +15,11 @@ from .report import tell
 from .sampling import Sampling
 
 _STATE = "tome_state"
+# SD.Next has no such callback, nor has AUTOMATIC1111 before 1.9: nothing tells there that sampling begins.
+_TOO_OLD = (
+    "this web UI does not tell extensions that sampling begins, so nothing is merged (AUTOMATIC1111 1.9 or newer, "
+    "Forge and reForge do, SD.Next does not)"
+)
 
 
 class _State:
@@ -25,16 +30,46 @@ class _State:
         self.attachment: hooks.Attachment | None = None
         self.sampling: Sampling | None = None
         self.patched: Any = None  # Forge: the sd_model whose U-Net was patched for this pass
+        self.nearly_over = False  # whether this pass is in its last two steps
         self.report = settings.NO_REPORT
-        self.runs: dict[bool, Run] = {}  # this batch's first and hires pass, where a report or a map is wanted
+        self.runs: dict[bool, Run] = {}  # this batch's first and hires pass
+        self.refused: set[bool] = set()  # passes that were left alone as a whole
         self.maps: list[gallery.Map] = []
         self._own: set[bool] = set()  # whether queries could keep their own tokens, as far as layers were met
+
+    def begin_pass(self, hires: bool) -> None:
+        self.detach()
+        if hires:
+            self.write()
+        else:  # of the batch before
+            self.runs.clear()
+            self.refused.clear()
+        self.runs.pop(hires, None)  # Forge begins its hires pass twice
+        self.nearly_over = False
+
+    def called(self) -> None:
+        """After a call of the model: the host may save the picture before the hires pass, right after the last one."""
+        if self.nearly_over:
+            self.write()
 
     def own_found(self, can: bool) -> None:
         """One layer that keeps them makes another picture. At once: the host may save one before the hires pass."""
         if can not in self._own:
             self._own.add(can)
-            infotext.write_own_token(self.owner.extra_generation_params, True in self._own)
+            infotext.write(self.owner.extra_generation_params, self.settings, kept_own=self.kept_own)
+
+    @property
+    def kept_own(self) -> bool | None:
+        return True in self._own if self._own else None
+
+    def merged(self) -> dict[bool, bool]:
+        """By whether it is the hires pass, whether the batch's passes merged anything."""
+        merged = {hires: any(not layer.reason for layer in run.tally.layers()) for hires, run in self.runs.items()}
+        return {**merged, **dict.fromkeys(self.refused, False)}
+
+    def write(self) -> None:
+        """Make the picture's text claim what the passes did, and no more."""
+        infotext.write(self.owner.extra_generation_params, self.settings, self.merged(), self.kept_own)
 
     def detach(self) -> None:
         attachment, self.attachment = self.attachment, None
@@ -72,6 +107,9 @@ class ToMeScript(scripts.Script):
         except ValueError as error:
             chosen = settings_from({"enabled": False})
             self._refuse(p, str(error))
+        if chosen.enabled and not _tells_sampling():
+            chosen = settings_from({"enabled": False})
+            Notes(p).say(_TOO_OLD)
         setattr(p, _STATE, _State(p, chosen))
         if chosen.enabled:
             _wrap_close(p)
@@ -79,6 +117,7 @@ class ToMeScript(scripts.Script):
     def process(self, p: Any, *args: Any) -> None:
         state = _state(p)
         if state is not None:
+            infotext.erase(p.extra_generation_params)  # of the request that p is a copy of
             infotext.write(p.extra_generation_params, state.settings)
             if state.settings.enabled:  # not earlier: the request's own settings hold from here on
                 state.report = settings.report_kind()
@@ -87,10 +126,8 @@ class ToMeScript(scripts.Script):
         state = _state(p)
         if state is None or not state.settings.enabled:
             return
-        state.detach()
         hires = bool(getattr(p, "is_hr_pass", False))
-        if not hires:
-            state.runs.clear()  # of the batch before
+        state.begin_pass(hires)
         config = state.settings.for_pass(hires)
         try:
             if not config.is_off:
@@ -99,17 +136,17 @@ class ToMeScript(scripts.Script):
                     config,
                     _seeds(p, state.settings),
                     state.notes,
-                    report=state.report != settings.NO_REPORT,
+                    report=True,  # costs next to nothing, and tells why where nothing is merged
                     keep_choices=state.settings.map,
                     own_found=state.own_found,
                 )
                 self._start(p, state, sampling)
-                if sampling.run is not None:
-                    state.runs[hires] = sampling.run
+                state.runs[hires] = sampling.run
         except hooks.NotServed as reason:
             state.detach()
             state.notes.say(str(reason))
-            _leave_out(p, hires)
+            state.refused.add(hires)
+            state.write()
         if config.is_off and forge.is_forge(p.sd_model):
             forge.unpatch(p.sd_model)
 
@@ -120,24 +157,34 @@ class ToMeScript(scripts.Script):
             state.notes.say(cap)
         state.sampling = sampling
         if forge.is_forge(p.sd_model):
-            forge.patch(p.sd_model, sampling)
+            forge.patch(p.sd_model, sampling, state.called)
             state.patched = p.sd_model
         else:
-            state.attachment = hooks.Attachment(_diffusion_model(p.sd_model), sampling)
+            state.attachment = hooks.Attachment(_diffusion_model(p.sd_model), sampling, state.called)
 
     def post_sample(self, p: Any, ps: Any, *args: Any) -> None:
         _detach(p)
         state = _state(p)
-        if state is not None and state.runs and state.report != settings.NO_REPORT:
-            line = tell(state.runs)
-            state.notes.say(line, shown=False)
-            if state.report == settings.TEXT_REPORT:
-                p.extra_generation_params[infotext.REPORT] = line  # the batch's texts are made after this
+        if state is None or not state.settings.enabled:
+            return
+        merged = state.merged()
+        infotext.write(p.extra_generation_params, state.settings, merged or {False: False}, state.kept_own)
+        if not merged and not state.settings.is_off:
+            state.notes.say("nothing was merged: the ratio is 0 in each pass that was run")
+        if not state.runs:
+            return
+        line = tell(state.runs)
+        unmerged = not all(merged[hires] for hires in state.runs)
+        if unmerged or state.report != settings.NO_REPORT:
+            state.notes.say(line, shown=unmerged)
+        if state.report == settings.TEXT_REPORT:
+            p.extra_generation_params[infotext.REPORT] = line
 
     def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
         state = _state(p)
         if state is not None and state.runs and state.settings.map:
-            last = state.runs[max(state.runs)]  # the hires pass's, where it merged
+            merged = [hires for hires, did in state.merged().items() if did]
+            last = state.runs[max(merged or state.runs)]
             state.maps.append(gallery.Map.of(p, last, pp.image))
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
@@ -173,11 +220,12 @@ def _on_cfg_denoiser(params: Any) -> None:
     total = getattr(denoiser, "total_steps", None)
     step = denoiser.step if total else params.sampling_step
     total = total or params.total_sampling_steps
+    state.nearly_over = step >= total - 2
     try:
         if state.attachment is None:  # Forge: its calls tell their rows
             state.sampling.begin_step(step, total)
             if p.sd_model is not state.patched:  # the refiner brought another one
-                forge.patch(p.sd_model, state.sampling)
+                forge.patch(p.sd_model, state.sampling, state.called)
                 state.patched = p.sd_model
             return
         conditioning = (getattr(denoiser.sampler, "sampler_extra_args", None) or {}).get("cond")
@@ -234,17 +282,14 @@ def _sd_unet() -> Any:
     return sd_unet
 
 
-def _leave_out(p: Any, hires: bool) -> None:
-    """The picture's text is not to claim what was not done."""
-    if not hires:
-        infotext.erase(p.extra_generation_params)
-    elif infotext.LABELS["ratio"] in p.extra_generation_params:
-        p.extra_generation_params[infotext.LABELS["hires_ratio"]] = 0.0
-
-
 def _seeds(p: Any, chosen: Settings) -> list[int]:
     seeds = list(getattr(p, "seeds", None) or [0])
     return [chosen.config.seed] * len(seeds) if chosen.seed_rule == "fixed" else seeds
+
+
+def _tells_sampling() -> bool:
+    """Whether the host calls process_before_every_sampling."""
+    return hasattr(scripts.Script, "process_before_every_sampling")
 
 
 def _diffusion_model(sd_model: Any) -> Any:
@@ -254,8 +299,8 @@ def _diffusion_model(sd_model: Any) -> Any:
 def register() -> None:
     """Hand our callbacks to the host. Called each time that it loads its scripts."""
     set_up_log()
-    if not hasattr(scripts.Script, "process_before_every_sampling"):
-        logger.info("[ToMe] this web UI is too old: version 1.9 or newer is needed")
+    if not _tells_sampling():
+        logger.info("[ToMe] %s", _TOO_OLD)
     script_callbacks.on_cfg_denoiser(_on_cfg_denoiser)
     script_callbacks.on_ui_settings(settings.add_settings)
     script_callbacks.on_before_ui(xyz.add_axes)

@@ -10,7 +10,7 @@ from modules import shared
 
 from ..shared_tome.config import Option, Widget
 from .notes import logger
-from .options import RATIO_STEP, WIDGETS, control, is_valid
+from .options import RATIO_STEP, WIDGETS, by_name, control, fit
 
 _SECTION = ("tome", "ToMe")
 _IMG2IMG_RATIO = Widget(
@@ -58,24 +58,34 @@ def add_settings() -> None:
 
 
 def start_values(is_img2img: bool) -> dict[str, Any]:
-    """What the panel starts with, by name. A value that is out of range in the host's file is passed over."""
-    values = {}
-    for widget in WIDGETS:
-        values[widget.name] = _saved(widget, is_valid)
-    ratio = _saved(_IMG2IMG_RATIO, lambda name, value: value == -1.0 or is_valid("ratio", value))
-    if is_img2img and ratio >= 0.0:
+    """What the panel starts with, by name. What is not possible in the host's file is passed over, and said."""
+    saved = {widget.name: _saved(widget) for widget in WIDGETS}
+    values, refused = fit(saved)
+    for name, reason in refused.items():
+        _say(by_name()[name], reason, values[name])
+    ratio = _saved(_IMG2IMG_RATIO)
+    if ratio == _IMG2IMG_RATIO.default:
+        return values
+    _, refused = fit({**values, "ratio": ratio})
+    if refused:
+        _say(_IMG2IMG_RATIO, refused.get("ratio", f"got {ratio!r}"), _IMG2IMG_RATIO.default)
+    elif is_img2img:
         values["ratio"] = ratio
     return values
 
 
 def report_kind() -> str:
     """Whether a report is wanted now: NO_REPORT, LOG_REPORT or TEXT_REPORT."""
-    return _saved(_REPORT, lambda name, value: value in _REPORT.option.choices)
-
-
-def _saved(widget: Widget, valid: Any) -> Any:
-    value = getattr(shared.opts, _key(widget), widget.default)
-    if valid(widget.name, value):
+    value = _saved(_REPORT)
+    if value in _REPORT.option.choices:
         return value
-    logger.info("[ToMe] the setting %s is %r, which is not possible; %r is used", _key(widget), value, widget.default)
-    return widget.default
+    _say(_REPORT, f"got {value!r}", _REPORT.default)
+    return _REPORT.default
+
+
+def _saved(widget: Widget) -> Any:
+    return getattr(shared.opts, _key(widget), widget.default)
+
+
+def _say(widget: Widget, reason: str, used: Any) -> None:
+    logger.info("[ToMe] the setting %s is not possible: %s; %r is used", _key(widget), reason, used)

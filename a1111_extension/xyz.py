@@ -43,7 +43,7 @@ def _confirm(*names: str, parse: Callable[[Any], tuple] = lambda value: (value,)
 def _stride(text: str) -> tuple[int, int]:
     """ "2" or "2x4" (width x height)."""
     parts = [part.strip() for part in str(text).lower().split("x")]
-    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
         raise ValueError(f"a stride is a number or two with an x, as in 2x4; got {text!r}")
     return int(parts[0]), int(parts[-1])
 

@@ -84,6 +84,17 @@ def test_where_nothing_pays_the_blocks_hooks_go(host, tome, lines, monkeypatch, 
     assert models.count_hooks(unet) == 0
 
 
+@pytest.mark.parametrize("report", ["no", "in the log"])
+def test_where_nothing_pays_the_text_claims_nothing(host, lines, monkeypatch, report):
+    call = sys.modules[next(name for name in sys.modules if name.endswith("sd_webui_tome.shared_tome.call"))]
+    monkeypatch.setattr(call, "verdict_on", lambda *args, **kwargs: call.Verdict(80.0, 79.0, 20.0))
+    host.opts.data["tome_report"] = report
+    _, p = host.generate(ON)
+    assert not p.extra_generation_params
+    assert sum("nothing was merged; left alone" in line and "does not pay here" in line for line in lines) == 1
+    assert any("does not pay here" in comment for comment in p.comments)
+
+
 def test_blocks_in_which_nothing_is_done_lose_their_hooks(host, lines):
     """Of the level that does not pay; a map wants to know of every layer, so they stay, and the picture is the same."""
     unet = host.shared.sd_model.model.diffusion_model

@@ -18,10 +18,11 @@ ON = [{"ratio": 0.5, "min_tokens": 0}]
 class _Attention(nn.Module):
     """As Forge's: the head size from what the projections give; value apart from context."""
 
-    def __init__(self, channels, heads):
+    def __init__(self, channels, heads, context=None):
         super().__init__()
         self.heads, self.dim_head = heads, channels // heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels, bias=False) for _ in range(3))
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k, self.to_v = (nn.Linear(context or channels, channels, bias=False) for _ in range(2))
         self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(0.0))
 
     def forward(self, x, context=None, value=None, mask=None, transformer_options=None):
@@ -39,15 +40,29 @@ class _Block(nn.Module):
         self.attn1 = _Attention(channels, heads)
         self.ff = nn.Sequential(nn.Linear(channels, channels), nn.GELU())
         self.norm1, self.norm3 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        with torch.random.fork_rng():
+            self.attn2, self.norm2 = _Attention(channels, heads, 16), nn.LayerNorm(channels)
 
-    def forward(self, x, options):
-        extra = {name: value for name, value in options.items() if name != "patches"}
+    def forward(self, x, prompt, options):
+        extra = {name: value for name, value in options.items() if name not in ("patches", "patches_replace")}
         patches, n, context, value = options.get("patches", {}), self.norm1(x), None, None
         for patch in patches.get("attn1_patch", ()):
             context = n if context is None else context
             n, context, value = patch(n, context, context if value is None else value, extra)
         out = self.attn1(n, context=context, value=value)
         for patch in patches.get("attn1_output_patch", ()):
+            out = patch(out, extra)
+        x = x + out
+        n, context, value = self.norm2(x), prompt, prompt
+        for patch in patches.get("attn2_patch", ()):
+            n, context, value = patch(n, context, value, extra)
+        replace, here = options.get("patches_replace", {}).get("attn2", {}), options["block"]
+        if here in replace:
+            q, k, v = self.attn2.to_q(n), self.attn2.to_k(context), self.attn2.to_v(value)
+            out = self.attn2.to_out(replace[here](q, k, v, extra))
+        else:
+            out = self.attn2(n, context=context, value=value)
+        for patch in patches.get("attn2_output_patch", ()):
             out = patch(out, extra)
         x = x + out
         return x + self.ff(self.norm3(x))
@@ -70,7 +85,7 @@ class _UNet(nn.Module):
             if self.tells:
                 options["activations_shape"] = list(h.shape)
             size = h.shape[-2:]
-            h = h + block(h.flatten(2).transpose(1, 2), options).transpose(1, 2).unflatten(2, size)
+            h = h + block(h.flatten(2).transpose(1, 2), context, options).transpose(1, 2).unflatten(2, size)
             if number == 0:
                 h = self.down(h)
         return F.interpolate(self.back(h), x.shape[-2:])
@@ -320,3 +335,91 @@ def test_built_in_token_merging_goes_first(forge_host):
     plain, _ = forge_host.generate()
     found, p = forge_host.generate(ON, token_merging_ratio=0.4)
     assert (plain[0] == found[0]).all() and any("built-in" in text for text in p.comments)
+
+
+# --- layers that another extension has replaced, attentions of other kinds --------------------------------------------
+
+
+@pytest.fixture
+def lines(tome, monkeypatch):
+    """What the log gets."""
+    found = []
+    monkeypatch.setattr(tome.notes.logger, "info", lambda text, *args: found.append(text % args if args else text))
+    return found
+
+
+def _blocks(host):
+    return host.shared.sd_model.original.unet.model.diffusion_model.blocks
+
+
+@pytest.mark.parametrize("method", ["merge", "merge_keys", "prune"])
+@pytest.mark.parametrize(
+    ("name", "option", "word"),
+    [("attn2", "cross_attention", "cross-attention"), ("ff", "mlp", "feed-forward layer")],
+)
+def test_a_layer_that_another_extension_replaced_sees_all_tokens(forge_host, lines, name, option, word, method):
+    """Regional Prompter's kind goes by the number of tokens. A line each generation."""
+    plain, seen = forge_host.generate([{**ON[0], "method": method}])[0], set()
+    whole = forge_host.generate([{**ON[0], "method": method, option: True}])[0]
+    assert (whole[0] != plain[0]).any()
+    for block in _blocks(forge_host):
+        layer = getattr(block, name)
+
+        def forward(x, *args, layer=layer, **kwargs):
+            seen.add(x.shape[1])
+            return type(layer).forward(layer, x, *args, **kwargs)
+
+        layer.forward = forward
+    for _ in range(2):
+        lines.clear()
+        found = forge_host.generate([{**ON[0], "method": method, option: True}])[0]
+        assert (found[0] == plain[0]).all()
+        assert sum(f"has replaced the {word}; such layers are left alone" in line for line in lines) == 1
+    assert seen == {256, 64}
+
+
+@pytest.mark.parametrize("own_token", [True, False])
+def test_a_replaced_self_attention_is_left_alone(forge_host, lines, own_token):
+    plain, _ = forge_host.generate()
+    for block in _blocks(forge_host):
+        block.attn1.forward = lambda x, *args, layer=block.attn1, **kwargs: type(layer).forward(
+            layer, x, *args, **kwargs
+        )
+    found, p = forge_host.generate([{**ON[0], "own_token": own_token}])
+    assert (found[0] == plain[0]).all() and not p.extra_generation_params
+    assert sum("has replaced the self-attention" in line for line in lines) == 2  # where it is met, and in the report
+    for block in _blocks(forge_host):
+        block.attn1.forward = types.MethodType(type(block.attn1).forward, block.attn1)  # put back, not taken out
+    assert (forge_host.generate([{**ON[0], "own_token": own_token}])[0][0] != plain[0]).any()
+
+
+def test_an_attention_of_few_head_sizes_gets_no_weights(forge_host, monkeypatch, lines):
+    """SageAttention 1 raises where a head has neither 64 nor 96 nor 128 channels."""
+
+    def sage(self, x, context=None, value=None, mask=None, transformer_options=None):
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context if value is None else value)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        assert q.shape[-1] == 8, "headdim should be 8"
+        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        return self.to_out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    monkeypatch.setattr(_Attention, "forward", sage)
+    args = [{**ON[0], "method": "merge"}]
+    unweighted, _ = forge_host.generate([{**args[0], "proportional": False}])
+    for _ in range(2):
+        lines.clear()
+        found, _ = forge_host.generate(args)
+        assert (found[0] == unweighted[0]).all()
+        assert sum("takes no weights of keys" in line for line in lines) == 1
+
+
+def test_a_failure_for_want_of_memory_says_nothing_of_an_attention(tome, monkeypatch):
+    block = _Block(32, 4)
+
+    def full(self, x, *args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(_Attention, "forward", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        tome.forge.takes_wider(block.attn1, 4, torch.zeros(1, 6, 32))

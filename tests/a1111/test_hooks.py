@@ -293,3 +293,109 @@ def test_other_hooks_see_the_tokens_that_they_would_see_without(tome):
     _run(unet, inputs)
     attachment.detach()
     assert seen == plain
+
+
+# --- layers that another extension has replaced -----------------------------------------------------------------------
+
+
+class _Notes(list):
+    """What is told, each line once, as Notes does."""
+
+    def say(self, message, shown=True):
+        if message not in self:
+            self.append(message)
+
+
+def _attach_told(tome, model, **options):
+    config = tome.core.ToMeConfig(**{"ratio": 0.5, "min_tokens": 0, "own_token": False, **options})
+    notes = _Notes()
+    return tome.hooks.Attachment(model, tome.sampling.Sampling(config, (1,), notes)), notes
+
+
+def _replace(module, seen):
+    def forward(x, *args, **kwargs):
+        seen.add(x.shape[1])
+        return type(module).forward(module, x, *args, **kwargs)
+
+    module.forward = forward
+
+
+OPTIONS = {"attn2": "cross_attention", "ff": "mlp"}
+
+
+@pytest.mark.parametrize("method", ["merge", "merge_keys", "prune"])
+@pytest.mark.parametrize(("name", "word"), [("attn2", "cross-attention"), ("ff", "feed-forward layer")])
+def test_a_layer_that_another_extension_replaced_sees_all_tokens(tome, name, word, method):
+    """Regional Prompter's kind goes by the number of tokens."""
+    unet, inputs, seen = _unet(), _inputs(), set()
+    attachment = _attach(tome, unet, method=method)
+    expected = _run(unet, inputs)
+    attachment.detach()
+    for block in tome.hooks.served_blocks(unet):
+        _replace(getattr(block, name), seen)
+    attachment, notes = _attach_told(tome, unet, method=method, **{OPTIONS[name]: True})
+    found = [_run(unet, inputs) for _ in range(2)]
+    attachment.detach()
+    assert seen == {256, 64} and all(torch.equal(one, expected) for one in found)
+    assert [word in line and "another extension has replaced" in line for line in notes] == [True]
+
+
+def test_the_classs_own_forward_put_back_is_no_replacement(tome):
+    """IP-Adapter's kind leaves it on the layer when it is done."""
+    unet, inputs = _unet(), _inputs()
+    options = {"method": "merge", "cross_attention": True, "mlp": True}
+    attachment = _attach(tome, unet, **options)
+    expected = _run(unet, inputs)
+    attachment.detach()
+    for block in tome.hooks.served_blocks(unet):
+        for layer in (block.attn1, block.attn2, block.ff):
+            layer.forward = layer.forward
+    attachment, notes = _attach_told(tome, unet, **options)
+    found = _run(unet, inputs)
+    attachment.detach()
+    assert torch.equal(found, expected) and not notes
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_rows_or_tokens_that_are_not_the_matchs_are_left_alone(tome, name, by_name):
+    """Attention Couple's kind gives a layer more rows than the self-attention had."""
+    unet, inputs, seen = _unet(), _inputs(), []
+    attachment = _attach(tome, unet, method="merge")
+    expected = _run(unet, inputs)
+    attachment.detach()
+
+    def double(module, args, kwargs):
+        x, *rest = args
+        kwargs = {key: torch.cat([value] * 2) for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        seen.append(x.shape)
+        x = torch.cat([x, x])
+        return ((), {**kwargs, "x": x}) if by_name else ((x, *rest), kwargs)
+
+    for block in tome.hooks.served_blocks(unet):
+        layer = getattr(block, name)
+        layer.register_forward_pre_hook(double, with_kwargs=True)
+        layer.register_forward_hook(lambda module, args, out: out.chunk(2)[0])
+    attachment, notes = _attach_told(tome, unet, method="merge", **{OPTIONS[name]: True})
+    found = _run(unet, inputs)
+    attachment.detach()
+    assert {shape[1] for shape in seen} == {256, 64} and torch.allclose(found, expected, atol=1e-5)
+    assert len(notes) == 1 and "has changed the tokens" in notes[0]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_match_serves_its_own_call_of_the_model_alone(tome, name):
+    """An extension may run a block's other layers without its self-attention."""
+    unet = _unet()
+    block, x = next(tome.hooks.served_blocks(unet)), torch.randn(2, 256, 32)
+    layer, more = getattr(block, name), {"context": torch.randn(2, 7, 16)} if name == "attn2" else {}
+    with torch.no_grad():
+        plain, found = layer(x, **more), []
+        attachment = _attach(tome, unet, method="merge", cross_attention=True, mlp=True)
+        _run(unet, _inputs())
+        found.append(layer(x, **more))
+        handle = unet.time_embed.register_forward_hook(lambda m, args, out: found.append(layer(x, **more)))
+        _run(unet, _inputs())
+        handle.remove()
+    attachment.detach()
+    assert len(found) == 2 and all(torch.equal(one, plain) for one in found)

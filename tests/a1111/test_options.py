@@ -72,26 +72,48 @@ def test_our_lines_are_seen_whatever_logging_the_host_has_set_up(tome, monkeypat
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-def test_a_short_list_keeps_the_defaults(host):
-    _, p = host.generate([True, 0.5])
-    assert p.extra_generation_params == {"ToMe ratio": 0.5, "ToMe method": "sample"}
-
-
-def test_nulls_keep_the_defaults(host):
-    _, p = host.generate([True, None, None, None, 3])
-    assert p.extra_generation_params == {"ToMe ratio": 0.75, "ToMe stride x": 3, "ToMe method": "sample"}
-
-
-def test_names_in_one_object(host):
-    _, p = host.generate([{"ratio": 0.25, "method": "merge", "stride_y": 4}])
-    assert p.extra_generation_params == {"ToMe ratio": 0.25, "ToMe method": "merge", "ToMe stride y": 4}
-
-
-def test_the_settings_are_the_defaults_of_a_short_list_and_of_names(host):
-    host.opts.data["tome_method"] = "merge"
+@pytest.fixture
+def small(host):
+    """The host with Settings by which its pictures of 256 tokens are merged, or their text would tell nothing."""
+    host.opts.data["tome_min_tokens"] = 0
     host.start()
+    return host
+
+
+# What its text tells beside the rest: the attention of its model keeps no own tokens.
+SMALL = {"ToMe min tokens": 0, "ToMe own token": False}
+
+
+def test_a_short_list_keeps_the_defaults(small):
+    _, p = small.generate([True, 0.5])
+    assert p.extra_generation_params == {"ToMe ratio": 0.5, "ToMe method": "sample", **SMALL}
+
+
+def test_nulls_keep_the_defaults(small):
+    _, p = small.generate([True, None, None, None, 3])
+    assert p.extra_generation_params == {"ToMe ratio": 0.75, "ToMe stride x": 3, "ToMe method": "sample", **SMALL}
+
+
+def test_nulls_in_an_object_are_as_left_out(small):
+    """Among them those that this host adds: "enabled": null does not switch ToMe off."""
+    nulls = {"enabled": None, "preset": None, "method": None, "seed_rule": None, "hires_ratio": None}
+    made, p = small.generate([{"ratio": 0.5, **nulls}])
+    assert p.extra_generation_params == {"ToMe ratio": 0.5, "ToMe method": "sample", **SMALL}
+    assert (made[0] == small.generate([{"ratio": 0.5}])[0][0]).all()
+
+
+def test_names_in_one_object(small):
+    _, p = small.generate([{"ratio": 0.25, "method": "merge", "stride_y": 4}])
+    assert p.extra_generation_params == {
+        "ToMe ratio": 0.25, "ToMe stride y": 4, "ToMe method": "merge", "ToMe min tokens": 0,
+    }  # fmt: skip
+
+
+def test_the_settings_are_the_defaults_of_a_short_list_and_of_names(small):
+    small.opts.data["tome_method"] = "merge"
+    small.start()
     for args in ([True, 0.5], [{"ratio": 0.5}]):
-        _, p = host.generate(args)
+        _, p = small.generate(args)
         assert p.extra_generation_params["ToMe method"] == "merge"
 
 
@@ -198,6 +220,47 @@ def test_a_setting_out_of_range_is_passed_over(host):
     assert defaults[2] == 0.75 and "sample" in defaults and 0.5 in defaults
 
 
+@pytest.fixture
+def lines(tome, monkeypatch):
+    """What the log gets."""
+    found = []
+    monkeypatch.setattr(tome.notes.logger, "info", lambda text, *args: found.append(text % args if args else text))
+    return found
+
+
+def test_settings_that_are_null_are_the_defaults_and_that_is_said(host, tome, lines):
+    """As a cleared number field leaves them in the host's file."""
+    expected = {tab: list(runner.defaults) for tab, runner in host.tabs.items()}
+    for key in (*(f"tome_{name}" for name in tome.options.NAMES), "tome_img2img_ratio", "tome_report"):
+        host.opts.data[key] = None
+        lines.clear()
+        host.start()
+        assert {tab: runner.defaults for tab, runner in host.tabs.items()} == expected
+        assert key == "tome_report" or any(key in line for line in lines), key
+    host.generate([{"ratio": 0.5, "min_tokens": 0}])
+    assert any("tome_report" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("saved", "option", "used"),
+    [
+        ({"tome_start": 0.9, "tome_end": 0.1}, "end", 1.0),
+        ({"tome_mlp": True}, "mlp", False),
+        ({"tome_cross_attention": True, "tome_method": "downsample"}, "cross_attention", False),
+    ],
+)
+def test_settings_that_are_possible_alone_but_not_together(host, tome, lines, saved, option, used):
+    """Or no picture would be made with ToMe until somebody found out why."""
+    host.opts.data.update(saved, tome_enabled=True, tome_min_tokens=0)
+    host.start()
+    values = dict(zip(tome.options.NAMES, host.tabs["img2img"].defaults[1:], strict=True))
+    assert values[option] == used and any(f"tome_{option}" in line for line in lines)
+    for name, value in saved.items():
+        assert name == f"tome_{option}" or values[name.removeprefix("tome_")] == value
+    _, p = host.generate(steps=12)
+    assert p.extra_generation_params["ToMe ratio"] == 0.75 and not p.comments
+
+
 # --- infotext ---------------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +318,23 @@ def test_an_unknown_value_in_a_picture_becomes_the_default(tome, label, value):
     assert tome.options.settings_from(values) == tome.options.settings_from({"enabled": True, "ratio": 0.5})
 
 
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ({"ToMe start": "0.9", "ToMe end": "0.1"}, "end"),
+        ({"ToMe MLP": "True"}, "mlp"),
+        ({"ToMe method": "downsample", "ToMe cross-attention": "True"}, "cross_attention"),
+    ],
+)
+def test_pasted_values_that_are_not_possible_together(host, tome, lines, text, option):
+    parameters = {"ToMe ratio": "0.5", **text}
+    fields = dict(zip(("enabled", *tome.infotext.LABELS), host.tabs["txt2img"].scripts[0].infotext_fields, strict=True))
+    pasted = {name: field[1](parameters) for name, field in fields.items()}
+    assert pasted[option] == tome.options.by_name()[option].default
+    assert tome.options.settings_from(pasted).enabled
+    assert len(lines) == 1 and option in lines[0] and "from the picture's text" in lines[0]
+
+
 # --- the plot ---------------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +355,8 @@ def grid(host):
     return {option.label: option for option in module.axis_options}
 
 
-def test_axes_reach_the_generation_and_switch_tome_on(host, grid):
+def test_axes_reach_the_generation_and_switch_tome_on(small, grid):
+    host = small
     assert list(grid) == [
         "Nothing", "[ToMe] Preset", "[ToMe] Ratio", "[ToMe] Hires ratio", "[ToMe] Method", "[ToMe] Stride",
         "[ToMe] Start",
@@ -290,7 +371,7 @@ def test_axes_reach_the_generation_and_switch_tome_on(host, grid):
     grid["[ToMe] Start"].apply(p, 0.2, [0.2])
     host.process_images(p)
     assert p.extra_generation_params == {
-        "ToMe ratio": 0.3, "ToMe stride y": 4, "ToMe method": "merge", "ToMe start": 0.2,
+        "ToMe ratio": 0.3, "ToMe stride y": 4, "ToMe method": "merge", "ToMe start": 0.2, "ToMe min tokens": 0,
     }  # fmt: skip
 
 
@@ -315,6 +396,7 @@ def test_a_copy_for_another_cell_of_the_plot_shares_nothing(host, grid):
         ("Preset", ["Fast", "Custom"]),
         ("Stride", ["2", "0"]),
         ("Stride", ["2x2x2"]),
+        ("Stride", ["²"]),
         ("Start", [2.0]),
     ],
 )

@@ -120,10 +120,10 @@ def test_calls_that_are_alike_are_told_once(host, tome, monkeypatch):
     assert len(told) == 3 * 7
 
 
-def test_no_report_costs_and_says_nothing(host, tome, lines):
+def test_no_report_says_nothing(host, lines):
     host.opts.data["tome_report"] = "no"
     merged, p = host.generate(ON)
-    assert not lines and not p.tome_state.runs
+    assert not lines and not p.comments
     host.opts.data["tome_report"] = TEXT
     again, _ = host.generate(ON)
     assert (merged[0] == again[0]).all(), "reporting changes the picture"
