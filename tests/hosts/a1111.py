@@ -25,6 +25,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,10 @@ from modules import scripts
 
 
 class Helper(scripts.Script):
-    """Arguments: [fail]. Tells in the picture's text how many hooks are on the U-Net before a generation."""
+    """Arguments: [fail, couple]. Tells in the picture's text how many hooks are on the U-Net before a generation.
+
+    couple: replaces each attn2.forward by one that goes by the number of tokens, and tells those that it cannot place.
+    """
 
     def title(self):
         return "ToMe host test"
@@ -52,17 +56,19 @@ class Helper(scripts.Script):
     def ui(self, is_img2img):
         import gradio as gr
 
-        return [gr.Checkbox(False, label="fail")]
+        return [gr.Checkbox(False, label="fail"), gr.Checkbox(False, label="couple")]
 
     def before_process(self, p, *args):
         unet = self._unet(p)
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules())
         p.extra_generation_params["Hooks before"] = hooks  # the API tells no comments
 
-    def process_before_every_sampling(self, p, fail=False, *args, **kwargs):
+    def process_before_every_sampling(self, p, fail=False, couple=False, *args, **kwargs):
+        unet = self._unet(p)
+        if couple:
+            self._couple(p, unet)
         if not fail:
             return
-        unet = self._unet(p)
         calls = []
 
         def stop(*_):
@@ -73,16 +79,46 @@ class Helper(scripts.Script):
 
         handle = unet.middle_block[0].register_forward_pre_hook(stop)
 
+    def _couple(self, p, unet):
+        height, width = p.height // 8, p.width // 8
+        levels = {-(-height // n) * -(-width // n) for n in (1, 2, 4, 8)}
+        self.attentions = [m.attn2 for m in unet.modules() if hasattr(m, "attn1") and hasattr(m, "attn2")]
+        for attn2 in self.attentions:
+
+            def forward(x, *args, attn2=attn2, **kwargs):
+                if x.shape[1] not in levels:
+                    p.extra_generation_params["Not placed"] = x.shape[1]
+                return type(attn2).forward(attn2, x, *args, **kwargs)
+
+            attn2.forward = forward
+
+    def post_sample(self, p, ps, *args):
+        for attn2 in getattr(self, "attentions", ()):
+            vars(attn2).pop("forward", None)
+
     def _unet(self, p):
         objects = getattr(p.sd_model, "forge_objects", None)
         return (objects.unet.model if objects is not None else p.sd_model.model).diffusion_model
 '''
+ASKED = "the U-Net fails, as the test asked"
 METHODS = ("sample", "merge", "merge_queries", "merge_keys", "downsample", "prune")
 ON = {"ratio": 0.5, "min_tokens": 0}
 BASE = {
     "prompt": "a lighthouse on a rock", "negative_prompt": "blurry", "steps": 4, "width": 256, "height": 256,
     "seed": 1, "sampler_name": "Euler", "scheduler": "Automatic", "cfg_scale": 5,
 }  # fmt: skip
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
+# Files of ours that a traceback may name.
+OURS = ("sd_webui_tome", "a1111_extension/", "comfy_tome/", "shared_tome/")
+
+
+def own_tracebacks(log: str) -> list[str]:
+    """The tracebacks in a host's log that run through this extension, but for those that end as a check asked."""
+    parts = re.split(r"Traceback \(most recent call last\)", log)[1:]
+    # A traceback ends with its first line that is no indented frame: the error's.
+    found = (re.match(r"(?s):?.*?\n\s*[\w.]+(?:Error|Exception|Interrupt)\b[^\n]*", part) for part in parts)
+    texts = (match[0] if match else part for match, part in zip(found, parts, strict=True))
+    return [text for text in texts if any(name in text for name in OURS) and ASKED not in text.splitlines()[-1]]
 
 
 class Failed(Exception):
@@ -162,6 +198,9 @@ class Server:
         now = self.call("options").body
         names = ("batch_cond_uncond", "token_merging_ratio", "hypertile_enable_unet")
         self.settings = {name: now[name] for name in names if name in now}
+        self.hires = HIRES
+        if "hr_additional_modules" in (folder / "modules" / "processing.py").read_text(encoding="utf-8"):
+            self.hires = {**HIRES, "hr_additional_modules": ["Use same choices"]}  # Forge fails without it
 
     def call(self, path: str, body: Any = None, method: str | None = None) -> Reply:
         data = None if body is None else json.dumps(body).encode()
@@ -177,13 +216,15 @@ class Server:
     def post(self, path: str, body: Any) -> Reply:
         return self.call(path, body, "POST")
 
-    def make(self, tome: Any = None, path: str = "txt2img", fail: bool = False, **request: Any) -> Reply:
+    def make(
+        self, tome: Any = None, path: str = "txt2img", fail: bool = False, couple: bool = False, **request: Any
+    ) -> Reply:
         """A picture. tome: None, the list of arguments, or a dict of names."""
         always = {}
         if tome is not None:
             always["ToMe"] = {"args": [tome] if isinstance(tome, dict) else tome}
-        if fail:
-            always["ToMe host test"] = {"args": [True]}
+        if fail or couple:
+            always["ToMe host test"] = {"args": [fail, couple]}
         settings = {**self.settings, **request.pop("override_settings", {})}
         return self.post(path, {**BASE, **request, "override_settings": settings, "alwayson_scripts": always})
 
@@ -194,6 +235,30 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a host does without ToMe. inpaint_apart: how far two equal inpainting requests are, in 1/255; takes_text:
+    whether its API takes a picture's text."""
+
+    inpaint_apart: int = 0
+    takes_text: bool = True
+
+
+def png(image: Image.Image) -> str:
+    """base64 of a picture."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def inpainting(source: Image.Image) -> dict[str, Any]:
+    """A request that makes the left half of a picture anew."""
+    mask = Image.new("L", source.size)
+    mask.paste(255, (0, 0, mask.width // 2, mask.height))
+    more = {"denoising_strength": 0.75, "mask": png(mask), "inpainting_fill": 1}
+    return {"path": "img2img", "init_images": [png(source)], **more}
 
 
 def apart(one: np.ndarray, two: np.ndarray) -> int:
@@ -221,8 +286,8 @@ def other(one: np.ndarray, two: np.ndarray, what: str) -> None:
 class List:
     """The checks. Each method named check_* is one row; its docstring is the row's text, what it returns its detail."""
 
-    def __init__(self, server: Server, before: dict[str, np.ndarray], folder: Path):
-        self.server, self.before, self.folder = server, before, folder
+    def __init__(self, server: Server, before: dict[str, np.ndarray], folder: Path, host: Host):
+        self.server, self.before, self.folder, self.host = server, before, folder, host
         self.forge = (folder / "modules_forge").is_dir()
         self.make = server.make
         self.source = Image.fromarray(before["plain"].astype(np.uint8))
@@ -234,16 +299,11 @@ class List:
         if not self.forge and (hooks is None or hooks[1] != "0"):
             raise Failed(f"hooks are left after {what}: {hooks and hooks[1]}")
 
-    def _image(self) -> str:
-        buffer = io.BytesIO()
-        self.source.save(buffer, "PNG")
-        return base64.b64encode(buffer.getvalue()).decode()
-
     def check_off(self) -> str:
         """Off and ratio 0: bit-equal to no extension at all"""
         for tome in (None, [False, 0.9], [True, 0.0], {"ratio": 0.0}):
             same(self.make(tome).image, self.before["plain"], f"with {tome}")
-        reply = self.make([True, 0.0], enable_hr=True, hr_scale=1.5, hr_upscaler="Latent", denoising_strength=0.7)
+        reply = self.make([True, 0.0], **self.server.hires)
         same(reply.image, self.before["hires"], "hires")
         return "txt2img, hires"
 
@@ -340,7 +400,7 @@ class List:
 
     def check_hires(self) -> str:
         """Hires fix, with a ratio of its own"""
-        request = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
+        request = self.server.hires
         same_ratio = self.make(ON, **request)
         own = self.make({**ON, "hires_ratio": 0.25}, **request)
         none = self.make({**ON, "hires_ratio": 0.0}, **request)
@@ -355,18 +415,17 @@ class List:
 
     def check_img2img(self) -> str:
         """img2img and inpainting"""
-        mask = Image.new("L", self.source.size)
-        mask.paste(255, (0, 0, mask.width // 2, mask.height))
-        buffer = io.BytesIO()
-        mask.save(buffer, "PNG")
-        masks = {"mask": base64.b64encode(buffer.getvalue()).decode(), "inpainting_fill": 1}
-        for name, more in (("img2img", {}), ("inpaint", masks)):
-            request = {"path": "img2img", "init_images": [self._image()], "denoising_strength": 0.75, **more}
+        for name, request, within in (
+            ("img2img", {"path": "img2img", "init_images": [png(self.source)], "denoising_strength": 0.75}, 0),
+            ("inpaint", inpainting(self.source), self.host.inpaint_apart),
+        ):
             plain, image = self.make(**request).image, self.make(ON, **request).image
             other(image, plain, name)
-            same(self.make(ON, **request).image, image, f"{name} again")
-            same(self.make([True, 0.0], **request).image, plain, f"{name} at ratio 0")
-        return ""
+            if within and apart(image, plain) <= within:
+                raise Failed(f"{name}: no more apart than two equal requests")
+            same(self.make(ON, **request).image, image, f"{name} again", within)
+            same(self.make([True, 0.0], **request).image, plain, f"{name} at ratio 0", within)
+        return f"two equal inpainting requests without ToMe: {within}/255 apart" if within else ""
 
     def check_samplers(self) -> str:
         """Samplers of every kind"""
@@ -405,7 +464,8 @@ class List:
                 plain = self.make().image
                 for method in ("merge", "sample"):
                     size = {"width": 264, "height": 200}  # odd, so that `sample` has weights too
-                    reply = self.make({**ON, "method": method}, **size)
+                    # Own tokens are kept by some of them alone, which makes another picture.
+                    reply = self.make({**ON, "method": method, "own_token": False}, **size)
                     first.setdefault(method, reply.image)
                     if mean(reply.image, first[method]) > 1.0:
                         raise Failed(f"{name}, {method}: mean {mean(reply.image, first[method]):.2f} from the others")
@@ -440,7 +500,8 @@ class List:
         drawn, own = (self.make({**ON, "own_token": wanted}) for wanted in (False, True))
         other(drawn.image, self.before["plain"], "without own tokens")
         same(self.make({**ON, "own_token": True}).image, own.image, "own tokens again")
-        same(self.server.post("txt2img", {**BASE, "infotext": own.text}).image, own.image, "from its text")
+        if self.host.takes_text:
+            same(self.server.post("txt2img", {**BASE, "infotext": own.text}).image, own.image, "from its text")
         refused = "queries do not keep their own tokens" in self.server.log.read_text(errors="replace")[before:]
         if refused != ("ToMe own token: False" in own.text):
             raise Failed(f"refused: {refused}, and the text is {own.text}")
@@ -449,6 +510,32 @@ class List:
             return "refused, and the text says so"
         other(own.image, drawn.image, "own tokens")
         return f"kept, mean difference {mean(own.image, drawn.image):.1f}"
+
+    def check_nothing(self) -> str:
+        """Where nothing is merged: bit-equal, the log says why once, the text claims nothing"""
+        few, late = {"min_tokens": 2**20}, {"min_tokens": 0, "start": 0.99}
+        for tome, why in ((few, "fewer than min tokens"), (late, "leave out all 4 steps")):
+            before = len(self.server.log.read_text(errors="replace"))
+            reply = self.make({"ratio": 0.5, **tome})
+            same(reply.image, self.before["plain"], f"with {tome}")
+            lines = [line for line in self.server.log.read_text(errors="replace")[before:].splitlines() if why in line]
+            if "ToMe ratio" in reply.text or len(lines) != 1:
+                raise Failed(f"{tome}: {len(lines)} lines, and the text is {reply.text}")
+        return "too few tokens, a start behind the last step"
+
+    def check_couple(self) -> str:
+        """A cross-attention that another extension replaced sees all tokens, with the option cross_attention too"""
+        for method in ("merge", "prune"):
+            tome = {**ON, "method": method, "cross_attention": True}
+            before = len(self.server.log.read_text(errors="replace"))
+            with_it, alone = self.make(tome, couple=True), self.make({**tome, "cross_attention": False})
+            if "Not placed" in with_it.text:
+                raise Failed(f"{method}: {with_it.text}")
+            same(with_it.image, alone.image, f"{method}: the other attentions are merged")
+            other(self.make(tome).image, with_it.image, f"{method}: cross-attention without the other extension")
+            if "has replaced the cross-attention" not in self.server.log.read_text(errors="replace")[before:]:
+                raise Failed("the log does not say so")
+        return ""
 
     def check_refiner(self) -> str:
         """A refiner of another configuration"""
@@ -495,8 +582,11 @@ class List:
 
     def check_api(self) -> str:
         """A short list keeps the defaults; a bad value is HTTP 422"""
-        reply = self.make([True, 0.4])
-        if "ToMe ratio: 0.4, ToMe method: sample," not in reply.text + ",":
+        info = next(s for s in self.server.call("script-info").body if s["name"] == "tome" and not s["is_img2img"])
+        names = [argument["label"] for argument in info["args"]]
+        short = [argument["value"] for argument in info["args"]][: names.index("Min tokens") + 1]
+        reply = self.make([True, 0.4, *short[2:-1], 0])  # with no min tokens, or the small picture would not be merged
+        if "ToMe ratio: 0.4, ToMe method: sample, ToMe min tokens: 0" not in reply.text:
             raise Failed(f"the text is {reply.text}")
         for bad in ([True, 7], [True, "0.5"], {"rato": 0.5}, {"method": "tomato"}, {"start": 0.9, "end": 0.1}):
             answer = self.make(bad)
@@ -511,9 +601,9 @@ class List:
             **ON, "ratio": 0.45, "method": "merge", "stride_x": 4, "levels": "0,1", "start": 0.25, "reduce": "pick"
         }  # fmt: skip
         reply = self.make(tome)
+        if not self.host.takes_text:
+            raise Skipped("this host's API takes no text, with or without ToMe")
         again = self.server.post("txt2img", {**BASE, "infotext": reply.text})
-        if "infotext" not in str(self.server.call("cmd-flags").status) and again.status != 200:
-            raise Skipped("this host's API takes no text")
         same(again.image, reply.image, "from its text")
         return reply.text[reply.text.index("ToMe ") :].partition(", Version")[0]
 
@@ -556,20 +646,22 @@ class List:
     def check_last(self) -> str:
         """After all of it: bit-equal to no extension at all, no traceback of ours in the log"""
         self._plain("everything")
-        text = self.server.log.read_text(errors="replace")
-        if any(word in text for word in ("sd_webui_tome", "a1111_extension/")):
-            raise Failed("there is one: see the log")
+        found = own_tracebacks(self.server.log.read_text(errors="replace"))
+        if found:
+            raise Failed(f"{len(found)}, see the log; the last: {found[-1].splitlines()[-1].strip()}")
         return ""
 
 
-def first_run(server: Server) -> dict[str, np.ndarray]:
-    """The pictures of a host that has no ToMe."""
-    request = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
-    found = {"plain": server.make().image, "hires": server.make(**request).image}
+def first_run(server: Server) -> tuple[dict[str, np.ndarray], Host]:
+    """The pictures of a host that has no ToMe, and what is to be known of it."""
+    found = {"plain": server.make().image, "hires": server.make(**server.hires).image}
     same(server.make().image, found["plain"], "the host itself does not repeat")
     if found["plain"].std() < 3:
         raise SystemExit("the checkpoint's picture is flat; choose another checkpoint or seed")
-    return found
+    source = Image.fromarray(found["plain"].astype(np.uint8))
+    found["inpaint"], again = (server.make(**inpainting(source)).image for _ in range(2))
+    takes_text = server.post("txt2img", {**BASE, "infotext": "a, Steps: 1"}).status == 200
+    return found, Host(apart(found["inpaint"], again), takes_text)
 
 
 def version_of(folder: Path) -> str:
@@ -618,7 +710,7 @@ def main() -> int:
     print(f"logs: {logs}", flush=True)
     server = Server(folder, own, logs / "without.log")
     try:
-        before = first_run(server)
+        before, host = first_run(server)
     finally:
         server.stop()
     try:
@@ -627,7 +719,7 @@ def main() -> int:
         (helper / "scripts" / "tome_host_test.py").write_text(HELPER)
         server = Server(folder, own, logs / "with.log")
         try:
-            rows = run_list(List(server, before, folder), options.only)
+            rows = run_list(List(server, before, folder, host), options.only)
         finally:
             server.stop()
     finally:
