@@ -35,6 +35,15 @@ class Notes:
             return
         self._said.add(message)
         logger.info("[ToMe] %s", message)
+        if shown:
+            self.show(message)
+
+    def show(self, message: str) -> None:
+        """Put a line under the picture alone."""
         comment = getattr(self._p, "comment", None)
-        if shown and comment is not None:
+        if comment is not None:
             comment(f"ToMe: {message}")
+
+    def told(self, reason: str) -> bool:
+        """Whether a line that was logged begins with this reason."""
+        return any(message.startswith(reason) for message in self._said)

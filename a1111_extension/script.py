@@ -174,9 +174,14 @@ class ToMeScript(scripts.Script):
         if not state.runs:
             return
         line = tell(state.runs)
-        unmerged = not all(merged[hires] for hires in state.runs)
-        if unmerged or state.report != settings.NO_REPORT:
-            state.notes.say(line, shown=unmerged)
+        unmerged = [layer for hires, run in state.runs.items() if not merged[hires] for layer in run.tally.layers()]
+        nothing = not all(merged[hires] for hires in state.runs)
+        if state.report != settings.NO_REPORT:
+            state.notes.say(line, shown=nothing)
+        elif nothing and unmerged and all(state.notes.told(layer.reason) for layer in unmerged):
+            state.notes.show(line)  # the log has the reasons already
+        elif nothing:
+            state.notes.say(line)
         if state.report == settings.TEXT_REPORT:
             p.extra_generation_params[infotext.REPORT] = line
 

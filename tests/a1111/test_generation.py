@@ -421,8 +421,9 @@ def test_standing_aside_is_one_line(host, tome, monkeypatch):
     lines, host.opts.data["tome_report"] = [], "no"
     monkeypatch.setattr(tome.notes.logger, "info", lambda text, *args: lines.append(text % args))
     _use_hypertile(_unet(host), True)
-    host.generate(ON)
+    _, p = host.generate(ON)
     assert len(lines) == 1 and "HyperTile" in lines[0]
+    assert any("HyperTile" in comment for comment in p.comments)
 
 
 def test_another_u_net_is_told(host):

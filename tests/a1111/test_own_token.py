@@ -200,10 +200,10 @@ def test_one_layer_that_keeps_them_makes_another_picture(host, tome, monkeypatch
     assert not torch.equal(images[0], drawn[0])
 
 
-def test_nothing_is_said_of_a_pass_that_was_left_out(tome):
-    """The first pass was refused as a whole, and the hires pass keeps own tokens."""
-    parameters = {}
-    tome.infotext.write_own_token(parameters, True)
+@pytest.mark.parametrize("kept", [None, True, False])
+def test_nothing_is_said_of_own_tokens_where_nothing_was_merged(tome, kept):
+    parameters = {"ToMe ratio": 0.5, "ToMe own token": False}
+    tome.infotext.write(parameters, tome.options.settings_from({"enabled": True}), {False: False}, kept)
     assert not parameters
 
 

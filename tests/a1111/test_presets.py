@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from . import variants
+
+
+@pytest.fixture
+def keeps_own(monkeypatch):
+    """An attention that keeps own tokens, as the presets want: else a picture's text tells that they were not kept."""
+    from ldm.modules.attention import CrossAttention
+
+    monkeypatch.setattr(CrossAttention, "forward", variants.sdp)
+
 
 @pytest.fixture
 def panel(host, tome):
@@ -76,13 +86,13 @@ def test_events_end(panel):
     assert controls["ratio"].choose(0.5) == 1
 
 
-def test_a_pasted_text_shows_its_preset(host, panel, tome):
+def test_a_pasted_text_shows_its_preset(host, panel, tome, keeps_own):
     preset, controls = panel
     read = dict(zip(("enabled", *tome.infotext.LABELS), _script(host).infotext_fields, strict=True))
     for name, options in _presets(tome).items():
         controls["ratio"].paste(0.1)
         assert preset.value == "Custom"
-        _, p = host.generate([{"preset": name}])
+        _, p = host.generate([{"preset": name, "min_tokens": 0}], steps=8)
         for option in options:
             text = {label: str(value) for label, value in p.extra_generation_params.items()}
             controls[option].paste(read[option][1](text))
@@ -99,19 +109,21 @@ def test_the_panel_starts_with_the_settings_preset(host):
 
 
 @pytest.mark.parametrize("name", ["Quality", "Balanced", "Fast"])
-def test_a_request_may_name_a_preset(host, tome, name):
-    _, p = host.generate([{"preset": name}])
+def test_a_request_may_name_a_preset(host, tome, name, keeps_own):
+    _, p = host.generate([{"preset": name, "min_tokens": 0}], steps=8)
     chosen = tome.options.settings_from(tome.infotext.read(p.extra_generation_params))
     assert chosen.config.preset == name
 
 
-def test_what_is_named_beside_a_preset_wins(host):
-    _, p = host.generate([{"preset": "Fast", "ratio": 0.5}])
-    assert p.extra_generation_params == {"ToMe ratio": 0.5, "ToMe method": "sample", "ToMe start": 0.1}
+def test_what_is_named_beside_a_preset_wins(host, keeps_own):
+    _, p = host.generate([{"preset": "Fast", "ratio": 0.5, "min_tokens": 0}], steps=8)
+    assert p.extra_generation_params == {
+        "ToMe ratio": 0.5, "ToMe method": "sample", "ToMe start": 0.1, "ToMe min tokens": 0,
+    }  # fmt: skip
 
 
-def test_a_preset_wins_over_the_settings(host):
-    host.opts.data.update(tome_ratio=0.25, tome_method="merge", tome_min_tokens=512)
+def test_a_preset_wins_over_the_settings(host, keeps_own):
+    host.opts.data.update(tome_ratio=0.25, tome_method="merge", tome_min_tokens=256)
     host.start()
     _, p = host.generate([{"preset": "Balanced"}])
-    assert p.extra_generation_params == {"ToMe ratio": 0.75, "ToMe method": "sample", "ToMe min tokens": 512}
+    assert p.extra_generation_params == {"ToMe ratio": 0.75, "ToMe method": "sample", "ToMe min tokens": 256}
