@@ -1,6 +1,6 @@
 """Runs ToMe in a real AUTOMATIC1111, reForge or Forge and prints a table of what was right.
 
-    python tests/hosts/a1111.py DIR [--markdown FILE] [--size PIXELS] [--only WORD] [-- the host's own arguments]
+    python tests/hosts/a1111.py DIR [--markdown FILE] [--size PIXELS] [--only REGEX] [-- the host's own arguments]
 
 DIR is a checkout that starts by itself, with at least one checkpoint. The host runs twice, with nobody at its page:
 first without this extension, for the pictures to compare with, then with it. For the second run this repository is
@@ -371,21 +371,27 @@ class List:
             "long": {"prompt": long},
             "long AND": {"prompt": f"{long} AND a rock"},
         }
-        worst = 0
+        worst, flat = 0, []
         for name, request in cases.items():
+            plain = self.make(**request).image
+            if plain.std() < 3:  # NaN, with random weights
+                flat.append(name)
+                continue
             image = self.make(ON, **request).image
-            other(image, self.make(**request).image, name)
+            other(image, plain, name)
             same(self.make(ON, **request).image, image, f"{name} again")
             if not self.forge:
                 split = self.make(ON, **request, override_settings={"batch_cond_uncond": False}).image
                 base = self.make(**request, override_settings={"batch_cond_uncond": False}).image
-                limit = max(1, apart(base, self.make(**request).image))
+                limit = max(1, apart(base, plain))
                 worst = max(worst, apart(split, image))
                 same(split, image, f"{name} in split calls", limit)
             pair = self.make(ON, **request, batch_size=2).images[-2:]
             worst = max(worst, apart(pair[0], image))
             same(pair[0], image, f"{name} in a batch of two", 1)
-        return f"at most {worst}/255 between the ways of splitting"
+        if len(flat) == len(cases):
+            raise Skipped("these prompts' pictures are flat without ToMe too; choose another checkpoint")
+        return f"at most {worst}/255 between the ways of splitting" + "".join(f"; {n}: flat without ToMe" for n in flat)
 
     def check_sizes(self) -> str:
         """264x328 and 200x264 pixels are merged at every level"""
@@ -676,7 +682,7 @@ def version_of(folder: Path) -> str:
 
 def run_list(checks: List, only: str) -> list[tuple[str, str, str]]:
     rows = []
-    for name in [name for name in vars(List) if name.startswith("check_") and only in name]:
+    for name in [name for name in vars(List) if name.startswith("check_") and re.search(only, name)]:
         method: Callable[[], str] = getattr(checks, name)
         started = time.monotonic()
         try:
@@ -697,7 +703,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
     parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="of the pictures (default: 256)")
-    parser.add_argument("--only", default="", metavar="WORD", help="only checks whose name has this word")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only checks whose name has this")
     arguments = sys.argv[1:]
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     options, own = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
