@@ -112,12 +112,12 @@ def _watch(model: Any) -> Iterator[list[set[int]]]:
 
 
 def _check_ran(ran: list[set[int]], model: Any) -> None:
-    """Raises ValueError where a call did not run what another one did, or less than half of the model was ever run:
-    EasyCache and its kind answer from what they remember."""
+    """Raises ValueError where a call did not run what another one did, or none ran a quarter of the model: EasyCache
+    and its kind answer from what they remember."""
     if model is None:
         return
     most = set().union(*ran)
-    if any(one != most for one in ran) or 2 * len(most) < len(_marks(model)):
+    if any(one != most for one in ran) or 4 * len(most) < len(_marks(model)):
         raise ValueError(CACHED)
 
 

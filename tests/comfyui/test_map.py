@@ -29,7 +29,7 @@ def draw(comfy_nodes):
 
 
 class Spy:
-    """Every plan that ModelCall gives out, by (step, grid, layer): what was really used, seen from outside."""
+    """Every plan that ModelCall gives out, by (draw, grid, layer): what was really used, seen from outside."""
 
     def __init__(self, monkeypatch):
         self.plans, self.metrics = {}, {}
@@ -71,7 +71,9 @@ def test_owners_are_those_of_the_plans_that_were_used(sd15, tome, record, spy, m
     model, kept = record(tome(sd15, method=method))
     sample(model, steps=2, batch=2)
     run, seen = kept.run(), 0
-    for (step, grid, layer), plan in spy.plans.items():
+    step_of = {facts.draw: step for step, facts in run.facts.items()}
+    for (draw, grid, layer), plan in spy.plans.items():
+        step = step_of[draw]
         level = {32: 0, 16: 1, 8: 2}[grid[0]]
         found = chosen(run, level, layer, step)
         assert found.grid == grid
@@ -279,7 +281,7 @@ def test_transformers(comfy_nodes, tome, record, draw, spy, name, method):
     facts = dit_host.SMALL[name]
     found = chosen(run, 0, 1, 1)
     assert len(found.owner[0]) == facts.image
-    plan = spy.plans[1, found.grid, 1]
+    plan = spy.plans[found.facts.draw, found.grid, 1]
     assert found.owner[0].tolist() == by_hand(plan, 0)
     if name == "wan":
         assert len(found.grid) == 3

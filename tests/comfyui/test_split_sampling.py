@@ -116,6 +116,13 @@ def test_transformers_too(tome, monkeypatch, name, options):
     conds = conditioning(1), conditioning(2)
     merged = tome(model, method="sample", min_tokens=0, **options)
     for kind in (("euler", "simple"), ("euler", "beta")):
-        expected = whole(merged, start, conds, kind)
-        assert torch.equal(parts([merged] * 2, start, conds, kind), expected)
-        assert not torch.equal(expected, whole(model, start, conds, kind))
+        plain, expected = whole(model, start, conds, kind), whole(merged, start, conds, kind)
+        off = apart(parts([merged] * 2, start, conds, kind), expected)
+        # A flow's latents are divided and multiplied between two parts: not bit for bit the same without ToMe either.
+        assert off < 10 * apart(parts([model] * 2, start, conds, kind), plain) + 1e-6
+        assert apart(expected, plain) > 100 * off
+
+
+def apart(one, other):
+    """Relative difference of two latents."""
+    return float((one - other).norm() / other.norm())
