@@ -210,19 +210,19 @@ class UNetCall:
         self._joint = self._own_tokens()
         if layers is not None:
             call.look_ahead(*layers, attention, self._kernels)
-            self._tell_ahead(layers[0])
+            self._tell_ahead(*layers)
         self._minding = None  # the attention function that minds `scale`, where one is known to
         if self._attention is None and attention is not None and minds_scale(attention):
             self._minding = inspect.unwrap(attention)
         self.key += f" {call.unpaid} {self._kernels} {sorted(map(repr, self._replaced))}"
         self.options = self._patched(options)
 
-    def _tell_ahead(self, layers: list[tuple[int, int, int]]) -> None:
+    def _tell_ahead(self, layers: list[tuple[int, int, int]], dtype: torch.dtype) -> None:
         """What becomes of a compiled model's layers, which tell nothing themselves."""
         merged = not layers  # not a U-Net as they are known: taken to be merged
-        for level, channels, _ in layers:
+        for level, channels, heads in layers:
             grid = grid_at(self.call.full, level)
-            unpaid = self.call.why_not_paid(self.call.known(grid, channels))
+            unpaid = self.call.why_not_paid(self.call.known(grid, channels, heads, dtype, self._kernels))
             reason = why_not_served(self.call.config, grid, self.call.full) or unpaid
             merged |= reason is None
             if reason is not None:

@@ -185,9 +185,11 @@ class ModelCall:
                 given = (grid, channels, heads, dtype, self.seed.device, self.config, attention, kernels)
                 self._verdicts[_kind(grid, channels, heads, dtype, kernels)] = verdict_on(*given, None, self.about)
 
-    def known(self, grid: Grid, channels: int) -> Verdict | None:
+    def known(
+        self, grid: Grid, channels: int, heads: int, dtype: torch.dtype, kernels: tuple[str, ...] = ()
+    ) -> Verdict | None:
         """What `verdict` or `look_ahead` found of such layers in this call."""
-        return self._verdicts.get((grid, channels))
+        return self._verdicts.get(_kind(grid, channels, heads, dtype, kernels))
 
     @property
     def unpaid(self) -> tuple[tuple, ...]:
