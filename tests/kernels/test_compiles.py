@@ -20,6 +20,7 @@ TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -54,7 +55,7 @@ def compiled(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     names = Compiled()
 
-    def run(self, *given, grid, warmup, num_warps=4, num_stages=3, **named):
+    def run(self, *given, grid, warmup, num_warps=4, num_stages=3, maxnreg=None, **named):
         values = dict(zip(self.arg_names, given, strict=False)) | named
         signature, constants, attributes = {}, {}, {}
         for at, parameter in enumerate(self.params):
@@ -67,7 +68,7 @@ def compiled(monkeypatch, tmp_path):
             if isinstance(value, torch.Tensor) or (fixed and value % 16 == 0):
                 attributes[(at,)] = [["tt.divisibility", 16]]
         source = ASTSource(self, signature=signature, constexprs=constants, attrs=attributes)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
         made = triton.compile(source, target=GPUTarget("cuda", names.capability, 32), options=options)
         names.append(self.__name__)
         names.shared.append(made.metadata.shared)
@@ -153,6 +154,30 @@ def test_attention_fits_into_shared_memory(compiled, monkeypatch, capability, ro
     assert len(compiled) == 4 and 0 < max(compiled.shared) <= room
     # The counterpart: what larger cards take does not fit into the smaller ones'.
     assert (max(compiled.shared) > 99 * 1024) == (room > 99 * 1024)
+
+
+# Hopper; an A100's, those of RTX cards (30, 40 and 50).
+@pytest.mark.parametrize(
+    ("capability", "room"), [(90, 227 * 1024), (80, 163 * 1024), (86, 99 * 1024), (89, 99 * 1024), (120, 99 * 1024)]
+)
+def test_multires(compiled, monkeypatch, capability, room):
+    """Heads of every size fit into the shared memory of every card; the launches that choose too."""
+    from shared_tome.kernels.impl import multires
+    from shared_tome.multires import cut_tiles, draw_keys, tile_counts
+
+    monkeypatch.setattr(multires, "shared_memory", lambda device: room)
+    compiled.capability = capability
+    tiles = cut_tiles((48, 48), torch.device("cpu"), 77, 77 + 48 * 48)
+    counts, drawn = tile_counts(tiles, 0.1, 0.4), draw_keys(tiles, torch.tensor(3), 0)
+    for d in (64, 128, 256):
+        q, k, v = (torch.empty(1, len(tiles.rows), 3, d, dtype=torch.float16).transpose(1, 2) for _ in range(3))
+        if d == 128:
+            multires.launch_multires(q, k, v, tiles, drawn, counts, 1, d**-0.5)
+        else:
+            lists = torch.empty(1, 3, tiles.query_tiles, tiles.count, dtype=torch.int16)
+            multires.launch_attend(q, k, v, tiles, drawn, lists, counts, 1, d**-0.5)
+    assert sorted(set(compiled)) == ["_attend_kernel", "_choose_kernel", "_pool_kernel"]
+    assert len(compiled) == 5 and 0 < max(compiled.shared) <= room
 
 
 def test_the_rest(compiled):

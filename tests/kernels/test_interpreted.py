@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 )
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # interpreted.py takes one to three minutes on two cores
-@pytest.mark.parametrize("name", [f"interpreted{of}.py" for of in ("", "_own", "_attend", "_drawn")])
+@pytest.mark.parametrize("name", [f"interpreted{of}.py" for of in ("", "_own", "_attend", "_drawn", "_multires")])
 def test_kernels_in_the_interpreter(name):
     command = [
         sys.executable,

@@ -1,0 +1,98 @@
+"""Attention to keys at three resolutions on a GPU: the choice, the attention to it, graphs and launches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shared_tome import multires
+from shared_tome.multires import cut_tiles, draw_keys, shares, tile_counts
+
+from .helpers import captured, launches
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine"),
+]
+# grid, tokens before the image, behind it, tokens of a tile and of a query tile, channels.
+CASES = {
+    "128 channels": ((40, 56), 77, 0, 64, 128, 128),
+    "64 channels, odd picture": ((37, 51), 0, 33, 64, 128, 64),
+    "32 channels, video": ((5, 24, 18), 0, 0, 64, 64, 32),
+    "96 channels": ((32, 32), 5, 0, 64, 128, 96),
+    "256 channels": ((24, 32), 40, 0, 64, 128, 256),
+    "40 channels, small tiles": ((17, 15), 9, 3, 16, 64, 40),
+}
+
+
+def made(name, dtype, rows=2, heads=3):
+    grid, before, behind, size, queries, d = CASES[name]
+    device = torch.device("cuda")
+    tiles = cut_tiles(grid, device, before, before + math.prod(grid) + behind, size, queries)
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(rows, len(tiles.rows), heads, d, generator=generator, device=device).to(dtype).transpose(1, 2)
+        for _ in range(3)
+    )
+    return tiles, 2 * q, k, v
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", list(CASES))
+def test_three_ways(name, dtype):
+    """The choice reaches what plain torch's does; the attention to it is as near to float32 as half precision is."""
+    from shared_tome.kernels.impl.multires import launch_attend, launch_choose
+
+    tiles, q, k, v = made(name, dtype)
+    drawn = draw_keys(tiles, torch.tensor([3, 4], device="cuda"), torch.tensor(2, device="cuda"))
+    scale = q.shape[-1] ** -0.5
+    for ratio in (0.5, 0.77):
+        counts = tile_counts(tiles, *shares(ratio), (0.3, 0.5))
+        found = multires.scores(q, k, tiles, scale)
+        lists = launch_choose(q, k, tiles, counts, scale)
+        assert torch.equal(lists.sort(-1).values, torch.arange(tiles.count, device="cuda").short().expand_as(lists))
+        for kept in {counts.whole, counts.whole + counts.half}:
+            wanted = multires.choose(found, tiles, counts)
+            reached = [
+                found.float().clamp_max(99.0).gather(-1, x[:, :, : tiles.image_query_tiles, :kept].long()).mean()
+                for x in (lists, wanted)
+            ]
+            torch.testing.assert_close(*reached, rtol=2e-3, atol=2e-3)
+        got = launch_attend(q, k, v, tiles, drawn, lists, counts, 5, scale)
+        exact = multires.attend(*(x.float() for x in (q, k, v)), tiles, drawn, lists, counts, 5, scale)
+        assert got.shape == q.shape and got.transpose(1, 2).is_contiguous()
+        assert (got - exact).abs().max() < 2 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_all_whole_is_attention():
+    from shared_tome.kernels.impl.multires import launch_multires
+
+    tiles, q, k, v = made("128 channels", torch.bfloat16)
+    drawn = draw_keys(tiles, torch.tensor(3, device="cuda"), 0)
+    got = launch_multires(q, k, v, tiles, drawn, tile_counts(tiles, 1.0, 0.0), 0, 128**-0.5)
+    expected = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
+    assert (got - expected).abs().max() < 2 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+
+
+def test_three_launches_one_result_and_another_step_in_a_graph():
+    from shared_tome.kernels.impl.multires import launch_multires
+
+    tiles, q, k, v = made("128 channels", torch.bfloat16)
+    counts = tile_counts(tiles, *shares(0.77))
+    drawn = draw_keys(tiles, torch.tensor(3, device="cuda"), 0)
+
+    def run():
+        return launch_multires(q, k, v, tiles, drawn, counts, 1, 128**-0.5)
+
+    assert launches(run) == 3
+    first = run().clone()
+    assert torch.equal(first, run())
+    graph, out = captured(run)
+    graph.replay()
+    assert torch.equal(out, first)
+    drawn.table.copy_(draw_keys(tiles, torch.tensor(3, device="cuda"), 1).table)
+    graph.replay()
+    assert torch.equal(out, run()) and not torch.equal(out, first)

@@ -1,0 +1,90 @@
+"""Attention to keys at three resolutions in Triton's interpreter. Started by test_interpreted.py."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+
+from shared_tome import kernels, multires
+from shared_tome.multires import Counts, cut_tiles, draw_keys
+
+assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
+from shared_tome.kernels.impl.multires import Config, launch_attend, launch_choose, launch_multires
+
+CPU = torch.device("cpu")
+# For the interpreter, whose time is that of its programs; blocks that fit and that do not.
+SMALL = Config(rows=16, keys=16, asking=4, asked=16, held=16, pool=16)
+LAYOUTS = {
+    "tokens first": lambda x: x,
+    "heads first": lambda x: x.contiguous(),
+    "channels apart": lambda x: x.mT.contiguous().mT,
+}
+
+
+def made(grid, before, behind, queries, rows, heads, d, dtype):
+    tiles = cut_tiles(grid, CPU, before, before + math.prod(grid) + behind, 16, queries)
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(rows, len(tiles.rows), heads, d, generator=generator) * 2 for _ in range(3)]
+    return tiles, *(x.to(dtype).transpose(1, 2) for x in given)
+
+
+# Odd grids, tokens on both sides, the last query tile shorter, two draws for the batch, channels that fill no block.
+@pytest.mark.parametrize(
+    ("grid", "before", "behind", "queries", "rows", "heads", "d", "dtype", "counts", "layout"),
+    [
+        ((7, 10), 3, 23, 32, 1, 1, 24, torch.float16, Counts(4, 1, 2, 2), "heads first"),
+        ((2, 4, 6), 0, 0, 16, 2, 1, 16, torch.bfloat16, Counts(1, 1, 1, 1), "tokens first"),
+        ((3, 11), 0, 1, 16, 1, 2, 16, torch.float16, Counts(1, 0, 2, 0), "channels apart"),
+        ((3, 4), 5, 2, 16, 1, 1, 16, torch.float16, Counts(1, 0, 1, 0), "tokens first"),  # no tile of the image
+    ],
+)
+def test_three_ways(grid, before, behind, queries, rows, heads, d, dtype, counts, layout):
+    """The choice as in plain torch; the attention to it as in plain torch, and in float32 from the same numbers."""
+    tiles, q, k, v = made(grid, before, behind, queries, rows, heads, d, dtype)
+    q, k, v = (LAYOUTS[layout](x) for x in (q, k, v))
+    drawn, scale = draw_keys(tiles, torch.arange(rows) + 5, 1), 0.3
+    found = multires.scores(q, k, tiles, scale)
+    lists = multires.choose(found, tiles, counts)
+    if layout == "channels apart":
+        got = launch_multires(q, k, v, tiles, drawn, counts, 3, scale, SMALL)
+    else:
+        chosen = launch_choose(q, k, tiles, counts, scale, SMALL)
+        # The interpreter cuts bfloat16 off where a GPU rounds, so there the scores reached are compared.
+        if dtype == torch.float16:
+            assert torch.equal(chosen, lists)
+        reached = [
+            found.float().clamp_max(99.0).gather(-1, x[..., : counts.whole].long()).sum() for x in (chosen, lists)
+        ]
+        assert torch.equal(chosen.sort(-1).values, lists.sort(-1).values)
+        torch.testing.assert_close(*reached, rtol=0.02, atol=0)
+        lists = chosen
+        got = launch_attend(q, k, v, tiles, drawn, lists, counts, 3, scale, SMALL)
+    same = multires.attend(q, k, v, tiles, drawn, lists, counts, 3, scale)
+    exact = multires.attend(*(x.float() for x in (q, k, v)), tiles, drawn, lists, counts, 3, scale)
+    assert got.shape == q.shape and got.dtype == dtype and got.transpose(1, 2).is_contiguous()
+    room = 2 * torch.finfo(dtype).eps * exact.abs().max()
+    assert (got.float() - exact).abs().max() < room and (got.float() - same.float()).abs().max() < room
+
+
+def test_logits_of_any_size():
+    """Far below and above what exp takes; the running maximum moves from block to block."""
+    tiles, q, k, v = made((4, 12), 0, 0, 16, 1, 1, 16, torch.float16)
+    q, k = q * 20, k * 20
+    drawn, counts = draw_keys(tiles, torch.tensor(5), 1), Counts(2, 1, 2, 1)
+    lists = multires.choose(multires.scores(q, k, tiles, 1.0), tiles, counts)
+    got = launch_attend(q, k, v, tiles, drawn, lists, counts, 0, 1.0, SMALL)
+    exact = multires.attend(*(x.float() for x in (q, k, v)), tiles, drawn, lists, counts, 0, 1.0)
+    assert (got.float() - exact).abs().max() < 4e-3 * exact.abs().max()
+
+
+def test_equal_scores_and_a_batch_that_does_not_fit():
+    """Tokens all alike: the first tiles are whole."""
+    tiles, q, k, v = made((4, 16), 0, 0, 32, 1, 1, 16, torch.float16)
+    chosen = launch_choose(torch.ones_like(q), torch.ones_like(k), tiles, Counts(2, 1, 2, 1), 0.25, SMALL)
+    assert chosen[0, 0].tolist() == [[0, 1, 2, 3], [2, 3, 0, 1]]
+    drawn = draw_keys(tiles, torch.arange(2), 0)
+    with pytest.raises(ValueError, match="a plan for 2 rows does not fit a batch of 1"):
+        launch_attend(q, k, v, tiles, drawn, chosen, Counts(2, 1, 2, 1), 0, 0.25, SMALL)
