@@ -12,7 +12,8 @@ from shared_tome import kernels, multires
 from shared_tome.multires import Counts, cut_tiles, draw_keys
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
-from shared_tome.kernels.impl.multires import Config, launch_attend, launch_choose, launch_multires
+from shared_tome.kernels.impl import multires as impl
+from shared_tome.kernels.impl.multires import Config, launch_attend, launch_choose, launch_multires, serves
 
 CPU = torch.device("cpu")
 # For the interpreter, whose time is that of its programs; blocks that fit and that do not.
@@ -88,3 +89,18 @@ def test_equal_scores_and_a_batch_that_does_not_fit():
     drawn = draw_keys(tiles, torch.arange(2), 0)
     with pytest.raises(ValueError, match="a plan for 2 rows does not fit a batch of 1"):
         launch_attend(q, k, v, tiles, drawn, chosen, Counts(2, 1, 2, 1), 0, 0.25, SMALL)
+
+
+def test_what_the_launches_take(monkeypatch):
+    tiles, q, k, v = made((4, 8), 0, 3, 16, 1, 1, 16, torch.float16)
+    assert serves(q, k, v, tiles)
+    assert not serves(*(x.float() for x in (q, k, v)), tiles)
+    assert not serves(q, k[:, :, 1:], v[:, :, 1:], tiles) and not serves(q, k, v.bfloat16(), tiles)
+    assert not serves(*(x.repeat(1, 1, 1, 17) for x in (q, k, v)), tiles)  # 272 channels
+    assert not serves(*made((3, 4), 5, 2, 16, 1, 1, 16, torch.float16)[1:], tiles)  # of another length
+    none = cut_tiles((3, 4), CPU, 0, 35, 16, 16)
+    assert not serves(q, k, v, none)  # no tile of the image
+    for name, most in (("MOST_TILES", 1), ("_FARTHEST", 35 * q.stride(2))):
+        with monkeypatch.context() as patch:
+            patch.setattr(impl, name, most)
+            assert not serves(q, k, v, tiles)

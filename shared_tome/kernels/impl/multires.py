@@ -41,8 +41,8 @@ _SMALL = Config(keys=128)  # heads of 64 channels or fewer
 _WIDE = Config(rows=64, registers=None)
 _NARROW = Config(rows=32, warps=4, stages=2, registers=None)
 _ROOM = 136 * 1024
-# Tiles that a program holds while it chooses.
-MOST_TILES = 8192
+# Tiles that a program holds while it chooses; channels of a head; offsets within a head; programs on a second axis.
+MOST_TILES, MOST_CHANNELS, _FARTHEST, _MOST_PROGRAMS = 8192, 256, 2**31, 65535
 
 
 def config_for(d: int, device: torch.device) -> Config:
@@ -292,9 +292,11 @@ def _attend_kernel(
     # Queries beside the image may have the most keys: their programs come first, of all heads.
     each, ours = (tokens + ROWS - 1) // ROWS, image * SIZE // QUERIES * (QUERIES // ROWS)
     first = tl.num_programs(0) // each * (each - ours)
-    at = tl.program_id(0)
-    both = tl.where(at < first, at // tl.maximum(each - ours, 1), (at - first) // tl.maximum(ours, 1))
-    program = tl.where(at < first, ours + at % tl.maximum(each - ours, 1), (at - first) % tl.maximum(ours, 1))
+    number = tl.program_id(0)
+    if number < first:
+        both, program = number // (each - ours), ours + number % (each - ours)
+    else:
+        both, program = (number - first) // ours, (number - first) % ours
     batch, head = (both // heads).to(tl.int64), (both % heads).to(tl.int64)
     place = program * ROWS + tl.arange(0, ROWS)
     there = place < tokens
@@ -353,6 +355,15 @@ def _attend_kernel(
             query, total, top, mass, key, value, token, bias, k2, v2, scale, HEAD, BLOCK, SAME, True, WIDEN
         )
     tl.store(target[:, None] + channel[None, :], (total / mass[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> bool:
+    """Whether the launches below take heads q, k, v [B, H, L, d] of these tiles, on a device that has kernels."""
+    alike = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.shape[2] == len(tiles.rows)
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    near = all(x.shape[2] * x.stride(2) < _FARTHEST for x in (q, k, v))
+    few = tiles.count <= MOST_TILES and q.shape[3] <= MOST_CHANNELS and q.shape[0] * q.shape[1] <= _MOST_PROGRAMS
+    return alike and half and near and few and tiles.image > 0
 
 
 def launch_choose(
