@@ -162,10 +162,10 @@ def test_attention_fits_into_shared_memory(compiled, monkeypatch, capability, ro
 )
 def test_multires(compiled, monkeypatch, capability, room):
     """Heads of every size fit into the shared memory of every card; the launches that choose too."""
-    from shared_tome.kernels.impl import multires
+    from shared_tome.kernels.impl import multires, multires_choose
     from shared_tome.multires import cut_tiles, draw_keys, tile_counts
 
-    monkeypatch.setattr(multires, "shared_memory", lambda device: room)
+    monkeypatch.setattr(multires_choose, "shared_memory", lambda device: room)
     compiled.capability = capability
     tiles = cut_tiles((48, 48), torch.device("cpu"), 77, 77 + 48 * 48)
     counts, drawn = tile_counts(tiles, 0.1, 0.4), draw_keys(tiles, torch.tensor(3), 0)
