@@ -8,15 +8,20 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
+from ..shared_tome.maps import draw_maps
 from ..shared_tome.overlay import SHOWS
 from ..shared_tome.report import Report
 from .log import logger
-from .map import EMPTY, draw_maps
 from .measure import measure
 from .record import COMPILED, RECORD, Record, Run
 from .schema import make
 
 ToMeRecordType = io.Custom("TOME_RECORD")
+EMPTY = (
+    "Nothing was recorded. Either the model that was sampled has",
+    "no ToMe node, or one at ratio 0, or ComfyUI took the picture",
+    "from its cache: change the sampler's seed and queue again.",
+)
 
 
 def record_model(model: Any) -> tuple[Any, Record]:
@@ -119,8 +124,9 @@ class ToMeMap(io.ComfyNode):
         run = record.run(sampling)
         return io.NodeOutput(
             draw_maps(
-                run, image, pictures, show=show, level=level, layer=layer, step=step, opacity=opacity, legend=legend
-            )
+                run, image, pictures, show=show, level=level, layer=layer, step=step, opacity=opacity, legend=legend,
+                empty=EMPTY,
+            )  # fmt: skip
         )
 
 

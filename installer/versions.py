@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-MIN_PYTHON = (3, 10)
 MIN_TORCH = (2, 1)
 
 COMFYUI_VERSION = "0.30.0"

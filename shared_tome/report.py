@@ -7,7 +7,6 @@ A host keeps a `Tally` for each run of a sampler, tells it of each call of the m
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import threading
 from collections.abc import Iterable, Sequence
@@ -187,9 +186,6 @@ class Report:
             "time": time,
             "notes": list(self.notes),
         }
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
 
 
 class Tally:

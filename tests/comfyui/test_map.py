@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -56,8 +57,13 @@ def grey(height, width, batch=1):
     return torch.full((batch, height, width, 3), 0.5)
 
 
+def maps():
+    """The core's module, under the name that ComfyUI loaded it by."""
+    return sys.modules[pack_module("record_nodes").draw_maps.__module__]
+
+
 def chosen(run, level, layer, step):
-    return pack_module("map").choose(run, level, layer, step)
+    return maps().choose(run, level, layer, step)
 
 
 def by_hand(plan, row):
@@ -162,7 +168,7 @@ def test_an_empty_record_says_so_in_the_picture(sd15, tome, record, draw):
 
 def says(run, level=-1, layer=0, step=-1):
     """Why there is no map."""
-    with pytest.raises(pack_module("map").NoMap) as caught:
+    with pytest.raises(maps().NoMap) as caught:
         chosen(run, level, layer, step)
     return " ".join(caught.value.args)
 

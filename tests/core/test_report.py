@@ -44,7 +44,7 @@ def test_text_says_all_that_was_counted():
 
 def test_json_holds_the_numbers():
     time = StepTime(40.0, 25.0, 5, 2, 3, 0.75, "cpu")
-    data = json.loads(filled().report(time, ["a note"]).to_json())
+    data = json.loads(json.dumps(filled().report(time, ["a note"]).to_dict()))
     assert data["options"]["method"] == "sample" and data["options"]["stride"] == [2, 2]
     assert (data["steps"], data["of_steps"], data["merged_steps"], data["calls"]) == (3, 4, 3, 3)
     first, left, last = data["layers"]
