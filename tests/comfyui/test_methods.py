@@ -100,7 +100,8 @@ def test_start_end_and_a_falling_ratio(sd15, tome):
     assert keys(start=0.5) == [1024, 1024, 512, 512]
     assert keys(end=0.5) == [512, 512, 1024, 1024]
     assert keys(start=0.25, end=0.75) == [1024, 512, 512, 1024]
-    assert keys(ratio=0.5, ratio_end=0.0) == [512, 615, 820, 922]
+    # Four steps of "normal" are at 0, 1/3, 2/3 and all of the way from noise to the picture.
+    assert keys(ratio=0.5, ratio_end=0.0) == [512, 615, 922, 1024]
 
 
 def test_a_ratio_over_the_cap_is_said(sd15, tome, caplog):
