@@ -186,7 +186,7 @@ class ModelCall:
                 self._verdicts[_kind(grid, channels, heads, dtype, kernels)] = verdict_on(*given, None, self.about)
 
     def known(
-        self, grid: Grid, channels: int, heads: int, dtype: torch.dtype, kernels: tuple[str, ...] = ()
+        self, grid: Grid, channels: int, heads: int | None, dtype: torch.dtype, kernels: tuple[str, ...] = ()
     ) -> Verdict | None:
         """What `verdict` or `look_ahead` found of such layers in this call."""
         return self._verdicts.get(_kind(grid, channels, heads, dtype, kernels))

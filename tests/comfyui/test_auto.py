@@ -154,6 +154,19 @@ def test_a_compiled_model_is_measured_before_its_graph_runs(comfy_nodes, tome, j
     assert sorted({(grid, heads > 0) for grid, _, heads, _, _ in judged}) == [((16, 16), True), ((32, 32), True)]
 
 
+def test_a_compiled_model_of_which_nothing_pays_says_so(comfy_nodes, tome, judged, caplog):
+    """Its layers tell nothing themselves: what was measured ahead is what the line goes by."""
+    torch._dynamo.reset()
+    compiled = run_node(
+        comfy_nodes["TorchCompileModel"], model=tome(small_unet("SD15"), min_tokens=1000), backend="eager"
+    )
+    with caplog.at_level(logging.INFO, "ToMe"):
+        sample(compiled, steps=1)
+    last = caplog.messages[-1]
+    assert last.startswith("[ToMe] nothing was merged in this sampling: ")
+    assert "it saves 1 of 100 us and takes the processor 5 us longer (32x32 tokens)" in last
+
+
 def test_the_models_own_block_is_timed(sd15, tome, comfy_nodes, monkeypatch):
     """On its own tokens and a prompt, without patches: how long a block keeps the GPU, and how long the processor."""
     unet = pack_module("unet")
