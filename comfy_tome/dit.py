@@ -77,7 +77,8 @@ class DiTPatch:
                 return executor(x, t, *args, **kwargs)
             if is_compiled(executor, options):
                 outcome.merged()  # compiled layers tell nothing of themselves
-            if patch.facts.compiles:
+                patch.guards = patch.facts.compiles
+            if patch.guards:  # else no keyword of ours: other nodes' wrappers and models may not take it
                 kwargs["tome"] = patch.key
             args, kwargs = put_options(args, kwargs, patch.options)
             with patch.hooks(model):
@@ -159,6 +160,7 @@ class DiTCall:
         # What is done must stand in a guard of its own, as in unet.py: all that a compiled graph takes for granted.
         # The seed is a tensor and so one of its inputs.
         self.key = repr((call_key(call), layout, order, instead, judges, self._sparse))
+        self.guards = False  # whether a compiled graph is to guard on the key
         self._met, self._served = False, 0
         self._plan: Plan | None = None
         self._queries = 0  # that a layer has brought so far, where they come in parts
@@ -167,7 +169,7 @@ class DiTCall:
         self.options = {**options, "optimized_attention_override": self.attention, "wrappers": wrappers}
 
     def _check_key(self, executor: Any, *args: Any, tome: str = "", **kwargs: Any) -> Tensor:
-        if self.facts.compiles and tome != self.key:  # reading it is what makes torch.compile guard on it
+        if self.guards and tome != self.key:  # reading it is what makes torch.compile guard on it
             raise RuntimeError("another node changed ToMe's argument 'tome' on its way to the model")
         return executor(*args, **kwargs)
 

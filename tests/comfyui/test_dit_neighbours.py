@@ -277,6 +277,27 @@ def test_a_swapped_class_that_runs_in_another_way_is_left_alone(tome, comfy_node
     assert log(caplog) == nothing(reason, "ReFlux")
 
 
+@pytest.mark.parametrize("tome_first", [True, False], ids=["tome first", "tome last"])
+def test_no_keyword_of_tomes_reaches_other_wrappers(dit, tome, tome_first):
+    """They may take the model's own keywords alone. (Compiled models need one: test_dit_compile.py.)"""
+    flux, seen = dit("flux"), []
+
+    def watched(model):
+        model = model.clone()
+
+        def wrapper(executor, *args, **kwargs):
+            seen.append(set(kwargs))
+            return executor(*args, **kwargs)
+
+        model.add_wrapper_with_key("diffusion_model", "other", wrapper)
+        return model
+
+    call(watched(flux), "flux")
+    merged = call(watched(tome(flux)) if tome_first else tome(watched(flux)), "flux")
+    assert len(seen) == 2 and seen[0] == seen[1]
+    assert torch.equal(merged, call(tome(flux), "flux"))
+
+
 def test_attentions_that_do_not_come_to_tome(tome, comfy_nodes, monkeypatch, caplog):
     """Another node's attention in the place of the model's own, which asks no override (RES4LYF, RadialAttn)."""
     import comfy.ldm.wan.model
