@@ -6,6 +6,7 @@ calls of the model in the sampler's own copy of transformer_options, so it ends 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,10 +30,16 @@ class Outcome:
     """What the calls of one sampling tell of themselves. Safe to fill from several threads."""
 
     def __init__(self, base: Any = None) -> None:
-        self.base = base  # the model that is sampled, comfy.model_base.BaseModel
+        # Only referred to: a call that ToMe Record keeps has this outcome in its options.
+        self._base = None if base is None else weakref.ref(base)
         self.asked = False
         self._merged = False
         self._reasons: dict[str, dict[str, None]] = {}  # each with its places, in the order in which they came up
+
+    @property
+    def base(self) -> Any:
+        """The model that is sampled, comfy.model_base.BaseModel; None where it is not known, or gone."""
+        return None if self._base is None else self._base()
 
     def __deepcopy__(self, memo: dict) -> Outcome:
         return self  # copies of a model's options, for another GPU, tell the same sampling
