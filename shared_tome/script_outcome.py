@@ -10,7 +10,7 @@ from torch import Tensor
 from .call import ModelCall
 from .config import ToMeConfig
 from .grid import Grid
-from .report import why_not_served
+from .report import NO_WHOLE_TOKEN, why_not_served
 from .script_steps import Steps
 
 
@@ -23,7 +23,7 @@ class CallOutcome:
 
     def leave(self, model: ModelCall, grid: Grid) -> None:
         """The options leave out the layers on a grid."""
-        reason = why_not_served(model.config, grid, model.full) or "the ratio takes away no whole token"
+        reason = why_not_served(model.config, grid, model.full) or NO_WHOLE_TOKEN
         self.left.setdefault(reason, {})[f"{grid[0]}x{grid[1]} tokens"] = None
 
     def __str__(self) -> str:

@@ -150,7 +150,7 @@ def test_nothing_to_keep():
     assert kept.get("a", lambda: COSTS) == PAYS
 
 
-def test_what_cannot_be_measured_is_merged(tmp_path, caplog):
+def test_what_cannot_be_measured_is_merged(tmp_path, caplog, monkeypatch):
     kept, tries = Verdicts(tmp_path / "gpu.json"), []
 
     def fails():
@@ -161,7 +161,13 @@ def test_what_cannot_be_measured_is_merged(tmp_path, caplog):
     assert kept.get("a", fails) is None
     assert len(tries) == 1 and "no such heads" in caplog.text
     assert not kept.path.exists()
-    assert ModelCall(config(), GRID, torch.device("cpu")).why_not_paid(None) is None
+    call, x = ModelCall(config(), GRID, torch.device("cpu")), tokens(2, GRID, 16)
+    monkeypatch.setattr(auto, "verdicts_of", lambda device: kept)
+    monkeypatch.setattr(auto, "measure", lambda *_: fails())
+    monkeypatch.setattr("shared_tome.call.measures", lambda *_: True)
+    found = call.verdict(x, GRID, 2)
+    assert len(tries) == 2 and found is None and call.why_not_paid(found) is None
+    assert call.attention(x, x, x, GRID).k.shape[1] < 48
 
 
 def test_threads_measure_once():

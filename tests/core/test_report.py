@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,9 +14,10 @@ from shared_tome import ToMeConfig
 from shared_tome.config import LEVELS
 from shared_tome.grid import grid_at
 from shared_tome.plan import Plan
-from shared_tome.report import CallTally, StepTime, Tally, capped, why_not_served
+from shared_tome.report import NO_WHOLE_TOKEN, CallTally, StepTime, Tally, capped, why_not_served
 from shared_tome.schedule import serves_layer
 
+ROOT, PACKAGES = Path(__file__).parents[2], ("shared_tome", "comfy_tome", "a1111_extension")
 FULL = (64, 64)
 
 
@@ -124,7 +126,13 @@ def test_a_layer_from_which_nothing_goes():
     call = CallTally(tally, FULL)
     assert call.layer("a", FULL, None) == 0
     assert call.layer("b", FULL, plan(1024)) == 1
-    assert [layer.reason for layer in tally.layers()] == ["the ratio takes away no whole token", ""]
+    assert [layer.reason for layer in tally.layers()] == [NO_WHOLE_TOKEN, ""]
+
+
+def test_all_hosts_say_the_same_sentence():
+    """It stands in one place."""
+    code = (path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+    assert [path.name for path in code if f'"{NO_WHOLE_TOKEN}"' in path.read_text("utf-8")] == ["report.py"]
 
 
 @given(
