@@ -72,13 +72,13 @@ class DiTPatch:
             record = begin(executor, base, x, t, args, kwargs, self.config, config)
             told = {**kwargs, **_prompt(args)}
             model = unwrapped(base.diffusion_model)
-            patch = self._patch(config, base, x, options, told, record, outcome)
+            compiled = is_compiled(executor, options)
+            patch = self._patch(config, base, x, options, told, record, outcome, compiled)
             if patch is None:
                 return executor(x, t, *args, **kwargs)
-            if is_compiled(executor, options):
+            if compiled:
                 outcome.merged()  # compiled layers tell nothing of themselves
-                patch.guards = patch.facts.compiles
-            if patch.guards:  # else no keyword of ours: other nodes' wrappers and models may not take it
+            if patch.guarded:
                 kwargs["tome"] = patch.key
             args, kwargs = put_options(args, kwargs, patch.options)
             with patch.hooks(model):
@@ -97,6 +97,7 @@ class DiTPatch:
         told: Told,
         record: CallRecord | None,
         outcome: Outcome,
+        compiled: bool,
     ) -> DiTCall | None:
         """What this call gets, or None where it is left alone. base: the model that apply_model is of."""
         model = unwrapped(base.diffusion_model)
@@ -127,13 +128,15 @@ class DiTPatch:
                 record.left_alone(reason, facts.name, layout.grid)
             return None
         record = None if record is None or record.run.compiled else record
-        return DiTCall(call, facts, layout, options, record, self.judges, outcome)
+        return DiTCall(call, facts, layout, options, record, self.judges, outcome, compiled)
 
 
 class DiTCall:
     """The override of one call of the model, and the options that carry it.
 
     judges: a layer is merged only where that was measured to be faster, levels "auto" (auto.py).
+    compiled: whether torch.compile runs the model. guarded: whether its graph depends on `key`, which comes as the
+    keyword `tome`; wrappers and models of other nodes may not take that.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class DiTCall:
         record: CallTally | None = None,
         judges: bool = False,
         outcome: Outcome | None = None,
+        compiled: bool = False,
     ):
         self.call, self.facts, self.layout = call, facts, layout
         self._record, self._judges = record, judges
@@ -160,16 +164,18 @@ class DiTCall:
         # What is done must stand in a guard of its own, as in unet.py: all that a compiled graph takes for granted.
         # The seed is a tensor and so one of its inputs.
         self.key = repr((call_key(call), layout, order, instead, judges, self._sparse))
-        self.guards = False  # whether a compiled graph is to guard on the key
         self._met, self._served = False, 0
         self._plan: Plan | None = None
         self._queries = 0  # that a layer has brought so far, where they come in parts
-        wrappers = dict(options.get("wrappers", {}))
-        wrappers[DIFFUSION_MODEL] = {**wrappers.get(DIFFUSION_MODEL, {}), KEY: [self._check_key]}
-        self.options = {**options, "optimized_attention_override": self.attention, "wrappers": wrappers}
+        self.guarded = compiled and facts.compiles
+        self.options = {**options, "optimized_attention_override": self.attention}
+        if self.guarded:
+            wrappers = dict(options.get("wrappers", {}))
+            wrappers[DIFFUSION_MODEL] = {**wrappers.get(DIFFUSION_MODEL, {}), KEY: [self._check_key]}
+            self.options["wrappers"] = wrappers
 
     def _check_key(self, executor: Any, *args: Any, tome: str = "", **kwargs: Any) -> Tensor:
-        if self.guards and tome != self.key:  # reading it is what makes torch.compile guard on it
+        if tome != self.key:  # reading it is what makes torch.compile guard on it
             raise RuntimeError("another node changed ToMe's argument 'tome' on its way to the model")
         return executor(*args, **kwargs)
 

@@ -262,6 +262,44 @@ def test_a_swapped_class_that_changes_nothing_is_served(tome, comfy_nodes):
     assert torch.equal(call(tome(model), "flux"), expected)
 
 
+@pytest.mark.parametrize("kind", ["wrapper", "model"])
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_a_neighbour_gets_no_keyword_of_tome(tome, name, kind):
+    """A wrapper around the model, or a model swapped for the call, may take ComfyUI's own keywords alone."""
+    model = dit_host.small(name)
+    merged, plain = tome(model), call(model, name)
+    expected, base = call(merged, name), model.model
+    network, seen = base.diffusion_model, []
+
+    def watch(run):
+        def watched(*args, **kwargs):
+            seen.append("tome" in kwargs)
+            return run(*args, **kwargs)
+
+        return watched
+
+    def swapped(executor, *args, **kwargs):
+        base.diffusion_model = Swapped(watch(network), network.dtype)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            base.diffusion_model = network
+
+    if kind == "model":
+        merged.add_wrapper_with_key("apply_model", "other", swapped)
+    else:
+        merged.add_wrapper_with_key("diffusion_model", "other", lambda executor, *a, **k: watch(executor)(*a, **k))
+    assert torch.equal(call(merged, name), expected) and not torch.equal(expected, plain) and seen == [False]
+
+
+class Swapped(torch.nn.Module):
+    """Runs something else in a model's place."""
+
+    def __init__(self, run, dtype):
+        super().__init__()
+        self.forward, self.dtype = run, dtype
+
+
 @pytest.mark.parametrize("changed", ["forward", "forward_orig", "process_img"])
 def test_a_swapped_class_that_runs_in_another_way_is_left_alone(tome, comfy_nodes, caplog, changed):
     model = dit_host.small("flux")

@@ -308,7 +308,7 @@ def test_whether_it_pays_is_measured_with_them(monkeypatch):
 
     asked = []
     monkeypatch.setattr(call, "measures", lambda *_: True)
-    monkeypatch.setattr(call, "verdict_on", lambda *args: asked.append(args[-2]))
+    monkeypatch.setattr(call, "verdict_on", lambda *args: asked.append(args[7]))
     unet = models.sd15()
     for own in (True, False):
         shared_tome.apply_patch(unet, config=config(own_token=own))
