@@ -122,7 +122,7 @@ def _wrapper(model: Any, sampling: Sampling, inner: Callable | None, called: Cal
         rows = tuple(row % len(sampling.seeds) for row in range(x.shape[0]))
         tells = percent_to_sigma is not None
         far = functools.partial(progress, args["timestep"]) if tells else None
-        call = sampling.call(tuple(x.shape[-2:]), x.shape[0], x.device, rows, far) if x.dim() == 4 else None
+        call = sampling.call(x, rows, far) if x.dim() == 4 else None
         if call is None:
             out = run(args)
         else:

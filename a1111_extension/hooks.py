@@ -163,7 +163,7 @@ class Attachment:
         if isinstance(x, Tensor) and x.dim() == 4:  # (B, C, H, W)
             time = args[1] if len(args) > 1 else kwargs.get("timesteps")
             progress = None if time is None else functools.partial(percent_of_time, time)
-            self.call = self.sampling.call((x.shape[2], x.shape[3]), x.shape[0], x.device, progress=progress)
+            self.call = self.sampling.call(x, progress=progress)
             self.told = self.sampling.told
             self.batch = x.shape[0]
         self.judged = Judged()

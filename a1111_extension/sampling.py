@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..shared_tome import ModelCall, ToMeConfig
+from ..shared_tome.call import same_halves, shares_match
 from ..shared_tome.grid import Grid
 from ..shared_tome.noise import fold_seed
 from ..shared_tome.record import CallRecord, Run, StepFacts
@@ -44,7 +46,7 @@ class Sampling:
         self.seeds = tuple(fold_seed(int(seed)) for seed in seeds) or (0,)
         self.step, self._by_steps = 0, 0.0
         self._rows = RowCursor(len(self.seeds))
-        self._tensors: dict[tuple[Rows, torch.device], torch.Tensor] = {}
+        self._tensors: dict[tuple[Rows, torch.device], Tensor] = {}
         self.run = Run(config) if report or keep_choices else None
         self.told: CallTally | None = None
         self._keep_choices = keep_choices
@@ -77,18 +79,14 @@ class Sampling:
         self._rows.begin(found)
 
     def call(
-        self,
-        full: Grid,
-        batch: int,
-        device: torch.device,
-        rows: Rows | None = None,
-        progress: Callable[[], float] | None = None,
+        self, x: Tensor, rows: Rows | None = None, progress: Callable[[], float] | None = None
     ) -> ModelCall | None:
         """The state of one call of the model, or None where nothing is merged now.
 
-        full: the latent's grid, batch: its rows; rows: their images, where the caller knows better than the step.
-        progress: how far the model is by its noise level, 0 to 1, asked only for a schedule; None: by steps.
+        x: the latent [B, C, H, W]; rows: their images, where the caller knows better than the step. progress: how far
+        the model is by its noise level, 0 to 1, asked only for a schedule; None: by steps.
         """
+        batch, full, device = x.shape[0], (x.shape[2], x.shape[3]), x.device
         if rows is None:
             rows = self._rows.take(batch)  # even if not merged: the cursor has to move on
         config = config_at(self.config, progress or (lambda: self._by_steps))
@@ -96,6 +94,8 @@ class Sampling:
         if config.ratio == 0.0:
             return None
         alike = batch % 2 == 0 and rows[: batch // 2] == rows[batch // 2 :]
+        if alike and shares_match(config):  # tiles of one image have one number
+            alike = same_halves(x)
         return ModelCall(config, full, device, seed=self._seed(rows, device), step=self.step, alike=alike)
 
     def tell_own(self, refused: str | None) -> None:
@@ -122,7 +122,7 @@ class Sampling:
             first.setdefault(image, row)
         return CallRecord(run, self.step, list(first.values()), full, list(first))
 
-    def _seed(self, rows: Rows, device: torch.device) -> torch.Tensor:
+    def _seed(self, rows: Rows, device: torch.device) -> Tensor:
         """[b] int64: one number a row, no longer than needed (rows that repeat share one choice)."""
         rows = tuple(row for row in rows)[: period([self.seeds[row] for row in rows])]
         if (rows, device) not in self._tensors:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..shared_tome import ModelCall, ToMeConfig
-from ..shared_tome.call import same_halves
+from ..shared_tome.call import same_halves, shares_match
 from ..shared_tome.progress import Draws, percent_of_level, percent_table, place_of
 
 KEY = "ToMe"
@@ -59,7 +59,7 @@ def halves_alike(options: dict[str, Any], x: Tensor, config: ToMeConfig) -> bool
     """
     if sorted(options.get("cond_or_uncond", ())) != [0, 1]:
         return False
-    return not (config.share_match and config.kind.matches) or same_halves(x)
+    return not shares_match(config) or same_halves(x)
 
 
 def step_of(options: dict[str, Any], device: torch.device) -> Tensor | int:

@@ -89,8 +89,14 @@ def why_left_alone(
     return reasons
 
 
+def shares_match(config: ToMeConfig) -> bool:
+    """Whether one match is to serve both halves of a batch, where they are the same images."""
+    return config.share_match and config.kind.matches
+
+
 def same_halves(x: Tensor) -> bool:
-    """Whether the second half of the rows of x [B, ...] repeats the first (ModelCall's `alike`). Synchronises."""
+    """Whether the second half of the rows of x [B, ...] repeats the first (ModelCall's `alike`). Synchronises: to be
+    asked only where shares_match."""
     half = x.shape[0] // 2
     return x.shape[0] % 2 == 0 and torch.equal(x[:half], x[half:])
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .autotune.store import RETRY
 from .bare import about_model, run_bare
 from .block_hooks import BlockHooks, Judged
-from .call import MergedAttention, ModelCall
+from .call import MergedAttention, ModelCall, same_halves, shares_match
 from .config import ToMeConfig
 from .curve import is_compiling
 from .grid import Grid, grid_of
@@ -107,6 +107,7 @@ class BaseAttachment:
         self._handles: list[Any] = []
         self._calls: dict[int, Any] = {}
         self._said: set[str] = set()
+        self._last_alike = False
         self._outcome = Outcome(config, self.steps, self._log)
 
     def detach(self, model: nn.Module) -> None:
@@ -146,14 +147,30 @@ class BaseAttachment:
         """With the ratio that holds at this step."""
         return config_at(self.config, lambda: self.steps.progress(timestep))
 
-    def model_call(self, config: ToMeConfig, grid: Grid, timestep: Any, device: torch.device) -> ModelCall | None:
-        """The core's state for this call, or None where nothing is merged now. config: from config_now."""
-        step = self.steps.step(timestep, device)
+    def model_call(self, config: ToMeConfig, grid: Grid, timestep: Any, x: Tensor) -> ModelCall | None:
+        """The core's state for this call, or None where nothing is merged now.
+
+        config: from config_now; x: the latent, [B, ...].
+        """
+        step = self.steps.step(timestep, x.device)
         if config.ratio > 0.0:
             self._outcome.reach()
-            return ModelCall(config, grid, device, step=step)
+            return ModelCall(config, grid, x.device, step=step, alike=self._alike(config, x))
         self._outcome.skip(lambda known: self.config_now(known / self.steps.scale).ratio)
         return None
+
+    def _alike(self, config: ToMeConfig, x: Tensor) -> bool:
+        """Whether both halves of the batch x [B, ...] are the same images. A captured call, which cannot wait for the
+        device, takes the answer of the call before it: its warm-up."""
+        if not shares_match(config):
+            return True
+        if _compiles():
+            self.say("under torch.compile each image has a match of its own: share match is off")
+            return False
+        if _captures(x.device):
+            return self._last_alike
+        self._last_alike = alike = same_halves(x)
+        return alike
 
 
 class Attachment(BaseAttachment):
@@ -199,7 +216,7 @@ class Attachment(BaseAttachment):
             self._judge_step(module, args, kwargs, config, kind, x.shape[0])
         idle = self._hooks.is_idle(kind)
         # What does nothing takes the processor time: the GPU is asked for nothing, and the blocks' hooks go.
-        call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x.device)
+        call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x)
         with _hooking:
             alone = not self._calls  # another thread may be in the midst of a call
             if idle and alone:
@@ -212,8 +229,8 @@ class Attachment(BaseAttachment):
         self, model: nn.Module, args: tuple, kwargs: dict[str, Any], config: ToMeConfig, kind: tuple, batch: int
     ) -> None:
         """Whether merging pays in whole steps of this kind, asked once of each; again where it is not known."""
-        captures = kind[-1].type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not self._judges or time.monotonic() < self._judged.get(kind, 0.0) or captures or _compiles():
+        known = time.monotonic() < self._judged.get(kind, 0.0)
+        if not self._judges or known or _captures(kind[-1]) or _compiles():
             return
         config = config.replace(start=0.0, end=1.0)  # whatever its place in the schedule
 
@@ -621,6 +638,11 @@ def _with(
             args, {**kwargs, context_name: context}
         )  # fmt: skip
     return args, kwargs
+
+
+def _captures(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing can wait for the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _compiles() -> bool:

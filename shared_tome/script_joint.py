@@ -82,7 +82,7 @@ class JointAttachment(BaseAttachment):
             self.say("image tokens that are not rows of one image are left alone")
             return
         timestep = argument(args, kwargs, 3, "timestep")
-        call = self.model_call(self.config_now(timestep), grid, timestep, x.device)
+        call = self.model_call(self.config_now(timestep), grid, timestep, x)
         if call is not None:
             joint = JointCall(call.config.weighs_keys, TORCHS, self._say_why, call.config.keeps_own)
             self.call = _Call(call, joint, grid, x.shape[0], text.shape[1], reference)

@@ -116,7 +116,7 @@ class Inputs:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(device, dtype)
 
-        self.latent = draw(2, 4, pixels // 8, pixels // 8)
+        self.latent = draw(2, 4, pixels // 8, pixels // 8)[:1].repeat(2, 1, 1, 1)  # prompted and not: one picture
         self.prompt = draw(2, 77, model.config["cross_attention_dim"])
         self.timesteps = torch.linspace(999, 0, STEPS, device=device).round().long()
         self.timestep = self.timesteps[STEPS // 2].clone()
