@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..comfy_tome.unet import UNetCall, block_name
-from ..shared_tome import ModelCall
+from ..shared_tome import ModelCall, guard
 from ..shared_tome.grid import grid_of
 from ..shared_tome.heads import (
     GIVEN,
@@ -37,7 +37,7 @@ from ..shared_tome.progress import percent_of_level, percent_table
 from ..shared_tome.record import CallRecord
 from ..shared_tome.report import CallTally
 from ..shared_tome.sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_own, leave_left_modes
-from .hooks import NO_WEIGHTS, NotServed, is_taken, served_blocks, taken
+from .hooks import NO_WEIGHTS, NotServed, is_taken, served_blocks
 from .notes import Notes
 from .sampling import Sampling
 
@@ -251,8 +251,7 @@ class ForgeCall(UNetCall):
                 handle.remove()
 
     def _watch(self, block: nn.Module) -> list[Any]:
-        layers = {name: getattr(block, name, None) for name in ("attn1", "attn2")}
-        found = frozenset(name for name, layer in layers.items() if isinstance(layer, nn.Module) and is_taken(layer))
+        found = frozenset(part for part in guard.NAMES if is_taken(getattr(block, part, None)))
 
         def begin(*_: Any) -> None:
             self._taken = found
@@ -280,23 +279,10 @@ class ForgeCall(UNetCall):
         grid = grid_of(q.shape[1], self.call.full) if q.dim() == 3 else None
         if grid is not None and "activations_shape" not in extra_options:
             extra_options = {**extra_options, "activations_shape": (self._batch, q.shape[2], *grid)}
-        found = super()._grid(q, k, v, extra_options)
-        if found is not None and "attn1" in self._taken:
-            self._leave(taken("attn1"), extra_options, grid=found)
-            return None
-        return found
+        return super()._grid(q, k, v, extra_options)
 
-    def before_cross_attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple:
-        if self._block_plan is not None and "attn2" in self._taken:
-            self._leave(taken("attn2"), extra_options, grid=grid_of(self._block_plan.tokens, self.call.full))
-            return q, k, v
-        return super().before_cross_attention(q, k, v, extra_options)
-
-    def _before_mlp(self, module: Any, args: tuple) -> tuple:
-        if self._block_plan is not None and is_taken(module):
-            self._block_plan = None  # so that the output is left alone too
-            self._notes.say(taken("ff"), shown=False)
-        return super()._before_mlp(module, args)
+    def _is_replaced(self, part: str, extra_options: dict[str, Any]) -> bool:
+        return part in self._taken or super()._is_replaced(part, extra_options)
 
     def _leave(
         self, reason: str, extra_options: dict[str, Any], detail: str = "", grid: tuple[int, int] | None = None

@@ -20,6 +20,7 @@ from ..shared_tome.bare import about_model, run_bare
 from ..shared_tome.block_hooks import BlockHooks, Judged
 from ..shared_tome.call import MergedAttention
 from ..shared_tome.grid import Grid, grid_of
+from ..shared_tome.guard import is_replaced, why_left_whole
 from ..shared_tome.heads import (
     MET,
     find_rule,
@@ -317,8 +318,9 @@ class _Block:
                 reason = why_not_served(call.config, grid, call.full)
                 self.owner.told.left_alone(reason, self.where, grid, self.part)
             return None
-        if is_taken(attn1):
-            self._leave(taken("attn1"), grid)
+        reason = why_left_whole("attn1", x, batch, x.shape[1], is_taken(attn1))
+        if reason is not None:
+            self._leave(reason, grid)
             return None
         kernels = TORCHS if self._keeps_own(attn1, x) else ()
         about = functools.partial(about_model, attn1, x.device)
@@ -389,9 +391,8 @@ class _Block:
             if plan is None or self.planned is not self.owner.call:  # attn1 did not run in this call of the model
                 return None
             x = args[0] if args else kwargs.get("x")
-            same = isinstance(x, Tensor) and x.dim() == 3 and x.shape[:2] == (plan.batch, plan.tokens)
-            if is_taken(module) or not same:
-                reason = taken(name) if is_taken(module) else changed(name)
+            reason = why_left_whole(name, x, plan.batch, plan.tokens, is_taken(module))
+            if reason is not None:
                 self._leave(reason, grid_of(plan.tokens, self.planned.full))
                 return None
             self.open[name] = plan
@@ -423,35 +424,16 @@ def _kind(attn1: nn.Module, d: int, x: Tensor) -> tuple:
     return _plain_forward(attn1), d, x.device, trial_dtype(x)
 
 
-def _hypertile(attn1: nn.Module) -> Any:
+def _hypertile(attn1: Any) -> Any:
     """What HyperTile keeps on a layer that it once took."""
     return getattr(attn1, "__webui_hypertile_params", None)
 
 
-def is_taken(module: nn.Module) -> bool:
-    """Whether somebody replaced this very layer's forward: what stands there may go by the number of tokens.
-
-    HyperTile leaves its wrapper there when it is off; others put the class's own forward back there.
-    """
-    forward = vars(module).get("forward")
-    if forward is None or getattr(forward, "__func__", None) is type(module).forward:
-        return False
+def is_taken(module: Any) -> bool:
+    """Whether somebody replaced this very layer's forward: what stands there may go by the number of tokens. HyperTile
+    leaves its wrapper there when it is off."""
     params = _hypertile(module)
-    return params is None or bool(getattr(params, "enabled", True))
-
-
-_NAMES = {"attn1": "self-attention", "attn2": "cross-attention", "ff": "feed-forward layer"}
-
-
-def taken(name: str) -> str:
-    """What to tell of a layer that is_taken. name: its attribute of the block."""
-    who = "HyperTile or another extension" if name == "attn1" else "another extension"
-    return f"{who} has replaced the {_NAMES[name]}; such layers are left alone"
-
-
-def changed(name: str) -> str:
-    """What to tell of attn2 or ff where it is given other rows or tokens than the block's self-attention."""
-    return f"another extension has changed the tokens of the {_NAMES[name]}; such layers are left alone"
+    return is_replaced(module) and (params is None or bool(getattr(params, "enabled", True)))
 
 
 def _plain_forward(attn1: nn.Module) -> Any:

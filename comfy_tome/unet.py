@@ -372,14 +372,18 @@ class UNetCall:
 
         grid: of a self-attention, whose tokens lie on it; the others' have to be those of the block's plan.
         """
-        block, plan, shape = extra_options.get("block"), self._block_plan, extra_options.get("activations_shape", ())
-        places = () if block is None else (block, (*block, extra_options.get("block_index", 0)))
-        replaced = any((part, place) in self._replaced for place in places)
+        plan, shape = self._block_plan, extra_options.get("activations_shape", ())
         rows, tokens = x.shape[:2] if grid is not None else (plan.batch, plan.tokens)
-        reason = why_left_whole(part, x, rows, tokens, replaced)
+        reason = why_left_whole(part, x, rows, tokens, self._is_replaced(part, extra_options))
         if reason is not None:
             self._leave(reason, extra_options, grid=grid or tuple(shape[2:4]) or None)
         return reason is not None
+
+    def _is_replaced(self, part: str, extra_options: dict[str, Any]) -> bool:
+        """Whether another node computes this layer of the block that runs now."""
+        block = extra_options.get("block")
+        places = () if block is None else (block, (*block, extra_options.get("block_index", 0)))
+        return any((part, place) in self._replaced for place in places)
 
     def _verdict(self, q: Tensor, grid: tuple[int, int], extra_options: dict[str, Any]) -> Verdict | None:
         """What is known of this layer's times."""

@@ -22,17 +22,17 @@ def is_replaced(module: Any) -> bool:
     return getattr(forward, "__self__", None) is not module or forward.__func__ is not type(module).forward
 
 
-def why_left_whole(part: str, x: Tensor, rows: int, tokens: int, replaced: bool = False) -> str | None:
+def why_left_whole(part: str, x: Any, rows: int, tokens: int, replaced: bool = False) -> str | None:
     """Why a layer is left alone, or None where it may be merged.
 
     Args:
         part: "attn1", "attn2" or "ff", a block's layers.
-        x: what the layer gets, [B, N, C]; rows, tokens: B and N of the block's plan.
+        x: what the layer gets, [B, N, C] as a rule; rows, tokens: B and N of the block's plan.
         replaced: whether another node or extension computes the layer.
     """
     if replaced:
         return f"a {NAMES[part]} that another node or extension replaces is left alone"
-    if x.shape[:2] != (rows, tokens):
+    if not isinstance(x, Tensor) or x.shape[:2] != (rows, tokens):
         return (
             f"a {NAMES[part]} whose rows or tokens are not those of its block is left alone: another node or extension "
             "changes them"

@@ -30,6 +30,8 @@ from .call import MergedAttention, ModelCall, same_halves, shares_match
 from .config import ToMeConfig
 from .curve import is_compiling
 from .grid import Grid, grid_of
+from .guard import is_replaced as is_replaced_here
+from .guard import why_left_whole
 from .heads import (
     MET,
     PROJECTIONS,
@@ -431,8 +433,9 @@ class _Block:
         why = None
         made = type(module).forward.__module__.partition(".")[0]
         if is_replaced(module) or made != type(module).__module__.partition(".")[0]:
-            why = "something else replaces its forward"
-        elif processor is not None and not _is_diffusers(processor):
+            self.owner.say(why_left_whole(name, None, 0, 0, replaced=True))
+            return True
+        if processor is not None and not _is_diffusers(processor):
             why = f"{type(processor).__name__} replaces its attention"
         elif kwargs.get("ip_adapter_masks") is not None:
             why = "an IP-Adapter masks parts of the picture"
@@ -586,8 +589,9 @@ class _Block:
         x = argument(args, kwargs, 0, "hidden_states", "x")
         if now is None or now.plan is None or not isinstance(x, Tensor):
             return None
-        if x.shape[:2] != (now.plan.batch, now.plan.tokens):
-            self.owner.say(f"{name} is not merged: its tokens are not those of the block's self-attention")
+        reason = why_left_whole(name, x, now.plan.batch, now.plan.tokens)
+        if reason is not None:
+            self.owner.say(reason)
             return None
         if self._is_anothers(name, module, kwargs, now.plan.tokens):
             return None
@@ -600,8 +604,8 @@ class _Block:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether another forward than its class's runs. accelerate's moves weights and then runs the class's."""
-    return "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+    """guard.is_replaced, but for accelerate's forward, which moves weights and then runs the class's."""
+    return is_replaced_here(module) and not hasattr(module, "_hf_hook")
 
 
 def _is_diffusers(processor: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 from .host import HIGHEST
 
 ON = [{"ratio": 0.5, "min_tokens": 0}]
+LEFT = "a self-attention that another node or extension replaces is left alone"
 
 
 class _Attention(nn.Module):
@@ -374,7 +375,9 @@ def test_a_layer_that_another_extension_replaced_sees_all_tokens(forge_host, lin
         lines.clear()
         found = forge_host.generate([{**ON[0], "method": method, option: True}])[0]
         assert (found[0] == plain[0]).all()
-        assert sum(f"has replaced the {word}; such layers are left alone" in line for line in lines) == 1
+        assert (
+            sum(line.endswith(f"a {word} that another node or extension replaces is left alone") for line in lines) == 1
+        )
     assert seen == {256, 64}
 
 
@@ -387,10 +390,30 @@ def test_a_replaced_self_attention_is_left_alone(forge_host, lines, own_token):
         )
     found, p = forge_host.generate([{**ON[0], "own_token": own_token}])
     assert (found[0] == plain[0]).all() and not p.extra_generation_params
-    assert sum("has replaced the self-attention" in line for line in lines) == 2  # where it is met, and in the report
+    assert sum(LEFT in line for line in lines) == 2  # where it is met, and in the report
     for block in _blocks(forge_host):
         block.attn1.forward = types.MethodType(type(block.attn1).forward, block.attn1)  # put back, not taken out
     assert (forge_host.generate([{**ON[0], "own_token": own_token}])[0][0] != plain[0]).any()
+
+
+def test_what_the_right_layers_get_beside_a_replaced_one(forge_host):
+    """Of two blocks, one has a replaced cross-attention: the other block's is merged."""
+    sizes = []
+    for place, block in enumerate(_blocks(forge_host)):
+        layer = block.attn2
+        if place == 1:
+            layer.forward = lambda x, *args, layer=layer, **kwargs: type(layer).forward(layer, x, *args, **kwargs)
+        layer.to_q.register_forward_pre_hook(lambda m, args, place=place: sizes.append((place, args[0].shape[1])))
+    forge_host.generate([{**ON[0], "method": "merge", "cross_attention": True}])
+    assert set(sizes) == {(0, 128), (1, 64)}
+
+
+@pytest.mark.parametrize("part", ["attn2", "ff"])
+def test_another_layers_forward_is_a_replacement(forge_host, tome, part):
+    """A method bound to another module, as a copied layer leaves it."""
+    layers = [getattr(block, part) for block in _blocks(forge_host)]
+    layers[0].forward = layers[1].forward
+    assert tome.hooks.is_taken(layers[0]) and not tome.hooks.is_taken(layers[1])
 
 
 def test_an_attention_of_few_head_sizes_gets_no_weights(forge_host, monkeypatch, lines):

@@ -178,10 +178,10 @@ def test_rows_calls_and_prompts_do_not_move_the_choices(host, tome, monkeypatch,
     seen = []
     original = tome.sampling.Sampling.call
 
-    def call(self, full, batch, device, rows=None, **more):
-        made = original(self, full, batch, device, rows, **more)
+    def call(self, x, *arguments, **more):
+        made = original(self, x, *arguments, **more)
         seeds = made.seed.tolist()
-        seen.append([seeds[row % len(seeds)] for row in range(batch)])
+        seen.append([seeds[row % len(seeds)] for row in range(len(x))])
         return made
 
     monkeypatch.setattr(tome.sampling.Sampling, "call", call)

@@ -47,7 +47,7 @@ def test_somebody_elses_attention_is_told(host, lines):
     host.generate(ON)
     report = lines[-1]
     assert "nothing was merged" in report
-    assert "left alone: 7 layers at levels 0, 1 (HyperTile or another extension has replaced" in report
+    assert "left alone: 7 layers at levels 0, 1 (a self-attention that another node or extension replaces" in report
 
 
 def test_layers_are_counted_by_blocks(host, tome):
@@ -113,7 +113,7 @@ def test_calls_that_are_alike_are_told_once(host, tome, monkeypatch):
     """What a report costs: a model's layers once a pass, whatever the number of steps."""
     told, tally = [], type(tome.sampling.Run(tome.core.ToMeConfig()).tally)
     add = tally._add
-    monkeypatch.setattr(tally, "_add", lambda self, layer, *step: (told.append(layer.where), add(self, layer, *step)))
+    monkeypatch.setattr(tally, "_add", lambda self, layer, *more: (told.append(layer.where), add(self, layer, *more)))
     host.generate(ON, steps=9)
     assert len(told) == 7
     host.generate([{**ON[0], "start": 0.5, "hires_ratio": 0.25}], steps=9, enable_hr=True)

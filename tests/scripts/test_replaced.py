@@ -67,7 +67,7 @@ def replace_forward(unet):
         (replace_attn2, "attn2 is not merged: Regional replaces its attention", 2),
         (mask_attn2, "attn2 is not merged: an IP-Adapter masks parts of the picture", 2),
         (mask_prompt, "attn2 is not merged: it has a mask for each token", 1),
-        (replace_forward, "attn2 is not merged: something else replaces its forward", 2),
+        (replace_forward, "a cross-attention that another node or extension replaces is left alone", 2),
     ],
 )
 def test_a_cross_attention_that_needs_every_token_gets_it(change, words, blocks, caplog):
@@ -90,6 +90,18 @@ def test_a_cross_attention_that_needs_every_token_gets_it(change, words, blocks,
     assert caplog.text.count(words) == 1, "said once"
 
 
+def test_the_classs_own_forward_put_back_is_no_replacement(caplog):
+    """accelerate leaves it on each module when its hooks are removed."""
+    unet = models.sd15()
+    shared_tome.apply_patch(unet, config=config(cross_attention=True, mlp=True))
+    merged = models.run(unet)
+    for block in served_blocks(unet):
+        for layer in (block.attn1, block.attn2, block.ff):
+            layer.forward = layer.forward
+    shared_tome.apply_patch(unet, config=config(cross_attention=True, mlp=True))
+    assert torch.equal(models.run(unet), merged) and not caplog.text
+
+
 def test_a_feed_forward_in_chunks_is_left_alone(caplog):
     unet = models.sd15()
     shared_tome.apply_patch(unet, config=config(mlp=True))
@@ -97,7 +109,7 @@ def test_a_feed_forward_in_chunks_is_left_alone(caplog):
     for block in served_blocks(unet):
         block.set_chunk_feed_forward(10, 1)
     assert tokens_of(unet, "ff") == {10}
-    assert "ff is not merged: its tokens are not those of the block's self-attention" in caplog.text
+    assert "a feed-forward layer whose rows or tokens are not those of its block is left alone" in caplog.text
 
 
 class Itself:
