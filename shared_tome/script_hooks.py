@@ -450,7 +450,7 @@ class _Block:
     def _keeps_own(self, attn1: nn.Module, x: Any) -> bool:
         """Whether the queries of this call of a layer keep their own tokens."""
         call = self.owner.call
-        if call.joint is None or not self.owner.merge_attn or getattr(attn1, "fused_projections", False):
+        if call.joint is None or not self.owner.merge_attn or is_fused(attn1):
             return False
         if not isinstance(x, Tensor) or x.dim() != 3:
             return False
@@ -512,7 +512,7 @@ class _Block:
         if kind.keys and argument(args, kwargs, 2, "attention_mask", "mask") is not None:
             self.owner.say("a self-attention with a mask is left alone")
             return False
-        if getattr(attn1, "fused_projections", False) and kind.keys != kind.queries:
+        if is_fused(attn1) and kind.keys != kind.queries:
             self.owner.say(
                 "fused projections allow no keys of their own; call unfuse_qkv_projections() or choose method merge"
             )
@@ -528,7 +528,7 @@ class _Block:
         layer = now.layer
         if layer.bias is None:
             return
-        if getattr(attn1, "fused_projections", False):
+        if is_fused(attn1):
             self.owner.say("fused projections take no weights of keys; proportional attention is off")
             return
         d = head_size(attn1, attn1.heads, layer.q)
@@ -606,6 +606,14 @@ class _Block:
 def is_replaced(module: nn.Module) -> bool:
     """guard.is_replaced, but for accelerate's forward, which moves weights and then runs the class's."""
     return is_replaced_here(module) and not hasattr(module, "_hf_hook")
+
+
+def is_fused(attention: nn.Module) -> bool:
+    """Whether one projection makes queries, keys and values. diffusers' U-Nets keep the mark after
+    unfuse_qkv_projections(), and its plain processors pay no heed to it."""
+    processor = getattr(attention, "processor", None)
+    plain = _is_diffusers(processor) and not type(processor).__name__.startswith("Fused")
+    return getattr(attention, "fused_projections", False) and not plain
 
 
 def _is_diffusers(processor: Any) -> bool:

@@ -266,6 +266,8 @@ def test_fused_projections(method, caplog):
     unet.fuse_qkv_projections()
     torch.testing.assert_close(models.run(unet), apart if method == "merge" else before, rtol=1e-4, atol=1e-5)
     assert ("unfuse_qkv_projections" in caplog.text) == (method == "sample")
+    unet.unfuse_qkv_projections()
+    torch.testing.assert_close(models.run(unet), apart, rtol=0, atol=0)
 
 
 def test_the_choice_comes_from_the_seed_and_the_step_alone():
