@@ -446,3 +446,44 @@ def test_a_failure_for_want_of_memory_says_nothing_of_an_attention(tome, monkeyp
     monkeypatch.setattr(_Attention, "forward", full)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         tome.forge.takes_wider(block.attn1, 4, torch.zeros(1, 6, 32))
+
+
+# --- other extensions' patches of the cross-attention -----------------------------------------------------------------
+
+
+def _options(host):
+    return host.shared.sd_model.original.unet.model_options["transformer_options"]
+
+
+@pytest.mark.parametrize("method", ["merge", "prune"])
+def test_a_cross_attention_that_a_patch_replaces_sees_all_tokens(forge_host, lines, method):
+    """Forge's IP-Adapter takes the place of attn2."""
+    seen = set()
+
+    def other(q, k, v, extra):
+        seen.add(q.shape[1])
+        return q
+
+    _options(forge_host)["patches_replace"] = {"attn2": {("input", 0): other, ("input", 1): other}}
+    plain, _ = forge_host.generate([{**ON[0], "method": method}])
+    lines.clear()
+    found, _ = forge_host.generate([{**ON[0], "method": method, "cross_attention": True}])
+    assert (found[0] == plain[0]).all() and seen == {256, 64}
+    assert len(lines) == 2 and "cross-attention" in lines[0], lines
+
+
+@pytest.mark.parametrize("method", ["merge", "prune"])
+def test_a_cross_attention_with_more_rows_is_left_alone(forge_host, lines, method):
+    """Forge Couple gives each region a row."""
+
+    def couple(q, k, v, extra):
+        return tuple(torch.cat([x, x]) for x in (q, k, v))
+
+    _options(forge_host)["patches"] = {
+        "attn2_patch": [couple], "attn2_output_patch": [lambda out, extra: out.chunk(2)[0]],
+    }  # fmt: skip
+    plain, _ = forge_host.generate([{**ON[0], "method": method}])
+    lines.clear()
+    found, _ = forge_host.generate([{**ON[0], "method": method, "cross_attention": True}])
+    assert (found[0] == plain[0]).all()
+    assert len(lines) == 2 and "cross-attention" in lines[0], lines
