@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..comfy_tome.unet import UNetCall, block_name
 from ..shared_tome import ModelCall, guard
+from ..shared_tome.failures import is_out_of_memory
 from ..shared_tome.grid import grid_of
 from ..shared_tome.heads import (
     GIVEN,
@@ -192,9 +193,9 @@ def takes_wider(attention: nn.Module, heads: int, q: Tensor) -> bool:
     try:
         with torch.no_grad():
             return type(attention).forward(layer, x).shape == x.shape
-    except torch.cuda.OutOfMemoryError:  # says nothing of the attention
-        raise
-    except Exception:  # whatever a foreign attention raises
+    except Exception as error:  # whatever a foreign attention raises
+        if is_out_of_memory(error):  # says nothing of the attention
+            raise
         return False
 
 

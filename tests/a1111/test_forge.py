@@ -437,14 +437,22 @@ def test_an_attention_of_few_head_sizes_gets_no_weights(forge_host, monkeypatch,
         assert sum("takes no weights of keys" in line for line in lines) == 1
 
 
-def test_a_failure_for_want_of_memory_says_nothing_of_an_attention(tome, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        MemoryError(),
+    ],
+)
+def test_a_failure_for_want_of_memory_says_nothing_of_an_attention(tome, monkeypatch, error):
     block = _Block(32, 4)
 
     def full(self, x, *args, **kwargs):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(_Attention, "forward", full)
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    with pytest.raises(type(error)):
         tome.forge.takes_wider(block.attn1, 4, torch.zeros(1, 6, 32))
 
 
