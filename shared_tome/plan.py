@@ -13,6 +13,10 @@ from torch import Tensor
 from . import kernels
 
 
+# Devices that have float64; Apple's GPUs, for one, do not.
+WITH_FLOAT64 = ("cpu", "cuda", "meta")
+
+
 class Plan:
     """Merges N tokens into M and back. This base class merges nothing: both return their argument.
 
@@ -195,11 +199,11 @@ def group_sum(x: Tensor, groups: Tensor, kept: int) -> Tensor:
 def _sum_dtype(x: Tensor) -> torch.dtype:
     """What x's tokens are added up in: float64 where some tokens of x's dtype overflow float32, or are finer.
 
-    Some other devices (Apple's GPUs) have no float64; there sums of float32 and bfloat16 stay in float32.
+    Where the device has no float64, sums of float32 and bfloat16 stay in float32.
     """
     if x.dtype == torch.float64:
         return torch.float64
-    able = x.device.type in ("cpu", "cuda", "meta")
+    able = x.device.type in WITH_FLOAT64
     return torch.float64 if able and x.dtype in (torch.float32, torch.bfloat16) else torch.float32
 
 
