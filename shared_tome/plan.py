@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import kernels
 
-
 # Devices that have float64; Apple's GPUs, for one, do not.
 WITH_FLOAT64 = ("cpu", "cuda", "meta")
 
