@@ -15,6 +15,7 @@ from torch import Tensor
 from ..shared_tome import ToMeConfig
 from ..shared_tome.auto import Attention, Verdict
 from ..shared_tome.autotune.store import NotNow
+from ..shared_tome.guard import is_replaced
 from ..shared_tome.step_auto import is_judged, rows_of, verdict_of
 from .model_call import find_options, put_options
 from .unet_model import dtype_of
@@ -104,5 +105,5 @@ def _refuse_anothers(base_model: Any) -> None:
     if "_apply_model" in base_model.__dict__:
         raise NotNow("another node stands in the place of the model's call")
     for module in base_model.diffusion_model.modules():
-        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+        if is_replaced(module) or module._forward_hooks or module._forward_pre_hooks:
             raise NotNow(f"another node works on the model's {type(module).__name__}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .failures import is_out_of_memory
+from .guard import is_replaced
 
 # Of nn.Module.
 _HOOKS = (
@@ -79,7 +80,7 @@ def about_model(model: nn.Module, device: torch.device) -> str:
             codes.add(_code(type(module).forward if processor is None else type(processor)))
             codes.update(() if backend is None else (str(backend),))
         # Offloading and quantization stand in the place of a forward, or bring classes of their own.
-        if "forward" in module.__dict__:
+        if is_replaced(module):
             stored.add("replaced forwards")
         weight = module._parameters.get("weight")
         if weight is not None:
@@ -97,10 +98,11 @@ def _code(made: Any) -> str:
 
 def _bare(module: nn.Module, taken: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy without hooks; taken: what it gets for a parameter or buffer. Raises ValueError for another's forward."""
-    if "forward" in module.__dict__:
+    if is_replaced(module):
         raise ValueError(f"{type(module).__name__} has a forward of its own")
     made = copy.copy(module)
     state = made.__dict__
+    state.pop("forward", None)  # the class's own, put back by a host: it is bound to the module copied from
     state["_modules"] = {
         name: child if child is None else _bare(child, taken) for name, child in module._modules.items()
     }

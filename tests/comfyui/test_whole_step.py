@@ -98,6 +98,17 @@ def test_not_judged_under_another_nodes_attention(sd15, tome, judged):
     assert torch.equal(sample(tome(model, **OPTIONS), steps=1), expected) and not judged["keys"]
 
 
+def test_run_where_comfyui_has_put_a_classs_own_forward_back(sd15, tome, judged):
+    """It does when it takes an object patch off."""
+    block = next(m for m in sd15.model.diffusion_model.modules() if hasattr(m, "attn1"))
+    block.ff.forward = block.ff.forward
+    try:
+        sample(tome(sd15, **OPTIONS), steps=1)
+    finally:
+        del block.ff.forward
+    assert judged["outs"]
+
+
 @pytest.mark.parametrize("what", ["forward", "hook", "call"])
 def test_not_run_where_another_node_works_on_the_model_itself(sd15, tome, judged, caplog, what):
     base = sd15.model
@@ -105,7 +116,8 @@ def test_not_run_where_another_node_works_on_the_model_itself(sd15, tome, judged
     expected = sample(tome(sd15, **OPTIONS, levels="0,1"), steps=1)
     handle = block.ff.register_forward_hook(lambda *_: None) if what == "hook" else None
     if what == "forward":
-        block.ff.forward = block.ff.forward
+        kept = block.ff.forward
+        block.ff.forward = lambda x: kept(x)
     elif what == "call":
         base._apply_model = base._apply_model
     try:

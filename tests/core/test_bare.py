@@ -49,10 +49,21 @@ def test_a_forward_that_writes_into_its_weights_does_not_reach_the_models(block)
     assert all(torch.equal(value, kept[name]) for name, value in block.state_dict().items())
 
 
+def test_the_classs_own_forward_put_back_is_no_replacement(block):
+    """ComfyUI leaves it on a module whose object patch it takes off. The copy must not run the original's weights."""
+    expected = block(X, encoder_hidden_states=torch.zeros(2, 77, 24))
+    block.attn1.to_k.forward = block.attn1.to_k.forward
+    run = run_bare(block, X)
+    with torch.no_grad():
+        block.attn1.to_k.weight.zero_()
+    assert torch.equal(run(), expected)
+
+
 @pytest.mark.parametrize("what", ["forward", "no prompt", "raises", "another shape"])
 def test_what_is_not_understood_is_not_timed(block, what):
     if what == "forward":
-        block.attn1.to_k.forward = block.attn1.to_k.forward  # as offloading and patches of single layers do
+        kept = block.attn1.to_k.forward
+        block.attn1.to_k.forward = lambda x: kept(x)  # as offloading and patches of single layers do
     elif what == "no prompt":
         block.attn2 = None
     elif what == "raises":

@@ -51,7 +51,7 @@ def test_sdxl_at_tomesds_defaults_says_that_it_has_no_such_level(caplog):
     assert lines(caplog) == ["[ToMe] nothing is merged: its level is not one of levels 0 (8x10 tokens, 4x5 tokens)"]
 
 
-@pytest.mark.parametrize("options", [{"min_tokens": 4096}, {"start": 0.9}])
+@pytest.mark.parametrize("options", [{"min_tokens": 4096}, {"start": 1.0}])
 def test_each_run_of_a_pipeline_says_it(options, caplog):
     pipe = models.pipeline()
     before = models.generate(pipe)

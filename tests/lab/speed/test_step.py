@@ -55,6 +55,9 @@ def made(model):
     return lambda variant: unets.Step(model, "tiny", variant, inputs, (0,))
 
 
+TRIED = 5  # keys with which an attention is tried out, anew where torch's function is another
+
+
 def keys_seen(step, monkeypatch):
     """(queries, keys) of each attention but those to the prompt."""
     seen, kept = [], torch.nn.functional.scaled_dot_product_attention
@@ -66,7 +69,7 @@ def keys_seen(step, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
         step()
-    return {pair for pair in seen if pair[1] != 77}
+    return {pair for pair in seen if pair[1] not in (77, TRIED)}
 
 
 @pytest.mark.parametrize(
