@@ -16,7 +16,7 @@ from .rows import results
 
 ROOT = Path(__file__).resolve().parents[2]
 HELP = ("web/docs/ToMe.md", *(f"web/docs/ToMe/{language}.md" for language in LANGUAGES))
-PAGES = ("README.md", *HELP, *(f"docs/{page}.md" for page in ("settings", "speed", "quality", "vit")))
+PAGES = ("README.md", *HELP, *(f"docs/{page}.md" for page in ("settings", "speed", "quality", "vit", "kernels")))
 NOTHING = "Not measured yet.\n"
 _BLOCK = re.compile(r"(<!-- (\w+)(?: ([\w-]+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 # Of an argument, where the marker has one: a language, or a file of lab/results/fidelity.

@@ -199,6 +199,22 @@ def multigpu(rows: list[Row]) -> str:
     return f"{table(head, body)}\n{about(rows)}.\n"
 
 
+def multires(rows: list[Row]) -> str:
+    """Attention to keys at three resolutions: microseconds, and how many times as fast as cuDNN's to all tokens."""
+    ways = [way for way in dict.fromkeys(row["way"] for row in rows) if way != "cudnn"]
+    groups: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(row["shape"], {})[row["way"]] = row
+    body = []
+    for shape, found in groups.items():
+        base = found["cudnn"]
+        tokens = f"{int(base['tokens']):,} x {base['heads']} of {base['channels']}, {base['text']} of text"
+        cells = [f"{float(found[way]['us']):,.0f} ({times(found[way])})" if way in found else "-" for way in ways]
+        body.append([shape, tokens, f"{float(base['us']):,.0f}", *cells])
+    head = ["shape", "tokens x heads of channels", "cudnn, all tokens", *ways]
+    return f"{table(head, body)}\n{about(rows)}.\n"
+
+
 # table: (its CSV, which of the rows, what makes it)
 MAKERS: dict[str, tuple[str, Callable[[Row], bool], Callable[[list[Row]], str]]] = {
     "speed": ("hosts", lambda row: row["backend"] == "default", speed),
@@ -211,6 +227,7 @@ MAKERS: dict[str, tuple[str, Callable[[Row], bool], Callable[[list[Row]], str]]]
     "dit": ("dit", bool, dit),
     "weights": ("dit-attention", bool, weights),
     "multigpu": ("multigpu", bool, multigpu),
+    "multires": ("multires", bool, multires),
 }
 
 
