@@ -422,8 +422,8 @@ def test_standing_aside_is_one_line(host, tome, monkeypatch):
     monkeypatch.setattr(tome.notes.logger, "info", lambda text, *args: lines.append(text % args))
     _use_hypertile(_unet(host), True)
     _, p = host.generate(ON)
-    assert len(lines) == 1 and "HyperTile" in lines[0]
-    assert any("HyperTile" in comment for comment in p.comments)
+    said = "a self-attention that another node or extension replaces is left alone"
+    assert lines == [f"[ToMe] {said}"] and any(said in comment for comment in p.comments)
 
 
 def test_another_u_net_is_told(host):
