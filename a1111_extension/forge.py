@@ -16,10 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from ..comfy_tome.unet import UNetCall, block_name
-from ..shared_tome import ModelCall, guard
-from ..shared_tome.failures import is_out_of_memory
-from ..shared_tome.grid import grid_of
-from ..shared_tome.heads import (
+from ..shared_tome import ModelCall
+from ..shared_tome.attention.combine import TORCHS
+from ..shared_tome.attention.sdpa import (
+    NOT_AS_TRIED,
+    Handler,
+    HostAttention,
+    SdpaHooks,
+    attend_own,
+    leave_left_modes,
+)
+from ..shared_tome.attention.sequence import JointCall
+from ..shared_tome.core.failures import is_out_of_memory
+from ..shared_tome.core.grid import grid_of
+from ..shared_tome.core.progress import percent_of_level, percent_table
+from ..shared_tome.hooks import guard
+from ..shared_tome.hooks.heads import (
     GIVEN,
     PROJECTIONS,
     meets_at_sdpa,
@@ -31,13 +43,9 @@ from ..shared_tome.heads import (
     widen_value,
     width,
 )
-from ..shared_tome.joined import TORCHS
-from ..shared_tome.joint import JointCall
-from ..shared_tome.plan import spread_rows
-from ..shared_tome.progress import percent_of_level, percent_table
-from ..shared_tome.record import CallRecord
-from ..shared_tome.report import CallTally
-from ..shared_tome.sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_own, leave_left_modes
+from ..shared_tome.inspect.record import CallRecord
+from ..shared_tome.inspect.report import CallTally
+from ..shared_tome.merging.plan import spread_rows
 from .hooks import NO_WEIGHTS, NotServed, is_taken, served_blocks
 from .notes import Notes
 from .sampling import Sampling

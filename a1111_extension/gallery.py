@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..shared_tome.maps import draw_maps
-from ..shared_tome.record import Run
+from ..shared_tome.inspect.maps import draw_maps
+from ..shared_tome.inspect.record import Run
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..shared_tome import ModelCall
+from ..shared_tome.attention.combine import TORCHS
+from ..shared_tome.attention.sdpa import (
+    NOT_AS_TRIED,
+    Handler,
+    HostAttention,
+    SdpaHooks,
+    attend_own,
+    attend_weighed,
+    leave_left_modes,
+)
+from ..shared_tome.attention.sequence import JointCall
+from ..shared_tome.autotune.detached import about_model, run_bare
 from ..shared_tome.autotune.verdict import Verdict
-from ..shared_tome.bare import about_model, run_bare
-from ..shared_tome.block_hooks import BlockHooks, Judged
-from ..shared_tome.call import MergedAttention
-from ..shared_tome.grid import Grid, grid_of
-from ..shared_tome.guard import is_replaced, why_left_whole
-from ..shared_tome.heads import (
+from ..shared_tome.core.grid import Grid, grid_of
+from ..shared_tome.core.progress import percent_of_time
+from ..shared_tome.hooks.blocks import BlockHooks, Judged
+from ..shared_tome.hooks.guard import is_replaced, why_left_whole
+from ..shared_tome.hooks.heads import (
     MET,
     find_rule,
     head_size,
@@ -37,21 +48,10 @@ from ..shared_tome.heads import (
     widen_value,
     width,
 )
-from ..shared_tome.joined import TORCHS
-from ..shared_tome.joint import JointCall
-from ..shared_tome.plan import Plan, spread_rows
-from ..shared_tome.progress import percent_of_time
-from ..shared_tome.record import CallRecord
-from ..shared_tome.report import CallTally, why_not_served
-from ..shared_tome.sdpa import (
-    NOT_AS_TRIED,
-    Handler,
-    HostAttention,
-    SdpaHooks,
-    attend_own,
-    attend_weighed,
-    leave_left_modes,
-)
+from ..shared_tome.inspect.record import CallRecord
+from ..shared_tome.inspect.report import CallTally, why_not_served
+from ..shared_tome.merging.call import MergedAttention
+from ..shared_tome.merging.plan import Plan, spread_rows
 from .sampling import Sampling
 
 # Those whose hooks are on a model. Not a registry to work with: it only serves to take off what a crash left on.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ..shared_tome.record import Run
-from ..shared_tome.report import Layer, Report
+from ..shared_tome.inspect.record import Run
+from ..shared_tome.inspect.report import Layer, Report
 
 
 def tell(runs: Mapping[bool, Run]) -> str:

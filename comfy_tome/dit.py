@@ -9,7 +9,7 @@ many keys as queries alone, goes first, and what it declines is merged. (One mod
 options and so are met one step later, where they call torch: DiTModel.silent.)
 
 In one softmax with text, each image token that stands for n counts n times: log(n) is added to its logits
-(shared_tome/joint.py, dit_attention.py).
+(shared_tome/attention/sequence.py, dit_attention.py).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 from torch import Tensor
 
 from ..shared_tome import ModelCall, ToMeConfig
-from ..shared_tome.attention import extra_channels
-from ..shared_tome.auto import Verdict, known_or_measured, may_measure, measures, name_of
+from ..shared_tome.attention.bias import extra_channels
+from ..shared_tome.attention.sequence import JointCall
+from ..shared_tome.autotune.layer import Verdict, known_or_measured, may_measure, measures, name_of
 from ..shared_tome.autotune.timing import compared
-from ..shared_tome.curve import is_compiling
-from ..shared_tome.joint import JointCall
-from ..shared_tome.plan import Plan
-from ..shared_tome.report import NO_WHOLE_TOKEN, CallTally, why_no_step, why_not_served
-from ..shared_tome.schedule import config_at
+from ..shared_tome.core.curve import is_compiling
+from ..shared_tome.core.schedule import config_at
+from ..shared_tome.inspect.report import NO_WHOLE_TOKEN, CallTally, why_no_step, why_not_served
+from ..shared_tome.merging.plan import Plan
 from .dit_attention import (
     Call,
     attend_merged,

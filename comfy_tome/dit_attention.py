@@ -1,8 +1,9 @@
 """One attention call of a transformer in ComfyUI, and the ways to weigh its keys.
 
-"joined": keys of one weight in a call of their own, joined by log-sum-exps (shared_tome/joint.py). It takes the place
-of ComfyUI's PyTorch attention where that is what would run, and on the same kernel. "channels": the weights as further
-channels of the heads, which any attention function takes: those of other nodes and packages, calls with a mask.
+"joined": keys of one weight in a call of their own, joined by log-sum-exps (shared_tome/attention/sequence.py). It
+takes the place of ComfyUI's PyTorch attention where that is what would run, and on the same kernel. "channels": the
+weights as further channels of the heads, which any attention function takes: those of other nodes and packages, calls
+with a mask.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..shared_tome import kernels
-from ..shared_tome.attention import extend_heads, extra_channels, minds_scale
+from ..shared_tome.attention.bias import extend_heads, extra_channels, minds_scale
+from ..shared_tome.attention.combine import KERNELS, TORCHS
+from ..shared_tome.attention.self_token import why_not_kept
+from ..shared_tome.attention.sequence import JointCall, image_bias, merge_image, take_heads, unmerge_image
 from ..shared_tome.config import Method
-from ..shared_tome.joined import KERNELS, TORCHS
-from ..shared_tome.joint import JointCall, image_bias, merge_image, take_heads, unmerge_image
-from ..shared_tome.own import why_not_kept
-from ..shared_tome.plan import Plan, take
+from ..shared_tome.merging.plan import Plan, take
 from .log import say_once
 
 _HOST = "comfy.ldm.modules.attention"

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..shared_tome.grid import Grid
+from ..shared_tome.core.grid import Grid
 from .dit_models import DiTModel, Told, cross_lengths
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..shared_tome.grid import Grid
+from ..shared_tome.core.grid import Grid
 
 Shape = tuple[int, ...]
 # What a call is told beside its latent: apply_model's keywords, the prompt as "c_crossattn".
@@ -39,7 +39,7 @@ class DiTModel:
     parts: some layers call attention several times, each time with a part of the queries and all keys.
     compiles: forward hands keywords that it does not know to its wrappers, which torch.compile can guard (unet.py).
     silent(model): self-attentions to be served whose calls do not tell their options, so that no override reaches them:
-        they are met where they call torch (shared_tome/sdpa.py).
+        they are met where they call torch (shared_tome/attention/sdpa.py).
     """
 
     name: str

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..shared_tome.sdpa import Handler, HostAttention, SdpaHooks, leave_left_modes
+from ..shared_tome.attention.sdpa import Handler, HostAttention, SdpaHooks, leave_left_modes
 
 # What to say where one of them calls another attention.
 NOT_TORCHS = "an attention that is not PyTorch's is left alone: this model tells no node of it"

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ..shared_tome.curve import is_compiling
+from ..shared_tome.core.curve import is_compiling
 
 if TYPE_CHECKING:
-    from ..shared_tome.grid import Grid
-    from ..shared_tome.report import CallTally
+    from ..shared_tome.core.grid import Grid
+    from ..shared_tome.inspect.report import CallTally
     from .outcome import Outcome
 
 logger = logging.getLogger("ToMe")

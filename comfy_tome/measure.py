@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..shared_tome.report import StepTime
+from ..shared_tome.inspect.report import StepTime
 from .model_call import APPLY_MODEL, DIFFUSION_MODEL, find_options, put_options, without_wrapper
 from .record import LastCall, Run
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..shared_tome import ModelCall, ToMeConfig
-from ..shared_tome.call import same_halves, shares_match
-from ..shared_tome.progress import Draws, percent_of_level, percent_table, place_of
+from ..shared_tome.core.progress import Draws, percent_of_level, percent_table, place_of
+from ..shared_tome.merging.call import same_halves, shares_match
 
 KEY = "ToMe"
 APPLY_MODEL = "apply_model"  # comfy.patcher_extension.WrappersMP.APPLY_MODEL

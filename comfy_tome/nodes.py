@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..shared_tome import ToMeConfig
 from ..shared_tome.config import CUSTOM, PRESETS, Widget
-from ..shared_tome.report import capped
+from ..shared_tome.inspect.report import capped
 from .clip_vision import ToMeCLIPVision
 from .log import logger
 from .patch import apply_to_model

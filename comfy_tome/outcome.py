@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..shared_tome import ToMeConfig
-from ..shared_tome.curve import is_compiling
+from ..shared_tome.core.curve import is_compiling
 from .log import logger, say_once
 from .mergers import merger_in
 from .record import RECORD

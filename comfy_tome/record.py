@@ -1,7 +1,7 @@
 """What is kept of a sampler's run for ToMe Map and ToMe Report, and only where a ToMe Record node asks for it.
 
 The record travels as one entry of the model's transformer_options, so that ToMe's wrappers find it wherever the nodes
-stand. What a run is, and what is kept of it: shared_tome/record.py.
+stand. What a run is, and what is kept of it: shared_tome/inspect/record.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..shared_tome import ToMeConfig
-from ..shared_tome.record import CallRecord, Run, StepFacts
+from ..shared_tome.inspect.record import CallRecord, Run, StepFacts
 from .log import say_once
 from .model_call import DIFFUSION_MODEL, draw_of, find_options, step_of
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..shared_tome.maps import draw_maps
-from ..shared_tome.overlay import SHOWS
-from ..shared_tome.report import Report
+from ..shared_tome.inspect.maps import draw_maps
+from ..shared_tome.inspect.overlay import SHOWS
+from ..shared_tome.inspect.report import Report
 from .log import logger
 from .measure import measure
 from .record import COMPILED, RECORD, Record, Run
@@ -124,7 +124,15 @@ class ToMeMap(io.ComfyNode):
         run = record.run(sampling)
         return io.NodeOutput(
             draw_maps(
-                run, image, pictures, show=show, level=level, layer=layer, step=step, opacity=opacity, legend=legend,
+                run,
+                image,
+                pictures,
+                show=show,
+                level=level,
+                layer=layer,
+                step=step,
+                opacity=opacity,
+                legend=legend,
                 empty=EMPTY,
             )  # fmt: skip
         )

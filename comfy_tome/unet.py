@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from ..shared_tome import ModelCall, ToMeConfig
-from ..shared_tome.attention import attend_tokens, minds_scale
-from ..shared_tome.auto import Attention, Verdict
-from ..shared_tome.call import why_left_alone as why_layers_left_alone
-from ..shared_tome.curve import is_compiling
-from ..shared_tome.grid import grid_at
-from ..shared_tome.guard import why_left_whole
-from ..shared_tome.joint import JointCall
-from ..shared_tome.own import NOT_KEPT
-from ..shared_tome.plan import Plan
-from ..shared_tome.report import NO_WHOLE_TOKEN, CallTally, why_no_step, why_not_served
-from ..shared_tome.schedule import config_at
-from ..shared_tome.step_auto import why_left_alone
+from ..shared_tome.attention.bias import attend_tokens, minds_scale
+from ..shared_tome.attention.self_token import NOT_KEPT
+from ..shared_tome.attention.sequence import JointCall
+from ..shared_tome.autotune.layer import Attention, Verdict
+from ..shared_tome.autotune.step import why_left_alone
+from ..shared_tome.core.curve import is_compiling
+from ..shared_tome.core.grid import grid_at
+from ..shared_tome.core.schedule import config_at
+from ..shared_tome.hooks.guard import why_left_whole
+from ..shared_tome.inspect.report import NO_WHOLE_TOKEN, CallTally, why_no_step, why_not_served
+from ..shared_tome.merging.call import why_left_alone as why_layers_left_alone
+from ..shared_tome.merging.plan import Plan
 from .dit_attention import Call, attend_joint, kernel_order, may_join
 from .log import leave_alone, say_once
 from .model_call import (

@@ -1,4 +1,4 @@
-"""Whether merging pays in a U-Net's whole step in ComfyUI (shared_tome/step_auto.py).
+"""Whether merging pays in a U-Net's whole step in ComfyUI (shared_tome/autotune/step.py).
 
 What is run is the model's own call without a node's patches, wrappers or control networks, so nobody else sees a call
 more; where another node has replaced or hooked a part of the model itself, nothing is run.
@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from ..shared_tome import ToMeConfig
-from ..shared_tome.auto import Attention, Verdict
+from ..shared_tome.autotune.layer import Attention, Verdict
+from ..shared_tome.autotune.step import is_judged, rows_of, verdict_of
 from ..shared_tome.autotune.store import NotNow
-from ..shared_tome.guard import is_replaced
-from ..shared_tome.step_auto import is_judged, rows_of, verdict_of
+from ..shared_tome.hooks.guard import is_replaced
 from .model_call import find_options, put_options
 from .unet_model import dtype_of
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..shared_tome.guard import is_replaced
+from ..shared_tome.hooks.guard import is_replaced
 
 # Walking through a model takes longer than a step may.
 _known_layers: weakref.WeakKeyDictionary[Any, list[tuple[int, int, int]]] = weakref.WeakKeyDictionary()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .attention import attend
-from .call import ModelCall
+from .attention.bias import attend
 from .config import METHODS, ToMeConfig
-from .matching import match_tokens
-from .plan import Plan
+from .core.matching import match_tokens
+from .merging.call import ModelCall
+from .merging.plan import Plan
 
 if TYPE_CHECKING:
     from .scripts import apply_patch, remove_patch

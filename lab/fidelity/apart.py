@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from shared_tome import ModelCall, ToMeConfig
-from shared_tome.curve import curve_order
-from shared_tome.grid import Grid
-from shared_tome.joined import TORCHS, attend_with_lse, choose_kernel
-from shared_tome.noise import key
-from shared_tome.plan import spread_rows
-from shared_tome.sampling import SamplePlan, kept_count, run_of_token, walk_table
+from shared_tome.attention.combine import TORCHS, attend_with_lse, choose_kernel
+from shared_tome.core.curve import curve_order
+from shared_tome.core.grid import Grid
+from shared_tome.core.noise import key
+from shared_tome.core.sampling import SamplePlan, kept_count, run_of_token, walk_table
+from shared_tome.merging.plan import spread_rows
 
 QUERIES = ("same", "apart", "own")
 

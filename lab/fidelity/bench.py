@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from shared_tome.schedule import ratio_at
+from shared_tome.core.schedule import ratio_at
 
 from ..models.data import make_bank
 from ..models.diffusion import clean, signal_of

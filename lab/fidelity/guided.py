@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from shared_tome import ModelCall, Plan, ToMeConfig
-from shared_tome.call import MergedAttention
-from shared_tome.curve import curve_order
-from shared_tome.grid import Grid
-from shared_tome.matching import match_tokens
-from shared_tome.plan import spread_rows, take
-from shared_tome.sampling import kept_count, walk_table
+from shared_tome.core.curve import curve_order
+from shared_tome.core.grid import Grid
+from shared_tome.core.matching import match_tokens
+from shared_tome.core.sampling import kept_count, walk_table
+from shared_tome.merging.call import MergedAttention
+from shared_tome.merging.plan import spread_rows, take
 
 # Of two runs' tokens, how many the restless half of the pairs keeps and how many the calm one.
 _KEEPS = (3, 1)

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_tome.attention import attend
-from shared_tome.grid import Grid, grid_of
-from shared_tome.joined import TORCHS
-from shared_tome.joint import JointCall
-from shared_tome.plan import Plan
-from shared_tome.schedule import ratio_at, serves_layer
+from shared_tome.attention.bias import attend
+from shared_tome.attention.combine import TORCHS
+from shared_tome.attention.sequence import JointCall
+from shared_tome.core.grid import Grid, grid_of
+from shared_tome.core.schedule import ratio_at, serves_layer
+from shared_tome.merging.plan import Plan
 
 from ..models.dit import DiT, JointAttention
 from ..models.unet import BasicTransformerBlock, CrossAttention, FeedForward, UNet

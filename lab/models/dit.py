@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_tome.attention import attend
-from shared_tome.grid import Grid
+from shared_tome.attention.bias import attend
+from shared_tome.core.grid import Grid
 
 from .unet import timestep_embedding
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from shared_tome import ToMeConfig, apply_patch
-from shared_tome.grid import grid_at
-from shared_tome.script_hooks import served_blocks
+from shared_tome.core.grid import grid_at
+from shared_tome.scripts.hooks import served_blocks
 
 STEPS = 20
 # variant: what it is in ToMeConfig; named levels are merged whatever it costs. The last two are other people's rules in

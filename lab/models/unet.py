@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_tome.grid import Grid
+from shared_tome.core.grid import Grid
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
-from shared_tome.auto import put_in_order
+from shared_tome.autotune.layer import put_in_order
 
 from ..store import Store, as_csv, rounded, save
 

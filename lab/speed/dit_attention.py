@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from shared_tome.attention import attend, attend_wider
-from shared_tome.joined import attend_in_parts, choose_kernel
+from shared_tome.attention.bias import attend, attend_wider
+from shared_tome.attention.combine import attend_in_parts, choose_kernel
 
 from .common import (
     BACKENDS,

@@ -173,7 +173,7 @@ def variant(model: Any, kind: str, name: str) -> Any:
 @contextmanager
 def without_attention(model: Any, kind: str, size: int) -> Iterator[None]:
     """The self-attention of the layers that the defaults merge gives its input back, at no cost."""
-    from shared_tome.grid import grid_at
+    from shared_tome.core.grid import grid_at
 
     _, _, channels, min_tokens = MODELS[kind]
     served = {

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared_tome import ToMeConfig, matching
-from shared_tome.noise import key
-from shared_tome.partition import partition
-from shared_tome.plan import group_counts, group_sum, take
+from shared_tome import ToMeConfig
+from shared_tome.core import matching
+from shared_tome.core.noise import key
+from shared_tome.core.partition import partition
+from shared_tome.merging.plan import group_counts, group_sum, take
 
 from .common import DTYPES
 

@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared_tome import ModelCall, ToMeConfig, attention, kernels, matching, own
-from shared_tome import call as call_module
-from shared_tome.curve import curve_order
-from shared_tome.noise import key
-from shared_tome.partition import partition
-from shared_tome.plan import group_counts, group_sum, take
-from shared_tome.sampling import walk_rows, walk_table
+from shared_tome import ModelCall, ToMeConfig, kernels
+from shared_tome.attention import bias as attention
+from shared_tome.attention import self_token as own
+from shared_tome.core import matching
+from shared_tome.core.curve import curve_order
+from shared_tome.core.noise import key
+from shared_tome.core.partition import partition
+from shared_tome.core.sampling import walk_rows, walk_table
+from shared_tome.merging import call as call_module
+from shared_tome.merging.plan import group_counts, group_sum, take
 
 from .common import DTYPES, Budget, Store, add_output_options, machine, microseconds, show
 from .kernel_case import Case, Reached, check_links, check_mean, check_select
@@ -229,7 +232,7 @@ def attend_job(y: Tensor, bias: Tensor, heads: int) -> Job:
 def own_jobs(case: Case, heads: int) -> Iterator[Job]:
     """A layer's keys are drawn by head, a quarter, and its queries take their own tokens among them, as
     joint.attend_joined has it."""
-    from shared_tome.joined import TORCHS, attend_with_lse, choose_kernel
+    from shared_tome.attention.combine import TORCHS, attend_with_lse, choose_kernel
     from shared_tome.kernels.impl import own as own_kernel
     from shared_tome.kernels.impl.turns import launch_turns
 
@@ -263,7 +266,7 @@ def own_jobs(case: Case, heads: int) -> Iterator[Job]:
 
 def attend_drawn_jobs(q: Tensor, k: Tensor, v: Tensor, plan: Any, kernel: str, weight: float) -> Iterator[Job]:
     """The attention with own tokens in it; plain: torch's own kernel, and behind it what `own` does."""
-    from shared_tome.joined import attend_with_lse
+    from shared_tome.attention.combine import attend_with_lse
     from shared_tome.kernels.impl.attend_drawn import launch_attend_drawn
 
     drawn, scale = own.take_turns(k, v, plan.turns), q.shape[-1] ** -0.5

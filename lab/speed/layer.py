@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared_tome import METHODS, ModelCall, ToMeConfig
-from shared_tome.attention import attend
+from shared_tome.attention.bias import attend
 
 from .common import BACKENDS, DTYPES, add_output_options, attention_by, machine, microseconds, save, show
 

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from shared_tome import multires
-from shared_tome.grid import Grid
+from shared_tome.core import multires
+from shared_tome.core.grid import Grid
 
 from .common import (
     DTYPES,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import shared_tome.vit as vit
-from shared_tome.vit_hooks import Options
+from shared_tome.vit.hooks import Options
 
 from .methods import METHODS, apply, late
 from .model import load

@@ -1,6 +1,6 @@
 """Ways to have r tokens fewer in a block, for comparison with bipartite matching (the ViT paper's Table 1).
 
-Each is an Attachment (shared_tome/vit_hooks.py) that decides otherwise; hooks, weights and schedules are the same.
+Each is an Attachment (shared_tome/vit/hooks.py) that decides otherwise; hooks, weights and schedules are the same.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_tome.plan import MergePlan, Plan, take
-from shared_tome.vit_hooks import Attachment, Call, Options, attach
+from shared_tome.merging.plan import MergePlan, Plan, take
+from shared_tome.vit.hooks import Attachment, Call, Options, attach
 
 SEED = 505
 

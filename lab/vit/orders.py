@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from shared_tome import ToMeConfig, match_tokens
-from shared_tome.grid import Grid
-from shared_tome.vit_picture import draw_groups
+from shared_tome.core.grid import Grid
+from shared_tome.vit.picture import draw_groups
 
 from ..models.data import photograph_folder
 from .picture import ENLARGED, GAP

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import shared_tome.vit as vit
-from shared_tome.vit_picture import draw_groups
+from shared_tome.vit.picture import draw_groups
 
 from ..models.data import DEMO, photograph_folder
 from .model import Shape, build, load

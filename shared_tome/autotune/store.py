@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ..failures import is_out_of_memory
+from ..core.failures import is_out_of_memory
 from .verdict import Verdict
 
 try:

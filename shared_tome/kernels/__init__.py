@@ -17,9 +17,9 @@ import re
 import torch
 from torch import Tensor
 
-from ..curve import is_compiling
-from ..failures import is_out_of_memory
-from ..grid import Grid, split_frames
+from ..core.curve import is_compiling
+from ..core.failures import is_out_of_memory
+from ..core.grid import Grid, split_frames
 
 log = logging.getLogger("ToMe")
 

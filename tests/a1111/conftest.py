@@ -40,7 +40,9 @@ def tome(loaded):
     )  # fmt: skip
     found = {name: sys.modules[f"{PACKAGE}.a1111_extension.{name}"] for name in names}
     core = sys.modules[f"{PACKAGE}.shared_tome"]
-    return SimpleNamespace(**found, core=core, maps=sys.modules[f"{PACKAGE}.shared_tome.maps"], heads=core.heads)
+    return SimpleNamespace(
+        **found, core=core, maps=sys.modules[f"{PACKAGE}.shared_tome.inspect.maps"], heads=core.hooks.heads
+    )
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_where_nothing_pays_the_blocks_hooks_go(host, tome, lines, monkeypatch, 
 
 @pytest.mark.parametrize("report", ["no", "in the log"])
 def test_where_nothing_pays_the_text_claims_nothing(host, lines, monkeypatch, report):
-    call = sys.modules[next(name for name in sys.modules if name.endswith("sd_webui_tome.shared_tome.call"))]
+    call = sys.modules[next(name for name in sys.modules if name.endswith("sd_webui_tome.shared_tome.merging.call"))]
     monkeypatch.setattr(call, "verdict_on", lambda *args, **kwargs: call.Verdict(80.0, 79.0, 20.0))
     host.opts.data["tome_report"] = report
     _, p = host.generate(ON)

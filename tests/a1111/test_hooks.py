@@ -147,7 +147,7 @@ def test_odd_sizes_are_merged_at_every_level(tome, height, width, method):
         block.attn1.to_k.register_forward_hook(lambda m, args, out: sizes.append(args[0].shape[1]))
     assert _run(unet, inputs).isfinite().all()
     attachment.detach()
-    levels = [tome.core.grid.grid_at((height, width), level) for level in range(3)]
+    levels = [tome.core.core.grid.grid_at((height, width), level) for level in range(3)]
     full = {h * w for h, w in levels}
     assert not full & set(sizes), "a level was left alone"
 

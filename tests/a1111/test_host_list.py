@@ -36,5 +36,5 @@ def test_others_and_the_exception_that_a_check_raises_do_not():
 
 
 def test_one_that_the_host_cut_short_counts_too():
-    (found,) = own_tracebacks('Traceback (most recent call last):\n  File "/x/shared_tome/plan.py", line 1')
+    (found,) = own_tracebacks('Traceback (most recent call last):\n  File "/x/shared_tome/merging/plan.py", line 1')
     assert "plan.py" in found

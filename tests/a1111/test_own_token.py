@@ -129,7 +129,7 @@ def test_an_exception_leaves_nothing(tome, monkeypatch):
                 _run(unet, inputs)
             handle.remove()
             # torch runs no hook after a KeyboardInterrupt: what stays until the next call is ours.
-            left = [tome.core.sdpa.AroundSdpa] if error is KeyboardInterrupt else []
+            left = [tome.core.attention.sdpa.AroundSdpa] if error is KeyboardInterrupt else []
             assert [type(mode) for mode in _get_current_function_mode_stack()] == left
             assert torch.equal(_run(unet, inputs), kept) and not _get_current_function_mode_stack()
     attachment.detach()

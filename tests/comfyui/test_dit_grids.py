@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shared_tome import ModelCall, ToMeConfig, match_tokens
-from shared_tome.curve import curve_order
-from shared_tome.grid import grid_at, level_of
+from shared_tome.core.curve import curve_order
+from shared_tome.core.grid import grid_at, level_of
 
 CPU = torch.device("cpu")
 VIDEOS = [(1, 8, 12), (2, 6, 10), (3, 4, 6), (5, 7, 9), (4, 1, 13), (21, 2, 3)]

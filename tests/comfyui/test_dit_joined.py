@@ -23,7 +23,7 @@ def comfy(comfy_nodes):
 
 
 def joint_module():
-    """shared_tome.joint, under the name that ComfyUI loaded it by."""
+    """shared_tome.attention.sequence, under the name that ComfyUI loaded it by."""
     return sys.modules[host.pack_module("dit").JointCall.__module__]
 
 

@@ -15,12 +15,13 @@ import torch
 from made_up_gpu import MadeUpGPU
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from shared_tome import METHODS, ModelCall, auto, kernels
-from shared_tome.auto import Case
+from shared_tome import METHODS, ModelCall, kernels
+from shared_tome.attention.sequence import JointCall
+from shared_tome.autotune import layer as auto
 from shared_tome.autotune import store, surroundings, timing
+from shared_tome.autotune.layer import Case
 from shared_tome.autotune.store import Verdicts
 from shared_tome.autotune.verdict import Verdict
-from shared_tome.joint import JointCall
 
 from .helpers import config, tokens
 
@@ -164,7 +165,7 @@ def test_what_cannot_be_measured_is_merged(tmp_path, caplog, monkeypatch):
     call, x = ModelCall(config(), GRID, torch.device("cpu")), tokens(2, GRID, 16)
     monkeypatch.setattr(auto, "verdicts_of", lambda device: kept)
     monkeypatch.setattr(auto, "measure", lambda *_: fails())
-    monkeypatch.setattr("shared_tome.call.measures", lambda *_: True)
+    monkeypatch.setattr("shared_tome.merging.call.measures", lambda *_: True)
     found = call.verdict(x, GRID, 2)
     assert len(tries) == 2 and found is None and call.why_not_paid(found) is None
     assert call.attention(x, x, x, GRID).k.shape[1] < 48
@@ -242,7 +243,7 @@ def test_torchs_own_attention_is_told_by_the_kernels_that_are_on():
             assert auto.name_of(None, torch.device("cpu")) == "torch cudnn flash"
     assert (
         auto.name_of(None, torch.device("cpu")) == every
-        and auto.name_of(auto.torch_attention, torch.device("cpu")) == "shared_tome.auto.torch_attention"
+        and auto.name_of(auto.torch_attention, torch.device("cpu")) == "shared_tome.autotune.layer.torch_attention"
     )
 
 
@@ -348,7 +349,7 @@ def test_how_many_steps_and_rows_there_are_changes_nothing(monkeypatch):
 @pytest.fixture
 def judged(monkeypatch):
     """Measuring on the CPU, with a verdict of the test's choice by channels."""
-    from shared_tome import call
+    from shared_tome.merging import call
 
     asked = []
 
@@ -402,7 +403,7 @@ def test_a_compiled_graph_is_looked_ahead_of(judged):
 
 def test_layers_of_other_heads_or_kernels_are_others(monkeypatch):
     """Also where grid and channels are the same."""
-    from shared_tome import call
+    from shared_tome.merging import call
 
     asked = []
 

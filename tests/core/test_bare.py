@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared_tome.bare import run_bare
+from shared_tome.autotune.detached import run_bare
 
 diffusers = pytest.importorskip("diffusers.models.attention", reason="the blocks are diffusers'")
 X = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0))

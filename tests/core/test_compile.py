@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shared_tome import METHODS, ModelCall, match_tokens
-from shared_tome.attention import attend
-from shared_tome.schedule import config_at
+from shared_tome.attention.bias import attend
+from shared_tome.core.schedule import config_at
 
 from .helpers import MATCHING, PARTITIONS, config, tokens
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from shared_tome import bare, heads
-from shared_tome.failures import is_out_of_memory
+from shared_tome.autotune import detached as bare
+from shared_tome.core.failures import is_out_of_memory
+from shared_tome.hooks import heads
 
 from .test_store import OUT_OF_MEMORY
 

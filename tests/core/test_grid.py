@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_tome.grid import grid_at, grid_of, halve, level_of
+from shared_tome.core.grid import grid_at, grid_of, halve, level_of
 
 sides = st.integers(1, 200)
 

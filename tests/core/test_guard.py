@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from shared_tome.guard import is_replaced, why_left_whole
+from shared_tome.hooks.guard import is_replaced, why_left_whole
 
 
 def test_a_forward_of_its_own():

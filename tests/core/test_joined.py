@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from shared_tome.attention import attend
-from shared_tome.joined import KERNELS, TORCHS, attend_in_parts, attend_with_lse, choose_kernel
+from shared_tome.attention.bias import attend
+from shared_tome.attention.combine import KERNELS, TORCHS, attend_in_parts, attend_with_lse, choose_kernel
 
 CPU = torch.device("cpu")
 SIZES = [

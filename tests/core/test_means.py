@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared_tome import match_tokens, matching, vit_hooks
-from shared_tome.plan import MergePlan, group_sum
+from shared_tome import match_tokens
+from shared_tome.core import matching
+from shared_tome.merging.plan import MergePlan, group_sum
+from shared_tome.vit import hooks as vit_hooks
 
 from .helpers import config, tokens
 

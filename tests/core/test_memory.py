@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shared_tome import METHODS, ModelCall, match_tokens
-from shared_tome import matching as matching_module
-from shared_tome.attention import attend, attend_tokens
-from shared_tome.plan import group_sum
+from shared_tome.attention.bias import attend, attend_tokens
+from shared_tome.core import matching as matching_module
+from shared_tome.merging.plan import group_sum
 
 from .helpers import MATCHING, PARTITIONS, config, tokens
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from shared_tome.curve import curve_order
-from shared_tome.multires import (
+from shared_tome.core.curve import curve_order
+from shared_tome.core.multires import (
     FRONTIER,
     HALF,
     QUARTER,
@@ -25,7 +25,7 @@ from shared_tome.multires import (
     tile_counts,
     work,
 )
-from shared_tome.sampling import walk_rows, walk_table
+from shared_tome.core.sampling import walk_rows, walk_table
 
 CPU = torch.device("cpu")
 # grid, tokens before the image, tokens behind it, tokens of a tile, of a query tile.

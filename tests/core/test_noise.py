@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shared_tome import match_tokens
-from shared_tome.noise import bits, fold_seed, key, mix
+from shared_tome.core.noise import bits, fold_seed, key, mix
 
 from .helpers import config, tokens
 

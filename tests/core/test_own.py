@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from own_weights import counts
 
 from shared_tome import ModelCall, ToMeConfig, match_tokens
-from shared_tome.joined import attend_in_parts
-from shared_tome.joint import JointCall
-from shared_tome.own import by_head, keep_own, take_turns
-from shared_tome.plan import take
-from shared_tome.sampling import SamplePlan
+from shared_tome.attention.combine import attend_in_parts
+from shared_tome.attention.self_token import by_head, keep_own, take_turns
+from shared_tome.attention.sequence import JointCall
+from shared_tome.core.sampling import SamplePlan
+from shared_tome.merging.plan import take
 
 from .helpers import config, tokens
 
@@ -196,7 +196,7 @@ def test_other_plans_are_joined_without(monkeypatch):
     """downsample has no runs: beside text its keys weigh, and no query keeps its own."""
     plan = match_tokens(tokens(2, (8, 8), 1), (8, 8), config(method="downsample", ratio=0.75))
     given = (*made(plan, (3, 0)), 3, plan)
-    monkeypatch.setattr("shared_tome.joint.keep_own", never)
+    monkeypatch.setattr("shared_tome.attention.sequence.keep_own", never)
     assert torch.equal(joint(own=True).attend(*given), joint(own=False).attend(*given))
 
 
@@ -207,7 +207,7 @@ def test_a_kernel_that_refuses_ends_it_for_the_call(monkeypatch):
     def refuse(*given):
         raise RuntimeError("no such kernel\nand more")
 
-    monkeypatch.setattr("shared_tome.joint.keep_own", refuse)
+    monkeypatch.setattr("shared_tome.attention.sequence.keep_own", refuse)
     for _ in range(2):
         assert call.attend(*made(plan), 0, plan) is None
     assert len(said) == 1 and said[0][1] == "no such kernel" and not call.own and not call.kernels

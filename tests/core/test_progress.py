@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared_tome.progress import Draws, percent_of, percent_of_level, percent_of_time, percent_table, place_of
+from shared_tome.core.progress import Draws, percent_of, percent_of_level, percent_of_time, percent_table, place_of
 
 # As Stable Diffusion's: log-linear is near enough; a flow's levels are shifted time.
 LOW, HIGH = 0.03, 14.6

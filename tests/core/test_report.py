@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from shared_tome import ToMeConfig
 from shared_tome.config import LEVELS
-from shared_tome.grid import grid_at
-from shared_tome.plan import Plan
-from shared_tome.report import NO_WHOLE_TOKEN, CallTally, StepTime, Tally, capped, why_not_served
-from shared_tome.schedule import serves_layer
+from shared_tome.core.grid import grid_at
+from shared_tome.core.schedule import serves_layer
+from shared_tome.inspect.report import NO_WHOLE_TOKEN, CallTally, StepTime, Tally, capped, why_not_served
+from shared_tome.merging.plan import Plan
 
 ROOT, PACKAGES = Path(__file__).parents[2], ("shared_tome", "comfy_tome", "a1111_extension")
 FULL = (64, 64)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_tome import ModelCall, match_tokens
-from shared_tome.curve import curve_order, hilbert_order
-from shared_tome.sampling import kept_count, run_lengths
+from shared_tome.core.curve import curve_order, hilbert_order
+from shared_tome.core.sampling import kept_count, run_lengths
 
 from .helpers import config, tokens
 

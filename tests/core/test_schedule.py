@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shared_tome import ToMeConfig
-from shared_tome.grid import grid_at
-from shared_tome.schedule import RATIOS, ratio_at, serves_layer
+from shared_tome.core.grid import grid_at
+from shared_tome.core.schedule import RATIOS, ratio_at, serves_layer
 
 from .helpers import config
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from shared_tome import match_tokens
-from shared_tome.noise import key
-from shared_tome.partition import partition
+from shared_tome.core.noise import key
+from shared_tome.core.partition import partition
 
 from .helpers import config, tokens
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from key_weights import drawn, truth
 
-from shared_tome import ModelCall, ToMeConfig, attention, kernels
-from shared_tome.joint import JointCall
+from shared_tome import ModelCall, ToMeConfig, kernels
+from shared_tome.attention import bias as attention
+from shared_tome.attention.sequence import JointCall
 
 from .helpers import captured, launches
 

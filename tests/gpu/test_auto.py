@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from shared_tome import ModelCall, ToMeConfig, auto
+from shared_tome import ModelCall, ToMeConfig
+from shared_tome.autotune import layer as auto
 from shared_tome.autotune import store
 from shared_tome.autotune.verdict import Verdict
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from shared_tome.joined import KERNELS, attend_in_parts, attend_with_lse, choose_kernel
+from shared_tome.attention.combine import KERNELS, attend_in_parts, attend_with_lse, choose_kernel
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shared_tome import ModelCall, ToMeConfig, attention, kernels, match_tokens, matching
-from shared_tome.curve import curve_order
-from shared_tome.noise import key
-from shared_tome.partition import partition
-from shared_tome.plan import group_counts, group_sum, take
-from shared_tome.sampling import walk_rows, walk_table
+from shared_tome import ModelCall, ToMeConfig, kernels, match_tokens
+from shared_tome.attention import bias as attention
+from shared_tome.core import matching
+from shared_tome.core.curve import curve_order
+from shared_tome.core.noise import key
+from shared_tome.core.partition import partition
+from shared_tome.core.sampling import walk_rows, walk_table
+from shared_tome.merging.plan import group_counts, group_sum, take
 
 from .helpers import captured, launches
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shared_tome import multires
-from shared_tome.multires import cut_tiles, draw_keys, shares, tile_counts
+from shared_tome.core import multires
+from shared_tome.core.multires import cut_tiles, draw_keys, shares, tile_counts
 
 from .helpers import captured, launches
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from shared_tome import ModelCall, ToMeConfig, kernels
-from shared_tome.joined import KERNELS, attend_with_lse, choose_kernel
-from shared_tome.joint import JointCall
-from shared_tome.own import _keep_own, _take_turns, by_head, take_turns
+from shared_tome.attention.combine import KERNELS, attend_with_lse, choose_kernel
+from shared_tome.attention.self_token import _keep_own, _take_turns, by_head, take_turns
+from shared_tome.attention.sequence import JointCall
 
 from .helpers import captured, launches
 

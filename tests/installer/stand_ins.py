@@ -23,7 +23,7 @@ def write(root: Path, names: dict[str, str]) -> Path:
 
 def repository(root: Path) -> Path:
     """A repository with what is copied and what is not."""
-    kept = ("comfy_tome/nodes.py", "shared_tome/plan.py", "docs/a.md")
+    kept = ("comfy_tome/nodes.py", "shared_tome/merging/plan.py", "docs/a.md")
     left_out = ("tests/test_a.py", ".git/config", ".venv/bin/python", ".cache/x", "out/compare.png")
     return write(root, {name: name for name in (*kept, *left_out, "comfy_tome/__pycache__/nodes.pyc")})
 

@@ -60,7 +60,7 @@ ways = pytest.mark.parametrize("how", ["--copy", "", "--remove"])
 def test_what_is_the_users_is_kept_and_its_place_is_said(how, place, folder, host, repository):
     link.add(folder, host, copy=True, root=repository)
     stand_ins.write(place, THEIRS)
-    (place / "shared_tome/plan.py").write_text("# my change")
+    (place / "shared_tome/merging/plan.py").write_text("# my change")
     before = stand_ins.tree(place)
     said = run(how, folder, host, repository)
     (kept,) = place.with_name(f"{host.name}.kept.disabled").iterdir()
@@ -68,7 +68,7 @@ def test_what_is_the_users_is_kept_and_its_place_is_said(how, place, folder, hos
     assert all(name in said for name in (".git", "my_notes.txt", "out", "docs/__pycache__", "and 1 more"))
     assert loaded(place.parent, host) == ([] if how == "--remove" else [host.name])
     if how != "--remove":
-        assert (place / "shared_tome/plan.py").read_text() == "shared_tome/plan.py"
+        assert (place / "shared_tome/merging/plan.py").read_text() == "shared_tome/merging/plan.py"
         assert not (place / "my_notes.txt").exists()
 
 
@@ -236,7 +236,7 @@ def test_what_a_killed_copy_left_is_not_loaded_and_goes(how, place, folder, host
 @pytest.mark.parametrize("theirs", [False, True])
 def test_what_an_earlier_versions_copy_left_goes_or_is_kept(how, theirs, place, folder, host, repository):
     left = place.with_name(f".{host.name}.partial")
-    stand_ins.write(left, {name: name for name in ("comfy_tome/nodes.py", "shared_tome/plan.py")})
+    stand_ins.write(left, {name: name for name in ("comfy_tome/nodes.py", "shared_tome/merging/plan.py")})
     if theirs:
         (left / "comfy_tome/nodes.py").write_text("mine")
     left.chmod(0o555)

@@ -49,7 +49,7 @@ def test_copy_leaves_out_what_the_host_does_not_need(place, host, repository):
     link.add(place.parent.parent, host, copy=True, root=repository)
     assert not place.is_symlink()
     found = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
-    assert found == {"comfy_tome/nodes.py", "shared_tome/plan.py", "docs/a.md", link.MARKER}
+    assert found == {"comfy_tome/nodes.py", "shared_tome/merging/plan.py", "docs/a.md", link.MARKER}
 
 
 def test_a_second_copy_brings_news_and_drops_what_is_gone(place, host, repository):

@@ -14,12 +14,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from shared_tome import ModelCall, ToMeConfig, attention, kernels, match_tokens, matching, own
-from shared_tome.curve import curve_order
-from shared_tome.noise import key
-from shared_tome.partition import partition
-from shared_tome.plan import group_counts, group_sum, take
-from shared_tome.sampling import kept_count, walk_rows, walk_table
+from shared_tome import ModelCall, ToMeConfig, kernels, match_tokens
+from shared_tome.attention import bias as attention
+from shared_tome.attention import self_token as own
+from shared_tome.core import matching
+from shared_tome.core.curve import curve_order
+from shared_tome.core.noise import key
+from shared_tome.core.partition import partition
+from shared_tome.core.sampling import kept_count, walk_rows, walk_table
+from shared_tome.merging.plan import group_counts, group_sum, take
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
 from triton.runtime.interpreter import GridExecutor

@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from key_weights import drawn, truth
 
-from shared_tome import ToMeConfig, attention, heads, joint, kernels
-from shared_tome.call import ModelCall
+from shared_tome import ToMeConfig, kernels
+from shared_tome.attention import bias as attention
+from shared_tome.attention import sequence as joint
+from shared_tome.attention.sdpa import AroundSdpa
+from shared_tome.hooks import heads
+from shared_tome.merging.call import ModelCall
 from shared_tome.scripts import apply_patch
-from shared_tome.sdpa import AroundSdpa
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
 from shared_tome.kernels.impl.attend import launch_attend

@@ -9,8 +9,10 @@ import os
 import pytest
 import torch
 
-from shared_tome import ToMeConfig, joint, kernels, match_tokens, own
-from shared_tome.own import _attend_drawn, by_head, take_turns
+from shared_tome import ToMeConfig, kernels, match_tokens
+from shared_tome.attention import self_token as own
+from shared_tome.attention import sequence as joint
+from shared_tome.attention.self_token import _attend_drawn, by_head, take_turns
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
 from shared_tome.kernels.impl.attend_drawn import launch_attend_drawn

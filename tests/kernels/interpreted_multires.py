@@ -8,8 +8,9 @@ import os
 import pytest
 import torch
 
-from shared_tome import kernels, multires
-from shared_tome.multires import Counts, cut_tiles, draw_keys
+from shared_tome import kernels
+from shared_tome.core import multires
+from shared_tome.core.multires import Counts, cut_tiles, draw_keys
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
 from shared_tome.kernels.impl import multires as impl

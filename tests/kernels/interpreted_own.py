@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from shared_tome import ModelCall, ToMeConfig, kernels
-from shared_tome.joint import JointCall
-from shared_tome.own import _keep_own, _take_turns, by_head, keep_own, take_turns
+from shared_tome.attention.self_token import _keep_own, _take_turns, by_head, keep_own, take_turns
+from shared_tome.attention.sequence import JointCall
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
 from shared_tome.kernels.impl.own import launch_own

@@ -162,8 +162,8 @@ def test_attention_fits_into_shared_memory(compiled, monkeypatch, capability, ro
 )
 def test_multires(compiled, monkeypatch, capability, room):
     """Heads of every size fit into the shared memory of every card; the launches that choose too."""
+    from shared_tome.core.multires import cut_tiles, draw_keys, tile_counts
     from shared_tome.kernels.impl import multires, multires_choose
-    from shared_tome.multires import cut_tiles, draw_keys, tile_counts
 
     monkeypatch.setattr(multires_choose, "shared_memory", lambda device: room)
     compiled.capability = capability

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shared_tome.script_hooks import served_blocks
+from shared_tome.scripts.hooks import served_blocks
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed, see requirements/test.txt")
 

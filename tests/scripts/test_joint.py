@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 import shared_tome
 from shared_tome import ModelCall, ToMeConfig
-from shared_tome.script_joint import joint_blocks
+from shared_tome.scripts.joint import joint_blocks
 
 from . import models
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import shared_tome
-from shared_tome import joint, script_joint
+from shared_tome.attention import sequence as joint
+from shared_tome.scripts import joint as script_joint
 
 from . import models
 from .test_joint import MODELS, TEXT, Record

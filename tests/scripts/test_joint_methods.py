@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import shared_tome
 from shared_tome import ToMeConfig, match_tokens
 from shared_tome.config import METHODS
-from shared_tome.script_joint import JointAttachment
+from shared_tome.scripts.joint import JointAttachment
 
 from . import models
 from .test_joint import MODELS, TEXT, Record

@@ -7,8 +7,9 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 
 import shared_tome
-from shared_tome import ModelCall, ToMeConfig, script_hooks
-from shared_tome.heads import MET, widen_query
+from shared_tome import ModelCall, ToMeConfig
+from shared_tome.hooks.heads import MET, widen_query
+from shared_tome.scripts import hooks as script_hooks
 
 from . import models
 

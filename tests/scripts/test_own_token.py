@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import shared_tome
 from shared_tome import ModelCall, ToMeConfig
-from shared_tome.script_hooks import served_blocks
-from shared_tome.sdpa import AroundSdpa
+from shared_tome.attention.sdpa import AroundSdpa
+from shared_tome.scripts.hooks import served_blocks
 
 from . import models
 
@@ -73,7 +73,8 @@ def test_against_float64(name, ratio, size):
 
 def test_off_asks_nothing_and_hooks_nothing_more(monkeypatch):
     """Off, the option is not there at all: no trial, no mode, no hook."""
-    from shared_tome import script_hooks, sdpa
+    from shared_tome.attention import sdpa
+    from shared_tome.scripts import hooks as script_hooks
 
     unet = models.sd15()
     shared_tome.apply_patch(unet, config=config())
@@ -187,7 +188,7 @@ def test_an_attention_that_becomes_another_is_left_alone(caplog):
 
 
 def test_no_kernel_that_tells_its_sums(monkeypatch, caplog):
-    from shared_tome import heads
+    from shared_tome.hooks import heads
 
     monkeypatch.setattr(heads, "choose_kernel", lambda *_: None)
     unet = models.sd15()
@@ -303,8 +304,8 @@ def test_under_torch_compile_queries_do_not_keep_them(caplog):
 
 
 def test_whether_it_pays_is_measured_with_them(monkeypatch):
-    from shared_tome import call
-    from shared_tome.joined import TORCHS
+    from shared_tome.attention.combine import TORCHS
+    from shared_tome.merging import call
 
     asked = []
     monkeypatch.setattr(call, "measures", lambda *_: True)
@@ -320,7 +321,7 @@ def test_whether_it_pays_is_measured_with_them(monkeypatch):
 @pytest.mark.parametrize("ratio", [0.75, 0.6])
 @pytest.mark.parametrize("name", ["flux", "sd3"])
 def test_transformers_against_float64(name, ratio, monkeypatch):
-    from shared_tome import joint
+    from shared_tome.attention import sequence as joint
 
     make, run = {"flux": (models.flux, models.run_flux), "sd3": (models.sd3, models.run_sd3)}[name]
     model, seen = make(), []

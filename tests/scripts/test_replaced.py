@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import shared_tome
-from shared_tome.script_hooks import served_blocks
+from shared_tome.scripts.hooks import served_blocks
 
 from . import models
 

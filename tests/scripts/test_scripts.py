@@ -14,8 +14,8 @@ from torch import nn
 
 import shared_tome
 from shared_tome import METHODS, ModelCall, ToMeConfig
-from shared_tome.script_hooks import served_blocks
-from shared_tome.script_steps import Steps
+from shared_tome.scripts.hooks import served_blocks
+from shared_tome.scripts.steps import Steps
 
 from . import models
 
@@ -148,7 +148,7 @@ def test_an_exception_in_a_merged_step_does_not_reach_an_unmerged_one():
 
 def test_layers_that_do_not_pay_are_left_alone(monkeypatch, caplog):
     """A GPU measures each shape once; here all are said not to pay."""
-    from shared_tome import call
+    from shared_tome.merging import call
 
     unet = models.sd15()
     before = models.run(unet)
@@ -163,7 +163,7 @@ def test_layers_that_do_not_pay_are_left_alone(monkeypatch, caplog):
 
 def test_the_models_own_block_is_timed_by_itself(monkeypatch):
     """How long it takes the processor decides where steps wait for it; ToMe's hooks and others' do not run in it."""
-    from shared_tome import call
+    from shared_tome.merging import call
 
     unet = models.sd15()
     before, ran, found = models.run(unet), [], []

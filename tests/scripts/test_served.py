@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import shared_tome
-from shared_tome.script_joint import JOINT
+from shared_tome.hooks.served import served_as
 from shared_tome.scripts import UNETS
-from shared_tome.served import served_as
+from shared_tome.scripts.joint import JOINT
 
 from . import models
 

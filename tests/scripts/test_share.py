@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import shared_tome
-from shared_tome import ToMeConfig, script_hooks
+from shared_tome import ToMeConfig
+from shared_tome.scripts import hooks as script_hooks
 
 from . import models
 from .test_joint import MODELS

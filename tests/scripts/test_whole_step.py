@@ -11,10 +11,12 @@ from made_up_gpu import MadeUpGPU
 from torch import nn
 
 import shared_tome
-from shared_tome import ToMeConfig, script_hooks, step_auto
+from shared_tome import ToMeConfig
+from shared_tome.autotune import step as step_auto
 from shared_tome.autotune import store, timing
+from shared_tome.autotune.detached import about_model, bare_model
 from shared_tome.autotune.verdict import Verdict
-from shared_tome.bare import about_model, bare_model
+from shared_tome.scripts import hooks as script_hooks
 
 from . import models
 from .test_idle import MODEL_HOOKS

@@ -10,8 +10,8 @@ import torch
 from made_up_gpu import MadeUpGPU
 
 import shared_tome.vit as vit
-from shared_tome import vit_auto
 from shared_tome.autotune import store, timing
+from shared_tome.vit import autotune as vit_auto
 
 from . import test_timm, test_transformers
 

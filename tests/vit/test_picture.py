@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared_tome.vit_picture import draw_groups
+from shared_tome.vit.picture import draw_groups
 
 
 def picture(frames, height, width, seed=0):

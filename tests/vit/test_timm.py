@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import shared_tome.vit as vit
-from shared_tome import match_tokens, vit_hooks
-from shared_tome.vit_hooks import spread_total
+from shared_tome import match_tokens
+from shared_tome.vit import hooks as vit_hooks
+from shared_tome.vit.hooks import spread_total
 
 from . import reference
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...multires import LEVELS, STEPS, Counts, Tiles
+from ...core.multires import LEVELS, STEPS, Counts, Tiles
 from .compiler import power_of_two, shared_memory, tl, triton
 
 

@@ -1,8 +1,8 @@
-"""shared_tome/noise.py for kernels: the same hash in 32-bit arithmetic, where only the low 32 bits ever count."""
+"""shared_tome/core/noise.py for kernels: the same hash in 32-bit arithmetic, where only the low 32 bits ever count."""
 
 from __future__ import annotations
 
-from ... import noise
+from ...core import noise
 from .compiler import tl, triton
 
 GOLDEN = tl.constexpr(noise._GOLDEN)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...config import ToMeConfig
-from ...failures import is_out_of_memory
+from ...core.failures import is_out_of_memory
 from .. import NAMESPACE, SELECTED, log
 from .attend import launch_attend
 from .attend_drawn import launch_attend_drawn
@@ -73,7 +73,7 @@ def _rows(seed: Tensor) -> int:
 
 
 def _plain_draw(order, seed, step, number, kept, layer, count):
-    from ...sampling import walk_rows, walk_table
+    from ...core.sampling import walk_rows, walk_table
 
     tokens = order.shape[0]
     return walk_rows(walk_table((1, tokens), kept, seed, order), tokens, number if step is None else step, layer, count)
@@ -84,8 +84,8 @@ def _fake_draw(order, seed, step, number, kept, layer, count):
 
 
 def _plain_split(seed, step, number, layer, frames, height, width, cell_height, cell_width, random, count):
-    from ...noise import key
-    from ...partition import partition
+    from ...core.noise import key
+    from ...core.partition import partition
 
     config = ToMeConfig(
         method="merge", stride=(cell_width, cell_height), partition="random_2d" if random else "fixed_2d"
@@ -103,7 +103,7 @@ def _fake_split(seed, step, number, layer, frames, height, width, cell_height, c
 
 
 def _plain_nearest(metric, src, dst, first):
-    from ...matching import nearest
+    from ...core.matching import nearest
 
     return nearest(metric, src, dst, bool(first))
 
@@ -114,7 +114,7 @@ def _fake_nearest(metric, src, dst, first):
 
 
 def _plain_select(similarity, target, src, dst, goes):
-    from ...matching import _grouped
+    from ...core.matching import _grouped
 
     return _grouped(similarity, target, src, dst, goes, True)
 
@@ -126,7 +126,7 @@ def _fake_select(similarity, target, src, dst, goes):
 
 def _plain_match(metric, src, dst, goes, alone, first):
     """The kernels that match joins; each that does not run either falls back by itself."""
-    from ...matching import _distill_second, _grouped
+    from ...core.matching import _distill_second, _grouped
 
     similarity, target = DIRECT["nearest"](metric, src, dst, first)
     if alone:
@@ -147,7 +147,7 @@ def _fake_match(metric, src, dst, goes, alone, first):
 
 
 def _plain_links(index, groups, taking):
-    from ...plan import group_counts
+    from ...merging.plan import group_counts
 
     _broken.add(("mean", index.device))  # without chains there is no mean by them
     heads, following = _fake_links(index, groups, taking)
@@ -161,7 +161,7 @@ def _fake_links(index, groups, taking):
 
 
 def _plain_mean(x, index, groups, heads, following):
-    from ...plan import group_sum, spread_rows
+    from ...merging.plan import group_sum, spread_rows
 
     sizes = heads[:, : index.shape[1]].view(torch.float32)
     mean = group_sum(x, groups, index.shape[1]) / spread_rows(sizes, x.shape[0])[..., None]
@@ -174,7 +174,7 @@ def _fake_mean(x, index, groups, heads, following):
 
 
 def _plain_gather(x, index):
-    from ...plan import spread_rows
+    from ...merging.plan import spread_rows
 
     return x.gather(1, spread_rows(index, x.shape[0])[..., None].expand(-1, -1, x.shape[2]))
 
@@ -188,7 +188,7 @@ def _plain_widen(q, k, v, bias, room):
 
 
 def _plain_widen_one(x, bias, room, kind):
-    from ... import attention
+    from ...attention import bias as attention
 
     if kind == KEY:
         return attention.key_in_torch(x, bias)
@@ -204,7 +204,7 @@ def _fake_widen_one(x, bias, room, kind):
 
 
 def _plain_attend(q, k, v, bias, scale):
-    from ...attention import attend_wider
+    from ...attention.bias import attend_wider
 
     return _tokens_first(attend_wider(q, k, v, bias, scale))
 
@@ -228,13 +228,13 @@ def _launch_attend_drawn(q, k, v, drawn_k, drawn_v, *given):
 
 
 def _plain_attend_drawn(q, k, v, drawn_k, drawn_v, *given):
-    from ...own import _attend_drawn
+    from ...attention.self_token import _attend_drawn
 
     return _tokens_first(_attend_drawn(q, k, v, _both(drawn_k, drawn_v), *given))
 
 
 def _plain_turns(k, v, index):
-    from ...own import _take_turns
+    from ...attention.self_token import _take_turns
 
     return _take_turns(k, index), _take_turns(v, index)
 
@@ -244,7 +244,7 @@ def _fake_turns(k, v, index):
 
 
 def _plain_own(q, k, v, out, lse, turns, runs, scale, weight):
-    from ...own import _keep_own
+    from ...attention.self_token import _keep_own
 
     return _keep_own(q, k, v, out, lse, turns, runs, scale, weight)
 

@@ -27,7 +27,7 @@ from lab.models.model import NETWORK_PREFIX, SIGMAS_KEY, TOKENS_KEY, load_model
 from lab.models.unet import FeedForward, ResBlock, UNet, UNetConfig
 from lab.pages.rows import LATER, read
 from shared_tome import ModelCall, ToMeConfig
-from shared_tome.joint import JointCall
+from shared_tome.attention.sequence import JointCall
 
 SIZE = 16
 UNET = UNetConfig(
@@ -400,6 +400,6 @@ def test_own_tokens_go_through_the_core_or_not_at_all(bench, monkeypatch):
     _, drawn = bench.pictures(CATALOGUE.variants["sample 0.75"], "ddim2")
     assert len(asked) == 2 * BLOCKS[0]
     assert run.cost == pytest.approx(drawn.cost + 1 / 256)  # its own key is one more
-    monkeypatch.setattr("shared_tome.joint.choose_kernel", lambda *_: None)
+    monkeypatch.setattr("shared_tome.attention.sequence.choose_kernel", lambda *_: None)
     with pytest.raises(RuntimeError, match="no own tokens"):
         bench.pictures(variant, "ddim2")

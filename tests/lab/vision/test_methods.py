@@ -8,7 +8,7 @@ import torch
 import shared_tome.vit as vit
 from lab.vit.measure import Variant
 from lab.vit.methods import METHODS, UNWEIGHTED, KMeans, KMeansLonger, Pruning, Random, RandomPruning, apply, late
-from shared_tome.vit_hooks import NAME
+from shared_tome.vit.hooks import NAME
 
 from .conftest import SMALL
 

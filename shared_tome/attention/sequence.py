@@ -1,0 +1,277 @@
+"""An image's tokens in one attention with others (text, references, padding), which always stay.
+
+For hosts where q, k and v are seen as the attention gets them. Methods that match nothing take keys and values of some
+tokens (JointCall); those that match merge the image's part of a row and bring it back (merge_image, unmerge_image).
+
+In one softmax with text, each image token that stands for n counts n times (Bolya et al., arXiv 2210.09461, section
+3), or the text would win: log(n) is added to its logits, by a kernel of ours (kernels.attend), by parts of one weight
+joined by their log-sum-exps (joined.py) or, wherever neither can be, by further channels of the heads (attention.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import kernels
+from ..core.failures import is_out_of_memory
+from ..core.sampling import SamplePlan, run_lengths
+from ..merging.plan import Plan, spread_rows, take
+from .combine import Part, attend_in_parts, attend_in_parts_with_lse, choose_kernel
+from .self_token import keep_own, take_turns
+
+# Kernels of torch in whose place one call of ours is faster than theirs joined (docs/kernels.md).
+_SLOWER = ("flash", "efficient")
+# Heads at which the kernel that has own tokens in it is faster than cuDNN's and `own` behind it.
+_OWN_HEADS = 64
+# Keys that count several times stand as often among those that count once where that makes so few: it saves a call.
+_FEW = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Around:
+    """What all layers of a length share.
+
+    before, after: the tokens that are not the image's. bias: log(counts) [1, K] of all keys; None: they count alike.
+    sizes: the image's keys by what they count: (places in plan.index, or None for all; the logarithm), the most
+    first; None where that is not known. ones: places of keys that stand among the others as often as they count.
+    """
+
+    before: Tensor
+    after: Tensor
+    bias: Tensor | None
+    sizes: tuple[tuple[Tensor | None, float], ...] | None
+    ones: Tensor | None
+
+    @classmethod
+    def of(cls, plan: Plan, start: int, length: int, weighs: bool, own: bool = False) -> Around:
+        """weighs: whether a key that stands for several tokens counts as many. own: beside it the query's own token."""
+        index = torch.arange(length, device=plan.device)
+        before, after = index[:start], index[start + plan.tokens :]
+        alike = plan.even and length == plan.tokens  # alone and alike: softmax takes no notice
+        if not weighs or (alike and not own):
+            return cls(before, after, None, None, None)
+        small, longer = divmod(plan.tokens, plan.kept)
+        if alike:
+            return cls(before, after, None, ((None, math.log(small)),), None)
+        bias = F.pad(plan.sizes[:1].log(), (len(before), len(after)))
+        if plan.even:
+            return cls(before, after, bias, ((None, math.log(small)),), None)
+        if not isinstance(plan, SamplePlan):
+            return cls(before, after, bias, None, None)
+        order = run_lengths(plan.tokens, plan.kept, plan.device)[1].argsort(stable=True)
+        shorter = plan.kept - longer
+        groups = [(order[:shorter], shorter, small), (order[shorter:], longer, small + 1)]
+        (most, _, size), (least, count, times) = groups if shorter >= longer else groups[::-1]
+        if count * times <= _FEW:
+            return cls(before, after, bias, ((most, math.log(size)),), least.repeat_interleave(times))
+        return cls(before, after, bias, ((most, math.log(size)), (least, math.log(times))), None)
+
+    def index(self, plan: Plan, start: int) -> Tensor:
+        """The tokens whose keys stay, [K], where all rows of the batch keep the same; the image begins at `start`."""
+        if len(self.before) + len(self.after) == 0:
+            return plan.index[0]
+        return torch.cat((self.before, plan.index[0] + start, self.after))
+
+
+class JointCall:
+    """What the attentions of one call of a model share. Owned by that call.
+
+    Args:
+        weighs: whether a key that stands for several tokens counts as many.
+        kernels: those that the host would try, in its order (joined.choose_kernel). None of them: nothing is joined.
+        say: called as say(message, detail) where a kernel refuses.
+        own: whether each of the image's queries keeps its own token (own.py), where keys weigh and are joined.
+    """
+
+    def __init__(self, weighs: bool, kernels: Sequence[str], say: Callable[[str, str], None], own: bool = False):
+        self.weighs, self.kernels, self._say = weighs, tuple(kernels), say
+        self.own = own and weighs
+        self._around: dict[tuple[int, int], Around] = {}
+        self._chosen: dict[tuple[torch.dtype, int], str | None] = {}
+
+    def around(self, plan: Plan, start: int, length: int) -> Around:
+        """For a row of `length` tokens whose image begins at `start`; plan: of a method that matches nothing."""
+        if (start, length) not in self._around:
+            self._around[start, length] = Around.of(plan, start, length, self.weighs, self.own)
+        return self._around[start, length]
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, scale: float | None = None
+    ) -> Tensor | None:
+        """One unmasked attention with keys and values of plan.index alone, each of its weight, and all other tokens.
+
+        Args:
+            q, k, v: [B, H, L, d] of all tokens. scale: of the logits; None: d ** -0.5.
+        Returns:
+            [B, L, H, d], or None where it cannot be done in joined parts, or need not be.
+        """
+        around = self.around(plan, start, k.shape[2])
+        if not self.kernels or around.sizes is None or not _can_join(q, k, v):
+            return None
+        kernel = self._kernel(q)
+        if kernel is None:
+            return None
+        out = None
+        if self.own:
+            if kernel in _SLOWER or q.shape[-1] == _OWN_HEADS:
+                out = _attend_drawn_at_once(q, k, v, start, plan, around, scale)
+        elif kernel in _SLOWER and kernels.attends(q.shape[-1], q.dtype):
+            out = _attend_at_once(q, k, v, start, plan, around, scale)
+        if out is not None:
+            return out
+        try:
+            return attend_joined(q, k, v, start, plan, around, kernel, scale, self.own)
+        except RuntimeError as error:  # what a kernel refuses on some machine; the wider heads go everywhere
+            if is_out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            self._say(f"the {kernel} kernel joins no attentions here; heads are widened instead", reason)
+            self.own = False
+            self.kernels = ()
+            return None
+
+    def _kernel(self, q: Tensor) -> str | None:
+        key = q.dtype, q.shape[-1]
+        if key not in self._chosen:  # torch is asked once a call and not once a layer
+            self._chosen[key] = choose_kernel(self.kernels, q.device, *key)
+        return self._chosen[key]
+
+
+def _can_join(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels that tell their log-sum-exp take these, and no gradient is lost by it."""
+    if any(x.stride(-1) != 1 for x in (q, k, v)):
+        return False
+    if not (q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype):
+        return False
+    return not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+
+
+def _attend_at_once(
+    q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, around: Around, scale: float | None
+) -> Tensor | None:
+    """JointCall.attend by a kernel of ours, which weighs each key; None where it does not serve."""
+    if not kernels.serves(q, k, v):
+        return None
+    index = plan.choice if k.shape[2] == plan.tokens else around.index(plan, start)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = kernels.attend(q, take_heads(k, index), take_heads(v, index), around.bias, scale)
+    return None if out is None else out.transpose(1, 2)
+
+
+def _attend_drawn_at_once(
+    q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, around: Around, scale: float | None
+) -> Tensor | None:
+    """JointCall.attend with own tokens by a kernel of ours; None where it does not serve: all drawn keys must
+    count alike."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    alike = around.ones is None and len(around.sizes) == 1
+    if not alike or not isinstance(plan, SamplePlan) or not kernels.attends_drawn(q, k, v, scale):
+        return None
+    drawn = None
+    if not kernels.pays_to_list(plan.kept):
+        drawn = take_turns(*(_image_of(x, start, plan) for x in (k, v)), plan.turns)
+    out = kernels.attend_drawn(q, k, v, drawn, plan.turns, plan.runs, start, scale, around.sizes[0][1])
+    return out.transpose(1, 2)
+
+
+def attend_joined(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: int,
+    plan: Plan,
+    around: Around,
+    kernel: str,
+    scale: float | None = None,
+    own: bool = False,
+) -> Tensor | None:
+    """JointCall.attend by one kernel; None where a part is not as it wants it: cuDNN takes no single key."""
+    end = start + plan.tokens
+    apart = own and isinstance(plan, SamplePlan)
+    index, chosen_of = (plan.turns, take_turns) if apart else (plan.choice, _take_both)  # (T, b, M) or (b, M)
+    image = [_image_of(x, start, plan) for x in (k, v)]
+    parts: list[Part] = []
+    for places, weight in around.sizes:
+        chosen = index if places is None else index[..., places]
+        parts.append((*chosen_of(*image, chosen), weight))
+    ones = None if around.ones is None else chosen_of(*image, index[..., around.ones])
+    others = []
+    for number, x in enumerate((k, v)):
+        pieces = [x[:, :, :start]] if start else []
+        pieces += [] if ones is None else [ones[number]]
+        pieces += [x[:, :, end:]] if end < x.shape[2] else []
+        if pieces:
+            others.append(pieces[0] if len(pieces) == 1 else _concatenate(pieces))
+    if others:
+        parts.append((*others, 0.0))
+    if any(part[0].shape[2] < (2 if kernel == "cudnn" else 1) for part in parts):
+        return None
+    if not apart:
+        return attend_in_parts(q, parts, kernel, scale)
+    out, lse = attend_in_parts_with_lse(q, parts, kernel, scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    of_q, of_out, of_lse = (_image_of(x, start, plan) for x in (q, out, lse))
+    kept = keep_own(of_q, *image, of_out, of_lse, plan.turns, plan.runs, scale, parts[0][2])
+    out, kept = out.transpose(1, 2), kept.transpose(1, 2)  # (B, ., H, d)
+    if kept.shape != out.shape:
+        kept = torch.cat((out[:, :start], kept, out[:, end:]), dim=1)
+    return kept.contiguous()
+
+
+def _image_of(x: Tensor, start: int, plan: Plan) -> Tensor:
+    """The image's part of x [B, H, L, ...]; x itself where there is nothing else, since each view takes the processor a
+    few microseconds in each layer."""
+    return x if x.shape[2] == plan.tokens else x[:, :, start : start + plan.tokens]
+
+
+def _take_both(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    return take_heads(k, index), take_heads(v, index)
+
+
+def _rows_lie_together(x: Tensor) -> bool:
+    """Whether x [B, H, L, d] is [B, L, H * d] in memory."""
+    return x.stride(1) == x.shape[3] and x.stride(3) == 1
+
+
+def take_heads(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens of index [K], or of a list a row [b, K], of x [B, H, L, d], in one gather of whole rows where the
+    memory allows."""
+    batch, heads, _, d = x.shape
+    index = index[None] if index.dim() == 1 else index
+    if _rows_lie_together(x):
+        return take(x.transpose(1, 2).flatten(2), index).unflatten(-1, (heads, d)).transpose(1, 2)
+    if index.shape[0] > 1:
+        return x.gather(2, spread_rows(index, batch)[:, None, :, None].expand(-1, heads, -1, d))
+    if batch == 1 or x.stride(0) == heads * x.stride(1):
+        return take(x.flatten(0, 1), index).unflatten(0, (batch, heads))
+    return x.index_select(2, index[0])
+
+
+def _concatenate(pieces: Sequence[Tensor]) -> Tensor:
+    """Pieces [B, H, ., d] one behind the other, in the memory order that they have."""
+    if all(_rows_lie_together(x) for x in pieces):
+        return torch.cat([x.transpose(1, 2) for x in pieces], dim=1).transpose(1, 2)
+    return torch.cat(list(pieces), dim=2)
+
+
+def merge_image(x: Tensor, start: int, plan: Plan) -> Tensor:
+    """The image's part of x [B, L, C], which begins at `start`, merged -> [B, K, C]."""
+    before, image, after = x.split((start, plan.tokens, x.shape[1] - start - plan.tokens), dim=1)
+    return torch.cat((before, plan.merge(image), after), dim=1)
+
+
+def unmerge_image(x: Tensor, start: int, plan: Plan) -> Tensor:
+    """Back from x [B, K, C] -> [B, L, C]."""
+    before, image, after = x.split((start, plan.kept, x.shape[1] - start - plan.kept), dim=1)
+    return torch.cat((before, plan.unmerge(image), after), dim=1)
+
+
+def image_bias(plan: Plan, start: int, length: int) -> Tensor:
+    """log(sizes) [B, K] of merged keys in a row of `length` tokens whose image begins at `start`."""
+    return F.pad(plan.sizes.log(), (start, length - start - plan.tokens))

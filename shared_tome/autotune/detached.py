@@ -1,0 +1,118 @@
+"""A model, or a transformer block of it, by itself, to be timed (auto.py), and what its times depend on."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.failures import is_out_of_memory
+from ..hooks.guard import is_replaced
+
+# Of nn.Module.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+_PROMPT = 77  # tokens
+
+
+def run_bare(block: nn.Module, x: Tensor) -> Callable[[], Any] | None:
+    """What runs a copy of a block on tokens x [B, N, C] and a prompt of zeros: without hooks, and with weights of its
+    own, since some hosts write a LoRA into them on the way.
+
+    block: diffusers' or ldm's BasicTransformerBlock. None where it attends to no prompt, where something else stands in
+    the place of a module's forward (offloading, another patch), and where it does not run by itself.
+    """
+    try:
+        width = block.attn2.to_k.in_features
+        made = _bare(block, _cloned)
+        names = inspect.signature(type(block).forward).parameters
+        name = "encoder_hidden_states" if "encoder_hidden_states" in names else "context"
+        context = {name: x.new_zeros(x.shape[0], _PROMPT, width)}
+
+        def run() -> Any:
+            return made(x, **context)
+
+        with torch.no_grad():
+            out = run()
+    except Exception as error:  # whatever a foreign block wants besides
+        if is_out_of_memory(error):
+            raise
+        return None
+    return run if isinstance(out, Tensor) and out.shape == x.shape else None
+
+
+def bare_model(model: nn.Module) -> nn.Module | None:
+    """A copy of a whole model without hooks, which shares its parameters and buffers; for hosts that write into none.
+
+    None where something else stands in the place of a module's forward, or where one that is not diffusers' own does an
+    attention's work: it may keep what it sees.
+    """
+    for module in model.modules():
+        processor = getattr(module, "processor", None)
+        if processor is not None and type(processor).__module__.partition(".")[0] != "diffusers":
+            return None
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            return None
+    try:
+        return _bare(model, lambda x: x)
+    except ValueError:
+        return None
+
+
+def about_model(model: nn.Module, device: torch.device) -> str:
+    """In words, what a model's times on a device depend on beside its shapes: the codes of its attentions, how its
+    weights are stored, and whether all of them lie there."""
+    codes, stored, elsewhere = set(), set(), False
+    for module in model.modules():
+        if hasattr(module, "to_q"):
+            processor = getattr(module, "processor", None)
+            backend = getattr(processor, "_attention_backend", None)
+            codes.add(_code(type(module).forward if processor is None else type(processor)))
+            codes.update(() if backend is None else (str(backend),))
+        # Offloading and quantization stand in the place of a forward, or bring classes of their own.
+        if is_replaced(module):
+            stored.add("replaced forwards")
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            stored.add(str(weight.dtype).removeprefix("torch."))
+            if not type(module).__module__.startswith("torch.nn.") and weight.dim() == 2:
+                stored.add(_code(type(module)))
+            elsewhere = elsewhere or weight.device != device
+    words = [*sorted(codes), f"weights {' '.join(sorted(stored))}", *(["partly elsewhere"] if elsewhere else [])]
+    return ", ".join(words)
+
+
+def _code(made: Any) -> str:
+    return f"{made.__module__}.{getattr(made, '__qualname__', type(made).__qualname__)}"
+
+
+def _bare(module: nn.Module, taken: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy without hooks; taken: what it gets for a parameter or buffer. Raises ValueError for another's forward."""
+    if is_replaced(module):
+        raise ValueError(f"{type(module).__name__} has a forward of its own")
+    made = copy.copy(module)
+    state = made.__dict__
+    state.pop("forward", None)  # the class's own, put back by a host: it is bound to the module copied from
+    state["_modules"] = {
+        name: child if child is None else _bare(child, taken) for name, child in module._modules.items()
+    }
+    for kind in ("_parameters", "_buffers"):
+        state[kind] = {name: x if x is None else taken(x) for name, x in module.__dict__[kind].items()}
+    for hooks in _HOOKS:
+        state[hooks] = OrderedDict()
+    return made
+
+
+def _cloned(x: Tensor) -> Tensor:
+    clone = x.detach().clone()
+    return nn.Parameter(clone, requires_grad=False) if isinstance(x, nn.Parameter) else clone

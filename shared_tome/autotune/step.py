@@ -1,0 +1,112 @@
+"""Whether merging pays in a model's whole step on a GPU, measured at its first call (auto.py).
+
+A layer that saves the GPU time takes the processor some, and steps often wait for the processor alone: then nothing is
+gained, however much each layer saves. Python, the host's code and the machine decide, so a step is run both ways.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ToMeConfig
+from ..core.grid import Grid
+from . import timing
+from .layer import ROWS, Attention, Verdict, known_or_measured, may_measure, name_of, ways
+
+# A step that takes longer, in seconds, keeps a GPU busy whatever the processor does (docs/speed.md).
+LONG = 0.3
+_ROUNDS = 4
+# Walking through a model takes longer than a step may. A fact about a model, not state of a call.
+_sizes: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def is_judged(config: ToMeConfig, device: torch.device) -> bool:
+    """Whether whole steps are measured at all: with levels "auto" on a GPU."""
+    return config.levels == "auto" and may_measure(device)
+
+
+def verdict_of(
+    model: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    grid: Grid,
+    config: ToMeConfig,
+    both: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]],
+    attention: Attention | None = None,
+    kernels: tuple[str, ...] = (),
+    about: str = "",
+) -> Verdict | None:
+    """What is known of the times of a model's steps, microseconds of one; None where they cannot be measured.
+
+    A step longer than LONG pays, and none that is merged is run: its time is 0.
+
+    Args:
+        dtype: what the model computes in, whatever it is given. grid: the latent's. config: how it is merged.
+        both: gives what runs a step whole and one that is merged; may raise, which is logged once, and store.NotNow
+            where another call of the same model may do.
+        attention, kernels, about: see auto.verdict_on.
+    """
+    if model not in _sizes:
+        _sizes[model] = sum(parameter.numel() for parameter in model.parameters())
+    what = f"a step of {type(model).__name__} of {_sizes[model]} parameters"
+    key = _key(what, grid, dtype, " ".join([name_of(attention, device), *kernels]), about, config)
+
+    def measure() -> Verdict:
+        with torch.no_grad():
+            return _compared(*both(), device)
+
+    return known_or_measured(key, device, measure)
+
+
+# ComfyUI asks in each step (see auto._case).
+@functools.lru_cache(maxsize=256)
+def _key(what: str, grid: Grid, dtype: torch.dtype, attention: str, about: str, config: ToMeConfig) -> str:
+    """What tells a step from others on one device."""
+    more = [f"from {config.min_tokens} tokens"]
+    more += [name for name in ("cross_attention", "mlp") if getattr(config, name)]
+    shape = ["x".join(map(str, grid)), str(dtype).removeprefix("torch.")]
+    return ", ".join([what, *shape, attention, *([about] if about else []), *ways(config, config.keeps_own), *more])
+
+
+def why_left_alone(verdict: Verdict) -> str:
+    """Why nothing is merged, for people."""
+    whole, merged = verdict.full_us / 1e3, verdict.merged_us / 1e3
+    return f"merging does not pay here: a step takes {whole:.1f} ms without and {merged:.1f} ms with it"
+
+
+def rows_of(given: Any, batch: int) -> Any:
+    """What a call of `batch` rows is given, with its first row ROWS times instead: a picture with guidance.
+
+    given: a tensor, plain dicts, lists and tuples of such; all else is passed on.
+    """
+    if isinstance(given, Tensor):
+        alike = given.dim() > 0 and given.shape[0] == batch
+        return given[:1].expand(ROWS, *given.shape[1:]).contiguous() if alike else given
+    if type(given) is dict:
+        return {name: rows_of(value, batch) for name, value in given.items()}
+    if type(given) in (list, tuple):
+        return type(given)(rows_of(value, batch) for value in given)
+    return given
+
+
+def _compared(whole: Callable[[], Any], merged: Callable[[], Any], device: torch.device) -> Verdict:
+    """Both take turns. Of the whole step the least time, since what disturbs a processor only adds to it; of the merged
+    one the median: where it waits for the processor it must pay with what disturbs it, too."""
+    whole()  # kernels are chosen, compiled and loaded
+    first = timing.seconds(whole, device)
+    if first > LONG:
+        return Verdict(1e6 * first, 0.0, 0.0)
+    for _ in range(2):
+        merged()  # and layers measured
+    times: tuple[list[float], list[float]] = [first], []
+    for _ in range(_ROUNDS):
+        for call, taken in zip((merged, whole), times[::-1], strict=True):
+            taken.append(timing.seconds(call, device))
+    return Verdict(1e6 * min(times[0]), 1e6 * statistics.median(times[1]), 0.0)

@@ -1,0 +1,183 @@
+"""From a recorded run and the picture that it made to a map (overlay.py draws it)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import MAX_LEVEL
+from ..core.grid import Grid, grid_at, split_frames
+from ..core.matching import match_tokens
+from ..core.noise import fold_seed
+from .legend import draw_legend
+from .overlay import coverage, draw_map, owners
+from .record import Run, StepFacts
+from .report import Layer, why_not_served
+
+logger = logging.getLogger("ToMe")
+
+
+class NoMap(Exception):
+    """There is nothing to draw. args: lines that say why."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One layer in one step. owner: [images or 1, N], see overlay.owners; where: its block, or ""."""
+
+    run: Run
+    facts: StepFacts
+    level: int
+    layer: int
+    step: int
+    grid: Grid
+    owner: Tensor
+    where: str
+
+    def caption(self) -> tuple[str, str]:
+        """What the legend says."""
+        config, tokens = self.facts.config, self.owner.shape[1]
+        kept = int(self.owner[0].unique().numel())
+        where = f" ({self.where})" if self.where else ""
+        steps = self.run.tally.of_steps
+        of = f" of 0 to {steps - 1}" if steps else ""
+        grid = "x".join(map(str, self.grid))
+        return (
+            f"{config.method} {config.ratio:g}: {tokens} to {kept} tokens (-{100 * (1 - kept / tokens):.0f}%)",
+            f"level {self.level} ({grid}), layer {self.layer}{where}, step {self.step}{of}",
+        )
+
+
+def choose(
+    run: Run | None, level: int, layer: int, step: int, empty: Sequence[str] = ("Nothing was recorded.",)
+) -> Chosen:
+    """What a person asked for; -1 for level and step lets the run decide. Raises NoMap, without a run with `empty`."""
+    if run is None:
+        raise NoMap(*empty)
+    merged = [number for number, facts in sorted(run.facts.items()) if facts.config.ratio > 0.0]
+    if not merged:
+        raise NoMap("Nothing was merged in any step.")
+    if step == -1:
+        step = merged[-1]
+    if step not in run.facts:
+        raise NoMap(f"Step {step} was not run: there are {_span(sorted(run.facts))}.")
+    if step not in merged:
+        raise NoMap(f"Nothing was merged in step {step}, but in {_span(merged)}.")
+    facts = run.facts[step]
+    known = run.tally.layers()
+    level, grid, where = _compiled(facts, level) if run.compiled else _seen(known, level, layer)
+    owner = run.owner(step, grid, layer)
+    if owner is None and facts.config.kind.matches:
+        if run.compiled:
+            raise NoMap("Under torch.compile it cannot be seen", f"what {facts.config.method} chose.")
+        if run.is_full:
+            raise NoMap(f"Step {step} was not kept: the run was too long", "and large for the record's memory.")
+        raise NoMap(f"Layer {layer} of level {level} was not merged in step {step}.")
+    if owner is None:
+        seed = torch.tensor([fold_seed(seed) for seed in facts.seeds or (facts.config.seed,)])
+        metric = torch.zeros(len(seed), math.prod(grid), 1)  # of a choice that looks at nothing
+        draw = step if facts.draw is None else facts.draw
+        owner = owners(match_tokens(metric, grid, facts.config, seed=seed, step=draw, layer=layer))
+    return Chosen(run, facts, level, layer, step, grid, owner, where)
+
+
+def _compiled(facts: StepFacts, level: int) -> tuple[int, Grid, str]:
+    """Level and grid where single layers were not seen: from the options alone. Raises NoMap."""
+    config, full = facts.config, facts.full
+    for now in range(MAX_LEVEL + 1) if level == -1 else [level]:
+        grid = grid_at(full, now)
+        why = why_not_served(config, grid, full)
+        if why is None:
+            return now, grid, ""
+    raise NoMap("No level has enough tokens." if level == -1 else f"Level {level} was left alone: {why}.")
+
+
+def _seen(layers: Sequence[Layer], level: int, layer: int) -> tuple[int, Grid, str]:
+    """Level, grid and block of a merged layer. Raises NoMap."""
+    merged = [one for one in layers if not one.reason]
+    if not merged:
+        raise NoMap("Nothing was merged in any layer.", *_reasons(layers))
+    if level == -1:
+        level = min(one.level for one in merged)
+    there = [one for one in merged if one.level == level]
+    if not there:
+        left = [one for one in layers if one.level == level]
+        raise NoMap(
+            f"Nothing was merged at level {level}, but at {_span(sorted({one.level for one in merged}))}.",
+            *_reasons(left),
+        )
+    # A level may have several grids, where an area of the picture was sampled alone: the largest is the picture's.
+    grid = max((one.grid for one in there), key=math.prod)
+    for one in there:
+        if one.grid == grid and one.number == layer:
+            several = any(other.where == one.where and other.part != one.part for other in there)
+            return level, grid, f"{one.where}, transformer {one.part}" if several else one.where
+    numbers = sorted(one.number for one in there if one.grid == grid)
+    raise NoMap(f"Level {level} has no merged layer {layer}: there are {_span(numbers)}.")
+
+
+def _reasons(layers: Iterable[Layer]) -> list[str]:
+    """Why layers were left alone, each reason once."""
+    return [f"{reason[0].upper()}{reason[1:]}." for reason in dict.fromkeys(one.reason for one in layers)]
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """Numbers in words: 0 to 4 where none is missing."""
+    if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
+
+
+def draw_maps(
+    run: Run | None,
+    image: Tensor,
+    pictures: Iterable[int],
+    *,
+    level: int,
+    layer: int,
+    step: int,
+    show: str,
+    opacity: float,
+    legend: bool,
+    empty: Sequence[str] = ("Nothing was recorded.",),
+) -> Tensor:
+    """Maps [P, H, W, 3] of some pictures of a batch [B, H, W, 3 or 4]: see draw_map for the rest.
+
+    Where there is nothing to draw the picture says why; empty: lines for where there is no run.
+    """
+    image = image[..., :3].cpu().float()
+    try:
+        chosen = choose(run, level, layer, step, empty)
+    except NoMap as why:
+        logger.info("[ToMe] the map has nothing to draw: %s", " ".join(why.args))
+        return torch.stack([draw_legend(image[number], why.args) for number in pictures])
+    maps = []
+    for number in pictures:
+        row, frame = _place(number, len(image), chosen)
+        maps.append(
+            draw_map(
+                image[number],
+                chosen.owner[row],
+                chosen.grid,
+                frame=frame,
+                covers=coverage(chosen.facts.latent, chosen.grid),
+                show=show,
+                opacity=opacity,
+                caption=chosen.caption() if legend else (),
+            )
+        )
+    return torch.stack(maps)
+
+
+def _place(number: int, pictures: int, chosen: Chosen) -> tuple[int, int]:
+    """(row of owners, frame of the grid) of a picture. A latent frame stands for several of a video, but the first."""
+    images, frames = chosen.run.images, split_frames(chosen.grid)[0]
+    each = max(1, pictures // images)  # pictures made of one latent
+    row, number = min(number // each, images - 1), number % each
+    frame = 0 if number == 0 or each == 1 else 1 + (number - 1) * (frames - 1) // (each - 1)
+    return min(row, len(chosen.owner) - 1), min(frame, frames - 1)

@@ -1,0 +1,362 @@
+"""What ToMe did in a run, for people and for programs: a tally that any host fills, and the report made from it.
+
+A host keeps a `Tally` for each run of a sampler, tells it of each call of the model and of each layer, and makes a
+`Report` at the end. Nothing here is asked for unless somebody wants a report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..autotune.layer import Verdict
+from ..config import ToMeConfig
+from ..core.grid import Grid, level_of
+from ..core.schedule import serves_layer
+from ..merging.plan import Plan
+
+NO_WHOLE_TOKEN = "the ratio takes away no whole token"
+
+
+def capped(config: ToMeConfig) -> str | None:
+    """What to tell somebody who asked for more than the method can do, or None."""
+    if config.ratio <= config.ratio_cap:
+        return None
+    stride = "x".join(map(str, config.stride))
+    return (
+        f"ratio {config.ratio:g} is more than method {config.method} can take at stride {stride}: "
+        f"{config.ratio_cap:g} is what it does"
+    )
+
+
+def why_not_served(config: ToMeConfig, grid: Grid, full: Grid) -> str | None:
+    """Why a layer on this grid is left alone by the options, or None where it is merged (see serves_layer)."""
+    if serves_layer(config, grid, full):
+        return None
+    levels = config.level_set
+    if levels is not None and level_of(grid, full) not in levels:
+        return f"its level is not one of levels {config.levels}"
+    return f"fewer than min tokens {max(2, config.min_tokens)}"
+
+
+def why_no_step(config: ToMeConfig) -> str:
+    """Why a step at ratio 0 is left alone (see ratio_at)."""
+    moves = f", ratio {config.ratio:g} to {config.ratio_end:g}" if config.ratio_end >= 0.0 else ""
+    return f"steps at ratio 0: start {config.start:g}, end {config.end:g}" + moves
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer of a run.
+
+    where: its block as the log names it. part: which attention of that block. level, grid: None where unknown.
+    number: its place among the layers of its grid, or None where it was left alone. before, after: tokens; after is
+    the fewest and the most over the run. calls: of the model. reason: why it was left alone, or "". saves_us: what
+    merging saves a call of it, where that was measured (auto.py).
+    """
+
+    where: str
+    part: int
+    level: int | None
+    grid: Grid | None
+    number: int | None
+    before: int | None
+    after: tuple[int, int] | None
+    calls: int
+    reason: str = ""
+    saves_us: float | None = None
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """What a step takes: milliseconds, medians of `rounds` measurements by turns, after a warm-up.
+
+    calls: of the model in a step. step: the one that was measured, from 0. ratio: what held there.
+    """
+
+    without: float
+    merged: float
+    rounds: int
+    calls: int
+    step: int
+    ratio: float
+    device: str
+
+    @property
+    def speedup(self) -> float:
+        return self.without / self.merged
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is known of one run.
+
+    steps: that were run, merged_steps: in which something was merged; of_steps: that the sampler was to run, or None.
+    """
+
+    config: ToMeConfig
+    steps: int
+    of_steps: int | None
+    merged_steps: int
+    calls: int
+    layers: tuple[Layer, ...]
+    time: StepTime | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def merged(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if not layer.reason)
+
+    @property
+    def left_alone(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.reason)
+
+    def line(self) -> str:
+        """The shortest form, for a log or a picture's text: "sample 0.75, level 0: 4096 to 1024 tokens in 5 layers"."""
+        moves = f" to {self.config.ratio_end:g}" if self.config.ratio_end >= 0 else ""
+        parts = [f"{self.config.method} {self.config.ratio:g}{moves}"]
+        for group in _alike(self.merged):
+            parts.append(f"{_place(group[0])}: {_change(group[0])} tokens in {_count(group, 'layer')}")
+        if not self.merged:
+            parts.append("nothing was merged")
+        if self.time is not None:
+            parts.append(f"{self.time.without:.4g} to {self.time.merged:.4g} ms a step")
+        return ", ".join(parts)
+
+    def text(self) -> str:
+        """Lines for people; they read as Markdown too."""
+        config = self.config
+        head = f"ToMe: method {config.method}, ratio {config.ratio:g}"
+        head += f" to {config.ratio_end:g}" if config.ratio_end >= 0 else ""
+        lines = [f"{head}, seed {config.seed}", self._steps(), ""]
+        lines.append("Merged:" if self.merged else "Nothing was merged.")
+        for group in _alike(self.merged):
+            first = group[0]
+            lines.append(
+                f"- {_place(first)}: {_change(first)} tokens (-{100 * (1 - first.after[0] / first.before):.0f}%), "
+                f"{_count(group, 'layer')}{_saves(first)}: {_names(group)}"
+            )
+        if self.left_alone:
+            lines += ["", "Left alone:"]
+        for group in _alike(self.left_alone):
+            first = group[0]
+            size = "" if first.before is None else f", {first.before} tokens"
+            lines.append(f"- {_place(first)}{size}, {_count(group, 'layer')}: {first.reason} ({_names(group)})")
+        if self.time is not None:
+            lines += ["", self._time()]
+        notes = [note for note in (capped(config), *self.notes) if note]
+        if notes:
+            lines += ["", "Note:", *(f"- {note}" for note in notes)]
+        return "\n".join(lines)
+
+    def _steps(self) -> str:
+        of = f" of {self.of_steps}" if self.of_steps and self.of_steps != self.steps else ""
+        config = self.config
+        limits = f", from start {config.start:g} to end {config.end:g}" if config.start > 0 or config.end < 1 else ""
+        return f"{self.steps}{of} steps, merged in {self.merged_steps}{limits}; {self.calls} calls of the model"
+
+    def _time(self) -> str:
+        time = self.time
+        calls = f", {time.calls} calls" if time.calls != 1 else ""
+        return (
+            f"A step{calls}: {time.without:.4g} ms without, {time.merged:.4g} ms with ToMe: {time.speedup:.2f}x "
+            f"(step {time.step} at ratio {time.ratio:g}, median of {time.rounds}, {time.device})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: numbers and words alone."""
+        layers = [dataclasses.asdict(layer) for layer in self.layers]
+        time = None
+        if self.time is not None:
+            time = {**dataclasses.asdict(self.time), "speedup": self.time.speedup}
+            time = {{"without": "without_ms", "merged": "with_ms"}.get(key, key): value for key, value in time.items()}
+        return {
+            "options": dataclasses.asdict(self.config),
+            "ratio_cap": self.config.ratio_cap,
+            "capped": capped(self.config) is not None,
+            "steps": self.steps,
+            "of_steps": self.of_steps,
+            "merged_steps": self.merged_steps,
+            "calls": self.calls,
+            "layers": layers,
+            "time": time,
+            "notes": list(self.notes),
+        }
+
+
+class Tally:
+    """Counts of one run. Safe to fill from several threads."""
+
+    def __init__(self, config: ToMeConfig, of_steps: int | None = None):
+        self.config, self.of_steps = config, of_steps
+        self._lock = threading.Lock()
+        self._layers: dict[tuple, Layer] = {}
+        self._steps: dict[int, float] = {}
+        self._merged_in: dict[int, bool] = {}  # of the steps whose layers were told: whether one was merged
+        self._calls = 0
+        self._asked: list[tuple[int, float]] = []
+
+    def ask(self, step: int, ratio: float) -> None:
+        """One call that the model is asked for; `call` says that it was run. For hosts where a cache may answer."""
+        with self._lock:
+            self._asked.append((step, ratio))
+
+    def settle(self) -> None:
+        """Where layers were met but no call was counted, the model does not tell its runs: all asked calls count."""
+        if not self._calls and self._layers:
+            for step, ratio in self._asked:
+                self.call(step, ratio)
+
+    def call(self, step: int, ratio: float) -> None:
+        """One call of the model that is run. ratio: what holds there, 0 where nothing is merged."""
+        with self._lock:
+            self._calls += 1
+            self._steps[step] = max(ratio, self._steps.get(step, 0.0))
+
+    def merged(
+        self,
+        where: str,
+        grid: Grid,
+        full: Grid,
+        number: int,
+        after: int,
+        part: int = 0,
+        saves_us: float | None = None,
+        step: int | None = None,
+    ) -> None:
+        """One layer of a call that has been merged: full is the latent's own grid. step: None where not known."""
+        after = (after, after)
+        layer = Layer(where, part, level_of(grid, full), grid, number, math.prod(grid), after, 1, saves_us=saves_us)
+        self._add(layer, step)
+
+    def left_alone(
+        self,
+        where: str,
+        reason: str,
+        grid: Grid | None = None,
+        full: Grid | None = None,
+        part: int = 0,
+        step: int | None = None,
+    ) -> None:
+        """One layer of a call that has been left alone, and why. step: None where not known."""
+        level = None if grid is None or full is None else level_of(grid, full)
+        before = None if grid is None else math.prod(grid)
+        self._add(Layer(where, part, level, grid, None, before, None, 1, reason), step)
+
+    def _add(self, layer: Layer, step: int | None) -> None:
+        key = (layer.where, layer.part, layer.grid, layer.number, layer.reason)
+        with self._lock:
+            known = self._layers.get(key)
+            if known is not None:
+                after = layer.after and (min(known.after[0], layer.after[0]), max(known.after[1], layer.after[1]))
+                layer = dataclasses.replace(layer, after=after, calls=known.calls + 1)
+            self._layers[key] = layer
+            if step is not None:
+                self._merged_in[step] = self._merged_in.get(step, False) or not layer.reason
+
+    def layers(self) -> tuple[Layer, ...]:
+        """In the order in which the model ran them first."""
+        with self._lock:
+            return tuple(self._layers.values())
+
+    @property
+    def steps(self) -> list[int]:
+        """That were run, from 0."""
+        with self._lock:
+            return sorted(self._steps)
+
+    @property
+    def calls(self) -> int:
+        return self._calls
+
+    def report(self, time: StepTime | None = None, notes: Sequence[str] = ()) -> Report:
+        """What has been counted so far."""
+        layers = self.layers()
+        with self._lock:
+            steps = len(self._steps)
+            merged = sum(ratio > 0 and self._merged_in.get(step, True) for step, ratio in self._steps.items())
+            unanswered = len(self._asked) - self._calls
+        if unanswered > 0:
+            notes = (*notes, f"another node answered {unanswered} of {len(self._asked)} calls without the model")
+        if layers and all(layer.reason for layer in layers):
+            merged = 0
+        return Report(self.config, steps, self.of_steps, merged, self._calls, layers, time, tuple(notes))
+
+
+class CallTally:
+    """The layers of one call of the model, told to a tally.
+
+    full: the latent's own grid, from which levels count. step: of the sampler; None where these layers stand for those
+    of other steps too.
+    """
+
+    def __init__(self, tally: Tally, full: Grid, step: int | None = None):
+        self.full, self.step = full, step
+        self._tally = tally
+        self._numbers: dict[Grid, int] = {}
+
+    def layer(self, where: str, grid: Grid, plan: Plan | None, part: int = 0, verdict: Verdict | None = None) -> int:
+        """The next layer on a grid, and its number, which counts as ModelCall does.
+
+        plan: None where nothing is to go. verdict: what was measured of it.
+        """
+        number = self.count(grid)
+        if plan is None:
+            self.left_alone(NO_WHOLE_TOKEN, where, grid, part)
+        else:
+            saves = None if verdict is None else verdict.saves_us
+            self._tally.merged(where, grid, self.full, number, plan.kept, part, saves, self.step)
+        return number
+
+    def count(self, grid: Grid) -> int:
+        """The number of the next layer on a grid: for one that had a plan and is left alone all the same."""
+        number = self._numbers.get(grid, 0)
+        self._numbers[grid] = number + 1
+        return number
+
+    def left_alone(self, reason: str, where: str, grid: Grid | None = None, part: int = 0) -> None:
+        """A layer that was not merged, and why."""
+        self._tally.left_alone(where, reason, grid, self.full, part, self.step)
+
+
+def _alike(layers: Iterable[Layer]) -> list[list[Layer]]:
+    """Layers of which the same is to be said, together."""
+    groups: dict[tuple, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault((layer.level, layer.grid, layer.after, layer.reason, layer.saves_us), []).append(layer)
+    return list(groups.values())
+
+
+def _place(layer: Layer) -> str:
+    if layer.grid is None:
+        return "no grid"
+    grid = "x".join(map(str, layer.grid))
+    return f"grid {grid}" if layer.level is None else f"level {layer.level} ({grid})"
+
+
+def _change(layer: Layer) -> str:
+    least, most = layer.after
+    return f"{layer.before} to {least}" if least == most else f"{layer.before} to {least}...{most}"
+
+
+def _saves(layer: Layer) -> str:
+    return "" if layer.saves_us is None else f", each saves {layer.saves_us:.0f} us"
+
+
+def _count(layers: Sequence[Layer], word: str) -> str:
+    return f"{len(layers)} {word}" if len(layers) == 1 else f"{len(layers)} {word}s"
+
+
+def _names(layers: Iterable[Layer]) -> str:
+    """Their blocks, each once: "input block 1, 2, output block 9"."""
+    names = list(dict.fromkeys(layer.where for layer in layers))
+    said, last = [], None
+    for name in names:
+        kind, _, number = name.rpartition(" ")
+        said.append(number if kind and kind == last else name)
+        last = kind
+    return ", ".join(said)

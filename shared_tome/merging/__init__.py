@@ -1,0 +1,1 @@
+"""What a layer's call merges: plans of groups, and the call that makes them."""

@@ -1,0 +1,307 @@
+"""What the layers of one call of a denoiser share: its seed, its step, and the tokens drawn for it.
+
+An adapter makes a ModelCall for each call of the model and asks it for a plan at each attention layer. It is owned
+by that call, so clones, threads and several samplers cannot mix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..autotune.layer import Attention, Block, known_on, measures, verdict_on
+from ..autotune.verdict import Verdict
+from ..config import ToMeConfig
+from ..core.curve import curve_order, is_compiling
+from ..core.grid import Grid, grid_at
+from ..core.matching import match_tokens, split_layers
+from ..core.noise import fold_seed
+from ..core.sampling import SamplePlan, kept_count, walk_rows, walk_table
+from ..core.schedule import serves_layer
+from .plan import Plan
+
+# Layers whose tokens are drawn in one go where runs are of two lengths: the first ones of a grid, all that most
+# denoisers have at a level that pays, and those behind them, which SDXL's deepest level and transformers have.
+_DRAWN_FIRST, _DRAWN_THEN = 16, 64
+# Layers whose src and dst are split in one go.
+_SPLIT_AT_ONCE = 16
+# Different draws that heads have at most, where they draw apart.
+_TURNS = 16
+
+
+def _serves(config: ToMeConfig, grid: Grid, full: Grid) -> bool:
+    """Whether a layer on this grid is merged at all, by the options."""
+    return config.ratio > 0.0 and serves_layer(config, grid, full)
+
+
+def _check_tokens(grid: Grid, **given: Tensor) -> None:
+    """Raises ValueError where one of these [B, N, C] has more or fewer tokens than the grid."""
+    tokens = math.prod(grid)
+    for name, x in given.items():
+        if x.shape[1] != tokens:
+            shape = "x".join(map(str, grid))
+            raise ValueError(f"a grid of {shape} has {tokens} tokens, the {name} has {x.shape[1]}")
+
+
+def _kind(grid: Grid, channels: int, heads: int | None, dtype: torch.dtype, kernels: tuple[str, ...]) -> tuple:
+    """What tells layers of one call apart whose times differ."""
+    return grid, channels, heads, dtype, kernels
+
+
+def _served_layers(
+    config: ToMeConfig, full: Grid, layers: Iterable[tuple[int, int, int]]
+) -> Iterator[tuple[Grid, int, int]]:
+    """(level, channels, heads) of layers -> (grid, channels, heads) of those that are served."""
+    for level, channels, heads in layers:
+        grid = grid_at(full, level)
+        if _serves(config, grid, full):
+            yield grid, channels, heads
+
+
+def why_left_alone(
+    config: ToMeConfig,
+    full: Grid,
+    device: torch.device,
+    layers: Iterable[tuple[int, int, int]],
+    dtype: torch.dtype,
+    attention: Attention | None = None,
+    kernels: tuple[str, ...] = (),
+    about: str = "",
+) -> dict[Grid, str] | None:
+    """Why each grid's layers were found not to pay, where it is known before a call that none of these layers will be
+    merged: the host need not be patched for it, and no ModelCall made, which asks the GPU for a few things. Else None.
+
+    layers: (level, channels, heads). The rest as for ModelCall and its verdict.
+    """
+    reasons: dict[Grid, str] = {}
+    for grid, channels, heads in _served_layers(config, full, layers):
+        if not measures(config, grid, device):
+            return None
+        known = known_on(grid, channels, heads, dtype, device, config, attention, kernels, about)
+        if known is None or known.pays():
+            return None
+        reasons[grid] = known.reason
+    return reasons
+
+
+def shares_match(config: ToMeConfig) -> bool:
+    """Whether one match is to serve both halves of a batch, where they are the same images."""
+    return config.share_match and config.kind.matches
+
+
+def same_halves(x: Tensor) -> bool:
+    """Whether the second half of the rows of x [B, ...] repeats the first (ModelCall's `alike`). Synchronises: to be
+    asked only where shares_match."""
+    half = x.shape[0] // 2
+    return x.shape[0] % 2 == 0 and torch.equal(x[:half], x[half:])
+
+
+class ModelCall:
+    """Plans for the layers of one call.
+
+    Args:
+        config: with the ratio that holds at this step (see schedule.config_at).
+        full: the latent's own grid, from which levels are counted.
+        device: where the tokens are.
+        seed: a number, or a tensor [] or [B] with one number for each row of the batch; None: config.seed.
+        step: number or 0-d tensor: a tensor costs no synchronisation.
+        alike: whether both halves of the batch are the same images, so that one match may serve both (share_match).
+        about: what else of the model its layers' times depend on, in words (auto.Case).
+    """
+
+    def __init__(
+        self,
+        config: ToMeConfig,
+        full: Grid,
+        device: torch.device,
+        seed: int | Tensor | None = None,
+        step: int | Tensor = 0,
+        alike: bool = True,
+        about: str = "",
+    ):
+        self.config, self.full, self.step = config, full, step
+        self.alike, self.about = alike, about
+        self._matching = config if alike or not config.share_match else config.replace(share_match=False)
+        seed = config.seed if seed is None else seed
+        if not isinstance(seed, Tensor):
+            seed = torch.full((), fold_seed(seed), dtype=torch.int64, device=device)
+        self.seed = seed
+        self._served: dict[Grid, bool] = {}
+        self._verdicts: dict[tuple, Verdict | None] = {}  # by _kind
+        self._waits = True
+        self._layers: dict[Grid, int] = {}
+        self._walks: dict[Grid, Tensor] = {}
+        self._drawn: dict[Grid, tuple[int, Tensor]] = {}  # (first layer, [layers, b, M])
+        self._split: dict[Grid, list[tuple[Tensor, Tensor]] | None] = {}
+        # Made here and not where they are used: that may be inside a compiled graph.
+        levels = (grid_at(full, level) for level in range(4)) if config.method == "sample" else ()
+        self._orders = {grid: curve_order(grid, device) for grid in levels if self.serves(grid)}
+
+    def serves(self, grid: Grid) -> bool:
+        """Whether a layer on this grid is merged at all."""
+        if grid not in self._served:  # a model asks once a layer
+            self._served[grid] = _serves(self.config, grid, self.full)
+        return self._served[grid]
+
+    def verdict(
+        self,
+        x: Tensor,
+        grid: Grid,
+        heads: int | None,
+        attention: Attention | None = None,
+        kernels: tuple[str, ...] = (),
+        block: Block | None = None,
+        about: Callable[[], str] | None = None,
+    ) -> Verdict | None:
+        """What a layer on this grid takes whole and merged, measured at its first use (auto.py); None: not measured.
+
+        x: its tokens [B, N, C]; heads: None where the host does not tell; attention: the host's; kernels, block: see
+        auto.verdict_on; about: tells what else this layer's times depend on. Inside a compiled graph only what
+        `look_ahead` measured.
+        """
+        key = _kind(grid, x.shape[2], heads, x.dtype, kernels)
+        if key not in self._verdicts and not is_compiling():
+            known = None
+            if heads and measures(self.config, grid, x.device):
+                given = (grid, x.shape[2], heads, x.dtype, x.device, self.config, attention, kernels)
+                known = verdict_on(*given, block, self.about if about is None else about())
+            self._verdicts[key] = known
+        return self._verdicts.get(key)
+
+    def why_not_paid(self, found: Verdict | None) -> str | None:
+        """Why a layer of this verdict is left alone although the options would have it merged, or None."""
+        return None if found is None or found.pays(self._waits) else found.reason
+
+    def look_ahead(
+        self,
+        layers: Iterable[tuple[int, int, int]],
+        dtype: torch.dtype,
+        attention: Attention | None = None,
+        kernels: tuple[str, ...] = (),
+    ) -> None:
+        """Measure before a compiled graph runs, in which nothing can be. layers: (level, channels, heads)."""
+        self._waits = False
+        for grid, channels, heads in _served_layers(self.config, self.full, layers):
+            if measures(self.config, grid, self.seed.device):
+                given = (grid, channels, heads, dtype, self.seed.device, self.config, attention, kernels)
+                self._verdicts[_kind(grid, channels, heads, dtype, kernels)] = verdict_on(*given, None, self.about)
+
+    def known(
+        self, grid: Grid, channels: int, heads: int | None, dtype: torch.dtype, kernels: tuple[str, ...] = ()
+    ) -> Verdict | None:
+        """What `verdict` or `look_ahead` found of such layers in this call."""
+        return self._verdicts.get(_kind(grid, channels, heads, dtype, kernels))
+
+    @property
+    def unpaid(self) -> tuple[tuple, ...]:
+        """The kinds of layers that `look_ahead` found not to pay: a compiled graph depends on them."""
+        return tuple(key for key, found in self._verdicts.items() if self.why_not_paid(found) is not None)
+
+    def plan(self, metric: Tensor, grid: Grid) -> Plan | None:
+        """The plan for the next layer on this grid, or None where it is to be left alone.
+
+        metric: [B, N, C]; each call counts as a layer, in the order in which the model runs them. Raises ValueError
+        where the grid does not have N tokens.
+        """
+        if not self.serves(grid):
+            return None
+        _check_tokens(grid, metric=metric)
+        layer = self._layers.get(grid, 0)
+        self._layers[grid] = layer + 1
+        if self.config.method == "sample":
+            plan = self._sample(metric.shape[0], grid, layer)
+        else:
+            parts = self._parts(grid, layer)
+            plan = match_tokens(metric, grid, self._matching, seed=self.seed, step=self.step, layer=layer, parts=parts)
+        return None if plan.is_identity else plan
+
+    def _parts(self, grid: Grid, layer: int) -> tuple[Tensor, Tensor] | None:
+        """The layer's src and dst, split for many layers at once, or None where that gains nothing."""
+        place = layer % _SPLIT_AT_ONCE
+        if place == 0:
+            self._split[grid] = split_layers(grid, self.config, self.seed, self.step, layer, _SPLIT_AT_ONCE)
+        ahead = self._split[grid]
+        return None if ahead is None else ahead[place]
+
+    def _sample(self, batch: int, grid: Grid, layer: int) -> Plan:
+        """As sampling.sample_plan, but drawn for many layers at once."""
+        tokens = math.prod(grid)
+        kept = kept_count(tokens, int(tokens * self.config.ratio))
+        if kept == tokens:
+            return Plan(batch, tokens, tokens, self.seed.device)
+        # Heads that draw apart want the turns after the layer's own, as many as a run has.
+        turns = min(_TURNS, -(-tokens // kept)) if self.config.keeps_own else 1
+        if tokens % kept == 0:  # each run's walk begins again after as many layers as it has tokens
+            layers = tokens // kept
+            first, place = 0, layer % layers
+        else:
+            first, layers = (0, _DRAWN_FIRST) if layer < _DRAWN_FIRST else (_DRAWN_FIRST, _DRAWN_THEN)
+            place = (layer - first) % layers
+            first = layer - place
+        if grid not in self._drawn or self._drawn[grid][0] != first:
+            count = layers + turns - 1
+            order = self._orders[grid] if grid in self._orders else curve_order(grid, self.seed.device)
+            drawn = kernels.draw(order, kept, self.seed, self.step, first, count)
+            if drawn is None:
+                if grid not in self._walks:
+                    self._walks[grid] = walk_table(grid, kept, self.seed, order)
+                drawn = walk_rows(self._walks[grid], tokens, self.step, first, count)
+            self._drawn[grid] = first, drawn
+        return SamplePlan(batch, grid, self._drawn[grid][1].narrow(0, place, turns))
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, metric: Tensor | None = None, own: bool = False
+    ) -> MergedAttention | None:
+        """What the next self-attention layer on this grid is to be given, or None where it is left alone.
+
+        q, k, v: [B, N, C], before or after their projections; pass the same tensor where they are the same.
+        metric: [B, N, D], what similarity is measured on; None: q. own: k and v stay whole, for an adapter that samples
+        behind the projections because queries keep their own tokens (joint.JointCall with the outcome's plan).
+        Raises ValueError where one of them does not have the grid's tokens.
+        """
+        if self.serves(grid):
+            _check_tokens(grid, q=q, k=k, v=v)
+        plan = self.plan(q if metric is None else metric, grid)
+        if plan is None:
+            return None
+        kind = self.config.kind
+        if own:
+            bias = plan.key_bias() if self.config.weighs_keys else None
+            return MergedAttention(plan, q, k, v, bias, merges_queries=False)
+        merged = {id(q): plan.merge(q)} if kind.queries else {}
+        if kind.keys:
+            for x in (k, v):
+                if id(x) not in merged:
+                    merged[id(x)] = plan.merge(x)
+        return MergedAttention(
+            plan=plan,
+            q=merged[id(q)] if kind.queries else q,
+            k=merged[id(k)] if kind.keys else k,
+            v=merged[id(v)] if kind.keys else v,
+            bias=plan.key_bias() if self.config.weighs_keys else None,
+            merges_queries=kind.queries,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class MergedAttention:
+    """One attention layer's inputs, merged, and the way back.
+
+    q: [B, N or M, C]; k, v: [B, M or N, C]; bias: [b, M], to be added to the logits of each key, or None.
+    """
+
+    plan: Plan
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    merges_queries: bool
+
+    def unmerge(self, out: Tensor) -> Tensor:
+        """The attention's output [B, N or M, C] -> [B, N, C]."""
+        return self.plan.unmerge(out) if self.merges_queries else out

@@ -1,0 +1,163 @@
+"""scripts.py on diffusers' Flux and SD3, which attend to text and image together.
+
+The image's part of an attention is sampled or merged (joint.py), each key weighted by how many tokens it stands for;
+text and reference tokens stay. That happens behind the rotary positions, where queries and keys meet (sdpa.py).
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.combine import TORCHS
+from ..attention.sdpa import Handler, HostAttention, SdpaHooks, attend_sampled, leave_left_modes
+from ..attention.sequence import JointCall, image_bias, merge_image, unmerge_image
+from ..config import ToMeConfig
+from ..core.grid import Grid
+from ..hooks.served import served_as
+from ..merging.call import ModelCall
+from ..merging.plan import Plan
+from .hooks import BaseAttachment, argument
+from .outcome import CallOutcome
+
+# Class of the transformer: whether its text comes first, and what the pipeline divides timesteps by.
+JOINT = {"FluxTransformer2DModel": (True, 1000.0), "SD3Transformer2DModel": (False, 1.0)}
+
+
+def joint_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The attentions of a transformer that we know."""
+    if served_as(model, JOINT) is None:
+        return
+    for name in ("transformer_blocks", "single_transformer_blocks"):
+        for block in getattr(model, name, ()):
+            yield from (part for part in (block.attn, getattr(block, "attn2", None)) if part is not None)
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of the model. grid: the image's; text, reference: tokens beside it, reference ones behind it."""
+
+    model: ModelCall
+    joint: JointCall
+    grid: Grid
+    batch: int
+    text: int
+    reference: int
+    outcome: CallOutcome = field(default_factory=CallOutcome)
+
+
+class JointAttachment(BaseAttachment):
+    """On a transformer of JOINT. merge_attn: whether anything is merged at all."""
+
+    def __init__(self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True):
+        self.text_first, scale = JOINT[served_as(model, JOINT)]
+        super().__init__(config, pipe, scale)
+        self._grid: tuple[weakref.ref, Grid, int] | None = None
+        if not merge_attn:
+            self.say("nothing is merged: attention is off")
+            return
+        self._handles += [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            model.register_forward_hook(self._after_model, always_call=True),
+        ]
+        for attention in joint_blocks(model):
+            self._handles += SdpaHooks(attention, self._before_attention).handles
+
+    def _before_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.call = None  # of one that was interrupted: KeyboardInterrupt runs no hook
+        leave_left_modes()
+        x, text = argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 1, "encoder_hidden_states")
+        if self.text_first:
+            grid, reference = self._grid_of(argument(args, kwargs, 4, "img_ids"))
+        else:
+            patch = model.config.patch_size
+            grid, reference = (x.shape[-2] // patch, x.shape[-1] // patch), 0
+        if math.prod(grid) == 0:
+            self.say("image tokens that are not rows of one image are left alone")
+            return
+        timestep = argument(args, kwargs, 3, "timestep")
+        call = self.model_call(self.config_now(timestep), grid, timestep, x)
+        if call is not None:
+            joint = JointCall(call.config.weighs_keys, TORCHS, self._say_why, call.config.keeps_own)
+            self.call = _Call(call, joint, grid, x.shape[0], text.shape[1], reference)
+
+    def _after_model(self, model: nn.Module, args: tuple, out: Any) -> None:
+        call, self.call = self.call, None
+        if call is not None and out is not None:  # None: the call ended in an exception
+            self._outcome.end_call(call.grid, call.outcome)
+
+    def _grid_of(self, ids: Tensor) -> tuple[Grid, int]:
+        """The image's grid from its position ids [N, 3] (number, row, column), and the reference tokens behind it.
+
+        Read once for each tensor of ids: reading waits for the device. (0, 0) where they are no grid.
+        """
+        known = self._grid  # read once: another thread's call may put its own there
+        if known is None or known[0]() is not ids:
+            rows = (ids[0] if ids.dim() == 3 else ids).detach().cpu().float()  # (N, 3)
+            own = int((rows[:, 0] == 0).sum())
+            image = rows[:own]
+            height, width = (int(image[:, i].max() - image[:, i].min()) + 1 for i in (1, 2)) if own else (0, 0)
+            count = torch.arange(height * width)
+            place = torch.stack((count // max(1, width), count % max(1, width)), dim=1)  # (H * W, 2)
+            regular = height * width == own and torch.equal((image - image[:1])[:, 1:].long(), place)
+            known = (weakref.ref(ids), (height, width) if regular else (0, 0), len(rows) - own)
+            self._grid = known
+        return known[1:]
+
+    def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
+        return self._attend if self.call is not None else None
+
+    def _attend(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [B, H, L, d] -> [B, H, L, d]."""
+        call = self.call
+        if call is None:
+            return attention(q, k, v)
+        image, length = math.prod(call.grid), k.shape[2]
+        beside = length - image
+        own = q.shape[2] == length and beside in (0, call.reference, call.text + call.reference)
+        if not own or k.shape[0] != call.batch:
+            self.say("an attention with other tokens than the text's and the image's is left alone")
+            return attention(q, k, v)
+        if not attention.is_plain:
+            self.say("an attention with a mask is left alone")
+            return attention(q, k, v)
+        start = call.text if self.text_first and beside >= call.text else 0
+        # The ViT paper's metric: keys averaged over the heads. What matches nothing wants its shape alone.
+        metric = k[:, :, start : start + image].mean(1) if call.model.config.kind.matches else k[:, 0, :image]
+        plan = call.model.plan(metric, call.grid)  # metric [B, N, d]
+        if plan is None:
+            call.outcome.leave(call.model, call.grid)
+            return attention(q, k, v)
+        call.outcome.merged = True
+        if call.model.config.kind.matches:
+            return self._merged(attention, q, k, v, start, plan)
+        return attend_sampled(call.joint, attention, q, k, v, start, plan)
+
+    def _merged(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
+        """Methods that match: the image's part of queries, keys and values merged; the queries' outcome unmerged."""
+        kind, length = self.call.model.config.kind, k.shape[2]
+        bias = image_bias(plan, start, length) if self.call.joint.weighs else None
+
+        def merge(x: Tensor) -> Tensor:  # [B, H, L, d] -> [B, H, K, d]
+            return _split(merge_image(_flat(x), start, plan), x.shape[1])
+
+        q = merge(q) if kind.queries else q
+        k, v = (merge(k), merge(v)) if kind.keys else (k, v)
+        out = attention(q, k, v, bias=bias)
+        return _split(unmerge_image(_flat(out), start, plan), out.shape[1]) if kind.queries else out
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[B, H, L, d] -> [B, L, H * d]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """Back, [B, L, H * d] -> [B, H, L, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

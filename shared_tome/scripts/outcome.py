@@ -1,0 +1,93 @@
+"""One line a run in which a script's model merged nothing: why."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+
+from torch import Tensor
+
+from ..config import ToMeConfig
+from ..core.grid import Grid
+from ..inspect.report import NO_WHOLE_TOKEN, why_not_served
+from ..merging.call import ModelCall
+from .steps import Steps
+
+
+class CallOutcome:
+    """Of one call of the model. merged: whether any layer was; left: reasons, and the layers' tokens for each."""
+
+    def __init__(self) -> None:
+        self.merged = False
+        self.left: dict[str, dict[str, None]] = {}
+
+    def leave(self, model: ModelCall, grid: Grid) -> None:
+        """The options leave out the layers on a grid."""
+        reason = why_not_served(model.config, grid, model.full) or NO_WHOLE_TOKEN
+        self.left.setdefault(reason, {})[f"{grid[0]}x{grid[1]} tokens"] = None
+
+    def __str__(self) -> str:
+        return "; ".join(f"{reason} ({', '.join(where)})" for reason, where in self.left.items())
+
+
+class Outcome:
+    """Of the runs of one model. A pipeline's scheduler tells its runs apart; without one all calls are one run.
+
+    say: called with the line.
+    """
+
+    def __init__(self, config: ToMeConfig, steps: Steps, say: Callable[[str], None]):
+        self._config, self._steps, self._say = config, steps, say
+        self._run: weakref.ref | None = None  # the timesteps of the run
+        self._said: set[str] = set()
+        self._why: dict[Hashable, str] = {}  # by kind of call: its layers may have no hooks that tell it again
+        self._skipped = self._reached = False  # steps at ratio 0, and others
+
+    def timesteps(self) -> Tensor | None:
+        """All of the pipeline's run, as its scheduler has them."""
+        found = getattr(getattr(self._steps.pipe, "scheduler", None), "timesteps", None)
+        return found if isinstance(found, Tensor) else None
+
+    def skip(self, ratio_at: Callable[[Tensor], float]) -> None:
+        """A step at ratio 0 is left alone. ratio_at: of one of the pipeline's timesteps."""
+        self._skipped = True
+        if self._config.is_off:
+            self._tell("ratio is 0" if self._config.ratio == 0.0 else self._no_step())
+        elif self._is_new() and all(ratio_at(timestep) == 0.0 for timestep in self.timesteps().cpu()):
+            self._tell(self._no_step())
+
+    def reach(self) -> None:
+        """A step is to be merged."""
+        self._reached = True
+
+    def end_call(self, kind: Hashable, call: CallOutcome) -> None:
+        """kind: what calls whose layers are left alone for the same reasons have in common."""
+        if call.merged:
+            return
+        if call.left:
+            self._why[kind] = str(call)
+        if kind in self._why:
+            self._tell(self._why[kind])
+
+    def end(self) -> None:
+        """The model is called no more."""
+        if self._skipped and not self._reached and not self._config.is_off and self.timesteps() is None:
+            self._tell(self._no_step())
+
+    def _no_step(self) -> str:
+        return f"no step of the run lies between start {self._config.start:g} and end {self._config.end:g}"
+
+    def _is_new(self) -> bool:
+        """Whether this is another run of a pipeline than the one before."""
+        timesteps = self.timesteps()
+        if timesteps is None or (self._run is not None and self._run() is timesteps):
+            return False
+        self._run = weakref.ref(timesteps)
+        self._said.clear()
+        return True
+
+    def _tell(self, why: str) -> None:
+        self._is_new()
+        if why not in self._said:
+            self._said.add(why)
+            self._say(f"nothing is merged: {why}")

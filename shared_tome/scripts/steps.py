@@ -1,0 +1,96 @@
+"""Which step a script's sampler is at, told from the timestep that the model is called with."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.progress import percent_of_time
+
+
+class Steps:
+    """Follows one model.
+
+    pipe: the pipeline whose scheduler knows the timesteps, where there is one.
+    scale: what the pipeline divides them by before the model gets them (Flux: 1000).
+    """
+
+    def __init__(self, pipe: Any = None, scale: float = 1.0):
+        self.scale = scale
+        try:
+            self._pipe = weakref.ref(pipe)
+        except TypeError:  # None, or what cannot be referred to weakly
+            self._pipe = lambda: pipe
+        self._last: Tensor | None = None
+        self._count: Tensor | None = None
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline, or None."""
+        return self._pipe()
+
+    def _timesteps(self, timestep: Any) -> Tensor | None:
+        """All timesteps of this run, rounded as the one that the model gets, or None."""
+        found = self._told()
+        if found is None:
+            return None
+        if isinstance(timestep, Tensor) and timestep.is_floating_point():
+            found = found.to(timestep.dtype)
+        return (found / self.scale if self.scale != 1.0 else found).float()
+
+    def tells(self, timestep: Any) -> bool:
+        """Whether a pipeline tells the steps, so that a call need not be counted."""
+        return timestep is not None and self._told() is not None
+
+    def _told(self) -> Tensor | None:
+        """All timesteps of this run as the pipeline's scheduler has them, or None."""
+        scheduler = getattr(self.pipe, "scheduler", None)
+        found = getattr(scheduler, "timesteps", None)
+        return found if isinstance(found, Tensor) and getattr(scheduler, "num_inference_steps", None) else None
+
+    def step(self, timestep: Any, device: torch.device) -> Tensor | int:
+        """The number of the step as a 0-d tensor on the device, without a synchronisation.
+
+        How many other timesteps are above this one, where they are known: the scheduler knows those of the whole run,
+        of which a pipeline may run a part (strength, denoising_start, denoising_end). Otherwise counted: another
+        timestep is the next step, a higher one the first step of another run.
+        """
+        if timestep is None:
+            return 0
+        now = _first(timestep, device)
+        known = self._timesteps(timestep)
+        if known is not None:
+            known = known.to(device)
+            # Schedulers of samplers that call the model twice a step have a timestep twice.
+            again = torch.nn.functional.pad(known[1:] == known[:-1], (1, 0))
+            return ((known > now) & ~again).sum()
+        if self._last is None or self._last.device != now.device:
+            self._count = torch.zeros((), dtype=torch.int64, device=device)
+        else:
+            self._count = torch.where(now > self._last, 0, self._count + (now != self._last))
+        self._last = now
+        return self._count
+
+    def progress(self, timestep: Any) -> float:
+        """How far the model is, 0 to 1. Synchronises; only a schedule asks.
+
+        By the timestep itself; by its place among all timesteps of the run where the scheduler shifts time (Flux,
+        SD3), since it does not tell by how much.
+        """
+        if timestep is None:
+            return 0.0
+        known = None if hasattr(getattr(self.pipe, "scheduler", None), "alphas_cumprod") else self._timesteps(timestep)
+        if known is not None and len(known):
+            now = _first(timestep, torch.device("cpu"))
+            return int((known.cpu() > now).sum()) / len(known)
+        return percent_of_time(_first(timestep, torch.device("cpu")) * self.scale)
+
+
+def _first(timestep: Any, device: torch.device) -> Tensor:
+    """The first row's timestep, float32 []."""
+    if isinstance(timestep, Tensor):
+        return timestep.detach().reshape(-1)[0].to(device, torch.float32)
+    return torch.full((), float(timestep), dtype=torch.float32, device=device)

@@ -1,0 +1,441 @@
+"""The module hooks of vit.py.
+
+How a block is merged in its middle without its forward being copied: it computes x + mlp(norm2(x)). A hook before
+norm2 gives it the merged tokens; one behind the MLP branch adds the branch's output to them, keeps the sum and hands
+zeros to the block, which adds these to the unmerged x; one behind the block puts the kept sum in place of that.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention.bias import attend_tokens, minds_scale
+from ..attention.sdpa import Handler, HostAttention, SdpaHooks, leave_left_modes
+from ..config import ToMeConfig
+from ..core.matching import match_tokens
+from ..hooks.served import served_as
+from ..merging.plan import MergePlan, Plan, take
+
+NAME = "_shared_tome_vit"  # the attribute of a patched model that keeps its attachment
+SCHEDULES = ("constant", "falling")
+RESTORES = ("last", "all", "none")
+SERVED = "timm's VisionTransformer and the CLIP and SigLIP vision towers of transformers and ComfyUI"
+_TIMM = ("VisionTransformer", "VisionTransformerDistilled")
+_TIMM_BLOCKS = ("vision_transformer.Block",)
+# Layers of transformers' and ComfyUI's towers. Others may turn keys by their place or mask some of the patches.
+_LAYERS = (
+    "AltCLIPEncoderLayer",
+    "Blip2EncoderLayer",
+    "CLIPEncoderLayer",
+    "CLIPSegEncoderLayer",
+    "ChineseCLIPVisionLayer",
+    "InstructBlipEncoderLayer",
+    "JanusVisionEncoderLayer",
+    "MetaClip2EncoderLayer",
+    "OwlViTEncoderLayer",
+    "Owlv2EncoderLayer",
+    "SiglipEncoderLayer",
+    "clip_model.CLIPLayer",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of vit.apply_patch."""
+
+    r: int | Sequence[int] | None = None
+    ratio: float | None = None
+    schedule: str = "constant"
+    proportional: bool = True
+    restore: str = "last"
+    trace: bool = False
+
+    def check(self, depth: int) -> None:
+        """Raises ValueError naming what is out of range for that many blocks."""
+        if (self.r is None) == (self.ratio is None):
+            raise ValueError(f"give r or ratio, one of the two, got r={self.r!r} and ratio={self.ratio!r}")
+        if self.ratio is not None and not 0.0 <= self.ratio < 1.0:
+            raise ValueError(f"ratio must lie in 0 to 1, without 1, got {self.ratio!r}")
+        for name, choices in (("schedule", SCHEDULES), ("restore", RESTORES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.r is None:
+            return
+        numbers = (self.r,) if isinstance(self.r, int) else tuple(self.r)
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+            raise ValueError(f"r must be a whole number from 0 on, or a list of them, got {self.r!r}")
+        if not isinstance(self.r, int) and len(numbers) != depth:
+            raise ValueError(f"r must have one number for each of the {depth} blocks, got {len(numbers)}")
+
+    def per_block(self, depth: int, tokens: int) -> tuple[int, ...]:
+        """How many of that many tokens (without the prefix) go in each block, before each block's own limit."""
+        if self.r is not None and not isinstance(self.r, int):
+            return tuple(self.r)
+        total = self.r * depth if self.r is not None else int(tokens * self.ratio)
+        return spread_total(total, depth, self.schedule)
+
+
+@functools.lru_cache(maxsize=256)
+def spread_total(total: int, depth: int, schedule: str) -> tuple[int, ...]:
+    """`total` over the blocks in whole numbers: evenly, or falling in a straight line to 0. The sum is exact."""
+    weights = [1.0] * depth
+    if schedule == "falling" and depth > 1:
+        weights = [2.0 * (depth - 1 - i) / (depth - 1) for i in range(depth)]
+    edges, way = [0], 0.0
+    for weight in weights:
+        way += weight
+        edges.append(int(total * way / depth + 0.5))
+    return tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
+
+
+@dataclass(frozen=True, eq=False)
+class Tower:
+    """A vision transformer's blocks, and how to reach the parts of one.
+
+    attention, norm, tail: names of the attention, of the norm before the MLP, and of the last module of the MLP's
+    branch. prefix: how many tokens stand before the patches. explicit: the host hands the attention function to the
+    attention (ComfyUI).
+    """
+
+    blocks: list[nn.Module]
+    attention: str
+    norm: str
+    tail: str
+    prefix: int
+    explicit: bool = False
+
+
+def find_tower(model: nn.Module) -> Tower:
+    """Raises ValueError where there is none that is served."""
+    tower = _timm_tower(model) or _clip_tower(model)
+    if tower is None:
+        raise ValueError(f"ToMe does not know {type(model).__name__} as a vision transformer. It serves {SERVED}")
+    return tower
+
+
+def _timm_tower(model: nn.Module) -> Tower | None:
+    if served_as(model, _TIMM) is None:
+        return None
+    blocks = list(getattr(model, "blocks", ()))
+    if not blocks or not hasattr(model, "num_prefix_tokens"):
+        return None
+    for block in blocks:
+        attention = getattr(block, "attn", None)
+        if served_as(block, _TIMM_BLOCKS) is None or type(attention).__name__ != "Attention":
+            return None  # others turn keys by their place or have no residual between attention and MLP
+        if not getattr(attention, "fused_attn", False):
+            raise ValueError("ToMe needs timm's fused attention; see timm.layers.set_fused_attn")
+    if getattr(model, "grad_checkpointing", False):
+        raise ValueError("ToMe does not go with gradient checkpointing, which runs blocks twice; turn it off")
+    tail = next(name for name in ("drop_path2", "ls2", "mlp") if hasattr(blocks[0], name))
+    return Tower(blocks, "attn", "norm2", tail, model.num_prefix_tokens)
+
+
+def _clip_tower(model: nn.Module) -> Tower | None:
+    """transformers' and ComfyUI's towers have the same layout."""
+    found = []
+    for path, module in model.named_modules():
+        layers = getattr(module, "layers", None)
+        if "text_model" in path.split(".") or not isinstance(layers, nn.ModuleList) or not len(layers):
+            continue
+        if all(served_as(layer, _LAYERS) is not None for layer in layers):
+            found.append(list(layers))
+    embeddings = [m for path, m in model.named_modules() if hasattr(m, "patch_embedding")]
+    if len(found) != 1 or len(embeddings) != 1:
+        return None
+    prefix = int(getattr(embeddings[0], "class_embedding", None) is not None)
+    attention = found[0][0].self_attn
+    kernel = getattr(getattr(attention, "config", None), "_attn_implementation", "sdpa")
+    if kernel != "sdpa":
+        raise ValueError(f"ToMe needs attn_implementation='sdpa', this model has {kernel!r}")
+    explicit = "optimized_attention" in inspect.signature(type(attention).forward).parameters
+    return Tower(found[0], "self_attn", "layer_norm2", "mlp", prefix, explicit)
+
+
+class Call:
+    """One call of a tower: what its tokens stand for by now."""
+
+    def __init__(self, owner: Attachment, per_block: tuple[int, ...], first: int):
+        self.owner, self.per_block, self.prefix, self.first = owner, per_block, owner.prefix, first
+        self.follows = owner.options.trace or owner.options.restore != "none"
+        self.sizes: Tensor | None = None  # [B, M]; None: all 1
+        self.bias: Tensor | None = None  # [B, M], their logarithm
+        self.sources: Tensor | None = None  # [B, N]
+        self.metric: Tensor | None = None  # [B, M, d], this block's keys
+        self.middle: Tensor | None = None  # [B, M, C], the merged tokens before the MLP
+        self.out: Tensor | None = None  # [B, M, C], the block's output
+        self.counts: list[int] = []
+        self.steps: list[Tensor | None] = []  # sources behind each block, where they are traced
+
+    def merge(self, x: Tensor, goes: int) -> Tensor | None:
+        """x [B, N, C] -> [B, N - goes, C], by the block's keys; None where nothing is to go."""
+        metric, self.metric = self.metric, None
+        prefix = self.prefix
+        goes = min(goes, (x.shape[1] - prefix) // 2)
+        if goes <= 0 or metric is None:
+            return None
+        # Registers beyond the two tokens that matching can keep in place are put aside.
+        aside = prefix - 1 if prefix > 2 else 0
+        plan = self.owner.match(metric[:, aside:], prefix - aside, goes)
+        if plan.is_identity:
+            return None
+        groups = plan.groups
+        if self.sizes is None:
+            merged, sizes = plan.merge(x[:, aside:]), plan.sizes
+        else:
+            merged, sizes = _merge_again(plan, x[:, aside:], self.sizes[:, aside:])
+        if aside:  # they stay 1
+            merged, sizes = torch.cat((x[:, :aside], merged), dim=1), F.pad(sizes, (aside, 0), value=1.0)
+            groups = torch.cat((torch.arange(aside, device=x.device).expand(x.shape[0], -1), groups + aside), dim=1)
+        self.sizes, self.bias = sizes, None
+        if self.follows:
+            self.sources = groups if self.sources is None else groups.gather(1, self.sources)
+        return merged
+
+    def key_bias(self) -> Tensor | None:
+        """log(sizes) [B, M], or None where all are 1."""
+        if self.bias is None and self.sizes is not None:
+            self.bias = self.sizes.log()
+        return self.bias
+
+
+def _merge_again(plan: MergePlan, x: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens x [B, N, C] that stand for sizes [B, N] already -> [B, M, C] and the sizes' sums [B, M].
+
+    As plan.merge(x, weights=sizes), by way of the plain mean where that has a kernel.
+    """
+    # Sums of whole numbers are exact in any order, so the unordered add is as good as another.
+    total = sizes.new_zeros(sizes.shape[0], plan.kept).scatter_add(1, plan.groups, sizes)
+    if not plan.mean:
+        return plan.merge(x), total
+    if not plan.has_kernel(x):
+        return plan.merge(x, weights=sizes), total
+    weights = sizes * (plan.sizes / total).gather(1, plan.groups)  # (B, N), a group's have the mean 1
+    return plan.merge(x * weights[..., None]).to(x.dtype), total  # float32 in between
+
+
+@functools.lru_cache(maxsize=1024)
+def _config(goes: int, count: int) -> ToMeConfig:
+    return ToMeConfig(ratio=(goes + 0.5) / count, method="merge", partition="alternate", min_tokens=0)
+
+
+class Attachment:
+    """The hooks on one tower, and the calls under way: one a thread. Other ways to merge are subclasses.
+
+    thread: merge this thread's calls alone (None: every thread's).
+    """
+
+    call_type = Call
+
+    def __init__(self, tower: Tower, options: Options, thread: int | None = None):
+        self.options, self.thread = options, thread
+        self.depth, self.prefix = len(tower.blocks), tower.prefix
+        self.last: tuple[Tensor, Tensor, tuple[int, ...], tuple[Tensor, ...]] | None = None
+        self._calls: dict[int, Call] = {}
+        self._paused: set[int] = set()  # threads
+        self._handles: list[Any] = []
+        for place, block in enumerate(tower.blocks):
+            self._handles += _Block(self, place).hook(block, tower)
+
+    def detach(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._calls.clear()
+        leave_left_modes()
+
+    def add_handles(self, *handles: Any) -> None:
+        """Of further hooks, which go with these."""
+        self._handles += handles
+
+    def pause(self, pauses: bool) -> None:
+        """Whether this thread's calls that begin from now on are left alone."""
+        (self._paused.add if pauses else self._paused.discard)(threading.get_ident())
+
+    @property
+    def call(self) -> Call | None:
+        """This thread's call."""
+        return self._calls.get(threading.get_ident())
+
+    def metric(self, q: Tensor, k: Tensor) -> Tensor:
+        """What similarity is measured on, [B, M, d], from a block's q and k [B, H, M, d]."""
+        return k.detach().mean(dim=1)
+
+    def match(self, metric: Tensor, prefix: int, goes: int) -> Plan:
+        """Which tokens of metric [B, M, d] merge: `goes` fewer, the first `prefix` (at most 2) alone and in place."""
+        count = metric.shape[1]
+        config = _config(goes, count)
+        return match_tokens(metric, (1, count), config, class_token=prefix > 0, distill_token=prefix == 2)
+
+    def begin(self, x: Tensor) -> None:
+        """The first block is about to run on x [B, N, C]."""
+        if self.thread not in (None, threading.get_ident()):
+            return
+        self.drop()  # of one that was interrupted: KeyboardInterrupt runs no hook
+        leave_left_modes()
+        if threading.get_ident() in self._paused:
+            return
+        per_block = self.options.per_block(self.depth, x.shape[1] - self.prefix)
+        self._calls[threading.get_ident()] = self.call_type(self, per_block, x.shape[1])
+
+    def drop(self) -> None:
+        """Forget this thread's call."""
+        self._calls.pop(threading.get_ident(), None)
+
+    def end(self, tokens: Tensor) -> None:
+        """The last block is done with its tokens [B, M, C]."""
+        call = self._calls.pop(threading.get_ident())
+        if self.options.trace:
+            batch, count, _ = tokens.shape
+            sizes = torch.ones(batch, count, device=tokens.device) if call.sizes is None else call.sizes
+            every = torch.arange(call.first, device=tokens.device).expand(batch, -1)  # (B, N)
+            steps = tuple(every if sources is None else sources for sources in call.steps)
+            self.last = (steps[-1], sizes, tuple(call.counts), steps)
+
+
+class _Block:
+    """The hooks of one block. Holds no state of a call and no module."""
+
+    def __init__(self, owner: Attachment, place: int):
+        self.owner, self.place = owner, place
+
+    def hook(self, block: nn.Module, tower: Tower) -> list[Any]:
+        """Register; returns the handles."""
+        attention = getattr(block, tower.attention)
+        handles = [
+            block.register_forward_pre_hook(self._before_block, with_kwargs=True),
+            getattr(block, tower.norm).register_forward_pre_hook(self._before_norm),
+            getattr(block, tower.tail).register_forward_hook(self._after_tail),
+            block.register_forward_hook(self._after_block, prepend=True, always_call=True),
+        ]
+        if tower.explicit:
+            handles.append(attention.register_forward_pre_hook(self._give_attention, with_kwargs=True))
+        else:
+            handles += SdpaHooks(attention, self._before_attention).handles
+        return handles
+
+    def _before_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        if getattr(block, "gradient_checkpointing", False) and block.training:
+            raise ValueError("ToMe does not go with gradient checkpointing, which runs blocks twice; turn it off")
+        if self.place == 0:
+            self.owner.begin(args[0] if args else kwargs[_name(kwargs)])
+        call = self.owner.call
+        if call is None or call.out is None:
+            return None
+        out, call.out = call.out, None  # the merged tokens, where the host got them restored
+        if args:
+            return (out, *args[1:]), kwargs
+        return args, {**kwargs, _name(kwargs): out}
+
+    def _wants_attention(self, call: Call | None) -> bool:
+        weighted = self.owner.options.proportional
+        return call is not None and (call.per_block[self.place] > 0 or (weighted and call.sizes is not None))
+
+    def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
+        return self._attend if self._wants_attention(self.owner.call) else None
+
+    def _attend(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [B, H, M, d] -> [B, H, M, d]."""
+        if not attention.is_plain:
+            raise ValueError("ToMe does not go with masked attention: merged tokens have no place in the mask")
+        call = self.owner.call
+        if call.per_block[self.place] > 0:
+            call.metric = self.owner.metric(q, k)
+        return attention(q, k, v, bias=call.key_bias() if self.owner.options.proportional else None)
+
+    def _give_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        """ComfyUI: attention(x, mask, optimized_attention), the last called as f(q, k, v, heads, mask)."""
+        call = self.owner.call
+        if not self._wants_attention(call):
+            return None
+        names = ("x", "mask", "optimized_attention")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if given.get("mask") is not None:
+            raise ValueError("ToMe does not go with masked attention: merged tokens have no place in the mask")
+        host, goes = given["optimized_attention"], call.per_block[self.place]
+        proportional = self.owner.options.proportional
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+            """q, k, v [B, M, H * d] -> [B, M, H * d]."""
+            if goes > 0:
+                call.metric = self.owner.metric(*(x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k)))
+            bias = call.key_bias() if proportional else None
+            if bias is None:
+                return host(q, k, v, heads, *args, **kwargs)
+
+            def inner(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+                return host(q, k, v, heads, *args, **kwargs, **({} if scale is None else {"scale": scale}))
+
+            return attend_tokens(q, k, v, heads, bias, inner, scale=kwargs.pop("scale", None), minds=minds_scale(host))
+
+        return (), {**given, "optimized_attention": attend}
+
+    def _before_norm(self, norm: nn.Module, args: tuple) -> tuple | None:
+        call = self.owner.call
+        if call is None:
+            return None
+        call.middle = call.merge(args[0], call.per_block[self.place])
+        call.counts.append((args[0] if call.middle is None else call.middle).shape[1])
+        if self.owner.options.trace:
+            call.steps.append(call.sources)
+        return None if call.middle is None else (call.middle, *args[1:])
+
+    def _after_tail(self, tail: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        call = self.owner.call
+        if call is None or call.middle is None:
+            return None
+        call.out, call.middle = call.middle + out, None
+        return out.new_zeros(1, 1, 1)
+
+    def _after_block(self, block: nn.Module, args: tuple, out: Any) -> Any:
+        call = self.owner.call
+        if call is None:
+            return None
+        if out is None:  # the block ended in an exception
+            self.owner.drop()
+            return None
+        tokens, call.out = call.out, None
+        if tokens is None:
+            tokens = out[0] if isinstance(out, tuple) else out
+        is_last, restore = self.place == self.owner.depth - 1, self.owner.options.restore
+        if is_last:
+            self.owner.end(tokens)
+        shown = tokens
+        if call.sources is not None and (restore == "all" or (restore == "last" and is_last)):
+            shown = take(tokens, call.sources)  # (B, N, C)
+            if not is_last:
+                call.out = tokens
+        return (shown, *out[1:]) if isinstance(out, tuple) else shown
+
+
+def attach(model: nn.Module, options: Options, kind: type[Attachment] = Attachment) -> tuple[Tower, Attachment]:
+    """Hook a model, in place of what was on it. kind: a subclass that measures or matches in its own way."""
+    tower = find_tower(model)
+    options.check(len(tower.blocks))
+    detach(model)
+    attachment = kind(tower, options)
+    setattr(model, NAME, attachment)
+    return tower, attachment
+
+
+def detach(model: nn.Module) -> None:
+    """Take the hooks off, if there are any."""
+    attachment = getattr(model, NAME, None)
+    if attachment is not None:
+        attachment.detach()
+        delattr(model, NAME)
+
+
+def _name(kwargs: dict[str, Any]) -> str:
+    """What a block calls its tokens."""
+    return "hidden_states" if "hidden_states" in kwargs else "x"
