@@ -29,6 +29,7 @@ from ..shared_tome.attention.sdpa import (
 from ..shared_tome.attention.sequence import JointCall
 from ..shared_tome.core.failures import is_out_of_memory
 from ..shared_tome.core.grid import grid_of
+from ..shared_tome.core.groups import spread_rows
 from ..shared_tome.core.progress import percent_of_level, percent_table
 from ..shared_tome.hooks import guard
 from ..shared_tome.hooks.heads import (
@@ -45,7 +46,6 @@ from ..shared_tome.hooks.heads import (
 )
 from ..shared_tome.inspect.record import CallRecord
 from ..shared_tome.inspect.report import CallTally
-from ..shared_tome.merging.plan import spread_rows
 from .hooks import NO_WEIGHTS, NotServed, is_taken, served_blocks
 from .notes import Notes
 from .sampling import Sampling

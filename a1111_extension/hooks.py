@@ -26,9 +26,11 @@ from ..shared_tome.attention.sdpa import (
     leave_left_modes,
 )
 from ..shared_tome.attention.sequence import JointCall
+from ..shared_tome.autotune.decisions import Decisions
 from ..shared_tome.autotune.detached import about_model, run_bare
 from ..shared_tome.autotune.verdict import Verdict
 from ..shared_tome.core.grid import Grid, grid_of
+from ..shared_tome.core.groups import spread_rows
 from ..shared_tome.core.progress import percent_of_time
 from ..shared_tome.hooks.blocks import BlockHooks, Judged
 from ..shared_tome.hooks.guard import is_replaced, why_left_whole
@@ -51,7 +53,7 @@ from ..shared_tome.hooks.heads import (
 from ..shared_tome.inspect.record import CallRecord
 from ..shared_tome.inspect.report import CallTally, why_not_served
 from ..shared_tome.merging.call import MergedAttention
-from ..shared_tome.merging.plan import Plan, spread_rows
+from ..shared_tome.merging.plan import Plan
 from .sampling import Sampling
 
 # Those whose hooks are on a model. Not a registry to work with: it only serves to take off what a crash left on.
@@ -123,7 +125,7 @@ class Attachment:
             handle.remove()
         self._handles.clear()
         self._blocks = []
-        self.model = self.call = self.joint = self.told = None
+        self.model = self.call = self.decisions = self.joint = self.told = None
         _attached.discard(self)
 
     def _hook(self) -> Iterator[tuple[_Block, Callable[[], list[Any]]]]:
@@ -159,12 +161,13 @@ class Attachment:
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("x")
-        self.call = self.joint = self.told = None
+        self.call = self.decisions = self.joint = self.told = None
         leave_left_modes()
         if isinstance(x, Tensor) and x.dim() == 4:  # (B, C, H, W)
             time = args[1] if len(args) > 1 else kwargs.get("timesteps")
             progress = None if time is None else functools.partial(percent_of_time, time)
             self.call = self.sampling.call(x, progress=progress)
+            self.decisions = None if self.call is None else Decisions(self.call)
             self.told = self.sampling.told
             self.batch = x.shape[0]
         self.judged = Judged()
@@ -184,7 +187,7 @@ class Attachment:
             self.told.end()
         if self.call is not None:
             self._hooks.judge(self.kind, self.judged)
-        self.call = self.joint = self.told = None
+        self.call = self.decisions = self.joint = self.told = None
         self._called()
 
 
@@ -324,8 +327,10 @@ class _Block:
             return None
         kernels = TORCHS if self._keeps_own(attn1, x) else ()
         about = functools.partial(about_model, attn1, x.device)
-        self.verdict = call.verdict(x, grid, self.heads, kernels=kernels, block=self._run_bare, about=about)
-        unpaid = call.why_not_paid(self.verdict)
+        self.verdict = self.owner.decisions.verdict(
+            x, grid, self.heads, kernels=kernels, block=self._run_bare, about=about
+        )
+        unpaid = self.owner.decisions.why_not_paid(self.verdict)
         if unpaid is not None:
             self._leave(f"{unpaid}; layers of {x.shape[1]} tokens are left alone", grid)
             self.owner.judged.leave(self, unpaid=True)

@@ -20,10 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from ..shared_tome import ModelCall, ToMeConfig
-from ..shared_tome.attention.bias import extra_channels
 from ..shared_tome.attention.sequence import JointCall
 from ..shared_tome.autotune.layer import Verdict, known_or_measured, may_measure, measures, name_of
 from ..shared_tome.autotune.timing import compared
+from ..shared_tome.core.channels import extra_channels
 from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.core.schedule import config_at
 from ..shared_tome.inspect.report import NO_WHOLE_TOKEN, CallTally, why_no_step, why_not_served

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..shared_tome import kernels
-from ..shared_tome.attention.bias import extend_heads, extra_channels, minds_scale
+from ..shared_tome.attention.bias import minds_scale
 from ..shared_tome.attention.combine import KERNELS, TORCHS
 from ..shared_tome.attention.self_token import why_not_kept
 from ..shared_tome.attention.sequence import JointCall, image_bias, merge_image, take_heads, unmerge_image
 from ..shared_tome.config import Method
-from ..shared_tome.merging.plan import Plan, take
+from ..shared_tome.core.channels import extra_channels
+from ..shared_tome.merging.plan import Plan
 from .log import say_once
 
 _HOST = "comfy.ldm.modules.attention"
@@ -116,7 +117,7 @@ class Call:
 
     def take(self, x: Tensor, index: Tensor) -> Tensor:
         """The tokens of index [K], in one gather of whole rows where the memory allows."""
-        return take_heads(x, index) if self.split else take(x, index[None])
+        return take_heads(x, index) if self.split else kernels.take(x, index[None])
 
 
 def _is_comfys(func: Any, name: str) -> bool:
@@ -222,13 +223,14 @@ def attend_weighed(call: Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | N
     heads, kwargs, d = call.heads, dict(call.kwargs), call.d
     scale = kwargs.pop("scale", None) or d**-0.5
     if joins and may_join(call):
-        made = kernels.attend(*(call.by_head(x) for x in (q, k, v)), bias, scale)  # (B, H, L, d)
-        if made is not None:
+        by_head = [call.by_head(x) for x in (q, k, v)]  # (B, H, L, d)
+        if kernels.can_attend(*by_head, bias):
+            made = kernels.attend(*by_head, bias, scale)
             return made if kwargs.get("skip_output_reshape") else made.transpose(1, 2).flatten(2)
     if not call.split:
         q, k, v = (x.unflatten(-1, (-1, d)) for x in (q, k, v))  # (B, L, H, d)
     bias = bias[:, None] if call.split else bias[:, :, None]
-    q, k, v = extend_heads(q, k, v, bias * (d**-0.5 / scale))
+    q, k, v = kernels.extend_heads(q, k, v, bias * (d**-0.5 / scale))
     if call.takes_any_size and minds_scale(call.func):
         kwargs["scale"] = scale
     else:

@@ -22,6 +22,7 @@ from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention.bias import attend_tokens, minds_scale
 from ..shared_tome.attention.self_token import NOT_KEPT
 from ..shared_tome.attention.sequence import JointCall
+from ..shared_tome.autotune.decisions import Decisions, why_layers_left_alone
 from ..shared_tome.autotune.layer import Attention, Verdict
 from ..shared_tome.autotune.step import why_left_alone
 from ..shared_tome.core.curve import is_compiling
@@ -29,7 +30,6 @@ from ..shared_tome.core.grid import grid_at
 from ..shared_tome.core.schedule import config_at
 from ..shared_tome.hooks.guard import why_left_whole
 from ..shared_tome.inspect.report import NO_WHOLE_TOKEN, CallTally, why_no_step, why_not_served
-from ..shared_tome.merging.call import why_left_alone as why_layers_left_alone
 from ..shared_tome.merging.plan import Plan
 from .dit_attention import Call, attend_joint, kernel_order, may_join
 from .log import leave_alone, say_once
@@ -98,8 +98,8 @@ class UNetPatch:
             leave_alone(None, unpaid, f"{x.shape[-2]}x{x.shape[-1]}", "nothing is merged", outcome=outcome)
             return executor(x, t, *args, **kwargs)
         step, alike = draw_of(options, x.device, sampled), halves_alike(options, x, config)
-        call = ModelCall(config, full, x.device, step=step, alike=alike, about=about)
-        patch = UNetCall(call, options, told, host[0], layers if compiled else None, model, unpaid, outcome)
+        call = ModelCall(config, full, x.device, step=step, alike=alike)
+        patch = UNetCall(call, options, told, host[0], layers if compiled else None, model, unpaid, outcome, about)
         if compiled:
             # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
             # transformer_options, so without this a compiled model would keep the patches it first saw.
@@ -157,8 +157,8 @@ def _why_not_paid(
     """Why merging does not pay in whole steps, or None. base: the model that apply_model is of."""
 
     def merged(options: dict[str, Any], run: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
-        call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=draw_of(options, x.device, base), about=about)
-        patch = UNetCall(call, options, None, attention, None, base.diffusion_model)
+        call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=draw_of(options, x.device, base))
+        patch = UNetCall(call, options, None, attention, None, base.diffusion_model, about=about)
         with patch.mlp_hooks(base.diffusion_model):
             return run(patch.options, {})
 
@@ -174,8 +174,8 @@ def _kernels_of(options: dict[str, Any], device: torch.device) -> tuple[str, ...
 class UNetCall:
     """The patches of one call of the model, and the options that carry them.
 
-    attention, model: the host's, to measure with. layers: what ModelCall.look_ahead wants to know of a compiled model;
-    None: it is not compiled.
+    attention, model, about: the host's, to measure with. layers: what Decisions.look_ahead wants to know of a compiled
+    model; None: it is not compiled.
     unpaid: why no layer is merged after all, for the record. outcome: the sampling's.
     """
 
@@ -189,7 +189,9 @@ class UNetCall:
         model: Any = None,
         unpaid: str | None = None,
         outcome: Outcome | None = None,
+        about: str = "",
     ):
+        self._decisions = Decisions(call, about)
         self.call, self._unpaid, self._compiled = call, unpaid, layers is not None
         self._outcome = Outcome() if outcome is None else outcome
         self._record = record
@@ -209,12 +211,12 @@ class UNetCall:
         self._kernels = () if attention is None else _kernels_of(options, call.seed.device)
         self._joint = self._own_tokens()
         if layers is not None:
-            call.look_ahead(*layers, attention, self._kernels)
+            self._decisions.look_ahead(*layers, attention, self._kernels)
             self._tell_ahead(*layers)
         self._minding = None  # the attention function that minds `scale`, where one is known to
         if self._attention is None and attention is not None and minds_scale(attention):
             self._minding = inspect.unwrap(attention)
-        self.key += f" {call.unpaid} {self._kernels} {sorted(map(repr, self._replaced))}"
+        self.key += f" {self._decisions.unpaid} {self._kernels} {sorted(map(repr, self._replaced))}"
         self.options = self._patched(options)
 
     def _tell_ahead(self, layers: list[tuple[int, int, int]], dtype: torch.dtype) -> None:
@@ -222,7 +224,7 @@ class UNetCall:
         merged = not layers  # not a U-Net as they are known: taken to be merged
         for level, channels, heads in layers:
             grid = grid_at(self.call.full, level)
-            unpaid = self.call.why_not_paid(self.call.known(grid, channels, heads, dtype, self._kernels))
+            unpaid = self._decisions.why_not_paid(self._decisions.known(grid, channels, heads, dtype, self._kernels))
             reason = why_not_served(self.call.config, grid, self.call.full) or unpaid
             merged |= reason is None
             if reason is not None:
@@ -359,7 +361,7 @@ class UNetCall:
             return None
         if self._is_left_whole("attn1", q, extra_options, grid):
             return None
-        unpaid = self._unpaid or self.call.why_not_paid(self._verdict(q, grid, extra_options))
+        unpaid = self._unpaid or self._decisions.why_not_paid(self._verdict(q, grid, extra_options))
         if unpaid is not None:
             self._leave(unpaid, extra_options, f"{grid[0]}x{grid[1]} tokens", grid)
             return None
@@ -389,7 +391,7 @@ class UNetCall:
         """What is known of this layer's times."""
         heads = extra_options.get("n_heads")
         block = None if is_compiling() else functools.partial(run_block, self._model, heads)
-        return self.call.verdict(q, grid, heads, self._host_attention, self._kernels, block)
+        return self._decisions.verdict(q, grid, heads, self._host_attention, self._kernels, block)
 
     def _leave(
         self, reason: str, extra_options: dict[str, Any], detail: str = "", grid: tuple[int, int] | None = None

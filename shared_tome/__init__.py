@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from .attention.bias import attend
 from .config import METHODS, ToMeConfig
-from .core.matching import match_tokens
 from .merging.call import ModelCall
+from .merging.match import match_tokens
 from .merging.plan import Plan
 
 if TYPE_CHECKING:

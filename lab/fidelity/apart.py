@@ -17,9 +17,10 @@ from shared_tome import ModelCall, ToMeConfig
 from shared_tome.attention.combine import TORCHS, attend_with_lse, choose_kernel
 from shared_tome.core.curve import curve_order
 from shared_tome.core.grid import Grid
+from shared_tome.core.groups import spread_rows
 from shared_tome.core.noise import key
-from shared_tome.core.sampling import SamplePlan, kept_count, run_of_token, walk_table
-from shared_tome.merging.plan import spread_rows
+from shared_tome.core.sampling import kept_count, run_of_token, walk_table
+from shared_tome.merging.plan import SamplePlan
 
 QUERIES = ("same", "apart", "own")
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from shared_tome import ModelCall, Plan, ToMeConfig
 from shared_tome.core.curve import curve_order
-from shared_tome.core.matching import match_tokens
 from shared_tome.core.noise import key
 from shared_tome.core.partition import partition
+from shared_tome.merging.match import match_tokens
 
 SIDE, PIXELS = 16, 16  # tokens a side, pixels a side of each
 PAPER, INK, ACCENT = "#fbfbf9", "#22262b", "#d55e00"

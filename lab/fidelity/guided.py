@@ -14,10 +14,10 @@ from torch import Tensor
 from shared_tome import ModelCall, Plan, ToMeConfig
 from shared_tome.core.curve import curve_order
 from shared_tome.core.grid import Grid
-from shared_tome.core.matching import match_tokens
+from shared_tome.core.groups import spread_rows, take
 from shared_tome.core.sampling import kept_count, walk_table
 from shared_tome.merging.call import MergedAttention
-from shared_tome.merging.plan import spread_rows, take
+from shared_tome.merging.match import match_tokens
 
 # Of two runs' tokens, how many the restless half of the pairs keeps and how many the calm one.
 _KEEPS = (3, 1)

@@ -17,7 +17,8 @@ from shared_tome import ModelCall, Plan, ToMeConfig
 from shared_tome.core.curve import curve_order
 from shared_tome.core.grid import Grid
 from shared_tome.core.noise import key
-from shared_tome.core.sampling import SamplePlan, kept_count, walk_rows, walk_table
+from shared_tome.core.sampling import kept_count, walk_rows, walk_table
+from shared_tome.merging.plan import SamplePlan
 
 from .apart import apart
 from .guided import guided_cells, merged_on_top

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from shared_tome import ToMeConfig
 from shared_tome.core import matching
+from shared_tome.core.groups import group_counts, group_sum, take
 from shared_tome.core.noise import key
 from shared_tome.core.partition import partition
-from shared_tome.merging.plan import group_counts, group_sum, take
 
 from .common import DTYPES
 
@@ -39,7 +39,7 @@ class Case:
         self.goes = self.tokens // 2
         self.similarity, self.target = matching.nearest(self.x, self.src, self.dst)
         given = (self.similarity, self.target, self.src, self.dst, self.goes, True)
-        self.index, self.groups = matching._grouped(*given)
+        self.index, self.groups = matching.grouped(*given)
         self.kept = self.index.shape[1]
         self.sizes = group_counts(self.groups, self.kept)
 

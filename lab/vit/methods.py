@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_tome.merging.plan import MergePlan, Plan, take
+from shared_tome.core.groups import take
+from shared_tome.merging.plan import MergePlan, Plan
 from shared_tome.vit.hooks import Attachment, Call, Options, attach
 
 SEED = 505

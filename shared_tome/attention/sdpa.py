@@ -94,10 +94,9 @@ class HostAttention:
         if bias is None:
             return self.func(q, k, v, attn_mask=self.mask, **self.options)
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        if self.is_plain and self.is_torchs_alone and is_torchs_sdpa():
-            made = kernels.attend(q, k, v, bias, scale)
-            if made is not None:
-                return made
+        alone = self.is_plain and self.is_torchs_alone and is_torchs_sdpa()
+        if alone and kernels.can_attend(q, k, v, bias):
+            return kernels.attend(q, k, v, bias, scale)
         return attend_wider(q, k, v, bias, scale, functools.partial(self.func, **self.options))
 
 

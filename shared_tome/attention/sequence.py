@@ -20,10 +20,10 @@ from torch import Tensor
 
 from .. import kernels
 from ..core.failures import is_out_of_memory
-from ..core.sampling import SamplePlan, run_lengths
-from ..merging.plan import Plan, spread_rows, take
+from ..core.groups import spread_rows
+from ..core.sampling import run_lengths
+from ..merging.plan import Plan, SamplePlan
 from .combine import Part, attend_in_parts, attend_in_parts_with_lse, choose_kernel
-from .self_token import keep_own, take_turns
 
 # Kernels of torch in whose place one call of ours is faster than theirs joined (docs/kernels.md).
 _SLOWER = ("flash", "efficient")
@@ -156,12 +156,11 @@ def _attend_at_once(
     q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, around: Around, scale: float | None
 ) -> Tensor | None:
     """JointCall.attend by a kernel of ours, which weighs each key; None where it does not serve."""
-    if not kernels.serves(q, k, v):
+    if not kernels.can_attend(q, k, v):
         return None
     index = plan.choice if k.shape[2] == plan.tokens else around.index(plan, start)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out = kernels.attend(q, take_heads(k, index), take_heads(v, index), around.bias, scale)
-    return None if out is None else out.transpose(1, 2)
+    return kernels.attend(q, take_heads(k, index), take_heads(v, index), around.bias, scale).transpose(1, 2)
 
 
 def _attend_drawn_at_once(
@@ -175,7 +174,7 @@ def _attend_drawn_at_once(
         return None
     drawn = None
     if not kernels.pays_to_list(plan.kept):
-        drawn = take_turns(*(_image_of(x, start, plan) for x in (k, v)), plan.turns)
+        drawn = kernels.take_turns(*(_image_of(x, start, plan) for x in (k, v)), plan.turns)
     out = kernels.attend_drawn(q, k, v, drawn, plan.turns, plan.runs, start, scale, around.sizes[0][1])
     return out.transpose(1, 2)
 
@@ -194,7 +193,7 @@ def attend_joined(
     """JointCall.attend by one kernel; None where a part is not as it wants it: cuDNN takes no single key."""
     end = start + plan.tokens
     apart = own and isinstance(plan, SamplePlan)
-    index, chosen_of = (plan.turns, take_turns) if apart else (plan.choice, _take_both)  # (T, b, M) or (b, M)
+    index, chosen_of = (plan.turns, kernels.take_turns) if apart else (plan.choice, _take_both)  # (T, b, M) or (b, M)
     image = [_image_of(x, start, plan) for x in (k, v)]
     parts: list[Part] = []
     for places, weight in around.sizes:
@@ -217,7 +216,7 @@ def attend_joined(
     out, lse = attend_in_parts_with_lse(q, parts, kernel, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     of_q, of_out, of_lse = (_image_of(x, start, plan) for x in (q, out, lse))
-    kept = keep_own(of_q, *image, of_out, of_lse, plan.turns, plan.runs, scale, parts[0][2])
+    kept = kernels.keep_own(of_q, *image, of_out, of_lse, plan.turns, plan.runs, scale, parts[0][2])
     out, kept = out.transpose(1, 2), kept.transpose(1, 2)  # (B, ., H, d)
     if kept.shape != out.shape:
         kept = torch.cat((out[:, :start], kept, out[:, end:]), dim=1)
@@ -245,11 +244,11 @@ def take_heads(x: Tensor, index: Tensor) -> Tensor:
     batch, heads, _, d = x.shape
     index = index[None] if index.dim() == 1 else index
     if _rows_lie_together(x):
-        return take(x.transpose(1, 2).flatten(2), index).unflatten(-1, (heads, d)).transpose(1, 2)
+        return kernels.take(x.transpose(1, 2).flatten(2), index).unflatten(-1, (heads, d)).transpose(1, 2)
     if index.shape[0] > 1:
         return x.gather(2, spread_rows(index, batch)[:, None, :, None].expand(-1, heads, -1, d))
     if batch == 1 or x.stride(0) == heads * x.stride(1):
-        return take(x.flatten(0, 1), index).unflatten(0, (batch, heads))
+        return kernels.take(x.flatten(0, 1), index).unflatten(0, (batch, heads))
     return x.index_select(2, index[0])
 
 

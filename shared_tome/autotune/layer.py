@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.bias import attend_tokens
+from ..attention.sequence import JointCall
 from ..config import ToMeConfig
 from ..core.failures import is_out_of_memory
 from ..core.grid import Grid
+from ..merging.call import ModelCall
 from . import timing
 from .store import BETWEEN, verdicts_of
 from .surroundings import surroundings
@@ -210,9 +212,6 @@ def measure(
     case: Case, device: torch.device, attention: Attention | None = None, block: Block | None = None
 ) -> Verdict:
     """Times of a layer on made-up tokens, projections included, and of its block."""
-    from ..attention.sequence import JointCall
-    from ..merging.call import ModelCall  # which asks this module
-
     run = torch_attention if attention is None else attention
     generator = torch.Generator(device).manual_seed(0)
 

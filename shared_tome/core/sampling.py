@@ -14,79 +14,10 @@ import math
 import torch
 from torch import Tensor
 
-from .. import kernels
 from ..config import MAX_RUN
-from ..merging.plan import Plan, spread_rows, take
 from .curve import curve_order, is_compiling
 from .grid import Grid
 from .noise import bits, key
-
-
-class SamplePlan(Plan):
-    """One token of each run; groups and sizes are worked out only when asked for.
-
-    turns: [T, b, M], the choice and what comes after it in the walk, for heads that draw apart (own.py).
-    """
-
-    is_identity = False
-
-    def __init__(self, batch: int, grid: Grid, turns: Tensor):
-        super().__init__(batch, math.prod(grid), turns.shape[2], turns.device)
-        self.grid, self.turns = grid, turns
-        self.even = self.tokens % self.kept == 0
-
-    @property
-    def index(self) -> Tensor:
-        return spread_rows(self.choice, self.batch)
-
-    @property
-    def groups(self) -> Tensor:
-        return self.runs.expand(self.batch, -1)
-
-    @property
-    def choice(self) -> Tensor:
-        """[b, M]: `index` with as many rows as there are choices."""
-        return self.turns[0]
-
-    @property
-    def runs(self) -> Tensor:
-        """[N]: the place in `choice`, and in each of `turns`, of the token that stands for each."""
-        return run_of_token(self.grid, self.kept, self.device)
-
-    @property
-    def sizes(self) -> Tensor:
-        return run_lengths(self.tokens, self.kept, self.device)[1].float().expand(self.batch, -1)
-
-    def merge(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        return take(x, self.choice)
-
-    def unmerge(self, y: Tensor) -> Tensor:
-        return take(y, self.groups[:1])
-
-    def merge_sizes(self, sizes: Tensor) -> Tensor:
-        out = torch.zeros(sizes.shape[0], self.kept, dtype=torch.float32, device=sizes.device)
-        return out.scatter_add(1, self.groups[:1].expand(sizes.shape[0], -1), sizes.float())
-
-    def key_bias(self) -> Tensor | None:
-        return None if self.even else self.sizes[:1].log()
-
-
-def sample_plan(batch: int, grid: Grid, goes: int, seed: Tensor, step: int | Tensor, layer: int) -> Plan:
-    """One layer's choice.
-
-    Args:
-        goes: how many of the N tokens go; capped so that one of MAX_RUN stays.
-        seed: [] or [B], int64. step: number or 0-d tensor. layer: the layer's place among those of its grid.
-    """
-    tokens = math.prod(grid)
-    kept = kept_count(tokens, goes)
-    if kept == tokens:
-        return Plan(batch, tokens, tokens, seed.device)
-    order = curve_order(grid, seed.device)
-    drawn = kernels.draw(order, kept, seed, step, layer, 1)
-    if drawn is None:
-        drawn = walk_rows(walk_table(grid, kept, seed, order), tokens, step, layer, 1)
-    return SamplePlan(batch, grid, drawn)
 
 
 def kept_count(tokens: int, goes: int) -> int:
@@ -142,3 +73,14 @@ def walk_rows(walk: Tensor, tokens: int, step: int | Tensor, layer: int, count: 
     turn = (torch.arange(layer, layer + count, device=walk.device) + step)[:, None] % length  # (count, M)
     chosen = walk.gather(2, turn.t()[None].expand(rows, -1, -1))  # (b, M, count)
     return chosen.permute(2, 0, 1).contiguous()  # (count, b, M)
+
+
+def draw(order: Tensor, kept: int, seed: Tensor, step: int | Tensor, layer: int, count: int) -> Tensor:
+    """The choices [count, b, M] of the layers `layer` to `layer + count - 1`.
+
+    Args:
+        order: curve_order of the grid, [N]. kept: M, see kept_count.
+        seed: [] or [b], int64. step: number or 0-d tensor. layer: the layer's place among those of its grid.
+    """
+    tokens = order.shape[0]
+    return walk_rows(walk_table((1, tokens), kept, seed, order), tokens, step, layer, count)

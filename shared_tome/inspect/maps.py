@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..config import MAX_LEVEL
 from ..core.grid import Grid, grid_at, split_frames
-from ..core.matching import match_tokens
 from ..core.noise import fold_seed
+from ..merging.match import match_tokens
 from .legend import draw_legend
 from .overlay import coverage, draw_map, owners
 from .record import Run, StepFacts

@@ -7,23 +7,20 @@ by that call, so clones, threads and several samplers cannot mix.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import kernels
-from ..autotune.layer import Attention, Block, known_on, measures, verdict_on
-from ..autotune.verdict import Verdict
 from ..config import ToMeConfig
-from ..core.curve import curve_order, is_compiling
+from ..core.curve import curve_order
 from ..core.grid import Grid, grid_at
-from ..core.matching import match_tokens, split_layers
 from ..core.noise import fold_seed
-from ..core.sampling import SamplePlan, kept_count, walk_rows, walk_table
+from ..core.sampling import kept_count
 from ..core.schedule import serves_layer
-from .plan import Plan
+from .match import match_tokens
+from .plan import Plan, SamplePlan
 
 # Layers whose tokens are drawn in one go where runs are of two lengths: the first ones of a grid, all that most
 # denoisers have at a level that pays, and those behind them, which SDXL's deepest level and transformers have.
@@ -34,11 +31,6 @@ _SPLIT_AT_ONCE = 16
 _TURNS = 16
 
 
-def _serves(config: ToMeConfig, grid: Grid, full: Grid) -> bool:
-    """Whether a layer on this grid is merged at all, by the options."""
-    return config.ratio > 0.0 and serves_layer(config, grid, full)
-
-
 def _check_tokens(grid: Grid, **given: Tensor) -> None:
     """Raises ValueError where one of these [B, N, C] has more or fewer tokens than the grid."""
     tokens = math.prod(grid)
@@ -46,47 +38,6 @@ def _check_tokens(grid: Grid, **given: Tensor) -> None:
         if x.shape[1] != tokens:
             shape = "x".join(map(str, grid))
             raise ValueError(f"a grid of {shape} has {tokens} tokens, the {name} has {x.shape[1]}")
-
-
-def _kind(grid: Grid, channels: int, heads: int | None, dtype: torch.dtype, kernels: tuple[str, ...]) -> tuple:
-    """What tells layers of one call apart whose times differ."""
-    return grid, channels, heads, dtype, kernels
-
-
-def _served_layers(
-    config: ToMeConfig, full: Grid, layers: Iterable[tuple[int, int, int]]
-) -> Iterator[tuple[Grid, int, int]]:
-    """(level, channels, heads) of layers -> (grid, channels, heads) of those that are served."""
-    for level, channels, heads in layers:
-        grid = grid_at(full, level)
-        if _serves(config, grid, full):
-            yield grid, channels, heads
-
-
-def why_left_alone(
-    config: ToMeConfig,
-    full: Grid,
-    device: torch.device,
-    layers: Iterable[tuple[int, int, int]],
-    dtype: torch.dtype,
-    attention: Attention | None = None,
-    kernels: tuple[str, ...] = (),
-    about: str = "",
-) -> dict[Grid, str] | None:
-    """Why each grid's layers were found not to pay, where it is known before a call that none of these layers will be
-    merged: the host need not be patched for it, and no ModelCall made, which asks the GPU for a few things. Else None.
-
-    layers: (level, channels, heads). The rest as for ModelCall and its verdict.
-    """
-    reasons: dict[Grid, str] = {}
-    for grid, channels, heads in _served_layers(config, full, layers):
-        if not measures(config, grid, device):
-            return None
-        known = known_on(grid, channels, heads, dtype, device, config, attention, kernels, about)
-        if known is None or known.pays():
-            return None
-        reasons[grid] = known.reason
-    return reasons
 
 
 def shares_match(config: ToMeConfig) -> bool:
@@ -111,7 +62,6 @@ class ModelCall:
         seed: a number, or a tensor [] or [B] with one number for each row of the batch; None: config.seed.
         step: number or 0-d tensor: a tensor costs no synchronisation.
         alike: whether both halves of the batch are the same images, so that one match may serve both (share_match).
-        about: what else of the model its layers' times depend on, in words (auto.Case).
     """
 
     def __init__(
@@ -122,22 +72,18 @@ class ModelCall:
         seed: int | Tensor | None = None,
         step: int | Tensor = 0,
         alike: bool = True,
-        about: str = "",
     ):
         self.config, self.full, self.step = config, full, step
-        self.alike, self.about = alike, about
+        self.alike = alike
         self._matching = config if alike or not config.share_match else config.replace(share_match=False)
         seed = config.seed if seed is None else seed
         if not isinstance(seed, Tensor):
             seed = torch.full((), fold_seed(seed), dtype=torch.int64, device=device)
         self.seed = seed
         self._served: dict[Grid, bool] = {}
-        self._verdicts: dict[tuple, Verdict | None] = {}  # by _kind
-        self._waits = True
         self._layers: dict[Grid, int] = {}
-        self._walks: dict[Grid, Tensor] = {}
         self._drawn: dict[Grid, tuple[int, Tensor]] = {}  # (first layer, [layers, b, M])
-        self._split: dict[Grid, list[tuple[Tensor, Tensor]] | None] = {}
+        self._split: dict[Grid, list[tuple[Tensor, Tensor]]] = {}
         # Made here and not where they are used: that may be inside a compiled graph.
         levels = (grid_at(full, level) for level in range(4)) if config.method == "sample" else ()
         self._orders = {grid: curve_order(grid, device) for grid in levels if self.serves(grid)}
@@ -145,62 +91,8 @@ class ModelCall:
     def serves(self, grid: Grid) -> bool:
         """Whether a layer on this grid is merged at all."""
         if grid not in self._served:  # a model asks once a layer
-            self._served[grid] = _serves(self.config, grid, self.full)
+            self._served[grid] = self.config.ratio > 0.0 and serves_layer(self.config, grid, self.full)
         return self._served[grid]
-
-    def verdict(
-        self,
-        x: Tensor,
-        grid: Grid,
-        heads: int | None,
-        attention: Attention | None = None,
-        kernels: tuple[str, ...] = (),
-        block: Block | None = None,
-        about: Callable[[], str] | None = None,
-    ) -> Verdict | None:
-        """What a layer on this grid takes whole and merged, measured at its first use (auto.py); None: not measured.
-
-        x: its tokens [B, N, C]; heads: None where the host does not tell; attention: the host's; kernels, block: see
-        auto.verdict_on; about: tells what else this layer's times depend on. Inside a compiled graph only what
-        `look_ahead` measured.
-        """
-        key = _kind(grid, x.shape[2], heads, x.dtype, kernels)
-        if key not in self._verdicts and not is_compiling():
-            known = None
-            if heads and measures(self.config, grid, x.device):
-                given = (grid, x.shape[2], heads, x.dtype, x.device, self.config, attention, kernels)
-                known = verdict_on(*given, block, self.about if about is None else about())
-            self._verdicts[key] = known
-        return self._verdicts.get(key)
-
-    def why_not_paid(self, found: Verdict | None) -> str | None:
-        """Why a layer of this verdict is left alone although the options would have it merged, or None."""
-        return None if found is None or found.pays(self._waits) else found.reason
-
-    def look_ahead(
-        self,
-        layers: Iterable[tuple[int, int, int]],
-        dtype: torch.dtype,
-        attention: Attention | None = None,
-        kernels: tuple[str, ...] = (),
-    ) -> None:
-        """Measure before a compiled graph runs, in which nothing can be. layers: (level, channels, heads)."""
-        self._waits = False
-        for grid, channels, heads in _served_layers(self.config, self.full, layers):
-            if measures(self.config, grid, self.seed.device):
-                given = (grid, channels, heads, dtype, self.seed.device, self.config, attention, kernels)
-                self._verdicts[_kind(grid, channels, heads, dtype, kernels)] = verdict_on(*given, None, self.about)
-
-    def known(
-        self, grid: Grid, channels: int, heads: int | None, dtype: torch.dtype, kernels: tuple[str, ...] = ()
-    ) -> Verdict | None:
-        """What `verdict` or `look_ahead` found of such layers in this call."""
-        return self._verdicts.get(_kind(grid, channels, heads, dtype, kernels))
-
-    @property
-    def unpaid(self) -> tuple[tuple, ...]:
-        """The kinds of layers that `look_ahead` found not to pay: a compiled graph depends on them."""
-        return tuple(key for key, found in self._verdicts.items() if self.why_not_paid(found) is not None)
 
     def plan(self, metric: Tensor, grid: Grid) -> Plan | None:
         """The plan for the next layer on this grid, or None where it is to be left alone.
@@ -222,14 +114,15 @@ class ModelCall:
 
     def _parts(self, grid: Grid, layer: int) -> tuple[Tensor, Tensor] | None:
         """The layer's src and dst, split for many layers at once, or None where that gains nothing."""
+        if not (self.config.kind.matches and kernels.can_split(grid, self.config, self.seed, self.step)):
+            return None
         place = layer % _SPLIT_AT_ONCE
         if place == 0:
-            self._split[grid] = split_layers(grid, self.config, self.seed, self.step, layer, _SPLIT_AT_ONCE)
-        ahead = self._split[grid]
-        return None if ahead is None else ahead[place]
+            self._split[grid] = kernels.split(grid, self.config, self.seed, self.step, layer, _SPLIT_AT_ONCE)
+        return self._split[grid][place]
 
     def _sample(self, batch: int, grid: Grid, layer: int) -> Plan:
-        """As sampling.sample_plan, but drawn for many layers at once."""
+        """As match_tokens, but drawn for many layers at once."""
         tokens = math.prod(grid)
         kept = kept_count(tokens, int(tokens * self.config.ratio))
         if kept == tokens:
@@ -246,12 +139,7 @@ class ModelCall:
         if grid not in self._drawn or self._drawn[grid][0] != first:
             count = layers + turns - 1
             order = self._orders[grid] if grid in self._orders else curve_order(grid, self.seed.device)
-            drawn = kernels.draw(order, kept, self.seed, self.step, first, count)
-            if drawn is None:
-                if grid not in self._walks:
-                    self._walks[grid] = walk_table(grid, kept, self.seed, order)
-                drawn = walk_rows(self._walks[grid], tokens, self.step, first, count)
-            self._drawn[grid] = first, drawn
+            self._drawn[grid] = first, kernels.draw(order, kept, self.seed, self.step, first, count)
         return SamplePlan(batch, grid, self._drawn[grid][1].narrow(0, place, turns))
 
     def attention(
@@ -261,7 +149,7 @@ class ModelCall:
 
         q, k, v: [B, N, C], before or after their projections; pass the same tensor where they are the same.
         metric: [B, N, D], what similarity is measured on; None: q. own: k and v stay whole, for an adapter that samples
-        behind the projections because queries keep their own tokens (joint.JointCall with the outcome's plan).
+        behind the projections because queries keep their own tokens (attention/sequence.py, with the outcome's plan).
         Raises ValueError where one of them does not have the grid's tokens.
         """
         if self.serves(grid):

@@ -34,12 +34,14 @@ from ..attention.sdpa import (
     leave_left_modes,
 )
 from ..attention.sequence import JointCall
+from ..autotune.decisions import Decisions
 from ..autotune.detached import about_model, run_bare
 from ..autotune.step import why_left_alone
 from ..autotune.store import RETRY
 from ..config import ToMeConfig
 from ..core.curve import is_compiling
 from ..core.grid import Grid, grid_of
+from ..core.groups import spread_rows
 from ..core.schedule import config_at
 from ..hooks.blocks import BlockHooks, Judged
 from ..hooks.guard import is_replaced as is_replaced_here
@@ -62,7 +64,7 @@ from ..hooks.heads import (
 )
 from ..hooks.heads import served_blocks as blocks_with
 from ..merging.call import MergedAttention, ModelCall, same_halves, shares_match
-from ..merging.plan import Plan, spread_rows
+from ..merging.plan import Plan
 from .autotune import verdict_on_step
 from .outcome import CallOutcome, Outcome
 from .steps import Steps
@@ -100,6 +102,7 @@ class _Call:
     block. kind, judged: see BlockHooks."""
 
     model: ModelCall
+    decisions: Decisions
     batch: int
     joint: JointCall | None = None
     passes: dict[_Block, _Pass] = field(default_factory=dict)
@@ -232,7 +235,7 @@ class Attachment(BaseAttachment):
             if idle and alone:
                 self._hooks.off()
             elif call is not None and not idle:
-                self.call = _Call(call, x.shape[0], self._joint(call), kind=kind)
+                self.call = _Call(call, Decisions(call), x.shape[0], self._joint(call), kind=kind)
                 self._hooks.on(lambda: self._hook(module), kind, alone)
 
     def _judge_step(
@@ -508,8 +511,8 @@ class _Block:
             return None
         block = None if is_compiling() else functools.partial(run_bare, now.block)
         about = functools.partial(about_model, now.block, x.device)
-        verdict = call.model.verdict(x, grid, attn1.heads, kernels=TORCHS if own else (), block=block, about=about)
-        unpaid = call.model.why_not_paid(verdict)
+        verdict = call.decisions.verdict(x, grid, attn1.heads, kernels=TORCHS if own else (), block=block, about=about)
+        unpaid = call.decisions.why_not_paid(verdict)
         if unpaid is not None:
             self.owner.say(f"{unpaid}; layers of {x.shape[1]} tokens are left alone")
             call.judged.leave(self, unpaid=True)

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels
 from ..attention.bias import attend_tokens, minds_scale
 from ..attention.sdpa import Handler, HostAttention, SdpaHooks, leave_left_modes
 from ..config import ToMeConfig
-from ..core.matching import match_tokens
 from ..hooks.served import served_as
-from ..merging.plan import MergePlan, Plan, take
+from ..merging.match import match_tokens
+from ..merging.plan import Plan
 
 NAME = "_shared_tome_vit"  # the attribute of a patched model that keeps its attachment
 SCHEDULES = ("constant", "falling")
@@ -192,7 +193,7 @@ class Call:
         if self.sizes is None:
             merged, sizes = plan.merge(x[:, aside:]), plan.sizes
         else:
-            merged, sizes = _merge_again(plan, x[:, aside:], self.sizes[:, aside:])
+            merged, sizes = plan.merge_again(x[:, aside:], self.sizes[:, aside:])
         if aside:  # they stay 1
             merged, sizes = torch.cat((x[:, :aside], merged), dim=1), F.pad(sizes, (aside, 0), value=1.0)
             groups = torch.cat((torch.arange(aside, device=x.device).expand(x.shape[0], -1), groups + aside), dim=1)
@@ -206,21 +207,6 @@ class Call:
         if self.bias is None and self.sizes is not None:
             self.bias = self.sizes.log()
         return self.bias
-
-
-def _merge_again(plan: MergePlan, x: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens x [B, N, C] that stand for sizes [B, N] already -> [B, M, C] and the sizes' sums [B, M].
-
-    As plan.merge(x, weights=sizes), by way of the plain mean where that has a kernel.
-    """
-    # Sums of whole numbers are exact in any order, so the unordered add is as good as another.
-    total = sizes.new_zeros(sizes.shape[0], plan.kept).scatter_add(1, plan.groups, sizes)
-    if not plan.mean:
-        return plan.merge(x), total
-    if not plan.has_kernel(x):
-        return plan.merge(x, weights=sizes), total
-    weights = sizes * (plan.sizes / total).gather(1, plan.groups)  # (B, N), a group's have the mean 1
-    return plan.merge(x * weights[..., None]).to(x.dtype), total  # float32 in between
 
 
 @functools.lru_cache(maxsize=1024)
@@ -412,7 +398,7 @@ class _Block:
             self.owner.end(tokens)
         shown = tokens
         if call.sources is not None and (restore == "all" or (restore == "last" and is_last)):
-            shown = take(tokens, call.sources)  # (B, N, C)
+            shown = kernels.take(tokens, call.sources)  # (B, N, C)
             if not is_last:
                 call.out = tokens
         return (shown, *out[1:]) if isinstance(out, tuple) else shown

@@ -15,14 +15,14 @@ ON = [{"ratio": 0.5, "min_tokens": 0}]
 @pytest.fixture
 def lines(tome, monkeypatch):
     """What the log gets; level 0 (16x16) does not pay on this made-up GPU."""
-    call = sys.modules[tome.core.ModelCall.__module__]
-    verdict = call.Verdict
+    decisions = tome.core.autotune.decisions
+    verdict = decisions.Verdict
 
     def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
         return verdict(100.0, 99.0, 5.0) if grid == (16, 16) else verdict(80.0, 30.0, 20.0)
 
-    monkeypatch.setattr(call, "measures", lambda config, grid, device: config.levels == "auto")
-    monkeypatch.setattr(call, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "measures", lambda config, grid, device: config.levels == "auto")
+    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
     found = []
     monkeypatch.setattr(tome.notes.logger, "info", lambda text, *args: found.append(text % args if args else text))
     return found
@@ -43,7 +43,7 @@ def test_named_levels_are_merged_whatever_they_cost(host, lines):
 
 def test_the_models_own_block_is_timed_by_itself(host, tome, monkeypatch):
     """Where a merged block would keep the processor longer than a whole one keeps the GPU, its steps wait for it."""
-    call = sys.modules[tome.core.ModelCall.__module__]
+    decisions = tome.core.autotune.decisions
     ran, found = [], []
 
     def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
@@ -51,10 +51,10 @@ def test_the_models_own_block_is_timed_by_itself(host, tome, monkeypatch):
         count = len(ran)
         assert block(x)().shape == x.shape and len(ran) == count
         found.append(grid)
-        return call.Verdict(100.0, 50.0, 10.0, 900.0, 895.0)
+        return decisions.Verdict(100.0, 50.0, 10.0, 900.0, 895.0)
 
-    monkeypatch.setattr(call, "measures", lambda config, grid, device: True)
-    monkeypatch.setattr(call, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "measures", lambda config, grid, device: True)
+    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
     plain, _ = host.generate()
     for module in host.shared.sd_model.model.diffusion_model.modules():
         if hasattr(module, "attn1") and hasattr(module, "ff"):
@@ -66,13 +66,13 @@ def test_the_models_own_block_is_timed_by_itself(host, tome, monkeypatch):
 @pytest.mark.parametrize("pays", [True, False])
 def test_where_nothing_pays_the_blocks_hooks_go(host, tome, lines, monkeypatch, pays):
     """And the picture is the unmerged one."""
-    call = sys.modules[tome.core.ModelCall.__module__]
+    decisions = tome.core.autotune.decisions
     hooks = []
 
     def verdict_on(grid, *args, **kwargs):
-        return call.Verdict(80.0, 30.0 if pays else 79.0, 20.0)
+        return decisions.Verdict(80.0, 30.0 if pays else 79.0, 20.0)
 
-    monkeypatch.setattr(call, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
     unet = host.shared.sd_model.model.diffusion_model
     plain = host.generate([])[0]
     handle = unet.register_forward_hook(lambda module, *_: hooks.append(models.count_hooks(module)))
@@ -86,8 +86,10 @@ def test_where_nothing_pays_the_blocks_hooks_go(host, tome, lines, monkeypatch, 
 
 @pytest.mark.parametrize("report", ["no", "in the log"])
 def test_where_nothing_pays_the_text_claims_nothing(host, lines, monkeypatch, report):
-    call = sys.modules[next(name for name in sys.modules if name.endswith("sd_webui_tome.shared_tome.merging.call"))]
-    monkeypatch.setattr(call, "verdict_on", lambda *args, **kwargs: call.Verdict(80.0, 79.0, 20.0))
+    decisions = sys.modules[
+        next(name for name in sys.modules if name.endswith("sd_webui_tome.shared_tome.autotune.decisions"))
+    ]
+    monkeypatch.setattr(decisions, "verdict_on", lambda *args, **kwargs: decisions.Verdict(80.0, 79.0, 20.0))
     host.opts.data["tome_report"] = report
     _, p = host.generate(ON)
     assert not p.extra_generation_params

@@ -21,16 +21,16 @@ DRAWN = {"own_token": False}  # keys before their projections, where they are co
 @pytest.fixture
 def judged(comfy_nodes, monkeypatch):
     """Level 0 (32x32) does not pay, level 1 does. Returns what was asked for."""
-    call = sys.modules[pack_module("unet").ModelCall.__module__]
-    verdict, asked = call.Verdict, []
+    decisions = sys.modules[pack_module("unet").Decisions.__module__]
+    verdict, asked = decisions.Verdict, []
 
     def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
         asked.append((grid, channels, heads, dtype, attention.__name__))
         return verdict(100.0, 99.0, 5.0) if grid == (32, 32) else verdict(80.0, 30.0, 20.0)
 
-    monkeypatch.setattr(call, "measures", lambda config, grid, device: config.levels == "auto")
-    monkeypatch.setattr(call, "verdict_on", verdict_on)
-    monkeypatch.setattr(call, "known_on", lambda *facts: None)
+    monkeypatch.setattr(decisions, "measures", lambda config, grid, device: config.levels == "auto")
+    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "known_on", lambda *facts: None)
     return asked
 
 
@@ -73,13 +73,13 @@ def test_a_model_of_which_nothing_pays_is_not_patched_once_that_is_known(sd15, t
     """ToMe's patches take a millisecond a step, which shows where the processor is what a step waits for."""
     forget_log()
     unet = pack_module("unet")
-    call = sys.modules[unet.ModelCall.__module__]
+    decisions = sys.modules[unet.Decisions.__module__]
     pays = {(32, 32): False, (16, 16): False}
     kept, made = {}, []
 
     def verdict_on(grid, *facts):
         assert facts[-1].startswith("weights float32")
-        verdict = call.Verdict(100.0, 30.0 if pays[grid] else 99.0, 5.0)
+        verdict = decisions.Verdict(100.0, 30.0 if pays[grid] else 99.0, 5.0)
         return kept.setdefault((grid, *facts[:3], bool(facts[6])), verdict)
 
     def known_on(grid, *facts):
@@ -94,7 +94,7 @@ def test_a_model_of_which_nothing_pays_is_not_patched_once_that_is_known(sd15, t
             super().__init__(*given)
 
     for name, value in (("measures", measures), ("verdict_on", verdict_on), ("known_on", known_on)):
-        monkeypatch.setattr(call, name, value)
+        monkeypatch.setattr(decisions, name, value)
     monkeypatch.setattr(unet, "UNetCall", Counted)
     plain = sample(sd15, steps=3)
     merged = tome(sd15, min_tokens=100, own_token=own)
@@ -170,7 +170,7 @@ def test_a_compiled_model_of_which_nothing_pays_says_so(comfy_nodes, tome, judge
 def test_the_models_own_block_is_timed(sd15, tome, comfy_nodes, monkeypatch):
     """On its own tokens and a prompt, without patches: how long a block keeps the GPU, and how long the processor."""
     unet = pack_module("unet")
-    call = sys.modules[unet.ModelCall.__module__]
+    decisions = sys.modules[unet.Decisions.__module__]
     runs = []
 
     def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
@@ -178,11 +178,11 @@ def test_the_models_own_block_is_timed(sd15, tome, comfy_nodes, monkeypatch):
         before, run = x.clone(), block(x)
         runs.append((grid, run().shape == before.shape))
         assert block(torch.randn(2, 4, channels + 8)) is None
-        return call.Verdict(100.0, 50.0, 10.0, 900.0, 895.0)
+        return decisions.Verdict(100.0, 50.0, 10.0, 900.0, 895.0)
 
-    monkeypatch.setattr(call, "measures", lambda config, grid, device: True)
-    monkeypatch.setattr(call, "verdict_on", verdict_on)
-    monkeypatch.setattr(call, "known_on", lambda *facts: None)
+    monkeypatch.setattr(decisions, "measures", lambda config, grid, device: True)
+    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "known_on", lambda *facts: None)
     plain = sample(sd15, steps=1)
     assert torch.equal(sample(tome(sd15, min_tokens=100), steps=1), plain)
     assert runs == [((32, 32), True), ((16, 16), True)]

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_tome import attend, match_tokens
-from shared_tome.attention.bias import attend_tokens, extend_heads
+from shared_tome.attention.bias import attend_tokens
+from shared_tome.core.channels import extend_heads
 
 from .helpers import config, tokens
 

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shared_tome import METHODS, ModelCall, kernels
 from shared_tome.attention.sequence import JointCall
+from shared_tome.autotune import decisions, store, surroundings, timing
 from shared_tome.autotune import layer as auto
-from shared_tome.autotune import store, surroundings, timing
 from shared_tome.autotune.layer import Case
 from shared_tome.autotune.store import Verdicts
 from shared_tome.autotune.verdict import Verdict
@@ -163,11 +163,12 @@ def test_what_cannot_be_measured_is_merged(tmp_path, caplog, monkeypatch):
     assert len(tries) == 1 and "no such heads" in caplog.text
     assert not kept.path.exists()
     call, x = ModelCall(config(), GRID, torch.device("cpu")), tokens(2, GRID, 16)
+    layers = decisions.Decisions(call)
     monkeypatch.setattr(auto, "verdicts_of", lambda device: kept)
     monkeypatch.setattr(auto, "measure", lambda *_: fails())
-    monkeypatch.setattr("shared_tome.merging.call.measures", lambda *_: True)
-    found = call.verdict(x, GRID, 2)
-    assert len(tries) == 2 and found is None and call.why_not_paid(found) is None
+    monkeypatch.setattr("shared_tome.autotune.decisions.measures", lambda *_: True)
+    found = layers.verdict(x, GRID, 2)
+    assert len(tries) == 2 and found is None and layers.why_not_paid(found) is None
     assert call.attention(x, x, x, GRID).k.shape[1] < 48
 
 
@@ -349,49 +350,52 @@ def test_how_many_steps_and_rows_there_are_changes_nothing(monkeypatch):
 @pytest.fixture
 def judged(monkeypatch):
     """Measuring on the CPU, with a verdict of the test's choice by channels."""
-    from shared_tome.merging import call
-
     asked = []
 
     def verdict_on(grid, channels, heads, dtype, device, ours, attention=None, kernels=(), block=None, about=""):
         asked.append((grid, channels, heads, dtype, attention, kernels))
         return {16: PAYS, 8: COSTS}.get(channels)
 
-    monkeypatch.setattr(call, "measures", lambda ours, grid, device: ours.levels == "auto")
-    monkeypatch.setattr(call, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "measures", lambda ours, grid, device: ours.levels == "auto")
+    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
     return asked
 
 
+def made(about="", **options):
+    """The decisions of a new call."""
+    return decisions.Decisions(ModelCall(config(**options), GRID, torch.device("cpu")), about)
+
+
 def test_a_call_asks_once_a_shape(judged):
-    call = ModelCall(config(), GRID, torch.device("cpu"))
+    layers = made()
     paid, unpaid, unknown = (tokens(2, GRID, channels) for channels in (16, 8, 4))
     for _ in range(2):
-        assert call.why_not_paid(call.verdict(paid, GRID, 2)) is None
-        assert call.why_not_paid(call.verdict(unpaid, GRID, 2)) == COSTS.reason
-        assert call.why_not_paid(call.verdict(unknown, GRID, 2)) is None
+        assert layers.why_not_paid(layers.verdict(paid, GRID, 2)) is None
+        assert layers.why_not_paid(layers.verdict(unpaid, GRID, 2)) == COSTS.reason
+        assert layers.why_not_paid(layers.verdict(unknown, GRID, 2)) is None
     assert len(judged) == 3
-    assert call.verdict(tokens(2, GRID, 12), GRID, None) is None  # a host that tells no heads
-    named = ModelCall(config(levels="0"), GRID, torch.device("cpu"))
+    assert layers.verdict(tokens(2, GRID, 12), GRID, None) is None  # a host that tells no heads
+    named = made(levels="0")
     assert named.verdict(unpaid, GRID, 2) is None
     assert len(judged) == 3
 
 
 def test_a_call_hands_the_kernels_on(judged):
-    call = ModelCall(config(), GRID, torch.device("cpu"))
-    call.verdict(tokens(2, GRID, 16), GRID, 2, None, ("flash",))
-    call.look_ahead([(0, 8, 2)], torch.float32, None, ("cudnn",))
+    layers = made()
+    layers.verdict(tokens(2, GRID, 16), GRID, 2, None, ("flash",))
+    layers.look_ahead([(0, 8, 2)], torch.float32, None, ("cudnn",))
     assert [one[5] for one in judged] == [("flash",), ("cudnn",)]
 
 
 def test_a_compiled_graph_is_looked_ahead_of(judged):
     """Nothing can be measured in it; launches are not waited for there."""
-    ahead = ModelCall(config(min_tokens=20), GRID, torch.device("cpu"), about="weights float32")
+    ahead = made("weights float32", min_tokens=20)
     ahead.look_ahead([(0, 8, 2), (0, 16, 2), (1, 8, 2)], torch.float32)
     assert [one[:2] for one in judged] == [(GRID, 8), (GRID, 16)]  # level 1 has 12 tokens
     assert ahead.unpaid == ((GRID, 8, 2, torch.float32, ()),)
 
-    def layer(x, call):
-        return x if call.why_not_paid(call.verdict(x, GRID, 2)) is None else -x
+    def layer(x, layers):
+        return x if layers.why_not_paid(layers.verdict(x, GRID, 2)) is None else -x
 
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     for channels, kept in ((16, True), (8, False), (4, True)):
@@ -403,17 +407,15 @@ def test_a_compiled_graph_is_looked_ahead_of(judged):
 
 def test_layers_of_other_heads_or_kernels_are_others(monkeypatch):
     """Also where grid and channels are the same."""
-    from shared_tome.merging import call
-
     asked = []
 
     def verdict_on(grid, channels, heads, dtype, device, ours, attention, kernels, block=None, about=""):
         asked.append((heads, dtype, kernels, about))
         return PAYS if heads == 2 and not kernels else COSTS
 
-    monkeypatch.setattr(call, "measures", lambda *_: True)
-    monkeypatch.setattr(call, "verdict_on", verdict_on)
-    ours, x = ModelCall(config(), GRID, torch.device("cpu"), about="fp8"), tokens(2, GRID, 16)
+    monkeypatch.setattr(decisions, "measures", lambda *_: True)
+    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
+    ours, x = made("fp8"), tokens(2, GRID, 16)
     for _ in range(2):
         assert ours.verdict(x, GRID, 2) == PAYS
         assert ours.verdict(x, GRID, 4) == COSTS

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared_tome import METHODS, ModelCall, ToMeConfig
 from shared_tome.config import PARTITIONS
+from shared_tome.core import groups
 from shared_tome.core.curve import hilbert_order
-from shared_tome.merging import plan
 
 LACKING = ("scatter_reduce", "index_reduce", "segment_reduce", "unique", "nonzero", "_local_scalar_dense")
 SORTS = ("sort", "argsort", "topk")
@@ -44,7 +44,7 @@ CASES = [
 
 @pytest.mark.parametrize(("method", "partition"), CASES)
 def test_nothing_that_a_backend_lacks(monkeypatch, method, partition):
-    monkeypatch.setattr(plan, "WITH_FLOAT64", ())  # as on the devices that lack it
+    monkeypatch.setattr(groups, "WITH_FLOAT64", ())  # as on the devices that lack it
     grid = (9, 14)
     x = torch.randn(2, 126, 8)
     config = ToMeConfig(ratio=0.4, method=method, partition=partition, min_tokens=0)

@@ -86,7 +86,7 @@ def test_under_another_name(tmp_path):
         "import shared_tome\n"
         "print(type(plan).__module__, shared_tome.ToMeConfig is ToMeConfig)"
     )
-    assert out.split() == ["x.shared_tome.core.sampling", "False"]
+    assert out.split() == ["x.shared_tome.merging.plan", "False"]
 
 
 def test_public_names():

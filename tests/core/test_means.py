@@ -7,8 +7,8 @@ import torch
 
 from shared_tome import match_tokens
 from shared_tome.core import matching
-from shared_tome.merging.plan import MergePlan, group_sum
-from shared_tome.vit import hooks as vit_hooks
+from shared_tome.core.groups import group_sum
+from shared_tome.merging.plan import MergePlan
 
 from .helpers import config, tokens
 
@@ -28,7 +28,7 @@ def test_constants_at_the_dtypes_end_stay(dtype, count):
     x[..., 1] *= -1
     plan = plan_of([0] * count)
     weights = torch.arange(count)[None].expand(2, -1) % 5 + 1.0
-    for merged in (plan.merge(x), plan.merge(x, weights=weights)):
+    for merged in (plan.merge(x), plan.merge_again(x, weights)[0]):
         assert merged.dtype == dtype and torch.equal(merged, x[:, :1])
 
 
@@ -44,8 +44,7 @@ def test_means_of_float64_are_as_exact_as_float64():
     sizes = torch.arange(32)[None].expand(2, -1) % 7 + 1.0
     for merged, weights in (
         (plan.merge(x), torch.ones(2, 32)),
-        (plan.merge(x, weights=sizes), sizes),
-        (vit_hooks._merge_again(plan, x, sizes)[0], sizes),
+        (plan.merge_again(x, sizes)[0], sizes),
     ):
         weights = weights.double()
         for group in range(3):
@@ -59,14 +58,14 @@ def test_tokens_merged_again_at_the_dtypes_end():
     """Vision transformers merge means, weighed by their sizes."""
     for dtype in DTYPES[:3]:
         x = torch.full((2, 8, 3), torch.finfo(dtype).max, dtype=dtype)
-        merged, total = vit_hooks._merge_again(plan_of([0, 0, 0, 1, 1, 2, 2, 2]), x, torch.full((2, 8), 100.0))
+        merged, total = plan_of([0, 0, 0, 1, 1, 2, 2, 2]).merge_again(x, torch.full((2, 8), 100.0))
         assert torch.equal(merged, x[:, :3]) and total[0].tolist() == [300.0, 200.0, 300.0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes_are_added_exactly(dtype):
     plan = plan_of([0] * 9 + [1])
-    merged = plan.merge_sizes(torch.full((2, 10), 2.0, dtype=dtype))
+    merged = plan.merge_again(tokens(2, (2, 5), 3), torch.full((2, 10), 2.0, dtype=dtype))[1]
     assert merged.tolist() == [[18.0, 2.0]] * 2
     assert merged.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 

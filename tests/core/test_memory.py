@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from shared_tome import METHODS, ModelCall, match_tokens
 from shared_tome.attention.bias import attend, attend_tokens
 from shared_tome.core import matching as matching_module
-from shared_tome.merging.plan import group_sum
+from shared_tome.core.groups import group_sum
 
 from .helpers import MATCHING, PARTITIONS, config, tokens
 
@@ -104,7 +104,7 @@ def test_nothing_waits_for_the_device(method, partition):
     with Ops() as ops:
         plan = match_tokens(x, (15, 16), ours, seed=seed, step=step)
         plan.unmerge(plan.merge(x))
-        plan.merge_sizes(torch.ones(2, 240))
+        plan.merge_again(x, torch.ones(2, 240))
         _ = plan.key_bias(), plan.groups, plan.sizes, plan.index
         layer = ModelCall(ours, (15, 16), x.device, seed=seed, step=step).attention(x, x, x, (15, 16))
         layer.unmerge(layer.q)

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from own_weights import counts
 
-from shared_tome import ModelCall, ToMeConfig, match_tokens
+from shared_tome import ModelCall, ToMeConfig, kernels, match_tokens
 from shared_tome.attention.combine import attend_in_parts
-from shared_tome.attention.self_token import by_head, keep_own, take_turns
 from shared_tome.attention.sequence import JointCall
-from shared_tome.core.sampling import SamplePlan
-from shared_tome.merging.plan import take
+from shared_tome.core.groups import take
+from shared_tome.core.self_token import by_head
+from shared_tome.merging.plan import SamplePlan
 
 from .helpers import config, tokens
 
@@ -196,7 +196,7 @@ def test_other_plans_are_joined_without(monkeypatch):
     """downsample has no runs: beside text its keys weigh, and no query keeps its own."""
     plan = match_tokens(tokens(2, (8, 8), 1), (8, 8), config(method="downsample", ratio=0.75))
     given = (*made(plan, (3, 0)), 3, plan)
-    monkeypatch.setattr("shared_tome.attention.sequence.keep_own", never)
+    monkeypatch.setattr("shared_tome.kernels.keep_own", never)
     assert torch.equal(joint(own=True).attend(*given), joint(own=False).attend(*given))
 
 
@@ -207,7 +207,7 @@ def test_a_kernel_that_refuses_ends_it_for_the_call(monkeypatch):
     def refuse(*given):
         raise RuntimeError("no such kernel\nand more")
 
-    monkeypatch.setattr("shared_tome.attention.sequence.keep_own", refuse)
+    monkeypatch.setattr("shared_tome.kernels.keep_own", refuse)
     for _ in range(2):
         assert call.attend(*made(plan), 0, plan) is None
     assert len(said) == 1 and said[0][1] == "no such kernel" and not call.own and not call.kernels
@@ -277,9 +277,9 @@ def test_lists_by_head():
         assert torch.equal(found[row, head], index[head % 2, row % 3])
     x = torch.randn(6, 5, 12, 4)
     expected = x.gather(2, found[..., None].expand(-1, -1, -1, 4))
-    assert all(map(torch.equal, take_turns(x, -x, index), (expected, -expected)))
+    assert all(map(torch.equal, kernels.take_turns(x, -x, index), (expected, -expected)))
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
-        take_turns(x[:4], x[:4], index)
+        kernels.take_turns(x[:4], x[:4], index)
 
 
 sides = st.one_of(st.just(1), st.integers(1, 24))
@@ -302,4 +302,4 @@ def test_the_owner_is_the_token_that_stands_for_each(grid, ratio, rows):
 def test_a_plan_for_other_rows_is_refused():
     q, k, v = made(drawn((4, 4), 0.75, batch=4))
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
-        keep_own(q, k, v, q, q[..., 0], torch.zeros(1, 3, 4).long(), torch.zeros(16).long(), 1.0)
+        kernels.keep_own(q, k, v, q, q[..., 0], torch.zeros(1, 3, 4).long(), torch.zeros(16).long(), 1.0)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_tome import ModelCall, match_tokens
+from shared_tome import ModelCall, kernels, match_tokens
 from shared_tome.core.curve import curve_order, hilbert_order
 from shared_tome.core.sampling import kept_count, run_lengths
 
@@ -133,12 +131,11 @@ def test_few_draws_serve_many_layers(monkeypatch, ratio, draws, own):
     """One, where all runs are of one length and so begin their walks anew together."""
     drawn, grid = [], (10, 14)
     ours = config(method="sample", ratio=ratio, own_token=own)
-    real = sys.modules[ModelCall.__module__].walk_rows
-    monkeypatch.setattr(
-        sys.modules[ModelCall.__module__], "walk_rows", lambda *given: drawn.append(given[3:]) or real(*given)
-    )
+    real = kernels.draw
+    monkeypatch.setattr(kernels, "draw", lambda *given: drawn.append(given[4:]) or real(*given))
     call, x = ModelCall(ours, grid, CPU, seed=5, step=3), tokens(2, grid, 3)
     plans = [call.plan(x, grid) for _ in range(90)]
+    monkeypatch.undo()
     choices = [match_tokens(x, grid, ours, seed=5, step=3, layer=layer).choice for layer in range(94)]
     for layer, plan in enumerate(plans):
         assert torch.equal(plan.choice, choices[layer]) and len(plan.turns) == (4 if own else 1)

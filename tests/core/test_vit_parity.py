@@ -72,9 +72,7 @@ def test_repeated_merging(count, goes, protected):
         ours = config(ratio=ratio_for(here, count), partition="alternate")
         plan = match_tokens(x, (1, count), ours, class_token=class_token, distill_token=distill_token)
         assert plan.kept == count - here
-        new_sizes = plan.merge_sizes(sizes)
-        x = plan.merge(x, weights=sizes)
-        sizes = new_sizes
+        x, sizes = plan.merge_again(x, sizes)
         for row in range(2):
             groups = slow_matching(expected[row], here, class_token, distill_token)
             for place, group in enumerate(groups):

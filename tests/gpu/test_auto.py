@@ -11,6 +11,7 @@ import torch
 from shared_tome import ModelCall, ToMeConfig
 from shared_tome.autotune import layer as auto
 from shared_tome.autotune import store
+from shared_tome.autotune.decisions import Decisions
 from shared_tome.autotune.verdict import Verdict
 
 pytestmark = [
@@ -78,14 +79,15 @@ def test_what_loses_is_left_alone(kept):
         return q
 
     call = ModelCall(ToMeConfig(method="merge", ratio=0.5, min_tokens=0), (64, 64), torch.device("cuda"))
+    layers = Decisions(call)
     x = torch.randn(2, 4096, 640, device="cuda", dtype=torch.float16)
-    assert "does not pay" in call.why_not_paid(call.verdict(x, (64, 64), 10, free))
+    assert "does not pay" in layers.why_not_paid(layers.verdict(x, (64, 64), 10, free))
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(kept):
-    call = ModelCall(ToMeConfig(min_tokens=0), (64, 64), torch.device("cuda"))
+    layers = Decisions(ModelCall(ToMeConfig(min_tokens=0), (64, 64), torch.device("cuda")))
     x = torch.randn(2, 4096, 640, device="cuda", dtype=torch.float16)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        assert call.verdict(x, (64, 64), 10) is None
+        assert layers.verdict(x, (64, 64), 10) is None
         x.add(1)
     assert not list(kept.iterdir())

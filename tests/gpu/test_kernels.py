@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from shared_tome import ModelCall, ToMeConfig, kernels, match_tokens
-from shared_tome.attention import bias as attention
-from shared_tome.core import matching
+from shared_tome.core import channels, matching
 from shared_tome.core.curve import curve_order
+from shared_tome.core.groups import group_counts, group_sum, take
 from shared_tome.core.noise import key
 from shared_tome.core.partition import partition
 from shared_tome.core.sampling import walk_rows, walk_table
-from shared_tome.merging.plan import group_counts, group_sum, take
 
 from .helpers import captured, launches
 
@@ -33,16 +32,15 @@ CONFIG = ToMeConfig(method="merge", ratio=0.5, min_tokens=0)
 @pytest.fixture(autouse=True)
 def nothing_fell_back():
     yield
-    assert not kernels._load()._broken
+    assert not kernels.switch.load()._broken
 
 
 @pytest.fixture
-def plain(monkeypatch):
+def plain():
     """A function that runs another without kernels."""
 
     def run(call):
-        with monkeypatch.context() as patch:
-            patch.setattr(kernels, "serves", lambda *tensors: False)
+        with kernels.use("reference"):
             return call()
 
     return run
@@ -79,10 +77,10 @@ def test_draw_is_equal_bit_for_bit(grid, ratio, rows):
 def test_split_is_equal_bit_for_bit(grid, stride, name, rows, plain):
     config = CONFIG.replace(stride=stride, partition=name)
     seed, step = seeds(rows), torch.tensor(9, device="cuda")
-    got = matching._split(grid, config, seed, step, 2)
+    got = kernels.split(grid, config, seed, step, 2, 1)[0]
     expected = partition(grid, config, key(seed, step, 2, 1))
     assert all(torch.equal(a, b.expand_as(a)) for a, b in zip(got, expected, strict=True))
-    for layer, ahead in enumerate(matching.split_layers(grid, config, seed, step, 3, 16), start=3):
+    for layer, ahead in enumerate(kernels.split(grid, config, seed, step, 3, 16), start=3):
         expected = partition(grid, config, key(seed, step, layer, 1))
         assert all(torch.equal(a, b.expand_as(a)) for a, b in zip(ahead, expected, strict=True))
 
@@ -94,7 +92,6 @@ def test_nearest_three_ways(grid, channels, dtype):
 
     x = smooth(grid, channels, dtype)
     src, dst = partition(grid, CONFIG, key(seeds(0), 0, 0, 1))
-    assert (kernels.nearest(x, src, dst) is None) == (dtype == torch.float32)
     unit = x.double() / x.double().norm(dim=-1, keepdim=True)
     scores = take(unit, src) @ take(unit, dst).transpose(1, 2)
     best = scores.amax(-1)
@@ -119,9 +116,7 @@ def test_select_mean_and_gather(grid, channels, dtype):
     src, dst = partition(grid, CONFIG, key(seeds(0), 0, 0, 1))
     similarity, target = matching.nearest(x, src, dst)
     goes = int(grid[0] * grid[1] * 0.4)
-    made = kernels.select(similarity, target, src, dst, goes)
-    assert (made is None) == (src.shape[1] > kernels.SELECTED)
-    index, groups = made or matching._grouped(similarity, target, src, dst, goes, True)
+    index, groups = kernels.tokens._grouped(similarity, target, src, dst, goes, True)
     stay = src.shape[1] - goes
     place = torch.searchsorted(src[0], index[:, :stay].contiguous())
     expected = similarity.topk(stay, largest=False).values
@@ -132,8 +127,10 @@ def test_select_mean_and_gather(grid, channels, dtype):
     kept = index.shape[1]
     chain = kernels.links(index, groups)
     sizes = group_counts(groups, kept)
-    assert torch.equal(kernels.sizes_of(chain, index.shape[1]), sizes) and sizes.sum() == 2 * grid[0] * grid[1]
-    got, bias = kernels.mean(x, index, groups, chain)
+    assert (
+        torch.equal(kernels.group_sizes(groups, index.shape[1], chain), sizes) and sizes.sum() == 2 * grid[0] * grid[1]
+    )
+    got, bias = kernels.mean(x, index, groups, None, chain)
     torch.testing.assert_close(bias, sizes.log(), rtol=1e-6, atol=1e-7)
     spread = groups[..., None].expand(-1, -1, channels)
     exact = torch.zeros(2, kept, channels, dtype=torch.float64, device="cuda").scatter_add_(1, spread, x.double())
@@ -144,8 +141,8 @@ def test_select_mean_and_gather(grid, channels, dtype):
     alone = sizes == 1
     assert torch.equal(got[alone], take(x, index)[alone])  # exact where nothing was merged
     for _ in range(5):  # chains in another order, the same sums
-        assert torch.equal(kernels.mean(x, index, groups, kernels.links(index, groups))[0], got)
-    assert torch.equal(kernels.gather(got, groups), take(got.cpu(), groups.cpu()).cuda())
+        assert torch.equal(kernels.mean(x, index, groups, None, kernels.links(index, groups))[0], got)
+    assert torch.equal(kernels.take(got, groups), take(got.cpu(), groups.cpu()).cuda())
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -169,10 +166,12 @@ def test_match_is_what_it_joins(grid, channels, share, dtype):
             assert torch.equal(groups[row, src[0, ~stays[row]]], target[row, ~stays[row]] + stay)
         assert torch.equal(groups.gather(1, index), torch.arange(index.shape[1], device="cuda").expand(2, -1))
         sizes = group_counts(groups, index.shape[1])
-        assert torch.equal(kernels.sizes_of(chain, index.shape[1]), sizes)
+        assert torch.equal(kernels.group_sizes(groups, index.shape[1], chain), sizes)
         # Another way to the same chains gives the same means.
         other = kernels.links(index, groups)
-        assert torch.equal(kernels.mean(x, index, groups, chain)[0], kernels.mean(x, index, groups, other)[0])
+        assert torch.equal(
+            kernels.mean(x, index, groups, None, chain)[0], kernels.mean(x, index, groups, None, other)[0]
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -192,7 +191,7 @@ def test_match_three_ways(grid, channels, dtype, plain):
         return float(((best - (reached.sum(1) - alone)) / goes).abs().max())
 
     here = missed(*kernels.match(x, src, dst, goes)[:2])
-    there = missed(*plain(lambda: matching._matched(x, src, dst, goes, False, False)))
+    there = missed(*plain(lambda: matching.match(x, src, dst, goes)))
     assert here <= 2 * there + 1e-9
 
 
@@ -222,11 +221,11 @@ def test_widen_is_equal_bit_for_bit(d, rows, dtype):
     v = torch.cat((v, v), dim=-1)[..., ::2]
     bias = torch.randint(1, 40, (rows, 333), device="cuda").float().log()
     for parts, weight in (((q, k, v), bias[:, :, None]), ([x.transpose(1, 2) for x in (q, k, v)], bias[:, None])):
-        expected = attention.query_in_torch(parts[0]), attention.key_in_torch(parts[1], weight)
-        expected = *expected, attention.value_in_torch(parts[2])
-        got = kernels.widen(*parts, weight, attention.extra_channels(d))
-        alone = attention.extend_query(parts[0]), attention.extend_key(parts[1], weight)
-        alone = *alone, attention.extend_value(parts[2])
+        expected = channels.extend_query(parts[0]), channels.extend_key(parts[1], weight)
+        expected = *expected, channels.extend_value(parts[2])
+        got = kernels.extend_heads(*parts, weight)
+        alone = kernels.extend_query(parts[0]), kernels.extend_key(parts[1], weight)
+        alone = *alone, kernels.extend_value(parts[2])
         for made in (got, alone):
             assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
 
@@ -245,7 +244,7 @@ def test_a_merged_layer_is_five_launches(size, batch):
             made = call.attention(x, x, x, grid)
             if widens:
                 q, k, v = (y.unflatten(-1, (8, 40)) for y in (made.q, made.k, made.v))
-                attention.extend_heads(q, k, v, made.bias[:, :, None])
+                kernels.extend_heads(q, k, v, made.bias[:, :, None])
             made.unmerge(made.q)
 
     assert launches(lambda: layers(False)) <= 4 * 5 + 1

@@ -9,8 +9,8 @@ import torch
 
 from shared_tome import ModelCall, ToMeConfig, kernels
 from shared_tome.attention.combine import KERNELS, attend_with_lse, choose_kernel
-from shared_tome.attention.self_token import _keep_own, _take_turns, by_head, take_turns
 from shared_tome.attention.sequence import JointCall
+from shared_tome.core.self_token import _take_turns, by_head, keep_own
 
 from .helpers import captured, launches
 
@@ -29,7 +29,7 @@ CONFIG = ToMeConfig(method="sample", ratio=0.75, min_tokens=0, own_token=True)
 @pytest.fixture(autouse=True)
 def nothing_fell_back():
     yield
-    assert not kernels._load()._broken
+    assert not kernels.switch.load()._broken
 
 
 @pytest.fixture(params=KERNELS)
@@ -91,14 +91,14 @@ def test_three_ways(grid, heads, d, dtype, rows):
     plan = drawn(grid, batch=4, rows=rows)
     q, k, v = made(plan, heads, d, dtype)
     key, value = (_take_turns(x, plan.turns) for x in (k, v))
-    assert all(map(torch.equal, take_turns(k, v, plan.turns), (key, value)))
+    assert all(map(torch.equal, kernels.take_turns(k, v, plan.turns), (key, value)))
     logits = q.double() @ key.double().transpose(-1, -2) * d**-0.5 + plan.sizes[:, None, None].double().log()
     exact, lse = logits.softmax(-1) @ value.double(), logits.logsumexp(-1)
     out = exact.to(dtype)
     del logits
     weight = math.log(plan.tokens / plan.kept) if plan.even else 0.0  # in two places
     given = (q, k, v, out, lse.float() - weight, plan.turns, plan.runs, d**-0.5, weight)
-    kernel, plain = kernels.own(*given), _keep_own(*given)
+    kernel, plain = kernels.keep_own(*given), keep_own(*given)
     place = by_head(plan.turns.index_select(2, plan.runs), 4, heads)[..., None].expand(k.shape)
     own = ((q.double() * k.double()).sum(-1) * d**-0.5 - lse).exp()[..., None]
     other = ((q.double() * k.double().gather(2, place)).sum(-1) * d**-0.5 - lse).exp()[..., None]
@@ -151,7 +151,7 @@ def test_a_layer_adds_two_launches(kernel, grid, heads, d):
     plan = drawn(grid)
     q, k, v = made(plan, heads, d, torch.float16)
     key, value = (_take_turns(x, plan.turns) for x in (k, v))
-    assert all(map(torch.equal, take_turns(k, v, plan.turns), (key, value)))
+    assert all(map(torch.equal, kernels.take_turns(k, v, plan.turns), (key, value)))
     joint = JointCall(True, (kernel,), never, own=True)
     attention = launches(lambda: attend_with_lse(q, key, value, kernel))
     found = launches(lambda: joint.attend(q, k, v, 0, plan))

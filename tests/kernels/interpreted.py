@@ -16,13 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from shared_tome import ModelCall, ToMeConfig, kernels, match_tokens
 from shared_tome.attention import bias as attention
-from shared_tome.attention import self_token as own
-from shared_tome.core import matching
+from shared_tome.core import channels, matching
 from shared_tome.core.curve import curve_order
+from shared_tome.core.groups import group_counts, group_sum, take
 from shared_tome.core.noise import key
 from shared_tome.core.partition import partition
 from shared_tome.core.sampling import kept_count, walk_rows, walk_table
-from shared_tome.merging.plan import group_counts, group_sum, take
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
 from triton.runtime.interpreter import GridExecutor
@@ -39,7 +38,22 @@ CONFIG = ToMeConfig(method="merge", ratio=0.5, min_tokens=0)
 def nothing_fell_back(request):
     yield
     if "breaks" not in request.node.name:
-        assert not kernels._load()._broken
+        assert not kernels.switch.load()._broken
+
+
+def select(similarity, target, src, dst, goes):
+    """index [B, M] and groups [B, N] by the kernel `select`."""
+    return kernels.switch.operator("select")(similarity, target, src, dst, goes)
+
+
+def assert_sizes(index, groups, chain):
+    kept = index.shape[1]
+    assert torch.equal(kernels.group_sizes(groups, kept, chain), group_counts(groups, kept))
+
+
+def in_torch(similarity, target, src, dst, goes):
+    """The same by the specification."""
+    return matching.grouped(similarity, target, src, dst, goes, True)
 
 
 def tokens(batch, grid, channels, dtype=torch.float32):
@@ -109,10 +123,10 @@ def test_draw_is_equal_bit_for_bit(grid, ratio, rows):
 def test_split_is_equal_bit_for_bit(grid, stride, name, rows):
     config = CONFIG.replace(stride=stride, partition=name)
     for step in (torch.tensor(2**33 + 1), 5):
-        got = matching._split(grid, config, seeds(rows), step, 2)
+        got = kernels.split(grid, config, seeds(rows), step, 2, 1)[0]
         expected = partition(grid, config, key(seeds(rows), step, 2, 1))
         assert all(torch.equal(a, b.expand_as(a)) for a, b in zip(got, expected, strict=True))
-        for place, ahead in enumerate(matching.split_layers(grid, config, seeds(rows), step, 1, 3)):
+        for place, ahead in enumerate(kernels.split(grid, config, seeds(rows), step, 1, 3)):
             expected = partition(grid, config, key(seeds(rows), step, 1 + place, 1))
             assert all(torch.equal(a, b.expand_as(a)) for a, b in zip(ahead, expected, strict=True))
 
@@ -162,28 +176,28 @@ def test_select_links_mean_gather(grid, batch, dtype):
     similarity, target = matching.nearest(x.float(), src, dst)
     similarity = similarity.to(dtype)
     for goes in (1, 20, src.shape[1] - 1):
-        index, groups = kernels.select(similarity, target, src, dst, goes)
+        index, groups = select(similarity, target, src, dst, goes)
         stay = src.shape[1] - goes
         place = torch.searchsorted(src[0], index[:, :stay].contiguous())
         assert (place.diff(dim=1) > 0).all() and torch.equal(index[:, stay:], dst.expand(batch, -1))
         kept_here = similarity.gather(1, place).sort(1).values
         assert torch.equal(kept_here, similarity.topk(stay, largest=False).values.sort(1).values)
         if dtype == torch.float32:  # no ties
-            expected = matching._grouped(similarity, target, src, dst, goes, True)
+            expected = matching.grouped(similarity, target, src, dst, goes, True)
             assert torch.equal(index, expected[0]) and torch.equal(groups, expected[1])
         kept = index.shape[1]
         chain, sizes = kernels.links(index, groups), group_counts(groups, kept)
-        assert torch.equal(kernels.sizes_of(chain, index.shape[1]), sizes)
-        got, bias = kernels.mean(x, index, groups, chain)
+        assert torch.equal(kernels.group_sizes(groups, index.shape[1], chain), sizes)
+        got, bias = kernels.mean(x, index, groups, None, chain)
         torch.testing.assert_close(bias, sizes.log(), rtol=1e-6, atol=1e-7)
         spread = groups[..., None].expand(-1, -1, 40)
         exact = torch.zeros(batch, kept, 40, dtype=torch.float64).scatter_add_(1, spread, x.double())
         exact /= sizes[..., None].double()
-        in_torch = (group_sum(x, groups, kept) / sizes[..., None]).to(dtype)
+        plain = (group_sum(x, groups, kept) / sizes[..., None]).to(dtype)
         cut = 4 if dtype == torch.bfloat16 else 1.01
-        assert (got.double() - exact).abs().max() <= cut * (in_torch.double() - exact).abs().max() + 5e-7
+        assert (got.double() - exact).abs().max() <= cut * (plain.double() - exact).abs().max() + 5e-7
         assert torch.equal(got[sizes == 1], take(x, index)[sizes == 1])
-        assert torch.equal(kernels.gather(got, groups), got.gather(1, groups[..., None].expand(-1, -1, 40)))
+        assert torch.equal(kernels.take(got, groups), got.gather(1, groups[..., None].expand(-1, -1, 40)))
 
 
 # One tile of src and dst, and several that do not divide the counts.
@@ -202,11 +216,9 @@ def test_match_is_what_it_joins(grid, batch, rows, dtype, tiles):
             count = src.shape[1]
             for goes in (1, count) if count < 8 else (count // 3, count):
                 index, groups, *chain = launch_match(x, src, dst, goes, 0, 0, way, tiles)
-                made = kernels.select(similarity, target, src, dst, goes)
-                assert (made is None) == (goes == count)
-                expected = made or matching._grouped(similarity, target, src, dst, goes, True)
+                expected = (select if goes < count else in_torch)(similarity, target, src, dst, goes)
                 assert torch.equal(index, expected[0]) and torch.equal(groups, expected[1])
-                assert torch.equal(kernels.sizes_of(chain, index.shape[1]), group_counts(groups, index.shape[1]))
+                assert_sizes(index, groups, chain)
                 for place in range(index.shape[1]):
                     others = (groups[-1] == place).nonzero()[:, 0].tolist()
                     others.remove(int(index[-1, place]))
@@ -222,13 +234,13 @@ def test_match_spares_protected_tokens(tiles, distill):
     similarity[:, 0] = -torch.inf
     for goes in (1, 12, 25):
         index, groups, *chain = launch_match(x, src, dst, goes, 1, distill, None, tiles)
-        expected = kernels.select(similarity, target, src, dst, goes)
+        expected = select(similarity, target, src, dst, goes)
         if distill:
-            expected = matching._distill_second(*expected, src.shape[1] - goes)
-            assert (index[:, 1] == 1).all() and (kernels.sizes_of(chain, index.shape[1])[:, 1] == 1).all()
+            expected = matching.distill_second(*expected, src.shape[1] - goes)
+            assert (index[:, 1] == 1).all() and (kernels.group_sizes(groups, index.shape[1], chain)[:, 1] == 1).all()
         assert torch.equal(index, expected[0]) and torch.equal(groups, expected[1])
-        assert (index[:, 0] == 0).all() and (kernels.sizes_of(chain, index.shape[1])[:, 0] == 1).all()
-        assert torch.equal(kernels.sizes_of(chain, index.shape[1]), group_counts(groups, index.shape[1]))
+        assert (index[:, 0] == 0).all() and (kernels.group_sizes(groups, index.shape[1], chain)[:, 0] == 1).all()
+        assert_sizes(index, groups, chain)
         joined = [i for i in range(51) if int(index[1, groups[1, i]]) != i]
         assert all(i in members(chain, index.shape[1], 1, int(groups[1, i])) for i in joined)
 
@@ -259,7 +271,7 @@ def test_match_of_many_src_in_one_launch(dtype):
             assert torch.equal(index[row], torch.cat((src[0, stays[row]], dst[0])))
             goal = groups[row, src[0, ~stays[row]]] - (count - goes)
             assert torch.equal(goal, target[row, ~stays[row]])
-        assert torch.equal(kernels.sizes_of((heads, None), index.shape[1]), group_counts(groups, index.shape[1]))
+        assert_sizes(index, groups, (heads, None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -274,12 +286,12 @@ def test_widen_is_equal_bit_for_bit(d, dtype):
             parts, weight = (q, k, v), bias[:rows, :, None]
             if heads_first:
                 parts, weight = [x.transpose(1, 2) for x in parts], bias[:rows, None]
-            got = kernels.widen(*parts, weight, attention.extra_channels(d))
-            alone = [attention.extend_query(parts[0]), attention.extend_key(parts[1], weight)]
-            alone.append(attention.extend_value(parts[2]))
+            got = kernels.extend_heads(*parts, weight)
+            alone = [kernels.extend_query(parts[0]), kernels.extend_key(parts[1], weight)]
+            alone.append(kernels.extend_value(parts[2]))
             assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
-            expected = [attention.query_in_torch(parts[0]), attention.key_in_torch(parts[1], weight)]
-            expected.append(attention.value_in_torch(parts[2]))
+            expected = [channels.extend_query(parts[0]), channels.extend_key(parts[1], weight)]
+            expected.append(channels.extend_value(parts[2]))
             for here, there in zip(got, expected, strict=True):
                 if dtype == torch.bfloat16:  # what the interpreter cuts off is in the second channel
                     assert torch.equal(here[..., :d], there[..., :d])
@@ -332,13 +344,13 @@ def test_a_merged_layer_is_five_launches(monkeypatch):
     assert launches.names.count("_split_kernel") == 1
     with Launches(monkeypatch) as launches:
         q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in (made.q, made.k, made.v))
-        attention.extend_heads(q, k, v, made.bias[:, None])
+        kernels.extend_heads(q, k, v, made.bias[:, None])
     assert launches.names == ["_widen_kernel"]
 
 
 def test_equal_similarities_stay_by_their_order():
     src, dst = partition((7, 9), CONFIG, key(seeds(0), 0, 0, 1))
-    index, groups = kernels.select(torch.zeros(1, 51), torch.zeros(1, 51, dtype=torch.int64), src, dst, 20)
+    index, groups = select(torch.zeros(1, 51), torch.zeros(1, 51, dtype=torch.int64), src, dst, 20)
     assert torch.equal(index[0, :31], src[0, :31]) and (groups.gather(1, src[:, 31:]) == 31).all()
 
 
@@ -348,7 +360,7 @@ def test_a_sum_depends_on_no_order():
         x = tokens(1, (7, 9), 16, dtype) * torch.logspace(-6, 4, 63)[:, None].to(dtype)
         index, groups = torch.tensor([[0]]), torch.zeros(1, 63, dtype=torch.int64)
         heads, following = kernels.links(index, groups)
-        forward = kernels.mean(x, index, groups, (heads, following))[0]
+        forward = kernels.mean(x, index, groups, None, (heads, following))[0]
         assert members((heads, following), 1, 0, 0) == list(range(1, 63))
         assert max(map(len, lanes((heads, following), 1, 0, 0))) <= -(-63 // LANES)
         dealt = [list(range(62, 40, -1)), [], list(range(1, 40)), [40]]
@@ -357,7 +369,7 @@ def test_a_sum_depends_on_no_order():
             for here, after in itertools.pairwise([*members_of, -1]):
                 following[0, here] = after + 1
         assert members((heads, following), 1, 0, 0) == list(range(1, 63))
-        assert torch.equal(kernels.mean(x, index, groups, (heads, following))[0], forward)
+        assert torch.equal(kernels.mean(x, index, groups, None, (heads, following))[0], forward)
 
 
 @pytest.mark.parametrize("channels", [24, 96])
@@ -391,7 +403,7 @@ def test_means_at_the_dtypes_end_stay_finite(dtype, count):
     x[..., 1::2] *= -1
     groups = (torch.arange(63) - count + 1).clamp_min(0)[None]
     index = torch.cat((torch.zeros(1, dtype=torch.int64), torch.arange(count, 63)))[None]
-    merged, _ = kernels.mean(x, index, groups, kernels.links(index, groups))
+    merged, _ = kernels.mean(x, index, groups, None, kernels.links(index, groups))
     torch.testing.assert_close(merged, x[:, :1].expand_as(merged), rtol=2e-7, atol=0.0)
 
 
@@ -401,12 +413,12 @@ def test_what_is_not_finite_stays_so():
         x[0, 8, 3] = float("inf")
         x[0, 9, 4] = float("nan")
         index, groups = torch.tensor([[0]]), torch.zeros(1, 63, dtype=torch.int64)
-        mean = kernels.mean(x, index, groups, kernels.links(index, groups))[0][0, 0]
+        mean = kernels.mean(x, index, groups, None, kernels.links(index, groups))[0][0, 0]
         assert not mean[3].isfinite() and not mean[4].isfinite() and mean[5:].isfinite().all()
 
 
 @pytest.mark.parametrize("method", ["merge", "merge_keys", "sample"])
-def test_whole_plans(method, monkeypatch):
+def test_whole_plans(method):
     """Through match_tokens and ModelCall, with and without kernels: the same groups, in float32."""
     x, grid, config = tokens(2, (7, 9), 16), (7, 9), CONFIG.replace(method=method)
 
@@ -421,20 +433,21 @@ def test_whole_plans(method, monkeypatch):
         return *found, plan.unmerge(plan.merge(x)), merged.k.sum(1), merged.unmerge(merged.q)
 
     got = run()
-    monkeypatch.setattr(kernels, "serves", lambda *tensors: False)
-    for here, there in zip(got, run(), strict=True):
+    with kernels.use("reference"):
+        expected = run()
+    for here, there in zip(got, expected, strict=True):
         torch.testing.assert_close(here, there, rtol=1e-6, atol=1e-6)
 
 
-def test_a_class_token_keeps_its_place(monkeypatch):
+def test_a_class_token_keeps_its_place():
     x, config = tokens(2, (1, 50), 16), CONFIG.replace(partition="alternate", ratio=0.3)
 
     def run():
         return match_tokens(x, (1, 50), config, class_token=True, distill_token=True)
 
     got = run()
-    monkeypatch.setattr(kernels, "serves", lambda *tensors: False)
-    expected = run()
+    with kernels.use("reference"):
+        expected = run()
     assert torch.equal(got.index, expected.index) and torch.equal(got.groups, expected.groups)
 
 
@@ -468,7 +481,7 @@ def test_gradients_go_through_plain_torch():
     "error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")], ids=repr
 )
 def test_a_kernel_short_of_memory_is_not_off(monkeypatch, caplog, error):
-    ops = kernels._load()
+    ops = kernels.switch.load()
 
     def fail(*given):
         raise error
@@ -477,31 +490,31 @@ def test_a_kernel_short_of_memory_is_not_off(monkeypatch, caplog, error):
     with monkeypatch.context() as patch:
         patch.setitem(ops.LAUNCH, "gather", fail)
         with pytest.raises(type(error)):
-            kernels.gather(x, index)
-    assert torch.equal(kernels.gather(x, index), x[:, :4]) and not caplog.text
+            kernels.take(x, index)
+    assert torch.equal(kernels.take(x, index), x[:, :4]) and not caplog.text
 
 
 def test_a_kernel_that_breaks_on_one_device_runs_on_others(monkeypatch, caplog):
     """A small GPU beside a large one."""
-    ops, small, x = kernels._load(), torch.device("cuda", 1), tokens(2, (7, 9), 16)
+    ops, small, x = kernels.switch.load(), torch.device("cuda", 1), tokens(2, (7, 9), 16)
     monkeypatch.setattr(ops, "_broken", {(name, small) for name in ops.LAUNCH})
     launched, launch = [], ops.LAUNCH["gather"]
     monkeypatch.setitem(ops.LAUNCH, "gather", lambda *given: launched.append(1) or launch(*given))
-    kernels.gather(x, torch.arange(4)[None])
+    kernels.take(x, torch.arange(4)[None])
     assert launched and not ops.runs("attend_drawn", small) and ops.runs("attend_drawn", x.device)
 
     def fail(*given):
         raise RuntimeError("out of resource: shared memory")
 
     monkeypatch.setitem(ops.LAUNCH, "gather", fail)
-    kernels.gather(x, torch.arange(4)[None])
+    kernels.take(x, torch.arange(4)[None])
     assert "the gather kernel does not run on cpu, plain torch takes over there" in caplog.text
     assert not ops.runs("gather", x.device) and ops.runs("gather", torch.device("cuda", 0))
 
 
 def test_a_kernel_that_breaks_is_said_once(monkeypatch, caplog):
     """Plain torch takes over for good; nothing is raised."""
-    ops = kernels._load()
+    ops = kernels.switch.load()
     monkeypatch.setattr(ops, "_broken", set())
     x = tokens(2, (7, 9), 16)
     expected = match_tokens(x, (7, 9), CONFIG, seed=1)
@@ -521,12 +534,12 @@ def test_a_kernel_that_breaks_is_said_once(monkeypatch, caplog):
             assert torch.equal(owners(plan), owners(expected))
             match_tokens(x.half(), (7, 9), CONFIG, seed=1)
             match_tokens(x, (7, 9), CONFIG.replace(method="sample"), seed=1)
-            attention.extend_heads(x[None], x[None], x[None], torch.ones(1, 1, 63))
-            attention.extend_value(x[None])
+            kernels.extend_heads(x[None], x[None], x[None], torch.ones(1, 1, 63))
+            kernels.extend_value(x[None])
             attention.attend(*3 * [torch.zeros(1, 1, 3, 64, dtype=torch.float16)], torch.zeros(1, 3))
             head, zero = x[:, None], torch.zeros(1, 1, 63, dtype=torch.int64)
-            own.take_turns(head, head, zero)
-            own.keep_own(head, head, head, head, torch.zeros(2, 1, 63), zero, zero[0, 0], 0.25)
+            kernels.take_turns(head, head, zero)
+            kernels.keep_own(head, head, head, head, torch.zeros(2, 1, 63), zero, zero[0, 0], 0.25)
             heads = torch.zeros(1, 1, 63, 64, dtype=torch.float16)
             if kernels.attends_drawn(heads, heads, heads, 0.1):  # not asked for again
                 drawn = kernels.attend_drawn(*3 * [heads], None, zero, zero[0, 0], 0, 0.1, 0.0)

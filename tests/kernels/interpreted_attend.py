@@ -29,7 +29,7 @@ HALF = [torch.float16, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def nothing_fell_back():
     yield
-    assert not kernels._load()._broken
+    assert not kernels.switch.load()._broken
 
 
 @pytest.fixture
@@ -82,13 +82,13 @@ def test_taken_where_further_channels_would_double_the_heads(launched, monkeypat
         launched.clear()
         attention.attend(q, k, v, bias)
         assert launched == (["_attend_kernel"] if served else ["_widen_kernel"])
-    assert kernels.attend(*drawn(1, 1, 4, 4, 64, torch.float32), torch.zeros(1, 4), 0.1) is None
+    assert not kernels.can_attend(*drawn(1, 1, 4, 4, 64, torch.float32), torch.zeros(1, 4))
     q, k, v = drawn(1, 2, 4, 4, 64, torch.float16)
-    assert kernels.attend(q, k[:, :1], v[:, :1], torch.zeros(1, 4), 0.1) is None  # grouped heads
+    assert not kernels.can_attend(q, k[:, :1], v[:, :1], torch.zeros(1, 4))  # grouped heads
     many = torch.zeros(1, 1, 1, 64, dtype=torch.float16).expand(40000, 2, 1, 64)
-    assert kernels.attend(many, many, many, torch.zeros(1, 1), 0.1) is None  # more than a GPU's grid has room for
-    monkeypatch.setattr(kernels, "_FARTHEST", 4 * k.stride(2))  # offsets that 32 bits do not hold
-    assert kernels.attend(q, k, v, torch.zeros(1, 4), 0.1) is None
+    assert not kernels.can_attend(many, many, many, torch.zeros(1, 1))  # more than a GPU's grid has room for
+    monkeypatch.setattr(kernels.heads, "_FARTHEST", 4 * k.stride(2))  # offsets that 32 bits do not hold
+    assert not kernels.can_attend(q, k, v, torch.zeros(1, 4))
     with pytest.raises(ValueError, match="a plan for 2 rows does not fit a batch of 3"):
         launch_attend(*drawn(3, 1, 4, 4, 64, torch.float16), torch.zeros(2, 4), 0.1)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from shared_tome import ToMeConfig, kernels, match_tokens
-from shared_tome.attention import self_token as own
 from shared_tome.attention import sequence as joint
-from shared_tome.attention.self_token import _attend_drawn, by_head, take_turns
+from shared_tome.core import self_token
+from shared_tome.core.self_token import attend_drawn, by_head
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
 from shared_tome.kernels.impl.attend_drawn import launch_attend_drawn
@@ -27,7 +27,7 @@ TILES = (16, 16, 4, 2)
 @pytest.fixture(autouse=True)
 def nothing_fell_back():
     yield
-    assert not kernels._load()._broken
+    assert not kernels.switch.load()._broken
 
 
 def made(plan, d, dtype, around=(0, 0), layout="tokens first"):
@@ -38,7 +38,7 @@ def made(plan, d, dtype, around=(0, 0), layout="tokens first"):
 
 def given(q, k, v, plan, start=0, scale=None, listed=False):
     """The arguments of launch_attend_drawn."""
-    drawn = take_turns(*(x[:, :, start : start + plan.tokens] for x in (k, v)), plan.turns)
+    drawn = kernels.take_turns(*(x[:, :, start : start + plan.tokens] for x in (k, v)), plan.turns)
     weight, scale = math.log(plan.tokens / plan.kept), scale or q.shape[-1] ** -0.5
     return (q, k, v, None if listed else drawn, plan.turns, plan.runs, start, scale, weight)
 
@@ -76,7 +76,7 @@ def near(got, expected, roundings=2):
 )
 def test_equal_up_to_rounding(grid, ratio, rows, d, around, tiles, dtype, monkeypatch):
     """The kernel and the specification, in tiles that fit and in some that do not; nothing given is written to."""
-    monkeypatch.setattr(own, "_SCORES", 1000)  # the specification in many parts
+    monkeypatch.setattr(self_token, "_SCORES", 1000)  # the specification in many parts
     plan = drawn(grid, ratio, rows, batch=max(2, rows))
     q, k, v = made(plan, d, dtype, around)
     together, listed = (given(q, k, v, plan, around[0], listed=listed) for listed in (False, True))
@@ -85,7 +85,7 @@ def test_equal_up_to_rounding(grid, ratio, rows, d, around, tiles, dtype, monkey
     expected = truth(q, k, v, plan, around[0])
     tiles = [tiles] if tiles else []
     found = [
-        run(*of) for run in (_attend_drawn, lambda *x: launch_attend_drawn(*x, *tiles)) for of in (together, listed)
+        run(*of) for run in (attend_drawn, lambda *x: launch_attend_drawn(*x, *tiles)) for of in (together, listed)
     ]
     for got in found:
         assert got.shape == q.shape and got.dtype == dtype and near(got, expected)
@@ -140,7 +140,7 @@ def test_a_plan_for_other_rows_is_refused():
 def test_the_fake_has_the_kernels_shape_and_strides():
     plan = drawn((6, 8), 0.75)
     arguments = given(*made(plan, 64, torch.float16), plan)
-    fake, real = kernels._load()._fake_attend(*arguments), launch_attend_drawn(*arguments, TILES)
+    fake, real = kernels.switch.load()._fake_attend(*arguments), launch_attend_drawn(*arguments, TILES)
     assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 
@@ -171,7 +171,7 @@ def test_what_is_taken():
 @pytest.mark.parametrize(("around", "listed"), [((0, 0), 11), ((3, 2), 12)])
 def test_when_it_is_taken(monkeypatch, kernel, d, ratio, at_once, around, listed):
     """And both ways give the same up to rounding, in one launch or two."""
-    monkeypatch.setattr(kernels, "_LISTED", listed)  # of twelve keys
+    monkeypatch.setattr(kernels.heads, "_LISTED", listed)  # of twelve keys
     monkeypatch.setattr(joint, "choose_kernel", lambda *_: kernel)
     real = joint.attend_joined
     monkeypatch.setattr(joint, "attend_joined", lambda *given: real(*given[:6], "cpu", *given[7:]))
@@ -203,7 +203,7 @@ def test_not_for_other_plans(monkeypatch):
 
 
 def test_where_it_fails_the_other_way_is_taken(monkeypatch, caplog):
-    ops, launched = kernels._load(), []
+    ops, launched = kernels.switch.load(), []
 
     def fail(*given):
         launched.append(1)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from shared_tome import ModelCall, ToMeConfig, kernels
-from shared_tome.attention.self_token import _keep_own, _take_turns, by_head, keep_own, take_turns
 from shared_tome.attention.sequence import JointCall
+from shared_tome.core.self_token import _take_turns, by_head, keep_own
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
 from shared_tome.kernels.impl.own import launch_own
@@ -27,7 +27,7 @@ HEADS = 2
 @pytest.fixture(autouse=True)
 def nothing_fell_back():
     yield
-    assert not kernels._load()._broken
+    assert not kernels.switch.load()._broken
 
 
 def draw(*shape, seed):
@@ -82,10 +82,10 @@ def test_equal_up_to_rounding(grid, ratio, rows, d, dtype):
     *_, turns, runs = given
     assert len(turns) > 1 and turns.shape[1] == rows and runs.shape == (grid[0] * grid[1],)
     before = [x.clone() for x in given]
-    got, expected = launch_own(*given, d**-0.5), _keep_own(*given, d**-0.5)
+    got, expected = launch_own(*given, d**-0.5), keep_own(*given, d**-0.5)
     if (grid, d, dtype) == ((5, 7), 40, torch.float16):  # once: what the logarithm lacks comes apart
         lighter = (*given[:4], given[4] - 0.75, *given[5:], d**-0.5, 0.75)
-        for of in (launch_own, _keep_own):
+        for of in (launch_own, keep_own):
             close(of(*lighter), expected)
     close(got, expected)
     assert got.transpose(1, 2).is_contiguous()
@@ -106,10 +106,10 @@ def test_tokens_by_head_are_those_of_plain_torch(grid, ratio, rows, layout, dtyp
     expected = _take_turns(x, turns)
     one = _take_turns(x, turns[:1])  # both heads by the only list
     assert len(turns) > 1 and torch.equal(expected[:, 0], one[:, 0]) and not torch.equal(expected, one)
-    for made in (launch_turns(x, -x, turns), take_turns(x, -x, turns)):
+    for made in (launch_turns(x, -x, turns), kernels.take_turns(x, -x, turns)):
         assert torch.equal(made[0], expected) and torch.equal(made[1], -expected)
-    assert torch.equal(take_turns(x, x[..., :d], turns[:1])[1], one)
-    assert [made.shape for made in kernels._load()._fake_turns(x, x, turns)] == [expected.shape] * 2
+    assert torch.equal(kernels.take_turns(x, x[..., :d], turns[:1])[1], one)
+    assert [made.shape for made in kernels.switch.load()._fake_turns(x, x, turns)] == [expected.shape] * 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,7 +118,7 @@ def test_who_stands_for_itself_keeps_its_output_bit_for_bit(dtype, rows):
     q, k, v, out, lse, turns, runs = made((5, 7), 0.75, rows, 40, dtype)
     stands = by_head(turns.index_select(2, runs), 4, HEADS) == torch.arange(35)
     assert 0 < stands.float().mean() < 0.5
-    for run in (launch_own, _keep_own):
+    for run in (launch_own, keep_own):
         got = run(q, k, v, out, lse, turns, runs, 40**-0.5)
         assert torch.equal(got[stands], out[stands])
         assert (got[~stands] != out[~stands]).any(-1).all()
@@ -134,7 +134,7 @@ def test_who_stands_for_itself_keeps_its_output_bit_for_bit(dtype, rows):
 )
 def test_memory_order_changes_nothing(layout, heads_first, lse_layout):
     q, k, v, out, lse, *drawn = made((5, 7), 0.6, 2, 24, torch.float32, layout)
-    expected = _keep_own(*(x.contiguous() for x in (q, k, v, out, lse)), *drawn, 24**-0.5)
+    expected = keep_own(*(x.contiguous() for x in (q, k, v, out, lse)), *drawn, 24**-0.5)
     if not heads_first:
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
     lse = {
@@ -157,7 +157,7 @@ def test_extreme_logits(above, dtype):
     keys, values = (_take_turns(x, lists[0]).float() for x in (k, v))
     logits = alone.float() @ keys.transpose(-1, -2) + math.log(4.0)
     out, lse = (logits.softmax(-1) @ values).to(dtype), logits.logsumexp(-1)
-    got, expected = (run(alone, k, v, out, lse, *lists, 1.0) for run in (launch_own, _keep_own))
+    got, expected = (run(alone, k, v, out, lse, *lists, 1.0) for run in (launch_own, keep_own))
     close(got, expected)
     if above > 0:
         close(got, v)
@@ -173,19 +173,19 @@ def test_a_plan_for_other_rows_is_refused():
 
 def test_what_serves(monkeypatch):
     """The kernel where it can be, plain torch for gradients, float64 and queries of another dtype."""
-    ops = kernels._load()
+    ops = kernels.switch.load()
     given, launched = made((5, 7), 0.75, 1, 8, torch.float32), []
     monkeypatch.setitem(ops.LAUNCH, "own", lambda *x: launched.append(1) or launch_own(*x))
-    close(keep_own(*given, 8**-0.5), _keep_own(*given, 8**-0.5))
+    close(kernels.keep_own(*given, 8**-0.5), keep_own(*given, 8**-0.5))
     assert launched == [1]
     double = [x.double() for x in given[:5]]
     for q, k, v, out, lse in (double, (given[0].half(), *given[1:5]), (given[0].clone().requires_grad_(), *given[1:5])):
-        keep_own(q, k, v, out, lse, *given[5:], 8**-0.5)
+        kernels.keep_own(q, k, v, out, lse, *given[5:], 8**-0.5)
     assert launched == [1]
 
 
 def test_the_fake_has_the_kernels_shape_and_strides():
-    ops, given = kernels._load(), made((5, 7), 0.75, 1, 8, torch.float32)
+    ops, given = kernels.switch.load(), made((5, 7), 0.75, 1, 8, torch.float32)
     fake, real = ops._fake_own(*given, 8**-0.5, 0.0), launch_own(*given, 8**-0.5)
     assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
@@ -196,7 +196,7 @@ def test_tiles_change_nothing(config):
     turns = drawn((5, 7), 0.75).turns
     for x, taken in zip(given[1:3], launch_turns(*given[1:3], turns, config), strict=True):
         assert torch.equal(taken, _take_turns(x, turns))
-    close(launch_own(*given, 40**-0.5, config=config), _keep_own(*given, 40**-0.5))
+    close(launch_own(*given, 40**-0.5, config=config), keep_own(*given, 40**-0.5))
 
 
 def test_a_layer_adds_two_launches(monkeypatch):

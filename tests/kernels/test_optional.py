@@ -44,7 +44,7 @@ def test_a_small_copy_is_left_to_index_select_unless_captured(monkeypatch, token
     """By size alone, so that no GPU is needed to see it."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
     x = SimpleNamespace(is_cuda=True, shape=(2, tokens, 320), element_size=lambda: 2)
-    assert kernels.pays_to_gather(x, SimpleNamespace(shape=(1, kept))) == pays
+    assert kernels.tokens.pays_to_gather(x, SimpleNamespace(shape=(1, kept))) == pays
 
 
 def test_on_the_cpu_triton_is_never_imported():
@@ -67,12 +67,34 @@ def test_a_triton_that_cannot_be_imported(error):
     assert said.count("INFO:ToMe:no Triton kernels") == 1
 
 
-def test_switched_off():
+@pytest.mark.parametrize("word", ["reference", "0"])
+def test_switched_off(word):
     python(
         f"import sys, torch\n{WORK}assert 'triton' not in sys.modules and not shared_tome.kernels.ready()",
         TRITON_INTERPRET="1",
-        TOME_KERNELS="0",
+        TOME_KERNELS=word,
     )
+
+
+def test_a_word_that_the_switch_does_not_know_is_said_once():
+    pytest.importorskip("triton")
+    said = python(f"import torch\n{WORK}assert shared_tome.kernels.ready()", TRITON_INTERPRET="1", TOME_KERNELS="off")
+    assert said.count("TOME_KERNELS must be one of auto, reference, got 'off'; kernels stay on") == 1
+
+
+def test_switched_off_for_a_call():
+    pytest.importorskip("triton")
+    python(
+        "import torch\nfrom shared_tome import kernels\n"
+        "with kernels.use('reference'):\n"
+        "    assert not kernels.ready()\n"
+        "    with kernels.use('auto'): assert kernels.ready()\n"
+        "    assert not kernels.serves(torch.zeros(1))\n"
+        "assert kernels.serves(torch.zeros(1))",
+        TRITON_INTERPRET="1",
+    )
+    with pytest.raises(ValueError, match="impl must be one of auto, reference, got 'off'"), kernels.use("off"):
+        pass
 
 
 def test_two_copies_in_one_process(tmp_path):
@@ -85,6 +107,6 @@ def test_two_copies_in_one_process(tmp_path):
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "from shared_tome import kernels as a\n"
         "from x.shared_tome import kernels as b\n"
-        "print(a.ready(), b.ready(), a.NAMESPACE, b.NAMESPACE)"
+        "print(a.ready(), b.ready(), a.names.NAMESPACE, b.names.NAMESPACE)"
     )
     assert out.split() == ["True", "True", "shared_tome_kernels", "x_shared_tome_kernels"]

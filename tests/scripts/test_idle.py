@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 
 import pytest
 import torch
 
 import shared_tome
-from shared_tome import ModelCall, ToMeConfig
+from shared_tome import ToMeConfig
+from shared_tome.autotune import decisions
 
 from . import models
 
@@ -20,14 +20,13 @@ MODEL_HOOKS = 2
 @pytest.fixture
 def judged(monkeypatch):
     """Layers with as many tokens or more pay."""
-    call = sys.modules[ModelCall.__module__]
     least = [10**9]
 
     def verdict_on(grid, *_):
-        return call.Verdict(100.0, 40.0 if grid[0] * grid[1] >= least[0] else 99.0, 5.0)
+        return decisions.Verdict(100.0, 40.0 if grid[0] * grid[1] >= least[0] else 99.0, 5.0)
 
-    monkeypatch.setattr(call, "measures", lambda *_: True)
-    monkeypatch.setattr(call, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "measures", lambda *_: True)
+    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
     return least
 
 

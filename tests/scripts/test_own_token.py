@@ -305,11 +305,11 @@ def test_under_torch_compile_queries_do_not_keep_them(caplog):
 
 def test_whether_it_pays_is_measured_with_them(monkeypatch):
     from shared_tome.attention.combine import TORCHS
-    from shared_tome.merging import call
+    from shared_tome.autotune import decisions
 
     asked = []
-    monkeypatch.setattr(call, "measures", lambda *_: True)
-    monkeypatch.setattr(call, "verdict_on", lambda *args: asked.append(args[7]))
+    monkeypatch.setattr(decisions, "measures", lambda *_: True)
+    monkeypatch.setattr(decisions, "verdict_on", lambda *args: asked.append(args[7]))
     unet = models.sd15()
     for own in (True, False):
         shared_tome.apply_patch(unet, config=config(own_token=own))

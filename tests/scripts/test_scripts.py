@@ -148,12 +148,12 @@ def test_an_exception_in_a_merged_step_does_not_reach_an_unmerged_one():
 
 def test_layers_that_do_not_pay_are_left_alone(monkeypatch, caplog):
     """A GPU measures each shape once; here all are said not to pay."""
-    from shared_tome.merging import call
+    from shared_tome.autotune import decisions
 
     unet = models.sd15()
     before = models.run(unet)
-    monkeypatch.setattr(call, "measures", lambda config, grid, device: config.levels == "auto")
-    monkeypatch.setattr(call, "verdict_on", lambda *_: call.Verdict(100.0, 99.0, 5.0))
+    monkeypatch.setattr(decisions, "measures", lambda config, grid, device: config.levels == "auto")
+    monkeypatch.setattr(decisions, "verdict_on", lambda *_: decisions.Verdict(100.0, 99.0, 5.0))
     shared_tome.apply_patch(unet, config=config())
     assert torch.equal(models.run(unet), before)
     assert "does not pay here: it saves 1 of 100 us" in caplog.text
@@ -163,7 +163,7 @@ def test_layers_that_do_not_pay_are_left_alone(monkeypatch, caplog):
 
 def test_the_models_own_block_is_timed_by_itself(monkeypatch):
     """How long it takes the processor decides where steps wait for it; ToMe's hooks and others' do not run in it."""
-    from shared_tome.merging import call
+    from shared_tome.autotune import decisions
 
     unet = models.sd15()
     before, ran, found = models.run(unet), [], []
@@ -174,10 +174,10 @@ def test_the_models_own_block_is_timed_by_itself(monkeypatch):
         run = block(x)
         assert run().shape == run().shape == x.shape and len(ran) == count
         found.append(channels)
-        return call.Verdict(100.0, 50.0, 10.0, 900.0, 895.0)  # the processor is what a merged block waits for
+        return decisions.Verdict(100.0, 50.0, 10.0, 900.0, 895.0)  # the processor is what a merged block waits for
 
-    monkeypatch.setattr(call, "measures", lambda config, grid, device: True)
-    monkeypatch.setattr(call, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "measures", lambda config, grid, device: True)
+    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
     for block in served_blocks(unet):
         block.ff.register_forward_pre_hook(lambda *_: ran.append(1))
     shared_tome.apply_patch(unet, config=config())

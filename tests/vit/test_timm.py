@@ -128,7 +128,7 @@ def test_merging_again_weighs_by_size_in_any_precision(dtype):
     x = (torch.randn(2, 12, 5, generator=generator) * 9000).to(dtype)
     sizes = torch.randint(1, 200, (2, 12), generator=generator).float()
     plan = match_tokens(torch.randn(2, 12, 4, generator=generator), (1, 12), vit_hooks._config(4, 12))
-    merged, total = vit_hooks._merge_again(plan, x, sizes)
+    merged, total = plan.merge_again(x, sizes)
     assert merged.dtype == dtype
     for row in range(2):
         for place in range(plan.kept):

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...merging.plan import check_rows
+from ...core.groups import check_rows
 from .attend import LOG2_E, NARROW, Config, add_all_keys, block_of, is_narrow
 from .compiler import tl, triton
 

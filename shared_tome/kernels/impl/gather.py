@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...merging.plan import check_rows
+from ...core.groups import check_rows
 from .compiler import channel_block, power_of_two, tl, triton
 
 # (rows of a program, most channels at a time, warps). On an H200, 1,024 x 1280 tokens: 3.6 us, with 64 channels 5.5;

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...merging.plan import check_rows
+from ...core.groups import check_rows
 from .compiler import power_of_two, tl, triton
 
 # Chains of a group: how many of its members are read at once.

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...core.groups import check_rows
 from ...core.multires import Counts, Drawn, Tiles
-from ...merging.plan import check_rows
 from .attend import LOG2_E
 from .compiler import power_of_two, tl, triton
 from .multires_choose import Config, config_for, launch_choose

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ...config import ToMeConfig
+from ...core import channels, groups, matching, sampling, self_token
 from ...core.failures import is_out_of_memory
-from .. import NAMESPACE, SELECTED, log
+from ...core.noise import key
+from ...core.partition import partition
+from ..names import NAMESPACE, SELECTED, log
 from .attend import launch_attend
 from .attend_drawn import launch_attend_drawn
 from .compiler import VERSION as VERSION
@@ -73,10 +76,7 @@ def _rows(seed: Tensor) -> int:
 
 
 def _plain_draw(order, seed, step, number, kept, layer, count):
-    from ...core.sampling import walk_rows, walk_table
-
-    tokens = order.shape[0]
-    return walk_rows(walk_table((1, tokens), kept, seed, order), tokens, number if step is None else step, layer, count)
+    return sampling.draw(order, kept, seed, number if step is None else step, layer, count)
 
 
 def _fake_draw(order, seed, step, number, kept, layer, count):
@@ -84,9 +84,6 @@ def _fake_draw(order, seed, step, number, kept, layer, count):
 
 
 def _plain_split(seed, step, number, layer, frames, height, width, cell_height, cell_width, random, count):
-    from ...core.noise import key
-    from ...core.partition import partition
-
     config = ToMeConfig(
         method="merge", stride=(cell_width, cell_height), partition="random_2d" if random else "fixed_2d"
     )
@@ -103,9 +100,7 @@ def _fake_split(seed, step, number, layer, frames, height, width, cell_height, c
 
 
 def _plain_nearest(metric, src, dst, first):
-    from ...core.matching import nearest
-
-    return nearest(metric, src, dst, bool(first))
+    return matching.nearest(metric, src, dst, bool(first))
 
 
 def _fake_nearest(metric, src, dst, first):
@@ -114,9 +109,7 @@ def _fake_nearest(metric, src, dst, first):
 
 
 def _plain_select(similarity, target, src, dst, goes):
-    from ...core.matching import _grouped
-
-    return _grouped(similarity, target, src, dst, goes, True)
+    return matching.grouped(similarity, target, src, dst, goes, True)
 
 
 def _fake_select(similarity, target, src, dst, goes):
@@ -126,18 +119,14 @@ def _fake_select(similarity, target, src, dst, goes):
 
 def _plain_match(metric, src, dst, goes, alone, first):
     """The kernels that match joins; each that does not run either falls back by itself."""
-    from ...core.matching import _distill_second, _grouped
-
     similarity, target = DIRECT["nearest"](metric, src, dst, first)
     if alone:
-        similarity = torch.cat((torch.full_like(similarity[:, :1], -torch.inf), similarity[:, 1:]), dim=1)
-    if goes < src.shape[1] <= SELECTED:
-        index, groups = DIRECT["select"](similarity, target, src, dst, goes)
-    else:
-        index, groups = _grouped(similarity, target, src, dst, goes, True)
+        similarity = matching.keep_first(similarity)
+    select = DIRECT["select"] if goes < src.shape[1] <= SELECTED else _plain_select
+    index, grouped = select(similarity, target, src, dst, goes)
     if first:
-        index, groups = _distill_second(index, groups, src.shape[1] - goes)
-    return index, groups, *DIRECT["links"](index, groups, dst.shape[1])
+        index, grouped = matching.distill_second(index, grouped, src.shape[1] - goes)
+    return index, grouped, *DIRECT["links"](index, grouped, dst.shape[1])
 
 
 def _fake_match(metric, src, dst, goes, alone, first):
@@ -146,37 +135,30 @@ def _fake_match(metric, src, dst, goes, alone, first):
     return index, groups, *_fake_links(index, groups, dst.shape[1])
 
 
-def _plain_links(index, groups, taking):
-    from ...merging.plan import group_counts
-
+def _plain_links(index, grouped, taking):
     _broken.add(("mean", index.device))  # without chains there is no mean by them
-    heads, following = _fake_links(index, groups, taking)
-    heads[:, : index.shape[1]] = group_counts(groups, index.shape[1]).view(torch.int32)
+    heads, following = _fake_links(index, grouped, taking)
+    heads[:, : index.shape[1]] = groups.group_counts(grouped, index.shape[1]).view(torch.int32)
     return heads, following
 
 
-def _fake_links(index, groups, taking):
+def _fake_links(index, grouped, taking):
     heads = index.new_empty(heads_like(*index.shape, taking), dtype=torch.int32)
-    return heads, index.new_empty(groups.shape, dtype=torch.int32)
+    return heads, index.new_empty(grouped.shape, dtype=torch.int32)
 
 
-def _plain_mean(x, index, groups, heads, following):
-    from ...merging.plan import group_sum, spread_rows
-
+def _plain_mean(x, index, grouped, heads, following):
     sizes = heads[:, : index.shape[1]].view(torch.float32)
-    mean = group_sum(x, groups, index.shape[1]) / spread_rows(sizes, x.shape[0])[..., None]
-    return mean.to(x.dtype), sizes.log()
+    return groups.group_mean(x, grouped, sizes), sizes.log()
 
 
-def _fake_mean(x, index, groups, heads, following):
+def _fake_mean(x, index, grouped, heads, following):
     out = x.new_empty((x.shape[0], index.shape[1], x.shape[2]))
     return out, index.new_empty(index.shape, dtype=torch.float32)
 
 
 def _plain_gather(x, index):
-    from ...merging.plan import spread_rows
-
-    return x.gather(1, spread_rows(index, x.shape[0])[..., None].expand(-1, -1, x.shape[2]))
+    return x.gather(1, groups.spread_rows(index, x.shape[0])[..., None].expand(-1, -1, x.shape[2]))
 
 
 def _fake_gather(x, index):
@@ -184,15 +166,13 @@ def _fake_gather(x, index):
 
 
 def _plain_widen(q, k, v, bias, room):
-    return tuple(_plain_widen_one(x, bias, room, kind) for kind, x in enumerate((q, k, v)))
+    return channels.extend_heads(q, k, v, bias)
 
 
 def _plain_widen_one(x, bias, room, kind):
-    from ...attention import bias as attention
-
     if kind == KEY:
-        return attention.key_in_torch(x, bias)
-    return attention.query_in_torch(x) if kind == QUERY else attention.value_in_torch(x)
+        return channels.extend_key(x, bias)
+    return channels.extend_query(x) if kind == QUERY else channels.extend_value(x)
 
 
 def _fake_widen(q, k, v, bias, room):
@@ -204,9 +184,7 @@ def _fake_widen_one(x, bias, room, kind):
 
 
 def _plain_attend(q, k, v, bias, scale):
-    from ...attention.bias import attend_wider
-
-    return _tokens_first(attend_wider(q, k, v, bias, scale))
+    return _tokens_first(channels.attend_wider(q, k, v, bias, scale))
 
 
 def _tokens_first(x):
@@ -228,25 +206,11 @@ def _launch_attend_drawn(q, k, v, drawn_k, drawn_v, *given):
 
 
 def _plain_attend_drawn(q, k, v, drawn_k, drawn_v, *given):
-    from ...attention.self_token import _attend_drawn
-
-    return _tokens_first(_attend_drawn(q, k, v, _both(drawn_k, drawn_v), *given))
-
-
-def _plain_turns(k, v, index):
-    from ...attention.self_token import _take_turns
-
-    return _take_turns(k, index), _take_turns(v, index)
+    return _tokens_first(self_token.attend_drawn(q, k, v, _both(drawn_k, drawn_v), *given))
 
 
 def _fake_turns(k, v, index):
     return tuple(x.new_empty((*x.shape[:2], index.shape[2], x.shape[3])) for x in (k, v))
-
-
-def _plain_own(q, k, v, out, lse, turns, runs, scale, weight):
-    from ...attention.self_token import _keep_own
-
-    return _keep_own(q, k, v, out, lse, turns, runs, scale, weight)
 
 
 def _fake_own(q, k, v, out, *given):
@@ -344,12 +308,14 @@ _operator(
     _plain_attend_drawn,
     _fake_attend,
 )
-_operator("turns", "Tensor k, Tensor v, Tensor index", "(Tensor, Tensor)", launch_turns, _plain_turns, _fake_turns)
+_operator(
+    "turns", "Tensor k, Tensor v, Tensor index", "(Tensor, Tensor)", launch_turns, self_token.take_turns, _fake_turns
+)
 _operator(
     "own",
     "Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor turns, Tensor runs, float scale, float weight",
     "Tensor",
     launch_own,
-    _plain_own,
+    self_token.keep_own,
     _fake_own,
 )

@@ -13,7 +13,7 @@ from lab.fidelity.methods import CATALOGUE
 from shared_tome import ModelCall, ToMeConfig
 from shared_tome.attention.sequence import JointCall
 from shared_tome.core.curve import curve_order
-from shared_tome.core.matching import match_tokens
+from shared_tome.merging.match import match_tokens
 
 GRID, TOKENS, HEADS, TEXT = (8, 8), 64, 2, 3
 SEEDS = torch.tensor([3, 5, 7])  # of three pictures, each with two rows

@@ -7,7 +7,7 @@ import torch
 
 from lab.fidelity import explain
 from shared_tome import ToMeConfig
-from shared_tome.core.matching import match_tokens
+from shared_tome.merging.match import match_tokens
 
 
 def noise_picture() -> np.ndarray:

@@ -1,0 +1,124 @@
+"""Which layers of one call of a model are merged: those where merging pays, by what was measured of their times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..config import ToMeConfig
+from ..core.curve import is_compiling
+from ..core.grid import Grid, grid_at
+from ..core.schedule import serves_layer
+from ..merging.call import ModelCall
+from .layer import Attention, Block, known_on, measures, verdict_on
+from .verdict import Verdict
+
+
+class Decisions:
+    """Of one call, owned by its adapter.
+
+    call: its options and grid. about: what else of the model its layers' times depend on, in words (layer.Case).
+    """
+
+    def __init__(self, call: ModelCall, about: str = ""):
+        self.call, self.about = call, about
+        self._verdicts: dict[tuple, Verdict | None] = {}  # by _kind
+        self._waits = True
+
+    def verdict(
+        self,
+        x: Tensor,
+        grid: Grid,
+        heads: int | None,
+        attention: Attention | None = None,
+        kernels: tuple[str, ...] = (),
+        block: Block | None = None,
+        about: Callable[[], str] | None = None,
+    ) -> Verdict | None:
+        """What a layer on this grid takes whole and merged, measured at its first use (layer.py); None: not measured.
+
+        x: its tokens [B, N, C]; heads: None where the host does not tell; attention: the host's; kernels, block: see
+        layer.verdict_on; about: tells what else this layer's times depend on. Inside a compiled graph only what
+        `look_ahead` measured.
+        """
+        key = _kind(grid, x.shape[2], heads, x.dtype, kernels)
+        if key not in self._verdicts and not is_compiling():
+            known = None
+            if heads and measures(self.call.config, grid, x.device):
+                given = (grid, x.shape[2], heads, x.dtype, x.device, self.call.config, attention, kernels)
+                known = verdict_on(*given, block, self.about if about is None else about())
+            self._verdicts[key] = known
+        return self._verdicts.get(key)
+
+    def why_not_paid(self, found: Verdict | None) -> str | None:
+        """Why a layer of this verdict is left alone although the options would have it merged, or None."""
+        return None if found is None or found.pays(self._waits) else found.reason
+
+    def look_ahead(
+        self,
+        layers: Iterable[tuple[int, int, int]],
+        dtype: torch.dtype,
+        attention: Attention | None = None,
+        kernels: tuple[str, ...] = (),
+    ) -> None:
+        """Measure before a compiled graph runs, in which nothing can be. layers: (level, channels, heads)."""
+        self._waits = False
+        config, device = self.call.config, self.call.seed.device
+        for grid, channels, heads in _served_layers(config, self.call.full, layers):
+            if measures(config, grid, device):
+                given = (grid, channels, heads, dtype, device, config, attention, kernels)
+                self._verdicts[_kind(grid, channels, heads, dtype, kernels)] = verdict_on(*given, None, self.about)
+
+    def known(
+        self, grid: Grid, channels: int, heads: int | None, dtype: torch.dtype, kernels: tuple[str, ...] = ()
+    ) -> Verdict | None:
+        """What `verdict` or `look_ahead` found of such layers in this call."""
+        return self._verdicts.get(_kind(grid, channels, heads, dtype, kernels))
+
+    @property
+    def unpaid(self) -> tuple[tuple, ...]:
+        """The kinds of layers that `look_ahead` found not to pay: a compiled graph depends on them."""
+        return tuple(key for key, found in self._verdicts.items() if self.why_not_paid(found) is not None)
+
+
+def why_layers_left_alone(
+    config: ToMeConfig,
+    full: Grid,
+    device: torch.device,
+    layers: Iterable[tuple[int, int, int]],
+    dtype: torch.dtype,
+    attention: Attention | None = None,
+    kernels: tuple[str, ...] = (),
+    about: str = "",
+) -> dict[Grid, str] | None:
+    """Why each grid's layers were found not to pay, where it is known before a call that none of these layers will be
+    merged: the host need not be patched for it, and no ModelCall made, which asks the GPU for a few things. Else None.
+
+    layers: (level, channels, heads). The rest as for Decisions and its verdict.
+    """
+    reasons: dict[Grid, str] = {}
+    for grid, channels, heads in _served_layers(config, full, layers):
+        if not measures(config, grid, device):
+            return None
+        known = known_on(grid, channels, heads, dtype, device, config, attention, kernels, about)
+        if known is None or known.pays():
+            return None
+        reasons[grid] = known.reason
+    return reasons
+
+
+def _kind(grid: Grid, channels: int, heads: int | None, dtype: torch.dtype, kernels: tuple[str, ...]) -> tuple:
+    """What tells layers of one call apart whose times differ."""
+    return grid, channels, heads, dtype, kernels
+
+
+def _served_layers(
+    config: ToMeConfig, full: Grid, layers: Iterable[tuple[int, int, int]]
+) -> Iterator[tuple[Grid, int, int]]:
+    """(level, channels, heads) of layers -> (grid, channels, heads) of those that are served."""
+    for level, channels, heads in layers:
+        grid = grid_at(full, level)
+        if config.ratio > 0.0 and serves_layer(config, grid, full):
+            yield grid, channels, heads

@@ -1,0 +1,153 @@
+"""The front door for heads: attention with weights, self tokens, further channels, by a kernel where one serves, else
+by the specification in core/."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core import channels, self_token
+from ..core.channels import extra_channels
+from ..core.curve import is_compiling
+from .switch import load, operator, serves
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Heads that `attend` takes; programs on a grid's second axis; offsets within a head.
+_FULL_HEADS = (64, 128)
+_MOST_PROGRAMS, _FARTHEST = 65535, 2**31
+# Keys up to which it costs little that they do not lie together: 18.6 us against 17.3 and 3.2 for `turns` at 256 keys,
+# 58 against 54 and 4.5 at 576, 145 against 130 and 6.0 at 1,024.
+_LISTED = 640
+_QUERY, _KEY, _VALUE = range(3)
+
+
+def extend_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """channels.extend_heads in one launch, for q, k and v of four dimensions."""
+    fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+    if fits and _widens((q, k, v), bias):
+        return operator("widen")(q, k, v, bias, extra_channels(q.shape[-1]))
+    return channels.extend_heads(q, k, v, bias)
+
+
+def extend_query(q: Tensor) -> Tensor:
+    """q [..., N, d] -> [..., N, d + p], the part of extend_heads for hosts that project one at a time."""
+    return _extend_one(q, None, _QUERY) if _widens_one(q, None) else channels.extend_query(q)
+
+
+def extend_key(k: Tensor, bias: Tensor) -> Tensor:
+    """k [..., M, d] -> [..., M, d + p]; bias as in extend_heads."""
+    return _extend_one(k, bias, _KEY) if _widens_one(k, bias) else channels.extend_key(k, bias)
+
+
+def extend_value(v: Tensor) -> Tensor:
+    """v [..., M, d] -> [..., M, d + p]."""
+    return _extend_one(v, None, _VALUE) if _widens_one(v, None) else channels.extend_value(v)
+
+
+def attends(d: int, dtype: torch.dtype) -> bool:
+    """Whether `attend` is meant for heads of d channels: those that fill a size which the attention kernels have, so
+    that further channels would double them."""
+    return d in _FULL_HEADS and dtype in (torch.float16, torch.bfloat16)
+
+
+def can_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `attend` goes through a kernel for these."""
+    able = k.shape == v.shape and q.shape[:2] == k.shape[:2] and k.shape[2] > 0
+    return able and _fits(q, k, v) and serves(q, k, v, *([] if bias is None else [bias]))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """channels.attend_wider in one launch and without further channels.
+
+    q: [B, H, N, d], k and v: [B, H, M, d], bias: [b, M], scale: of the logits -> [B, H, N, d]; by a kernel it lies as
+    [B, N, H, d].
+    """
+    if can_attend(q, k, v, bias):
+        return operator("attend")(q, k, v, bias, scale)
+    return channels.attend_wider(q, k, v, bias, scale, extend=extend_heads)
+
+
+def attends_drawn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether `attend_drawn` goes through a kernel for q, k, v [B, H, L, d] and logits of this scale."""
+    able = q.shape == k.shape == v.shape and q.numel() > 0 and scale > 0.0
+    # Where it failed once, the way without it is faster than plain torch.
+    return able and _fits(q, k, v) and serves(q, k, v) and (is_compiling() or load().runs("attend_drawn", q.device))
+
+
+def attend_drawn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    drawn: tuple[Tensor, Tensor] | None,
+    turns: Tensor,
+    runs: Tensor,
+    start: int,
+    scale: float,
+    weight: float,
+) -> Tensor:
+    """self_token.attend_drawn in one launch; by a kernel the result lies as [B, L, H, d].
+
+    drawn: take_turns of the image's keys and values, None where they are to be looked up here: see pays_to_list.
+    """
+    if attends_drawn(q, k, v, scale):
+        return operator("attend_drawn")(q, k, v, *(drawn or (None, None)), turns, runs, start, scale, weight)
+    return self_token.attend_drawn(q, k, v, drawn, turns, runs, start, scale, weight)
+
+
+def pays_to_list(kept: int) -> bool:
+    """Whether attend_drawn is faster, all told, if it looks the drawn keys up in their list, `kept` of them.
+
+    It takes the processor half (36 us against as much and 46 for `turns` before it, on an H100's host), but keys that
+    do not lie together take the GPU longer, up to a fifth of the attention.
+    """
+    return kept <= _LISTED
+
+
+def take_turns(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """self_token.take_turns: k and v [B, H, L, d] and index [T, b, K] -> [B, H, K, d] twice in one launch."""
+    able = k.shape == v.shape and k.dtype == v.dtype and k.dtype in _DTYPES and index.numel() > 0
+    if able and not is_compiling() and serves(k, v, index):  # compiled, torch fuses it
+        return operator("turns")(k, v, index)
+    return self_token.take_turns(k, v, index)
+
+
+def keep_own(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    turns: Tensor,
+    runs: Tensor,
+    scale: float,
+    weight: float = 0.0,
+) -> Tensor:
+    """self_token.keep_own in one launch."""
+    able = q.shape == k.shape == v.shape == out.shape and all(x.dtype == q.dtype for x in (k, v, out))
+    able = able and q.dtype in _DTYPES and q.numel() > 0 and not is_compiling()  # compiled, torch fuses it
+    run = operator("own") if able and serves(q, k, v, out, turns, runs) else self_token.keep_own
+    return run(q, k, v, out, lse, turns, runs, scale, weight)
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels that attend take heads q, k, v of such channels and so many tokens."""
+    if not attends(q.shape[-1], q.dtype) or not q.dtype == k.dtype == v.dtype:
+        return False
+    near = all(x.shape[2] * x.stride(2) < _FARTHEST for x in (k, v))
+    return near and q.shape[0] * q.shape[1] <= _MOST_PROGRAMS
+
+
+def _extend_one(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+    return operator("widen_one")(x, bias, extra_channels(x.shape[-1]), kind)
+
+
+def _widens_one(x: Tensor, bias: Tensor | None) -> bool:
+    return x.dim() == 4 and _widens((x,), bias)
+
+
+def _widens(heads: tuple[Tensor, ...], bias: Tensor | None) -> bool:
+    dtype, given = heads[0].dtype, heads if bias is None else (*heads, bias)
+    # Compiled, torch fuses it.
+    if is_compiling() or dtype not in _DTYPES or not all(x.numel() and x.dtype == dtype for x in heads):
+        return False
+    return serves(*given)

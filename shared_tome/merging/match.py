@@ -1,0 +1,119 @@
+"""Which tokens of a layer merge: a plan from the tokens, the grid and the options."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..config import ToMeConfig
+from ..core.curve import curve_order, is_compiling
+from ..core.grid import Grid
+from ..core.matching import downsample
+from ..core.noise import fold_seed
+from ..core.partition import dst_count
+from ..core.sampling import kept_count
+from .plan import MergePlan, Plan, SamplePlan
+
+
+def match_tokens(
+    metric: Tensor,
+    grid: Grid,
+    config: ToMeConfig,
+    generator: torch.Generator | None = None,
+    *,
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    layer: int = 0,
+    parts: tuple[Tensor, Tensor] | None = None,
+    class_token: bool = False,
+    distill_token: bool = False,
+) -> Plan:
+    """Decide which tokens merge.
+
+    Args:
+        metric: [B, N, C], what similarity is measured on. Methods that match nothing use its shape alone.
+        grid: (height, width) with height * width == N; for video (frames, height, width).
+        config: ratio, stride, method, partition, reduce, seed and share_match count here.
+        generator: where random choices come from, instead of the seed. The global generator never is.
+        seed: instead of config.seed: a number, a tensor [] or one number for each row [B] (int64).
+        step, layer: further words of the random key, so that each step and layer chooses anew.
+        parts: the layer's own (src, dst) out of kernels.split, where many layers were split at once.
+        class_token, distill_token: token 0 (a src of "alternate") and 1 (a dst) stay alone and where they are, so
+            that merged tokens can be matched again; the other src that stay then keep their order.
+    Returns:
+        a Plan; the identity where nothing is to go. A ratio above what the partition allows is capped: see
+        plan.ratio. Its merged tokens are the src that stay, then all dst; in which order those src come differs
+        between plain torch (most similar first, as tomesd has them) and the kernels (as they lie), but where there
+        is a class token. Attention does not see it; plan.index tells.
+    Raises:
+        ValueError: the grid does not have N tokens, or a protected token is asked for where nothing is matched by
+            "alternate", or a distillation token without a class token.
+    """
+    batch, tokens, _ = metric.shape
+    if math.prod(grid) != tokens:
+        raise ValueError(f"a grid of {'x'.join(map(str, grid))} has {math.prod(grid)} tokens, the metric has {tokens}")
+    if (class_token or distill_token) and not (config.kind.matches and config.partition == "alternate"):
+        raise ValueError(
+            "class and distillation tokens need a method that matches and partition 'alternate', "
+            f"got {config.method!r} and {config.partition!r}"
+        )
+    if distill_token and not class_token:
+        raise ValueError("a distillation token comes after a class token: distill_token needs class_token")
+    goes = int(tokens * config.ratio)
+    seed = _seed(config, generator, seed, metric.device)
+    if config.method == "sample":
+        return _sample(batch, grid, goes, seed, step, layer)
+    dst_tokens = dst_count(grid, config)
+    goes = min(goes, tokens - dst_tokens - int(class_token))
+    if goes <= 0 or dst_tokens <= int(distill_token):
+        return Plan(batch, tokens, tokens, metric.device)
+    if config.method == "downsample":
+        if is_compiling():
+            return _downsample(batch, grid, goes, config, metric.device)
+        return _remembered_downsample(batch, grid, goes, config.stride, metric.device)
+    src, dst = parts or kernels.split(grid, config, seed, step, layer, 1)[0]
+    shared = metric[: max(1, batch // 2)] if config.share_match and batch % 2 == 0 else metric
+    src, dst = src[: shared.shape[0]], dst[: shared.shape[0]]
+    index, groups, chain = kernels.match(shared, src, dst, goes, class_token, distill_token)
+    kind = config.kind
+    means = (kind.reduce or config.reduce) == "mean"
+    return MergePlan(batch, index, groups, mean=means, fills=kind.fills, chain=chain)
+
+
+def _sample(batch: int, grid: Grid, goes: int, seed: Tensor, step: int | Tensor, layer: int) -> Plan:
+    """One layer's choice; at least one of MAX_RUN stays."""
+    tokens = math.prod(grid)
+    kept = kept_count(tokens, goes)
+    if kept == tokens:
+        return Plan(batch, tokens, tokens, seed.device)
+    drawn = kernels.draw(curve_order(grid, seed.device), kept, seed, step, layer, 1)
+    return SamplePlan(batch, grid, drawn)
+
+
+@functools.lru_cache(maxsize=64)
+def _remembered_downsample(
+    batch: int, grid: Grid, goes: int, stride: tuple[int, int], device: torch.device
+) -> MergePlan:
+    """The same for every layer and step: about thirty launches once."""
+    with torch.inference_mode(False), torch.no_grad():
+        return _downsample(batch, grid, goes, ToMeConfig(method="downsample", stride=stride), device)
+
+
+def _downsample(batch: int, grid: Grid, goes: int, config: ToMeConfig, device: torch.device) -> MergePlan:
+    index, groups, even = downsample(grid, goes, config, device)
+    return MergePlan(batch, index, groups, even=even)
+
+
+def _seed(config: ToMeConfig, generator: torch.Generator | None, seed: int | Tensor | None, device) -> Tensor:
+    """The seed as an int64 tensor [] or [B] on the device, without a synchronisation."""
+    if generator is not None:
+        return torch.randint(2**31, (), generator=generator, device=generator.device).to(device)
+    if seed is None:
+        seed = config.seed
+    if isinstance(seed, Tensor):
+        return seed.to(device=device, dtype=torch.int64)
+    return torch.full((), fold_seed(seed), dtype=torch.int64, device=device)
