@@ -106,11 +106,15 @@ class OutcomePatch:
         if merger is not None:
             raise ValueError(f"this model is merged by ToMe and by {merger} too; remove one of the two nodes.")
         patcher = getattr(executor.class_obj, "model_patcher", None)
+        outer = options.get(_OUTCOME)  # of the sampling that this one is inside of
         outcome = options[_OUTCOME] = Outcome(getattr(patcher, "model", None))
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
-            options.pop(_OUTCOME, None)
+            if outer is None:
+                options.pop(_OUTCOME, None)
+            else:
+                options[_OUTCOME] = outer
         line = outcome.line()
         if line is not None and len(sigmas) > 1:  # else the sampler has no step
             logger.info("[ToMe] %s: %s", _NOTHING, line)

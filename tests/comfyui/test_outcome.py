@@ -105,3 +105,29 @@ def test_an_interrupted_sampling_leaves_nothing_behind(sd15, tome, said):
     assert not any("outcome" in key for key in broken.model_options["transformer_options"])
     sample(merged)
     assert len(said()) == 1
+
+
+def test_a_sampling_inside_a_sampling_leaves_the_outer_one_its_outcome(sd15, tome, said):
+    """Another node's wrapper around the sampler samples the first step by itself, then all of them."""
+    import comfy.patcher_extension as extension
+
+    def first_alone(executor, noise, latent, sampler, sigmas, *args, **kwargs):
+        guider = executor.class_obj
+        if len(sigmas) > 2:  # else it is the inner one
+            kept = guider.conds
+            wrappers = extension.get_all_wrappers("outer_sample", guider.model_options, is_model_options=True)
+            inner = extension.WrapperExecutor.new_class_executor(guider.outer_sample, guider, wrappers)
+            inner.execute(noise, latent, sampler, sigmas[:2], *args, **kwargs)
+            guider.conds = kept
+        return executor(noise, latent, sampler, sigmas, *args, **kwargs)
+
+    def run(**options):
+        model = tome(sd15, **options)
+        model.add_wrapper("outer_sample", first_alone)
+        sample(model)
+        return said()
+
+    assert run() == []
+    (line,) = run(start=0.4)  # of the inner one
+    assert line.startswith(NOTHING) and "start 0.4" in line
+    assert run(min_tokens=2048) == 2 * [NOTHING + "fewer than min tokens 2048 (32x32 tokens, 16x16 tokens, 8x8 tokens)"]
