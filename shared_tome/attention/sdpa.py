@@ -29,7 +29,7 @@ _MODULE_CALL = nn.Module._wrapped_call_impl.__code__
 # handler(attention, q, k, v): attention(q, k, v, bias=None) is what the host meant to do.
 Handler = Callable[..., Tensor]
 # What adapters say where attend_own's missed() is called.
-NOT_AS_TRIED = "an attention that does not meet as it was tried out is left alone"
+NOT_AS_TRIED = "ToMe skipped this attention: it behaved differently from its trial run."
 
 
 class AroundSdpa(TorchFunctionMode):
@@ -133,8 +133,10 @@ def attend_own(
     k: Tensor,
     v: Tensor,
 ) -> Tensor:
-    """attend_sampled where the image is alone, as it was tried out (heads.meets_at_sdpa); missed() where it is not so,
-    and all keys stay. q, k, v: [B, H, N, d] -> [B, H, N, d]."""
+    """attend_sampled where the image is alone and the attention behaves as in its trial run (heads.meets_at_sdpa).
+
+    Elsewhere it calls missed() and all keys stay. q, k, v: [B, H, N, d] -> [B, H, N, d].
+    """
     if joint is None or plan is None or not attention.is_plain or not q.shape == k.shape == v.shape:
         missed()
         return attention(q, k, v)
@@ -147,8 +149,10 @@ def attend_own(
 def attend_weighed(
     bias: Tensor | None, missed: Callable[[], None], attention: HostAttention, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """The host's call with bias [b, M] for its keys, as it was tried out (heads.is_met); missed() where it is not so,
-    and all keys weigh alike. q [B, H, N, d], k and v [B, H, M, d] -> [B, H, N, d]."""
+    """The host's call with bias [b, M] for its keys where the attention behaves as in its trial run (heads.is_met).
+
+    Elsewhere it calls missed() and all keys weigh alike. q [B, H, N, d], k and v [B, H, M, d] -> [B, H, N, d].
+    """
     if bias is None or not attention.is_plain or k.shape[2] != bias.shape[1] or k.shape[0] % bias.shape[0]:
         missed()
         return attention(q, k, v)
