@@ -51,7 +51,7 @@ from ..shared_tome.hooks.heads import (
     width,
 )
 from ..shared_tome.inspect.record import CallRecord
-from ..shared_tome.inspect.report import CallTally, why_not_served
+from ..shared_tome.inspect.report import CallTally, counted, why_not_served
 from ..shared_tome.merging.call import MergedAttention
 from ..shared_tome.merging.plan import Plan
 from .sampling import Sampling
@@ -311,8 +311,8 @@ class _Block:
         grid = grid_of(x.shape[1], call.full)
         if grid is None or x.shape[0] != batch:
             self._leave(
-                f"{x.shape[1]} tokens in {x.shape[0]} rows are no level of {call.full[0]}x{call.full[1]} in "
-                f"{batch} rows; such layers are left alone"
+                f"{x.shape[1]} tokens in {counted(x.shape[0], 'row')} are no level of "
+                f"{call.full[0]}x{call.full[1]} in {counted(batch, 'row')}; such layers are left alone"
             )
             return None
         if not call.serves(grid):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ..shared_tome.inspect.record import Run
-from ..shared_tome.inspect.report import Layer, Report
+from ..shared_tome.inspect.report import Layer, Report, counted
 
 
 def tell(runs: Mapping[bool, Run]) -> str:
@@ -15,7 +15,9 @@ def tell(runs: Mapping[bool, Run]) -> str:
 
 
 def _line(report: Report) -> str:
-    line = f"{report.line()}, in {report.merged_steps} of {report.steps} steps" if report.merged else report.line()
+    line = report.line()
+    if report.merged:
+        line += f", in {report.merged_steps} of {counted(report.steps, 'step')}"
     left = ", ".join(_reasons(report.left_alone))
     if left:
         return f"{line}; left alone: {left}"
@@ -46,4 +48,4 @@ def _reasons(layers: Iterable[Layer]) -> list[str]:
 def _where(layers: list[Layer]) -> str:
     levels = sorted({layer.level for layer in layers if layer.level is not None})
     at = f" at level{'s' if len(levels) > 1 else ''} {', '.join(map(str, levels))}" if levels else ""
-    return f"{len(layers)} layer{'s' if len(layers) != 1 else ''}{at}"
+    return counted(len(layers), "layer") + at

@@ -13,7 +13,7 @@ from ..shared_tome.core.grid import Grid
 from ..shared_tome.core.noise import fold_seed
 from ..shared_tome.core.schedule import config_at
 from ..shared_tome.inspect.record import CallRecord, Run, StepFacts
-from ..shared_tome.inspect.report import CallTally
+from ..shared_tome.inspect.report import CallTally, counted
 from ..shared_tome.merging.call import same_halves, shares_match
 from .notes import Notes
 from .seeds import RowCursor, Rows, period, prompt_counts, rows_of_step
@@ -75,7 +75,8 @@ class Sampling:
             counts = (max(1, rows // images - 1),) * images
         found = rows_of_step(rows, counts)
         if found is None:
-            self.notes.say(f"{rows} rows for {images} images are not understood; their choices go by row", shown=False)
+            given = f"{counted(rows, 'row')} for {counted(images, 'image')}"
+            self.notes.say(f"ToMe does not know whose rows these are ({given}); their choices go by row", shown=False)
         self._rows.begin(found)
 
     def call(

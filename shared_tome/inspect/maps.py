@@ -17,7 +17,7 @@ from ..merging.match import match_tokens
 from .legend import draw_legend
 from .overlay import coverage, draw_map, owners
 from .record import Run, StepFacts
-from .report import Layer, why_not_served
+from .report import Layer, counted, why_not_served
 
 logger = logging.getLogger("ToMe")
 
@@ -46,9 +46,9 @@ class Chosen:
         where = f" ({self.where})" if self.where else ""
         steps = self.run.tally.of_steps
         of = f" of 0 to {steps - 1}" if steps else ""
-        grid = "x".join(map(str, self.grid))
+        grid, share = "x".join(map(str, self.grid)), 1 - kept / tokens
         return (
-            f"{config.method} {config.ratio:g}: {tokens} to {kept} tokens (-{100 * (1 - kept / tokens):.0f}%)",
+            f"{config.method} {config.ratio:g}: {tokens} to {counted(kept, 'token')} (-{100 * share:.0f}%)",
             f"level {self.level} ({grid}), layer {self.layer}{where}, step {self.step}{of}",
         )
 
@@ -65,7 +65,7 @@ def choose(
     if step == -1:
         step = merged[-1]
     if step not in run.facts:
-        raise NoMap(f"Step {step} was not run: there are {_span(sorted(run.facts))}.")
+        raise NoMap(f"Step {step} was not run: {_there(sorted(run.facts))}.")
     if step not in merged:
         raise NoMap(f"Nothing was merged in step {step}, but in {_span(merged)}.")
     facts = run.facts[step]
@@ -118,12 +118,16 @@ def _seen(layers: Sequence[Layer], level: int, layer: int) -> tuple[int, Grid, s
             several = any(other.where == one.where and other.part != one.part for other in there)
             return level, grid, f"{one.where}, transformer {one.part}" if several else one.where
     numbers = sorted(one.number for one in there if one.grid == grid)
-    raise NoMap(f"Level {level} has no merged layer {layer}: there are {_span(numbers)}.")
+    raise NoMap(f"Level {level} has no merged layer {layer}: {_there(numbers)}.")
 
 
 def _reasons(layers: Iterable[Layer]) -> list[str]:
     """Why layers were left alone, each reason once."""
     return [f"{reason[0].upper()}{reason[1:]}." for reason in dict.fromkeys(one.reason for one in layers)]
+
+
+def _there(numbers: Sequence[int]) -> str:
+    return f"there is {numbers[0]} alone" if len(numbers) == 1 else f"there are {_span(numbers)}"
 
 
 def _span(numbers: Sequence[int]) -> str:

@@ -22,6 +22,11 @@ from ..merging.plan import Plan
 NO_WHOLE_TOKEN = "the ratio takes away no whole token"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 step", "2 steps"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def capped(config: ToMeConfig) -> str | None:
     """What to tell somebody who asked for more than the method can do, or None."""
     if config.ratio <= config.ratio_cap:
@@ -120,7 +125,7 @@ class Report:
         moves = f" to {self.config.ratio_end:g}" if self.config.ratio_end >= 0 else ""
         parts = [f"{self.config.method} {self.config.ratio:g}{moves}"]
         for group in _alike(self.merged):
-            parts.append(f"{_place(group[0])}: {_change(group[0])} tokens in {_count(group, 'layer')}")
+            parts.append(f"{_place(group[0])}: {_change(group[0])} in {counted(len(group), 'layer')}")
         if not self.merged:
             parts.append("nothing was merged")
         if self.time is not None:
@@ -137,15 +142,15 @@ class Report:
         for group in _alike(self.merged):
             first = group[0]
             lines.append(
-                f"- {_place(first)}: {_change(first)} tokens (-{100 * (1 - first.after[0] / first.before):.0f}%), "
-                f"{_count(group, 'layer')}{_saves(first)}: {_names(group)}"
+                f"- {_place(first)}: {_change(first)} (-{100 * (1 - first.after[0] / first.before):.0f}%), "
+                f"{counted(len(group), 'layer')}{_saves(first)}: {_names(group)}"
             )
         if self.left_alone:
             lines += ["", "Left alone:"]
         for group in _alike(self.left_alone):
             first = group[0]
-            size = "" if first.before is None else f", {first.before} tokens"
-            lines.append(f"- {_place(first)}{size}, {_count(group, 'layer')}: {first.reason} ({_names(group)})")
+            size = "" if first.before is None else f", {counted(first.before, 'token')}"
+            lines.append(f"- {_place(first)}{size}, {counted(len(group), 'layer')}: {first.reason} ({_names(group)})")
         if self.time is not None:
             lines += ["", self._time()]
         notes = [note for note in (capped(config), *self.notes) if note]
@@ -154,10 +159,11 @@ class Report:
         return "\n".join(lines)
 
     def _steps(self) -> str:
-        of = f" of {self.of_steps}" if self.of_steps and self.of_steps != self.steps else ""
+        part = self.of_steps and self.of_steps != self.steps
+        steps = f"{self.steps} of {counted(self.of_steps, 'step')}" if part else counted(self.steps, "step")
         config = self.config
         limits = f", from start {config.start:g} to end {config.end:g}" if config.start > 0 or config.end < 1 else ""
-        return f"{self.steps}{of} steps, merged in {self.merged_steps}{limits}; {self.calls} calls of the model"
+        return f"{steps}, merged in {self.merged_steps}{limits}; {counted(self.calls, 'call')} of the model"
 
     def _time(self) -> str:
         time = self.time
@@ -281,7 +287,8 @@ class Tally:
             merged = sum(ratio > 0 and self._merged_in.get(step, True) for step, ratio in self._steps.items())
             unanswered = len(self._asked) - self._calls
         if unanswered > 0:
-            notes = (*notes, f"another node answered {unanswered} of {len(self._asked)} calls without the model")
+            asked = counted(len(self._asked), "call")
+            notes = (*notes, f"another node answered {unanswered} of {asked} without the model")
         if layers and all(layer.reason for layer in layers):
             merged = 0
         return Report(self.config, steps, self.of_steps, merged, self._calls, layers, time, tuple(notes))
@@ -340,15 +347,12 @@ def _place(layer: Layer) -> str:
 
 def _change(layer: Layer) -> str:
     least, most = layer.after
-    return f"{layer.before} to {least}" if least == most else f"{layer.before} to {least}...{most}"
+    after = counted(most, "token")
+    return f"{layer.before} to {after}" if least == most else f"{layer.before} to {least}...{after}"
 
 
 def _saves(layer: Layer) -> str:
     return "" if layer.saves_us is None else f", each saves {layer.saves_us:.0f} us"
-
-
-def _count(layers: Sequence[Layer], word: str) -> str:
-    return f"{len(layers)} {word}" if len(layers) == 1 else f"{len(layers)} {word}s"
 
 
 def _names(layers: Iterable[Layer]) -> str:

@@ -40,6 +40,8 @@ def test_what_is_left_alone_is_told_with_its_reason(host, lines):
 def test_steps_without_merging_are_counted(host, lines):
     host.generate([{**ON[0], "start": 0.5}], steps=4)
     assert lines[0].endswith("in 2 of 4 steps")
+    host.generate(ON, steps=1)
+    assert lines[1].endswith("in 1 of 1 step")
 
 
 def test_somebody_elses_attention_is_told(host, lines):

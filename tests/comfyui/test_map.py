@@ -181,6 +181,9 @@ def test_what_is_not_there_is_said_with_its_range(sd15, tome, record):
     assert "Nothing was merged in step 1, but in 2, 3" in says(run, step=1)
     assert "Level 0 has no merged layer 7: there are 0 to 2" in says(run, level=0, layer=7)
     assert "Nothing was merged at level 2, but at 0, 1. Fewer than min tokens 256." in says(run, level=2)
+    model, kept = record(tome(sd15))
+    sample(model, steps=1)
+    assert says(kept.run(), step=3) == "Step 3 was not run: there is 0 alone."
 
 
 def test_levels_layers_and_steps_of_the_defaults(sdxl, tome, record):

@@ -44,6 +44,37 @@ def test_text_says_all_that_was_counted():
     assert "- level 1 (32x32), 1024 tokens, 1 layer: fewer than min tokens 2048 (input block 4)" in text
 
 
+def test_one_of_a_thing_is_no_plural():
+    tally = Tally(ToMeConfig(ratio=0.75), of_steps=1)
+    tally.call(0, 0.75)
+    call = CallTally(tally, (2, 2))
+    call.layer("block 1", (2, 2), plan(1, tokens=4))
+    call.left_alone("fewer than min tokens 2", "block 2", (1, 1))
+    report = tally.report()
+    text = report.text()
+    assert "1 step, merged in 1; 1 call of the model" in text
+    assert "4 to 1 token (-75%), 1 layer: block 1" in text
+    assert "- level 1 (1x1), 1 token, 1 layer: fewer" in text
+    assert report.line() == "sample 0.75, level 0 (2x2): 4 to 1 token in 1 layer"
+
+
+def test_one_of_several_has_the_plural_of_all():
+    tally = Tally(ToMeConfig(), of_steps=4)
+    tally.call(0, 0.75)
+    CallTally(tally, (2, 2)).layer("block 1", (2, 2), plan(1, tokens=4))
+    CallTally(tally, (2, 2)).layer("block 1", (2, 2), plan(2, tokens=4))
+    assert "1 of 4 steps, merged in 1; 1 call of the model" in tally.report().text()
+    assert "4 to 1...2 tokens" in tally.report().line()
+
+
+@pytest.mark.parametrize(("asked", "said"), [(1, "1 of 1 call"), (2, "2 of 2 calls")])
+def test_calls_that_another_node_answered(asked, said):
+    tally = Tally(ToMeConfig())
+    for step in range(asked):
+        tally.ask(step, 0.5)
+    assert tally.report().notes == (f"another node answered {said} without the model",)
+
+
 def test_json_holds_the_numbers():
     time = StepTime(40.0, 25.0, 5, 2, 3, 0.75, "cpu")
     data = json.loads(json.dumps(filled().report(time, ["a note"]).to_dict()))
