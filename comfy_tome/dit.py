@@ -26,7 +26,7 @@ from ..shared_tome.autotune.timing import compared
 from ..shared_tome.core.channels import extra_channels
 from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.core.schedule import config_at
-from ..shared_tome.inspect.report import NO_WHOLE_TOKEN, CallTally, why_no_step, why_not_served
+from ..shared_tome.inspect.report import NO_WHOLE_TOKEN, CallTally, why_not_served
 from ..shared_tome.merging.plan import Plan
 from .dit_attention import (
     Call,
@@ -42,14 +42,13 @@ from .dit_models import DiTModel, Told, dit_model, unwrapped
 from .dit_silent import NOT_TORCHS, met_at_torch
 from .log import leave_alone, say_once
 from .model_call import DIFFUSION_MODEL, KEY, call_key, draw_of, find_options, halves_alike, progress_of, put_options
-from .outcome import Outcome, outcome_of
+from .outcome import NOT_MET, Outcome, outcome_of
 from .record import COMPILE_KEY, CallRecord, begin, is_compiled
 
 # Text and reference tokens of two calls that differ by less count as equally many where a layer is judged.
 _OTHERS = 256
 # What the log says.
 _UNKNOWN = "another node has put a model that ToMe does not know in the place of this one; it is left alone"
-_NOT_MET = "no attention of the model came to ToMe: another node has replaced them, or this ComfyUI tells too little"
 _SPARSE = "attentions that another node's sparse attention computes are left alone; ToMe merges those that it declines"
 _GETS_MERGED = (
     "another node's attention gets the merged tokens; if that attention is sparse, use one of the two nodes, because "
@@ -101,8 +100,7 @@ class DiTPatch:
     ) -> DiTCall | None:
         """What this call gets, or None where it is left alone. base: the model that apply_model is of."""
         model = unwrapped(base.diffusion_model)
-        if config.ratio == 0.0:
-            outcome.left_alone(why_no_step(self.config))
+        if outcome.is_skipped(self.config, config.ratio):
             return None
         facts = dit_model(model)
         if facts is None:
@@ -186,9 +184,9 @@ class DiTCall:
         if any(hasattr(module, "_orig_mod") for module in model.modules()):
             self._outcome.merged()  # a compiled block's attentions come here while the block is compiled alone
             return
-        self._outcome.left_alone(_NOT_MET, self.facts.name)
+        self._outcome.left_alone(NOT_MET, self.facts.name)
         if self._record is not None:
-            self._record.left_alone(_NOT_MET, self.facts.name, self.layout.grid)
+            self._record.left_alone(NOT_MET, self.facts.name, self.layout.grid)
 
     def attention(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         """optimized_attention_override: q, k, v [B, L, H * d], or [B, H, L, d] with skip_reshape."""

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from ..shared_tome import ToMeConfig
 from ..shared_tome.core.curve import is_compiling
+from ..shared_tome.inspect.report import why_no_step
 from .log import logger, say_once
 from .mergers import merger_in
 from .record import RECORD
 
 OUTER_SAMPLE = "outer_sample"  # comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+NOT_MET = "no attention of the model came to ToMe: another node has replaced them, or this ComfyUI tells too little"
 NEVER_ASKED = "ToMe was never asked, because another node runs the model in a way of its own"
 _OUTCOME = "ToMe outcome"
 _NOTHING = "nothing was merged in this sampling"
@@ -29,11 +31,14 @@ _MOST_PLACES = 6
 class Outcome:
     """What the calls of one sampling tell of themselves. Safe to fill from several threads."""
 
-    def __init__(self, base: Any = None) -> None:
+    def __init__(self, base: Any = None, what: str = "this sampling") -> None:
         # Only referred to: a call that ToMe Record keeps has this outcome in its options.
         self._base = None if base is None else weakref.ref(base)
+        self._what = what  # is told of
         self.asked = False
         self._merged = False
+        self._skipped: ToMeConfig | None = None  # of calls at ratio 0
+        self._reached = False  # by a call at another ratio
         self._reasons: dict[str, dict[str, None]] = {}  # each with its places, in the order in which they came up
 
     @property
@@ -43,6 +48,13 @@ class Outcome:
 
     def __deepcopy__(self, memo: dict) -> Outcome:
         return self  # copies of a model's options, for another GPU, tell the same sampling
+
+    def is_skipped(self, config: ToMeConfig, ratio: float) -> bool:
+        """A call of the model begins. config: the node's options; ratio: what holds now. Whether that is 0."""
+        if not is_compiling():
+            self._skipped = config if ratio == 0.0 else self._skipped
+            self._reached |= ratio > 0.0
+        return ratio == 0.0
 
     def merged(self) -> None:
         """A layer is merged. Not for what torch.compile traces: that is told before the call."""
@@ -60,6 +72,10 @@ class Outcome:
             return None
         if not self.asked:
             return NEVER_ASKED
+        if self._skipped is not None and not self._reached:
+            return why_no_step(self._skipped, self._what)
+        if not self._reasons:
+            return NOT_MET
         return "; ".join(reason + _named(list(filter(None, places))) for reason, places in self._reasons.items())
 
 
@@ -77,7 +93,7 @@ def outcome_of(options: dict[str, Any]) -> Iterator[Outcome]:
     A call outside a sampler has an outcome of its own, said when the call ends, once a process.
     """
     known = options.get(_OUTCOME)
-    outcome = Outcome() if known is None else known
+    outcome = Outcome(what="this call of the model") if known is None else known
     outcome.asked = True
     yield outcome
     if known is None and (line := outcome.line()):

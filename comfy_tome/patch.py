@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..shared_tome import ToMeConfig
+from ..shared_tome.inspect.report import why_no_step
 from .dit import DiTPatch
 from .dit_models import SERVED, dit_model, unwrapped
 from .log import logger
@@ -32,6 +33,8 @@ def apply_to_model(model: Any, config: ToMeConfig) -> Any:
     else:
         tell_levels(model, config)
     clone = model.clone()
+    if config.start == config.end and max(config.ratio, config.ratio_end) > 0.0:
+        logger.info("[ToMe] nothing will be merged: %s", why_no_step(config, "a sampling"))
     if not config.is_off:
         patch = UNetPatch(config) if has_unet else DiTPatch(config)
         clone.add_wrapper_with_key(APPLY_MODEL, KEY, patch)

@@ -29,7 +29,7 @@ from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.core.grid import grid_at
 from ..shared_tome.core.schedule import config_at
 from ..shared_tome.hooks.guard import why_left_whole
-from ..shared_tome.inspect.report import NO_WHOLE_TOKEN, CallTally, why_no_step, why_not_served
+from ..shared_tome.inspect.report import NO_WHOLE_TOKEN, CallTally, why_not_served
 from ..shared_tome.merging.plan import Plan
 from .dit_attention import Call, attend_joint, kernel_order, may_join
 from .log import leave_alone, say_once
@@ -81,8 +81,7 @@ class UNetPatch:
         sampled = outcome.base if base is model else base  # tells the noise levels
         config = config_at(self.config, lambda: progress_of(options, sampled))
         record = begin(executor, sampled, x, t, args, kwargs, self.config, config)
-        if config.ratio == 0.0:
-            outcome.left_alone(why_no_step(self.config))
+        if outcome.is_skipped(self.config, config.ratio):
             return executor(x, t, *args, **kwargs)
         compiled = is_compiled(executor, options)
         layers = layers_of(model), dtype_of(base)

@@ -48,10 +48,13 @@ def why_not_served(config: ToMeConfig, grid: Grid, full: Grid) -> str | None:
     return f"fewer than min tokens {max(2, config.min_tokens)}"
 
 
-def why_no_step(config: ToMeConfig) -> str:
-    """Why a step at ratio 0 is left alone (see ratio_at)."""
-    moves = f", ratio {config.ratio:g} to {config.ratio_end:g}" if config.ratio_end >= 0.0 else ""
-    return f"steps at ratio 0: start {config.start:g}, end {config.end:g}" + moves
+def why_no_step(config: ToMeConfig, what: str) -> str:
+    """Why nothing is merged where the ratio is 0 at each step (see ratio_at). what: whose steps, "this sampling"."""
+    between = f"between start {config.start:g} and end {config.end:g}"
+    if config.ratio_end < 0.0 or config.start == config.end:
+        return f"no step of {what} lies {between}"
+    moves = f"from {config.ratio:g} to {config.ratio_end:g}"
+    return f"the ratio is 0 at each step of {what}: it moves {moves} {between}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class Report:
         head = f"ToMe: method {config.method}, ratio {config.ratio:g}"
         head += f" to {config.ratio_end:g}" if config.ratio_end >= 0 else ""
         lines = [f"{head}, seed {config.seed}", self._steps(), ""]
-        lines.append("Merged:" if self.merged else "Nothing was merged.")
+        lines.append("Merged:" if self.merged else f"Nothing was merged{self._why_no_step()}.")
         for group in _alike(self.merged):
             first = group[0]
             lines.append(
@@ -157,6 +160,10 @@ class Report:
         if notes:
             lines += ["", "Note:", *(f"- {note}" for note in notes)]
         return "\n".join(lines)
+
+    def _why_no_step(self) -> str:
+        skipped = self.steps and not self.layers and not self.merged_steps
+        return f": {why_no_step(self.config, 'this run')}" if skipped else ""
 
     def _steps(self) -> str:
         part = self.of_steps and self.of_steps != self.steps

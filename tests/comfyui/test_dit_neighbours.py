@@ -375,7 +375,7 @@ def test_a_comfyui_that_tells_no_numbers_of_blocks(tome, comfy_nodes, name):
     ("options", "reason"),
     [
         ({"min_tokens": 2048}, "fewer than min tokens 2048 (8x12 tokens)"),
-        ({"start": 0.9}, "steps at ratio 0: start 0.9, end 1"),
+        ({"start": 0.9}, "no step of this sampling lies between start 0.9 and end 1"),
         ({"ratio": 0.001}, "the ratio takes away no whole token (Flux)"),
     ],
 )

@@ -55,12 +55,63 @@ def test_a_level_that_a_unet_lacks_is_told_as_on_transformers(sdxl, tome, said):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"start": 0.8}, "steps at ratio 0: start 0.8, end 1"),
-        ({"ratio": 0.0, "ratio_end": 0.5}, "steps at ratio 0: start 0, end 1, ratio 0 to 0.5"),
+        ({"start": 0.8}, "no step of this sampling lies between start 0.8 and end 1"),
+        (
+            {"ratio": 0.0, "ratio_end": 0.5},
+            "the ratio is 0 at each step of this sampling: it moves from 0 to 0.5 between start 0 and end 1",
+        ),
     ],
 )
 def test_a_schedule_that_no_step_meets_says_so(sd15, tome, said, options, why):
     sample(tome(sd15, **options), steps=1)
+    assert said() == [NOTHING + why]
+
+
+def test_the_first_part_of_a_run_speaks_of_its_own_steps(sd15, tome, said):
+    """KSampler (Advanced): its steps lie before the start; the second part merges and says nothing."""
+    import nodes
+
+    model, latent, lines = tome(sd15, start=0.5), {"samples": torch.zeros(1, 4, 32, 32)}, []
+    for first, last in ((0, 2), (2, 4)):
+        noise, leftover = ("enable", "enable") if first == 0 else ("disable", "disable")
+        (latent,) = nodes.KSamplerAdvanced().sample(
+            model, noise, 1, 4, 3.0, "euler", "normal", host.conditioning(1), host.conditioning(2), latent, first, last,
+            leftover,
+        )  # fmt: skip
+        lines.append(said())
+    assert lines == [[NOTHING + "no step of this sampling lies between start 0.5 and end 1"], []]
+
+
+def test_steps_within_the_limits_are_not_denied(sd15, tome, said):
+    """The first step lies before the start, the second one merges no layer: that one's reason is said."""
+    sample(tome(sd15, start=0.4, min_tokens=2048), steps=2)
+    assert said() == [NOTHING + "fewer than min tokens 2048 (32x32 tokens, 16x16 tokens, 8x8 tokens)"]
+
+
+def test_a_call_outside_a_sampler_speaks_of_itself(sd15, tome, said):
+    late = tome(sd15, start=0.5)
+    with torch.no_grad():
+        late.model.apply_model(
+            torch.zeros(1, 4, 32, 32), torch.full((1,), 14.0), c_crossattn=torch.zeros(1, 7, 64),
+            transformer_options=dit_host.options_of(late, 14.0),
+        )  # fmt: skip
+    what = "this call of the model"
+    assert said() == [f"[ToMe] no step of {what} lies between start 0.5 and end 1 (nothing was merged in {what})"]
+
+
+def test_limits_without_a_step_between_are_told_by_the_node(sd15, tome, said):
+    assert torch.equal(sample(tome(sd15, start=0.5, end=0.5)), sample(sd15))
+    assert said() == ["[ToMe] nothing will be merged: no step of a sampling lies between start 0.5 and end 0.5"]
+    tome(sd15, ratio=0.0, start=0.5, end=0.5)
+    assert said() == []  # off, as the ratio says
+
+
+def test_a_model_whose_attentions_another_node_runs(sd15, tome, said, monkeypatch):
+    from comfy.ldm.modules.attention import SpatialTransformer
+
+    monkeypatch.setattr(SpatialTransformer, "forward", lambda self, x, *args, **kwargs: x)
+    sample(tome(sd15))
+    why = "no attention of the model came to ToMe: another node has replaced them, or this ComfyUI tells too little"
     assert said() == [NOTHING + why]
 
 
@@ -128,6 +179,5 @@ def test_a_sampling_inside_a_sampling_leaves_the_outer_one_its_outcome(sd15, tom
         return said()
 
     assert run() == []
-    (line,) = run(start=0.4)  # of the inner one
-    assert line.startswith(NOTHING) and "start 0.4" in line
+    assert run(start=0.4) == [NOTHING + "no step of this sampling lies between start 0.4 and end 1"]  # the inner one's
     assert run(min_tokens=2048) == 2 * [NOTHING + "fewer than min tokens 2048 (32x32 tokens, 16x16 tokens, 8x8 tokens)"]

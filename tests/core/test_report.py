@@ -127,6 +127,26 @@ def test_steps_in_which_nothing_was_merged():
     assert "Nothing was merged." in report.text()
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"start": 0.8}, "no step of this run lies between start 0.8 and end 1"),
+        (
+            {"ratio": 0.0, "ratio_end": 0.5, "end": 0.5},
+            "the ratio is 0 at each step of this run: it moves from 0 to 0.5 between start 0 and end 0.5",
+        ),
+    ],
+)
+def test_a_run_without_a_step_to_merge_in_says_so(options, why):
+    tally = Tally(ToMeConfig(**options))
+    assert "Nothing was merged.\n" in tally.report().text() + "\n"  # no step was run
+    tally.call(0, 0.0)
+    assert f"Nothing was merged: {why}." in tally.report().text()
+    tally.call(1, 0.5)
+    CallTally(tally, FULL).left_alone("too small", "block 1", FULL)
+    assert why not in tally.report().text() and "too small" in tally.report().text()
+
+
 def test_steps_in_which_all_layers_were_left_alone():
     tally = Tally(ToMeConfig(), of_steps=4)
     for step in range(3):
