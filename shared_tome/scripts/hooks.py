@@ -167,9 +167,9 @@ class BaseAttachment:
         """
         step = self.steps.step(timestep, x.device)
         if config.ratio > 0.0:
-            self._outcome.reach()
+            self._outcome.reach(not (_compiles() or _captures(x.device)))
             return ModelCall(config, grid, x.device, step=step, alike=self._alike(config, x))
-        self._outcome.skip(lambda known: self.config_now(known / self.steps.scale).ratio)
+        self._outcome.skip(timestep, lambda known: self.config_now(known / self.steps.scale).ratio)
         return None
 
     def _alike(self, config: ToMeConfig, x: Tensor) -> bool:

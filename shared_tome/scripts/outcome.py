@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
+from typing import Any
 
 from torch import Tensor
 
 from ..config import ToMeConfig
 from ..core.grid import Grid
-from ..inspect.report import NO_WHOLE_TOKEN, why_not_served
+from ..inspect.report import NO_WHOLE_TOKEN, why_no_step, why_not_served
 from ..merging.call import ModelCall
 from .steps import Steps
 
@@ -42,23 +43,29 @@ class Outcome:
         self._said: set[str] = set()
         self._why: dict[Hashable, str] = {}  # by kind of call: its layers may have no hooks that tell it again
         self._skipped = self._reached = False  # steps at ratio 0, and others
+        self._is_watched = True  # whether each call at another ratio comes here
+        self._reached_in: Tensor | None = None  # the timesteps of the last run with such a call
 
     def timesteps(self) -> Tensor | None:
         """All of the pipeline's run, as its scheduler has them."""
         found = getattr(getattr(self._steps.pipe, "scheduler", None), "timesteps", None)
         return found if isinstance(found, Tensor) else None
 
-    def skip(self, ratio_at: Callable[[Tensor], float]) -> None:
+    def skip(self, timestep: Any, ratio_at: Callable[[Tensor], float]) -> None:
         """A step at ratio 0 is left alone. ratio_at: of one of the pipeline's timesteps."""
         self._skipped = True
         if self._config.is_off:
             self._tell("ratio is 0" if self._config.ratio == 0.0 else self._no_step())
-        elif self._is_new() and all(ratio_at(timestep) == 0.0 for timestep in self.timesteps().cpu()):
+        elif self._is_new() and all(ratio_at(known) == 0.0 for known in self.timesteps().cpu()):
             self._tell(self._no_step())
+        elif self._is_watched and self._steps.is_last(timestep) and self._reached_in is not self.timesteps():
+            self._tell(self._no_step())  # the run began behind those steps (strength)
 
-    def reach(self) -> None:
-        """A step is to be merged."""
-        self._reached = True
+    def reach(self, is_watched: bool) -> None:
+        """A step is to be merged. is_watched: neither compiled nor captured, so that each such call comes here."""
+        self._reached, self._is_watched = True, self._is_watched and is_watched
+        if is_watched:
+            self._reached_in = self.timesteps()
 
     def end_call(self, kind: Hashable, call: CallOutcome) -> None:
         """kind: what calls whose layers are left alone for the same reasons have in common."""
@@ -75,7 +82,7 @@ class Outcome:
             self._tell(self._no_step())
 
     def _no_step(self) -> str:
-        return f"no step of the run lies between start {self._config.start:g} and end {self._config.end:g}"
+        return why_no_step(self._config, "the run")
 
     def _is_new(self) -> bool:
         """Whether this is another run of a pipeline than the one before."""

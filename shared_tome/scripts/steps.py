@@ -51,6 +51,13 @@ class Steps:
         found = getattr(scheduler, "timesteps", None)
         return found if isinstance(found, Tensor) and getattr(scheduler, "num_inference_steps", None) else None
 
+    def is_last(self, timestep: Any) -> bool:
+        """Whether it is the last of a pipeline's run. Synchronises."""
+        known = None if timestep is None else self._timesteps(timestep)
+        if known is None or not len(known):
+            return False
+        return float(_first(timestep, torch.device("cpu"))) == float(known[-1])
+
     def step(self, timestep: Any, device: torch.device) -> Tensor | int:
         """The number of the step as a 0-d tensor on the device, without a synchronisation.
 

@@ -73,6 +73,38 @@ def test_a_run_that_merges_says_nothing(options, caplog):
     assert not lines(caplog)
 
 
+def test_a_run_that_begins_behind_the_end_says_it(caplog):
+    """img2img: the scheduler knows the whole run, of which the first steps are not run."""
+    parts = models.pipeline().components
+    pipe = models.diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+
+    def run(strength):
+        pipe(
+            image=models.noise(1, 4, 16, 16), prompt_embeds=models.noise(1, 7, 16, seed=2), num_inference_steps=6,
+            negative_prompt_embeds=models.noise(1, 7, 16, seed=3), strength=strength, output_type="latent",
+            generator=torch.Generator().manual_seed(7),
+        )  # fmt: skip
+        said = lines(caplog)
+        caplog.clear()
+        return said
+
+    shared_tome.apply_patch(pipe, config=config(end=0.4))
+    line = "[ToMe] nothing is merged: no step of the run lies between start 0 and end 0.4"
+    assert [run(strength) for strength in (1.0, 0.5, 0.5, 1.0, 0.5)] == [[], [line], [line], [], [line]]
+    shared_tome.apply_patch(pipe, config=config(start=0.6))
+    assert run(0.5) == []
+
+
+def test_a_ratio_that_moves_from_zero_is_told_as_such(caplog):
+    unet = models.sd15()
+    shared_tome.apply_patch(unet, config=config(ratio=0.0, ratio_end=0.5))
+    models.run(unet, timestep=999)
+    shared_tome.remove_patch(unet)
+    why = "the ratio is 0 at each step of the run: it moves from 0 to 0.5 between start 0 and end 1"
+    assert lines(caplog) == [f"[ToMe] nothing is merged: {why}"]
+
+
 def test_a_start_behind_the_last_step_of_a_unet_alone_is_told_at_the_end(caplog):
     unet = models.sd15()
     shared_tome.apply_patch(unet, config=config(start=0.9))
