@@ -52,6 +52,15 @@ def percent_of_time(time: Any) -> float:
     return min(1.0, max(0.0, round(1.0 - first / _STEPS, 4)))
 
 
+def percent_of_flow(level: float, shift: float) -> float:
+    """The same for a flow's noise level, 1 to 0, that is shift * t / (1 + (shift - 1) * t) at the time t, 1 to 0.
+
+    Source: Esser et al. 2024 (arXiv 2403.03206), equation 23. shift: above 0.
+    """
+    time = level / (shift - (shift - 1.0) * level)
+    return min(1.0, max(0.0, round(1.0 - time, 4)))
+
+
 @dataclass(frozen=True)
 class Draws:
     """The draw's number for each of a sampler's levels.

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.progress import percent_of_time
+from ..core.progress import percent_of_flow, percent_of_time
+
+# Of diffusers. Each makes its noise levels from one shift, unless its configuration names one of the other ways.
+_FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+_OTHER_WAYS = ("use_dynamic_shifting", "shift_terminal", "invert_sigmas")
 
 
 class Steps:
@@ -84,16 +88,35 @@ class Steps:
     def progress(self, timestep: Any) -> float:
         """How far the model is, 0 to 1. Synchronises; only a schedule asks.
 
-        By the timestep itself; by its place among all timesteps of the run where the scheduler shifts time (Flux,
-        SD3), since it does not tell by how much.
+        By the noise level, as ComfyUI's nodes with a start percent. By the timestep's place among all timesteps of the
+        run where the scheduler shifts noise levels and does not tell by how much (Flux: by the picture's size): for
+        evenly spread steps that is the same.
         """
         if timestep is None:
             return 0.0
-        known = None if hasattr(getattr(self.pipe, "scheduler", None), "alphas_cumprod") else self._timesteps(timestep)
-        if known is not None and len(known):
-            now = _first(timestep, torch.device("cpu"))
+        now, scheduler = _first(timestep, torch.device("cpu")), getattr(self.pipe, "scheduler", None)
+        known, shift = self._timesteps(timestep), flow_shift(scheduler)
+        is_known = known is not None and len(known) > 0
+        if shift is not None:
+            exact = now * self.scale  # the pipeline may have rounded it
+            if is_known:
+                exact = self._told().cpu()[(known.cpu() - now).abs().argmin()]
+            return percent_of_flow(float(exact) / scheduler.config.num_train_timesteps, shift)
+        if is_known and not hasattr(scheduler, "alphas_cumprod"):
             return int((known.cpu() > now).sum()) / len(known)
-        return percent_of_time(_first(timestep, torch.device("cpu")) * self.scale)
+        return percent_of_time(now * self.scale)
+
+
+def flow_shift(scheduler: Any) -> float | None:
+    """What a flow's scheduler shifts its noise levels by (progress.percent_of_flow); None where it does not tell."""
+    config = getattr(scheduler, "config", None)
+    if getattr(config, "use_flow_sigmas", False):  # of other schedulers
+        return float(config.flow_shift)
+    if not any(cls.__name__ in _FLOWS for cls in type(scheduler).__mro__):
+        return None
+    if any(getattr(config, way, None) for way in _OTHER_WAYS):
+        return None
+    return float(scheduler.shift if hasattr(type(scheduler), "shift") else config.shift)  # set_shift changes the first
 
 
 def _first(timestep: Any, device: torch.device) -> Tensor:

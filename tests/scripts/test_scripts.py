@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import math
 import weakref
 from types import SimpleNamespace
 
@@ -335,6 +336,89 @@ def test_two_pipelines_that_share_a_run_make_the_picture_of_one(options):
         shared_tome.remove_patch(pipe)
         shared_tome.apply_patch(pipe, config=config(**options))  # the other pipeline, which has called nothing yet
         assert torch.equal(run(2, 6, half), merged) and not torch.equal(merged, plain)
+
+
+def host_percent(level, shift):
+    """The percent whose percent_to_sigma is a flow's noise level in ComfyUI, found by halving."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        time = 1.0 - middle
+        low, high = (middle, high) if shift * time / (1 + (shift - 1) * time) > level else (low, middle)
+    return low
+
+
+FLOWS = {
+    "euler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    "euler without a shift": ("FlowMatchEulerDiscreteScheduler", {}),
+    "euler, uneven": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_exponential_sigmas": True}),
+    "heun": ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}),
+    "lcm": ("FlowMatchLCMScheduler", {"shift": 3.0}),
+    "dpm": (
+        "DPMSolverMultistepScheduler",
+        {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_flow_goes_by_noise_as_in_comfyui(name):
+    kind, options = FLOWS[name]
+    scheduler = getattr(models.diffusers, kind)(**options)
+    scheduler.set_timesteps(7)
+    steps = Steps(SimpleNamespace(scheduler=scheduler), 1000.0)
+    for number, t in enumerate(scheduler.timesteps):
+        expected = host_percent(float(t) / 1000, options.get("shift", options.get("flow_shift", 1.0)))
+        assert abs(steps.progress(t / 1000) - expected) < 1e-4
+        # As Flux's pipeline hands it to the model.
+        assert steps.progress(t.to(torch.bfloat16) / 1000) == steps.progress(t / 1000), number
+
+
+def test_a_shift_that_is_set_later_counts():
+    scheduler = models.diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_shift(5.0)
+    scheduler.set_timesteps(4)
+    steps = Steps(SimpleNamespace(scheduler=scheduler))
+    for t in scheduler.timesteps:
+        assert abs(steps.progress(t) - host_percent(float(t) / 1000, 5.0)) < 1e-4
+
+
+def test_a_shift_by_the_pictures_size_goes_by_place():
+    """Flux's default. The scheduler keeps no shift; for evenly spread steps the place is the percent."""
+    scheduler = models.diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=1.15)
+    steps = Steps(SimpleNamespace(scheduler=scheduler))
+    for number, t in enumerate(scheduler.timesteps):
+        assert steps.progress(t) == number / 4
+        assert abs(steps.progress(t) - host_percent(float(t) / 1000, math.exp(1.15))) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"start": 0.4}, {"end": 0.6}, {"ratio": 0.75, "ratio_end": 0.0}], ids=str)
+def test_two_parts_of_a_flow_make_the_picture_of_one(options):
+    """Each part's scheduler knows the part's noise levels alone. downsample draws nothing."""
+    model, sigmas = models.sd3(), [1.0, 0.9, 0.7, 0.5, 0.3, 0.1]
+    scheduler = models.diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe, merges = SimpleNamespace(scheduler=scheduler, transformer=model), []
+
+    def run(sigmas, count, latents):
+        scheduler.set_timesteps(sigmas=sigmas)
+        for t in scheduler.timesteps[:count]:
+            out = model(
+                hidden_states=latents, encoder_hidden_states=models.noise(1, 5, 16, seed=2), timestep=t[None],
+                pooled_projections=models.noise(1, 8, seed=3),
+            ).sample  # fmt: skip
+            merges.append(model._shared_tome.config_now(t).ratio if hasattr(model, "_shared_tome") else 0.0)
+            latents = scheduler.step(out, t, latents).prev_sample
+        return latents
+
+    start = models.noise(1, 4, 12, 20)
+    plain = run(sigmas, 6, start)
+    shared_tome.apply_patch(pipe, config=config(method="downsample", **options))
+    whole, expected = run(sigmas, 6, start), merges[6:]
+    del merges[:]
+    assert torch.equal(run(sigmas[3:], 3, run(sigmas[:4], 3, start)), whole) and merges == expected
+    assert len(set(expected)) > 1 and not torch.equal(whole, plain)
 
 
 def test_pipeline_with_a_schedule():
