@@ -29,7 +29,10 @@ from ..merging.plan import Plan
 NAME = "_shared_tome_vit"  # the attribute of a patched model that keeps its attachment
 SCHEDULES = ("constant", "falling")
 RESTORES = ("last", "all", "none")
-SERVED = "timm's VisionTransformer and the CLIP and SigLIP vision towers of transformers and ComfyUI"
+SERVED = (
+    "timm's VisionTransformer, transformers' vision towers of CLIP, SigLIP, AltCLIP, BLIP-2, Chinese CLIP, CLIPSeg, "
+    "InstructBLIP, Janus, MetaCLIP 2, OWL-ViT and OWLv2, and ComfyUI's CLIP and SigLIP encoders"
+)
 _TIMM = ("VisionTransformer", "VisionTransformerDistilled")
 _TIMM_BLOCKS = ("vision_transformer.Block",)
 # Layers of transformers' and ComfyUI's towers. Others may turn keys by their place or mask some of the patches.
@@ -47,6 +50,8 @@ _LAYERS = (
     "SiglipEncoderLayer",
     "clip_model.CLIPLayer",
 )
+
+_READERS = ("CLIPSegForImageSegmentation",)  # models that read the tokens between the blocks
 
 
 @dataclass(frozen=True)
@@ -408,10 +413,21 @@ def attach(model: nn.Module, options: Options, kind: type[Attachment] = Attachme
     """Hook a model, in place of what was on it. kind: a subclass that measures or matches in its own way."""
     tower = find_tower(model)
     options.check(len(tower.blocks))
+    if options.restore != "all" and _reads_between(model):
+        raise ValueError(
+            f"{type(model).__name__} reads the tokens between the blocks, where merged ones are fewer; choose "
+            f"restore='all', got {options.restore!r}"
+        )
     detach(model)
     attachment = kind(tower, options)
     setattr(model, NAME, attachment)
     return tower, attachment
+
+
+def _reads_between(model: nn.Module) -> bool:
+    """Whether a model takes from its tower more than the output: some of transformers' (LLaVA and its kind: -2)."""
+    layer = getattr(getattr(model, "config", None), "vision_feature_layer", None)
+    return served_as(model, _READERS) is not None or layer not in (None, -1, [-1], (-1,))
 
 
 def detach(model: nn.Module) -> None:

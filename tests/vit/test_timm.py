@@ -355,7 +355,7 @@ def test_arguments_out_of_range(arguments, words):
 
 
 def test_what_is_not_served_is_named():
-    with pytest.raises(ValueError, match="timm's VisionTransformer and the CLIP"):
+    with pytest.raises(ValueError, match="timm's VisionTransformer, transformers' vision towers of CLIP, SigLIP"):
         vit.apply_patch(torch.nn.Linear(2, 2), 1)
     with pytest.raises(ValueError, match="does not know Eva"):  # its keys are turned by their place
         vit.apply_patch(timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28), 1)
