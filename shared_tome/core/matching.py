@@ -61,10 +61,12 @@ def nearest(metric: Tensor, src: Tensor, dst: Tensor, distill_token: bool = Fals
 def _unit(x: Tensor) -> Tensor:
     """Finite x [B, N, C] with tokens of length 1; zero tokens stay."""
     norm, largest = x.norm(dim=-1, keepdim=True), x.abs().amax(dim=-1, keepdim=True)  # (B, N, 1)
-    # Squares may overflow or vanish where their token does neither.
-    lost = (norm.isinf() & largest.isfinite()) | (norm < 0.5 * largest)
-    x = x / torch.where(lost, largest, 1.0)  # by 1, exact, as a rule
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    tiny = torch.finfo(x.dtype).tiny
+    # Squares may overflow, vanish or lose digits where their token does not: half precision's are float32.
+    least = 2.0**12 * torch.finfo(torch.promote_types(x.dtype, torch.float32)).tiny ** 0.5
+    lost = (norm.isinf() & largest.isfinite()) | (norm < (0.5 * largest).clamp_min(least))
+    x = x / torch.where(lost, largest.clamp_min(tiny), 1.0)  # by 1, exact, as a rule
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(tiny)
 
 
 def keep_first(similarity: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -89,6 +91,29 @@ def test_similarity_asks_for_no_square_that_is_none(dtype, share):
         similarity, target = matching.nearest((x * scale).to(dtype), src, dst)
         torch.testing.assert_close(similarity.double(), expected[0], rtol=0.0, atol=0.02)
         assert (target == expected[1]).double().mean() > 0.9
+
+
+KERNELS_END = 1.8e19  # docs/kernels.md: beyond it a token's squares are no float32
+
+
+@pytest.mark.parametrize("length", [KERNELS_END * 1.1, 1e25, 1e38, 1e-19, 1e-20, 1e-21, 1e-22, 1e-23, 1e-30, 1e-37])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_similarity_of_tokens_whose_squares_are_no_float32(dtype, length):
+    x = tokens(2, (6, 8), 16, dtype=torch.float64)
+    x = x / x.norm(dim=-1, keepdim=True)
+    lost = (x * length).float().square().sum(-1)
+    assert (lost.isinf() | (lost < 1e-37)).all()
+    src, dst = torch.arange(24)[None], torch.arange(24, 48)[None]
+    expected = matching.nearest(x, src, dst)
+    similarity, target = matching.nearest((x * length).to(dtype), src, dst)
+    torch.testing.assert_close(similarity.double(), expected[0], rtol=0.0, atol=2 * torch.finfo(dtype).eps)
+    assert (target == expected[1]).double().mean() > 0.9
+
+
+def test_the_kernels_page_names_their_end():
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert f"above {KERNELS_END:.1e}".replace("e+", "e") in " ".join(page.split())
+    assert torch.tensor(KERNELS_END).square().isfinite() and torch.tensor(KERNELS_END * 1.1).square().isinf()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
