@@ -73,6 +73,17 @@ def test_troubleshooting_quotes_what_the_code_says():
         assert any(m.fullmatch(line) or m.pattern.startswith(re.escape(line)) for m in known), line
 
 
+def test_rows_of_the_hosts_page_are_checks_that_can_be_run():
+    """tests/hosts/a1111.py writes such a table: each row's name is the first line of what a check says of itself."""
+    tree = ast.parse((ROOT / "tests" / "hosts" / "a1111.py").read_text(encoding="utf-8"))
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("check_"))
+    names = {ast.get_docstring(check).splitlines()[0] for check in found}
+    page = (ROOT / "docs" / "hosts.md").read_text(encoding="utf-8")
+    tables = re.findall(r"\| what \| result \| detail \|\n.*\n((?:\|.*\n)+)", page)
+    rows = {line.split(" | ")[0].removeprefix("| ") for table in tables for line in table.splitlines()}
+    assert len(rows) > 20 and rows <= names
+
+
 def test_every_node_has_a_help_page():
     nodes = set()
     for file in (ROOT / "comfy_tome").glob("*.py"):

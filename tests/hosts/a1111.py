@@ -447,7 +447,7 @@ class List:
         return ", ".join(done)
 
     def check_schedule(self) -> str:
-        """Start and end by the steps"""
+        """Start and end by noise"""
         full, late = self.make(ON).image, self.make({**ON, "start": 0.5}).image
         other(late, full, "start 0.5")
         other(late, self.before["plain"], "start 0.5")
