@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,11 @@ def save(rows: list[dict[str, Any]], out: Path | None) -> None:
 
 def rounded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Floats to two places, shares to four."""
-    return [
-        {
-            key: round(value, 2 if abs(value) >= 1 else 4) if isinstance(value, float) else value
-            for key, value in row.items()
-        }
-        for row in rows
-    ]
+
+    def cell(value: Any) -> Any:
+        return round(value, 2 if abs(value) >= 1 else 4) if isinstance(value, float) else value
+
+    return [{key: cell(value) for key, value in row.items()} for row in rows]
 
 
 class Store:
@@ -58,12 +58,10 @@ class Store:
 
     def __init__(self, path: Path | None, keys: Sequence[str]):
         self.path, self.keys = path, tuple(keys)
-        self.rows: list[dict[str, Any]] = []
-        if path is not None and path.exists():
-            self.rows = read(path)
-            missing = [key for row in self.rows[:1] for key in self.keys if key not in row]
-            if missing:
-                raise ValueError(f"{path} has no column {missing[0]!r}: it is of another benchmark or an older form")
+        self.rows: list[dict[str, Any]] = [] if path is None else read(path)
+        missing = [key for row in self.rows[:1] for key in self.keys if key not in row]
+        if missing:
+            raise ValueError(f"{path} has no column {missing[0]!r}: it is of another benchmark or an older form")
         self._seen = {self._key(row) for row in self.rows}
 
     def _key(self, row: dict[str, Any]) -> tuple[str, ...]:
@@ -79,6 +77,29 @@ class Store:
             self.rows.append(row)
             self._seen.add(self._key(row))
             save(self.rows, self.path)
+
+
+class Budget:
+    """How long a run may go on. minutes: None for as long as it takes."""
+
+    def __init__(self, minutes: float | None):
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def spent(self) -> bool:
+        """Whether nothing new is to be begun; says so."""
+        over = self._end is not None and time.monotonic() > self._end
+        if over:
+            print("stopped by --minutes; the same command goes on", file=sys.stderr)
+        return over
+
+
+def grouped(rows: Iterable[Row], keys: Sequence[str], by: str) -> dict[tuple[str, ...], dict[str, Row]]:
+    """The rows that agree in `keys`, each under its value of the column `by`."""
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), {})[row[by]] = row
+    return groups
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int | None = None) -> str:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared_tome import ModelCall
 from shared_tome.attention.bias import attend
 from shared_tome.attention.combine import TORCHS
 from shared_tome.attention.sequence import JointCall
@@ -25,7 +26,6 @@ from shared_tome.merging.plan import Plan
 
 from ..models.dit import DiT, JointAttention
 from ..models.unet import BasicTransformerBlock, CrossAttention, FeedForward, UNet
-from .apart import Apart, ApartPlan
 from .methods import Variant
 
 
@@ -38,37 +38,22 @@ class Run:
 
     def __init__(self, variant: Variant, dtype: torch.dtype | None = None):
         self.variant, self.dtype = variant, dtype
-        self.call = None
+        self.call: ModelCall | None = None
         self.joint: JointCall | None = None  # of the current step, where queries keep their own tokens
         self.full: Grid = (0, 0)
         self.plan: Plan | None = None  # the current block's, for cross-attention and MLP
-        self.memory: dict = {}  # what a variant keeps from step to step
         self.work = {"full": 0, "left": 0, "all": 0, "all_left": 0}
-        # What was counted for each attention layer of the current step, in their order.
-        self.seen: list[tuple[Grid, int, int, int]] = []
 
     def begin(self, full: Grid, device: torch.device, seed: Tensor, step: int, steps: int) -> None:
         config = self.variant.config
-        self.full, self.call, self.plan, self.seen = full, None, None, []
+        self.full, self.call, self.plan = full, None, None
         now = config.replace(ratio=ratio_at(config, step / steps), start=0.0, end=1.0, ratio_end=-1.0)
-        self.memory["steps"] = steps
         if now.ratio > 0.0:
-            self.call = self.variant.make(now, full, device, seed, step, self.memory)
+            self.call = ModelCall(now, full, device, seed, step)
         self.joint = JointCall(True, TORCHS, _refused, own=True) if self.call and now.keeps_own else None
-
-    @property
-    def draws_behind(self) -> bool:
-        """Whether keys and values are drawn behind their projections."""
-        return self.joint is not None or isinstance(self.call, Apart)
-
-    def keeps_own(self, plan: Plan) -> bool:
-        """Whether each query has its own token besides those drawn."""
-        return plan.own if isinstance(plan, ApartPlan) else self.joint is not None
 
     def attend_behind(self, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
         """q, k, v [B, H, L, d], the image from `start` on -> [B, L, H, d]; keys and values drawn here."""
-        if isinstance(plan, ApartPlan):
-            return plan.attend(q, k, v, start).transpose(1, 2)
         out = self.joint.attend(q, k, v, start, plan)
         if out is None:
             raise RuntimeError(f"no attention here tells its log-sum-exp for {q.dtype} on {q.device}: no own tokens")
@@ -79,18 +64,12 @@ class Run:
 
         tokens: of the unmerged layer, text included where the softmax has it; so are queries and keys.
         """
-        self.seen.append((grid, tokens, queries, keys))
         full, left = tokens * tokens, queries * keys
         if self.variant.is_merged and serves_layer(self.variant.config, grid, self.full):
             self.work["full"] += full
             self.work["left"] += left
         self.work["all"] += full
         self.work["all_left"] += left
-
-    def count_again(self, layers: list[tuple[Grid, int, int, int]]) -> None:
-        """Count layers whose result was known, as if they had been run; layers: what was seen then."""
-        for layer in layers:
-            self.count(*layer)
 
     @property
     def cost(self) -> float:
@@ -114,7 +93,7 @@ class MergedSelfAttention(nn.Module):
         run, inner = self.run, self.inner
         tokens = x.shape[1]
         grid = grid_of(tokens, run.full)
-        behind = run.draws_behind
+        behind = run.joint is not None
         layer = None if run.call is None else run.call.attention(x, x, x, grid, own=behind)
         run.plan = None
         if layer is None:
@@ -125,7 +104,7 @@ class MergedSelfAttention(nn.Module):
             return self._out(attend(q, k, v), x.dtype)
         if run.call.config.kind.matches:
             run.plan = layer.plan
-        keys = layer.plan.kept + run.keeps_own(layer.plan) if behind else layer.k.shape[1]
+        keys = layer.plan.kept + 1 if behind else layer.k.shape[1]
         run.count(grid, tokens, layer.q.shape[1], keys)
         q, k, v = self._heads(inner.to_q, layer.q), self._heads(inner.to_k, layer.k), self._heads(inner.to_v, layer.v)
         if behind:
@@ -188,13 +167,13 @@ class MergedJointAttention(nn.Module):
             image = k[:, text:]
             # (B, N, d): the ViT paper's keys averaged over the heads; what matches nothing wants the shape alone.
             metric = image.mean(2) if run.call.config.kind.matches else image[:, :, 0]
-            behind = run.draws_behind
+            behind = run.joint is not None
             layer = run.call.attention(*(x[:, text:].flatten(2) for x in (q, k, v)), run.full, metric, behind)
         if layer is None:
             run.count(run.full, tokens, tokens, tokens)
             return _joint(q, k, v).to(dtype)
         if behind:
-            run.count(run.full, tokens, tokens, text + layer.plan.kept + run.keeps_own(layer.plan))
+            run.count(run.full, tokens, tokens, text + layer.plan.kept + 1)
             out = run.attend_behind(*(x.transpose(1, 2) for x in (q, k, v)), text, layer.plan)
             return out.flatten(2).to(dtype)
         config = run.call.config

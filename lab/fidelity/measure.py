@@ -13,11 +13,9 @@ texture of the painted half where the sampler inpaints.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import platform
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -30,7 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..models import classifier
-from .bench import PRECISIONS, Bench, Timing
+from ..store import Budget, Store
+from .bench import PRECISIONS, Bench
 from .hooks import Run, check
 from .methods import BASE, BASELINE, CATALOGUE, UNMERGED, Variant
 from .metrics import frechet, frechet_gap, psnr, ssim, standard_error, texture, to_range
@@ -41,6 +40,7 @@ COLUMNS = (
     "fd fd_gap fd_gap_se texture texture_se step_ms step_p20 step_p80 speedup step_shape "
     "method ratio options images seeds precision device torch date commit model"
 ).split()
+KEYS = ("variant", "sampler")
 SAME = ("images", "seeds", "precision", "device", "model")
 """Columns that must be alike in all rows of a file: else they cannot be compared."""
 Key = tuple[str, str]
@@ -72,13 +72,11 @@ def parse_plan(plan: str, samplers: Sequence[str], guidance: float = GUIDANCE) -
 
 
 def describe(variant: Variant) -> str:
-    """The options that differ from the lab's, and what is not the core's own."""
+    """The options that differ from the lab's."""
     config = variant.config
     plain = type(config)(**BASE)
-    skip = ("ratio", "method")
-    words = [f"{k}={getattr(config, k)}" for k in config.options() if getattr(config, k) != getattr(plain, k)]
-    words = [w.replace(" ", "") for w in words if w.split("=")[0] not in skip]
-    return " ".join([*words, *(["per_row"] if variant.per_row else [])])
+    changed = [k for k in config.options() if getattr(config, k) != getattr(plain, k) and k not in ("ratio", "method")]
+    return " ".join(f"{k}={getattr(config, k)}".replace(" ", "") for k in changed)
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,7 @@ class Measurement:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        sizes = (args.images // args.seeds, args.seeds, args.batch)
-        self.bench = Bench(args.model, args.device, *sizes, args.precision, args.compile)
+        self.bench = Bench(args.model, args.device, args.images // args.seeds, args.seeds, args.batch, args.precision)
         self.judge = classifier.load(args.classifier) if args.classifier else None
         data = self.bench.metadata["data"]
         if self.judge and self.judge.data != data:
@@ -105,7 +102,7 @@ class Measurement:
             check(self.bench.network, CATALOGUE.variants[name])
         gpu = self.bench.device.type == "cuda"
         self.stamp = {
-            "images": args.images // args.seeds * args.seeds,
+            "images": args.images,
             "seeds": args.seeds,
             "precision": args.precision,
             "device": torch.cuda.get_device_name(self.bench.device) if gpu else f"CPU {platform.machine()}",
@@ -114,42 +111,31 @@ class Measurement:
             "commit": args.commit,
             "model": self.bench.hash,
         }
-        self.out: Path = args.out
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.singles_file = self.out.with_suffix(".pictures.csv")
-        self.rows = self._read_rows()
-        self.singles = self._read_singles()
+        self.store = Store(args.out, KEYS)
+        self._check_file()
+        self.pictures_store = Store(args.out.with_suffix(".pictures.csv"), KEYS)
+        self.singles: dict[Key, Tensor] = {}  # the PSNR of each picture
+        for row in self.pictures_store.rows:
+            values = [float(value) for column, value in row.items() if column not in KEYS]
+            self.singles[row["variant"], row["sampler"]] = torch.tensor(values, dtype=torch.float64)
         self.references: dict[str, Pictures] = {}
 
-    def _read_rows(self) -> dict[Key, dict[str, str]]:
-        if not self.out.is_file():
-            return {}
-        with self.out.open(newline="") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != COLUMNS:
-                known = reader.fieldnames or []
-                lacks = ", ".join(column for column in COLUMNS if column not in known) or "none"
-                more = ", ".join(column for column in known if column not in COLUMNS) or "none"
+    def _check_file(self) -> None:
+        """Raises ValueError where the file's rows cannot stand beside this measurement's."""
+        for row in self.store.rows:
+            if list(row) != COLUMNS:
+                both = ((COLUMNS, row), (row, COLUMNS))
+                lacks, more = (", ".join(c for c in one if c not in other) or "none" for one, other in both)
                 raise ValueError(
-                    f"no row can be added to {self.out}, whose columns are not those that this version writes "
+                    f"no row can be added to {self.args.out}, whose columns are not those that this version writes "
                     f"(lacking: {lacks}; unknown: {more}): choose another --out. It can still be read for tables."
                 )
-            rows = {(row["variant"], row["sampler"]): row for row in reader}
-        for row in rows.values():
             for column in SAME:
                 if row[column] != str(self.stamp[column]):
                     raise ValueError(
-                        f"{self.out} was measured with {column} {row[column]}, this is {self.stamp[column]}: "
+                        f"{self.args.out} was measured with {column} {row[column]}, this is {self.stamp[column]}: "
                         "choose another --out"
                     )
-        return rows
-
-    def _read_singles(self) -> dict[Key, Tensor]:
-        if not self.singles_file.is_file():
-            return {}
-        with self.singles_file.open(newline="") as file:
-            rows = list(csv.reader(file))[1:]
-        return {(row[0], row[1]): torch.tensor([float(x) for x in row[2:]], dtype=torch.float64) for row in rows}
 
     def _pictures(self, variant: Variant, sampler: str) -> Pictures:
         pictures, run = self.bench.pictures(variant, sampler)
@@ -165,65 +151,58 @@ class Measurement:
         """One row; the PSNR of every picture is put into self.singles."""
         reference = self._reference(sampler)
         made = reference if variant.name == UNMERGED else self._pictures(variant, sampler)
-        run, features = made.run, made.features
         ranged, expected = (self.bench.unknown(x.ranged, sampler) for x in (made, reference))
-        single, alike = psnr(ranged, expected).cpu(), ssim(ranged, expected).cpu()  # (n,)
+        single = psnr(ranged, expected).cpu()  # (n,)
         self.singles[variant.name, sampler] = single
         row = dict.fromkeys(COLUMNS, "") | self.stamp
-        row |= {"variant": variant.name, "family": variant.family, "sampler": sampler}
-        row |= {"psnr": f"{single.mean():.3f}", "psnr_se": f"{standard_error(single):.3f}"}
-        row |= {"ssim": f"{alike.mean():.5f}", "ssim_se": f"{standard_error(alike):.5f}"}
+        row |= {"variant": variant.name, "family": variant.family, "sampler": sampler, "options": describe(variant)}
+        row |= {"method": variant.config.method if variant.is_merged else UNMERGED}
+        row |= {"ratio": f"{variant.config.ratio:g}"}
+        row |= {"cost": f"{made.run.cost:.5f}", "cost_all": f"{made.run.cost_all:.5f}"}
+
+        def mean(column: str, values: Tensor, digits: int = 3) -> None:
+            values = values.cpu()
+            row[column], row[f"{column}_se"] = f"{values.mean():.{digits}f}", f"{standard_error(values):.{digits}f}"
+
+        mean("psnr", single)
+        mean("ssim", ssim(ranged, expected), 5)
+        mean("texture", texture(ranged, expected))
         base = self.singles.get((BASELINE, sampler))
         if base is not None and variant.is_merged:
-            gain = single - base
-            row |= {"gain": f"{gain.mean():.3f}", "gain_se": f"{standard_error(gain):.3f}"}
-        row |= {"cost": f"{run.cost:.5f}", "cost_all": f"{run.cost_all:.5f}"}
+            mean("gain", single - base)
         if self.judge:
-            gap, error = frechet_gap(features, reference.features, self.judge.real)
-            row |= {"fd": f"{frechet(features, self.judge.real):.4f}"}
+            gap, error = frechet_gap(made.features, reference.features, self.judge.real)
+            row |= {"fd": f"{frechet(made.features, self.judge.real):.4f}"}
             row |= {"fd_gap": f"{gap:.4f}", "fd_gap_se": f"{error:.4f}"}
-        detail = texture(ranged, expected).cpu()  # (n,)
-        row |= {"texture": f"{detail.mean():.3f}", "texture_se": f"{standard_error(detail):.3f}"}
-        row |= self._times(variant, sampler)
-        row |= {"method": variant.config.method, "ratio": f"{variant.config.ratio:g}", "options": describe(variant)}
-        if not variant.is_merged:
-            row["method"] = UNMERGED
         if self.args.strips:
             save_strip(self.args.strips / f"{sampler} {variant.name}.png", made.ranged[self.args.strip_pictures])
-        return row
+        return row | self._times(variant, sampler)
 
     def _times(self, variant: Variant, sampler: str) -> dict[str, str]:
-        shape = (self.args.time_size, self.args.time_rows, self.args.time_repeats)
-        full = self.bench.timing(CATALOGUE.variants[UNMERGED], sampler, *shape)
-        timing: Timing | None = self.bench.timing(variant, sampler, *shape)
-        if timing is None:
+        size, rows = self.args.time_size, self.args.time_rows
+        full, own = (
+            self.bench.timing(each, sampler, size, rows, self.args.time_repeats)
+            for each in (CATALOGUE.variants[UNMERGED], variant)
+        )
+        if own is None:
             return {}
-        return {
-            "step_ms": f"{timing.median:.3f}",
-            "step_p20": f"{timing.p20:.3f}",
-            "step_p80": f"{timing.p80:.3f}",
-            "speedup": f"{full.median / timing.median:.3f}",
-            "step_shape": f"{shape[1]}x{self.bench.painted[0]}x{shape[0]}x{shape[0]}",
-        }
+        found = {f"step_{name}": f"{value:.3f}" for name, value in zip(("p20", "ms", "p80"), own, strict=True)}
+        shape = f"{rows}x{self.bench.painted[0]}x{size}x{size}"
+        return {**found, "speedup": f"{full[1] / own[1]:.3f}", "step_shape": shape}
 
     def write(self, row: dict[str, object]) -> None:
-        """Append a row, and its pictures' PSNR first: a row that is in the file has them."""
-        key = (row["variant"], row["sampler"])
-        single = self.singles[key]
-        header = ["variant", "sampler", *(str(i) for i in range(len(single)))]
-        _append(self.singles_file, header, [*key, *(f"{x:.2f}" for x in single.tolist())])
-        _append(self.out, COLUMNS, [row[column] for column in COLUMNS])
-        self.rows[key] = {k: str(v) for k, v in row.items()}
+        """Add a row, and its pictures' PSNR first: a row that is in the file has them."""
+        key = {name: row[name] for name in KEYS}
+        singles = self.singles[row["variant"], row["sampler"]].tolist()
+        self.pictures_store.add({**key, **{str(i): f"{x:.2f}" for i, x in enumerate(singles)}})
+        self.store.add(row)
 
     def run(self) -> Iterator[dict[str, object]]:
-        start = time.perf_counter()
-        todo = [key for key in self.args.keys if key not in self.rows]
-        with_references = dict.fromkeys(todo) | {(UNMERGED, sampler): None for _, sampler in todo}
-        self.bench.beginnings.expect((CATALOGUE.variants[name], sampler) for name, sampler in with_references)
+        budget = Budget(self.args.minutes)
+        todo = [key for key in self.args.keys if not self.store.has(variant=key[0], sampler=key[1])]
         bar = tqdm(todo, unit="row", file=sys.stderr, mininterval=2, disable=not todo)
         for name, sampler in bar:
-            if time.perf_counter() - start > self.args.minutes * 60:
-                tqdm.write(f"time is up, {len(todo) - bar.n} rows left: run the same command again", file=sys.stderr)
+            if budget.spent:
                 break
             bar.set_postfix_str(f"{sampler} {name}")
             row = self.measure(CATALOGUE.variants[name], sampler)
@@ -238,15 +217,6 @@ def save_strip(path: Path, ranged: Tensor) -> None:
     Image.fromarray(np.ascontiguousarray(pixels)).save(path)
 
 
-def _append(path: Path, header: Sequence[str], values: Sequence[object]) -> None:
-    fresh = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if fresh:
-            writer.writerow(header)
-        writer.writerow(values)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m lab.fidelity.measure", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
@@ -258,7 +228,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--batch", type=int, default=132, help="pictures at a time")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the pictures")
-    parser.add_argument("--compile", action="store_true", help="try torch.compile, and use it where it is faster")
     parser.add_argument("--classifier", type=Path, help="from lab.models.classifier; without it no Frechet distance")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after this time")

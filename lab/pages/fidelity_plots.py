@@ -13,8 +13,6 @@ from .style import INK, PAPER, STYLES, figure_of, save
 TITLES = {
     "tomesd": "as tomesd does",
     "ToDo": "downsample (ToDo)",
-    "sample, unweighted": "sample, each key counted once",
-    "ToDo, unweighted": "downsample, each key counted once",
 }
 
 

@@ -61,9 +61,7 @@ def table(rows: Sequence[Row], cells: str) -> str:
 
 def frontier(rows: Sequence[Row], sampler: str) -> list[Row]:
     """What the plots show: every method, and late starts."""
-    found = {
-        row["variant"]: row for name in ("frontier", "starts", "joint", "own") for row in of_set(rows, name, sampler)
-    }
+    found = {row["variant"]: row for name in ("frontier", "starts", "own") for row in of_set(rows, name, sampler)}
     return timed_together([row for row in found.values() if row["family"] in STYLES or row["family"] == "unmerged"])
 
 
@@ -88,22 +86,6 @@ def frontier_table(rows: Sequence[Row]) -> str:
     return table(order, FULL)
 
 
-def sampling_table(rows: Sequence[Row]) -> str:
-    chosen = of_set(rows, "sampling", main_sampler(rows))
-    return table(chosen, "variant cost psnr gain ssim texture") if len(chosen) > 9 else ""  # else key's alone
-
-
-def texture_table(rows: Sequence[Row]) -> str:
-    sampler = main_sampler(rows)
-    chosen = [row for name in ("texture", "texture_more") for row in of_set(rows, name, sampler)]
-    return table(chosen, UNTIMED) if sum(row["texture"] != "" for row in chosen) > 3 else ""
-
-
-def joint_table(rows: Sequence[Row]) -> str:
-    chosen = of_set(rows, "joint", main_sampler(rows))
-    return table(chosen, UNTIMED) if any("unweighted" in row["family"] for row in chosen) else ""
-
-
 def of_sampler_table(rows: Sequence[Row], sampler: str) -> str:
     """The set "key" with a sampler that is not the tables' own."""
     return table(of_set(rows, "key", sampler), UNTIMED)
@@ -120,28 +102,11 @@ def models_table(rows: Sequence[Row]) -> str:
     if len(found) < 2:
         return ""
     lines = []
-    for variant in dict.fromkeys(CATALOGUE.sets["key"][1:] + CATALOGUE.sets["joint"][1:]):
+    for variant in CATALOGUE.sets["key"][1:]:
         cells = [own.get(variant) for own in found.values()]
         if sum(cell is not None for cell in cells) > 1:
             lines.append([variant, *("" if c is None else with_error(c["psnr"], c["psnr_se"]) for c in cells)])
     return markdown(["what", *found], lines, left=1)
-
-
-def apart_table(rows: Sequence[Row]) -> str:
-    """Draws that differ between heads or queries, by the sampler that most of them were measured with."""
-    kinds = [(row["sampler"], row["images"]) for row in rows if " apart" in row["family"]]
-    if not kinds:
-        return ""
-    sampler, images = statistics.mode(kinds)  # of so many pictures: means over 8 and over 264 do not compare
-    chosen = of_set([row for row in rows if row["images"] == images], "apart", sampler)
-    # What nobody has measured of a file is empty: the Frechet distance needs a classifier.
-    columns = UNTIMED if all(row["fd_gap"] for row in chosen) else UNTIMED.replace(" fd_gap", "")
-    return table(chosen, columns)
-
-
-def guided_table(rows: Sequence[Row]) -> str:
-    chosen = of_set(rows, "guided", main_sampler(rows))
-    return table(chosen, FULL) if any("guided" in row["family"] for row in chosen) else ""
 
 
 def paper_table(rows: Sequence[Row]) -> str:
@@ -216,20 +181,11 @@ PAIRS = (
     ("sample 0.75", "merge_keys mean 0.75"),
     ("sample 0.9375 from 0.2", "sample 0.75"),
     *((sample_name(*at), sample_name(*at, own=True)) for at in OWN_KEY[1:2] + OWN_KEY[3:]),
-    ("sample 0.75", "sample 0.75, unweighted"),
-    ("sample 0.9375", "sample 0.9375, unweighted"),
-    ("downsample 2x2", "downsample 2x2, unweighted"),
-    ("downsample 4x4", "downsample 4x4, unweighted"),
     ("merge 0.25", "tomesd 0.25"),
     ("merge 0.5", "tomesd 0.5"),
     ("merge 0.75", "tomesd 0.75"),
     ("merge_keys pick 0.5", "merge_keys mean 0.5"),
     ("merge_keys pick 0.75", "merge_keys mean 0.75"),
-    *(
-        (f"sample {ratio}", f"sample {ratio}, {word}")
-        for ratio in ("0.75", "0.9375")
-        for word in ("independent", "walk by layers", "walk by steps", "once a step", "once", f"one draw, {OWN}", OWN)
-    ),
 )
 
 
@@ -280,16 +236,11 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "about": about,
     "frontier": frontier_table,
     "samplers": samplers_table,
-    "sampling": sampling_table,
     "pairs": pairs_table,
     "presets_fidelity": presets_table,
     "starts": starts_table,
     "floor": floor_table,
     "paper": paper_table,
-    "texture": texture_table,
-    "joint": joint_table,
-    "apart": apart_table,
-    "guided": guided_table,
     "guidance": lambda rows: of_sampler_table(rows, "ddim30@g7.5"),
     "inpaint": lambda rows: of_sampler_table(rows, "inpaint30"),
 }

@@ -9,7 +9,6 @@ PAPER, INK, GRID = "#fbfbf9", "#22262b", "#d9d9d4"
 # family: (colour, marker, line). Colours after Okabe and Ito, told apart by colour-blind eyes too.
 STYLES: dict[str, tuple[str, str, str]] = {
     "sample": ("#0072b2", "o", "-"),
-    "sample from 0.05": ("#56b4e9", "D", "--"),
     "sample from 0.1": ("#56b4e9", "v", "--"),
     "sample from 0.2": ("#56b4e9", "o", "--"),
     "sample from 0.4": ("#56b4e9", "s", "--"),
@@ -27,8 +26,6 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "ToDo from 0.2": ("#009e73", "D", "--"),
     "merge, proportional from 0.2": ("#e69f00", "s", "--"),
     "tomesd from 0.2": ("#d55e00", "s", "--"),
-    "sample, unweighted": ("#0072b2", "x", ":"),
-    "ToDo, unweighted": ("#009e73", "x", ":"),
 }
 
 

@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +48,17 @@ def exponent(tokens: list[int], times: list[float], octaves: int = 3) -> float:
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
     return above / sum((a - mean_x) ** 2 for a in x)
+
+
+@contextmanager
+def kernels_off(off: bool) -> Iterator[None]:
+    serves = kernels.serves
+    if off:
+        kernels.serves = lambda *tensors: False
+    try:
+        yield
+    finally:
+        kernels.serves = serves
 
 
 # What is timed: its name, the call, what it draws from.
@@ -102,10 +114,7 @@ def measure(tokens: int, who: str, args: argparse.Namespace) -> Iterator[dict[st
         "who": who,
     }  # fmt: skip
     try:
-        with (
-            kernels.use("reference" if who == "torch" else "auto"),
-            attention_by("cudnn" if args.device == "cuda" else "default"),
-        ):
+        with kernels_off(who == "torch"), attention_by("cudnn" if args.device == "cuda" else "default"):
             for what, call, generators in made(x, grid):
                 # A replay costs about as much as a small kernel, so a graph holds several calls.
                 calls = 1 if args.device == "cpu" else 10 if tokens <= 2**15 else 2

@@ -8,6 +8,7 @@ stops, for several processes side by side. docs/kernels.md says what the numbers
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -17,15 +18,15 @@ import torch
 from torch import Tensor
 
 from shared_tome import ModelCall, ToMeConfig, kernels
-from shared_tome.attention import bias as attention
-from shared_tome.attention import self_token as own
-from shared_tome.core import channels as wider
+from shared_tome.attention.bias import bias as attention
+from shared_tome.attention.bias import self_token as own
 from shared_tome.core import matching
 from shared_tome.core.curve import curve_order
 from shared_tome.core.groups import group_counts, group_sum, take
 from shared_tome.core.noise import key
 from shared_tome.core.partition import partition
 from shared_tome.core.sampling import walk_rows, walk_table
+from shared_tome.merging import call as call_module
 
 from .common import DTYPES, Budget, Store, add_output_options, machine, microseconds, show
 from .kernel_case import Case, Reached, check_links, check_mean, check_select
@@ -143,7 +144,7 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
             )
     if case.channels in (320, 1280):
         for warps in (None, 32) if variants else (None,):
-            if src.shape[1] > 2 * kernels.names.SELECTED:
+            if src.shape[1] > 2 * kernels.SELECTED:
                 break
             yield (
                 "select",
@@ -189,10 +190,11 @@ def jobs(case: Case, variants: bool) -> Iterator[Job]:
 
     # As attend_tokens hands them over: 8 heads in SD1.5, heads of 64 in SDXL.
     parts = (y.unflatten(-1, (heads, -1)),) * 3
-    bias, room = case.sizes.log()[:, :, None], wider.extra_channels(parts[0].shape[-1])
+    bias, room = case.sizes.log()[:, :, None], attention.extra_channels(parts[0].shape[-1])
 
     def in_torch():
-        return wider.extend_heads(*parts, bias)
+        q, k, v = parts
+        return attention.query_in_torch(q), attention.key_in_torch(k, bias), attention.value_in_torch(v)
 
     yield (
         "widen",
@@ -297,7 +299,10 @@ def nearest_variants() -> list:
 
 
 def layer_jobs(case: Case) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """(name, variant, call): all that merging adds to a layer, and a layer's share of what sampling draws."""
+    """(name, variant, call): all that merging adds to a layer, and a layer's share of what sampling draws.
+
+    The variants leave one of the joined kernels away, so that each shows what it saves.
+    """
     sampling = ToMeConfig(ratio=0.75, min_tokens=0, own_token=False)
     heads = 8 if case.channels == 320 else case.channels // 64
 
@@ -307,7 +312,7 @@ def layer_jobs(case: Case) -> Iterator[tuple[str, str, Callable[[], Any]]]:
             made = model.attention(case.x, case.x, case.x, case.grid)
             if widens:
                 q, k, v = (x.unflatten(-1, (heads, -1)) for x in (made.q, made.k, made.v))
-                kernels.extend_heads(q, k, v, made.bias[:, :, None])
+                attention.extend_heads(q, k, v, made.bias[:, :, None])
             out = made.unmerge(made.q)
         return out, made.bias
 
@@ -318,9 +323,33 @@ def layer_jobs(case: Case) -> Iterator[tuple[str, str, Callable[[], Any]]]:
         return made.k
 
     yield "whole merge", "", merged
+    yield "whole merge", "match apart", without((kernels, "match"), merged)
     yield "4 x merge", "", lambda: merged(4)
+    yield "4 x merge", "split by layer", without((call_module, "split_layers"), lambda: merged(4))
     yield "4 x merge", "with heads", lambda: merged(4, True)
+    yield "4 x merge", "with heads in torch", without((kernels, "widen"), lambda: merged(4, True))
     yield "4 x sample", "", sampled
+
+
+def without(what: tuple[Any, str], call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call with a function that gives None instead of its kernel's result: (module, name)."""
+
+    def run():
+        with replaced(*what, lambda *given: None):
+            return call()
+
+    return run
+
+
+@contextlib.contextmanager
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """A module's attribute for a while."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def timed(call: Callable[[], Any], seconds: float, calls: int = CALLS) -> dict[str, float]:
@@ -344,7 +373,7 @@ def launches(call: Callable[[], Any]) -> int:
 
 def without_kernels(call: Callable[[], Any]) -> Callable[[], Any]:
     def run():
-        with kernels.use("reference"):
+        with replaced(kernels, "serves", lambda *tensors: False):
             return call()
 
     return run

@@ -21,7 +21,7 @@ from lab.pages import fill
 from lab.pages.rows import main_sampler, results
 from shared_tome import ModelCall, ToMeConfig
 
-MEASURED = dict.fromkeys(CATALOGUE.sets["key"] + CATALOGUE.sets["joint"])
+MEASURED = CATALOGUE.sets["key"]
 
 
 def level0(**options) -> ToMeConfig:
@@ -154,7 +154,8 @@ def test_hooks_leave_the_model_as_it_was(dit_bench, fails):
         with merged(network, Variant("x", "", level0(ratio=0.75, method="sample"))) as run:
             run.begin(GRID, x.device, torch.zeros(1, dtype=torch.int64), 0, 2)
             assert not torch.equal(network(x, times, context), before)
-            assert len(run.seen) == SMALL.double + SMALL.single  # every block's attention
+            every = SMALL.double + SMALL.single  # every block's attention
+            assert run.work["all"] == every * (TEXT + 64) ** 2
             if fails:
                 raise RuntimeError("on purpose")
     except RuntimeError:
@@ -195,12 +196,12 @@ def two_steps():
 @pytest.fixture(scope="module")
 def rows(dit_file, two_steps, tmp_path_factory) -> dict[str, dict[str, str]]:
     out = tmp_path_factory.mktemp("rows") / "dit.csv"
-    measure.main(arguments(dit_file, out, "--plan", "key,few,joint"))
+    measure.main(arguments(dit_file, out, "--plan", "key,few"))
     return rows_of(out)
 
 
 def test_every_row_of_the_sets_comes_out(rows):
-    assert list(rows) == list(MEASURED)
+    assert list(rows) == MEASURED
     for name, row in rows.items():
         assert row["step_shape"] == "2x3x16x16" and float(row["step_ms"]) > 0
         assert name == UNMERGED or 0 < float(row["psnr"]) < 200, name
@@ -210,7 +211,7 @@ def test_every_row_of_the_sets_comes_out(rows):
     ("name", "queries", "keys"),
     [
         ("sample 0.75", 64, 16),
-        ("sample 0.9375, unweighted", 64, 4),
+        ("sample 0.9375", 64, 4),
         ("downsample 4x4", 64, 4),
         ("tomesd 0.5", 32, 32),
         ("merge_keys pick 0.75", 64, 16),
@@ -224,11 +225,6 @@ def test_cost_counts_the_text(rows, name, queries, keys):
     assert float(late["cost"]) == pytest.approx((1 + (TEXT + 16) / (TEXT + 64)) / 2, abs=1e-5)
 
 
-def test_weighing_changes_the_picture_beside_text(rows):
-    assert all(rows[f"{name}, unweighted"]["psnr"] != rows[name]["psnr"] for name in ("sample 0.75", "downsample 2x2"))
-    assert "proportional=False" in rows["sample 0.75, unweighted"]["options"]
-
-
 def test_tables_and_plots_take_the_sampler_that_was_measured(rows):
     own = [dict(row, file="fresh", singles="40 41", model="m", yardstick="") for row in rows.values()]
     ddim = [dict(row, sampler="ddim30") for row in own]
@@ -237,7 +233,7 @@ def test_tables_and_plots_take_the_sampler_that_was_measured(rows):
     written = fill.filled(page, fill.of_fidelity([*results(), *own]))
     for name in MEASURED:
         assert f"| {name} |" in written, name
-    assert "| sample 0.75 | sample 0.75, unweighted |" in written and "model m" in written
+    assert "| sample 0.9375 from 0.2 | sample 0.75 |" in written and "model m" in written
     families = {row["family"] for row in own} - {"unmerged"}
     assert families <= set(plot.STYLES)
 

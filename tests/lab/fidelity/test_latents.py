@@ -15,7 +15,7 @@ from PIL import Image
 from lab.fidelity import measure, samplers
 from lab.fidelity.bench import Bench
 from lab.fidelity.hooks import Run
-from lab.fidelity.methods import CATALOGUE, UNMERGED
+from lab.fidelity.methods import CATALOGUE
 from lab.fidelity.metrics import psnr, to_range
 from lab.models import autoencoder, classifier, data, diffusion
 from lab.models.data_fine import FINE
@@ -252,52 +252,6 @@ def test_bench_decodes_what_was_painted(bench, model_file: Path) -> None:
     assert psnr(to_range(pictures), to_range(model.decode(painted))).min() > 60
     plain, _ = bench.pictures(CATALOGUE.variants["unmerged"], "ddim5")
     assert not torch.equal(plain, pictures)
-
-
-@pytest.mark.parametrize(
-    ("name", "before", "shared", "sampler"),
-    [
-        *(("sample 0.75 from 0.2", UNMERGED, 1, sampler) for sampler in ("ddim5", "euler_a5", "dpmpp2m5", "inpaint5")),
-        ("sample 0.75, once", "sample 0.75", 0, "ddim5"),
-        ("sample 0.75 until 0.8", "sample 0.75", 4, "ddim5"),
-        ("sample 0.75 until 0.8", "sample 0.75", 4, "inpaint5"),
-        ("sample 0.9375 until 0.8", "sample 0.75", 0, "ddim5"),
-        ("sample 0.9375 from 0.2, walk by layers", "sample 0.9375 from 0.2", 1, "ddim5"),  # the unmerged step alone
-        ("match shared by 2 steps", "match shared by layers", 0, "ddim5"),
-        ("unmerged, float32", UNMERGED, 0, "ddim5"),
-    ],
-)
-def test_steps_that_two_variants_share_are_made_once(bench, model_file, name, before, shared, sampler) -> None:
-    """Bit for bit what they are alone, the count of work too."""
-    first, second = (CATALOGUE.variants[one] for one in (before, name))
-    alone, run = bench.pictures(second, sampler)
-    assert not bench.beginnings.predicted  # nobody said that it would be needed
-    calls = []
-    forward = bench.network.forward
-    bench.network.forward = lambda *a: calls.append(1) or forward(*a)
-    bench.beginnings.expect([(first, sampler), (second, sampler), (second, sampler)])
-    bench.pictures(first, sampler)
-    assert len(calls) == 5
-    again, counted = bench.pictures(second, sampler)
-    assert len(calls) == 5 + 5 - shared
-    assert torch.equal(alone, again) and run.work == counted.work
-    other, _ = Bench(model_file, "cpu", images=4, seeds=1, batch=4).pictures(second, "ddim5@g5")
-    assert torch.equal(bench.pictures(second, "ddim5@g5")[0], other)  # another guidance's steps are not taken
-
-
-def test_a_measurement_shares_what_its_plan_has_in_common(model_file, tmp_path, monkeypatch) -> None:
-    """The reference too, where its row is in the file already."""
-    plan, out = tmp_path / "plan.txt", tmp_path / "a.csv"
-    fixed = "--samplers ddim5 --images 2 --seeds 1 --device cpu --time-repeats 0"
-    arguments = ["--model", str(model_file), "--out", str(out), "--plan", str(plan), *fixed.split()]
-    plan.write_text("unmerged\n")
-    measure.main(arguments)
-    counts = []
-    real = Run.count_again
-    monkeypatch.setattr(Run, "count_again", lambda self, seen: counts.append(self.variant.name) or real(self, seen))
-    plan.write_text("unmerged\nsample 0.75\nsample 0.75 until 0.8\nsample 0.9375 from 0.2\n")
-    measure.main(arguments)
-    assert counts == ["sample 0.75 until 0.8"] * 4 + ["sample 0.9375 from 0.2"]
 
 
 def test_inpainting_keeps_the_known_half(bench) -> None:

@@ -1,4 +1,4 @@
-"""The lab's samplers, metrics, draws and page, each against something known."""
+"""The lab's samplers, metrics, catalogue and page, each against something known."""
 
 from __future__ import annotations
 
@@ -20,11 +20,8 @@ from lab.models.diffusion import cosine_sigmas
 from lab.pages import fidelity_tables as plot
 from lab.pages import fill
 from lab.pages.rows import MAIN, results
-from shared_tome import ModelCall, ToMeConfig
+from shared_tome import ToMeConfig
 from shared_tome.config import Preset
-
-GRID = (8, 8)
-TEXTURE = ("texture", "texture_more")
 
 
 def pictures(count: int, seed: int, size: int = 24) -> torch.Tensor:
@@ -167,165 +164,21 @@ def test_standard_error():
     assert metrics.standard_error(torch.tensor([float("inf"), 3.0])) == 0.0
 
 
-# -- draws --------------------------------------------------------------------------------------------------------
-
-
-def draws(make, steps: int = 4, layers: int = 3, ratio: float = 0.75) -> torch.Tensor:
-    """The tokens drawn, [steps, layers, M]."""
-    config = ToMeConfig(method="sample", ratio=ratio, levels="0", min_tokens=0)
-    memory: dict = {"steps": steps}
-    seed, x = torch.tensor([5]), torch.zeros(2, 64, 4)
-    found = []
-    for step in range(steps):
-        call = make(config, GRID, x.device, seed, step, memory)
-        found.append(torch.stack([call.plan(x, GRID).index[0] for _ in range(layers)]))
-    return torch.stack(found)
-
-
-def test_the_labs_walk_is_the_cores():
-    assert torch.equal(draws(methods.Draw), draws(methods.plain))
-
-
-def test_every_draw_is_what_its_name_says():
-    independent, step, once = draws(methods.Independent), draws(methods.OnceAStep), draws(methods.Once)
-    by_step, by_layer = draws(methods.WalkSteps), draws(methods.WalkLayers)
-    flat = independent.flatten(0, 1)
-    assert len({tuple(row.tolist()) for row in flat}) == len(flat)
-    assert (step == step[:, :1]).all() and not torch.equal(step[0], step[1])
-    assert (once == once[:1, :1]).all()
-    assert (by_step == by_step[:, :1]).all()
-    for run in range(16):  # four steps of a walk see all four tokens of a run; so do four layers
-        assert len(set(by_step[:, 0, run].tolist())) == 4
-        assert len(set(draws(methods.WalkLayers, 1, 4)[0, :, run].tolist())) == 4
-    assert not torch.equal(by_layer[0], by_layer[1])
-
-
-def test_draws_that_stay_stay():
-    walk, once = draws(methods.plain, 10, 4), draws(methods.Once, 10, 4)[0, 0]
-    fixed, held = draws(methods.LayersFixed, 10, 4), draws(methods.Held, 10, 4)
-    assert (fixed == fixed[:1]).all() and torch.equal(fixed[0, 0], once)
-    assert all(len(set(fixed[0, :, run].tolist())) == 4 for run in range(16))  # the layers see all four
-    assert (held[:5] == held[:1]).all() and (held[5:] == held[5:6]).all() and torch.equal(held[5], walk[1])
-    early, late = draws(methods.FixedLate, 10, 4), draws(methods.MovingLate, 10, 4)
-    assert torch.equal(early[:7], walk[:7]) and (early[6:] == early[6:7]).all()
-    assert (late[:7] == walk[:1]).all() and torch.equal(late[6:], walk[:4])
-    with pytest.raises(KeyError, match="steps"):
-        methods.FixedLate(ToMeConfig(), GRID, torch.device("cpu"), torch.tensor([5]), 0, {}).words(GRID, 0)
-
-
-@pytest.mark.parametrize(("ratio", "side"), [(0.75, 2), (0.9375, 4)])
-def test_a_lattice_has_the_same_token_in_every_cell(ratio, side):
-    count = side**2
-    moving, fixed = draws(methods.Lattice, count, 3, ratio), draws(methods.LatticeByLayers, 2, count, ratio)
-    places = torch.stack((moving // 8 % side, moving % 8 % side), dim=-1)  # [steps, layers, M, 2]
-    assert (places == places[:, :, :1]).all()
-    assert len({tuple(p) for p in places[:, 0, 0].tolist()}) == count  # all of them, one a step
-    assert torch.equal(moving[1, 0], moving[0, 1]) and torch.equal(fixed[0], fixed[1])
-    assert torch.equal(fixed[0, :3], moving[0])
-    cells = (moving // 8 // side) * 8 + moving % 8 // side
-    assert all(len(set(draw.tolist())) == 64 // count for draw in cells.flatten(0, 1))
-    # In the order of the runs, which own tokens rely on.
-    config = ToMeConfig(method="sample", ratio=ratio, levels="0", min_tokens=0)
-    call = methods.Lattice(config, GRID, torch.device("cpu"), torch.tensor([5]), 1, {"steps": 4})
-    plan = call.plan(torch.zeros(2, 64, 4), GRID)
-    assert torch.equal(plan.groups[0, plan.index[0]], torch.arange(64 // count))
-
-
-@pytest.mark.parametrize(("ratio", "side"), [(0.75, 2), (0.9375, 4)])
-def test_a_lattices_token_stands_for_its_own_cell(ratio, side):
-    """Who keeps its own token takes it out of what that one counts."""
-    config = ToMeConfig(method="sample", ratio=ratio, levels="0", min_tokens=0)
-    call = methods.LatticeByLayers(config, GRID, torch.device("cpu"), torch.tensor([1, 2]), 0, {"steps": 2})
-    token = torch.arange(64)
-    for layer in range(3):
-        plan = call._sample(2, GRID, layer)
-        owner = plan.choice[0, plan.runs]
-        assert len(owner.unique()) == 64 // side**2
-        for of in (lambda x: x // 8 // side, lambda x: x % 8 // side):
-            assert torch.equal(of(owner), of(token))
-
-
-def test_a_lattice_refuses_cells_that_are_no_squares():
-    config = ToMeConfig(method="sample", ratio=0.5, levels="0", min_tokens=0)
-    call = methods.Lattice(config, GRID, torch.device("cpu"), torch.tensor([5]), 0, {"steps": 4})
-    with pytest.raises(ValueError, match="2 tokens on a grid of \\(8, 8\\)"):
-        call.plan(torch.zeros(2, 64, 4), GRID)
-
-
-def test_dither_order_goes_far():
-    assert methods.dither_order(2) == [(0, 0), (1, 1), (0, 1), (1, 0)]
-    assert methods.dither_order(4)[:5] == [(0, 0), (2, 2), (0, 2), (2, 0), (1, 1)]
-    assert len(set(methods.dither_order(4))) == 16
-
-
-def test_walk_on_goes_through_a_run_without_a_repeat():
-    walk = draws(methods.WalkOn, steps=5, layers=3, ratio=0.9375)  # runs of 16: fifteen draws see fifteen tokens
-    assert all(len(set(walk[:, :, run].flatten().tolist())) == 15 for run in range(4))
-    core = draws(methods.plain, steps=5, layers=3, ratio=0.9375)
-    assert len(set(core[:, :, 0].flatten().tolist())) == 7
-
-
-def test_cells_2x4_lie_and_raster_runs_follow_the_rows():
-    for make, ratio, box in ((methods.Cells2x4, 0.875, (2, 4)), (methods.Raster, 0.75, (1, 4))):
-        index = draws(make, 1, 1, ratio)[0, 0]
-        cells = {(int(i) // 8 // box[0], int(i) % 8 // box[1]) for i in index}
-        assert len(cells) == len(index) == 64 // (box[0] * box[1])
-
-
-@pytest.mark.parametrize(("options", "expected"), [({"layers": True}, 1), ({"steps": 2}, 6), ({}, 12)])
-def test_shared_matches_are_made_once(monkeypatch, options, expected):
-    made = []
-    real = ModelCall.plan
-    monkeypatch.setattr(ModelCall, "plan", lambda self, *a: made.append(1) or real(self, *a))
-    config = ToMeConfig(method="merge", ratio=0.5, levels="0", min_tokens=0)
-    memory: dict = {}
-    for step in range(4):
-        call = methods.shared(**options)(config, GRID, torch.device("cpu"), torch.tensor([1]), step, memory)
-        plans = [call.plan(torch.randn(1, 64, 4), GRID) for _ in range(3)]
-        assert (plans[0] is plans[2]) == bool(options.get("layers"))
-    assert len(made) == (4 if options.get("layers") else expected)
+# -- the catalogue ------------------------------------------------------------------------------------------------
 
 
 def test_the_catalogue_has_what_it_promises():
     sets = methods.CATALOGUE.sets
-    assert set(sets) == {
-        "frontier",
-        "sampling",
-        "main",
-        "paper",
-        "floor",
-        "starts",
-        "key",
-        "few",
-        "joint",
-        "own",
-        "apart",
-        "guided",
-        *TEXTURE,
-    }
+    assert set(sets) == {"frontier", "main", "paper", "floor", "starts", "key", "few", "own"}
     assert len(sets["key"]) == 16 + 7 and sets["key"][16:] == sets["own"][2:]
     assert sets["few"] == [*sets["key"][:8], "sample 0.75, own token kept", "sample 0.9375, own token kept"]
-    assert not set(sets["texture"]) & set(sets["texture_more"])
     names = methods.CATALOGUE.variants
     assert all(name in names for some in sets.values() for name in some)
     assert all(any(name in some for some in sets.values()) for name in names)
     shown = [*sets["frontier"], *sets["own"]]
     families = {methods.CATALOGUE.variants[name].family for name in shown} - {"unmerged"}
     assert families <= set(plot.STYLES)
-    for name in (
-        "frontier",
-        "sampling",
-        "main",
-        "starts",
-        "paper",
-        "key",
-        "few",
-        "joint",
-        "own",
-        "texture",
-        "apart",
-        "guided",
-    ):
+    for name in set(sets) - {"floor"}:
         assert sets[name][:2] == [methods.UNMERGED, methods.BASELINE]
 
 
@@ -333,7 +186,7 @@ def test_the_catalogue_has_what_it_promises():
 def test_own_tokens_are_kept_where_the_name_says_so_whatever_the_default(monkeypatch, default):
     monkeypatch.setattr(methods, "ToMeConfig", defaulting(default))
     found = methods.catalogue().variants
-    assert sum(variant.config.own_token for variant in found.values()) == 8 + 6
+    assert sum(variant.config.own_token for variant in found.values()) == len(methods.OWN_KEY)
     for name, variant in found.items():
         assert variant.config.own_token == variant.config.keeps_own == name.endswith(", own token kept"), name
         assert ("own_token=True" in describe(variant)) == variant.config.own_token
@@ -346,7 +199,7 @@ def test_own_tokens_are_the_only_difference():
     pairs = [(name, name.removesuffix(", own token kept")) for name in methods.CATALOGUE.sets["own"][2:]]
     for own, name in pairs:
         assert found[own].config.replace(own_token=False) == found[name].config
-        assert (found[own].make, found[own].timed, found[own].timed) == (methods.plain, True, found[name].timed)
+        assert found[own].timed and found[name].timed
 
 
 # -- the page -----------------------------------------------------------------------------------------------------
@@ -358,7 +211,7 @@ def test_the_page_agrees_with_the_csv():
     text = PAGE.read_text(encoding="utf-8")
     assert fill.filled(text) == text, "run `python -m lab.pages`"
     for name in (*plot.TABLES, *plot.ACROSS):
-        assert re.search(rf"<!-- {name}( (lab|dit)(-\d)?)? -->", text), name
+        assert re.search(rf"<!-- {name}( (lab|dit))? -->", text), name
 
 
 def test_a_changed_number_is_noticed():
@@ -453,10 +306,8 @@ def test_presets_measured_without_own_tokens_are_marked(monkeypatch):
 
 
 def test_fine_detail_is_shown_where_it_is_known():
-    old, fresh = measured(methods.TEXTURE), measured(methods.TEXTURE[:6], texture="-1.234", texture_se="0.1")
-    assert fill.NOTHING in page_of("texture fresh", old)
+    old, fresh = measured(methods.KEY[:6]), measured(methods.KEY[:6], texture="-1.234", texture_se="0.1")
     assert "fine detail" not in page_of("frontier fresh", old)
-    assert "| -1.23 ± 0.10 |" in page_of("texture fresh", fresh)
     both = page_of("frontier fresh", fresh + measured(["sample 0.984375"]))
     assert "| fine detail, dB |" in both and "| -1.23 ± 0.10 |" in both
     assert next(line for line in both.splitlines() if "sample 0.984375" in line).endswith(" | - |")
@@ -479,11 +330,9 @@ def test_a_column_has_means_over_the_most_pictures_alone():
     assert "50.0" not in page and "30.0 ± 1.0 | 40.0 ± 1.0 |" in page and f"| {methods.KEY[7]} |" not in page
 
 
-@pytest.mark.parametrize(
-    ("table", "sampler"), [("guidance", "ddim30@g7.5"), ("inpaint", "inpaint30"), ("joint", "flow28")]
-)
+@pytest.mark.parametrize(("table", "sampler"), [("guidance", "ddim30@g7.5"), ("inpaint", "inpaint30")])
 def test_other_samplers_have_tables_of_their_own(table, sampler):
-    names = methods.CATALOGUE.sets["joint" if table == "joint" else "key"]
+    names = methods.CATALOGUE.sets["key"]
     rows = measured(names, sampler)
     assert all(f"| {name} |" in page_of(f"{table} fresh", rows) for name in names)
     assert fill.NOTHING in page_of(f"{table} fresh", measured(methods.KEY[:8], "lcm6"))
@@ -492,10 +341,11 @@ def test_other_samplers_have_tables_of_their_own(table, sampler):
 def test_models_stand_side_by_side(monkeypatch):
     monkeypatch.setattr(plot, "MODELS", ("fresh", "other", "absent"))
     first = measured(methods.KEY)
-    second = measured(methods.CATALOGUE.sets["joint"], "flow28", model="o", file="other", psnr="44")
+    second = measured(methods.KEY[:4], "flow28", model="o", file="other", psnr="44")
     page = page_of("models", first + second)
     assert "| what | fresh, DDIM, 30 steps | other, Euler, 28 steps |" in page
-    assert "| sample 0.75 | 30.0 ± 1.0 | 44.0 ± 1.0 |" in page and "unweighted" not in page
+    assert "| sample 0.75 | 30.0 ± 1.0 | 44.0 ± 1.0 |" in page
+    assert f"| {methods.KEY[4]} |" not in page
     assert fill.NOTHING in page_of("models", first)
 
 

@@ -1,0 +1,52 @@
+"""One clock for the CPU and for GPUs, and what is told of many times."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+class Moment:
+    """Now, on the device's own clock. The difference of two is milliseconds, the GPU's work included."""
+
+    def __init__(self, device: torch.device | str):
+        self.event = torch.cuda.Event(enable_timing=True) if torch.device(device).type == "cuda" else None
+        self.at = time.perf_counter()
+        if self.event is not None:
+            self.event.record()
+
+    def __sub__(self, earlier: Moment) -> float:
+        if self.event is None:
+            return 1e3 * (self.at - earlier.at)
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event)
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """{"median", "p20", "p80"}."""
+    if len(times) == 1:
+        return {"median": times[0], "p20": times[0], "p80": times[0]}
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return {"median": statistics.median(times), "p20": fifths[0], "p80": fifths[-1]}
+
+
+def take_turns(
+    turns: dict[Any, Callable[[], Sequence[Any]]], seconds: float, least: int = 5, most: int = 200
+) -> dict[Any, list[Any]]:
+    """What each turn measured, one after the other and round after round, so that a drift of the machine meets all;
+    every second round the other way round, so that none always comes first.
+
+    Rounds are begun until `seconds` have passed, at least `least` and at most `most` of them.
+    """
+    found: dict[Any, list[Any]] = {name: [] for name in turns}
+    start = time.perf_counter()
+    for done in range(most):
+        if done >= least and time.perf_counter() - start >= seconds:
+            break
+        for name in list(turns)[:: -1 if done % 2 else 1]:
+            found[name] += turns[name]()
+    return found
