@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..timing import Moment
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,24 @@ MODELS: dict[str, DiT] = {
 
 def build(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A ModelPatcher. Call installer.inprocess.start() first."""
-    import comfy.model_patcher
     import comfy.supported_models
 
     which = MODELS[name]
-    config = dict(which.config)
-    made = getattr(comfy.supported_models, which.supported)(config)
-    made.unet_config = dict(which.config)  # the class adds to what it is given
-    made.set_inference_dtype(dtype, None)
+    config = getattr(comfy.supported_models, which.supported)(dict(which.config))
+    config.unet_config = dict(which.config)  # the class adds to what it is given
+    config.set_inference_dtype(dtype, None)
+    return patcher(config, device, lambda _, p: p.normal_(0.0, 0.02) if p.dim() > 1 else p.fill_(0.5))
+
+
+def patcher(config: Any, device: torch.device, fill: Callable[[str, Tensor], Any]) -> Any:
+    """A ModelPatcher around the model of one of ComfyUI's configurations. fill: sets a parameter by its name."""
+    import comfy.model_patcher
+
     with torch.device(device):
-        model = made.get_model({}, "", device=device)
+        model = config.get_model({}, "", device=device)
     with torch.no_grad():
-        for parameter in model.diffusion_model.parameters():
-            parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(0.5)
+        for name, parameter in model.diffusion_model.named_parameters():
+            fill(name, parameter)
     return comfy.model_patcher.ModelPatcher(model.to(device), device, device)
 
 
@@ -141,52 +147,26 @@ class BlockClock:
     """How long a call and each of its blocks take, the GPU's work included."""
 
     def __init__(self, model: Any, name: str, device: torch.device):
-        self.depths, self.on_gpu = MODELS[name].depths, device.type == "cuda"
+        self.depths, self.device = MODELS[name].depths, device
         self.kinds = {kind: getattr(model.model.diffusion_model, kind) for kind in self.depths}
-        self._marks: dict[str, list[tuple[Any, Any]]] = {}
-
-    def _mark(self) -> Any:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, begin: Any, end: Any) -> float:
-        return begin.elapsed_time(end) if self.on_gpu else 1e3 * (end - begin)
-
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        handles = []
-
-        def begin(module: Any, args: Any, kind: str) -> None:
-            self._marks[kind].append((self._mark(), None))
-
-        def end(module: Any, args: Any, out: Any, kind: str) -> None:
-            self._marks[kind][-1] = (self._marks[kind][-1][0], self._mark())
-
-        try:
-            for kind, blocks in self.kinds.items():
-                for block in blocks:
-                    handles.append(block.register_forward_pre_hook(lambda m, a, kind=kind: begin(m, a, kind)))
-                    handles.append(block.register_forward_hook(lambda m, a, o, kind=kind: end(m, a, o, kind)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def time(self, call: Any) -> tuple[float, float]:
         """(milliseconds of this call, of one with as many blocks as the real model has)."""
-        self._marks = {kind: [] for kind in self.kinds}
-        with self._hooks():
-            start = self._mark()
+        marks: dict[str, list[Moment]] = {kind: [] for kind in self.kinds}  # before and after each block
+        with ExitStack() as hooks:
+            for kind, blocks in self.kinds.items():
+
+                def mark(*_: Any, kind: str = kind) -> None:
+                    marks[kind].append(Moment(self.device))
+
+                for block in blocks:
+                    hooks.callback(block.register_forward_pre_hook(mark).remove)
+                    hooks.callback(block.register_forward_hook(mark).remove)
+            start = Moment(self.device)
             call()
-            stop = self._mark()
-        if self.on_gpu:
-            torch.cuda.synchronize()
-        total = full = self._between(start, stop)
+            total = full = Moment(self.device) - start
         for kind, (made, depth) in self.depths.items():
-            times = [self._between(*marks) for marks in self._marks[kind]]
+            times = [after - before for before, after in zip(marks[kind][::2], marks[kind][1::2], strict=True)]
             if len(times) != made:
                 raise RuntimeError(f"{len(times)} calls of {kind}, {made} were expected")
             # What a call sets up for all blocks is in its first one, once; that must not be taken for every block's.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..speed.growth import exponent
-from ..store import RESULTS, Row, read
+from ..store import RESULTS, Row, grouped, read
 from ..store import markdown as table
 
 FOLDER = RESULTS / "speed"
@@ -43,12 +43,9 @@ def _by_variant(
 ) -> str:
     """A line for each group of rows that agree in `keys`, a column for each variant. cell: the line's first cells."""
     variants = list(dict.fromkeys(row["variant"] for row in rows if row["variant"] != "unmerged"))
-    groups: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), {})[row["variant"]] = row
     body = [
         [*cell(found["unmerged"]), _milliseconds(found["unmerged"]), *(times(found.get(name)) for name in variants)]
-        for found in groups.values()
+        for found in grouped(rows, keys, "variant").values()
     ]
     return table([*heads, "unmerged step (p20 to p80)", *variants], body)
 
@@ -91,11 +88,8 @@ def _saved(row: Row) -> float:
 
 def bound(rows: list[Row]) -> str:
     """How much of what its zero-cost bound saves each method at ratio 0.5 saves."""
-    groups: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        groups.setdefault((row["backend"], row["model"], row["pixels"]), {})[row["variant"]] = row
     body = []
-    for (backend, *_), found in groups.items():
+    for (backend, *_), found in grouped(rows, ("backend", "model", "pixels"), "variant").items():
         if not {"unmerged", "half at no cost", "merge 0.5"} <= set(found):
             continue
         # By speedups, each turn against turn with the unmerged step: rows may be of two runs.
@@ -165,25 +159,9 @@ def dit(rows: list[Row]) -> str:
     return f"{_by_variant(rows, keys, heads, cell)}\n{about(rows)}.\n"
 
 
-def weights(rows: list[Row]) -> str:
-    """Attention alone with sampled keys: the ways to weigh them, in microseconds."""
-    ways = list(dict.fromkeys(row["way"] for row in rows))
-    groups: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        groups.setdefault((row["backend"], row["shape"], row["ratio"]), {})[row["way"]] = row
-    body = []
-    for key, found in groups.items():
-        cells = [f"{float(found[way]['us']):,.0f}" if way in found and found[way]["us"] else "-" for way in ways]
-        body.append([*key, *cells])
-    return f"{table(['attention', 'shape', 'ratio', *ways], body)}\n{about(rows)}.\n"
-
-
 def multigpu(rows: list[Row]) -> str:
     """Steps of ComfyUI on one and on two GPUs, against unmerged on one."""
     variants = list(dict.fromkeys(row["variant"] for row in rows))
-    groups: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        groups.setdefault((row["model"], row["pixels"], row["images"], row["gpus"]), {})[row["variant"]] = row
 
     def cell(row: Row | None) -> str:
         return f"{times(row)} ({float(row['differs']):.0e})" if row and row["differs"] else times(row)
@@ -193,7 +171,7 @@ def multigpu(rows: list[Row]) -> str:
             _model(found["unmerged"]), images, gpus, _milliseconds(found["unmerged"]),
             *(cell(found.get(name)) for name in variants),
         ]
-        for (_, _, images, gpus), found in groups.items()
+        for (_, _, images, gpus), found in grouped(rows, ("model", "pixels", "images", "gpus"), "variant").items()
     ]  # fmt: skip
     head = ["model, pixels", "images", "GPUs", "unmerged step (p20 to p80)", *variants]
     return f"{table(head, body)}\n{about(rows)}.\n"
@@ -202,11 +180,8 @@ def multigpu(rows: list[Row]) -> str:
 def multires(rows: list[Row]) -> str:
     """Attention to keys at three resolutions: microseconds, and how many times as fast as cuDNN's to all tokens."""
     ways = [way for way in dict.fromkeys(row["way"] for row in rows) if way != "cudnn"]
-    groups: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        groups.setdefault(row["shape"], {})[row["way"]] = row
     body = []
-    for shape, found in groups.items():
+    for (shape,), found in grouped(rows, ("shape",), "way").items():
         base = found["cudnn"]
         tokens = f"{int(base['tokens']):,} x {base['heads']} of {base['channels']}, {base['text']} of text"
         cells = [f"{float(found[way]['us']):,.0f} ({times(found[way])})" if way in found else "-" for way in ways]
@@ -225,7 +200,6 @@ MAKERS: dict[str, tuple[str, Callable[[Row], bool], Callable[[list[Row]], str]]]
     "memory": ("memory", bool, memory),
     "growth": ("growth", lambda row: row["us"] != "", growth),
     "dit": ("dit", bool, dit),
-    "weights": ("dit-attention", bool, weights),
     "multigpu": ("multigpu", bool, multigpu),
     "multires": ("multires", bool, multires),
 }

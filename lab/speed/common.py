@@ -1,29 +1,31 @@
-"""What the benchmarks share: timing, the machine's description, output that a later run goes on with."""
+"""What the benchmarks share: arguments, timing, the machine's description, a run that goes on where one stopped."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
+from tqdm import tqdm
 
 from shared_tome.autotune.layer import put_in_order
 
-from ..store import Store, as_csv, rounded, save
+from ..store import Budget, Store, as_csv, rounded
+from ..timing import spread, take_turns
 
-__all__ = ["Store", "save"]  # kept beside what writes rows
+__all__ = ["take_turns"]  # kept beside the other ways to time
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -83,34 +85,40 @@ def _first_line(command: list[str]) -> str:
     return done.stdout.strip().partition("\n")[0]
 
 
+# -- times -----------------------------------------------------------------------------------------------------------
+
+
 def microseconds(
     call: Callable[[], Any],
     *,
     graph: bool = False,
     min_time: float = 0.2,
     generators: Sequence[torch.Generator] = (),
+    together: int = 1,
 ) -> dict[str, float]:
     """The time of one call: {"median", "p20", "p80"} in microseconds, after warming up.
 
     graph: as a captured CUDA graph, so without the gaps between launches that eager running leaves.
     generators: what the call draws from; a captured graph must know them.
+    together: calls in a row that are timed as one, since a graph's replay costs about as much as a small kernel.
     """
-    call()
-    if graph:
-        call = captured(call, lambda: generators)
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+
+    def several() -> None:
+        for _ in range(together):
+            call()
+
+    several()
+    timed = captured(several, lambda: generators) if graph else several
+    timer = Timer("call()", globals={"call": timed}, num_threads=torch.get_num_threads())
     # The timer synchronises the GPU around each block of calls; ten blocks give a spread, two serve for a try.
     blocks = 10 if min_time >= 0.01 else 2
     number = max(1, round(min_time / blocks / timer.timeit(1).mean))
-    return spread([1e6 * timer.timeit(number).mean for _ in range(blocks)])
+    return spread([1e6 * timer.timeit(number).mean / together for _ in range(blocks)])
 
 
-def spread(times: Sequence[float]) -> dict[str, float]:
-    """{"median", "p20", "p80"}."""
-    if len(times) == 1:
-        return {"median": times[0], "p20": times[0], "p80": times[0]}
-    fifths = statistics.quantiles(times, n=5, method="inclusive")
-    return {"median": statistics.median(times), "p20": fifths[0], "p80": fifths[-1]}
+def us_columns(found: dict[str, float] | None) -> dict[str, Any]:
+    """A row's columns on microseconds; empty where nothing could be measured."""
+    return {"us" if key == "median" else key: found[key] if found else "" for key in ("median", "p20", "p80")}
 
 
 # Columns of a row: what they are of `spread`.
@@ -157,24 +165,6 @@ def turn_of(call: Callable[[], Any], device: str, together: float = 0.05) -> Cal
     return lambda: [seconds_of(call, device, repeats)]
 
 
-def take_turns(
-    turns: dict[str, Callable[[], Sequence[Any]]], seconds: float, least: int = 5, most: int = 200
-) -> dict[str, list[Any]]:
-    """What each turn measured, one after the other and round after round, so that a drift of the machine meets all;
-    every second round the other way round, so that none always comes first.
-
-    Rounds are begun until `seconds` have passed, at least `least` and at most `most` of them.
-    """
-    found: dict[str, list[Any]] = {name: [] for name in turns}
-    start = time.perf_counter()
-    for done in range(most):
-        if done >= least and time.perf_counter() - start >= seconds:
-            break
-        for name in list(turns)[:: -1 if done % 2 else 1]:
-            found[name] += turns[name]()
-    return found
-
-
 def captured(call: Callable[[], Any], generators: Callable[[], Sequence[torch.Generator]] = list) -> Callable[[], None]:
     """Replays one call as a CUDA graph. generators: what the call draws from, asked for after warming up."""
     side = torch.cuda.Stream()
@@ -191,25 +181,87 @@ def captured(call: Callable[[], Any], generators: Callable[[], Sequence[torch.Ge
     return graph.replay
 
 
-class Budget:
-    """How long a run may go on. minutes: None for as long as it takes."""
-
-    def __init__(self, minutes: float | None):
-        self._end = None if minutes is None else time.monotonic() + 60 * minutes
-
-    @property
-    def spent(self) -> bool:
-        return self._end is not None and time.monotonic() > self._end
+# -- a run -----------------------------------------------------------------------------------------------------------
 
 
-def add_output_options(parser: ArgumentParser, resumes: bool = True) -> None:
-    """What all benchmarks have in common on the command line."""
-    parser.add_argument("--commit", default=None, help="where the tree is no git checkout")
-    parser.add_argument("--json", action="store_true", help="one JSON list on stdout instead of CSV")
-    kept = "; rows that are in it are not measured again" if resumes else ""
-    parser.add_argument("--out", type=Path, help=f"a CSV file to write as well{kept}")
-    if resumes:
-        parser.add_argument("--minutes", type=float, default=None, help="begin nothing new after this time")
+class Arguments(ArgumentParser):
+    """What all benchmarks have in common on the command line.
+
+    half: the dtype on a GPU, where the CPU has float32; "" where there is no choice. rounds: seconds for the rounds of
+    one job, and how many rounds are run in any case. comfyui: whether a ComfyUI is started.
+    """
+
+    def __init__(self, doc: str, half: str = "", rounds: tuple[float, int] | None = None, comfyui: bool = False):
+        super().__init__(description=doc, formatter_class=RawDescriptionHelpFormatter)
+        self.half = half
+        cuda, named = torch.cuda.is_available(), os.environ.get("COMFYUI_DIR")
+        self.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
+        if half:
+            self.add_argument("--dtype", choices=list(DTYPES), help=f"{half} on a GPU, float32 on the CPU")
+        if rounds:
+            self.add_argument("--seconds", type=float, default=rounds[0], help="time for the rounds of one job")
+            self.add_argument("--least", type=int, default=rounds[1], help="rounds that are run in any case")
+        if comfyui:
+            self.add_argument("--comfyui", type=Path, default=named, required=named is None)
+        self.add_argument("--commit", help="where the tree is no git checkout")
+        self.add_argument("--json", action="store_true", help="one JSON list on stdout instead of CSV")
+        self.add_argument("--out", type=Path, help="a CSV file to write as well; rows in it are not measured again")
+        self.add_argument("--minutes", type=float, help="begin nothing new after this time")
+
+    def one_of(self, name: str, choices: Iterable[Any], default: Sequence[Any] | None, help: str = "", **more: Any):
+        """An argument that takes some of the choices."""
+        self.add_argument(name, nargs="+", choices=list(choices), default=default, help=help or None, **more)
+
+    def parsed(self) -> Namespace:
+        """With `on_gpu`, and the dtype that is meant."""
+        args = self.parse_args()
+        args.on_gpu = args.device == "cuda"
+        if self.half:
+            args.dtype = args.dtype or (self.half if args.on_gpu else "float32")
+        return args
+
+
+def start_comfyui(args: Namespace) -> None:
+    """The ComfyUI that the arguments name, in this process."""
+    from installer import inprocess
+
+    inprocess.start(Path(args.comfyui), ["--gpu-only"] if args.on_gpu else ["--cpu"], absent=["av"])
+
+
+Job = dict[str, Any]
+"""The columns that name what is measured together."""
+
+
+def run_jobs(
+    args: Namespace,
+    jobs: Sequence[tuple[Job, Sequence[Any]]],
+    measure: Callable[[Job, list[Any]], Iterable[dict[str, Any]]],
+    by: str | tuple[str, ...] = "variant",
+    first: Sequence[Any] = (),
+    packages: Sequence[str] = ("triton",),
+    about: dict[str, str] | None = None,
+) -> None:
+    """Measures what the file lacks and shows all rows.
+
+    jobs: each with the names that it has in the columns `by`. measure: the rows of a job for these names, without the
+    job's own columns. first: names that every job measures. about: columns in place of the machine's own.
+    """
+    columns = (by,) if isinstance(by, str) else by
+    store, budget = Store(args.out, (*jobs[0][0], *columns)), Budget(args.minutes)
+    stamp = {**machine(args.device, args.commit), "versions": versions(*packages), **(about or {})}
+    with torch.no_grad():
+        for job, names in tqdm(jobs, file=sys.stderr):
+            keys = {name: dict(zip(columns, (name,) if isinstance(by, str) else name, strict=True)) for name in names}
+            wanted = [name for name in names if not store.has(**job, **keys[name])]
+            if not wanted:
+                continue
+            if budget.spent:
+                break
+            for row in measure(job, list(dict.fromkeys([*first, *wanted]))):
+                store.add({**job, **row, **stamp})
+            if args.on_gpu:
+                torch.cuda.empty_cache()
+    show(store.rows, args.json)
 
 
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -9,21 +9,19 @@ guidance (guidance by two calls doubles both). "limit" leaves the attention itse
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from installer import inprocess
 
 from ..models.full_dits import MODELS, BlockClock, Call, build, without_attention
-from .common import DTYPES, Budget, Store, add_output_options, machine, show, spread, take_turns, versions
-from .hosts import BACKENDS, choose_attention
+from ..timing import spread
+from .common import BACKENDS, DTYPES, Arguments, Job, run_jobs, start_comfyui, take_turns
+from .hosts import choose_attention
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "unmerged": None,
@@ -38,7 +36,6 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "merge 0.5": {"ratio": 0.5, "method": "merge"},
     "limit": None,
 }
-KEYS = ("model", "size", "backend", "dtype", "variant")
 
 
 def variant(model: Any, name: str, tokens: int) -> Any:
@@ -52,83 +49,54 @@ def variant(model: Any, name: str, tokens: int) -> Any:
     return patch.apply_to_model(model, patch.ToMeConfig(**VARIANTS[name], min_tokens=min(tokens, 2048), levels="0"))
 
 
-def measure(
-    model: Any, name: str, size: str, names: Sequence[str], args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
+def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one model and size, all from the same rounds."""
+    name, size = job["model"], job["size"]
     which, device = MODELS[name], model.load_device
     call, clock, tokens = Call(name, size, device), BlockClock(model, name, device), which.tokens(size)
     turns: dict[str, Callable[[], list[tuple[float, float]]]] = {}
-    for each in names:
-        clone = variant(model, each, tokens)
-        call(clone)  # warm
-        turns[each] = lambda clone=clone: [clock.time(lambda: call(clone))]
-    found = take_turns(turns, args.seconds, args.least)
+    with choose_attention(job["backend"]):
+        for each in names:
+            clone = variant(model, each, tokens)
+            call(clone)  # warm
+            turns[each] = lambda clone=clone: [clock.time(lambda: call(clone))]
+        found = take_turns(turns, args.seconds, args.least)
     full = {each: spread([times[1] for times in all_times]) for each, all_times in found.items()}
     base = full["unmerged"]["median"]
-    share = f"{1 - full['limit']['median'] / base:.3f}" if "limit" in full else ""
     for each in names:
         yield {
-            "model": name,
-            "size": size,
             "tokens": tokens,
             "text": which.text[0] if which.joint else 0,
             "blocks": " + ".join(str(made) for made, _ in which.depths.values()),
             "depth": " + ".join(str(depth) for _, depth in which.depths.values()),
-            "dtype": args.dtype,
-            "backend": args.backend,
             "variant": each,
             "step_ms": full[each]["median"],
             "step_p20": full[each]["p20"],
             "step_p80": full[each]["p80"],
             "speedup": f"{base / full[each]['median']:.3f}",
             "measured_ms": spread([times[0] for times in found[each]])["median"],
-            "attention_share": share,
+            "attention_share": f"{1 - full['limit']['median'] / base:.3f}" if "limit" in full else "",
             "rounds": len(found[each]),
             "device": device.type,
         }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    named = os.environ.get("COMFYUI_DIR")
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--comfyui", type=Path, default=named, required=named is None)
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default=None, choices=list(DTYPES), help="bfloat16 on a GPU, float32 on the CPU")
-    parser.add_argument("--models", nargs="+", default=None, choices=list(MODELS))
-    parser.add_argument("--backends", nargs="+", default=None, choices=["default", *BACKENDS])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--seconds", type=float, default=4.0, help="time for the rounds of one model and size")
-    parser.add_argument("--least", type=int, default=3, help="rounds that are run in any case")
-    add_output_options(parser)
-    args = parser.parse_args()
-    on_gpu = args.device == "cuda"
-    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    names = args.models or (["flux", "qwen", "wan"] if on_gpu else ["flux-tiny", "wan-tiny"])
-    backends = args.backends or (["cudnn", "flash"] if on_gpu else ["default"])
-    inprocess.start(Path(args.comfyui), ["--gpu-only"] if on_gpu else ["--cpu"], absent=["av"])
-    store, budget = Store(args.out, KEYS), Budget(args.minutes)
-    about = {**machine(args.device, args.commit), "versions": versions("triton")}
-    jobs = [(name, size, backend) for name in names for size in MODELS[name].latents for backend in backends]
-    model, built = None, ""
-    for name, size, args.backend in tqdm(jobs, file=sys.stderr):
-        key = {"model": name, "size": size, "backend": args.backend, "dtype": args.dtype}
-        wanted = [each for each in args.variants if not store.has(**key, variant=each)]
-        if not wanted:
-            continue
-        if budget.spent:
-            print("stopped by --minutes; the same command goes on", file=sys.stderr)
-            break
-        if built != name:
-            model, built = None, name
-            model = build(name, torch.device(args.device), DTYPES[args.dtype])
-        with choose_attention(args.backend):
-            for row in measure(model, name, size, list(dict.fromkeys(["unmerged", *wanted])), args):
-                store.add({**row, **about})
-        if on_gpu:
-            torch.cuda.empty_cache()
-    show(store.rows, args.json)
+    parser = Arguments(__doc__, "bfloat16", (4.0, 3), comfyui=True)
+    parser.one_of("--models", MODELS, None)
+    parser.one_of("--backends", ["default", *BACKENDS], None)
+    parser.one_of("--variants", VARIANTS, list(VARIANTS))
+    args = parser.parsed()
+    start_comfyui(args)
+    jobs = [
+        ({"model": name, "size": size, "backend": backend, "dtype": args.dtype}, args.variants)
+        for name in args.models or (["flux", "qwen", "wan"] if args.on_gpu else ["flux-tiny", "wan-tiny"])
+        for size in MODELS[name].latents
+        for backend in args.backends or (["cudnn", "flash"] if args.on_gpu else ["default"])
+    ]
+    # One at a time: two of them fill a GPU.
+    model = lru_cache(1)(lambda name: build(name, torch.device(args.device), DTYPES[args.dtype]))
+    run_jobs(args, jobs, lambda job, wanted: measure(model(job["model"]), job, wanted, args), first=["unmerged"])
 
 
 if __name__ == "__main__":

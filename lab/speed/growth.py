@@ -8,9 +8,9 @@ a captured CUDA graph.
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
+import statistics
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,16 +18,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from shared_tome import ModelCall, ToMeConfig, kernels, match_tokens
 
-from .common import DTYPES, Budget, Store, add_output_options, attention_by, machine, microseconds, show, versions
+from .common import DTYPES, Arguments, attention_by, microseconds, run_jobs, us_columns
+from .layer import tomesd_match
 
-KEYS = ("tokens", "channels", "dtype", "device", "who", "what")
 CHANNELS, HEADS = 320, 8
 SIZES = [2**octave for octave in range(10, 19)]
-WHO = ("kernels", "torch", "tomesd")
+MERGING = ("match", "merge", "unmerge")
+WHO = {
+    "kernels": ("draw", "gather", *MERGING),
+    "torch": ("draw", "gather", *MERGING),
+    "tomesd": MERGING,
+    "attention": ("attention",),
+}
 
 
 def grid_of_octave(tokens: int) -> tuple[int, int]:
@@ -45,13 +50,12 @@ def exponent(tokens: list[int], times: list[float], octaves: int = 3) -> float:
     if len(points) < 2:
         raise ValueError(f"a slope needs two points or more, got {len(points)}")
     x, y = [math.log2(point[0]) for point in points], [math.log2(point[1]) for point in points]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return above / sum((a - mean_x) ** 2 for a in x)
+    return statistics.linear_regression(x, y).slope
 
 
 @contextmanager
-def kernels_off(off: bool) -> Iterator[None]:
+def kernels_off(off: bool = True) -> Iterator[None]:
+    """Plain torch in place of the kernels."""
     serves = kernels.serves
     if off:
         kernels.serves = lambda *tensors: False
@@ -82,15 +86,7 @@ def ours(x: Tensor, grid: tuple[int, int]) -> Calls:
 
 def tomesd(x: Tensor, grid: tuple[int, int]) -> Calls:
     """The same of PyPI's tomesd. Raises ImportError where it is not installed."""
-    from tomesd.merge import bipartite_soft_matching_random2d
-
-    generator = torch.Generator(x.device)
-
-    def match() -> tuple[Callable, Callable]:
-        return bipartite_soft_matching_random2d(
-            x, grid[1], grid[0], 2, 2, x.shape[1] // 2, no_rand=False, generator=generator
-        )
-
+    match, generator = tomesd_match(x, grid, 0.5)
     yield "match", match, [generator]
     merge, unmerge = match()
     yield "merge", (lambda: merge(x)), []
@@ -103,65 +99,45 @@ def attention(x: Tensor, grid: tuple[int, int]) -> Calls:
     yield "attention", (lambda: F.scaled_dot_product_attention(heads, heads, heads)), []
 
 
-def measure(tokens: int, who: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(tokens: int, who: str, args: Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one number of tokens."""
-    grid = grid_of_octave(tokens)
     torch.manual_seed(0)
     x = torch.randn(args.batch, tokens, CHANNELS, device=args.device, dtype=DTYPES[args.dtype])
     made = {"tomesd": tomesd, "attention": attention}.get(who, ours)
-    row = {
-        "tokens": tokens, "channels": CHANNELS, "batch": args.batch, "dtype": args.dtype, "device": args.device,
-        "who": who,
-    }  # fmt: skip
     try:
-        with kernels_off(who == "torch"), attention_by("cudnn" if args.device == "cuda" else "default"):
-            for what, call, generators in made(x, grid):
-                # A replay costs about as much as a small kernel, so a graph holds several calls.
-                calls = 1 if args.device == "cpu" else 10 if tokens <= 2**15 else 2
+        with kernels_off(who == "torch"), attention_by("cudnn" if args.on_gpu else "default"):
+            for what, call, generators in made(x, grid_of_octave(tokens)):
+                together = (10 if tokens <= 2**15 else 2) if args.on_gpu else 1
                 time = microseconds(
-                    lambda: [call() for _ in range(calls)],  # noqa: B023
-                    graph=args.device == "cuda",
-                    min_time=args.seconds,
-                    generators=generators,
+                    call, graph=args.on_gpu, min_time=args.seconds, generators=generators, together=together
                 )
-                time = {name: value / calls for name, value in time.items()}
-                yield {**row, "what": what, "us": time["median"], "p20": time["p20"], "p80": time["p80"], "remark": ""}
+                yield {"batch": args.batch, "what": what, **us_columns(time), "remark": ""}
     except (ImportError, RuntimeError) as error:  # not installed, or it does not fit, or does not capture
         remark = str(error).splitlines()[0][:80]
-        yield {**row, "what": "all that is left", "us": "", "p20": "", "p80": "", "remark": remark}
+        yield {"batch": args.batch, "what": "all that is left", **us_columns(None), "remark": remark}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default=None, choices=list(DTYPES), help="float16 on a GPU, float32 on the CPU")
+    parser = Arguments(__doc__, "float16")
     parser.add_argument("--batch", type=int, default=2, help="2 is one image with guidance")
-    parser.add_argument("--tokens", type=int, nargs="+", default=None, choices=SIZES)
+    parser.one_of("--tokens", SIZES, None, type=int)
     parser.add_argument("--seconds", type=float, default=0.05, help="time spent on each number")
-    add_output_options(parser)
-    args = parser.parse_args()
-    args.dtype = args.dtype or ("float16" if args.device == "cuda" else "float32")
-    sizes = args.tokens or (SIZES if args.device == "cuda" else SIZES[:5])
-    with_kernels = args.device == "cuda" and kernels.ready()
-    who = [name for name in (*WHO, "attention") if with_kernels or name != "kernels"]
-    store, budget = Store(args.out, KEYS), Budget(args.minutes)
-    about = {**machine(args.device, args.commit), "versions": versions("tomesd", "triton")}
-    done = {(str(row["tokens"]), row["who"], row["dtype"], row["device"]) for row in store.rows}
+    args = parser.parsed()
+    with_kernels = args.on_gpu and kernels.ready()
     # Attention at the largest size takes most of a second.
-    jobs = [(tokens, name) for tokens in sizes for name in who if name != "attention" or tokens < SIZES[-1]]
-    with torch.no_grad():
-        for tokens, name in tqdm(jobs, file=sys.stderr):
-            if (str(tokens), name, args.dtype, args.device) in done:
-                continue
-            if budget.spent:
-                print("stopped by --minutes; the same command goes on", file=sys.stderr)
-                break
-            for row in [{**row, **about} for row in measure(tokens, name, args)]:
-                store.add(row)
-            if args.device == "cuda":
-                torch.cuda.empty_cache()
-    show(store.rows, args.json)
+    jobs = [
+        ({"tokens": tokens, "channels": CHANNELS, "dtype": args.dtype, "device": args.device, "who": who}, whats)
+        for tokens in args.tokens or (SIZES if args.on_gpu else SIZES[:5])
+        for who, whats in WHO.items()
+        if (with_kernels or who != "kernels") and (who != "attention" or tokens < SIZES[-1])
+    ]
+    run_jobs(
+        args,
+        jobs,
+        lambda job, _: measure(job["tokens"], job["who"], args),
+        by="what",
+        packages=("tomesd", "triton"),
+    )
 
 
 if __name__ == "__main__":

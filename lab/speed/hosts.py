@@ -8,36 +8,31 @@ leaves the merged layers' attention out altogether: no method can be faster at t
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from installer import inprocess
 
+from ..models.full_dits import patcher
 from .common import (
     BACKENDS,
-    Budget,
-    Store,
-    add_output_options,
-    machine,
+    Arguments,
+    Job,
     priority,
-    show,
+    run_jobs,
+    start_comfyui,
     step_columns,
     take_turns,
-    versions,
 )
 
 # name: (class in comfy.supported_models, channels of the prompt, channels of level 0, min_tokens). tiny: for a try.
 MODELS = {"sd15": ("SD15", 768, 320, 2048), "sdxl": ("SDXL", 2048, 320, 2048), "tiny": ("SD15", 768, 32, 64)}
-KEYS = ("model", "pixels", "backend", "variant")
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "unmerged": None,
     "unmerged again": None,  # how far two rows of the same lie apart
@@ -61,8 +56,6 @@ def build(kind: str, device: torch.device, dtype: torch.dtype, seed: int | None 
 
     seed: for outcomes to be compared: always the same weights, and such that each layer counts.
     """
-    import comfy.model_management
-    import comfy.model_patcher
     import comfy.supported_models
 
     name, context, channels, _ = MODELS[kind]
@@ -89,17 +82,16 @@ def build(kind: str, device: torch.device, dtype: torch.dtype, seed: int | None 
     config = model_class(unet)
     config.unet_config = unet  # the model class overwrites the number of heads
     config.set_inference_dtype(dtype, None)
-    with torch.device(device):
-        model = config.get_model({}, "", device=device)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.diffusion_model.named_parameters():
-            if parameter.dim() > 1:
-                deviation = 0.02 if seed is None else parameter[0].numel() ** -0.5
-                parameter.normal_(0.0, deviation, generator=generator)
-            else:
-                parameter.fill_(0.5 if seed is None else float(name.endswith("weight")))
-    return comfy.model_patcher.ModelPatcher(model.to(device), device, device)
+
+    def fill(name: str, parameter: torch.Tensor) -> None:
+        if parameter.dim() > 1:
+            deviation = 0.02 if seed is None else parameter[0].numel() ** -0.5
+            parameter.normal_(0.0, deviation, generator=generator)
+        else:
+            parameter.fill_(0.5 if seed is None else float(name.endswith("weight")))
+
+    return patcher(config, device, fill)
 
 
 @contextmanager
@@ -192,73 +184,55 @@ def without_attention(model: Any, kind: str, size: int) -> Iterator[None]:
             del layer.forward
 
 
-def measure(
-    model: Any, kind: str, size: int, names: Sequence[str], args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
+def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one model and size, all from the same rounds."""
+    kind, size = job["model"], job["pixels"]
 
     def turn(name: str, steps: int = args.steps) -> list[float]:
         with without_attention(model, kind, size) if name == "limit" else nullcontext():
             return step_times(variant(model, kind, name), kind, size, steps)
 
-    for name in names:
-        turn(name, 2)  # warm
-    found = take_turns({name: lambda name=name: turn(name) for name in names}, args.seconds, args.least)
+    with choose_attention(job["backend"]):
+        for name in names:
+            turn(name, 2)  # warm
+        found = take_turns({name: lambda name=name: turn(name) for name in names}, args.seconds, args.least)
     for name, times in found.items():
-        yield {
-            "host": "ComfyUI",
-            "model": kind,
-            "pixels": size,
-            "backend": args.backend,
-            "variant": name,
-            **step_columns(found["unmerged"], times),
-            "steps": len(times),
-            "device": args.device,
-        }
+        columns = step_columns(found["unmerged"], times)
+        yield {"variant": name, **columns, "steps": len(times), "device": args.device}
+
+
+class StepArguments(Arguments):
+    """Of benchmarks that time the steps of ComfyUI's sampler."""
+
+    def __init__(self, doc: str, rounds: tuple[float, int]):
+        super().__init__(doc, "", rounds, comfyui=True)
+        self.add_argument("--steps", type=int, default=6, help="of each run; the first two do not count")
+
+    def parsed(self) -> Namespace:
+        args = super().parsed()
+        if args.steps < 3:
+            self.error(f"--steps must be 3 or more, for two do not count, got {args.steps}")
+        args.half = torch.float16 if args.on_gpu else torch.float32
+        return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    named = os.environ.get("COMFYUI_DIR")
-    parser.add_argument("--comfyui", type=Path, default=named, required=named is None)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--models", nargs="+", default=["sd15", "sdxl"], choices=list(MODELS))
+    parser = StepArguments(__doc__, (12.0, 3))
+    parser.one_of("--models", MODELS, ["sd15", "sdxl"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[512, 768, 1024, 1536, 2048])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--attention", dest="backends", nargs="+", default=["default"], choices=["default", *BACKENDS])
-    parser.add_argument("--steps", type=int, default=6, help="of each run; the first two do not count")
-    parser.add_argument("--seconds", type=float, default=12.0, help="time for the rounds of one model and size")
-    parser.add_argument("--least", type=int, default=3, help="rounds that are run in any case")
-    add_output_options(parser)
-    args = parser.parse_args()
-    if args.steps < 3:
-        parser.error(f"--steps must be 3 or more, for two do not count, got {args.steps}")
-    on_gpu = args.device == "cuda"
-    inprocess.start(Path(args.comfyui), ["--gpu-only"] if on_gpu else ["--cpu"], absent=["av"])
-    store, budget = Store(args.out, KEYS), Budget(args.minutes)
-    about = {**machine(args.device, args.commit), "versions": versions("triton")}
+    parser.one_of("--variants", VARIANTS, list(VARIANTS))
+    parser.one_of("--attention", ["default", *BACKENDS], ["default"], dest="backends")
+    args = parser.parsed()
+    start_comfyui(args)
     jobs = [
-        (kind, size, backend)
+        ({"host": "ComfyUI", "model": kind, "pixels": size, "backend": backend}, args.variants)
         for backend in args.backends
         for kind in args.models
         for size in args.sizes
         if kind != "sdxl" or size >= 1024
     ]
-    models: dict[str, Any] = {}
-    for kind, size, args.backend in tqdm(jobs, file=sys.stderr):
-        key = {"model": kind, "pixels": size, "backend": args.backend}
-        wanted = [name for name in args.variants if not store.has(**key, variant=name)]
-        if not wanted:
-            continue
-        if budget.spent:
-            print("stopped by --minutes; the same command goes on", file=sys.stderr)
-            break
-        if kind not in models:
-            models[kind] = build(kind, torch.device(args.device), torch.float16 if on_gpu else torch.float32)
-        with choose_attention(args.backend):
-            for row in measure(models[kind], kind, size, list(dict.fromkeys(["unmerged", *wanted])), args):
-                store.add({**row, **about})
-    show(store.rows, args.json)
+    model = lru_cache(lambda kind: build(kind, torch.device(args.device), args.half))
+    run_jobs(args, jobs, lambda job, wanted: measure(model(job["model"]), job, wanted, args), first=["unmerged"])
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,8 +11,6 @@ from shared_tome.core import matching
 from shared_tome.core.groups import group_counts, group_sum, take
 from shared_tome.core.noise import key
 from shared_tome.core.partition import partition
-
-from .common import DTYPES
 
 
 def smooth_tokens(batch: int, grid: tuple[int, int], channels: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -28,10 +24,9 @@ def smooth_tokens(batch: int, grid: tuple[int, int], channels: int, dtype: torch
 class Case:
     """One shape's inputs, made in plain torch."""
 
-    def __init__(self, grid: tuple[int, int], channels: int, args: argparse.Namespace):
+    def __init__(self, grid: tuple[int, int], channels: int, batch: int, dtype: torch.dtype):
         self.grid, self.channels, self.tokens = grid, channels, grid[0] * grid[1]
-        dtype = DTYPES[args.dtype]
-        self.x = smooth_tokens(args.batch, grid, channels, dtype, "cuda")
+        self.x = smooth_tokens(batch, grid, channels, dtype, "cuda")
         self.seed = torch.full((), 5, dtype=torch.int64, device="cuda")
         self.step = torch.full((), 3, dtype=torch.int64, device="cuda")
         self.config = ToMeConfig(ratio=0.5, method="merge", min_tokens=0)

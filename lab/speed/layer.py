@@ -6,20 +6,18 @@ unmerge, and the layer's share of what is drawn once a step (a step of LAYERS la
 
 from __future__ import annotations
 
-import argparse
-import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from shared_tome import METHODS, ModelCall, ToMeConfig
 from shared_tome.attention.bias import attend
 
-from .common import BACKENDS, DTYPES, add_output_options, attention_by, machine, microseconds, save, show
+from .common import BACKENDS, DTYPES, Arguments, Job, attention_by, microseconds, run_jobs
 
 # (name, grid, channels, heads): SD1.5 levels 0 and 1, SDXL levels 1 and 2.
 SHAPES = {
@@ -55,13 +53,27 @@ class Layer(torch.nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, C)
 
 
-def merged_step(layer: Layer, x: Tensor, grid: tuple[int, int], config: ToMeConfig) -> Callable[[], Tensor]:
-    """A step of LAYERS layers with ToMe, all that is done once a step included."""
+def config_of(method: str, ratio: float) -> ToMeConfig:
+    return ToMeConfig(ratio=ratio, method=method, min_tokens=0, levels="auto", own_token=False)
+
+
+def layer_and_tokens(channels: int, heads: int, tokens: int, args: Namespace) -> tuple[Layer, Tensor]:
+    """A layer with random weights and its input [batch, tokens, channels]."""
+    torch.manual_seed(0)
+    dtype = DTYPES[args.dtype]
+    layer = Layer(channels, heads).to(args.device, dtype)
+    return layer, torch.randn(args.batch, tokens, channels, device=args.device, dtype=dtype)
+
+
+def merged_step(
+    layer: Layer, x: Tensor, grid: tuple[int, int], config: ToMeConfig, layers: int = LAYERS
+) -> Callable[[], Tensor]:
+    """A step of some layers with ToMe, all that is done once a step included."""
     step = torch.zeros((), dtype=torch.int64, device=x.device)
 
     def run() -> Tensor:
         call = ModelCall(config, grid, x.device, step=step)
-        for _ in range(LAYERS):
+        for _ in range(layers):
             merged = call.attention(x, x, x, grid)
             out = merged.unmerge(layer(merged.q, merged.k, merged.v, merged.bias))
         return out
@@ -69,95 +81,87 @@ def merged_step(layer: Layer, x: Tensor, grid: tuple[int, int], config: ToMeConf
     return run
 
 
-def tomesd_layer(
-    layer: Layer, x: Tensor, grid: tuple[int, int], ratio: float, generator: torch.Generator
-) -> Callable[[], Tensor] | None:
-    """PyPI's tomesd around the same layer, or None where it is not installed."""
-    try:
-        from tomesd.merge import bipartite_soft_matching_random2d
-    except ImportError:
-        return None
+def tomesd_match(
+    x: Tensor, grid: tuple[int, int], ratio: float
+) -> tuple[Callable[[], tuple[Callable, Callable]], torch.Generator]:
+    """PyPI's tomesd: what finds (merge, unmerge), and the generator that it draws from.
 
-    def run() -> Tensor:
-        merge, unmerge = bipartite_soft_matching_random2d(
-            x, grid[1], grid[0], 2, 2, int(x.shape[1] * ratio), no_rand=False, generator=generator
-        )
-        y = merge(x)
-        return unmerge(layer(y, y, y))
+    Raises ImportError where it is not installed.
+    """
+    from tomesd.merge import bipartite_soft_matching_random2d
 
-    return run
+    generator = torch.Generator(x.device)
+    given = (x, grid[1], grid[0], 2, 2, int(x.shape[1] * ratio))
+    return lambda: bipartite_soft_matching_random2d(*given, no_rand=False, generator=generator), generator
 
 
-def measure(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def tomesd_layer(layer: Layer, x: Tensor, match: Callable[[], tuple[Callable, Callable]]) -> Tensor:
+    """tomesd around the same layer."""
+    merge, unmerge = match()
+    y = merge(x)
+    return unmerge(layer(y, y, y))
+
+
+def measure(shape: str, names: list[tuple[str, float]], args: Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one shape."""
     grid, channels, heads = SHAPES[shape]
-    dtype = DTYPES[args.dtype]
-    torch.manual_seed(0)
-    layer = Layer(channels, heads).to(args.device, dtype)
-    x = torch.randn(args.batch, grid[0] * grid[1], channels, device=args.device, dtype=dtype)
-
-    generator = torch.Generator(args.device)  # tomesd's
+    layer, x = layer_and_tokens(channels, heads, grid[0] * grid[1], args)
 
     def time(call: Callable[[], Any], *generators: torch.Generator) -> dict[str, float]:
         return microseconds(call, graph=args.graph, min_time=args.seconds, generators=generators)
 
     full = time(lambda: layer(x, x, x))
-    for method in METHODS:
-        for ratio in RATIOS.get(method, (0.5, 0.75)):
-            config = ToMeConfig(ratio=ratio, method=method, min_tokens=0, levels="auto", own_token=False)
-            step = time(merged_step(layer, x, grid, config))
-            total = {key: value / LAYERS for key, value in step.items()}
+    for method, ratio in names:
+        config = config_of(method, ratio)
+        total = time(merged_step(layer, x, grid, config))
 
-            def make():
-                return ModelCall(config, grid, x.device).attention(x, x, x, grid)  # noqa: B023
+        def planned(config: ToMeConfig = config):
+            return ModelCall(config, grid, x.device).plan(x, grid)
 
-            plan = make().plan
-            y = plan.merge(x)
-            theirs = tomesd_layer(layer, x, grid, ratio, generator) if method == "merge" else None
-            yield {
-                "shape": shape,
-                "tokens": grid[0] * grid[1],
-                "channels": channels,
-                "batch": args.batch,
-                "dtype": args.dtype,
-                "device": args.device,
-                "mode": "graph" if args.graph else "eager",
-                "backend": args.backend,
-                "method": method,
-                "ratio": ratio,
-                "full_us": full["median"],
-                "full_p20": full["p20"],
-                "full_p80": full["p80"],
-                "total_us": total["median"],
-                "total_p20": total["p20"],
-                "total_p80": total["p80"],
-                "match_us": time(lambda: ModelCall(config, grid, x.device).plan(x, grid))["median"],  # noqa: B023
-                "merge_us": time(lambda: plan.merge(x))["median"],  # noqa: B023
-                "unmerge_us": time(lambda: plan.unmerge(y))["median"] if config.kind.queries else 0.0,  # noqa: B023
-                "tomesd_total_us": time(theirs, generator)["median"] if theirs else "",
-            }
+        plan = planned()
+        y = plan.merge(x)
+        theirs: Any = ""
+        try:
+            match, generator = tomesd_match(x, grid, ratio)
+            if method == "merge":
+                theirs = time(lambda match=match: tomesd_layer(layer, x, match), generator)["median"]
+        except ImportError:
+            pass
+        yield {
+            "tokens": grid[0] * grid[1],
+            "channels": channels,
+            "method": method,
+            "ratio": ratio,
+            **{f"full_{'us' if key == 'median' else key}": value for key, value in full.items()},
+            **{f"total_{'us' if key == 'median' else key}": value / LAYERS for key, value in total.items()},
+            "match_us": time(planned)["median"],
+            "merge_us": time(lambda plan=plan: plan.merge(x))["median"],
+            "unmerge_us": time(lambda plan=plan, y=y: plan.unmerge(y))["median"] if config.kind.queries else 0.0,
+            "tomesd_total_us": theirs,
+        }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default=None, choices=list(DTYPES), help="float16 on a GPU, float32 on the CPU")
+    parser = Arguments(__doc__, "float16")
     parser.add_argument("--batch", type=int, default=2, help="2 is one image with guidance")
-    parser.add_argument("--shapes", nargs="+", default=None, choices=list(SHAPES))
+    parser.one_of("--shapes", SHAPES, None)
     parser.add_argument("--backend", default="default", choices=["default", *BACKENDS], help="on a GPU")
     parser.add_argument("--graph", action="store_true", help="capture each call as a CUDA graph")
     parser.add_argument("--seconds", type=float, default=0.2, help="time spent on each number")
-    add_output_options(parser, resumes=False)
-    args = parser.parse_args()
-    args.dtype = args.dtype or ("float16" if args.device == "cuda" else "float32")
-    shapes = args.shapes or (["sd15-512"] if args.device == "cpu" else list(SHAPES))
-    about = machine(args.device, args.commit)
-    rows: list[dict[str, Any]] = []
-    with torch.no_grad(), attention_by(args.backend):
-        for shape in tqdm(shapes, file=sys.stderr):
-            rows += [{**row, **about} for row in measure(shape, args)]
-            save(rows, args.out)  # as it goes, so that an interrupted run keeps what it has
-    show(rows, args.json)
+    args = parser.parsed()
+    mode = {"mode": "graph" if args.graph else "eager", "backend": args.backend}
+    names = [(method, ratio) for method in METHODS for ratio in RATIOS.get(method, (0.5, 0.75))]
+
+    def job(shape: str) -> Job:
+        return {"shape": shape, "batch": args.batch, "dtype": args.dtype, "device": args.device, **mode}
+
+    with attention_by(args.backend):
+        run_jobs(
+            args,
+            [(job(shape), names) for shape in args.shapes or (SHAPES if args.on_gpu else ["sd15-512"])],
+            lambda job, wanted: measure(job["shape"], wanted, args),
+            by=("method", "ratio"),
+        )
 
 
 if __name__ == "__main__":

@@ -11,23 +11,17 @@ On the CPU, for a try, ComfyUI is given the CPU under two names.
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import torch
-from tqdm import tqdm
-
-from installer import inprocess
 
 from . import hosts
-from .common import Budget, Store, add_output_options, machine, show, step_columns, take_turns, versions
+from .common import Job, machine, run_jobs, start_comfyui, step_columns, take_turns
 
-KEYS = ("model", "pixels", "images", "gpus", "variant")
 VARIANTS = ("unmerged", "sample 0.75", "sample 0.9375")
 GPUS = (1, 2)
 # What is measured: a variant, and on how many GPUs.
@@ -70,17 +64,13 @@ def difference(latent: torch.Tensor, from_one: torch.Tensor) -> float:
     return float((latent - from_one).abs().max() / from_one.abs().max())
 
 
-def measure(
-    models: dict[int, Any], kind: str, size: int, cases: Sequence[Case], args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """The rows of one model and size, all from the same rounds.
-
-    cases: unmerged on one GPU among them, and each variant that runs on two also on one.
-    """
+def measure(models: dict[int, Any], job: Job, wanted: Sequence[Case], args: Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of one model and size, all from the same rounds; each variant that runs on two GPUs also runs on one."""
+    kind, size = job["model"], job["pixels"]
+    cases = dict.fromkeys(case for name, gpus in wanted for case in ((name, 1), (name, gpus)))
 
     def patched(case: Case) -> Any:
-        name, gpus = case
-        return hosts.variant(models[gpus], kind, name)
+        return hosts.variant(models[case[1]], kind, case[0])
 
     def compared(case: Case) -> torch.Tensor:
         return hosts.sample(patched(case), kind, size, args.compared, args.images).float().cpu()
@@ -92,10 +82,6 @@ def measure(
     found = take_turns({case: lambda case=case: turn(case) for case in cases}, args.seconds, args.least)
     for (name, gpus), times in found.items():
         yield {
-            "host": "ComfyUI",
-            "model": kind,
-            "pixels": size,
-            "images": args.images,
             "gpus": gpus,
             "variant": name,
             **step_columns(found["unmerged", 1], times),
@@ -107,50 +93,34 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    named = os.environ.get("COMFYUI_DIR")
-    parser.add_argument("--comfyui", type=Path, default=named, required=named is None)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--models", nargs="+", choices=list(hosts.MODELS), help="sd15 and sdxl; on the CPU tiny")
+    parser = hosts.StepArguments(__doc__, (4.0, 2))
+    parser.one_of("--models", hosts.MODELS, None, "sd15 and sdxl; on the CPU tiny")
     parser.add_argument("--sizes", nargs="+", type=int, help="1024 and 2048; on the CPU 128")
     parser.add_argument("--images", type=int, default=1, help="of a batch")
     able = [name for name in hosts.VARIANTS if name != "limit"]  # which changes the first GPU's copy alone
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=able)
-    parser.add_argument("--steps", type=int, default=6, help="of each run that is timed; the first two do not count")
+    parser.one_of("--variants", able, VARIANTS)
     parser.add_argument("--compared", type=int, default=4, help="steps of the runs whose latents are compared")
-    parser.add_argument("--seconds", type=float, default=4.0, help="time for the rounds of one model and size")
-    parser.add_argument("--least", type=int, default=2, help="rounds that are run in any case")
-    add_output_options(parser)
-    args = parser.parse_args()
-    if args.steps < 3:
-        parser.error(f"--steps must be 3 or more, for two do not count, got {args.steps}")
+    args = parser.parsed()
     if args.images < 1 or args.compared < 1:
         parser.error(f"--images and --compared must be 1 or more, got {args.images} and {args.compared}")
-    on_gpu = args.device == "cuda"
-    inprocess.start(Path(args.comfyui), ["--gpu-only"] if on_gpu else ["--cpu"], absent=["av"])
+    start_comfyui(args)
     # With its number: ComfyUI takes "cuda" and "cuda:0" for two devices.
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    store, budget = Store(args.out, KEYS), Budget(args.minutes)
-    about = {**machine(args.device, args.commit), "versions": versions("triton")}
-    about["machine"] = f"{max(GPUS)} x {about['machine']}" if on_gpu else about["machine"]
-    kinds = args.models or (["sd15", "sdxl"] if on_gpu else ["tiny"])
-    sizes = args.sizes or ([1024, 2048] if on_gpu else [128])
-    built: dict[str, dict[int, Any]] = {}
-    for kind, size in tqdm([(kind, size) for kind in kinds for size in sizes], file=sys.stderr):
-        key = {"model": kind, "pixels": size, "images": args.images}
-        every = [(name, gpus) for name in args.variants for gpus in GPUS]
-        wanted = [(name, gpus) for name, gpus in every if not store.has(**key, gpus=gpus, variant=name)]
-        if not wanted:
-            continue
-        if budget.spent:
-            print("stopped by --minutes; the same command goes on", file=sys.stderr)
-            break
-        if kind not in built:
-            built[kind] = build(kind, device, torch.float16 if on_gpu else torch.float32)
-        compared = [case for name, gpus in wanted for case in ((name, 1), (name, gpus))]
-        for row in measure(built[kind], kind, size, list(dict.fromkeys([("unmerged", 1), *compared])), args):
-            store.add({**row, **about})
-    show(store.rows, args.json)
+    device = torch.device("cuda", torch.cuda.current_device()) if args.on_gpu else torch.device("cpu")
+    jobs = [
+        {"host": "ComfyUI", "model": kind, "pixels": size, "images": args.images}
+        for kind in args.models or (["sd15", "sdxl"] if args.on_gpu else ["tiny"])
+        for size in args.sizes or ([1024, 2048] if args.on_gpu else [128])
+    ]
+    models = lru_cache(lambda kind: build(kind, device, args.half))
+    about = {"machine": f"{max(GPUS)} x {machine(args.device)['machine']}"} if args.on_gpu else {}
+    run_jobs(
+        args,
+        [(job, [(name, gpus) for name in args.variants for gpus in GPUS]) for job in jobs],
+        lambda job, wanted: measure(models(job["model"]), job, wanted, args),
+        by=("variant", "gpus"),
+        first=[("unmerged", 1)],
+        about=about,
+    )
 
 
 if __name__ == "__main__":

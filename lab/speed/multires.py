@@ -9,35 +9,31 @@ counted. `error` is the largest difference to float32 on the same keys, of the l
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from shared_tome.core import multires
 from shared_tome.core.grid import Grid
 
+from ..timing import spread
 from .common import (
     DTYPES,
-    Budget,
-    Store,
-    add_output_options,
+    Arguments,
     attention_by,
     captured,
-    machine,
-    show,
+    run_jobs,
     speedup,
-    spread,
     take_turns,
     turn_of,
-    versions,
+    us_columns,
 )
 
 # name: (grid of the image, text tokens, heads, channels of a head).
@@ -50,10 +46,9 @@ SHAPES: dict[str, tuple[Grid, int, int, int]] = {
 }
 WORKS = (0.10, 0.16, 0.23, 0.33, 0.50)
 SPARSE = (0.10, 0.15)
-KEYS = ("shape", "way", "dtype", "beside")
 
 
-def ways(shape: str, args: argparse.Namespace) -> dict[str, tuple[Callable[[], Tensor], Tensor | None]]:
+def ways(shape: str, args: Namespace) -> dict[str, tuple[Callable[[], Tensor], Tensor | None]]:
     """What is timed, and what its outcome should be on the first query tile."""
     from shared_tome.kernels.impl.multires import config_for, launch_choose, launch_multires
 
@@ -67,7 +62,7 @@ def ways(shape: str, args: argparse.Namespace) -> dict[str, tuple[Callable[[], T
     tiles = multires.cut_tiles(grid, device, text, length)
     drawn = multires.draw_keys(tiles, torch.tensor(0, device=device), 0)
 
-    def full(kernel: str) -> Callable[[], Tensor]:
+    def attend(kernel: str, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         def run() -> Tensor:
             with attention_by(kernel):
                 return F.scaled_dot_product_attention(q, k, v)
@@ -75,7 +70,7 @@ def ways(shape: str, args: argparse.Namespace) -> dict[str, tuple[Callable[[], T
         return run
 
     found: dict[str, tuple[Callable[[], Tensor], Tensor | None]] = {
-        kernel: (full(kernel), None) for kernel in ("cudnn", "flash")
+        kernel: (attend(kernel, k, v), None) for kernel in ("cudnn", "flash")
     }
     for work in WORKS:
         counts = multires.tile_counts(tiles, *multires.shares(1 - work), tuple(args.beside))
@@ -88,13 +83,7 @@ def ways(shape: str, args: argparse.Namespace) -> dict[str, tuple[Callable[[], T
         )
     found["choosing"] = (lambda: launch_choose(q, k, tiles, counts, scale, config), None)
     kept = torch.cat((torch.arange(text, device=device), text + torch.arange(0, length - text, 4, device=device)))
-    sampled_k, sampled_v = (x.index_select(2, kept).contiguous() for x in (k, v))
-
-    def sample() -> Tensor:
-        with attention_by("cudnn"):
-            return F.scaled_dot_product_attention(q, sampled_k, sampled_v)
-
-    found["sample 0.75"] = (sample, None)
+    found["sample 0.75"] = (attend("cudnn", *(x.index_select(2, kept).contiguous() for x in (k, v))), None)
     for share in SPARSE:
         sparse = sol_attention(q, k, v, text, share) if d == 128 else None
         if sparse is not None:
@@ -122,12 +111,12 @@ def exactly(q, k, v, tiles, drawn, lists, counts, scale) -> Tensor:
     return logits.softmax(-1) @ v.gather(2, place).float()
 
 
-def measure(shape: str, names: list[str] | None, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(shape: str, args: Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one shape, all from the same rounds; speedups are over cuDNN's attention to all tokens."""
     grid, text, heads, d = SHAPES[shape]
     tiles = multires.cut_tiles(grid, torch.device("cuda"), text, text + math.prod(grid))
     turns: dict[str, Callable[[], list[float]]] = {}
-    errors, remarks = {}, {}
+    errors: dict[str, str] = {}
     for name, (call, wanted) in ways(shape, args).items():
         try:
             out = call()
@@ -136,58 +125,40 @@ def measure(shape: str, names: list[str] | None, args: argparse.Namespace) -> li
                 errors[name] = f"{float(error):.1e}"
             turns[name] = turn_of(captured(call), "cuda", together=0.01)
         except RuntimeError as error:  # a kernel that this device or torch does not have
-            remarks[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:80]}", file=sys.stderr)
     found = take_turns(turns, args.seconds, args.least)
-    rows = []
     for name, times in found.items():
-        time = spread(times)
-        rows.append(
-            {
-                "shape": shape,
-                "tokens": len(tiles.rows),
-                "text": text,
-                "heads": heads,
-                "channels": d,
-                "way": name,
-                "dtype": args.dtype,
-                "beside": "/".join(map(str, args.beside)),
-                "us": 1e6 * time["median"],
-                "p20": 1e6 * time["p20"],
-                "p80": 1e6 * time["p80"],
-                **speedup(found["cudnn"], times),
-                "error": errors.get(name, ""),
-                "rounds": len(times),
-                "remark": remarks.get(name, ""),
-            }
-        )
-    return rows
+        yield {
+            "tokens": len(tiles.rows),
+            "text": text,
+            "heads": heads,
+            "channels": d,
+            "way": name,
+            **us_columns({key: 1e6 * value for key, value in spread(times).items()}),
+            **speedup(found["cudnn"], times),
+            "error": errors.get(name, ""),
+            "rounds": len(times),
+        }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(__doc__, rounds=(1.0, 5))
     parser.add_argument("--dtype", default="bfloat16", choices=["float16", "bfloat16"])
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.one_of("--shapes", SHAPES, list(SHAPES))
     parser.add_argument(
         "--beside", nargs=2, type=float, default=[1.0, 0.0], help="shares whole and half for queries beside the image"
     )
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for the rounds of one shape")
-    parser.add_argument("--least", type=int, default=5, help="rounds that are run in any case")
-    add_output_options(parser)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
+    args = parser.parsed()
+    if not args.on_gpu:
         parser.error("there is no CUDA GPU here")
-    store, budget = Store(args.out, KEYS), Budget(args.minutes)
-    about = {**machine("cuda", args.commit), "versions": versions("triton", "comfy-kitchen")}
-    for shape in tqdm(args.shapes, file=sys.stderr):
-        if store.has(shape=shape, way="choosing", dtype=args.dtype, beside="/".join(map(str, args.beside))):
-            continue
-        if budget.spent:
-            print("stopped by --minutes; the same command goes on", file=sys.stderr)
-            break
-        with torch.no_grad():
-            for row in measure(shape, None, args):
-                store.add({**row, **about})
-    show(store.rows, args.json)
+    fixed = {"dtype": args.dtype, "beside": "/".join(map(str, args.beside))}
+    run_jobs(
+        args,
+        [({"shape": shape, **fixed}, ["choosing"]) for shape in args.shapes],  # a way that every shape has
+        lambda job, _: measure(job["shape"], args),
+        by="way",
+        packages=("triton", "comfy-kitchen"),
+    )
 
 
 if __name__ == "__main__":

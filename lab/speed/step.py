@@ -14,33 +14,27 @@ unmerged are not timed: they cost what "unmerged" does.
 
 from __future__ import annotations
 
-import argparse
-import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..models.full_unets import MODELS, TOMESD, VARIANTS, Inputs, Step, build, levels_of
 from .common import (
     BACKENDS,
     DTYPES,
-    Budget,
-    Store,
-    add_output_options,
+    Arguments,
+    Job,
     attention_by,
     captured,
-    machine,
-    show,
+    run_jobs,
     step_columns,
     take_turns,
     turn_of,
-    versions,
 )
-
-KEYS = ("model", "pixels", "mode", "backend", "dtype", "variant")
 
 
 def made_ready(
@@ -76,28 +70,23 @@ def differs(step: Step, replay: Callable[[], Any], inputs: Inputs) -> str:
     return f"replayed at another step: off by {worst:.1e} of the largest value"
 
 
-def measure(
-    model: nn.Module, name: str, pixels: int, mode: str, variants: Sequence[str], args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
+def measure(model: nn.Module, job: Job, variants: Sequence[str], args: Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one model, size, mode and attention backend, all from the same rounds."""
+    name, pixels = job["model"], job["pixels"]
     inputs, levels = Inputs(name, pixels, args.device, DTYPES[args.dtype]), levels_of(name, pixels)
     turns: dict[str, Callable[[], list[float]]] = {}
     remarks: dict[str, str] = {}
-    for variant in variants:
-        call, remarks[variant] = made_ready(model, name, variant, inputs, levels, mode)
-        if call is not None:
-            turns[variant] = turn_of(call, args.device)
-    found = take_turns(turns, args.seconds, args.least)
+    with attention_by(job["backend"]):
+        for variant in variants:
+            call, remarks[variant] = made_ready(model, name, variant, inputs, levels, job["mode"])
+            if call is not None:
+                turns[variant] = turn_of(call, args.device)
+        found = take_turns(turns, args.seconds, args.least)
     for variant in variants:
         times = found.get(variant)
         yield {
-            "model": name,
-            "pixels": pixels,
             "levels": " ".join(str(level) for level in levels),
             "batch": 2,
-            "dtype": args.dtype,
-            "mode": mode,
-            "backend": args.backend,
             "variant": variant,
             **step_columns(found["unmerged"], times),
             "rounds": len(times) if times else 0,
@@ -107,52 +96,32 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default=None, choices=list(DTYPES), help="float16 on a GPU, float32 on the CPU")
-    parser.add_argument("--models", nargs="+", default=None, choices=list(MODELS))
-    parser.add_argument("--pixels", nargs="+", type=int, default=None, help="those of the model's sizes alone")
-    parser.add_argument("--modes", nargs="+", default=None, choices=["graph", "eager"])
-    parser.add_argument("--backends", nargs="+", default=None, choices=["default", *BACKENDS])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for the rounds of one model and size")
-    parser.add_argument("--least", type=int, default=5, help="rounds that are run in any case")
-    add_output_options(parser)
-    args = parser.parse_args()
-    on_gpu = args.device == "cuda"
-    args.dtype = args.dtype or ("float16" if on_gpu else "float32")
-    modes = args.modes or (["graph", "eager"] if on_gpu else ["eager"])
-    if not on_gpu and "graph" in modes:
+    parser = Arguments(__doc__, "float16", (3.0, 5))
+    parser.one_of("--models", MODELS, None)
+    parser.add_argument("--pixels", nargs="+", type=int, help="those of the model's sizes alone")
+    parser.one_of("--modes", ["graph", "eager"], None)
+    parser.one_of("--backends", ["default", *BACKENDS], None)
+    parser.one_of("--variants", VARIANTS, VARIANTS)
+    args = parser.parsed()
+    modes = args.modes or (["graph", "eager"] if args.on_gpu else ["eager"])
+    if not args.on_gpu and "graph" in modes:
         parser.error("mode graph needs a GPU")
-    backends = args.backends or (["cudnn", "flash", "efficient"] if on_gpu else ["default"])
     jobs = [
-        (backend, mode, name, pixels)
-        for backend in backends
+        {"model": name, "pixels": pixels, "mode": mode, "backend": backend, "dtype": args.dtype}
+        for backend in args.backends or (["cudnn", "flash", "efficient"] if args.on_gpu else ["default"])
         for mode in modes
-        for name in args.models or (["sd15", "sdxl"] if on_gpu else ["tiny"])
+        for name in args.models or (["sd15", "sdxl"] if args.on_gpu else ["tiny"])
         for pixels in MODELS[name].pixels
         if args.pixels is None or pixels in args.pixels
     ]
-    store, budget = Store(args.out, KEYS), Budget(args.minutes)
-    about = {**machine(args.device, args.commit), "versions": versions("diffusers", "tomesd", "triton")}
-    models: dict[str, nn.Module] = {}
-    for args.backend, mode, name, pixels in tqdm(jobs, file=sys.stderr):
-        key = {"model": name, "pixels": pixels, "mode": mode, "backend": args.backend, "dtype": args.dtype}
-        wanted = [variant for variant in args.variants if not store.has(**key, variant=variant)]
-        if not wanted:
-            continue
-        if budget.spent:
-            print("stopped by --minutes; the same command goes on", file=sys.stderr)
-            break
-        if name not in models:
-            models[name] = build(name, args.device, DTYPES[args.dtype])
-        with attention_by(args.backend):
-            for row in measure(models[name], name, pixels, mode, list(dict.fromkeys(["unmerged", *wanted])), args):
-                store.add({**row, **about})
-        if on_gpu:
-            torch.cuda.empty_cache()
-    show(store.rows, args.json)
+    model = lru_cache(lambda name: build(name, args.device, DTYPES[args.dtype]))
+    run_jobs(
+        args,
+        [(job, args.variants) for job in jobs],
+        lambda job, wanted: measure(model(job["model"]), job, wanted, args),
+        first=["unmerged"],
+        packages=("diffusers", "tomesd", "triton"),
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from tqdm import tqdm
 import shared_tome.vit as vit
 from shared_tome.vit.hooks import Options
 
+from ..timing import Moment, spread, take_turns
 from .methods import METHODS, apply, late
 from .model import load
 from .train import MERGED_R, MODELS
@@ -92,38 +91,24 @@ def throughput(
     model: nn.Module, batch: Tensor, kinds: Iterable[Variant], rounds: int
 ) -> dict[Variant, dict[str, float]]:
     """Images a second: {"images_s", "images_s_p20", "images_s_p80"}, for each variant in turn, `rounds` times over."""
-    took: dict[Variant, list[float]] = {kind: [] for kind in kinds}
-    for turn in tqdm(range(rounds + 1), desc="time", unit="round"):
-        for kind, times in took.items():
-            kind.put_on(model)
-            if turn == 0:
-                model(batch)  # kernels are compiled
-            span = _milliseconds(lambda: model(batch), batch.device)
-            if turn:
-                times.append(span)
+
+    def turn(kind: Variant) -> list[float]:
+        kind.put_on(model)
+        begin = Moment(batch.device)
+        model(batch)
+        return [Moment(batch.device) - begin]
+
+    turns = {kind: lambda kind=kind: turn(kind) for kind in kinds}
+    take_turns(turns, 0.0, least=1)  # kernels are compiled
+    found = take_turns(turns, 0.0, least=rounds)
     vit.remove_patch(model)
-    return {kind: images_per_second(times, len(batch)) for kind, times in took.items()}
+    return {kind: images_per_second(times, len(batch)) for kind, times in found.items()}
 
 
 def images_per_second(times: list[float], batch: int) -> dict[str, float]:
     """Of a batch's times in milliseconds."""
-    rates = sorted(1e3 * batch / span for span in times)
-    steps = statistics.quantiles(rates, n=5, method="inclusive") if len(rates) > 1 else rates * 4
-    return {"images_s": statistics.median(rates), "images_s_p20": steps[0], "images_s_p80": steps[-1]}
-
-
-def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    if device.type != "cuda":
-        before = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - before)
-    torch.cuda.synchronize()
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    call()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last)
+    rates = spread([1e3 * batch / span for span in times])
+    return {"images_s": rates["median"], "images_s_p20": rates["p20"], "images_s_p80": rates["p80"]}
 
 
 def measure(

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from lab.speed.common import machine, save
-
+from ..speed.common import machine
+from ..store import save
 from .measure import COMPARED_RS, RS, measure, variants
 from .model import Shape
 from .task import HELD_OUT_SEED, TRAIN_SEED, Task

@@ -1,4 +1,4 @@
-"""The benchmarks of transformers: ways of weighing keys are right, and a real ComfyUI's models are timed as said."""
+"""The benchmarks of transformers and of the sampler: a real ComfyUI's models are timed as said."""
 
 from __future__ import annotations
 
@@ -7,37 +7,19 @@ import math
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lab import timing
 from lab.models import full_dits as dits
-from lab.speed import dit_attention
 
 ROOT = Path(__file__).resolve().parents[3]
 needs_comfyui = pytest.mark.skipif(
     "COMFYUI_DIR" not in os.environ, reason="COMFYUI_DIR does not name a ComfyUI (`python install.py test` brings one)"
 )
-
-
-@pytest.mark.parametrize("ratio", dit_attention.RATIOS)
-def test_every_way_of_weighing_is_exact(ratio):
-    given = Namespace(device="cpu", dtype="float32", backend="default")
-    made = dit_attention.ways("tiny", ratio, given)
-    assert set(made) == set(dit_attention.WAYS)
-    wanted = made["joined"][1]
-    for way, (call, expected) in made.items():
-        error = float((call()[:, :, :32].double() - wanted).abs().max())
-        assert (error < 1e-5) is (expected is not None), way  # unweighted and full are something else
-
-
-def test_the_short_form_of_weighing(run):
-    rows = run(dit_attention, "--seconds", 0, "--least", 1)
-    assert {(row["ratio"], row["way"]) for row in rows} == {(r, w) for r in (0.75, 0.9375) for w in dit_attention.WAYS}
-    assert all(row["us"] > 0 and not row["remark"] for row in rows)
 
 
 def in_comfyui(*command: str, timeout: int = 280) -> str:
@@ -135,7 +117,7 @@ def test_what_a_call_sets_up_once_is_counted_once(monkeypatch):
             now[0] += self.seconds
 
     blocks = torch.nn.ModuleList([Takes(0.06), Takes(0.01)])
-    monkeypatch.setattr(dits, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setitem(dits.MODELS, "made up", SimpleNamespace(depths={"blocks": (2, 12)}))
     model = SimpleNamespace(model=SimpleNamespace(diffusion_model=SimpleNamespace(blocks=blocks)))
     clock = dits.BlockClock(model, "made up", torch.device("cpu"))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lab import store
 from lab.pages import speed_tables
-from lab.speed import common
 
 ROOT = Path(__file__).resolve().parents[3]
 needs_comfyui = pytest.mark.skipif(
@@ -89,7 +89,7 @@ def test_the_table_has_a_line_for_each_number_of_gpus(tmp_path):
     ):  # fmt: skip
         row = {"model": "sd15", "pixels": 2048, "images": 1, "gpus": gpus, "variant": name, "step_ms": ms}
         rows.append({**row, "step_p20": ms, "step_p80": ms, "speedup": f"{400 / ms:.3f}", "differs": differs, **about})
-    common.save(rows, tmp_path / "multigpu.csv")
+    store.save(rows, tmp_path / "multigpu.csv")
     lines = speed_tables.made("multigpu", tmp_path).splitlines()
     assert lines[2:4] == [
         "| SD 1.5 2048² | 1 | 1 | 400 ms (400 to 400) | 1.00x | 2.00x |",

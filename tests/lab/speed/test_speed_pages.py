@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from lab import store
 from lab.pages import fill, speed_tables
 from lab.pages import speed_plots as plot
-from lab.speed import common
 
 ABOUT = {"machine": "a GPU", "driver": "1", "torch": "2", "date": "2026-01-01", "commit": "abc", "versions": "x 1"}
 
@@ -33,11 +33,10 @@ def results(tmp_path):
         step(name, ms, "flux", size="1024²", tokens=4096, blocks="2 + 4", depth="19 + 38", attention_share="0.800")
         for name, ms in times.items() if not name.startswith(("merge", "half"))
     ]  # fmt: skip
-    ways = {"shape": "flux 1024²", "backend": "cudnn", "ratio": 0.75, "way": "joined", "us": 123.4, **ABOUT}
     for name, rows in {
-        "steps": steps, "hosts": hosts, "memory": [memory], "growth": growth, "dit": dit, "dit-attention": [ways],
+        "steps": steps, "hosts": hosts, "memory": [memory], "growth": growth, "dit": dit,
     }.items():  # fmt: skip
-        common.save(rows, tmp_path / f"{name}.csv")
+        store.save(rows, tmp_path / f"{name}.csv")
     return tmp_path
 
 
@@ -53,7 +52,6 @@ def results(tmp_path):
         ("memory", "| merge 0.5 | +1.3 (2.0) |"),
         ("growth", "| match | kernels | 4.0 | 16.0 | 2.00 |"),
         ("dit", "| cudnn | Flux 1024² | 4,096 | 2 + 4 of 19 + 38 | 80% | 100 ms (100 to 100) | 5.00x | 2.50x |"),
-        ("weights", "| cudnn | flux 1024² | 0.75 | 123 |"),
     ],
 )
 def test_a_table_says_what_its_csv_says(results, maker, line):
