@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from shared_tome.core.schedule import ratio_at
 
 from ..models.data import make_bank
-from ..models.diffusion import clean, signal_of
 from ..models.model import load_model, picture_set
+from ..models.samplers import denoiser, parse_sampler, run, step_sigmas
 from ..models.tensors import as_pictures
 from ..timing import Moment, spread
 from .hooks import Run, merged
 from .methods import Variant
-from .samplers import parse_sampler, run, step_sigmas
 
 KNOWN_SEED = 303  # of the pictures to inpaint; see lab/models/classifier.py
 PRECISIONS = ("float32", "mixed", "half")
@@ -61,7 +60,7 @@ class Bench:
     def pictures(self, variant: Variant, sampler: str) -> tuple[Tensor, Run]:
         """Pictures [seeds * images, 3, H, W] in float32 on the device, and the run with its count of work.
 
-        sampler: a name, with or without guidance (lab/fidelity/samplers.py).
+        sampler: a name, with or without guidance (lab/models/samplers.py).
         """
         done = []
         mixed = self.mixed and not variant.strict
@@ -91,7 +90,7 @@ class Bench:
         return self._to_inpaint[first : first + count]
 
     def _sample(self, start: Tensor, state: Run, name: str, seed: int, first: int) -> Tensor:
-        count, (sampler, guidance), prediction = len(start), parse_sampler(name), self.model.prediction
+        count, (sampler, guidance) = len(start), parse_sampler(name)
         order, sigmas = step_sigmas(self.table, sampler.steps)
         place = torch.arange(first, first + count, device=self.device)
         context = self.context(place % (len(self.tokens) - 1))
@@ -105,16 +104,13 @@ class Bench:
         def noise() -> Tensor:
             return torch.randn(start.shape, generator=generator, device=self.device)
 
+        guided = denoiser(self.network, context, order, sigmas, self.model.prediction, guidance)
+
         def denoised(x: Tensor, step: int) -> Tensor:
-            sigma = sigmas[step]
             if known is not None:
-                x = torch.cat((known[..., :half] + sigma * start[..., :half], x[..., half:]), dim=-1)
-            signal = signal_of(sigma, prediction)
-            x = x * signal
+                x = torch.cat((known[..., :half] + sigmas[step] * start[..., :half], x[..., half:]), dim=-1)
             state.begin(self.grid, self.device, tome_seed, step, sampler.steps)
-            times = torch.full((2 * count,), float(order[step]), device=self.device)
-            out, free = self.network(torch.cat((x, x)).to(self.dtype), times, context).float().chunk(2)
-            x0 = clean(prediction, x, free + guidance * (out - free), signal, sigma * signal)
+            x0 = guided(x, step)
             return x0 if known is None else torch.cat((known[..., :half], x0[..., half:]), dim=-1)
 
         return run(sampler, denoised, start, sigmas, noise)

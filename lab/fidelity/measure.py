@@ -28,12 +28,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..models import classifier
+from ..models.samplers import GUIDANCE, SAMPLERS, parse_sampler
 from ..store import Budget, Store
 from .bench import PRECISIONS, Bench
 from .hooks import Run, check
 from .methods import BASE, BASELINE, CATALOGUE, UNMERGED, Variant
 from .metrics import frechet, frechet_gap, psnr, ssim, standard_error, texture, to_range
-from .samplers import GUIDANCE, SAMPLERS, parse_sampler
 
 COLUMNS = (
     "variant family sampler psnr psnr_se ssim ssim_se gain gain_se cost cost_all "

@@ -7,18 +7,15 @@ without parameters and get a little noise while training, which keeps near laten
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .diffusion import learning_rate
+from .optimize import adamw, budgeted, descend
 from .tensors import as_pictures, autocast
 from .unet import GroupNorm
 
@@ -33,13 +30,6 @@ class AutoencoderConfig:
     channels: int = 4
     width: int = 64
     depth: int = 3
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Residual(nn.Module):
@@ -116,35 +106,22 @@ def train(
     autoencoder: Autoencoder,
     bank: Tensor,
     seed: int,
-    seconds: float,
+    seconds: float | None,
     steps: int | None = None,
     batch: int = 32,
     rate: float = 1e-3,
 ) -> None:
-    """Train on pictures [n, H, W, 3] (uint8, on the autoencoder's device) for some seconds, or for some steps."""
+    """Train on pictures [n, H, W, 3] (uint8, on the autoencoder's device) for some seconds or some steps."""
     device = bank.device
     generator = torch.Generator(device).manual_seed(seed)
-    parameters = list(autoencoder.train().requires_grad_(True).parameters())
-    optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda")
-    start, step = time.perf_counter(), 0
-    total, unit = (steps, "steps") if steps else (round(seconds), "s")
-    bar = tqdm(total=total, unit=unit, desc="autoencoder", file=sys.stderr, mininterval=5)
-    while (done := step / steps if steps else (time.perf_counter() - start) / seconds) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, done, rate)
+    optimizer = adamw(autoencoder.train().requires_grad_(True), rate)
+    for step, done in budgeted(seconds, steps, "autoencoder"):
         index = torch.randint(len(bank), (batch,), generator=generator, device=device)
         with autocast(device):
             loss = autoencoder.loss(as_pictures(bank[index]), generator)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % 20 == 0:  # wait for the device now and then, so that the clock is honest
-            bar.set_postfix(step=step, loss=f"{loss.item():.4f}", refresh=False)
-        bar.update(round(total * min(done, 1.0)) - bar.n)
-    bar.update(total - bar.n)
-    bar.close()
+        loss = descend(optimizer, loss, learning_rate(step, done, rate))
+        if step % 20 == 0:
+            loss.item()  # wait for the device now and then, so that the clock is honest
     autoencoder.requires_grad_(False)
     with autocast(device):
         autoencoder.settle(as_pictures(part) for part in bank.split(66))

@@ -1,10 +1,9 @@
-"""Noise schedules, predictions, deterministic sampling, averaging of weights and learning rate of the lab's models.
+"""Noise schedules, predictions, averaging of weights and learning rate of the lab's models.
 
 v-prediction is Salimans and Ho, "Progressive Distillation" (arXiv 2202.00512): of x_t = cos(a) x_0 + sin(a) e
 the network gives v = cos(a) e - sin(a) x_0. epsilon-prediction is Ho et al. (arXiv 2006.11239): the network gives
 e, the noise. flow is the rectified flow of Liu et al. (arXiv 2209.03003), that of Stable Diffusion 3 and Flux: of
-x_t = (1 - t) x_0 + t e the network gives e - x_0. Guidance is Ho and Salimans (arXiv 2207.12598), the deterministic
-sampler DDIM (arXiv 2010.02502).
+x_t = (1 - t) x_0 + t e the network gives e - x_0.
 
 All schedules are told as sigmas, noise over signal: tan(a), or t / (1 - t).
 """
@@ -12,7 +11,8 @@ All schedules are told as sigmas, noise over signal: tan(a), or t / (1 - t).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -92,13 +92,6 @@ def clean(prediction: str, x: Tensor, out: Tensor, signal: Tensor | float, share
     return x - share * out if prediction == "flow" else (x - share * out) / signal
 
 
-def noise_in(prediction: str, x: Tensor, out: Tensor, signal: Tensor | float, share: Tensor | float) -> Tensor:
-    """The noise that a network's output stands for; see clean."""
-    if prediction == "v":
-        return share * x + signal * out
-    return x + signal * out if prediction == "flow" else out
-
-
 def loss_weights(sigmas: Tensor, prediction: str = "v", gamma: float = 6.0, floor: float = 0.15) -> Tensor:
     """Weight of each sample's loss, [B]: 1 where noise prevails, less for nearly clean pictures; of a flow 1.
 
@@ -119,65 +112,21 @@ def stratified_steps(batch: int, steps: int, generator: torch.Generator, device:
     return ((torch.arange(batch, device=device) + offset) * (steps / batch)).long().clamp(max=steps - 1)
 
 
-def sampling_steps(count: int, steps: int = STEPS) -> list[int]:
-    """``count`` entries of the schedule, noisiest first: what ComfyUI calls the "simple" scheduler."""
-    return [steps - 1 - int(i * steps / count) for i in range(count)]
-
-
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@torch.no_grad()
-def sample(
-    model: Denoiser,
-    noise: Tensor,
-    context: Tensor,
-    unconditional: Tensor,
-    sigmas: Tensor,
-    steps: int = 30,
-    guidance: float = 3.0,
-    prediction: str = "v",
-) -> Tensor:
-    """Pictures (or latents) [B, C, H, W] of about -1 to 1 from ``noise`` [B, C, H, W] of unit variance.
-
-    model: (x, timesteps [B], context) -> prediction. context: [B, M, D]. unconditional: [1, M, D].
-    sigmas: [STEPS], see SCHEDULES. prediction: one of PREDICTIONS.
-    """
-    batch = noise.shape[0]
-    both = torch.cat((context, unconditional.expand(batch, -1, -1)))  # (2B, M, D)
-    order = sampling_steps(steps, len(sigmas))
-    signals, shares = signal_and_noise(sigmas, prediction)
-    x = noise
-    for i, t in enumerate(order):
-        times = torch.full((2 * batch,), float(t), device=noise.device)
-        out, free = model(torch.cat((x, x)), times, both).float().chunk(2)
-        out = free + guidance * (out - free)
-        x0 = clean(prediction, x, out, signals[t], shares[t])
-        noise_now = noise_in(prediction, x, out, signals[t], shares[t])
-        last = i + 1 == len(order)
-        x = x0 if last else signals[order[i + 1]] * x0 + shares[order[i + 1]] * noise_now
-    return x
-
-
 class Ema:
-    """Exponential moving average of parameters, a short one at first: early checkpoints are worth a look."""
+    """A copy of a model with an exponential moving average of what is trained, a short one at first: early
+    checkpoints are worth a look."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
-        self.decay = decay
-        self.count = 0
-        self.source = list(parameters)
-        self.average = [p.detach().clone() for p in self.source]
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.count = decay, 0
+        self.model = deepcopy(model).eval()
+        self.average, self.source = (
+            [p.detach() for p in each.parameters() if p.requires_grad] for each in (self.model, model)
+        )
 
-    @torch.no_grad()
     def update(self) -> None:
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.source], 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
-        for target, value in zip(parameters, self.average, strict=True):
-            target.copy_(value)
+        torch._foreach_lerp_(self.average, self.source, 1 - decay)
 
 
 def learning_rate(step: int, progress: float, peak: float, warmup: int = 150, final: float = 0.02) -> float:

@@ -11,9 +11,7 @@ row, half by the column; text is not rotated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -54,14 +52,6 @@ class DiTConfig:
     @property
     def head_channels(self) -> int:
         return self.width // self.heads
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DiTConfig:
-        """Inverse of :meth:`to_dict`, also after a round trip through JSON."""
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 Turns = tuple[Tensor, Tensor]

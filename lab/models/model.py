@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from .autoencoder import FACTOR, Autoencoder, AutoencoderConfig
 from .data import PictureSet
-from .diffusion import PREDICTIONS, sample
+from .diffusion import PREDICTIONS
 from .dit import DiT, DiTConfig
+from .samplers import sample
 from .sets import SETS
 from .tensors import autocast
 from .unet import UNet, UNetConfig
@@ -80,7 +82,7 @@ def save_model(path: Path, model: ClassModel, sigmas: Tensor, training: dict, pi
     metadata = {
         "format": "pt",
         "classes": json.dumps(list(pictures.classes)),
-        model.kind: json.dumps(model.network.config.to_dict()),
+        model.kind: json.dumps(asdict(model.network.config)),
         "prediction": model.prediction,
         "data": pictures.name,
         "size": str(pictures.size),
@@ -88,7 +90,7 @@ def save_model(path: Path, model: ClassModel, sigmas: Tensor, training: dict, pi
     }
     if model.autoencoder is not None:
         state |= {AUTOENCODER_PREFIX + k: v for k, v in model.autoencoder.state_dict().items()}
-        metadata["autoencoder"] = json.dumps(model.autoencoder.config.to_dict())
+        metadata["autoencoder"] = json.dumps(asdict(model.autoencoder.config))
         metadata["latent"] = json.dumps(model.painted_shape(pictures.size))
     tensors = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in state.items()}
     tensors[SIGMAS_KEY] = sigmas.cpu().contiguous()
@@ -107,13 +109,13 @@ def load_model(path: Path | str) -> tuple[ClassModel, Tensor, dict[str, str]]:
         tensors = {k: file.get_tensor(k) for k in file.keys()}
     metadata = {"prediction": "v", "data": "demo"} | metadata
     sigmas, tokens = tensors.pop(SIGMAS_KEY), tensors.pop(TOKENS_KEY).float()
-    autoencoder = (
-        AutoencoderConfig.from_dict(json.loads(metadata["autoencoder"])) if "autoencoder" in metadata else None
-    )
+    autoencoder = AutoencoderConfig(**json.loads(metadata["autoencoder"])) if "autoencoder" in metadata else None
     kind = next((kind for kind in KINDS if kind in metadata), None)
     if kind is None:
         raise ValueError(f"{path} is no model of the lab: its metadata has none of {', '.join(KINDS)}")
-    config = KINDS[kind][1].from_dict(json.loads(metadata[kind]))
+    # JSON turns tuples into lists.
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(metadata[kind]).items()}
+    config = KINDS[kind][1](**values)
     model = ClassModel(config, tokens.shape[0] - 1, tokens.shape[1], metadata["prediction"], autoencoder)
     parts = [(NETWORK_PREFIX, model.network)]
     if model.autoencoder is not None:
@@ -141,21 +143,10 @@ def sample_grid(
     shape = (len(classes), *model.painted_shape(size))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     with autocast(device):
-        painted = sample(
-            model.network,
-            noise,
-            model.context(classes),
-            model.class_tokens[-1:],
-            sigmas,
-            steps=steps,
-            prediction=model.prediction,
-        )
+        context, free = model.context(classes), model.class_tokens[-1:]
+        painted = sample(model.network, noise, context, free, sigmas, steps, prediction=model.prediction)
         found = model.decode(painted)
     pixels = ((found.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)  # (B, size, size, 3)
     rows = pixels.cpu().numpy().reshape(count, columns, size, size, 3)
-    canvas = np.full((count * (size + 2), columns * (size + 2), 3), 255, np.uint8)
-    for row, pictures_of_class in enumerate(rows):
-        for column, picture in enumerate(pictures_of_class):
-            top, left = row * (size + 2), column * (size + 2)
-            canvas[top : top + size, left : left + size] = picture
-    return Image.fromarray(canvas)
+    padded = np.pad(rows, ((0, 0), (0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)
+    return Image.fromarray(padded.transpose(0, 2, 1, 3, 4).reshape(count * (size + 2), columns * (size + 2), 3))

@@ -8,12 +8,10 @@ samples.png (a row a class) and log.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 import time
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..store import save
 from . import autoencoder
 from .autoencoder import AutoencoderConfig
 from .data import make_bank
 from .diffusion import SCHEDULES, Ema, learning_rate, loss_weights, noisy, stratified_steps
 from .dit import DiTConfig
 from .model import ClassModel, load_model, picture_set, sample_grid, save_model
+from .optimize import adamw, budgeted, descend
 from .sets import SETS
 from .tensors import as_pictures, autocast
 from .unet import UNetConfig
@@ -143,7 +143,6 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
-
         if args.resume:
             self.model, self.sigmas, metadata = load_model(args.resume)
             if json.loads(metadata["classes"]) != list(self.pictures.classes) or picture_set(metadata) != self.pictures:
@@ -154,39 +153,34 @@ class Trainer:
             self.sigmas = SCHEDULES[config.schedule]()
         self.sigmas = self.sigmas.to(self.device)
         self.model.to(self.device, memory_format=torch.channels_last)
-
         self.per_class = args.per_class or config.per_class
         bank = torch.from_numpy(make_bank(self.per_class, args.seed, args.photos, args.workers, self.pictures))
         bank = bank.flatten(0, 1).to(self.device)  # (K * per_class, size, size, 3), uint8
-        self.log(f"{len(bank)} pictures after {time.perf_counter() - self.start:.0f} s")
+        self.log(f"{len(bank)} pictures after {self.seconds:.0f} s")
         self.bank = self._latents(bank) if self.model.autoencoder else bank
-
-        self.model.train()
-        self.painter = deepcopy(self.model).eval()  # carries the averaged weights when pictures are made
-        self.network: nn.Module = self.model.network
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        decay = [p for p in self.model.network.parameters() if p.ndim > 1]
-        plain = [p for p in self.trained if not any(p is d for d in decay)]
-        groups = [{"params": decay, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-        fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.99), fused=fused)
-        self.ema = Ema(self.trained, config.ema)
+        self.network: nn.Module = self.model.train().network
+        self.optimizer = adamw(self.model, self.rate, keeps=("class_tokens",))
+        self.ema = Ema(self.model, config.ema)
         self.step = 0
-        self.rows: list[tuple[int, float, float]] = []
-        self.parameters = sum(p.numel() for p in self.trained)
+        self.rows: list[dict[str, object]] = []
+        self.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.perf_counter() - self.start
 
     def _latents(self, bank: Tensor) -> Tensor:
         """Train the autoencoder unless it came with the model; the bank's latents [n, h, w, C] in float32."""
         args = self.args
         if not args.resume:
-            seconds = self.config.autoencoder_share * args.minutes * 60
+            seconds = None if args.steps else self.config.autoencoder_share * args.minutes * 60
             batch = self.config.autoencoder_batch
             autoencoder.train(self.model.autoencoder, bank, args.seed, seconds, args.steps, batch)
         with autocast(self.device):
             latents = [self.model.encode(as_pictures(part)) for part in bank.split(66)]
-        ready = time.perf_counter() - self.start
         fidelity = autoencoder.round_trip(self.model.autoencoder, as_pictures(bank[:: max(1, len(bank) // 64)]))
-        self.log(f"autoencoder ready after {ready:.0f} s, there and back {fidelity:.1f} dB")
+        self.log(f"autoencoder ready after {self.seconds:.0f} s, there and back {fidelity:.1f} dB")
         return torch.cat(latents).permute(0, 2, 3, 1).contiguous()
 
     def log(self, text: str) -> None:
@@ -211,24 +205,17 @@ class Trainer:
         return (error * loss_weights(sigmas, self.model.prediction)).mean()
 
     def train_step(self, progress: float) -> Tensor:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, progress, self.rate)
-        loss = self.loss()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = descend(self.optimizer, self.loss(), learning_rate(self.step, progress, self.rate))
         self.ema.update()
         self.step += 1
-        return loss.detach()
+        return loss
 
     def _seconds_a_step(self, count: int = 8) -> float:
         """Time of real training steps at the start of the schedule: they count as training."""
         self.train_step(0.0).item()
         start = time.perf_counter()
-        for _ in range(count):
-            loss = self.train_step(0.0)
-        loss.item()
+        losses = [self.train_step(0.0) for _ in range(count)]
+        losses[-1].item()
         return (time.perf_counter() - start) / count
 
     def try_to_compile(self) -> None:
@@ -236,79 +223,57 @@ class Trainer:
         if self.args.no_compile or self.device.type != "cuda":
             return
         plain = self._seconds_a_step()
-        start = time.perf_counter()
         try:
             self.network = torch.compile(self.model.network)
             compiled = self._seconds_a_step()
+            self.log(f"seconds a step: plain {plain:.4f}, compiled {compiled:.4f} (after {self.seconds:.0f} s)")
         except Exception as error:  # whatever the compiler fails with, training goes on without it
-            self.network = self.model.network
-            self.optimizer.zero_grad(set_to_none=True)
+            compiled = plain + 1
             self.log(f"torch.compile failed, training without it: {type(error).__name__}: {str(error)[:500]}")
-            return
         if compiled > plain:
             self.network = self.model.network
-        took = time.perf_counter() - start
-        self.log(f"seconds a step: plain {plain:.4f}, compiled {compiled:.4f} (ready after {took:.0f} s)")
 
-    def save(self, seconds: float, pictures: bool = True) -> None:
-        self.ema.copy_to(p for p in self.painter.parameters() if p.requires_grad)
+    def save(self, pictures: bool = True) -> None:
         training = {
             "config": self.args.config,
             "parameters": self.parameters,
             "steps": self.step,
             "batch": self.batch,
-            "seconds": round(seconds),
-            "loss": round(self.rows[-1][1], 5) if self.rows else None,
+            "seconds": round(self.seconds),
+            "loss": float(self.rows[-1]["loss"]) if self.rows else None,
             "seed": self.args.seed,
             "resumed": bool(self.args.resume),
         }
-        save_model(self.out / "model.safetensors", self.painter, self.sigmas, training, self.pictures)
-        with (self.out / "log.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("step", "loss", "seconds"))
-            writer.writerows((s, f"{loss:.5f}", f"{t:.2f}") for s, loss, t in self.rows)
+        save_model(self.out / "model.safetensors", self.ema.model, self.sigmas, training, self.pictures)
+        save(self.rows, self.out / "log.csv")
         if pictures:
-            grid = sample_grid(self.painter, self.sigmas, self.pictures, self.args.columns, self.args.sample_steps)
+            grid = sample_grid(self.ema.model, self.sigmas, self.pictures, self.args.columns, self.args.sample_steps)
             grid.save(self.out / "samples.png")
 
     def run(self) -> None:
-        args = self.args
         self.log(f"{self.parameters / 1e6:.2f}M parameters, {len(self.bank)} pictures, batch {self.batch}")
-        budget = args.minutes * 60
-        start, saved = self.start, time.perf_counter()
         self.try_to_compile()
-        begun = time.perf_counter() - start
-        recent: list[Tensor] = []
-        total, unit = (args.steps, "steps") if args.steps else (round(budget), "s")
-        form = "{percentage:3.0f}%|{bar:30}| {n_fmt} of {total_fmt} {unit}{postfix}"
-        bar = tqdm(total=total, unit=unit, bar_format=form, file=sys.stderr, mininterval=5)
-        while True:
-            seconds = time.perf_counter() - start
-            # Of the training alone, else what came before would cost the learning rate its high part.
-            done = self.step / args.steps if args.steps else (seconds - begun) / max(budget - begun, 1.0)
-            if done >= 1:
-                break
+        saved, recent = time.perf_counter(), []
+        # Of the training alone, else what came before would cost the learning rate its high part.
+        left = None if self.args.steps else max(self.args.minutes * 60 - self.seconds, 1.0)
+        for _, done in budgeted(left, self.args.steps, self.args.config):
             recent.append(self.train_step(done))
-            bar.update((self.step if args.steps else round(seconds)) - bar.n)
-            if len(recent) == args.log_every:
-                self._note(recent, start, bar)
-            if time.perf_counter() - saved > args.save_every:
-                self.save(time.perf_counter() - start)
+            if len(recent) == self.args.log_every:
+                self._note(recent)
+            if time.perf_counter() - saved > self.args.save_every:
+                self.save()
                 saved = time.perf_counter()
         if recent:
-            self._note(recent, start, bar)
-        bar.close()
-        self.save(time.perf_counter() - start, pictures=False)  # the weights first: pictures take a while
-        self.save(time.perf_counter() - start)
-        last = self.rows[-1]
-        self.log(f"{self.step} steps, loss {last[1]:.4f}, {last[2]:.0f} s")
+            self._note(recent)
+        self.save(pictures=False)  # the weights first: pictures take a while
+        self.save()
 
-    def _note(self, recent: list[Tensor], start: float, bar: tqdm) -> None:
+    def _note(self, recent: list[Tensor]) -> None:
         """Write down the mean of recent losses; reading them waits for the device, so the clock is honest."""
         loss = torch.stack(recent).mean().item()
         recent.clear()
-        self.rows.append((self.step, loss, time.perf_counter() - start))
-        bar.set_postfix(step=self.step, loss=f"{loss:.4f}")
+        self.rows.append({"step": self.step, "loss": f"{loss:.5f}", "seconds": f"{self.seconds:.2f}"})
+        self.log(f"step {self.step}: loss {loss:.4f}, {self.seconds:.0f} s")
         if not np.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.step}: lower --rate")
 

@@ -10,9 +10,7 @@ Image Synthesis with Latent Diffusion Models" (arXiv 2112.10752), figure 3 and a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -45,14 +43,6 @@ class UNetConfig:
             width = mult * self.model_channels
             if width % 32 or width % self.head_channels:
                 raise ValueError(f"width {width} is no multiple of 32 (group norm) and {self.head_channels} (heads)")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
-        """Inverse of :meth:`to_dict`, also after a round trip through JSON, which turns tuples into lists."""
-        return cls(**{k: tuple(v) if isinstance(v, Sequence) else v for k, v in values.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..fidelity.samplers import SAMPLERS
+from ..models.samplers import SAMPLERS
 from .fidelity_tables import frontier
 from .rows import Row, main_sampler, of_model, results
 from .style import INK, PAPER, STYLES, figure_of, save

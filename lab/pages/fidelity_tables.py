@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Sequence
 from shared_tome.config import PRESETS, ToMeConfig
 
 from ..fidelity.methods import CATALOGUE, OWN, OWN_KEY, sample_name
-from ..fidelity.samplers import GUIDANCE, SAMPLERS, parse_sampler
+from ..models.samplers import GUIDANCE, SAMPLERS, parse_sampler
 from ..store import markdown
 from .rows import MAIN, Row, main_sampler, of_model, of_set
 from .style import STYLES

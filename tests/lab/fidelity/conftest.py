@@ -39,7 +39,7 @@ def dit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def flow2(monkeypatch: pytest.MonkeyPatch) -> str:
     """A sampler of two steps."""
-    from lab.fidelity import samplers
+    from lab.models import samplers
 
     monkeypatch.setitem(samplers.SAMPLERS, "flow2", samplers.Sampler(samplers.ddim, 2, "Euler, 2 steps"))
     return "flow2"

@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -54,7 +55,7 @@ def unet_differences(demo: ModuleType) -> list[float]:
         ours = UNet(config).eval()
         for parameter in ours.parameters():  # the zeros of a fresh network would hide whole branches
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.06
-        theirs = UNetModel(**demo.host_unet_config(config.to_dict()), dtype=torch.float32).eval()
+        theirs = UNetModel(**demo.host_unet_config(asdict(config)), dtype=torch.float32).eval()
         theirs.load_state_dict(ours.state_dict(), strict=True)
         x = torch.randn(2, 3, height, width, generator=generator)
         context = torch.randn(2, 4, config.context_dim, generator=generator)
@@ -72,8 +73,8 @@ def sampled(nodes: ModuleType) -> dict:
     import nodes as comfy_nodes
     from comfy.ldm.modules.attention import BasicTransformerBlock
 
-    from lab.models.diffusion import sample
     from lab.models.model import load_model
+    from lab.models.samplers import sample
 
     demo = nodes.demo
     names = demo.class_names()

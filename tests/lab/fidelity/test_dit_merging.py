@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from small_dit import GRID, SIZE, SMALL, TEXT, normal
 
-from lab.fidelity import hooks, measure, samplers
+from lab.fidelity import hooks, measure
 from lab.fidelity.hooks import Run, merged
 from lab.fidelity.methods import CATALOGUE, OWN, UNMERGED, Variant
+from lab.models import samplers
 from lab.models.model import load_model
 from lab.models.train import main
 from lab.pages import fidelity_tables as plot

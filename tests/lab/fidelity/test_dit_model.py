@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from small_dit import PICTURES, SIZE, SMALL, TEXT, normal, with_weights
 
-from lab.fidelity import samplers
 from lab.fidelity.methods import CATALOGUE, UNMERGED
-from lab.models import diffusion
+from lab.models import diffusion, samplers
 from lab.models.dit import DiT, DiTConfig, JointAttention, from_patches, rope_turns, rotate, to_patches
 from lab.models.model import SIGMAS_KEY, TOKENS_KEY, ClassModel, load_model, save_model
 from lab.models.sets import SETS
@@ -208,7 +207,7 @@ def test_the_sampler_is_eulers_method_on_the_flow(dit_bench):
 def test_the_trainers_own_sampler_agrees(dit_bench):
     model = dit_bench.model
     noise, context = normal(2, 3, SIZE, SIZE, seed=1000), model.context(torch.tensor([0, 1]))
-    expected = diffusion.sample(
+    expected = samplers.sample(
         model.network, noise, context, model.class_tokens[-1:], dit_bench.table, steps=2, prediction="flow"
     )
     pictures, _ = dit_bench.pictures(CATALOGUE.variants[UNMERGED], "flow2")

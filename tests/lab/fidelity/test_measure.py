@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,11 @@ if str(ROOT) not in sys.path:
 from PIL import Image
 from safetensors.torch import save_file
 
-from lab.fidelity import measure, samplers
+from lab.fidelity import measure
 from lab.fidelity.bench import Bench
 from lab.fidelity.hooks import Run, merged
 from lab.fidelity.methods import CATALOGUE, Variant
-from lab.models import classifier, diffusion
+from lab.models import classifier, diffusion, samplers
 from lab.models.model import NETWORK_PREFIX, SIGMAS_KEY, TOKENS_KEY, load_model
 from lab.models.unet import UNet, UNetConfig
 from lab.pages.rows import LATER, read
@@ -59,7 +60,7 @@ def model_file(tmp_path_factory) -> Path:
     state[TOKENS_KEY] = torch.randn((3, 4, 8), generator=generator)  # two classes and "any"
     state[SIGMAS_KEY] = diffusion.cosine_sigmas()
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    save_file(state, path, metadata={"unet": json.dumps(UNET.to_dict()), "size": str(SIZE), "classes": '["a", "b"]'})
+    save_file(state, path, metadata={"unet": json.dumps(asdict(UNET)), "size": str(SIZE), "classes": '["a", "b"]'})
     return path
 
 
@@ -248,7 +249,7 @@ def test_unmerged_is_the_trainers_own_sampler(bench, model_file):
     model, sigmas, _ = load_model(model_file)
     noise = torch.randn((2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1000))
     context = model.context(torch.tensor([0, 1]))
-    expected = diffusion.sample(model.network, noise, context, model.class_tokens[-1:], sigmas, steps=2, guidance=3.0)
+    expected = samplers.sample(model.network, noise, context, model.class_tokens[-1:], sigmas, steps=2, guidance=3.0)
     pictures, _ = bench.pictures(CATALOGUE.variants["unmerged"], "ddim2")
     torch.testing.assert_close(pictures, expected, atol=1e-3, rtol=1e-3)
 

@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parents[3]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from lab.fidelity import methods, metrics, samplers
+from lab.fidelity import methods, metrics
 from lab.fidelity.measure import COLUMNS, describe
+from lab.models import samplers
 from lab.models.diffusion import cosine_sigmas
 from lab.pages import fidelity_tables as plot
 from lab.pages import fill

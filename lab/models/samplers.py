@@ -9,13 +9,14 @@ model in place of a consistency model: predict, add noise, repeat.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..models.diffusion import sampling_steps
+from .diffusion import clean, signal_of
 
 Denoised = Callable[[Tensor, int], Tensor]
 """(x [B, C, H, W], step) -> the predicted picture x0 [B, C, H, W]."""
@@ -54,17 +55,13 @@ def dpmpp2m(s: State) -> Tensor:
     x0 = s.x0
     if s.last_x0 is not None:
         # Steps in log(1 / sigma); the guess for x0 halfway is a line through the last two predictions.
-        now, before = _log(s.sigma / s.next), _log(s.last_sigma / s.sigma)
+        now, before = math.log(s.sigma / s.next), math.log(s.last_sigma / s.sigma)
         x0 = s.x0 + (s.x0 - s.last_x0) * (now / before / 2)
     return x0 + (s.x - x0) * (s.next / s.sigma)
 
 
 def lcm(s: State) -> Tensor:
     return s.x0 + s.next * s.noise() if s.next > 0 else s.x0
-
-
-def _log(x: float) -> float:
-    return torch.tensor(x, dtype=torch.float64).log().item()
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def parse_sampler(name: str) -> tuple[Sampler, float]:
 
 def step_sigmas(table: Tensor, steps: int) -> tuple[list[int], list[float]]:
     """The training steps [S] to visit and their sigmas [S + 1], which end in 0. table: [STEPS], rising."""
-    order = sampling_steps(steps, len(table))
+    order = [len(table) - 1 - int(i * len(table) / steps) for i in range(steps)]  # ComfyUI's "simple" scheduler
     return order, [*(table[i].item() for i in order), 0.0]
 
 
@@ -118,3 +115,45 @@ def run(sampler: Sampler, denoised: Denoised, start: Tensor, sigmas: list[float]
         x = sampler.update(State(x, x0, sigma, after, last_x0, last_sigma, noise))
         last_x0, last_sigma = x0, sigma
     return x
+
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x [B, C, H, W], training steps [B], context [B, M, D]) -> its prediction [B, C, H, W]."""
+
+
+def denoiser(
+    network: Network, context: Tensor, order: list[int], sigmas: list[float], prediction: str, guidance: float
+) -> Denoised:
+    """What the network predicts with guidance. context: [2 * B, M, D], of prompted rows, then of unprompted ones.
+
+    Guidance: Ho and Salimans (arXiv 2207.12598). prediction: one of PREDICTIONS (diffusion.py).
+    """
+
+    def denoised(x: Tensor, step: int) -> Tensor:
+        signal = signal_of(sigmas[step], prediction)
+        x = x * signal
+        times = torch.full((len(context),), float(order[step]), device=x.device)
+        out, free = network(torch.cat((x, x)).to(context.dtype), times, context).float().chunk(2)
+        return clean(prediction, x, free + guidance * (out - free), signal, sigmas[step] * signal)
+
+    return denoised
+
+
+def sample(
+    network: Network,
+    noise: Tensor,
+    context: Tensor,
+    unconditional: Tensor,
+    table: Tensor,
+    steps: int = 30,
+    guidance: float = GUIDANCE,
+    prediction: str = "v",
+) -> Tensor:
+    """DDIM: pictures (or latents) [B, C, H, W] of about -1 to 1 from ``noise`` [B, C, H, W] of unit variance.
+
+    context: [B, M, D]. unconditional: [1, M, D]. table: [STEPS], a schedule's sigmas.
+    """
+    both = torch.cat((context, unconditional.expand(len(context), -1, -1)))
+    order, sigmas = step_sigmas(table, steps)
+    denoised = denoiser(network, both, order, sigmas, prediction, guidance)
+    return run(Sampler(ddim, steps, ""), denoised, noise, sigmas, lambda: noise)
