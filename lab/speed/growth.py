@@ -12,7 +12,7 @@ import math
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from shared_tome import ModelCall, ToMeConfig, kernels, match_tokens
 
 from .common import DTYPES, Arguments, attention_by, microseconds, run_jobs, us_columns
+from .kernel_jobs import replaced
 from .layer import tomesd_match
 
 CHANNELS, HEADS = 320, 8
@@ -53,16 +54,9 @@ def exponent(tokens: list[int], times: list[float], octaves: int = 3) -> float:
     return statistics.linear_regression(x, y).slope
 
 
-@contextmanager
-def kernels_off(off: bool = True) -> Iterator[None]:
+def kernels_off(off: bool = True) -> AbstractContextManager:
     """Plain torch in place of the kernels."""
-    serves = kernels.serves
-    if off:
-        kernels.serves = lambda *tensors: False
-    try:
-        yield
-    finally:
-        kernels.serves = serves
+    return replaced(kernels, "serves", lambda *tensors: False) if off else nullcontext()
 
 
 # What is timed: its name, the call, what it draws from.

@@ -30,19 +30,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--photos", type=Path, help="folder of the photographs (default: scikit-image's)")
     parser.add_argument("--workers", type=int, help="processes that draw pictures (default: one a core)")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="of each training, at most")
-    parser.add_argument("--seconds", type=float, default=Recipe.seconds, help="of each training, at most")
-    parser.add_argument("--batch", type=int, default=Recipe.batch, help="of training")
-    parser.add_argument("--rate", type=float, default=Recipe.rate, help="highest learning rate")
+    for name, help in (
+        ("steps", "of each training, at most"),
+        ("seconds", "of each training, at most"),
+        ("batch", "of training"),
+        ("rate", "highest learning rate"),
+    ):
+        default = getattr(Recipe, name)
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=help)
     parser.add_argument("--per-class", type=int, default=512, help="drawings of each class to train on")
     parser.add_argument("--held-out", type=int, default=400, help="held-out pictures of each class")
     parser.add_argument("--timed-batch", type=int, default=2048, help="pictures at a time when measuring")
     parser.add_argument("--rounds", type=int, default=10, help="times that each variant is timed")
     parser.add_argument("--rs", type=int, nargs="+", default=RS, help="tokens fewer in each block")
     parser.add_argument("--compared-rs", type=int, nargs="+", default=COMPARED_RS, help="the same for other methods")
-    parser.add_argument("--depth", type=int, default=Shape.depth)
-    parser.add_argument("--channels", type=int, default=Shape.channels)
-    parser.add_argument("--heads", type=int, default=Shape.heads)
+    for name in ("depth", "channels", "heads"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Shape, name))
     parser.add_argument("--commit", help="where the tree is no git checkout")
     args = parser.parse_args(argv)
     if not args.train_only and args.out is None:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 import shared_tome.vit as vit
 
+from .. import store
+from ..models.optimize import adamw, budgeted, descend
+from ..models.tensors import autocast
 from .model import Shape, build, load, save
 from .task import Task
 
@@ -55,23 +54,6 @@ def rate_at(progress: float, recipe: Recipe) -> float:
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def precision(device: str) -> AbstractContextManager:
-    """bfloat16 where there are matrix units for it."""
-    return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext()
-
-
-def _steps(recipe: Recipe) -> Iterator[tuple[int, float]]:
-    """(step, share done), until the steps or the seconds are over. The first step's start-up does not count."""
-    start = time.monotonic()
-    for step in range(recipe.steps):
-        if step == 1:
-            start = time.monotonic()
-        progress = max(step / recipe.steps, (time.monotonic() - start) / recipe.seconds)
-        if progress >= 1:
-            return
-        yield step, progress
-
-
 def train(task: Task, r: int, recipe: Recipe, shape: Shape, device: str, log: Path | None = None) -> tuple:
     """(the model, how many steps it took, seconds). r: tokens fewer in each block while training."""
     gpus = [torch.cuda.current_device()] if device == "cuda" else []
@@ -88,42 +70,27 @@ def train(task: Task, r: int, recipe: Recipe, shape: Shape, device: str, log: Pa
 
 
 def _train(model: nn.Module, task: Task, recipe: Recipe, device: str, log: Path | None) -> tuple[int, float]:
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": recipe.decay},
-        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), fused=device == "cuda")
+    optimizer = adamw(model, recipe.rate, recipe.decay, 0.98)
     generator = torch.Generator(device).manual_seed(SEED)
-    rows, begun, done = [], time.monotonic(), 0
-    losses, right = [], []
-    for step, progress in tqdm(_steps(recipe), total=recipe.steps, unit="step", mininterval=5):
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(progress, recipe)
+    rows, recent, begun, done = [], [], time.monotonic(), 0
+    for step, progress in budgeted(recipe.seconds, recipe.steps, "vit"):
         pictures, classes = task.draw(recipe.batch, generator)
-        with precision(device):
+        with autocast(torch.device(device)):
             scores = model(pictures).float()
         loss = F.cross_entropy(scores, classes, label_smoothing=recipe.smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss = descend(optimizer, loss, rate_at(progress, recipe))
+        recent.append(torch.stack((loss, (scores.detach().argmax(-1) == classes).float().mean())))
         done = step + 1
-        losses.append(loss.detach())
-        right.append((scores.detach().argmax(-1) == classes).float().mean())
         if done % 100 == 0:
-            took = time.monotonic() - begun
-            rows.append([done, f"{took:.1f}", f"{_mean(losses):.4f}", f"{100 * _mean(right):.2f}"])
-            tqdm.write(f"step {done}: loss {rows[-1][2]}, {rows[-1][3]}% right, {took:.0f} s")
-            losses, right = [], []
-    if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([["step", "seconds", "loss", "right"], *rows])
+            rows.append(_noted(done, time.monotonic() - begun, recent))
+            recent = []
+    store.save(rows, log)
     return done, time.monotonic() - begun
 
 
-def _mean(values: list) -> float:
-    return torch.stack(values).mean().item()
+def _noted(step: int, seconds: float, recent: list[Tensor]) -> dict[str, object]:
+    loss, right = torch.stack(recent).mean(0).tolist()
+    return {"step": step, "seconds": f"{seconds:.1f}", "loss": f"{loss:.4f}", "right": f"{100 * right:.2f}"}
 
 
 def train_missing(folder: Path, task: Task, recipe: Recipe, shape: Shape, device: str) -> None:

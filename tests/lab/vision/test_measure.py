@@ -14,7 +14,6 @@ from PIL import Image
 
 from lab.pages import vit_tables as tables
 from lab.store import read
-from lab.vit import orders
 from lab.vit.measure import COMPARED, SCHEDULES, Variant, accuracy, images_per_second, right, throughput, variants
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -117,15 +116,3 @@ def test_the_picture_is_drawn(tmp_path):
     command("lab.vit.picture", "--out", out, "--blocks", 1, 12)
     with Image.open(out) as image:
         assert image.size == (3 * 256 + 2 * 8, 4 * 256 + 3 * 8)
-
-
-def test_film_and_sound_are_drawn(tmp_path):
-    out = tmp_path / "orders.png"
-    orders.main(["--out", str(out)])
-    with Image.open(out) as image:
-        assert image.size == (4 * 256 + 3 * 8, 4 * 256 + 3 * 8)
-    spectrum = orders.spectrogram()
-    assert spectrum.shape == (1, 64, 256) and spectrum.min() == 0 and spectrum.max() == 1
-    # Bins of 62.5 Hz, the highest above: 500 Hz is the eighth from below, and silent for the last 0.3 s of each second.
-    tone = spectrum[0, 64 - 8]
-    assert tone[20:80].min() > 0.8 and tone[96:124].max() < 0.6

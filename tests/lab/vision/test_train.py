@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import shared_tome.vit as vit
+from lab.models import optimize
 from lab.vit import train as module
 from lab.vit.model import build, load, save
 from lab.vit.train import MODELS, PATIENCE, Recipe, rate_at, train, train_missing
@@ -27,8 +28,7 @@ class Fixed:
 
 
 @pytest.mark.parametrize("r", [0, 9])
-def test_loss_falls(task, r, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "tqdm", Steps)
+def test_loss_falls(task, r, tmp_path):
     recipe = Recipe(steps=100, seconds=1e6, rate=3e-3, drop_path=0.0, smoothing=0.0)
     model, steps, _ = train(Fixed(task), r, recipe, SMALL, "cpu", tmp_path / "log.csv")
     assert steps == 100 and not model.training
@@ -41,20 +41,6 @@ def test_loss_falls(task, r, tmp_path, monkeypatch):
     assert right == 1.0, "six pictures are learnt by heart, with merging too"
     head, row = (tmp_path / "log.csv").read_text().splitlines()
     assert head == "step,seconds,loss,right" and row.startswith("100,")
-
-
-class Steps:
-    """tqdm, silent."""
-
-    def __init__(self, steps, **options):
-        self.steps = steps
-
-    def __iter__(self):
-        return iter(self.steps)
-
-    @staticmethod
-    def write(text):
-        pass
 
 
 def test_merging_is_on_while_training(task, monkeypatch):
@@ -83,9 +69,9 @@ def test_the_rate_rises_and_falls_to_zero():
 
 def test_training_ends_with_its_time(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(optimize.time, "monotonic", lambda: now[0])
     done = []
-    for step, share in module._steps(Recipe(steps=1000, seconds=10.0)):
+    for step, share in optimize.budgeted(10.0, 1000, "training"):
         done.append((step, share))
         now[0] += 100.0 if step == 0 else 1.0  # the first step compiles and is not counted
     assert [step for step, _ in done] == list(range(11)) and done[-1][1] == pytest.approx(0.9)
