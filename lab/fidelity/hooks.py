@@ -123,32 +123,18 @@ class MergedSelfAttention(nn.Module):
         return self.inner.to_out(x.to(dtype).transpose(1, 2).flatten(2))
 
 
-class MergedCrossAttention(nn.Module):
-    """Stands in for a block's attn2: its queries go by the block's own match."""
+class MergedPart(nn.Module):
+    """Stands in for a block's attn2 or ff, whose tokens go by the block's own match where the option says so."""
 
-    def __init__(self, inner: CrossAttention, run: Run):
+    def __init__(self, inner: CrossAttention | FeedForward, run: Run, option: str):
         super().__init__()
-        self.inner, self.run = inner, run
+        self.inner, self.run, self.option = inner, run, option
 
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, *context: Tensor | None) -> Tensor:
         plan = self.run.plan
-        if plan is None or not self.run.variant.config.cross_attention:
-            return self.inner(x, context)
-        return plan.unmerge(self.inner(plan.merge(x), context))
-
-
-class MergedFeedForward(nn.Module):
-    """Stands in for a block's ff."""
-
-    def __init__(self, inner: FeedForward, run: Run):
-        super().__init__()
-        self.inner, self.run = inner, run
-
-    def forward(self, x: Tensor) -> Tensor:
-        plan = self.run.plan
-        if plan is None or not self.run.variant.config.mlp:
-            return self.inner(x)
-        return plan.unmerge(self.inner(plan.merge(x)))
+        if plan is None or not getattr(self.run.variant.config, self.option):
+            return self.inner(x, *context)
+        return plan.unmerge(self.inner(plan.merge(x), *context))
 
 
 class MergedJointAttention(nn.Module):
@@ -218,8 +204,8 @@ def _stand_ins(network: UNet | DiT, run: Run) -> Iterator[tuple[nn.Module, str, 
     for block in network.modules():
         if isinstance(block, BasicTransformerBlock):
             yield block, "attn1", MergedSelfAttention(block.attn1, run)
-            yield block, "attn2", MergedCrossAttention(block.attn2, run)
-            yield block, "ff", MergedFeedForward(block.ff, run)
+            yield block, "attn2", MergedPart(block.attn2, run, "cross_attention")
+            yield block, "ff", MergedPart(block.ff, run, "mlp")
         elif isinstance(getattr(block, "attention", None), JointAttention):
             yield block, "attention", MergedJointAttention(run)
 

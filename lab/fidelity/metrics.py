@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PEAK = 255.0
@@ -28,20 +29,13 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     border left out.
     """
     offset = torch.arange(-5, 6, dtype=torch.float64, device=a.device)
-    window = (-offset.square() / (2 * 1.5**2)).exp()
-    window = window / window.sum()  # (11,)
+    window = (-offset.square() / (2 * 1.5**2)).softmax(0)  # (11,)
 
-    def bands(side: int) -> Tensor:
-        """[side - 10, side]: a window a row. A product with it is faster than a convolution in float64."""
-        rows = torch.zeros(side - 10, side, dtype=torch.float64, device=a.device)
-        for i, weight in enumerate(window):
-            rows.diagonal(i)[: side - 10] = weight
-        return rows
-
-    down, across = bands(a.shape[2]), bands(a.shape[3]).T
+    # [side - 10, side] each: a window a row. A product with it is faster than a convolution in float64.
+    down, across = (torch.stack([F.pad(window, (i, n - 11 - i)) for i in range(n - 10)]) for n in a.shape[2:])
 
     def blur(x: Tensor) -> Tensor:
-        return down @ x @ across  # (B, C, H - 10, W - 10)
+        return down @ x @ across.T  # (B, C, H - 10, W - 10)
 
     a, b = a.double(), b.double()
     mean_a, mean_b = blur(a), blur(b)

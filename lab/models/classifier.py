@@ -14,14 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import DEMO, PictureSet, make_bank
 from .sets import SETS
-from .tensors import as_pictures
+from .tensors import as_pictures, load_tensors, save_tensors
 
 FEATURES = 32
 TRAIN_SEED, REAL_SEED = 101, 202  # the painter's own pictures have seed 0
@@ -121,16 +119,14 @@ def train(
 
 
 def save(judge: Judge, path: Path) -> None:
-    state = {MODEL_KEY + k: v.contiguous() for k, v in judge.classifier.state_dict().items()}
-    state[REAL_KEY], state[ACCURACY_KEY] = judge.real.contiguous(), torch.tensor(judge.accuracy)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path, metadata={"data": judge.data})
+    state = {MODEL_KEY + k: v for k, v in judge.classifier.state_dict().items()}
+    given = {REAL_KEY: judge.real, ACCURACY_KEY: torch.tensor(judge.accuracy)}
+    save_tensors(path, state | given, {"data": judge.data})
 
 
 def load(path: Path) -> Judge:
-    with safe_open(str(path), framework="pt") as file:
-        data = (file.metadata() or {}).get("data", DEMO.name)
-        state = {k: file.get_tensor(k) for k in file.keys()}
+    state, metadata = load_tensors(path)
+    data = metadata.get("data", DEMO.name)
     real, accuracy = state.pop(REAL_KEY), state.pop(ACCURACY_KEY).item()
     classifier = Classifier(SETS[data]).eval()
     classifier.load_state_dict({k.removeprefix(MODEL_KEY): v for k, v in state.items()})
@@ -147,14 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--per-class", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=6)
     args = parser.parse_args(argv)
-    judge = train(
-        args.per_class,
-        epochs=args.epochs,
-        device=args.device,
-        photos=args.photos,
-        workers=args.workers,
-        data=SETS[args.data],
-    )
+    where = (args.device, args.photos, args.workers, SETS[args.data])
+    judge = train(args.per_class, 100, args.epochs, *where)
     save(judge, args.out)
     print(f"names {judge.accuracy:.1%} of {len(judge.real)} real pictures rightly")
 

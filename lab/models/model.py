@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .autoencoder import FACTOR, Autoencoder, AutoencoderConfig
@@ -19,7 +17,7 @@ from .diffusion import PREDICTIONS
 from .dit import DiT, DiTConfig
 from .samplers import sample
 from .sets import SETS
-from .tensors import autocast
+from .tensors import autocast, load_tensors, save_tensors
 from .unet import UNet, UNetConfig
 
 NETWORK_PREFIX, AUTOENCODER_PREFIX = "model.diffusion_model.", "first_stage_model."  # as the hosts have them
@@ -92,11 +90,8 @@ def save_model(path: Path, model: ClassModel, sigmas: Tensor, training: dict, pi
         state |= {AUTOENCODER_PREFIX + k: v for k, v in model.autoencoder.state_dict().items()}
         metadata["autoencoder"] = json.dumps(asdict(model.autoencoder.config))
         metadata["latent"] = json.dumps(model.painted_shape(pictures.size))
-    tensors = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in state.items()}
-    tensors[SIGMAS_KEY] = sigmas.cpu().contiguous()
-    partial = path.with_suffix(".part")
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(path)  # a run that is stopped while writing leaves the last whole file
+    tensors = {k: v.half() for k, v in state.items()}
+    save_tensors(path, {**tensors, SIGMAS_KEY: sigmas}, metadata)
 
 
 def load_model(path: Path | str) -> tuple[ClassModel, Tensor, dict[str, str]]:
@@ -104,9 +99,7 @@ def load_model(path: Path | str) -> tuple[ClassModel, Tensor, dict[str, str]]:
 
     Metadata that an older file lacks: prediction is "v", data is "demo", no autoencoder.
     """
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {k: file.get_tensor(k) for k in file.keys()}
+    tensors, metadata = load_tensors(path)
     metadata = {"prediction": "v", "data": "demo"} | metadata
     sigmas, tokens = tensors.pop(SIGMAS_KEY), tensors.pop(TOKENS_KEY).float()
     autoencoder = AutoencoderConfig(**json.loads(metadata["autoencoder"])) if "autoencoder" in metadata else None

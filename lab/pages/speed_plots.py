@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..store import Row, read
+from ..store import Row, grouped, read
 from .speed_tables import FOLDER, MODELS
 from .style import INK, figure_of, save
 
@@ -141,26 +141,31 @@ def growth(rows: Sequence[Row], path: Path) -> None:
     _save(figure, path, _legend(panels))
 
 
+def _bars(axes: Any, names: Sequence[str], bars: dict[str, tuple[float, str]], at: float, first: bool) -> None:
+    """A bar for each name that has a value and a text; a line at `at`."""
+    for place, name in enumerate(names):
+        if name in bars:
+            value, text = bars[name]
+            colour = STYLES.get(name.partition(",")[0], ("#7a7a7a",))[0]
+            axes.barh(place, value, color=colour, alpha=0.45 if "unweighted" in name else 1.0)
+            axes.text(max(value, 0.0), place, text, va="center", color=INK, fontsize=8)
+    axes.axvline(at, color=INK, linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    if first:
+        axes.invert_yaxis()
+
+
 def memory(rows: Sequence[Row], path: Path) -> None:
     """What merging adds to the layer's peak, a panel for each number of tokens."""
     rows = [row for row in rows if row["merged_mb"] and row["channels"] == rows[0]["channels"]]
-    sizes = sorted({int(row["tokens"]) for row in rows})
-    names = list(dict.fromkeys(f"{row['method']} {row['ratio']}" for row in rows))
+    groups = grouped(({**row, "name": f"{row['method']} {row['ratio']}"} for row in rows), ("tokens",), "name")
+    names = list(dict.fromkeys(name for found in groups.values() for name in found))
     title = f"Peak memory that merging adds to a layer of {rows[0]['channels']} channels, {_machines(rows)}"
-    figure, panels = _figure(len(sizes), title, width=3.6, height=3.8, sharey=True)
-    for axes, tokens in zip(panels, sizes, strict=True):
-        mine = {f"{row['method']} {row['ratio']}": row for row in rows if int(row["tokens"]) == tokens}
-        for place, name in enumerate(names):
-            if name not in mine:
-                continue
-            colour = STYLES.get(name, ("#7a7a7a",))[0]
-            value = float(mine[name]["added_tensors"])
-            axes.barh(place, value, color=colour)
-            axes.text(max(value, 0.0), place, f" {value:+.1f}", va="center", color=INK, fontsize=8)
-        axes.axvline(0.0, color=INK, linewidth=1)
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis() if axes is panels[0] else None
-        axes.set_title(f"{tokens:,} tokens", color=INK, fontsize=10)
+    figure, panels = _figure(len(groups), title, width=3.6, height=3.8, sharey=True)
+    for axes, (tokens,) in zip(panels, sorted(groups, key=lambda key: int(key[0])), strict=True):
+        added = {name: float(row["added_tensors"]) for name, row in groups[tokens,].items()}
+        _bars(axes, names, {name: (x, f" {x:+.1f}") for name, x in added.items()}, 0.0, axes is panels[0])
+        axes.set_title(f"{int(tokens):,} tokens", color=INK, fontsize=10)
         axes.set_xlabel("times the token tensor", color=INK)
         axes.margins(x=0.2)
     _save(figure, path)
@@ -169,23 +174,14 @@ def memory(rows: Sequence[Row], path: Path) -> None:
 def dit(rows: Sequence[Row], path: Path) -> None:
     """Transformers: times as fast as unmerged, a panel for each model and size."""
     rows = [row for row in rows if row["backend"] == rows[0]["backend"]]
-    jobs = list(dict.fromkeys((row["model"], row["size"]) for row in rows))
+    jobs = grouped(rows, ("model", "size"), "variant")
     names = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != "unmerged"]
     title = f"Transformers in ComfyUI, {rows[0]['backend']} attention, {_machines(rows)}"
     figure, panels = _figure(len(jobs), title, width=3.2, height=3.4, sharey=True)
-    for axes, job in zip(panels, jobs, strict=True):
-        mine = {row["variant"]: row for row in rows if (row["model"], row["size"]) == job}
-        for place, name in enumerate(names):
-            if name not in mine:
-                continue
-            value = float(mine[name]["speedup"])
-            plain = name.partition(",")[0]
-            axes.barh(place, value, color=STYLES[plain][0], alpha=0.45 if "unweighted" in name else 1.0)
-            axes.text(value, place, f" {value:.2f}x", va="center", color=INK, fontsize=8)
-        axes.axvline(1.0, color=INK, linewidth=1)
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis() if axes is panels[0] else None
-        axes.set_title(f"{MODELS.get(job[0], job[0])}\n{job[1]}", color=INK, fontsize=9)
+    for axes, ((model, size), found) in zip(panels, jobs.items(), strict=True):
+        speeds = {name: float(row["speedup"]) for name, row in found.items()}
+        _bars(axes, names, {name: (x, f" {x:.2f}x") for name, x in speeds.items()}, 1.0, axes is panels[0])
+        axes.set_title(f"{MODELS.get(model, model)}\n{size}", color=INK, fontsize=9)
         axes.set_xlabel("times as fast", color=INK, fontsize=9)
         axes.margins(x=0.25)
     _save(figure, path)

@@ -10,14 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from installer import shims
 
 from ..models.data import SIZE
+from ..models.tensors import load_tensors, save_tensors
 from .task import CLASSES
 
 
@@ -57,19 +55,14 @@ def build(shape: Shape, drop_path: float = 0.0) -> nn.Module:
 
 def save(path: Path, model: nn.Module, shape: Shape, training: dict[str, Any]) -> None:
     """Weights in float16; shape and training in the metadata."""
-    tensors = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    save_file(tensors, partial, metadata={"shape": json.dumps(asdict(shape)), "training": json.dumps(training)})
-    partial.replace(path)  # a run that is stopped while writing leaves no half file
+    metadata = {"shape": json.dumps(asdict(shape)), "training": json.dumps(training)}
+    save_tensors(path, {k: v.half() for k, v in model.state_dict().items()}, metadata)
 
 
 def load(path: Path | str) -> tuple[nn.Module, Shape, dict[str, Any]]:
     """The model in float32 for evaluation, its shape, and what `save` was told of its training."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        state = {name: file.get_tensor(name).float() for name in file.keys()}
+    state, metadata = load_tensors(path)
     shape = Shape(**json.loads(metadata["shape"]))
     model = build(shape).eval()
-    model.load_state_dict(state)
+    model.load_state_dict({name: value.float() for name, value in state.items()})
     return model, shape, json.loads(metadata["training"])
