@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 from shared_tome.config import PRESETS, ToMeConfig
 
@@ -81,14 +81,17 @@ def timed_together(rows: Sequence[Row]) -> list[Row]:
 
 
 def frontier_table(rows: Sequence[Row]) -> str:
-    chosen = frontier(rows, main_sampler(rows))
-    order = sorted(chosen, key=lambda r: -float(r["psnr"]))
-    return table(order, FULL)
+    return table(sorted(frontier(rows, main_sampler(rows)), key=lambda r: -float(r["psnr"])), FULL)
 
 
-def of_sampler_table(rows: Sequence[Row], sampler: str) -> str:
-    """The set "key" with a sampler that is not the tables' own."""
-    return table(of_set(rows, "key", sampler), UNTIMED)
+def psnr_table(variants: Iterable[str], columns: dict[str, dict[str, Row]]) -> str:
+    """Several measurements side by side: of each variant that two or more of them have."""
+    lines = []
+    for variant in dict.fromkeys(variants):
+        cells = [found.get(variant) for found in columns.values()]
+        if sum(cell is not None for cell in cells) > 1:
+            lines.append([variant, *("" if c is None else with_error(c["psnr"], c["psnr_se"]) for c in cells)])
+    return markdown(["what", *columns], lines, left=1) if len(lines) > 1 else ""
 
 
 def models_table(rows: Sequence[Row]) -> str:
@@ -99,21 +102,12 @@ def models_table(rows: Sequence[Row]) -> str:
         sampler = main_sampler(own)
         if own:
             found[f"{model}, {sampler_title(sampler)}"] = {r["variant"]: r for r in own if r["sampler"] == sampler}
-    if len(found) < 2:
-        return ""
-    lines = []
-    for variant in CATALOGUE.sets["key"][1:]:
-        cells = [own.get(variant) for own in found.values()]
-        if sum(cell is not None for cell in cells) > 1:
-            lines.append([variant, *("" if c is None else with_error(c["psnr"], c["psnr_se"]) for c in cells)])
-    return markdown(["what", *found], lines, left=1)
+    return psnr_table(CATALOGUE.sets["key"][1:], found)
 
 
 def paper_table(rows: Sequence[Row]) -> str:
     chosen = of_set(rows, "paper", main_sampler(rows))
-    if len(chosen) < 5:
-        return ""
-    return table(chosen, "variant cost cost_all psnr gain ssim fd_gap texture")
+    return table(chosen, "variant cost cost_all psnr gain ssim fd_gap texture") if len(chosen) > 4 else ""
 
 
 def sampler_title(name: str) -> str:
@@ -125,15 +119,13 @@ def samplers_table(rows: Sequence[Row]) -> str:
     measured = dict.fromkeys(row["sampler"] for row in rows)
     most = {name: max(int(row["images"]) for row in rows if row["sampler"] == name) for name in measured}
     # Means over 8 pictures and over 264 do not compare: a column has rows of the most pictures.
-    found = {(row["variant"], row["sampler"]): row for row in rows if int(row["images"]) == most[row["sampler"]]}
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if int(row["images"]) == most[row["sampler"]]:
+            found.setdefault(row["sampler"], {})[row["variant"]] = row
     names = [s for s in SAMPLERS if s in measured] + [s for s in measured if s not in SAMPLERS]
-    names = [s for s in names if sum(sampler == s for _, sampler in found) > 3]  # not what has only been begun
-    lines = []
-    for variant in dict.fromkeys(CATALOGUE.sets["main"][1:] + CATALOGUE.sets["key"][1:]):
-        cells = [found.get((variant, s)) for s in names]
-        if sum(cell is not None for cell in cells) > 1:
-            lines.append([variant, *("" if c is None else with_error(c["psnr"], c["psnr_se"]) for c in cells)])
-    return markdown(["what", *map(sampler_title, names)], lines, left=1) if len(lines) > 1 else ""
+    columns = {sampler_title(s): found[s] for s in names if len(found[s]) > 3}  # not what has only been begun
+    return psnr_table(CATALOGUE.sets["main"][1:] + CATALOGUE.sets["key"][1:], columns)
 
 
 def starts_table(rows: Sequence[Row]) -> str:
@@ -241,8 +233,9 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "starts": starts_table,
     "floor": floor_table,
     "paper": paper_table,
-    "guidance": lambda rows: of_sampler_table(rows, "ddim30@g7.5"),
-    "inpaint": lambda rows: of_sampler_table(rows, "inpaint30"),
+    # The set "key" with samplers that are not the tables' own.
+    "guidance": lambda rows: table(of_set(rows, "key", "ddim30@g7.5"), UNTIMED),
+    "inpaint": lambda rows: table(of_set(rows, "key", "inpaint30"), UNTIMED),
 }
 MODELS = (MAIN, "lab", "dit", "dit-fine")
 ACROSS: dict[str, Callable[[Sequence[Row]], str]] = {"models": models_table}
