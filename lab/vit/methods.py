@@ -6,58 +6,31 @@ Each is an Attachment (shared_tome/vit/hooks.py) that decides otherwise; hooks, 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_tome.core.groups import take
 from shared_tome.merging.plan import MergePlan, Plan
 from shared_tome.vit.hooks import Attachment, Call, Options, attach
 
 SEED = 505
 
 
-def _scores(metric: Tensor, prefix: int, generator: torch.Generator) -> Tensor:
-    """A random number for each patch [B, N - prefix]."""
-    shape = (metric.shape[0], metric.shape[1] - prefix)
-    return torch.rand(shape, generator=generator, device=metric.device)
-
-
-def _with_prefix(chosen: Tensor, prefix: int) -> Tensor:
-    """The prefix tokens before chosen patches [B, M], whose numbers begin with the first patch."""
-    first = torch.arange(prefix, device=chosen.device).expand(chosen.shape[0], -1)
-    return torch.cat((first, chosen + prefix), dim=1)
-
-
-class Random(Attachment):
-    """Random patches merge into random others."""
+class RandomPruning(Attachment):
+    """Random patches go and leave nothing behind."""
 
     def begin(self, x: Tensor) -> None:
         self.generator = torch.Generator(x.device).manual_seed(SEED)
         super().begin(x)
 
-    def match(self, metric: Tensor, prefix: int, goes: int) -> Plan:
-        batch, tokens, _ = metric.shape
-        order = _scores(metric, prefix, self.generator).argsort(dim=1)  # (B, patches)
-        index = _with_prefix(order[:, goes:].sort(dim=1).values, prefix)  # (B, M)
-        kept = index.shape[1]
-        target = torch.randint(prefix, kept, (batch, goes), generator=self.generator, device=metric.device)
-        own = torch.arange(kept, device=metric.device).expand(batch, -1)
-        groups = torch.empty((batch, tokens), dtype=torch.int64, device=metric.device)
-        groups = groups.scatter(1, index, own).scatter(1, order[:, :goes] + prefix, target)
-        return MergePlan(batch, index, groups, mean=True)
-
-
-class RandomPruning(Random):
-    """Random patches go and leave nothing behind."""
-
     def importance(self, metric: Tensor, prefix: int) -> Tensor:
         """How much each patch counts, [B, N - prefix]: the least important go."""
-        return _scores(metric, prefix, self.generator)
+        shape = (metric.shape[0], metric.shape[1] - prefix)
+        return torch.rand(shape, generator=self.generator, device=metric.device)
 
     def match(self, metric: Tensor, prefix: int, goes: int) -> Plan:
         batch, tokens, _ = metric.shape
         stays = self.importance(metric, prefix).topk(tokens - prefix - goes, dim=1).indices
-        index = _with_prefix(stays.sort(dim=1).values, prefix)
+        first = torch.arange(prefix, device=metric.device).expand(batch, -1)
+        index = torch.cat((first, stays.sort(dim=1).values + prefix), dim=1)
         own = torch.arange(index.shape[1], device=metric.device).expand(batch, -1)
         # Those that go are counted with token 0, which keeps its own value.
         groups = torch.zeros((batch, tokens), dtype=torch.int64, device=metric.device).scatter(1, index, own)
@@ -73,34 +46,6 @@ class Pruning(RandomPruning):
 
     def importance(self, metric: Tensor, prefix: int) -> Tensor:
         return metric[:, prefix:, 0]
-
-
-class KMeans(Attachment):
-    """k-means on the same keys, from evenly spread patches; each centre keeps the patch that it began with."""
-
-    iterations = 2
-
-    def match(self, metric: Tensor, prefix: int, goes: int) -> Plan:
-        batch, tokens, _ = metric.shape
-        unit = F.normalize(metric[:, prefix:], dim=-1)  # (B, patches, d)
-        patches = tokens - prefix
-        clusters = patches - goes
-        first = (torch.arange(clusters, device=metric.device) * patches // clusters).expand(batch, -1)
-        centres, own = take(unit, first), torch.arange(clusters, device=metric.device).expand(batch, -1)
-        for last in range(self.iterations):
-            nearest = (unit @ centres.transpose(1, 2)).argmax(dim=-1)  # (B, patches)
-            nearest = nearest.scatter(1, first, own)  # so that none is empty
-            if last < self.iterations - 1:
-                member = (nearest[:, None] == own[:, :, None]).to(unit.dtype)  # (B, clusters, patches)
-                centres = F.normalize(member @ unit, dim=-1)
-        head = torch.arange(prefix, device=metric.device).expand(batch, -1)
-        return MergePlan(batch, _with_prefix(first, prefix), torch.cat((head, nearest + prefix), dim=1), mean=True)
-
-
-class KMeansLonger(KMeans):
-    """The same with five iterations."""
-
-    iterations = 5
 
 
 class SlicedCall(Call):
@@ -124,9 +69,6 @@ class Sliced(Attachment):
 METHODS: dict[str, type[Attachment]] = {
     "bipartite": Attachment,
     "bipartite, unweighted": Attachment,
-    "k-means, 2 iterations": KMeans,
-    "k-means, 5 iterations": KMeansLonger,
-    "random merging": Random,
     "pruning by attention": Pruning,
     "random pruning": RandomPruning,
     "limit": Sliced,

@@ -7,7 +7,7 @@ import torch
 
 import shared_tome.vit as vit
 from lab.vit.measure import Variant
-from lab.vit.methods import METHODS, UNWEIGHTED, KMeans, KMeansLonger, Pruning, Random, RandomPruning, apply, late
+from lab.vit.methods import METHODS, UNWEIGHTED, Pruning, RandomPruning, apply, late
 from shared_tome.vit.hooks import NAME
 
 from .conftest import SMALL
@@ -55,60 +55,14 @@ def plans(kind, metric, prefix, goes):
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2])
-@pytest.mark.parametrize("kind", [KMeans, Random, RandomPruning])
-def test_plans_hold_together(kind, prefix):
+def test_plans_hold_together(prefix):
     metric = torch.randn(2, 21, 8, generator=torch.Generator().manual_seed(0))
-    plan = plans(kind, metric, prefix, 7)
+    plan = plans(RandomPruning, metric, prefix, 7)
     index, groups = plan.index, plan.groups
     assert plan.kept == 14 and index.shape == (2, 14) and groups.shape == (2, 21)
     assert torch.equal(groups.gather(1, index), torch.arange(14).expand(2, -1)), "each group has its own token"
     assert torch.equal(index[:, :prefix], torch.arange(prefix).expand(2, -1))
     assert (plan.sizes > 0).all() and (plan.sizes.sum(1) == 21).all()
-    if kind is not RandomPruning:
-        for place in range(prefix):
-            assert (groups == place).sum(1).tolist() == [1, 1], "prefix tokens are alone"
-
-
-def slow_k_means(unit, clusters, iterations):
-    """Lloyd's algorithm by cosine on rows [N, d], from evenly spread rows, which end in their own cluster."""
-    first = [i * len(unit) // clusters for i in range(clusters)]
-    centres = [unit[i] for i in first]
-    for turn in range(iterations):
-        near = [max(range(clusters), key=lambda j: (float(row @ centres[j]), -j)) for row in unit]
-        for j, i in enumerate(first):
-            near[i] = j
-        if turn < iterations - 1:
-            sums = [sum(row for row, own in zip(unit, near, strict=True) if own == j) for j in range(clusters)]
-            centres = [row / row.norm() for row in sums]
-    return near
-
-
-@pytest.mark.parametrize("kind", [KMeans, KMeansLonger])
-def test_k_means_equals_slow_loops(kind):
-    metric = torch.randn(2, 121, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    plan = plans(kind, metric, 1, 110)
-    found, shorter = [], []
-    for row in range(2):
-        unit = metric[row, 1:] / metric[row, 1:].norm(dim=1, keepdim=True)
-        found.append(slow_k_means(unit, 10, kind.iterations))
-        shorter.append(slow_k_means(unit, 10, kind.iterations - 1))
-        assert plan.groups[row, 1:].tolist() == [1 + number for number in found[-1]]
-    assert found != shorter, "each iteration must matter"
-
-
-def test_k_means_leaves_no_cluster_empty():
-    plan = plans(KMeans, torch.ones(1, 21, 4), 1, 7)
-    assert plan.kept == 14 and (plan.sizes >= 1).all()
-
-
-def test_k_means_finds_clusters_that_are_there():
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.eye(4)[torch.arange(20) % 4]
-    metric = torch.cat((torch.randn(1, 4, generator=generator), centres + 0.01 * torch.rand(20, 4)))[None]
-    plan = plans(KMeans, metric, 1, 16)
-    kinds = torch.arange(20) % 4
-    for number in range(1, plan.kept):
-        assert kinds[(plan.groups[0, 1:] == number)].unique().numel() == 1
 
 
 def test_pruning_drops_what_the_class_token_attends_to_least():
