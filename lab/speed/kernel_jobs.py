@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared_tome import ModelCall, ToMeConfig, kernels
-from shared_tome.attention.bias import bias as attention
-from shared_tome.attention.bias import self_token as own
-from shared_tome.core import matching
+from shared_tome.core import channels, matching
+from shared_tome.core import self_token as own
 from shared_tome.core.curve import curve_order
 from shared_tome.core.groups import group_counts, group_sum, take
 from shared_tome.core.noise import key
 from shared_tome.core.partition import partition
 from shared_tome.core.sampling import walk_rows, walk_table
-from shared_tome.merging import call as call_module
 
 LAYERS = 16
 
@@ -79,18 +76,16 @@ def jobs(case: Case) -> Iterator[Work]:
     if d == 64:
         # Merged tokens attend to each other, each weighing as many as it stands for; plain: by further channels.
         given = (*case.split_heads(y), bias, d**-0.5)
-        yield Work("attend", "", lambda: launch_attend(*given), lambda: attention.attend_wider(*given))
+        yield Work("attend", "", lambda: launch_attend(*given), lambda: channels.attend_wider(*given))
     # As attend_tokens hands them over: 8 heads in SD1.5, heads of 64 in SDXL.
     q, k, v = (y.unflatten(-1, (case.heads, -1)),) * 3
-    room = attention.extra_channels(d)
+    room = channels.extra_channels(d)
     yield Work(
         "widen",
         "",
         lambda: widen.launch_widen(q, k, v, bias[:, :, None], room),
-        lambda: (
-            attention.query_in_torch(q), attention.key_in_torch(k, bias[:, :, None]), attention.value_in_torch(v)
-        ),
-    )  # fmt: skip
+        lambda: channels.extend_heads(q, k, v, bias[:, :, None]),
+    )
 
 
 def choosing_jobs(case: Case) -> Iterator[Work]:
@@ -146,12 +141,12 @@ def matching_jobs(case: Case) -> Iterator[Work]:
             "match",
             "",
             lambda: match.launch_match(x, src, dst, goes),
-            lambda: matching.match(x, src, dst, goes, False, False),
+            lambda: matching.match(x, src, dst, goes),
         )
         by_tally = (*found, src, dst, goes, tally, heads, 0, match._TILES)
         yield Work("select", "tallied", lambda: match.launch_grouped(*by_tally), grouped)
     if case.channels in (320, 1280):
-        if src.shape[1] <= 2 * kernels.SELECTED:
+        if src.shape[1] <= 2 * kernels.names.SELECTED:
             given = (case.similarity, case.target, src, dst, goes, None)
             yield Work("select", "", lambda: select.launch_select(*given), grouped)
         yield Work(
@@ -183,19 +178,19 @@ def own_jobs(case: Case) -> Iterator[Work]:
         "turns",
         "",
         lambda: launch_turns(k, v, plan.turns),
-        lambda: [own._take_turns(x, plan.turns) for x in (k, v)],
+        lambda: own.take_turns(k, v, plan.turns),
     )
     kernel, scale = choose_kernel(TORCHS, q.device, q.dtype, q.shape[-1]), q.shape[-1] ** -0.5
     drawn, weight = own.take_turns(k, v, plan.turns), math.log(plan.tokens / plan.kept)
     rest = (plan.turns, plan.runs, scale, weight)
     given = (q, k, v, *attend_with_lse(q, *drawn, kernel), *rest)
-    yield Work("own", "", lambda: own_kernel.launch_own(*given), lambda: own._keep_own(*given))
+    yield Work("own", "", lambda: own_kernel.launch_own(*given), lambda: own.keep_own(*given))
     if q.shape[-1] != 64:
         return
 
     def behind() -> Tensor:
         """Torch's own attention, and behind it what `own` does."""
-        return own._keep_own(q, k, v, *attend_with_lse(q, *drawn, kernel), *rest)
+        return own.keep_own(q, k, v, *attend_with_lse(q, *drawn, kernel), *rest)
 
     for variant, keys in (("", drawn), ("listed", None)):
 
@@ -206,10 +201,7 @@ def own_jobs(case: Case) -> Iterator[Work]:
 
 
 def layer_jobs(case: Case) -> Iterator[Work]:
-    """All that merging adds to a layer, and a layer's share of what sampling draws.
-
-    The variants leave one of the joined kernels away, so that each shows what it saves.
-    """
+    """All that merging adds to a layer, and a layer's share of what sampling draws."""
 
     def merged(layers: int = 1, widens: bool = False):
         model = case.call(case.config)
@@ -217,7 +209,7 @@ def layer_jobs(case: Case) -> Iterator[Work]:
             made = model.attention(case.x, case.x, case.x, case.grid)
             if widens:
                 q, k, v = (x.unflatten(-1, (case.heads, -1)) for x in (made.q, made.k, made.v))
-                attention.extend_heads(q, k, v, made.bias[:, :, None])
+                kernels.extend_heads(q, k, v, made.bias[:, :, None])
             out = made.unmerge(made.q)
         return out, made.bias
 
@@ -229,32 +221,8 @@ def layer_jobs(case: Case) -> Iterator[Work]:
 
     for name, variant, call in (
         ("whole merge", "", merged),
-        ("whole merge", "match apart", without(kernels, "match", merged)),
         ("4 x merge", "", lambda: merged(4)),
-        ("4 x merge", "split by layer", without(call_module, "split_layers", lambda: merged(4))),
         ("4 x merge", "with heads", lambda: merged(4, True)),
-        ("4 x merge", "with heads in torch", without(kernels, "widen", lambda: merged(4, True))),
         ("4 x sample", "", sampled),
     ):
         yield Work(name, variant, call, None if variant else call)
-
-
-def without(module: Any, name: str, call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call with a function that gives None instead of its kernel's result."""
-
-    def run():
-        with replaced(module, name, lambda *given: None):
-            return call()
-
-    return run
-
-
-@contextmanager
-def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    """A module's attribute for a while."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
