@@ -23,9 +23,8 @@ from tqdm import tqdm
 from shared_tome.autotune.layer import put_in_order
 
 from ..store import Budget, Store, as_csv, rounded
-from ..timing import spread, take_turns
+from ..timing import spread
 
-__all__ = ["take_turns"]  # kept beside the other ways to time
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,

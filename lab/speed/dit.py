@@ -19,8 +19,8 @@ import torch
 from installer import inprocess
 
 from ..models.full_dits import MODELS, BlockClock, Call, build, without_attention
-from ..timing import spread
-from .common import BACKENDS, DTYPES, Arguments, Job, run_jobs, start_comfyui, take_turns
+from ..timing import spread, take_turns
+from .common import BACKENDS, DTYPES, Arguments, Job, run_jobs, start_comfyui
 from .hosts import choose_attention
 
 VARIANTS: dict[str, dict[str, Any] | None] = {

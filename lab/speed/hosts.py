@@ -20,16 +20,8 @@ import torch
 from installer import inprocess
 
 from ..models.full_dits import patcher
-from .common import (
-    BACKENDS,
-    Arguments,
-    Job,
-    priority,
-    run_jobs,
-    start_comfyui,
-    step_columns,
-    take_turns,
-)
+from ..timing import take_turns
+from .common import BACKENDS, Arguments, Job, priority, run_jobs, start_comfyui, step_columns
 
 # name: (class in comfy.supported_models, channels of the prompt, channels of level 0, min_tokens). tiny: for a try.
 MODELS = {"sd15": ("SD15", 768, 320, 2048), "sdxl": ("SDXL", 2048, 320, 2048), "tiny": ("SD15", 768, 32, 64)}

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from ..timing import take_turns
 from . import hosts
-from .common import Job, machine, run_jobs, start_comfyui, step_columns, take_turns
+from .common import Job, machine, run_jobs, start_comfyui, step_columns
 
 VARIANTS = ("unmerged", "sample 0.75", "sample 0.9375")
 GPUS = (1, 2)

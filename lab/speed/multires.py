@@ -23,18 +23,8 @@ from torch import Tensor
 from shared_tome.core import multires
 from shared_tome.core.grid import Grid
 
-from ..timing import spread
-from .common import (
-    DTYPES,
-    Arguments,
-    attention_by,
-    captured,
-    run_jobs,
-    speedup,
-    take_turns,
-    turn_of,
-    us_columns,
-)
+from ..timing import spread, take_turns
+from .common import DTYPES, Arguments, attention_by, captured, run_jobs, speedup, turn_of, us_columns
 
 # name: (grid of the image, text tokens, heads, channels of a head).
 SHAPES: dict[str, tuple[Grid, int, int, int]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lab import timing
 from lab.speed import common
 
 
@@ -29,9 +30,9 @@ def test_a_file_of_another_benchmark_is_refused(tmp_path):
 def test_turns_take_turns():
     order = []
     turns = {name: lambda name=name: order.append(name) or [1.0] for name in "abc"}
-    found = common.take_turns(turns, seconds=0.0, least=3)
+    found = timing.take_turns(turns, seconds=0.0, least=3)
     assert "".join(order) == "abccbaabc" and found == {name: [1.0] * 3 for name in "abc"}
-    assert len(common.take_turns(turns, seconds=60.0, most=4)["a"]) == 4
+    assert len(timing.take_turns(turns, seconds=60.0, most=4)["a"]) == 4
 
 
 def test_a_budget_ends():
@@ -46,8 +47,8 @@ def test_the_attention_asked_for_comes_first():
 
 
 def test_the_spread_of_one_and_of_many():
-    assert common.spread([2.0]) == {"median": 2.0, "p20": 2.0, "p80": 2.0}
-    assert common.spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
+    assert timing.spread([2.0]) == {"median": 2.0, "p20": 2.0, "p80": 2.0}
+    assert timing.spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
 
 
 def test_a_speedup_is_of_turns():
