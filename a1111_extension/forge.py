@@ -136,7 +136,7 @@ def _wrapper(model: Any, sampling: Sampling, inner: Callable | None, called: Cal
             out = run(args)
         else:
             told = sampling.told
-            own = OwnTokens(diffusion_model, x.device, met, sampling) if call.config.keeps_own else None
+            own = OwnTokens(diffusion_model, x.device, met, sampling) if call.config.wants_heads else None
             options = args["c"].get("transformer_options", {})
             ours = ForgeCall(call, options, x.shape[0], sampling.notes, told, own, wide)
             with ours.hooks(diffusion_model):
@@ -173,7 +173,8 @@ class OwnTokens:
                 self._sampling.tell_own(reason)
                 return None
         self._sampling.tell_own(None)
-        return JointCall(True, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), own=True)
+        own = self._sampling.config.keeps_own
+        return JointCall(True, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), own)
 
     def say(self, message: str) -> None:
         """Tell once, in the log."""

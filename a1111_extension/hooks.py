@@ -179,8 +179,9 @@ class Attachment:
             else:
                 # A report wants to know of every layer.
                 self._hooks.on(self._hook, self.kind if self.told is None else None)
-        if self.call is not None and self.call.config.keeps_own:
-            self.joint = JointCall(True, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), own=True)
+        if self.call is not None and self.call.config.wants_heads:
+            own = self.call.config.keeps_own
+            self.joint = JointCall(True, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), own)
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         if isinstance(self.told, CallRecord):
@@ -224,7 +225,7 @@ class _Block:
             attn1.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             attn1.register_forward_hook(self._after_attention, prepend=True),
         ]
-        if (config.keeps_own or may_meet(config)) and self.heads:
+        if (config.wants_heads or may_meet(config)) and self.heads:
             handles += SdpaHooks(attn1, self._begin, self._missed).handles
         if config.weighs_keys and self.heads:
             to_out = attn1.to_out[0] if isinstance(attn1.to_out, (nn.Sequential, nn.ModuleList)) else attn1.to_out

@@ -84,7 +84,7 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     unknown = sorted(set(values) - set(NAMES))
     if unknown:
         raise ValueError(f"unknown ToMe option {unknown[0]!r}; there are {', '.join(NAMES)}")
-    known = {widget.name: widget.default for widget in WIDGETS}
+    known = {widget.name: widget.unnamed for widget in WIDGETS}
     known.update((name, value) for name, value in values.items() if value is not None)
     enabled, hires_ratio, seed_rule, wants_map = (known.pop(name) for name in _OWN_NAMES)
     if enabled not in (True, False):
@@ -98,7 +98,8 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
         raise ValueError(f"hires_ratio must be -1 (the same) or a number in 0 to 1, got {hires_ratio!r}")
     if wants_map not in (True, False):
         raise ValueError(f"map must be true or false, got {wants_map!r}")
-    return Settings(True, float(hires_ratio), seed_rule, ToMeConfig.from_widgets(**known), bool(wants_map))
+    config = ToMeConfig.from_widgets(**known).resolved(multires=False)  # this host's models are U-Nets
+    return Settings(True, float(hires_ratio), seed_rule, config, bool(wants_map))
 
 
 def named(values: Sequence[Any]) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def fit(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     taken: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for widget in WIDGETS:
-        taken[widget.name] = value = values.get(widget.name, widget.default)
+        taken[widget.name] = value = values.get(widget.name, widget.unnamed)
         try:
             if value is None:
                 raise ValueError(f"{widget.name} has no value")

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..shared_tome import ModelCall, ToMeConfig
+from ..shared_tome import ModelCall, ToMeConfig, kernels
 from ..shared_tome.attention.sequence import JointCall
 from ..shared_tome.autotune.layer import Verdict, known_or_measured, may_measure, measures, name_of
 from ..shared_tome.autotune.timing import compared
@@ -67,8 +67,11 @@ class DiTPatch:
         args, options = find_options(args, kwargs)
         with outcome_of(options) as outcome:
             base = executor.class_obj
-            config = config_at(self.config, lambda: progress_of(options, base))
-            record = begin(executor, base, x, t, args, kwargs, self.config, config)
+            asked = self.config.resolved(kernels.serves(x))
+            if (less := self.config.why_less(asked)) is not None:
+                say_once(less)
+            config = config_at(asked, lambda: progress_of(options, base))
+            record = begin(executor, base, x, t, args, kwargs, asked, config)
             told = {**kwargs, **_prompt(args)}
             model = unwrapped(base.diffusion_model)
             compiled = is_compiled(executor, options)
@@ -268,10 +271,10 @@ class DiTCall:
     def _judge(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, shape: tuple) -> Verdict | None:
         """The times of a layer of this shape, or None. q, k, v: of one row."""
         config, device = self.call.config, q.device
-        kernels = *self._joint.kernels, *self._instead.kernels
+        torchs = *self._joint.kernels, *self._instead.kernels
         how = f"proportional {config.proportional}", f"own {config.keeps_own}"
         by = [name_of(func, device) for func in (call.func, call.override) if func is not None]
-        names = [self.facts.name, *by, *kernels, *map(str, shape), config.method, f"{config.ratio:.4f}", *how]
+        names = [self.facts.name, *by, *torchs, *map(str, shape), config.method, f"{config.ratio:.4f}", *how]
 
         def measure() -> Verdict:
             plain, grid = [call.plain(x) for x in (q, k, v)], self.layout.grid

@@ -182,11 +182,13 @@ def attend_joint(
 
 def attend_sampled(joint: JointCall, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
     """Keys and values from some of the image's tokens, the same for all rows, and all others: no unmerge."""
+    joins = bool(joint.kernels) and may_join(call)
+    out = attend_joint(joint, call, q, k, v, start, plan) if joins else None
+    if out is not None:
+        return out
+    if not joins:
+        joint.tell_sampled(plan, "a mask" if call.mask is not None else call.name)
     around = joint.around(plan, start, call.length)
-    if joint.kernels and around.sizes is not None and may_join(call):
-        out = attend_joint(joint, call, q, k, v, start, plan)
-        if out is not None:
-            return out
     if joint.own:
         torchs = bool(joint.kernels) and call.is_torchs
         say_once(why_not_kept(call.by_head(q), call.by_head(k), call.mask is not None, torchs))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention.bias import attend_tokens, minds_scale
 from ..shared_tome.attention.self_token import NOT_KEPT
-from ..shared_tome.attention.sequence import JointCall
+from ..shared_tome.attention.sequence import NOT_MULTIRES, JointCall
 from ..shared_tome.autotune.decisions import Decisions, why_layers_left_alone
 from ..shared_tome.autotune.layer import Attention, Verdict
 from ..shared_tome.autotune.step import why_left_alone
@@ -54,7 +54,7 @@ class UNetPatch:
     """The wrappers around the model's call. Holds the config alone; safe to share between clones and threads."""
 
     def __init__(self, config: ToMeConfig):
-        self.config = config
+        self.config = config.resolved(multires=False)
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Around apply_model(x, t, c_concat, c_crossattn, control, transformer_options)."""
@@ -233,12 +233,13 @@ class UNetCall:
 
     def _own_tokens(self) -> JointCall | None:
         """What lets queries keep their own tokens; None where they shall not, or another's attention would run."""
-        if not self.call.config.keeps_own or self._host_attention is None:
+        config = self.call.config
+        if not config.wants_heads or self._host_attention is None:
             return None
         if not self._kernels:
-            say_once(NOT_KEPT)
+            say_once(NOT_KEPT if config.method == "sample" else NOT_MULTIRES)
             return None
-        return JointCall(True, self._kernels, say_once, own=True)
+        return JointCall(True, self._kernels, say_once, config.keeps_own)
 
     def _patched(self, options: dict[str, Any]) -> dict[str, Any]:
         options = dict(options)
@@ -319,7 +320,7 @@ class UNetCall:
                 if out is not None:
                     return out
             else:
-                say_once(NOT_KEPT)
+                say_once(NOT_KEPT if self.call.config.method == "sample" else NOT_MULTIRES)
             k, v = (call.take(x, plan.choice[0]) for x in (k, v))  # what sampling before the projections gives
 
         def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

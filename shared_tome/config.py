@@ -15,6 +15,8 @@ MAX_LEVEL = 3
 # `sample` and `downsample` keep at least one token of each 64 (an 8x8 cell): beyond that the measured
 # pictures fall apart, and a single key for the whole image is never what somebody wants.
 MAX_RUN = 64
+# `multires` keeps one token of each 4x4 cell where it keeps least.
+QUARTER = 16
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,13 @@ METHODS: dict[str, Method] = {
         "keys and values from one random real token of each cell, another one in every layer and step",
         "pick",
     ),
+    "multires": Method(
+        False,
+        True,
+        False,
+        "for transformers: keys stay whole where a query looks, and are drawn coarser elsewhere",
+        "pick",
+    ),
     "merge": Method(True, True, True, "similar tokens become one, for queries, keys and values (the ToMe paper)"),
     "merge_queries": Method(True, False, True, "only queries are merged (what ComfyUI's own node does)"),
     "merge_keys": Method(False, True, True, "only keys and values are merged"),
@@ -50,6 +59,10 @@ METHODS: dict[str, Method] = {
         True, True, True, "similar tokens are dropped and come back as zeros (for comparison)", "pick", True
     ),
 }
+AUTO_MOST = 0.84
+"""The highest ratio that auto takes on transformers."""
+AUTO = "auto"
+"""In place of a method: the nearest to the unmerged picture that is known for the model (ToMeConfig.resolved)."""
 PARTITIONS = {
     "random_2d": "a random token of each cell",
     "fixed_2d": "the top-left token of each cell",
@@ -70,14 +83,12 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "Quality": Preset(
         "nearest to the unmerged picture, fine texture included",
-        {"method": "sample", "ratio": 0.75, "start": 0.2, "own_token": True},
+        {"method": AUTO, "ratio": 0.75, "start": 0.2, "own_token": True},
     ),
-    "Balanced": Preset(
-        "the default, near and fast", {"method": "sample", "ratio": 0.75, "start": 0.0, "own_token": True}
-    ),
+    "Balanced": Preset("the default, near and fast", {"method": AUTO, "ratio": 0.75, "start": 0.0, "own_token": True}),
     "Fast": Preset(
         "much faster on large pictures; lettering and fine texture change",
-        {"method": "sample", "ratio": 0.9375, "start": 0.1, "own_token": True},
+        {"method": AUTO, "ratio": 0.9375, "start": 0.1, "own_token": True},
     ),
 }
 CUSTOM = "Custom"
@@ -97,15 +108,26 @@ class Option:
     choices: tuple[str, ...] | None = None
     advanced: bool = False
     parts: tuple[str, ...] = ()  # an option of several numbers shows as one widget each
+    new: Any = None  # what a new node or panel begins with, where that is not the default of code and older texts
 
 
 @dataclass(frozen=True)
 class Widget:
-    """One control of a user interface."""
+    """One control of a user interface.
+
+    default: what a new one shows. missing: what a request or a picture's text means that does not name it; None: the
+    same.
+    """
 
     name: str
     default: Any
     option: Option
+    missing: Any = None
+
+    @property
+    def unnamed(self) -> Any:
+        """The value where none is given."""
+        return self.default if self.missing is None else self.missing
 
 
 def _option(default: Any, label: str, help: str, **kwargs: Any) -> Any:
@@ -142,7 +164,13 @@ class ToMeConfig:
         step=1,
         parts=("x", "y"),
     )
-    method: str = _option("sample", "Method", _lines(METHODS), choices=tuple(METHODS))
+    method: str = _option(
+        "sample",
+        "Method",
+        "auto: multires on transformers where its kernel runs (CUDA), sample elsewhere.\n" + _lines(METHODS),
+        choices=(AUTO, *METHODS),
+        new=AUTO,
+    )
     seed: int = _option(
         0,
         "Seed",
@@ -260,18 +288,35 @@ class ToMeConfig:
 
     @property
     def preset(self) -> str:
-        """The name of the preset that these options are, or CUSTOM."""
-        found = (
-            name
-            for name, preset in PRESETS.items()
-            if all(getattr(self, option) == value for option, value in preset.options.items())
-        )
+        """The name of the preset that these options are, or CUSTOM. sample counts as auto, which it is on U-Nets."""
+        ours = self.resolved(multires=False)
+        found = (name for name, preset in PRESETS.items() if ours == ours.replace(**preset.options).resolved(False))
         return next(found, CUSTOM)
 
     @property
     def kind(self) -> Method:
-        """The method's row of METHODS."""
-        return METHODS[self.method]
+        """The method's row of METHODS; auto is sample until it is resolved."""
+        return METHODS["sample" if self.method == AUTO else self.method]
+
+    def resolved(self, multires: bool) -> ToMeConfig:
+        """With a method in place of auto. multires: whether the model is a transformer, and the kernel runs; there auto
+        leaves at least a share of 1 - AUTO_MOST of the work, or the picture would go to pieces (docs/quality.md)."""
+        if self.method != AUTO:
+            return self
+        if not multires:
+            return self.replace(method="sample")
+        ratio, ratio_end = min(self.ratio, AUTO_MOST), min(self.ratio_end, AUTO_MOST)
+        return self.replace(method="multires", ratio=ratio, ratio_end=ratio_end)
+
+    def why_less(self, resolved: ToMeConfig) -> str | None:
+        """What to say where resolved took less than the ratio that was asked for, or None."""
+        if (self.ratio, self.ratio_end) == (resolved.ratio, resolved.ratio_end):
+            return None
+        asked = self.ratio if self.ratio != resolved.ratio else self.ratio_end
+        return (
+            f"on a transformer auto takes at most ratio {AUTO_MOST:g}, in place of {asked:g}; for more name the method "
+            "multires"
+        )
 
     @property
     def is_off(self) -> bool:
@@ -284,9 +329,19 @@ class ToMeConfig:
         return self.proportional and self.kind.keys and not self.kind.fills
 
     @property
+    def samples(self) -> bool:
+        """Whether keys are drawn, another one in every layer and step."""
+        return self.method in (AUTO, "sample", "multires")
+
+    @property
     def keeps_own(self) -> bool:
-        """Whether each query is to have its own token among the drawn ones (own.py)."""
-        return self.own_token and self.method == "sample" and self.weighs_keys
+        """Whether each query is to have its own token among the drawn ones (core/self_token.py)."""
+        return self.own_token and self.samples and self.weighs_keys
+
+    @property
+    def wants_heads(self) -> bool:
+        """Whether the attention is to see the heads of all tokens (attention/sequence.py)."""
+        return self.keeps_own or self.method == "multires"
 
     @property
     def is_scheduled(self) -> bool:
@@ -301,7 +356,9 @@ class ToMeConfig:
     @property
     def ratio_cap(self) -> float:
         """The highest ratio that the method can reach on a grid that divides by the stride."""
-        if self.method == "sample":
+        if self.method == "multires":
+            return 1.0 - 1.0 / QUARTER
+        if self.samples:
             return 1.0 - 1.0 / MAX_RUN
         if self.kind.matches and self.partition == "alternate":
             return 0.5
@@ -323,7 +380,8 @@ class ToMeConfig:
         for field in dataclasses.fields(cls):
             option: Option = field.metadata["option"]
             if not option.parts:
-                found.append(Widget(field.name, field.default, option))
+                new = field.default if option.new is None else option.new
+                found.append(Widget(field.name, new, option, field.default))
             for part, default in zip(option.parts, field.default if option.parts else (), strict=True):
                 found.append(
                     Widget(
@@ -340,7 +398,7 @@ class ToMeConfig:
 
         Raises ValueError for an unknown name or a value out of range.
         """
-        known = {widget.name: widget.default for widget in cls.widgets()}
+        known = {widget.name: widget.unnamed for widget in cls.widgets()}
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"unknown ToMe option {unknown[0]!r}; there are {', '.join(known)}")

@@ -135,7 +135,7 @@ def starts_table(rows: Sequence[Row]) -> str:
 
 def preset_variant(name: str) -> str:
     """The variant that a preset of the core is."""
-    config = ToMeConfig(**PRESETS[name].options)
+    config = ToMeConfig(**PRESETS[name].options).resolved(multires=False)  # the models of the page are U-Nets
     if config.method != "sample":
         return f"{config.method} {config.ratio:g}" + (f" from {config.start:g}" if config.start else "")
     return sample_name(config.ratio, config.start, config.keeps_own)

@@ -52,7 +52,8 @@ def presets() -> str:
             cells.append(f"{float(psnr[variant]):.1f} dB{mark}")
         for pixels in ("1024", "2048"):
             own = ", own token" if preset.options["own_token"] else ""
-            merged = f"{preset.options['method']} {preset.options['ratio']:g}{own}"
+            method = ToMeConfig(**preset.options).resolved(multires=False).method
+            merged = f"{method} {preset.options['ratio']:g}{own}"
             # By speedups, each turn against turn with the unmerged step: rows may be of two runs.
             speedup = {row["variant"]: float(row["speedup"]) for row in steps if row["pixels"] == pixels
                        and (row["model"], row["mode"], row["backend"]) == ("sd15", "graph", "cudnn")}  # fmt: skip

@@ -119,6 +119,8 @@ def attend_sampled(
     out = joint.attend(q, k, v, start, plan, attention.scale) if attention.is_torchs_alone else None  # (B, L, H, d)
     if out is not None:
         return out.transpose(1, 2)
+    if not attention.is_torchs_alone:
+        joint.tell_sampled(plan, "dropout, or another package's mode around the attention")
     around = joint.around(plan, start, k.shape[2])
     index = plan.choice if k.shape[2] == plan.tokens else around.index(plan, start)
     return attention(q, take_heads(k, index), take_heads(v, index), bias=around.bias)

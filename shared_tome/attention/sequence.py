@@ -20,9 +20,11 @@ from torch import Tensor
 
 from .. import kernels
 from ..core.failures import is_out_of_memory
+from ..core.grid import Grid
 from ..core.groups import spread_rows
+from ..core.multires import Counts, Drawn, Tiles, cut_tiles, draw_keys, tile_counts, tile_sizes
 from ..core.sampling import run_lengths
-from ..merging.plan import Plan, SamplePlan
+from ..merging.plan import MultiresPlan, Plan, SamplePlan
 from .combine import Part, attend_in_parts, attend_in_parts_with_lse, choose_kernel
 
 # Kernels of torch in whose place one call of ours is faster than theirs joined (docs/kernels.md).
@@ -31,6 +33,9 @@ _SLOWER = ("flash", "efficient")
 _OWN_HEADS = 64
 # Keys that count several times stand as often among those that count once where that makes so few: it saves a call.
 _FEW = 256
+# What is said once where `multires` cannot be.
+NO_KERNEL = "multires has no kernel here; sample takes its place"
+NOT_MULTIRES = "multires needs PyTorch's attention without a mask; sample takes its place"
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +98,7 @@ class JointCall:
         self.weighs, self.kernels, self._say = weighs, tuple(kernels), say
         self.own = own and weighs
         self._around: dict[tuple[int, int], Around] = {}
+        self._tiles: dict[tuple[Grid, int, int], tuple[Tiles, Drawn, Counts]] = {}
         self._chosen: dict[tuple[torch.dtype, int], str | None] = {}
 
     def around(self, plan: Plan, start: int, length: int) -> Around:
@@ -111,8 +117,14 @@ class JointCall:
         Returns:
             [B, L, H, d], or None where it cannot be done in joined parts, or need not be.
         """
+        if not self.kernels:
+            return None
+        if isinstance(plan, MultiresPlan) and q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype:
+            out = self._attend_multires(q, k, v, start, plan, scale)
+            if out is not None:
+                return out
         around = self.around(plan, start, k.shape[2])
-        if not self.kernels or around.sizes is None or not _can_join(q, k, v):
+        if around.sizes is None or not _can_join(q, k, v):
             return None
         kernel = self._kernel(q)
         if kernel is None:
@@ -135,6 +147,30 @@ class JointCall:
             self.own = False
             self.kernels = ()
             return None
+
+    def tell_sampled(self, plan: Plan, why: str) -> None:
+        """To be called where an attention is not for `attend`: says it once where the plan is for three resolutions."""
+        if isinstance(plan, MultiresPlan):
+            self._say(NOT_MULTIRES, why)
+
+    def _attend_multires(
+        self, q: Tensor, k: Tensor, v: Tensor, start: int, plan: MultiresPlan, scale: float | None
+    ) -> Tensor | None:
+        """JointCall.attend at three resolutions; None where a GPU has no kernel for it: plain torch would be slow."""
+        place = (plan.grid, start, k.shape[2])
+        if place not in self._tiles:
+            tiles = cut_tiles(plan.grid, q.device, start, k.shape[2], *tile_sizes(plan.tokens))
+            self._tiles[place] = (
+                tiles,
+                draw_keys(tiles, plan.seed, plan.step, kernels.draw),
+                tile_counts(tiles, *plan.shares),
+            )
+        tiles, drawn, counts = self._tiles[place]
+        if q.device.type != "cpu" and not kernels.attends_multires(q, k, v, tiles):
+            self._say(NO_KERNEL, f"heads of {q.shape[-1]} channels in {q.dtype} on {q.device.type}")
+            return None
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return kernels.attend_multires(q, k, v, tiles, drawn, counts, plan.layer, scale).transpose(1, 2)
 
     def _kernel(self, q: Tensor) -> str | None:
         key = q.dtype, q.shape[-1]

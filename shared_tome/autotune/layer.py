@@ -78,6 +78,11 @@ class Case:
     def keeps_own(self) -> bool:
         return bool(self.kernels) and self.config.keeps_own
 
+    @property
+    def sees_heads(self) -> bool:
+        """Whether the attention gets the heads of all tokens (attention/sequence.py)."""
+        return bool(self.kernels) and self.config.wants_heads
+
     @functools.cached_property
     def key(self) -> str:
         """What tells it from other layers on one device."""
@@ -226,7 +231,7 @@ def measure(
         q, k, v = (F.linear(x, weight) for _ in range(3))
         return F.linear(run(q, k, v, case.heads), weight)
 
-    joint = JointCall(True, case.kernels, lambda *_: None, own=True) if case.keeps_own else None
+    joint = JointCall(True, case.kernels, lambda *_: None, case.keeps_own) if case.sees_heads else None
 
     def merged() -> Tensor:
         layer = call.attention(x, x, x, case.grid, own=joint is not None)

@@ -21,22 +21,26 @@ specification in plain torch; kernels/impl/multires.py does the same in three la
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..config import QUARTER
+from . import sampling
 from .curve import curve_order
 from .grid import Grid
-from .noise import bits, key
 
 # Tokens that one drawn key stands for.
-HALF, QUARTER = 4, 16
+HALF = 4
 # (whole, half): shares of the tiles, the rest at quarter resolution; the best measured at their work, from 6% to all.
 FRONTIER = (
     (0.0, 0.0), (0.03, 0.20), (0.06, 0.20), (0.10, 0.40), (0.12, 0.88), (0.25, 0.75), (0.33, 0.67), (1.0, 0.0),
 )  # fmt: skip
+# Tokens of an image below which tiles are small.
+FINE_BELOW = 4096
 # A score's distance to the greatest one counts in so many steps for each unit of a logit, up to so many in all.
 STEPS, LEVELS = 64, 4094
 
@@ -82,6 +86,19 @@ class Drawn:
     table: Tensor
     half: Tensor
     quarter: Tensor
+
+
+def drawn_in(table: Tensor, tiles: Tiles, draws: int) -> Drawn:
+    """The drawn tokens that a table holds behind the tiles' rows; draws: b."""
+    length, image = len(tiles.rows), tiles.image * tiles.size
+    half = table.narrow(0, length, draws * image).view(HALF, draws, image // HALF)
+    quarter = table.narrow(0, length + draws * image, draws * image).view(QUARTER, draws, image // QUARTER)
+    return Drawn(table, half, quarter)
+
+
+def tile_sizes(tokens: int) -> tuple[int, int]:
+    """(size, queries) for an image of so many tokens: where there are few, tiles of 64 tokens would be too coarse."""
+    return (64, 128) if tokens >= FINE_BELOW else (16, 16)
 
 
 def cut_tiles(
@@ -150,27 +167,17 @@ def tile_counts(tiles: Tiles, whole: float, half: float, beside: tuple[float, fl
     return Counts(*found)
 
 
-def draw_keys(tiles: Tiles, seed: Tensor, step: int | Tensor) -> Drawn:
-    """The tokens that are drawn in a step. seed: [] or [b], int64; step: number or 0-d.
+def draw_keys(tiles: Tiles, seed: Tensor, step: int | Tensor, draw: Callable[..., Tensor] = sampling.draw) -> Drawn:
+    """The tokens that are drawn in a step. seed: [] or [b], int64; step: number or 0-d; draw: or a kernel in its place.
 
-    Equal to the draws of `sample` at ratios 0.75 and 0.9375 on a grid of as many tokens in this order.
+    They are the draws of `sample` at ratios 0.75 and 0.9375 on a grid of as many tokens in this order.
     """
-    order = tiles.rows[: tiles.image * tiles.size]
-    parts = [_walk(order, run, seed, step) for run in (HALF, QUARTER)]
-    table = torch.cat((tiles.rows, *(part.flatten() for part in parts)))
-    views = table[len(tiles.rows) :].split([part.numel() for part in parts])
-    return Drawn(table, *(view.view_as(part) for view, part in zip(views, parts, strict=True)))
-
-
-def _walk(order: Tensor, run: int, seed: Tensor, step: int | Tensor) -> Tensor:
-    """[run, b, n / run]: a token of each run of order [n]; number t is the (step + t)-th of the run's permutation."""
-    kept = len(order) // run
-    seed = seed.reshape(-1)
-    noise = bits(key(seed, len(order), kept), len(order)).reshape(len(seed), kept, run)
-    slot = (noise >> 2).to(torch.int32).argsort(dim=-1, stable=True)  # (b, n / run, run)
-    turn = (torch.arange(run, device=order.device) + step) % run
-    slot = slot.index_select(2, turn).permute(2, 0, 1)  # (run, b, n / run)
-    return order[torch.arange(kept, device=order.device) * run + slot]
+    order = tiles.rows[: tiles.image * tiles.size].long()
+    if tiles.image == 0:
+        return drawn_in(tiles.rows, tiles, seed.numel())
+    parts = [draw(order, len(order) // run, seed, step, 0, run) for run in (HALF, QUARTER)]
+    table = torch.cat((tiles.rows, *(part.flatten().to(torch.int32) for part in parts)))
+    return drawn_in(table, tiles, seed.numel())
 
 
 def scores(q: Tensor, k: Tensor, tiles: Tiles, scale: float) -> Tensor:
@@ -207,6 +214,8 @@ def choose(scores: Tensor, tiles: Tiles, counts: Counts) -> Tensor:
     of equal ones the first tile counts. Within a resolution tiles are in their own order.
     """
     asks, count = scores.shape[-2:]
+    if count == 0:  # fewer tokens than a tile has
+        return scores.to(torch.int16)
     tile = torch.arange(count, device=scores.device)
     wide = scores.float()
     level = wide.masked_fill(wide == torch.inf, -torch.inf).amax(-1, keepdim=True) - wide

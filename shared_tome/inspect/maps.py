@@ -69,6 +69,8 @@ def choose(
     if step not in merged:
         raise NoMap(f"Nothing was merged in step {step}, but in {_span(merged)}.")
     facts = run.facts[step]
+    if facts.config.method == "multires":
+        raise NoMap("multires keeps other keys for each query,", "so no single map can show them.")
     known = run.tally.layers()
     level, grid, where = _compiled(facts, level) if run.compiled else _seen(known, level, layer)
     owner = run.owner(step, grid, layer)

@@ -16,6 +16,7 @@ from typing import Any
 from ..autotune.layer import Verdict
 from ..config import ToMeConfig
 from ..core.grid import Grid, level_of
+from ..core.multires import shares
 from ..core.schedule import serves_layer
 from ..merging.plan import Plan
 
@@ -36,6 +37,15 @@ def capped(config: ToMeConfig) -> str | None:
         f"ratio {config.ratio:g} is more than method {config.method} can take at stride {stride}: "
         f"{config.ratio_cap:g} is what it does"
     )
+
+
+def resolutions(config: ToMeConfig) -> list[str]:
+    """A line for `multires`: the shares of the keys' tiles at each resolution; else nothing."""
+    if config.method != "multires":
+        return []
+    whole, half = shares(config.ratio)
+    rest = 1.0 - whole - half
+    return [f"Of the keys' tiles {whole:.0%} stay whole, {half:.0%} keep a quarter of their tokens, {rest:.0%} a 16th"]
 
 
 def why_not_served(config: ToMeConfig, grid: Grid, full: Grid) -> str | None:
@@ -140,7 +150,7 @@ class Report:
         config = self.config
         head = f"ToMe: method {config.method}, ratio {config.ratio:g}"
         head += f" to {config.ratio_end:g}" if config.ratio_end >= 0 else ""
-        lines = [f"{head}, seed {config.seed}", self._steps(), ""]
+        lines = [f"{head}, seed {config.seed}", self._steps(), *resolutions(config), ""]
         lines.append("Merged:" if self.merged else f"Nothing was merged{self._why_no_step()}.")
         for group in _alike(self.merged):
             first = group[0]

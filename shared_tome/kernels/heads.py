@@ -6,15 +6,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import channels, self_token
+from ..core import channels, multires, self_token
 from ..core.channels import extra_channels
 from ..core.curve import is_compiling
+from ..core.multires import Counts, Drawn, Tiles
 from .switch import load, operator, serves
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Heads that `attend` takes; programs on a grid's second axis; offsets within a head.
 _FULL_HEADS = (64, 128)
 _MOST_PROGRAMS, _FARTHEST = 65535, 2**31
+# Tiles that a program of `multires` holds while it chooses; channels of its heads.
+_MOST_TILES, _MOST_CHANNELS = 8192, 256
 # Keys up to which it costs little that they do not lie together: 18.6 us against 17.3 and 3.2 for `turns` at 256 keys,
 # 58 against 54 and 4.5 at 576, 145 against 130 and 6.0 at 1,024.
 _LISTED = 640
@@ -127,6 +130,25 @@ def keep_own(
     able = able and q.dtype in _DTYPES and q.numel() > 0 and not is_compiling()  # compiled, torch fuses it
     run = operator("own") if able and serves(q, k, v, out, turns, runs) else self_token.keep_own
     return run(q, k, v, out, lse, turns, runs, scale, weight)
+
+
+def attends_multires(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> bool:
+    """Whether `attend_multires` goes through a kernel for heads q, k, v [B, H, L, d] of these tiles."""
+    alike = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.shape[2] == len(tiles.rows)
+    able = alike and q.dtype in (torch.float16, torch.bfloat16) and q.numel() > 0 and tiles.image > 0
+    able = able and tiles.count <= _MOST_TILES and q.shape[3] <= _MOST_CHANNELS
+    able = able and q.shape[0] * q.shape[1] <= _MOST_PROGRAMS
+    return able and all(x.shape[2] * x.stride(2) < _FARTHEST for x in (q, k, v)) and serves(q, k, v)
+
+
+def attend_multires(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, drawn: Drawn, counts: Counts, layer: int, scale: float
+) -> Tensor:
+    """multires.attend_multires in three launches; by a kernel the result lies as [B, L, H, d]."""
+    if not attends_multires(q, k, v, tiles):
+        return multires.attend_multires(q, k, v, tiles, drawn, counts, layer, scale)
+    cut = (tiles.rows, drawn.table, tiles.image, tiles.size, tiles.queries, drawn.half.shape[1])
+    return operator("multires")(q, k, v, *cut, *counts, layer, scale)
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:

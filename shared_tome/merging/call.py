@@ -17,10 +17,9 @@ from ..config import ToMeConfig
 from ..core.curve import curve_order
 from ..core.grid import Grid, grid_at
 from ..core.noise import fold_seed
-from ..core.sampling import kept_count
 from ..core.schedule import serves_layer
-from .match import match_tokens
-from .plan import Plan, SamplePlan
+from .match import kept_of, match_tokens, sampled
+from .plan import Plan
 
 # Layers whose tokens are drawn in one go where runs are of two lengths: the first ones of a grid, all that most
 # denoisers have at a level that pays, and those behind them, which SDXL's deepest level and transformers have.
@@ -85,7 +84,7 @@ class ModelCall:
         self._drawn: dict[Grid, tuple[int, Tensor]] = {}  # (first layer, [layers, b, M])
         self._split: dict[Grid, list[tuple[Tensor, Tensor]]] = {}
         # Made here and not where they are used: that may be inside a compiled graph.
-        levels = (grid_at(full, level) for level in range(4)) if config.method == "sample" else ()
+        levels = (grid_at(full, level) for level in range(4)) if config.samples else ()
         self._orders = {grid: curve_order(grid, device) for grid in levels if self.serves(grid)}
 
     def serves(self, grid: Grid) -> bool:
@@ -105,7 +104,7 @@ class ModelCall:
         _check_tokens(grid, metric=metric)
         layer = self._layers.get(grid, 0)
         self._layers[grid] = layer + 1
-        if self.config.method == "sample":
+        if self.config.samples:
             plan = self._sample(metric.shape[0], grid, layer)
         else:
             parts = self._parts(grid, layer)
@@ -123,8 +122,7 @@ class ModelCall:
 
     def _sample(self, batch: int, grid: Grid, layer: int) -> Plan:
         """As match_tokens, but drawn for many layers at once."""
-        tokens = math.prod(grid)
-        kept = kept_count(tokens, int(tokens * self.config.ratio))
+        tokens, kept = math.prod(grid), kept_of(grid, self.config)
         if kept == tokens:
             return Plan(batch, tokens, tokens, self.seed.device)
         # Heads that draw apart want the turns after the layer's own, as many as a run has.
@@ -140,7 +138,8 @@ class ModelCall:
             count = layers + turns - 1
             order = self._orders[grid] if grid in self._orders else curve_order(grid, self.seed.device)
             self._drawn[grid] = first, kernels.draw(order, kept, self.seed, self.step, first, count)
-        return SamplePlan(batch, grid, self._drawn[grid][1].narrow(0, place, turns))
+        drawn = self._drawn[grid][1].narrow(0, place, turns)
+        return sampled(batch, grid, self.config, drawn, self.seed, self.step, layer)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, metric: Tensor | None = None, own: bool = False

@@ -13,10 +13,11 @@ from ..config import ToMeConfig
 from ..core.curve import curve_order, is_compiling
 from ..core.grid import Grid
 from ..core.matching import downsample
+from ..core.multires import shares
 from ..core.noise import fold_seed
 from ..core.partition import dst_count
 from ..core.sampling import kept_count
-from .plan import MergePlan, Plan, SamplePlan
+from .plan import MergePlan, MultiresPlan, Plan, SamplePlan
 
 
 def match_tokens(
@@ -63,12 +64,11 @@ def match_tokens(
         )
     if distill_token and not class_token:
         raise ValueError("a distillation token comes after a class token: distill_token needs class_token")
-    goes = int(tokens * config.ratio)
     seed = _seed(config, generator, seed, metric.device)
-    if config.method == "sample":
-        return _sample(batch, grid, goes, seed, step, layer)
+    if config.samples:
+        return _sample(batch, grid, config, seed, step, layer)
     dst_tokens = dst_count(grid, config)
-    goes = min(goes, tokens - dst_tokens - int(class_token))
+    goes = min(int(tokens * config.ratio), tokens - dst_tokens - int(class_token))
     if goes <= 0 or dst_tokens <= int(distill_token):
         return Plan(batch, tokens, tokens, metric.device)
     if config.method == "downsample":
@@ -84,14 +84,28 @@ def match_tokens(
     return MergePlan(batch, index, groups, mean=means, fills=kind.fills, chain=chain)
 
 
-def _sample(batch: int, grid: Grid, goes: int, seed: Tensor, step: int | Tensor, layer: int) -> Plan:
-    """One layer's choice; at least one of MAX_RUN stays."""
-    tokens = math.prod(grid)
-    kept = kept_count(tokens, goes)
-    if kept == tokens:
-        return Plan(batch, tokens, tokens, seed.device)
+def _sample(batch: int, grid: Grid, config: ToMeConfig, seed: Tensor, step: int | Tensor, layer: int) -> Plan:
+    """One layer's choice."""
+    kept = kept_of(grid, config)
+    if kept == math.prod(grid):
+        return Plan(batch, kept, kept, seed.device)
     drawn = kernels.draw(curve_order(grid, seed.device), kept, seed, step, layer, 1)
-    return SamplePlan(batch, grid, drawn)
+    return sampled(batch, grid, config, drawn, seed, step, layer)
+
+
+def kept_of(grid: Grid, config: ToMeConfig) -> int:
+    """How many of the grid's tokens are drawn, where keys are drawn (config.samples)."""
+    tokens = math.prod(grid)
+    return kept_count(tokens, int(tokens * min(config.ratio, config.ratio_cap)))
+
+
+def sampled(
+    batch: int, grid: Grid, config: ToMeConfig, turns: Tensor, seed: Tensor, step: int | Tensor, layer: int
+) -> SamplePlan:
+    """The plan of drawn tokens [T, b, M], by the method: sample or multires."""
+    if config.method == "multires":
+        return MultiresPlan(batch, grid, turns, shares(config.ratio), seed, step, layer)
+    return SamplePlan(batch, grid, turns)
 
 
 @functools.lru_cache(maxsize=64)

@@ -186,3 +186,25 @@ class SamplePlan(Plan):
 
     def key_bias(self) -> Tensor | None:
         return None if self.even else self.sizes[:1].log()
+
+
+class MultiresPlan(SamplePlan):
+    """Keys at three resolutions (core/multires.py), where an attention sees the heads of all tokens.
+
+    That is for attention/sequence.py to do; to everybody else this is a sample of as many keys.
+
+    shares: (whole, half) of the tiles. seed: [] or [b], step, layer: of the draws.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        grid: Grid,
+        turns: Tensor,
+        shares: tuple[float, float],
+        seed: Tensor,
+        step: int | Tensor,
+        layer: int,
+    ):
+        super().__init__(batch, grid, turns)
+        self.shares, self.seed, self.step, self.layer = shares, seed, step, layer

@@ -156,9 +156,12 @@ class BaseAttachment:
     def _say_why(self, message: str, detail: str) -> None:
         self.say(f"{message} ({detail})")
 
-    def config_now(self, timestep: Any) -> ToMeConfig:
-        """With the ratio that holds at this step."""
-        return config_at(self.config, lambda: self.steps.progress(timestep))
+    def config_now(self, timestep: Any, multires: bool = False) -> ToMeConfig:
+        """With the ratio that holds at this step. multires: see ToMeConfig.resolved."""
+        asked = self.config.resolved(multires)
+        if (less := self.config.why_less(asked)) is not None:
+            self.say(less)
+        return config_at(asked, lambda: self.steps.progress(timestep))
 
     def model_call(self, config: ToMeConfig, grid: Grid, timestep: Any, x: Tensor) -> ModelCall | None:
         """The core's state for this call, or None where nothing is merged now.
@@ -190,7 +193,7 @@ class Attachment(BaseAttachment):
     """On a U-Net. merge_attn: whether attn1 is merged at all. judges: whether its whole steps are judged, too."""
 
     def __init__(self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True, judges: bool = True):
-        super().__init__(config, pipe)
+        super().__init__(config.resolved(multires=False), pipe)
         self.merge_attn, self._judges = merge_attn, judges
         self._judged: dict[tuple, float] = {}  # when a kind of steps is asked about again, by the monotonic clock
         self._rules: dict[tuple, str | None] = {}
@@ -266,12 +269,13 @@ class Attachment(BaseAttachment):
 
     def _joint(self, call: ModelCall) -> JointCall | None:
         """What lets queries keep their own tokens, or None where they shall not."""
-        if not call.config.keeps_own:
+        if not call.config.wants_heads:
             return None
         if _compiles():
-            self.say("under torch.compile queries do not keep their own tokens")
+            own = call.config.method == "sample"
+            self.say(f"under torch.compile {'queries do not keep their own tokens' if own else 'multires is sample'}")
             return None
-        return JointCall(True, TORCHS, self._say_why, own=True)
+        return JointCall(True, TORCHS, self._say_why, call.config.keeps_own)
 
     def keeps_own(self, attn1: nn.Module, x: Tensor) -> bool:
         """Whether the layer's queries can keep their own tokens (heads.meets_at_sdpa), asked once for each."""
@@ -331,7 +335,7 @@ class _Block:
             attn1.register_forward_hook(self._after_attention, prepend=True),
         ]
         handles.append(SimpleNamespace(remove=self.forget_projections))
-        if config.keeps_own or may_meet(config):
+        if config.wants_heads or may_meet(config):
             handles += SdpaHooks(attn1, self._begin, self._missed).handles
         for name, wanted in (("attn2", config.cross_attention), ("ff", config.mlp)):
             module = getattr(block, name, None)

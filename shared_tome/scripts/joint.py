@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..attention.combine import TORCHS
 from ..attention.sdpa import Handler, HostAttention, SdpaHooks, attend_sampled, leave_left_modes
 from ..attention.sequence import JointCall, image_bias, merge_image, unmerge_image
@@ -82,7 +83,7 @@ class JointAttachment(BaseAttachment):
             self.say("image tokens that are not rows of one image are left alone")
             return
         timestep = argument(args, kwargs, 3, "timestep")
-        call = self.model_call(self.config_now(timestep), grid, timestep, x)
+        call = self.model_call(self.config_now(timestep, kernels.serves(x)), grid, timestep, x)
         if call is not None:
             joint = JointCall(call.config.weighs_keys, TORCHS, self._say_why, call.config.keeps_own)
             self.call = _Call(call, joint, grid, x.shape[0], text.shape[1], reference)

@@ -217,7 +217,7 @@ def test_a_setting_out_of_range_is_passed_over(host):
     host.opts.data.update(tome_ratio=5, tome_method="tomato", tome_img2img_ratio="x", tome_start=0.5)
     host.start()
     defaults = host.tabs["img2img"].defaults
-    assert defaults[2] == 0.75 and "sample" in defaults and 0.5 in defaults
+    assert defaults[2] == 0.75 and "auto" in defaults and 0.5 in defaults
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ def promised_count(config: ToMeConfig, grid: tuple[int, ...]) -> int:
     frames, height, width = (1, *grid)[-3:]
     count = frames * height * width
     cell_height, cell_width = min(config.stride[1], height), min(config.stride[0], width)
-    if config.method == "sample":
-        least = -(-count // 64)
+    if config.samples:
+        least = count - int(count * 15 / 16) if config.method == "multires" else -(-count // 64)
     elif config.method != "downsample" and config.partition == "alternate":
         least = max(1, count // 2)
     elif config.method != "downsample" and config.partition == "random":

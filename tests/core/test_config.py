@@ -219,12 +219,14 @@ def test_widgets():
     assert list(widgets)[:6] == ["ratio", "stride_x", "stride_y", "method", "seed", "partition"]
     assert widgets["stride_x"].option.label == "Stride x" and not widgets["stride_x"].option.parts
     for name in set(OPTIONS) - {"stride"}:
-        assert widgets[name].option == OPTIONS[name] and widgets[name].default == getattr(ToMeConfig(), name)
+        assert widgets[name].option == OPTIONS[name] and widgets[name].unnamed == getattr(ToMeConfig(), name)
+        assert widgets[name].default == ("auto" if name == "method" else widgets[name].unnamed)
 
 
 def test_from_widgets_round_trip():
     assert ToMeConfig.from_widgets() == ToMeConfig()
-    assert ToMeConfig.from_widgets(**{widget.name: widget.default for widget in ToMeConfig.widgets()}) == ToMeConfig()
+    new = ToMeConfig.from_widgets(**{widget.name: widget.default for widget in ToMeConfig.widgets()})
+    assert new == ToMeConfig(method="auto"), "a text or request of before names no method: it means sample"
     values = {
         "ratio": 0.4,
         "stride_x": 4,

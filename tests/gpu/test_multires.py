@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from shared_tome import ModelCall, ToMeConfig, kernels
+from shared_tome.attention.combine import TORCHS
+from shared_tome.attention.sequence import NO_KERNEL, JointCall
 from shared_tome.core import multires
 from shared_tome.core.multires import cut_tiles, draw_keys, shares, tile_counts
 
@@ -96,3 +99,60 @@ def test_three_launches_one_result_and_another_step_in_a_graph():
     drawn.table.copy_(draw_keys(tiles, torch.tensor(3, device="cuda"), 1).table)
     graph.replay()
     assert torch.equal(out, run()) and not torch.equal(out, first)
+
+
+def call_and_plan(grid, ratio=0.77, seed=3, step=2, batch=2):
+    ours = ToMeConfig(method="multires", ratio=ratio, min_tokens=0)
+    call = ModelCall(ours, grid, torch.device("cuda"), seed=seed, step=step)
+    return call.plan(torch.zeros(batch, math.prod(grid), 1, device="cuda"), grid)
+
+
+@pytest.mark.parametrize(("grid", "before"), [((64, 72), 77), ((24, 32), 5), ((5, 24, 40), 0)])
+def test_a_models_attention_goes_by_the_kernel(grid, before):
+    """The way of a host: plan, JointCall, front door. Within half precision of the specification; no word said."""
+    said, plan = [], call_and_plan(grid)
+    joint = JointCall(True, TORCHS, lambda *words: said.append(words), own=True)
+    length = before + math.prod(grid)
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(2, length, 3, 64, generator=generator, device="cuda").half().transpose(1, 2) for _ in range(3)
+    )
+    got = joint.attend(q, k, v, before, plan)
+    assert launches(lambda: joint.attend(q, k, v, before, plan)) == 3 and not said
+    with kernels.use("reference"):
+        assert joint.attend(q, k, v, before, plan) is not None and len(said) == 1  # sample in its place
+    ((tiles, drawn, counts),) = joint._tiles.values()
+    scale = q.shape[-1] ** -0.5
+    expected = multires.attend_multires(q, k, v, tiles, drawn, counts, plan.layer, scale)
+    # A tile at the edge of the choice may fall the other way: few queries see it.
+    off = (got.transpose(1, 2).float() - expected.float()).abs().amax(-1)
+    assert (off < 4e-3).float().mean() > 0.9 and off.median() < 1e-3
+
+
+def test_one_compiled_graph_for_all_seeds_and_steps():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, grid = CompileCounterWithBackend("inductor"), (24, 32)
+    ours = ToMeConfig(method="multires", ratio=0.77, min_tokens=0)
+
+    def layer(q, k, v, seed, step):
+        call = ModelCall(ours, grid, q.device, seed=seed, step=step)
+        plan = call.plan(q[:, 0, 5:], grid)
+        return JointCall(True, TORCHS, print, True).attend(q, k, v, 5, plan)
+
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    q, k, v = (torch.randn(1, 3, 773, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+    for seed, step in ((1, 2), (5, 2), (5, 3)):
+        given = (q, k, v, torch.tensor(seed, device="cuda"), torch.tensor(step, device="cuda"))
+        torch.testing.assert_close(compiled(*given), layer(*given), rtol=1e-3, atol=1e-3)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("dtype", "d"), [(torch.float32, 64), (torch.float16, 320)])
+def test_what_no_kernel_takes_is_sampled_and_said(dtype, d):
+    said, plan = [], call_and_plan((24, 32))
+    joint = JointCall(True, TORCHS, lambda *words: said.append(words), own=True)
+    q = torch.randn(2, 3, 768, d, device="cuda", dtype=dtype)
+    joint.attend(q, q, q, 0, plan)
+    assert said and said[0][0] == NO_KERNEL and f"{d} channels" in said[0][1]

@@ -16,9 +16,6 @@ from .attend import LOG2_E
 from .compiler import power_of_two, tl, triton
 from .multires_choose import Config, config_for, launch_choose
 
-# Tiles that a program holds while it chooses; channels of a head; offsets within a head; programs on a second axis.
-MOST_TILES, MOST_CHANNELS, _FARTHEST, _MOST_PROGRAMS = 8192, 256, 2**31, 65535
-
 
 @triton.jit
 def _add_keys(
@@ -178,15 +175,6 @@ def _attend_kernel(
             query, total, top, mass, key, value, token, bias, k2, v2, scale, HEAD, BLOCK, SAME, True, WIDEN
         )
     tl.store(target[:, None] + channel[None, :], (total / mass[:, None]).to(out.dtype.element_ty), mask=mask)
-
-
-def serves(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> bool:
-    """Whether the launches below take heads q, k, v [B, H, L, d] of these tiles, on a device that has kernels."""
-    alike = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.shape[2] == len(tiles.rows)
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    near = all(x.shape[2] * x.stride(2) < _FARTHEST for x in (q, k, v))
-    few = tiles.count <= MOST_TILES and q.shape[3] <= MOST_CHANNELS and q.shape[0] * q.shape[1] <= _MOST_PROGRAMS
-    return alike and half and near and few and tiles.image > 0
 
 
 def launch_attend(

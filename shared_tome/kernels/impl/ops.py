@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...config import ToMeConfig
-from ...core import channels, groups, matching, sampling, self_token
+from ...core import channels, groups, matching, multires, sampling, self_token
 from ...core.failures import is_out_of_memory
 from ...core.noise import key
 from ...core.partition import partition
@@ -22,6 +22,7 @@ from .draw import launch_draw
 from .gather import launch_gather
 from .match import launch_match
 from .mean import heads_like, launch_links, launch_mean
+from .multires import launch_multires
 from .nearest import launch_nearest
 from .own import launch_own
 from .select import launch_select
@@ -209,6 +210,20 @@ def _plain_attend_drawn(q, k, v, drawn_k, drawn_v, *given):
     return _tokens_first(self_token.attend_drawn(q, k, v, _both(drawn_k, drawn_v), *given))
 
 
+def _cut(rows, table, image, size, queries, draws, *counts):
+    """Tiles, drawn tokens and counts: an operator's arguments are single tensors and numbers."""
+    tiles = multires.Tiles(rows, image, size, queries)
+    return tiles, multires.drawn_in(table, tiles, draws), multires.Counts(*counts)
+
+
+def _launch_multires(q, k, v, *given):
+    return launch_multires(q, k, v, *_cut(*given[:-2]), *given[-2:])
+
+
+def _plain_multires(q, k, v, *given):
+    return _tokens_first(multires.attend_multires(q, k, v, *_cut(*given[:-2]), *given[-2:]))
+
+
 def _fake_turns(k, v, index):
     return tuple(x.new_empty((*x.shape[:2], index.shape[2], x.shape[3])) for x in (k, v))
 
@@ -318,4 +333,13 @@ _operator(
     launch_own,
     self_token.keep_own,
     _fake_own,
+)
+_operator(
+    "multires",
+    "Tensor q, Tensor k, Tensor v, Tensor rows, Tensor table, SymInt image, int size, int queries, SymInt draws, "
+    "SymInt whole, SymInt half, SymInt beside_whole, SymInt beside_half, SymInt layer, float scale",
+    "Tensor",
+    _launch_multires,
+    _plain_multires,
+    _fake_attend,
 )
