@@ -27,6 +27,7 @@ from shared_tome.merging.plan import Plan
 from ..models.dit import DiT, JointAttention
 from ..models.unet import BasicTransformerBlock, CrossAttention, FeedForward, UNet
 from .methods import Variant
+from .tails import attend_tails
 
 
 class Run:
@@ -50,7 +51,7 @@ class Run:
         now = config.replace(ratio=ratio_at(config, step / steps), start=0.0, end=1.0, ratio_end=-1.0)
         if now.ratio > 0.0:
             self.call = ModelCall(now, full, device, seed, step)
-        self.joint = JointCall(True, TORCHS, _refused, own=True) if self.call and now.keeps_own else None
+        self.joint = JointCall(True, TORCHS, _refused, now.keeps_own) if self.call and now.wants_heads else None
 
     def attend_behind(self, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
         """q, k, v [B, H, L, d], the image from `start` on -> [B, L, H, d]; keys and values drawn here."""
@@ -158,8 +159,14 @@ class MergedJointAttention(nn.Module):
         if layer is None:
             run.count(run.full, tokens, tokens, tokens)
             return _joint(q, k, v).to(dtype)
+        if run.variant.tail:
+            work = 1.0 - run.call.config.ratio
+            run.count(run.full, tokens, tokens, text + round(work * (tokens - text)))
+            given = (x.transpose(1, 2) for x in (q, k, v))
+            out = attend_tails(*given, text, run.full, work, run.variant.tail)
+            return out.transpose(1, 2).flatten(2).to(dtype)
         if behind:
-            run.count(run.full, tokens, tokens, text + layer.plan.kept + 1)
+            run.count(run.full, tokens, tokens, text + layer.plan.kept + run.call.config.keeps_own)
             out = run.attend_behind(*(x.transpose(1, 2) for x in (q, k, v)), text, layer.plan)
             return out.flatten(2).to(dtype)
         config = run.call.config

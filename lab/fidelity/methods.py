@@ -12,6 +12,7 @@ class Variant:
     """One thing to measure.
 
     family: a line of the plots. timed: whether its step is timed. strict: in float32 whatever the others are in.
+    tail: one of tails.MODES in place of the config's method, for transformers; its work is 1 - ratio.
     """
 
     name: str
@@ -19,6 +20,7 @@ class Variant:
     config: ToMeConfig
     timed: bool = True
     strict: bool = False
+    tail: str = ""
 
     @property
     def is_merged(self) -> bool:
@@ -32,11 +34,13 @@ class Catalogue:
     variants: dict[str, Variant] = field(default_factory=dict)
     sets: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, sets: str, name: str, family: str, timed: bool = True, strict: bool = False, **options) -> None:
+    def add(
+        self, sets: str, name: str, family: str, timed: bool = True, strict: bool = False, tail: str = "", **options
+    ) -> None:
         """sets: names of sets, with spaces. options: of the config."""
         if name in self.variants:
             raise ValueError(f"two variants are named {name!r}")
-        self.variants[name] = Variant(name, family, ToMeConfig(**{**BASE, **options}), timed, strict)
+        self.variants[name] = Variant(name, family, ToMeConfig(**{**BASE, **options}), timed, strict, tail)
         for one in sets.split():
             self.sets.setdefault(one, []).append(name)
 
@@ -83,6 +87,7 @@ def catalogue() -> Catalogue:
         c.add("own", sample_name(ratio, start, own=True), family, ratio=ratio, start=start, own_token=True)
     _starts(c)
     _paper(c)
+    _transformers(c)
     own = c.sets["own"][2:]
     c.sets["key"], c.sets["few"] = [*KEY, *own], [*KEY[:8], own[0], sample_name(0.9375, own=True)]
     return c
@@ -134,6 +139,26 @@ def _starts(c: Catalogue) -> None:
         ("merge 0.5", "merge, proportional", {"method": "merge", "ratio": 0.5}),
     ):
         c.add("starts", f"{name} from 0.2", f"{family} from 0.2", start=0.2, **options)
+
+
+# Shares of the attention's work that are left.
+WORKS = (0.10, 0.16, 0.23, 0.33, 0.50)
+
+
+def _transformers(c: Catalogue) -> None:
+    """Keys at three resolutions, and beside them at equal work what others do and this project's other methods."""
+    c.sets["multires"] = [UNMERGED, sample_name(0.75, own=True)]
+    for work in WORKS:
+        ratio = round(1 - work, 4)
+        c.add("multires", f"multires {ratio:g}", "multires", method="multires", ratio=ratio, own_token=True)
+        c.add("multires", f"mean tail {ratio:g}", "whole and mean tiles", tail="mean", ratio=ratio, timed=False)
+        if work == 0.23:
+            c.add("multires", f"dropped tail {ratio:g}", "whole tiles", tail="drop", ratio=ratio, timed=False)
+            for start in (0.1, 0.2):
+                name = f"multires {ratio:g} from {start:g}"
+                c.add("multires", name, f"multires from {start:g}", method="multires", ratio=ratio, start=start)
+    c.sets["multires"] += ["merge 0.5", "multires 1"]
+    c.add("", "multires 1", "multires", method="multires", ratio=1.0)
 
 
 PAPER = {

@@ -97,6 +97,18 @@ CONFIGS: dict[str, TrainConfig] = {
         ema=0.998,
         per_class=1500,
     ),
+    # The same in patches of 3x3: 4,096 tokens, as many as the tiles of 64 that large pictures get are made for.
+    "dit-large": TrainConfig(
+        DiTConfig(patch=3),
+        data="fine",
+        prediction="flow",
+        schedule="flow3",
+        tokens=16,
+        batch=32,
+        rate=8e-4,
+        ema=0.998,
+        per_class=1500,
+    ),
     # For tests.
     "tiny-dit": TrainConfig(
         DiTConfig(patch=8, width=32, heads=2, double=1, single=1, context_dim=16),

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ..store import Row
-from . import fidelity_tables, option_tables, speed_tables, vit_tables
+from . import fidelity_tables, multires_tables, option_tables, speed_tables, vit_tables
 from .help_lists import LANGUAGES, controls
 from .rows import results
 
@@ -37,6 +37,7 @@ def of_speed(folder: Path = speed_tables.FOLDER) -> dict[str, Maker]:
 MAKERS: dict[str, Maker] = {
     "options": option_tables.options,
     "presets": option_tables.presets,
+    "resolutions": multires_tables.resolutions,
     "served": option_tables.served,
     "controls": controls,
     **of_speed(),

@@ -200,6 +200,7 @@ MAKERS: dict[str, tuple[str, Callable[[Row], bool], Callable[[list[Row]], str]]]
     "memory": ("memory", bool, memory),
     "growth": ("growth", lambda row: row["us"] != "", growth),
     "dit": ("dit", bool, dit),
+    "dit_multires": ("dit-multires", bool, dit),
     "multigpu": ("multigpu", bool, multigpu),
     "multires": ("multires", bool, multires),
 }

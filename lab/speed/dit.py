@@ -32,6 +32,10 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "sample 0.9375, own token": {"ratio": 0.9375, "own_token": True},
     "sample 0.75, unweighted": {"ratio": 0.75, "proportional": False},
     "sample 0.9375, unweighted": {"ratio": 0.9375, "proportional": False},
+    "multires 0.67": {"ratio": 0.67, "method": "multires"},
+    "multires 0.77": {"ratio": 0.77, "method": "multires"},
+    "multires 0.84": {"ratio": 0.84, "method": "multires"},
+    "multires 0.77, where it pays": {"ratio": 0.77, "method": "multires", "levels": "auto"},
     "merge 0.25": {"ratio": 0.25, "method": "merge"},
     "merge 0.5": {"ratio": 0.5, "method": "merge"},
     "limit": None,
@@ -46,7 +50,8 @@ def variant(model: Any, name: str, tokens: int) -> Any:
         return model
     patch = inprocess.pack_module("comfy_tome.patch")
     # Whatever it costs: levels "auto" would leave alone what does not pay, and not show what it costs.
-    return patch.apply_to_model(model, patch.ToMeConfig(**VARIANTS[name], min_tokens=min(tokens, 2048), levels="0"))
+    options = {"min_tokens": min(tokens, 2048), "levels": "0", **VARIANTS[name]}
+    return patch.apply_to_model(model, patch.ToMeConfig(**options))
 
 
 def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iterator[dict[str, Any]]:

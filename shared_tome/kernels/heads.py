@@ -138,7 +138,8 @@ def attends_multires(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> bool:
     able = alike and q.dtype in (torch.float16, torch.bfloat16) and q.numel() > 0 and tiles.image > 0
     able = able and tiles.count <= _MOST_TILES and q.shape[3] <= _MOST_CHANNELS
     able = able and q.shape[0] * q.shape[1] <= _MOST_PROGRAMS
-    return able and all(x.shape[2] * x.stride(2) < _FARTHEST for x in (q, k, v)) and serves(q, k, v)
+    able = able and all(x.shape[2] * x.stride(2) < _FARTHEST for x in (q, k, v)) and serves(q, k, v)
+    return able and (is_compiling() or load().runs("multires", q.device))  # as in attends_drawn
 
 
 def attend_multires(

@@ -13,8 +13,7 @@ from shared_tome.core import multires
 from shared_tome.core.multires import Counts, cut_tiles, draw_keys
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
-from shared_tome.kernels.impl import multires as impl
-from shared_tome.kernels.impl.multires import Config, launch_attend, launch_choose, launch_multires, serves
+from shared_tome.kernels.impl.multires import Config, launch_attend, launch_choose, launch_multires
 
 CPU = torch.device("cpu")
 # For the interpreter, whose time is that of its programs; blocks that fit and that do not.
@@ -93,15 +92,44 @@ def test_equal_scores_and_a_batch_that_does_not_fit():
 
 
 def test_what_the_launches_take(monkeypatch):
+    takes = kernels.attends_multires
     tiles, q, k, v = made((4, 8), 0, 3, 16, 1, 1, 16, torch.float16)
-    assert serves(q, k, v, tiles)
-    assert not serves(*(x.float() for x in (q, k, v)), tiles)
-    assert not serves(q, k[:, :, 1:], v[:, :, 1:], tiles) and not serves(q, k, v.bfloat16(), tiles)
-    assert not serves(*(x.repeat(1, 1, 1, 17) for x in (q, k, v)), tiles)  # 272 channels
-    assert not serves(*made((3, 4), 5, 2, 16, 1, 1, 16, torch.float16)[1:], tiles)  # of another length
+    assert takes(q, k, v, tiles)
+    assert not takes(*(x.float() for x in (q, k, v)), tiles)
+    assert not takes(q, k[:, :, 1:], v[:, :, 1:], tiles) and not takes(
+        q, k, v.bfloat16(), tiles
+    )
+    assert not takes(*(x.repeat(1, 1, 1, 17) for x in (q, k, v)), tiles)  # 272 channels
+    assert not takes(
+        *made((3, 4), 5, 2, 16, 1, 1, 16, torch.float16)[1:], tiles
+    )  # of another length
     none = cut_tiles((3, 4), CPU, 0, 35, 16, 16)
-    assert not serves(q, k, v, none)  # no tile of the image
-    for name, most in (("MOST_TILES", 1), ("_FARTHEST", 35 * q.stride(2))):
+    assert not takes(q, k, v, none)  # no tile of the image
+    for name, most in (("_MOST_TILES", 1), ("_FARTHEST", 35 * q.stride(2))):
         with monkeypatch.context() as patch:
-            patch.setattr(impl, name, most)
-            assert not serves(q, k, v, tiles)
+            patch.setattr(kernels.heads, name, most)
+            assert not takes(q, k, v, tiles)
+
+
+def test_where_it_fails_sample_is_taken(monkeypatch):
+    """By a card with too little shared memory, for one: plain torch would be slower than the whole attention."""
+    ops = kernels.switch.load()
+    monkeypatch.setattr(ops, "_broken", {("multires", CPU)})
+    tiles, q, k, v = made((7, 10), 3, 23, 32, 1, 1, 24, torch.float16)
+    assert not kernels.attends_multires(q, k, v, tiles)
+    monkeypatch.setattr(ops, "_broken", set())
+    assert kernels.attends_multires(q, k, v, tiles)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_front_door_is_the_launches(rows):
+    """And the fake for tracing has their shape and strides."""
+    tiles, q, k, v = made((7, 10), 3, 23, 32, rows, 2, 24, torch.float16)
+    drawn, counts = draw_keys(tiles, torch.arange(rows) + 5, 1), Counts(4, 1, 2, 2)
+    got = kernels.attend_multires(q, k, v, tiles, drawn, counts, 3, 0.3)
+    assert torch.equal(got, launch_multires(q, k, v, tiles, drawn, counts, 3, 0.3))
+    fake = kernels.switch.load()._fake_attend(q)
+    assert (fake.shape, fake.stride(), fake.dtype) == (got.shape, got.stride(), got.dtype)
+    with kernels.use("reference"):
+        plain = kernels.attend_multires(q, k, v, tiles, drawn, counts, 3, 0.3)
+    torch.testing.assert_close(got, plain, rtol=0, atol=4e-3)

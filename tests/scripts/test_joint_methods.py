@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import shared_tome
 from shared_tome import ToMeConfig, match_tokens
 from shared_tome.config import METHODS
+from shared_tome.core import multires
 from shared_tome.scripts.joint import JointAttachment
 
 from . import models
@@ -67,6 +68,8 @@ def truth(q, k, v, grid, start, options, layer):
         out[:, start + rows :, start + columns :] = torch.eye(length - image - start)
         return out[:, None]
 
+    if method == "multires":
+        return at_three_resolutions(q, k, v, grid, start, options, layer)
     q, k, v = q.double(), k.double(), v.double()
     if method in QUERIES:
         q = beside(to_merged) @ q
@@ -78,6 +81,24 @@ def truth(q, k, v, grid, start, options, layer):
             logs[:, start : start + plan.kept] = sizes.log()
     out = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + logs[:, None, None]).softmax(-1) @ v
     return beside(back) @ out if method in QUERIES else out
+
+
+def at_three_resolutions(q, k, v, grid, start, options, layer):
+    """The keys and weights that core/multires.py says, in one softmax in float64; step 0 of the seed."""
+    length, d = q.shape[2:]
+    tiles = multires.cut_tiles(grid, q.device, start, length, 16, 16)
+    drawn = multires.draw_keys(tiles, torch.tensor(options.seed), 0)
+    counts = multires.tile_counts(tiles, *multires.shares(options.ratio))
+    lists = multires.choose(multires.scores(q, k, tiles, d**-0.5), tiles, counts)
+    out = torch.empty_like(q, dtype=torch.float64)
+    for number, rows in enumerate(tiles.rows.long().split(16)):
+        whole, half = counts[:2] if number < tiles.image_query_tiles else counts[2:]
+        place = multires.key_places(tiles, drawn, lists[:, :, number], whole, half, layer)[..., None]
+        keys, values = (x.double().gather(2, place.expand(-1, -1, -1, d)) for x in (k, v))
+        logs = multires.key_weights(tiles, whole, half, q.device).double().log()
+        logits = q[:, :, rows].double() @ keys.transpose(-1, -2) * d**-0.5 + logs
+        out[:, :, rows] = logits.softmax(-1) @ values
+    return out
 
 
 def start_of(name, length, image):
