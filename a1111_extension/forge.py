@@ -46,7 +46,8 @@ from ..shared_tome.hooks.heads import (
 )
 from ..shared_tome.inspect.record import CallRecord
 from ..shared_tome.inspect.report import CallTally
-from .hooks import NO_WEIGHTS, NotServed, is_taken, served_blocks
+from .block import NO_WEIGHTS, is_taken
+from .hooks import NotServed, served_blocks
 from .notes import Notes
 from .sampling import Sampling
 

@@ -26,10 +26,6 @@ from ..core.channels import extra_channels
 from ..core.failures import is_out_of_memory
 
 OWN, GIVEN = "own", "given"
-# In the place of a rule: keys are weighed where they meet the queries, in heads that stay as they are.
-MET = "met"
-
-
 PROJECTIONS = ("to_q", "to_k", "to_v")
 
 

@@ -21,10 +21,11 @@ from ..attention.sdpa import Handler, HostAttention, SdpaHooks, attend_sampled, 
 from ..attention.sequence import JointCall, image_bias, merge_image, unmerge_image
 from ..config import ToMeConfig
 from ..core.grid import Grid
+from ..hooks.parts import argument
 from ..hooks.served import served_as
 from ..merging.call import ModelCall
 from ..merging.plan import Plan
-from .hooks import BaseAttachment, argument
+from .base import BaseAttachment
 from .outcome import CallOutcome
 
 # Class of the transformer: whether its text comes first, and what the pipeline divides timesteps by.

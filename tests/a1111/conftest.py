@@ -35,14 +35,13 @@ def loaded():
 def tome(loaded):
     """The extension's modules by name."""
     names = (
-        "forge", "gallery", "hooks", "infotext", "notes", "options", "panel", "report", "sampling", "script", "seeds",
-        "settings", "xyz",
+        "block", "forge", "gallery", "hooks", "infotext", "notes", "options", "panel", "report", "sampling", "script",
+        "seeds", "settings", "xyz",
     )  # fmt: skip
     found = {name: sys.modules[f"{PACKAGE}.a1111_extension.{name}"] for name in names}
     core = sys.modules[f"{PACKAGE}.shared_tome"]
-    return SimpleNamespace(
-        **found, core=core, maps=sys.modules[f"{PACKAGE}.shared_tome.inspect.maps"], heads=core.hooks.heads
-    )
+    hooks = {name: getattr(core.hooks, name) for name in ("engine", "heads", "parts", "trials")}
+    return SimpleNamespace(**found, **hooks, core=core, maps=sys.modules[f"{PACKAGE}.shared_tome.inspect.maps"])
 
 
 @pytest.fixture

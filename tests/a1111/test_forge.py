@@ -413,7 +413,7 @@ def test_another_layers_forward_is_a_replacement(forge_host, tome, part):
     """A method bound to another module, as a copied layer leaves it."""
     layers = [getattr(block, part) for block in _blocks(forge_host)]
     layers[0].forward = layers[1].forward
-    assert tome.hooks.is_taken(layers[0]) and not tome.hooks.is_taken(layers[1])
+    assert tome.block.is_taken(layers[0]) and not tome.block.is_taken(layers[1])
 
 
 def test_an_attention_of_few_head_sizes_gets_no_weights(forge_host, monkeypatch, lines):

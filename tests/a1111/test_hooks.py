@@ -89,9 +89,9 @@ def test_keys_weighed_where_they_meet(tome, monkeypatch, name):
     from ldm.modules.attention import CrossAttention
 
     monkeypatch.setattr(CrossAttention, "forward", variants.SERVED.get(name, variants.fixed_size))
-    monkeypatch.setattr(tome.hooks, "may_meet", lambda config: True)
-    monkeypatch.setattr(tome.hooks, "is_met", lambda config, d, x, meets: meets())
-    monkeypatch.setattr(tome.hooks, "widen_query", lambda *_: 1 / 0 if name != "own_scale" else widened(*_))
+    monkeypatch.setattr(tome.engine, "may_meet", lambda config: True)
+    monkeypatch.setattr(tome.engine, "is_met", lambda config, d, x, meets: meets())
+    monkeypatch.setattr(tome.parts, "widen_query", lambda *_: 1 / 0 if name != "own_scale" else widened(*_))
     widened = tome.heads.widen_query
     unet, (x, t, context) = _unet(mult=(1,)), _inputs(15, 17)
     attachment = _attach(tome, unet, method="merge")

@@ -143,7 +143,7 @@ def test_a_hires_pass_that_merges_nothing(host, tome, lines, monkeypatch):
     def _taken(module):
         return host.state_steps == 2 and hasattr(module, "to_q")  # the hires pass has two steps
 
-    monkeypatch.setattr(tome.hooks, "is_taken", _taken)
+    monkeypatch.setattr(tome.block, "is_taken", _taken)
     _, p = host.generate([ON], enable_hr=True)
     assert p.extra_generation_params == {**CLAIMED, "ToMe hires ratio": 0.0}
     _one_line(lines, "hires pass: sample 0.5, nothing was merged; left alone", p)

@@ -101,7 +101,7 @@ def test_off_changes_nothing(tome, monkeypatch):
     """No trial and no mode where the option is off or the method has no drawn tokens."""
     _use(monkeypatch, variants.sdp)
     unet = _unet()
-    monkeypatch.setattr(tome.hooks, "meets_at_sdpa", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(tome.trials, "meets_at_sdpa", lambda *_, **__: 1 / 0)
     for options in ({"own_token": False}, {"method": "merge"}, {"method": "downsample"}, {"proportional": False}):
         made = []
         for own in (options.get("own_token", True), False):
@@ -188,13 +188,13 @@ def test_a_picture_that_kept_none_does_not_claim_it(host, tome, monkeypatch, lin
 def test_one_layer_that_keeps_them_makes_another_picture(host, tome, monkeypatch, lines, swapped):
     """Without the option in its text the picture would not come back."""
     _use(monkeypatch, variants.sdp)
-    meets, asked = tome.hooks.meets_at_sdpa, []
+    meets, asked = tome.trials.meets_at_sdpa, []
 
     def every_other(forward, d, *args):  # the layers of one head size
         asked.append(d)
         return meets(forward, d, *args) and (d == asked[0]) is not swapped
 
-    monkeypatch.setattr(tome.hooks, "meets_at_sdpa", every_other)
+    monkeypatch.setattr(tome.trials, "meets_at_sdpa", every_other)
     images, p = host.generate([ON])
     assert len(set(asked)) == 2 and LABEL not in p.extra_generation_params  # as it is by default
     assert sum(NOT_KEPT in line for line in lines) == 1 and not p.comments

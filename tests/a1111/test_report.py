@@ -73,7 +73,7 @@ def test_layers_are_counted_by_blocks(host, tome):
     ],
 )
 def test_blocks_are_named_as_in_comfyui(tome, name, place):
-    assert tome.hooks.block_place(name) == place
+    assert tome.block.block_place(name) == place
 
 
 def test_the_hires_pass_stands_in_the_same_line(host, lines):

@@ -74,12 +74,12 @@ def test_against_float64(name, ratio, size):
 def test_off_asks_nothing_and_hooks_nothing_more(monkeypatch):
     """Off, the option is not there at all: no trial, no mode, no hook."""
     from shared_tome.attention import sdpa
-    from shared_tome.scripts import hooks as script_hooks
+    from shared_tome.hooks import trials
 
     unet = models.sd15()
     shared_tome.apply_patch(unet, config=config())
     hooks, layers = models.count_hooks(unet), len(list(served_blocks(unet)))
-    monkeypatch.setattr(script_hooks, "meets_at_sdpa", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(trials, "meets_at_sdpa", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(sdpa.AroundSdpa, "__enter__", lambda *_: 1 / 0)
     off = {"own_token": False}, {"method": "merge"}, {"method": "downsample"}, {"proportional": False}
     for options in off:

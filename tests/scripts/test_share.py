@@ -7,7 +7,7 @@ import torch
 
 import shared_tome
 from shared_tome import ToMeConfig
-from shared_tome.scripts import hooks as script_hooks
+from shared_tome.scripts import base
 
 from . import models
 from .test_joint import MODELS
@@ -67,16 +67,16 @@ def test_a_captured_call_does_as_its_warm_up(monkeypatch):
     with torch.no_grad():
         for captures, compared, expected in ((True, 1, own), (False, 0, shared), (True, 1, shared)):
             with monkeypatch.context() as patch:
-                patch.setattr(script_hooks, "_captures", lambda device, now=captures: now)
+                patch.setattr(base, "captures", lambda device, now=captures: now)
                 if compared:
-                    patch.setattr(script_hooks, "same_halves", lambda x: 1 / 0)
+                    patch.setattr(base, "same_halves", lambda x: 1 / 0)
                 assert torch.equal(unet_run(x)(unet), expected)
 
 
 def test_under_torch_compile_nothing_is_shared(monkeypatch, caplog):
     unet, x = models.sd15(), models.noise(1, 4, 16, 20, seed=1).repeat(2, 1, 1, 1)
     _, own = both(unet, unet_run(x))
-    monkeypatch.setattr(script_hooks, "_compiles", lambda: True)
+    monkeypatch.setattr(base, "compiles", lambda: True)
     shared_tome.apply_patch(unet, config=config(True))
     with torch.no_grad():
         assert all(torch.equal(unet_run(x)(unet), own) for _ in range(2))
@@ -87,7 +87,7 @@ def test_under_torch_compile_nothing_is_shared(monkeypatch, caplog):
 
 def test_nothing_is_compared_where_nothing_is_shared(monkeypatch):
     """Comparing waits for the device."""
-    monkeypatch.setattr(script_hooks, "same_halves", lambda x: 1 / 0)
+    monkeypatch.setattr(base, "same_halves", lambda x: 1 / 0)
     unet = models.sd15()
     for options in (config(False), config(True, "sample"), config(True, "downsample")):
         shared_tome.apply_patch(unet, config=options)

@@ -1,0 +1,297 @@
+"""The way through a transformer block that all hosts with module hooks share.
+
+Hooks around attn1 merge what attn1 is given and unmerge what attn1 gives. Keys get their weights where they meet the
+queries, or by wider heads. attn2 and ff follow the block's match. Each host has a policy, a class made from
+`MergedBlock`: how arguments are named, which layers are left alone, and who is told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..attention.sequence import JointCall
+from ..config import ToMeConfig
+from ..core.grid import Grid, grid_of
+from ..core.groups import spread_rows
+from ..merging.call import MergedAttention, ModelCall
+from ..merging.plan import Plan
+from .blocks import Judged
+from .heads import head_size, is_met, may_meet
+from .parts import AroundParts, AtSdpa, Wide, Widening, argument, with_tokens
+from .trials import Trials
+
+
+@dataclass(eq=False)
+class Pass:
+    """One block in one call: what its hooks hand to each other.
+
+    metric: [B, N, C], what similarity is measured on; None: attn1's own tokens.
+    """
+
+    metric: Tensor | None = None
+    layer: MergedAttention | None = None
+    own: Plan | None = None  # the layer's, whose keys and values are taken where they meet the queries
+    plan: Plan | None = None  # the block's match, for attn2, ff, and attn1's queries alone
+    open: dict[str, Plan] = field(default_factory=dict)
+    bias: Tensor | None = None  # [b, M], of keys that get it where they meet the queries
+    wide: Wide | None = None  # of keys that get it in wider heads
+    query: Tensor | None = None  # what to_q gets in the place of attn1's input
+    verdict: Any = None  # what is known of the layer's times
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of the model. decisions: what tells its policy which layers pay. joint: what lets queries keep their own
+    tokens, None where they shall not. kind, judged: see blocks.BlockHooks."""
+
+    model: ModelCall
+    decisions: Any
+    batch: int
+    joint: JointCall | None = None
+    kind: tuple = ()
+    judged: Judged = field(default_factory=Judged)
+    passes: dict[MergedBlock, Pass] = field(default_factory=dict)
+
+
+class Owner(Protocol):
+    """What holds the hooks of a model. call: this thread's. say: tells a line once. tell_own: told why the queries of a
+    layer cannot keep their own tokens, or None."""
+
+    trials: Trials
+
+    @property
+    def config(self) -> ToMeConfig: ...
+
+    @property
+    def call(self) -> Call | None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def tell_own(self, refused: str | None) -> None: ...
+
+
+@dataclass(eq=False)
+class Given:
+    """What an attention is given: its arguments, the names of the tokens and of what keys are made from, and both."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    name: str
+    context_name: str
+    x: Any
+    context: Any
+
+    @property
+    def is_itself(self) -> bool:
+        """Whether the tokens attend to themselves."""
+        return self.context is None or self.context is self.x
+
+    def replaced(self, q: Tensor, k: Tensor | None = None) -> tuple[tuple, dict[str, Any]]:
+        """(args, kwargs) with the tokens q, and with k for the keys, which is left out where the host would take q."""
+        args, kwargs = with_tokens(self.args, self.kwargs, self.name, q)
+        if k is None or (k is q and self.context is None):
+            return args, kwargs
+        if len(args) > 1:
+            return (*args[:1], k, *args[2:]), kwargs
+        return args, {**kwargs, self.context_name: k}
+
+
+class MergedBlock(AroundParts, AtSdpa, Widening):
+    """The hooks of one transformer block. It holds nothing of a call: see Pass.
+
+    NO_WEIGHTS: said where an attention code takes no wider heads.
+    """
+
+    NO_WEIGHTS: str
+
+    def __init__(self, owner: Owner):
+        self.owner = owner
+
+    def hook_layers(self, block: nn.Module) -> list[Any]:
+        """Register around the block's layers; returns the handles."""
+        config, attn1 = self.owner.config, block.attn1
+        # Ours is the last to see attn1's inputs and the first to see its output: right around the attention.
+        handles = [
+            attn1.register_forward_pre_hook(self._before_attention, with_kwargs=True),
+            attn1.register_forward_hook(self._after_attention, prepend=True),
+        ]
+        if (config.wants_heads or may_meet(config)) and getattr(attn1, "heads", None):
+            handles += self.hook_sdpa(attn1)
+        for name, wanted in (("attn2", config.cross_attention), ("ff", config.mlp)):
+            module = getattr(block, name, None)
+            if wanted and isinstance(module, nn.Module):
+                handles += self.hook_part(name, module)
+        return handles
+
+    @property
+    def now(self) -> Pass | None:
+        """This block's pass in this thread's call."""
+        call = self.owner.call
+        return None if call is None else call.passes.get(self)
+
+    def say(self, message: str) -> None:
+        """Tell a line once."""
+        self.owner.say(message)
+
+    # --- What a host's policy says ------------------------------------------------------------------------------------
+
+    def begin(self, attn1: nn.Module) -> Pass | None:
+        """The block's pass, of which attn1 is about to run; None where the block is left alone."""
+        return self.now
+
+    def names(self, attn1: nn.Module) -> tuple[str, str]:
+        """What attn1 calls its tokens and what it makes keys from."""
+        return "x", "context"
+
+    def is_served(self, now: Pass, given: Given) -> bool:
+        """Whether attn1 is given tokens to look at, [B, N, C]; if not, says why."""
+        raise NotImplementedError
+
+    def off_grid(self, x: Tensor) -> str:
+        """What is said of tokens that are no level of the latent."""
+        raise NotImplementedError
+
+    def leave(self, reason: str, grid: Grid | None = None) -> None:
+        """A layer is left alone."""
+        self.say(reason)
+
+    def leave_unserved(self, grid: Grid) -> None:
+        """The options leave out the layers on a grid."""
+
+    def why_left(self, name: str, module: nn.Module, x: Any, kwargs: dict[str, Any], plan: Plan) -> str | None:
+        """Why attn2 or ff, which is given x, is left alone, or None. plan: the block's."""
+        raise NotImplementedError
+
+    def why_attention_left(self, attn1: nn.Module, given: Given) -> str | None:
+        """Why an attn1 on a grid that is served is left alone, or None; asked before its times are."""
+        return None
+
+    def keeps_own(self, attn1: nn.Module, given: Given) -> bool:
+        """Whether the queries of this call of a layer keep their own tokens."""
+        heads, owner = getattr(attn1, "heads", None), self.owner
+        if owner.call.joint is None or not heads:
+            return False
+        reason = owner.trials.why_not_own(attn1, head_size(attn1, heads, given.x), given.x)
+        owner.tell_own(reason)
+        return reason is None
+
+    def why_not_paid(self, now: Pass, attn1: nn.Module, x: Tensor, grid: Grid, own: bool) -> str | None:
+        """Why merging does not pay in a layer, or None."""
+        raise NotImplementedError
+
+    def tell(self, now: Pass, grid: Grid, plan: Plan | None) -> None:
+        """A layer is merged by a plan; None: the ratio takes away no whole token."""
+
+    def takes_weights(self, attn1: nn.Module) -> bool:
+        """Whether keys of a layer may get weights at all; if not, says why."""
+        return True
+
+    def widened_input(self, now: Pass, attn1: nn.Module, d: int) -> Tensor:
+        """What attn1 is given for its queries where its heads, of d channels, will be widened."""
+        return now.layer.q
+
+    # --- The walk -----------------------------------------------------------------------------------------------------
+
+    def _before_attention(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        now = self.begin(attn1)
+        if now is None:
+            return None
+        name, context_name = self.names(attn1)
+        x, context = argument(args, kwargs, 0, name), argument(args, kwargs, 1, context_name)
+        given = Given(args, kwargs, name, context_name, x, context)
+        found = self._find(now, attn1, given)
+        return None if found is None else self.merge_attention(now, attn1, given, *found)
+
+    def _find(self, now: Pass, attn1: nn.Module, given: Given) -> tuple[Grid, bool] | None:
+        """The grid of this layer's tokens and whether queries keep their own; None where it is to be left alone."""
+        call, x = self.owner.call, given.x
+        call.judged.begin(self)
+        if not self.is_served(now, given):
+            return None
+        grid = grid_of(x.shape[1], call.model.full)
+        if grid is None or x.shape[0] != call.batch:
+            self.leave(self.off_grid(x))
+            return None
+        if not call.model.serves(grid):
+            call.judged.leave(self)
+            self.leave_unserved(grid)
+            return None
+        reason = self.why_attention_left(attn1, given)
+        if reason is not None:
+            self.leave(reason, grid)
+            return None
+        own = self.keeps_own(attn1, given)
+        unpaid = self.why_not_paid(now, attn1, x, grid, own)
+        if unpaid is not None:
+            self.leave(f"{unpaid}; layers of {x.shape[1]} tokens are left alone", grid)
+            call.judged.leave(self, unpaid=True)
+            return None
+        return grid, own
+
+    def merge_attention(self, now: Pass, attn1: nn.Module, given: Given, grid: Grid, own: bool) -> tuple | None:
+        """What attn1 is given instead, (args, kwargs), or None."""
+        call, x = self.owner.call.model, given.x
+        layer = call.attention(x, x, x, grid, metric=now.metric, own=own)
+        self.tell(now, grid, None if layer is None else layer.plan)
+        if layer is None:
+            return None
+        now.layer = layer
+        if own:
+            now.own = layer.plan
+            return None  # attn1 gets all tokens; some of their keys are taken where they meet the queries
+        now.plan = layer.plan if call.config.kind.matches else None
+        return given.replaced(self._weigh(now, attn1), layer.k)
+
+    def _weigh(self, now: Pass, attn1: nn.Module) -> Tensor:
+        """Get ready to give keys their weights, where they have any. Returns what attn1 is given for its queries."""
+        layer, owner = now.layer, self.owner
+        heads = getattr(attn1, "heads", None)
+        if layer.bias is None or not heads or not self.takes_weights(attn1):
+            return layer.q
+        d = head_size(attn1, heads, layer.q)
+        if is_met(owner.config, d, layer.q, lambda: owner.trials.meets(attn1, d, layer.q)):
+            now.bias = layer.bias
+            return layer.q
+        rule = owner.trials.rule(attn1, d, layer.q)
+        if rule is None:
+            self.say(self.NO_WEIGHTS)
+            return layer.q
+        now.wide = Wide(rule, spread_rows(layer.bias, layer.k.shape[0]), d)
+        return self.widened_input(now, attn1, d)
+
+    def _after_attention(self, attn1: nn.Module, args: tuple, out: Any) -> Tensor | None:
+        now = self.now
+        if now is None:
+            return None
+        layer, now.layer, now.own, now.bias, now.wide, now.query = now.layer, None, None, None, None, None
+        if layer is None:  # queries alone may be merged, as those of attn2
+            return self._after_part("attn1", attn1, args, out)
+        return self.unmerge(layer.plan, out) if layer.merges_queries else None
+
+    # --- What the hooks of parts.py ask -------------------------------------------------------------------------------
+
+    def meeting(self) -> tuple[JointCall | None, Plan | None, Tensor | None]:
+        now = self.now
+        return (None, None, None) if now is None else (self.owner.call.joint, now.own, now.bias)
+
+    def wide(self, projected: Tensor | None = None) -> Wide | None:
+        now = self.now
+        return None if now is None else now.wide
+
+    def open_plans(self) -> dict[str, Plan]:
+        now = self.now
+        return {} if now is None else now.open
+
+    def part_plan(self, name: str, module: nn.Module, x: Any, kwargs: dict[str, Any]) -> Plan | None:
+        now = self.now
+        if now is None or now.plan is None:
+            return None
+        plan = now.plan
+        reason = self.why_left(name, module, x, kwargs, plan)
+        if reason is not None:
+            self.leave(reason, grid_of(plan.tokens, self.owner.call.model.full))
+            return None
+        return plan

@@ -1,0 +1,112 @@
+"""What the hooks on any model of a script have in common: the call under way, the step, and what is said once."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.sdpa import leave_left_modes
+from ..config import ToMeConfig
+from ..core.curve import is_compiling
+from ..core.grid import Grid
+from ..core.schedule import config_at
+from ..merging.call import ModelCall, same_halves, shares_match
+from .outcome import Outcome
+from .steps import Steps
+
+logger = logging.getLogger("ToMe")
+
+
+class BaseAttachment:
+    """The hooks on one model, and the calls under way: one a thread, gone when the call ends."""
+
+    def __init__(self, config: ToMeConfig, pipe: Any, timestep_scale: float = 1.0):
+        self.config, self.steps = config, Steps(pipe, timestep_scale)
+        self._handles: list[Any] = []
+        self._calls: dict[int, Any] = {}
+        self._said: set[str] = set()
+        self._last_alike = False
+        self._outcome = Outcome(config, self.steps, self._log)
+
+    def detach(self, model: nn.Module) -> None:
+        """Take all hooks off."""
+        self._outcome.end()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._calls.clear()
+        leave_left_modes()
+
+    @property
+    def call(self) -> Any:
+        """What this thread's call of the model knows, or None."""
+        return self._calls.get(threading.get_ident())
+
+    @call.setter
+    def call(self, value: Any) -> None:
+        if value is None:
+            self._calls.pop(threading.get_ident(), None)
+        else:
+            self._calls[threading.get_ident()] = value
+
+    def say(self, message: str) -> None:
+        """Tell once what is left alone and why."""
+        if message not in self._said:
+            self._said.add(message)
+            self._log(message)
+
+    def _log(self, message: str) -> None:
+        logger.warning("[ToMe] %s", message)
+
+    def _say_why(self, message: str, detail: str) -> None:
+        self.say(f"{message} ({detail})")
+
+    def config_now(self, timestep: Any, multires: bool = False) -> ToMeConfig:
+        """With the ratio that holds at this step. multires: see ToMeConfig.resolved."""
+        asked = self.config.resolved(multires)
+        if (less := self.config.why_less(asked)) is not None:
+            self.say(less)
+        return config_at(asked, lambda: self.steps.progress(timestep))
+
+    def model_call(self, config: ToMeConfig, grid: Grid, timestep: Any, x: Tensor) -> ModelCall | None:
+        """The core's state for this call, or None where nothing is merged now.
+
+        config: from config_now; x: the latent, [B, ...].
+        """
+        step = self.steps.step(timestep, x.device)
+        if config.ratio > 0.0:
+            self._outcome.reach(not (compiles() or captures(x.device)))
+            return ModelCall(config, grid, x.device, step=step, alike=self._alike(config, x))
+        self._outcome.skip(timestep, lambda known: self.config_now(known / self.steps.scale).ratio)
+        return None
+
+    def _alike(self, config: ToMeConfig, x: Tensor) -> bool:
+        """Whether both halves of the batch x [B, ...] are the same images. A captured call, which cannot wait for the
+        device, takes the answer of the call before it: its warm-up."""
+        if not shares_match(config):
+            return True
+        if compiles():
+            self.say("under torch.compile each image has a match of its own: share match is off")
+            return False
+        if captures(x.device):
+            return self._last_alike
+        self._last_alike = alike = same_halves(x)
+        return alike
+
+
+def captures(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing can wait for the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def compiles() -> bool:
+    """Whether torch.compile is at work, under which no attention is seen (sdpa.py)."""
+    found = is_compiling()
+    if not found and "torch._dynamo" in sys.modules:  # between its graphs
+        found = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)() not in (None, False)
+    return found
