@@ -15,37 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..comfy_tome.unet import UNetCall, block_name
+from ..comfy_tome.unet_call import PatchedCall, block_name
 from ..shared_tome import ModelCall
 from ..shared_tome.attention.combine import TORCHS
-from ..shared_tome.attention.sdpa import (
-    NOT_AS_TRIED,
-    Handler,
-    HostAttention,
-    SdpaHooks,
-    attend_own,
-    leave_left_modes,
-)
+from ..shared_tome.attention.sdpa import leave_left_modes
 from ..shared_tome.attention.sequence import JointCall
+from ..shared_tome.autotune.decisions import Decisions
 from ..shared_tome.core.failures import is_out_of_memory
 from ..shared_tome.core.grid import grid_of
 from ..shared_tome.core.groups import spread_rows
 from ..shared_tome.core.progress import percent_of_level, percent_table
 from ..shared_tome.hooks import guard
-from ..shared_tome.hooks.heads import (
-    GIVEN,
-    PROJECTIONS,
-    meets_at_sdpa,
-    narrow,
-    stand_in,
-    why_not_own,
-    widen_key,
-    widen_query,
-    widen_value,
-    width,
-)
+from ..shared_tome.hooks.heads import GIVEN, PROJECTIONS, meets_at_sdpa, stand_in, why_not_own, width
+from ..shared_tome.hooks.parts import AtSdpa, Wide, Widening
 from ..shared_tome.inspect.record import CallRecord
 from ..shared_tome.inspect.report import CallTally
+from ..shared_tome.merging.plan import Plan
 from .block import NO_WEIGHTS, is_taken
 from .hooks import NotServed, served_blocks
 from .notes import Notes
@@ -213,7 +198,7 @@ def _heads(block: nn.Module) -> int:
     return getattr(block.attn1, "heads", None) or block.n_heads
 
 
-class ForgeCall(UNetCall):
+class ForgeCall(PatchedCall, AtSdpa):
     """ComfyUI's patches where the grid is not told and the attention cannot be overridden.
 
     notes: where to tell what is left alone. told, own: of the call, where there is one. wide: what takes_wider
@@ -230,32 +215,31 @@ class ForgeCall(UNetCall):
         own: OwnTokens | None = None,
         wide: dict[tuple, bool] | None = None,
     ):
-        self._notes, self._own = notes, own
+        super().__init__(call, options, Decisions(call), None if own is None else own.joint(), told)
+        self._notes, self._batch = notes, batch
         self._wide = {} if wide is None else wide
         self._taken: frozenset[str] = frozenset()  # of the block that runs now: see is_taken
-        super().__init__(call, options, told)
-        self._batch = batch
-        for name in ("wrappers", "optimized_attention_override"):  # these are ComfyUI's; keep what was there
-            self.options.pop(name, None)
-            if name in options:
-                self.options[name] = options[name]
+        self.options = self.patched(options)
+
+    def say(self, message: str) -> None:
+        """Once a generation, not once a process."""
+        self._notes.say(message, shown=False)
 
     @contextmanager
     def hooks(self, diffusion_model: nn.Module) -> Iterator[None]:
         """The hooks of one call: on the feed-forward layers for `mlp`, on the projections for keys with weights, on
         blocks in which another extension has replaced a layer."""
-        config = self.call.config
         handles: list[Any] = []
         try:
             for block in served_blocks(diffusion_model):
                 handles += self._watch(block)
                 if self._joint is not None:
-                    handles += SdpaHooks(block.attn1, self._begin_own, self._missed_own).handles
-                elif config.weighs_keys:
-                    handles += self._widen(block)
-                if config.mlp and hasattr(block, "ff"):
-                    handles.append(block.ff.register_forward_pre_hook(self._before_mlp))
-                    handles.append(block.ff.register_forward_hook(self._after_mlp))
+                    handles += self.hook_sdpa(block.attn1)
+                elif self.call.config.weighs_keys:
+                    # No attention code of Forge, reForge and Forge Classic takes a scale (heads.GIVEN).
+                    heads = _heads(block)
+                    handles += _Weights(self, block.attn1, heads).hook_projections(block.attn1, heads)
+                handles += self.hook_mlp(block)
             yield
         finally:
             for handle in handles:
@@ -272,77 +256,58 @@ class ForgeCall(UNetCall):
 
         return [block.register_forward_pre_hook(begin), block.register_forward_hook(end)] if found else []
 
-    def _own_tokens(self) -> JointCall | None:
-        return None if self._own is None else self._own.joint()
+    def meeting(self) -> tuple[JointCall | None, Plan | None, Tensor | None]:
+        return self._joint, self._pending_own, None
 
-    def _begin_own(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
-        # As the pending bias below, it is this layer's.
-        return None if self._pending_own is None else self._attend_own
+    @property
+    def pending(self) -> Tensor | None:
+        """The bias [b, M] of the layer that runs now: attn1_patch sets it and attn1_output_patch clears it."""
+        return self._pending
 
-    def _attend_own(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [B, H, N, d] -> [B, H, N, d]."""
-        return attend_own(self._joint, self._pending_own, self._missed_own, attention, q, k, v)
+    def find_grid(self, q: Tensor, extra_options: dict[str, Any]) -> tuple[tuple[int, int], int] | None:
+        found = super().find_grid(q, extra_options)
+        if found is None and "activations_shape" not in extra_options:
+            grid = grid_of(q.shape[1], self.call.full)
+            return None if grid is None else (grid, self._batch)
+        return found
 
-    def _missed_own(self) -> None:
-        self._own.say(NOT_AS_TRIED)
+    def is_replaced(self, part: str, extra_options: dict[str, Any]) -> bool:
+        return part in self._taken or super().is_replaced(part, extra_options)
 
-    def _grid(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple[int, int] | None:
-        grid = grid_of(q.shape[1], self.call.full) if q.dim() == 3 else None
-        if grid is not None and "activations_shape" not in extra_options:
-            extra_options = {**extra_options, "activations_shape": (self._batch, q.shape[2], *grid)}
-        return super()._grid(q, k, v, extra_options)
-
-    def _is_replaced(self, part: str, extra_options: dict[str, Any]) -> bool:
-        return part in self._taken or super()._is_replaced(part, extra_options)
-
-    def _leave(
+    def leave(
         self, reason: str, extra_options: dict[str, Any], detail: str = "", grid: tuple[int, int] | None = None
     ) -> None:
-        """Once a generation, not once a process."""
-        self._notes.say(reason, shown=False)
+        self.say(reason)
         if self._record is not None:
             part = extra_options.get("block_index", 0)
             self._record.left_alone(reason.partition(";")[0], block_name(extra_options), grid, part)
 
-    def _widen(self, block: nn.Module) -> list[Any]:
-        """No attention code of Forge, reForge and Forge Classic takes a scale: each goes by the heads that it is given
-        (heads.GIVEN)."""
-        attn1 = block.attn1
-        heads = _heads(block)
-        state: dict[str, Any] = {}
-
-        def after_query(module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-            # The pending bias is this layer's: attn1_patch sets it right before and attn1_output_patch clears it.
-            state["d"] = out.shape[-1] // heads
-            return widen_query(out, heads, GIVEN) if self._weighs(attn1, heads, out) else None
-
-        def after_key(module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-            if not self._weighs(attn1, heads, out):
-                return None
-            return widen_key(out, heads, GIVEN, spread_rows(self._pending, out.shape[0]))
-
-        def after_value(module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-            return widen_value(out, heads) if self._weighs(attn1, heads, out) else None
-
-        def before_out(module: nn.Module, args: tuple) -> tuple | None:
-            if self._pending is None or args[0].shape[-1] == heads * state["d"]:
-                return None
-            return (narrow(args[0], heads, state["d"]), *args[1:])
-
-        return [
-            attn1.to_q.register_forward_hook(after_query),
-            attn1.to_k.register_forward_hook(after_key),
-            attn1.to_v.register_forward_hook(after_value),
-            attn1.to_out.register_forward_pre_hook(before_out),
-        ]
-
-    def _weighs(self, attn1: nn.Module, heads: int, out: Tensor) -> bool:
-        """Whether the layer that runs now gets wider heads. out [B, N, H * d]: what one of its projections gives."""
-        if self._pending is None:
-            return False
+    def may_widen(self, attn1: nn.Module, heads: int, out: Tensor) -> bool:
+        """takes_wider, asked once and said where it does not. out [B, N, H * d]: what one of the projections gives."""
         key = type(attn1).forward, heads, out.shape[-1], out.device, out.dtype
         if key not in self._wide:
             self._wide[key] = takes_wider(attn1, heads, out)
             if not self._wide[key]:
-                self._notes.say(NO_WEIGHTS, shown=False)
+                self.say(NO_WEIGHTS)
         return self._wide[key]
+
+
+class _Weights(Widening):
+    """The wider heads of one layer in one call of the model."""
+
+    def __init__(self, call: ForgeCall, attn1: nn.Module, heads: int):
+        self._call, self._attn1, self._heads = call, attn1, heads
+        self._of: Tensor | None = None  # the bias that this is of:
+        self._found: Wide | None = None
+        self.say = call.say
+
+    def wide(self, projected: Tensor | None = None) -> Wide | None:
+        bias = self._call.pending
+        if bias is None:
+            return None
+        if bias is not self._of and projected is not None:
+            self._of, self._found = bias, None
+            if self._call.may_widen(self._attn1, self._heads, projected):
+                rows, d = projected.shape[0], projected.shape[-1] // self._heads
+                self._found = Wide(GIVEN, spread_rows(bias, rows), d)
+        return self._found if bias is self._of else None

@@ -1,0 +1,238 @@
+"""The attention patches of one call of a U-Net, for the programs that know ComfyUI's: ComfyUI itself, Forge, reForge.
+
+attn1_patch merges what a self-attention is given, attn1_output_patch unmerges what it gives; attn2's patches and hooks
+on the feed-forward layers follow the block's match. What a layer needs on its way out travels in the call's own
+extra_options.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..shared_tome import ModelCall
+from ..shared_tome.attention.sequence import JointCall
+from ..shared_tome.autotune.decisions import Decisions
+from ..shared_tome.autotune.layer import Attention, Verdict
+from ..shared_tome.core.curve import is_compiling
+from ..shared_tome.hooks.guard import why_left_whole
+from ..shared_tome.hooks.parts import AroundParts
+from ..shared_tome.inspect.report import CallTally, why_not_served
+from ..shared_tome.merging.plan import Plan
+from .model_call import KEY
+
+
+class PatchedCall(AroundParts):
+    """One call of the model.
+
+    decisions: which layers pay. joint: what lets queries keep their own tokens, None where they shall not. record:
+    where somebody wants a report or a map. replaced: (part, block) of the layers that other nodes compute, beside those
+    that the options tell. attention, kernels: the host's attention, and those of torch's kernels that it tries.
+    """
+
+    def __init__(
+        self,
+        call: ModelCall,
+        options: dict[str, Any],
+        decisions: Decisions,
+        joint: JointCall | None,
+        record: CallTally | None = None,
+        replaced: Iterable[tuple] = (),
+        attention: Attention | None = None,
+        kernels: tuple[str, ...] = (),
+    ):
+        self.call, self._decisions, self._joint, self._record = call, decisions, joint, record
+        self._host_attention, self._kernels = attention, kernels
+        taken = options.get("patches_replace", {})
+        self._replaced = {*replaced, *((part, at) for part in parts_of(call) for at in taken.get(part, ()))}
+        self._pending: Tensor | None = None
+        self._pending_own: Plan | None = None  # the layer's, whose keys and values are taken behind their projections
+        self._block_plan: Plan | None = None
+        self._block: dict[str, Any] = {}  # extra_options of the block that the plan is of
+        self._open: dict[str, Plan] = {}
+
+    def patched(self, options: dict[str, Any]) -> dict[str, Any]:
+        """A copy of the options with the attention patches: the attention patch last, the output patch first."""
+        patches = dict(options.get("patches", {}))
+        patches["attn1_patch"] = [*patches.get("attn1_patch", ()), self.before_attention]
+        patches["attn1_output_patch"] = [self.after_attention, *patches.get("attn1_output_patch", ())]
+        if self.call.config.cross_attention:
+            patches["attn2_patch"] = [*patches.get("attn2_patch", ()), self.before_cross_attention]
+            patches["attn2_output_patch"] = [self.after_cross_attention, *patches.get("attn2_output_patch", ())]
+        return {**options, "patches": patches}
+
+    # --- What a host says ---------------------------------------------------------------------------------------------
+
+    def leave(
+        self, reason: str, extra_options: dict[str, Any], detail: str = "", grid: tuple[int, int] | None = None
+    ) -> None:
+        """A layer is left alone. detail: for the log alone."""
+        raise NotImplementedError
+
+    def tell(self, grid: tuple[int, int], plan: Plan | None) -> None:
+        """A layer on a grid is merged by a plan; None: the ratio takes away no whole token."""
+
+    def leave_unserved(self, reason: str, grid: tuple[int, int]) -> None:
+        """The options leave out the layers on a grid."""
+
+    def find_grid(self, q: Tensor, extra_options: dict[str, Any]) -> tuple[tuple[int, int], int] | None:
+        """The grid that a layer is said to have, and its rows; None where nothing is said."""
+        shape = extra_options.get("activations_shape")
+        return None if shape is None or len(shape) != 4 else ((shape[2], shape[3]), shape[0])
+
+    def is_replaced(self, part: str, extra_options: dict[str, Any]) -> bool:
+        """Whether another node computes this layer of the block that runs now."""
+        block = extra_options.get("block")
+        places = () if block is None else (block, (*block, extra_options.get("block_index", 0)))
+        return any((part, place) in self._replaced for place in places)
+
+    def why_not_paid(self, q: Tensor, grid: tuple[int, int], extra_options: dict[str, Any]) -> str | None:
+        """Why merging does not pay in a layer, or None."""
+        return self._decisions.why_not_paid(self.verdict(q, grid, extra_options))
+
+    def run_block(self, heads: int, x: Tensor) -> Callable[[], Any] | None:
+        """What runs a block of that kind by itself, to be timed; None where there is none."""
+        return None
+
+    # --- The walk -----------------------------------------------------------------------------------------------------
+
+    def before_attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple:
+        """attn1_patch: q, k, v [B, N, C] before their projections."""
+        self._block_plan = self._pending = self._pending_own = None
+        grid = self._grid(q, k, v, extra_options)
+        if grid is None:
+            return q, k, v
+        layer = self.call.attention(q, k, v, grid, own=self._joint is not None)
+        plan = None if layer is None else layer.plan
+        if self._record is not None:
+            place = extra_options.get("block_index", 0)
+            self._record.layer(block_name(extra_options), grid, plan, place, self.verdict(q, grid, extra_options))
+        self.tell(grid, plan)
+        if layer is None:
+            return q, k, v
+        if self.call.config.kind.matches:
+            self._block_plan, self._block = plan, extra_options
+        self._pending = layer.bias
+        self._pending_own = None if self._joint is None else plan
+        extra_options[KEY] = layer
+        return layer.q, layer.k, layer.v
+
+    def after_attention(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        """attn1_output_patch: out [B, N or M, C], after the output projection, before the residual."""
+        self._pending = self._pending_own = None
+        layer = extra_options.pop(KEY, None)
+        return out if layer is None else layer.unmerge(out)
+
+    def before_cross_attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple:
+        """attn2_patch: the block's match serves the queries of its cross-attention."""
+        plan = self._block_plan
+        if plan is None or self._is_left_whole("attn2", q, extra_options):
+            return q, k, v
+        extra_options[KEY] = plan
+        return plan.merge(q), k, v
+
+    def after_cross_attention(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        """attn2_output_patch."""
+        plan = extra_options.pop(KEY, None)
+        return out if plan is None else plan.unmerge(out)
+
+    def _grid(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple[int, int] | None:
+        """The grid of this call's tokens, or None where it is to be left alone."""
+        found = self.find_grid(q, extra_options) if q.dim() == 3 else None
+        if found is None:
+            self.leave("a layer that does not tell its grid is left alone", extra_options)
+            return None
+        grid, rows = found
+        if not self.call.serves(grid):
+            reason = why_not_served(self.call.config, grid, self.call.full)
+            self.leave_unserved(reason, grid)
+            if self._record is not None:
+                self._record.left_alone(reason, block_name(extra_options), grid, extra_options.get("block_index", 0))
+            return None
+        if q.shape[0] != rows or q.shape[1] != grid[0] * grid[1]:
+            self.leave(
+                "a layer whose tokens are not those of its grid is left alone: another node has tiled or merged "
+                "them, or it attends over time",
+                extra_options,
+                f"{tuple(q.shape[:2])} for a grid of {grid[0]}x{grid[1]}",
+                grid,
+            )
+            return None
+        if k.shape[:2] != q.shape[:2] or v.shape[:2] != q.shape[:2]:
+            self.leave("a layer that does not attend to its own tokens is left alone", extra_options, grid=grid)
+            return None
+        if self._is_left_whole("attn1", q, extra_options, grid):
+            return None
+        unpaid = self.why_not_paid(q, grid, extra_options)
+        if unpaid is not None:
+            self.leave(unpaid, extra_options, f"{grid[0]}x{grid[1]} tokens", grid)
+            return None
+        return grid
+
+    def _is_left_whole(
+        self, part: str, x: Tensor, extra_options: dict[str, Any], grid: tuple[int, int] | None = None
+    ) -> bool:
+        """Whether a layer of the block is another node's, or its tokens x [B, N, C] are; which is said.
+
+        grid: of a self-attention, whose tokens lie on it; the others' have to be those of the block's plan.
+        """
+        plan, shape = self._block_plan, extra_options.get("activations_shape", ())
+        rows, tokens = x.shape[:2] if grid is not None else (plan.batch, plan.tokens)
+        reason = why_left_whole(part, x, rows, tokens, self.is_replaced(part, extra_options))
+        if reason is not None:
+            self.leave(reason, extra_options, grid=grid or tuple(shape[2:4]) or None)
+        return reason is not None
+
+    def verdict(self, q: Tensor, grid: tuple[int, int], extra_options: dict[str, Any]) -> Verdict | None:
+        """What is known of a layer's times."""
+        heads = extra_options.get("n_heads")
+        block = None if is_compiling() else functools.partial(self.run_block, heads)
+        return self._decisions.verdict(q, grid, heads, self._host_attention, self._kernels, block)
+
+    # --- The feed-forward layers, for the option mlp ------------------------------------------------------------------
+
+    def hook_mlp(self, block: nn.Module) -> list[Any]:
+        """Hooks on a block's feed-forward layer, where the option asks for them; returns the handles."""
+        return self.hook_part("ff", block.ff) if self.call.config.mlp and hasattr(block, "ff") else []
+
+    @contextmanager
+    def mlp_hooks(self, model: Any):
+        """hook_mlp on a U-Net's blocks, gone when the call ends in whatever way."""
+        handles = []
+        try:
+            for module in model.modules() if self.call.config.mlp and isinstance(model, nn.Module) else ():
+                if hasattr(module, "attn1"):
+                    handles += self.hook_mlp(module)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def part_plan(self, name: str, module: nn.Module, x: Any, kwargs: dict[str, Any]) -> Plan | None:
+        if self._block_plan is not None and self._is_left_whole(name, x, self._block):
+            self._block_plan = None
+        return self._block_plan
+
+    def open_plans(self) -> dict[str, Plan]:
+        return self._open
+
+
+def parts_of(call: ModelCall) -> tuple[str, ...]:
+    """A block's layers that the options have merged."""
+    config = call.config
+    return "attn1", *("attn2",) * config.cross_attention, *("ff",) * config.mlp
+
+
+def tokens_of(grid: tuple[int, int]) -> str:
+    """A grid as the log names it."""
+    return f"{grid[0]}x{grid[1]} tokens"
+
+
+def block_name(extra_options: dict[str, Any]) -> str:
+    """The block as the log names it."""
+    block = extra_options.get("block")
+    return f"{block[0]} block {block[1]}" if block is not None else "unnamed block"
