@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
-from own_weights import counts
+from support.own_weights import attended
 from torch.overrides import _get_current_function_mode_stack
 
 from . import models, variants
@@ -45,8 +47,7 @@ def _reference(tome, attn1, x, grid, config, seeds):
         (x.double() @ w.weight.double().T).unflatten(-1, (attn1.heads, -1)).transpose(1, 2)
         for w in (attn1.to_q, attn1.to_k, attn1.to_v)
     )
-    share = counts(plan, attn1.heads) * (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).exp()
-    out = (share / share.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2)
+    out = attended(q, k, v, plan).transpose(1, 2).flatten(2)
     return out @ attn1.to_out[0].weight.double().T + attn1.to_out[0].bias.double()
 
 
@@ -102,13 +103,18 @@ def test_off_changes_nothing(tome, monkeypatch):
     _use(monkeypatch, variants.sdp)
     unet = _unet()
     monkeypatch.setattr(tome.trials, "meets_at_sdpa", lambda *_, **__: 1 / 0)
-    for options in ({"own_token": False}, {"method": "merge"}, {"method": "downsample"}, {"proportional": False}):
+    for options in ({"method": "merge"}, {"method": "downsample"}, {"proportional": False}):
         made = []
-        for own in (options.get("own_token", True), False):
-            attachment = _attach(tome, unet, **{**options, "own_token": own})
+        for own in (True, False):
+            attachment = _attach(tome, unet, **options, own_token=own)
             made.append(_run(unet, _inputs()))
             attachment.detach()
         assert torch.equal(*made)
+    for own in (False, True):
+        attachment = _attach(tome, unet, own_token=own)
+        with pytest.raises(ZeroDivisionError) if own else nullcontext():
+            _run(unet, _inputs())
+        attachment.detach()
 
 
 def test_an_exception_leaves_nothing(tome, monkeypatch):

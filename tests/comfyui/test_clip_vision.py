@@ -7,7 +7,7 @@ import sys
 import threading
 
 import pytest
-from made_up_gpu import MadeUpGPU
+from support.made_up_gpu import MadeUpGPU
 
 from . import host
 from .host import forget_log, pack_module

@@ -6,17 +6,16 @@ import logging
 
 import pytest
 import torch
-from own_weights import counts
+from support.own_weights import attended
 
 from . import dit_host
-from .host import forget_log, run_node, sample, small_unet, tokens, watch
+from .host import forget_log, run_node, sample, short_unet, tokens, watch
 
 
 def reference(q, k, v, heads, plan):
     """[B, N, H * d] each -> the same, in float64 from the formula of weights."""
-    q, k, v = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    share = counts(plan, heads) * (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).exp()
-    return ((share / share.sum(-1, keepdim=True)) @ v).transpose(1, 2).flatten(2)
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return attended(q, k, v, plan).transpose(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize("ratio", [0.75, 0.6])
@@ -82,7 +81,7 @@ def test_without_proportional_attention_there_is_nothing_to_weigh_it_against(sd1
 
 def test_under_torch_compile(comfy_nodes, tome):
     torch._dynamo.reset()
-    model = small_unet("SD15")
+    model = short_unet()
     compiled = run_node(comfy_nodes["TorchCompileModel"], model=tome(model, own_token=True), backend="eager")
     made = sample(compiled, steps=1)
     torch._dynamo.reset()

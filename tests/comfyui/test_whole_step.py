@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from made_up_gpu import MadeUpGPU
+from support.made_up_gpu import MadeUpGPU
 
 from .host import forget_log, pack_module, sample, small_unet
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_up_gpu import MadeUpGPU
+from support.made_up_gpu import MadeUpGPU
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shared_tome import METHODS, ModelCall, kernels
@@ -167,9 +167,10 @@ def test_what_cannot_be_measured_is_merged(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(auto, "verdicts_of", lambda device: kept)
     monkeypatch.setattr(auto, "measure", lambda *_: fails())
     monkeypatch.setattr("shared_tome.autotune.decisions.measures", lambda *_: True)
-    found = layers.verdict(x, GRID, 2)
-    assert len(tries) == 2 and found is None and layers.why_not_paid(found) is None
-    assert call.attention(x, x, x, GRID).k.shape[1] < 48
+    assert layers.why_not_paid(layers.verdict(x, GRID, 2)) is None and len(tries) == 2
+    monkeypatch.setattr(decisions, "verdict_on", lambda *_: COSTS)
+    layers = decisions.Decisions(call)
+    assert layers.why_not_paid(layers.verdict(x, GRID, 2)) == COSTS.reason  # the counterpart
 
 
 def test_threads_measure_once():

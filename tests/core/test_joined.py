@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from support.attention import attention_in_parts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shared_tome.attention.bias import attend
@@ -39,19 +40,12 @@ def made(sizes, *, batch=2, heads=3, queries=37, d=16, dtype=torch.float32):
     return q, parts, bias
 
 
-def truth(q, parts, scale=None):
-    q, k, v = q.double(), torch.cat([part[0] for part in parts], 2).double(), torch.cat([part[1] for part in parts], 2)
-    bias = torch.cat([torch.full(part[0].shape[2:3], part[2], dtype=torch.float64) for part in parts])
-    logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale) + bias
-    return (logits.softmax(-1) @ v.double()).transpose(1, 2)
-
-
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("scale", [None, 0.1, 0.6])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_parts_are_one_softmax(sizes, scale, dtype, tolerance):
     q, parts, _ = made(sizes, dtype=dtype)
-    out, expected = attend_in_parts(q, parts, "cpu", scale), truth(q, parts, scale)
+    out, expected = attend_in_parts(q, parts, "cpu", scale), attention_in_parts(q, parts, scale)
     assert out.shape == expected.shape and out.is_contiguous() and out.dtype == dtype
     assert (out - expected).abs().max() < tolerance
     if len(sizes) > 1:  # the counterpart: without their weights the parts are something else
@@ -63,7 +57,7 @@ def test_parts_are_one_softmax(sizes, scale, dtype, tolerance):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_each_part_once(sizes, dtype):
     q, parts, bias = made(sizes, queries=200, dtype=dtype)
-    expected = truth(q, parts)
+    expected = attention_in_parts(q, parts)
     ours = attend_in_parts(q, parts, "cpu")
     k, v = (torch.cat([part[at] for part in parts], 2) for at in (0, 1))
     channels = attend(q, k, v, bias).transpose(1, 2)
@@ -79,7 +73,7 @@ def test_the_share_of_a_few_keys_is_not_lost(weight):
     for far in (-6.0, 6.0):
         text = parts[1][0] + far * q.mean((2,), keepdim=True)
         shifted = [parts[0], (text, *parts[1][1:])]
-        assert (attend_in_parts(q, shifted, "cpu") - truth(q, shifted)).abs().max() < 1e-5
+        assert (attend_in_parts(q, shifted, "cpu") - attention_in_parts(q, shifted)).abs().max() < 1e-5
 
 
 def test_lse_is_the_logarithm_of_the_sum():

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from own_weights import counts
+from support.attention import attention
+from support.own_weights import counts
 
 from shared_tome import ModelCall, ToMeConfig, kernels, match_tokens
 from shared_tome.attention.combine import attend_in_parts
@@ -62,9 +63,7 @@ def made(plan, around=(0, 0), dtype=torch.float32, spread=2.0):
 
 def truth(q, k, v, weight, scale=None):
     """[B, L, H, d] in float64."""
-    q, k, v = (x.double() for x in (q, k, v))
-    logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale) + weight.log()
-    return (logits.softmax(-1) @ v).transpose(1, 2)
+    return attention(q, k, v, weight.log(), scale).transpose(1, 2)
 
 
 def never(*said):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from key_weights import drawn, truth
+from support.attention import drawn
+from support.attention import weighed as truth
 
 from shared_tome import ModelCall, ToMeConfig, kernels
 from shared_tome.attention import bias as attention

@@ -1,4 +1,5 @@
-"""Attention with a bias for each key in Triton's interpreter, and the ways to it. Started by test_interpreted.py."""
+"""Attention with a bias for each key in Triton's interpreter, and the ways to it. Started by
+test_interpreted_attend.py."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from key_weights import drawn, truth
+from support.attention import drawn
+from support.attention import weighed as truth
 
 from shared_tome import ToMeConfig, kernels
 from shared_tome.attention import bias as attention

@@ -1,5 +1,5 @@
 """Drawn keys and own tokens in one attention in Triton's interpreter, and the ways to it. Started by
-test_interpreted.py."""
+test_interpreted_drawn.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from support.own_weights import attended as truth
 
 from shared_tome import ToMeConfig, kernels, match_tokens
 from shared_tome.attention import sequence as joint
@@ -41,20 +42,6 @@ def given(q, k, v, plan, start=0, scale=None, listed=False):
     drawn = kernels.take_turns(*(x[:, :, start : start + plan.tokens] for x in (k, v)), plan.turns)
     weight, scale = math.log(plan.tokens / plan.kept), scale or q.shape[-1] ** -0.5
     return (q, k, v, None if listed else drawn, plan.turns, plan.runs, start, scale, weight)
-
-
-def truth(q, k, v, plan, start=0, scale=None):
-    """[B, H, L, d] in float64: each key as often as it counts for each query."""
-    q, k, v = (x.double() for x in (q, k, v))
-    length, image = q.shape[2], torch.arange(plan.tokens) + start
-    owner = by_head(plan.turns, *q.shape[:2])[..., plan.runs] + start  # (B, H, N)
-    counts = torch.ones(*q.shape[:2], length, dtype=torch.float64)
-    counts[..., image] = 0.0
-    counts.scatter_add_(2, owner, torch.ones_like(owner, dtype=torch.float64))
-    counts = counts[:, :, None].repeat(1, 1, length, 1)  # (B, H, L, L)
-    counts[:, :, image, image] += 1.0
-    counts[:, :, image] -= torch.zeros_like(counts[:, :, image]).scatter_(3, owner[..., None], 1.0)
-    return (q @ k.mT * (scale or q.shape[-1] ** -0.5) + counts.log()).softmax(-1) @ v
 
 
 def near(got, expected, roundings=2):

@@ -1,4 +1,4 @@
-"""Attention to keys at three resolutions in Triton's interpreter. Started by test_interpreted.py."""
+"""Attention to keys at three resolutions in Triton's interpreter. Started by test_interpreted_multires.py."""
 
 from __future__ import annotations
 

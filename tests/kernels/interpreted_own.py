@@ -1,4 +1,4 @@
-"""The kernels of own tokens in Triton's interpreter, against plain torch. Started by test_interpreted.py."""
+"""The kernels of own tokens in Triton's interpreter, against plain torch. Started by test_interpreted_own.py."""
 
 from __future__ import annotations
 

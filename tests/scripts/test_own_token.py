@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from own_weights import counts
+from support.own_weights import attended
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import shared_tome
@@ -24,13 +24,6 @@ def config(**options):
     return ToMeConfig(**{"ratio": 0.75, "min_tokens": 0, "own_token": True, **options})
 
 
-def reference(q, k, v, plan, start=0):
-    """[B, H, L, d] each -> the same, in float64 from the formula of weights; the image's tokens begin at `start`."""
-    logits = q.double() @ k.double().transpose(-1, -2) * q.shape[-1] ** -0.5
-    share = counts(plan, q.shape[1], start, q.shape[2]) * logits.exp()
-    return share / share.sum(-1, keepdim=True) @ v.double()
-
-
 def by_head(x, project, heads):
     """x [B, N, C] -> [B, H, N, d] in float64."""
     return (x.double() @ project.weight.double().T).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -40,7 +33,7 @@ def expected_of(attn1, x, grid, config):
     """What attn1 is to give for x."""
     plan = ModelCall(config, grid, x.device).plan(x, grid)
     q, k, v = (by_head(x, project, attn1.heads) for project in (attn1.to_q, attn1.to_k, attn1.to_v))
-    out = reference(q, k, v, plan).transpose(1, 2).flatten(2)
+    out = attended(q, k, v, plan).transpose(1, 2).flatten(2)
     return out @ attn1.to_out[0].weight.double().T + attn1.to_out[0].bias.double()
 
 
@@ -81,13 +74,19 @@ def test_off_asks_nothing_and_hooks_nothing_more(monkeypatch):
     hooks, layers = models.count_hooks(unet), len(list(served_blocks(unet)))
     monkeypatch.setattr(trials, "meets_at_sdpa", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(sdpa.AroundSdpa, "__enter__", lambda *_: 1 / 0)
-    off = {"own_token": False}, {"method": "merge"}, {"method": "downsample"}, {"proportional": False}
-    for options in off:
-        shared_tome.apply_patch(unet, config=config(**options))
-        assert models.count_hooks(unet) == hooks - 2 * layers, "without the two around each attention"
-        made = models.run(unet)
-        shared_tome.apply_patch(unet, config=config(**{**options, "own_token": False}))
-        assert torch.equal(models.run(unet), made)
+    for options in ({"method": "merge"}, {"method": "downsample"}, {"proportional": False}):
+        made = []
+        for own in (True, False):
+            shared_tome.apply_patch(unet, config=config(**options, own_token=own))
+            assert models.count_hooks(unet) == hooks - 2 * layers, "without the two around each attention"
+            made.append(models.run(unet))
+        assert torch.equal(*made)
+    shared_tome.apply_patch(unet, config=config(own_token=False))
+    assert models.count_hooks(unet) == hooks - 2 * layers
+    models.run(unet)
+    shared_tome.apply_patch(unet, config=config())
+    with pytest.raises(ZeroDivisionError):  # on, it does ask
+        models.run(unet)
 
 
 @pytest.mark.parametrize("processor", ["AttnProcessor", "SlicedAttnProcessor"])
@@ -330,7 +329,7 @@ def test_transformers_against_float64(name, ratio, monkeypatch):
 
     def spied(self, q, k, v, start, plan, scale=None):
         out = attend(self, q, k, v, start, plan, scale)
-        seen.append((out, reference(q, k, v, plan, start)))
+        seen.append((out, attended(q, k, v, plan, start)))
         return out
 
     shared_tome.apply_patch(model, config=config(ratio=ratio, own_token=False))

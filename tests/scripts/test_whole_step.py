@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from made_up_gpu import MadeUpGPU
+from support.made_up_gpu import MadeUpGPU
 from torch import nn
 
 import shared_tome

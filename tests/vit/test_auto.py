@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from made_up_gpu import MadeUpGPU
+from support.made_up_gpu import MadeUpGPU
 
 import shared_tome.vit as vit
 from shared_tome.autotune import store, timing

@@ -7,6 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from .attention import attention
+
 
 def counts(plan, heads: int, start: int = 0, length: int | None = None, own: bool = True) -> Tensor:
     """[B, H, L, L] float64: how often each query (third) counts each key (last).
@@ -26,3 +28,8 @@ def counts(plan, heads: int, start: int = 0, length: int | None = None, own: boo
             weight[row, head, image, image] += 1.0
             weight[row, head, image, index[plan.groups[row]] + start] -= 1.0
     return weight
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, plan, start: int = 0, scale: float | None = None) -> Tensor:
+    """q, k, v [B, H, L, d] -> [B, H, L, d] float64, with each key as often as it counts for each query."""
+    return attention(q, k, v, counts(plan, q.shape[1], start, q.shape[2]).log(), scale)
