@@ -32,8 +32,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--checkpoint", metavar="FILE", help=stable)
     demo.add_argument("--out", metavar="DIR", default="out", help="where the results go (default: out)")
 
-    tests = "run ruff and every test; further arguments go to pytest"
-    commands.add_parser("test", help=tests, add_help=False)
+    about = "run ruff and every test; further arguments go to pytest"
+    tests = commands.add_parser("test", help=about, add_help=False, allow_abbrev=False)
+    tests.add_argument("--fast", action="store_true", help="some tests of every room, in 90 s (tests/fast.txt)")
 
     for name, title in (("comfyui", "ComfyUI"), ("a1111", "AUTOMATIC1111, Forge or reForge")):
         host = commands.add_parser(name, help=f"link this repository into a {title}")
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> int:
     if options.command == "test":
         from installer.run import test
 
-        return test(rest)
+        return test(rest, fast=options.fast)
     from installer import link
 
     host = link.COMFYUI if options.command == "comfyui" else link.A1111

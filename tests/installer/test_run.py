@@ -1,4 +1,4 @@
-"""What the demo looks at before it costs anybody minutes, and what it does when the end fails."""
+"""What the demo looks at before it costs anybody minutes, and what it does when the end fails; which tests run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import stand_ins
 
-from installer import demo, environment, report, run, server, workflow
+from installer import comfyui, demo, environment, report, run, server, workflow
 from installer.console import SetupError
+from installer.paths import ROOT
 
 KEPT = np.ones((2, 2), bool)
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights on files")
@@ -134,3 +135,35 @@ def test_the_users_comfyui_is_looked_at_first(tmp_path):
     with pytest.raises(SetupError, match="missing: main.py"):
         run.demo(str(tmp_path), None, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fast", "chosen"),
+    [
+        ([], False, ["tests"]),
+        (["-x"], False, ["tests", "-x"]),
+        (["tests/core"], False, ["tests/core"]),
+        ([], True, ["@tests/fast.txt", "-m", "not slow and not network"]),
+        (["tests/core::a"], True, ["-m", "not slow and not network", "tests/core::a"]),
+    ],
+)
+def test_which_tests_run(monkeypatch, arguments, fast, chosen):
+    """ruff and pytest; the first status that is not 0 is the command's."""
+    commands = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(environment, "ensure", lambda _: ROOT / "python")
+    monkeypatch.setattr(comfyui, "locate", lambda *_: ROOT)
+    monkeypatch.setattr(run, "_run", lambda python, command, extra=None: commands.append(command) or len(commands))
+    assert run.test(arguments, fast=fast) == 1
+    lint, command = commands
+    assert lint[1] == "ruff" and command[1] == "pytest" and command[-len(chosen) :] == chosen
+    assert command[-len(chosen) - 1] == "--no-loadscope-reorder"
+
+
+def test_the_fast_tests_are_of_every_room():
+    listed = (ROOT / run.FAST).read_text(encoding="utf-8").splitlines()
+    assert len(set(listed)) == len(listed)
+    for file, _, name in (line.partition("::") for line in listed):
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8") if name else (ROOT / file).is_file()
+    rooms = {path.relative_to(ROOT / "tests").parts[0] for path in ROOT.glob("tests/**/test_*.py")}
+    assert {file.split("/")[1] for file in listed} == rooms - {"gpu", "web"}  # these need a GPU, a browser
