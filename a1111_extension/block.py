@@ -18,7 +18,8 @@ from ..shared_tome.hooks import engine
 from ..shared_tome.hooks.engine import Given, MergedBlock, Pass
 from ..shared_tome.hooks.guard import is_replaced, why_left_whole
 from ..shared_tome.hooks.heads import width
-from ..shared_tome.inspect.report import CallTally, counted, why_not_served
+from ..shared_tome.inspect.reasons import counted, why_not_served
+from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..shared_tome import ToMeConfig
-from ..shared_tome.config import CUSTOM, PRESETS, Option, Widget
+from ..shared_tome.methods import CUSTOM, PRESETS
+from ..shared_tome.options import Option, Widget
 
 SEED_RULES = ("image", "fixed")
 

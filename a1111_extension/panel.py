@@ -8,7 +8,8 @@ from typing import Any
 import gradio as gr
 from modules.ui_components import InputAccordion
 
-from ..shared_tome.config import CUSTOM, PRESETS, Widget
+from ..shared_tome.methods import CUSTOM, PRESETS
+from ..shared_tome.options import Widget
 from .infotext import LABELS, paste_function
 from .options import PRESET_OPTIONS, WIDGETS, control, preset_of
 

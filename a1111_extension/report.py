@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from ..shared_tome.inspect.reasons import counted
 from ..shared_tome.inspect.record import Run
-from ..shared_tome.inspect.report import Layer, Report, counted
+from ..shared_tome.inspect.report import Layer, Report
 
 
 def tell(runs: Mapping[bool, Run]) -> str:

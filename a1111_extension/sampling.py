@@ -12,8 +12,9 @@ from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.core.grid import Grid
 from ..shared_tome.core.noise import fold_seed
 from ..shared_tome.core.schedule import config_at
+from ..shared_tome.inspect.reasons import counted
 from ..shared_tome.inspect.record import CallRecord, Run, StepFacts
-from ..shared_tome.inspect.report import CallTally, counted
+from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.call import same_halves, shares_match
 from .notes import Notes
 from .seeds import RowCursor, Rows, period, prompt_counts, rows_of_step

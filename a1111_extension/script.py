@@ -6,8 +6,8 @@ from typing import Any
 
 from modules import script_callbacks, scripts
 
+from ..shared_tome.inspect.reasons import capped
 from ..shared_tome.inspect.record import Run
-from ..shared_tome.inspect.report import capped
 from . import forge, gallery, hooks, infotext, panel, settings, xyz
 from .notes import Notes, logger, set_up_log
 from .options import Settings, named, settings_from

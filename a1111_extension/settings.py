@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from modules import shared
 
-from ..shared_tome.config import Option, Widget
+from ..shared_tome.options import Option, Widget
 from .notes import logger
 from .options import RATIO_STEP, WIDGETS, by_name, control, fit
 

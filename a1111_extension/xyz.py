@@ -7,7 +7,7 @@ from typing import Any
 
 from modules import scripts
 
-from ..shared_tome.config import PRESETS
+from ..shared_tome.methods import PRESETS
 from .options import PRESET_OPTIONS, by_name, preset_options, settings_from
 
 # On p, and always a new dict: the plot copies p for each picture, and a copy shares what it holds.

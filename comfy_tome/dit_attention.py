@@ -23,9 +23,9 @@ from ..shared_tome.attention.bias import minds_scale
 from ..shared_tome.attention.combine import KERNELS, TORCHS
 from ..shared_tome.attention.self_token import why_not_kept
 from ..shared_tome.attention.sequence import JointCall, image_bias, merge_image, take_heads, unmerge_image
-from ..shared_tome.config import Method
 from ..shared_tome.core.channels import extra_channels
 from ..shared_tome.merging.plan import Plan
+from ..shared_tome.methods import Method
 from .log import say_once
 
 _HOST = "comfy.ldm.modules.attention"

@@ -7,8 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..shared_tome import ToMeConfig
-from ..shared_tome.config import CUSTOM, PRESETS, Widget
-from ..shared_tome.inspect.report import capped
+from ..shared_tome.inspect.reasons import capped
+from ..shared_tome.methods import CUSTOM, PRESETS
+from ..shared_tome.options import Widget
 from .clip_vision import ToMeCLIPVision
 from .log import logger
 from .patch import apply_to_model

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..shared_tome import ToMeConfig
 from ..shared_tome.core.curve import is_compiling
-from ..shared_tome.inspect.report import why_no_step
+from ..shared_tome.inspect.reasons import why_no_step
 from .log import logger, say_once
 from .mergers import merger_in
 from .record import RECORD

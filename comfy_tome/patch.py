@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..shared_tome import ToMeConfig
-from ..shared_tome.inspect.report import why_no_step
-from .dit import DiTPatch
+from ..shared_tome.inspect.reasons import why_no_step
 from .dit_models import SERVED, dit_model, unwrapped
+from .dit_patch import DiTPatch
 from .log import logger
 from .mergers import merger_in
 from .model_call import APPLY_MODEL, DIFFUSION_MODEL, KEY

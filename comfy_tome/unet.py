@@ -26,7 +26,8 @@ from ..shared_tome.autotune.step import why_left_alone
 from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.core.grid import grid_at
 from ..shared_tome.core.schedule import config_at
-from ..shared_tome.inspect.report import NO_WHOLE_TOKEN, CallTally, why_not_served
+from ..shared_tome.inspect.reasons import NO_WHOLE_TOKEN, why_not_served
+from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
 from .dit_attention import Call, attend_joint, kernel_order, may_join
 from .log import leave_alone, say_once

@@ -42,7 +42,7 @@ def verdict_on_step(
 
     Args:
         base_model: comfy.model_base.BaseModel; x, t, args, kwargs: of its apply_model, whose first row is what is run.
-        config: how it is merged. attention, kernels: see auto.verdict_on. about: from about_model.
+        config: how it is merged. attention, kernels: see layer.verdict_on. about: from about_model.
         merged: merged(options, run) calls run(options, more) with ToMe's options and further arguments.
     """
     if not is_judged(config, x.device) or find_options(args, kwargs)[1].get("optimized_attention_override"):

@@ -21,7 +21,8 @@ from ..shared_tome.autotune.layer import Attention, Verdict
 from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.hooks.guard import why_left_whole
 from ..shared_tome.hooks.parts import AroundParts
-from ..shared_tome.inspect.report import CallTally, why_not_served
+from ..shared_tome.inspect.reasons import why_not_served
+from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
 from .model_call import KEY
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .attention.bias import attend
-from .config import METHODS, ToMeConfig
+from .config import ToMeConfig
 from .merging.call import ModelCall
 from .merging.match import match_tokens
 from .merging.plan import Plan
+from .methods import METHODS
 
 if TYPE_CHECKING:
     from .scripts import apply_patch, remove_patch

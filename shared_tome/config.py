@@ -10,132 +10,21 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-MAX_SEED = 2**64 - 1
-MAX_LEVEL = 3
-# `sample` and `downsample` keep at least one token of each 64 (an 8x8 cell): beyond that the measured
-# pictures fall apart, and a single key for the whole image is never what somebody wants.
-MAX_RUN = 64
-# `multires` keeps one token of each 4x4 cell where it keeps least.
-QUARTER = 16
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a method does with the two sides of an attention layer.
-
-    queries, keys: whether they are merged. matches: whether similar tokens are looked for.
-    reduce: forces how a merged token gets its value (None: the option `reduce` decides).
-    fills: tokens that went come back as zeros instead of as a copy.
-    """
-
-    queries: bool
-    keys: bool
-    matches: bool
-    summary: str
-    reduce: str | None = None
-    fills: bool = False
-
-
-METHODS: dict[str, Method] = {
-    "sample": Method(
-        False,
-        True,
-        False,
-        "keys and values from one random real token of each cell, another one in every layer and step",
-        "pick",
-    ),
-    "multires": Method(
-        False,
-        True,
-        False,
-        "for transformers: keys stay whole where a query looks, and are drawn coarser elsewhere",
-        "pick",
-    ),
-    "merge": Method(True, True, True, "similar tokens become one, for queries, keys and values (the ToMe paper)"),
-    "merge_queries": Method(True, False, True, "only queries are merged (what ComfyUI's own node does)"),
-    "merge_keys": Method(False, True, True, "only keys and values are merged"),
-    "downsample": Method(False, True, False, "keys and values from the top-left token of each cell (ToDo)", "pick"),
-    "prune": Method(
-        True, True, True, "similar tokens are dropped and come back as zeros (for comparison)", "pick", True
-    ),
-}
-AUTO_MOST = 0.84
-"""The highest ratio that auto takes on transformers."""
-AUTO = "auto"
-"""In place of a method: the nearest to the unmerged picture that is known for the model (ToMeConfig.resolved)."""
-PARTITIONS = {
-    "random_2d": "a random token of each cell",
-    "fixed_2d": "the top-left token of each cell",
-    "random": "anywhere in the image",
-    "alternate": "every other token (the vision transformer paper's)",
-}
-REDUCES = {"mean": "the mean of the merged tokens", "pick": "the destination's own value"}
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A point of the measured frontier (docs/quality.md): what to expect of it, and the options that make it."""
-
-    summary: str
-    options: dict[str, Any]
-
-
-PRESETS: dict[str, Preset] = {
-    "Quality": Preset(
-        "nearest to the unmerged picture, fine texture included",
-        {"method": AUTO, "ratio": 0.75, "start": 0.2, "own_token": True},
-    ),
-    "Balanced": Preset("the default, near and fast", {"method": AUTO, "ratio": 0.75, "start": 0.0, "own_token": True}),
-    "Fast": Preset(
-        "much faster on large pictures; lettering and fine texture change",
-        {"method": AUTO, "ratio": 0.9375, "start": 0.1, "own_token": True},
-    ),
-}
-CUSTOM = "Custom"
-"""What a user interface calls options that are no preset."""
-LEVELS = ("auto", "0", "0,1", "0,1,2", "0,1,2,3", "1", "1,2", "1,2,3", "2", "2,3", "3")
-
-
-@dataclass(frozen=True)
-class Option:
-    """What a person sees of one option, and what values it takes."""
-
-    label: str
-    help: str
-    minimum: float | None = None
-    maximum: float | None = None
-    step: float | None = None
-    choices: tuple[str, ...] | None = None
-    advanced: bool = False
-    parts: tuple[str, ...] = ()  # an option of several numbers shows as one widget each
-    new: Any = None  # what a new node or panel begins with, where that is not the default of code and older texts
-
-
-@dataclass(frozen=True)
-class Widget:
-    """One control of a user interface.
-
-    default: what a new one shows. missing: what a request or a picture's text means that does not name it; None: the
-    same.
-    """
-
-    name: str
-    default: Any
-    option: Option
-    missing: Any = None
-
-    @property
-    def unnamed(self) -> Any:
-        """The value where none is given."""
-        return self.default if self.missing is None else self.missing
-
-
-def _option(default: Any, label: str, help: str, **kwargs: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"option": Option(label, help, **kwargs)})
-
-
-def _lines(table: dict[str, Any]) -> str:
-    return "\n".join(f"{name}: {getattr(entry, 'summary', entry)}." for name, entry in table.items())
+from .methods import (
+    AUTO,
+    AUTO_MOST,
+    CUSTOM,
+    LEVELS,
+    MAX_RUN,
+    MAX_SEED,
+    METHODS,
+    PARTITIONS,
+    PRESETS,
+    QUARTER,
+    REDUCES,
+    Method,
+)
+from .options import Option, Widget, checked, lines, option
 
 
 @dataclass(frozen=True)
@@ -145,7 +34,7 @@ class ToMeConfig:
     Tokens x [B, N, C] lie on a grid (height, width), N = height * width.
     """
 
-    ratio: float = _option(
+    ratio: float = option(
         0.75,
         "Ratio",
         "The share of the tokens that attention does without. 0 changes nothing; 0.5 is hard to see; 0.75 keeps "
@@ -155,7 +44,7 @@ class ToMeConfig:
         maximum=1.0,
         step=0.0125,
     )
-    stride: tuple[int, int] = _option(
+    stride: tuple[int, int] = option(
         (2, 2),
         "Stride",
         "Width and height, in tokens, of the cell that keeps one destination token. sample goes by the ratio alone.",
@@ -164,14 +53,14 @@ class ToMeConfig:
         step=1,
         parts=("x", "y"),
     )
-    method: str = _option(
+    method: str = option(
         "sample",
         "Method",
-        "auto: multires on transformers where its kernel runs (CUDA), sample elsewhere.\n" + _lines(METHODS),
+        "auto: multires on transformers where its kernel runs (CUDA), sample elsewhere.\n" + lines(METHODS),
         choices=(AUTO, *METHODS),
         new=AUTO,
     )
-    seed: int = _option(
+    seed: int = option(
         0,
         "Seed",
         "Random choices depend on this number, the step and the layer alone: the same seed gives the same picture.",
@@ -179,14 +68,14 @@ class ToMeConfig:
         maximum=MAX_SEED,
         step=1,
     )
-    partition: str = _option(
+    partition: str = option(
         "random_2d",
         "Partition",
-        "Where destination tokens lie, for the methods that match.\n" + _lines(PARTITIONS),
+        "Where destination tokens lie, for the methods that match.\n" + lines(PARTITIONS),
         choices=tuple(PARTITIONS),
         advanced=True,
     )
-    levels: str = _option(
+    levels: str = option(
         "auto",
         "Levels",
         "At which resolutions to merge: 0 is the latent's own, each further level has half the width and height. "
@@ -195,7 +84,7 @@ class ToMeConfig:
         choices=LEVELS,
         advanced=True,
     )
-    start: float = _option(
+    start: float = option(
         0.0,
         "Start",
         "Where merging begins, by noise: 0 is pure noise, 1 the picture, like the start percent of other nodes. With "
@@ -206,7 +95,7 @@ class ToMeConfig:
         step=0.05,
         advanced=True,
     )
-    end: float = _option(
+    end: float = option(
         1.0,
         "End",
         "Where merging stops, by noise: 0 is pure noise, 1 the picture.",
@@ -215,7 +104,7 @@ class ToMeConfig:
         step=0.05,
         advanced=True,
     )
-    ratio_end: float = _option(
+    ratio_end: float = option(
         -1.0,
         "Ratio at the end",
         "The ratio moves in six equal stages from 'ratio' to this value between start and end. -1: it stays.",
@@ -224,32 +113,32 @@ class ToMeConfig:
         step=0.05,
         advanced=True,
     )
-    cross_attention: bool = _option(
+    cross_attention: bool = option(
         False,
         "Cross-attention",
         "Merge the queries of the attention to the prompt too. For methods that match. Costs fidelity, gains little.",
         advanced=True,
     )
-    mlp: bool = _option(
+    mlp: bool = option(
         False,
         "MLP",
         "Merge the tokens of the feed-forward layers too. For methods that match. Costs much fidelity.",
         advanced=True,
     )
-    proportional: bool = _option(
+    proportional: bool = option(
         True,
         "Proportional attention",
         "A key that stands for several tokens weighs as much as they did. Nearer to the unmerged picture.",
         advanced=True,
     )
-    reduce: str = _option(
+    reduce: str = option(
         "mean",
         "Reduce",
-        "What value a merged token takes.\n" + _lines(REDUCES),
+        "What value a merged token takes.\n" + lines(REDUCES),
         choices=tuple(REDUCES),
         advanced=True,
     )
-    min_tokens: int = _option(
+    min_tokens: int = option(
         2048,
         "Min tokens",
         "Layers with fewer tokens are left alone: their attention costs less than merging it.",
@@ -258,7 +147,7 @@ class ToMeConfig:
         step=16,
         advanced=True,
     )
-    share_match: bool = _option(
+    share_match: bool = option(
         False,
         "Share match",
         "Look for similar tokens once for the prompted and unprompted rows of a batch: half the matching. The "
@@ -266,7 +155,7 @@ class ToMeConfig:
         advanced=True,
     )
     # New options go to the end: saved workflows and API calls tell them by their place.
-    own_token: bool = _option(
+    own_token: bool = option(
         True,
         "Own token",
         "sample: beside the drawn tokens each token attends to itself, so that lettering and the finest texture stay. "
@@ -276,7 +165,7 @@ class ToMeConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+            object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
         if -1.0 < self.ratio_end < 0.0:
             raise ValueError(f"ratio_end must be -1 (stay at ratio) or lie in 0 to 1, got {self.ratio_end}")
         if self.start > self.end:
@@ -408,47 +297,3 @@ class ToMeConfig:
             if parts:
                 known[field.name] = tuple(known.pop(f"{field.name}_{part}") for part in parts)
         return cls(**known)
-
-
-def _checked(field: dataclasses.Field, value: Any) -> Any:
-    """The value in its canonical type. Raises ValueError naming option, value and range."""
-    option: Option = field.metadata["option"]
-    if option.choices is not None:
-        if field.name == "levels" and isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)
-        if field.name == "levels" and isinstance(value, (tuple, list, set, frozenset)):
-            value = ",".join(str(level) for level in value)
-        if field.name == "levels" and isinstance(value, str) and value != "auto":
-            return _checked_levels(value)
-        if value not in option.choices:
-            raise ValueError(f"{field.name} must be one of {', '.join(option.choices)}, got {value!r}")
-        return value
-    if isinstance(field.default, bool):
-        if not isinstance(value, (bool, int)) or value not in (False, True):
-            raise ValueError(f"{field.name} must be true or false, got {value!r}")
-        return bool(value)
-    if option.parts:
-        if isinstance(value, (int, float)):
-            value = (value,) * len(option.parts)
-        if not isinstance(value, (tuple, list)) or len(value) != len(option.parts):
-            wanted = f"{len(option.parts)} whole numbers in {option.minimum} to {option.maximum}"
-            raise ValueError(f"{field.name} must be {wanted}, got {value!r}")
-        return tuple(_number(field.name, part, option, int) for part in value)
-    return _number(field.name, value, option, type(field.default))
-
-
-def _number(name: str, value: Any, option: Option, kind: type) -> Any:
-    word = "a whole number" if kind is int else "a number"
-    wanted = f"{name} must be {word} in {option.minimum} to {option.maximum}, got {value!r}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(wanted)
-    if not option.minimum <= value <= option.maximum or (kind is int and value != int(value)):  # NaN lies nowhere
-        raise ValueError(wanted)
-    return kind(value)
-
-
-def _checked_levels(value: str) -> str:
-    parts = [part.strip() for part in value.split(",")]
-    if not all(part.isdecimal() and int(part) <= MAX_LEVEL for part in parts):
-        raise ValueError(f"levels must be auto or numbers from 0 to {MAX_LEVEL} with commas, got {value!r}")
-    return ",".join(str(level) for level in sorted({int(part) for part in parts}))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Container, Iterable, Sequence
 
-from shared_tome.config import PRESETS, ToMeConfig
+from shared_tome.config import ToMeConfig
+from shared_tome.methods import PRESETS
 
 from ..fidelity.methods import CATALOGUE, OWN, OWN_KEY, sample_name
 from ..models.samplers import GUIDANCE, SAMPLERS, parse_sampler

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared_tome import ToMeConfig
-from shared_tome.config import CUSTOM, PRESETS
+from shared_tome.methods import CUSTOM, PRESETS
 
 LOCALES = Path(__file__).resolve().parents[2] / "locales"
 LANGUAGES = tuple(sorted(folder.name for folder in LOCALES.iterdir() if folder.is_dir()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from installer.inprocess import pack_module
 from shared_tome import ToMeConfig
-from shared_tome.config import PRESETS
+from shared_tome.methods import PRESETS
 
 from ..store import markdown, read
 from .fidelity_tables import WITHOUT_OWN, preset_measured

@@ -2,7 +2,7 @@
 
 Keys of one weight go into a call of their own. A call's outcome o and the logarithm l of its sum of exponentials are
 all that is needed to join it with the others: the softmax over all keys is sum(o_i w_i exp(l_i)) / sum(w_i exp(l_i)).
-Heads keep their size, which a bias by further channels (attention.py) does not, and the fast kernels take no mask.
+Heads keep their size, which a bias by further channels (core/channels.py) does not, and the fast kernels take no mask.
 
 The kernels are torch's own operators behind scaled_dot_product_attention, called where they return l too.
 """

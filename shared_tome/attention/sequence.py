@@ -5,7 +5,8 @@ tokens (JointCall); those that match merge the image's part of a row and bring i
 
 In one softmax with text, each image token that stands for n counts n times (Bolya et al., arXiv 2210.09461, section
 3), or the text would win: log(n) is added to its logits, by a kernel of ours (kernels.attend), by parts of one weight
-joined by their log-sum-exps (joined.py) or, wherever neither can be, by further channels of the heads (attention.py).
+joined by their log-sum-exps (combine.py) or, wherever neither can be, by further channels of the heads
+(core/channels.py).
 """
 
 from __future__ import annotations
@@ -89,9 +90,10 @@ class JointCall:
 
     Args:
         weighs: whether a key that stands for several tokens counts as many.
-        kernels: those that the host would try, in its order (joined.choose_kernel). None of them: nothing is joined.
+        kernels: those that the host would try, in its order (combine.choose_kernel). None of them: nothing is joined.
         say: called as say(message, detail) where a kernel refuses.
-        own: whether each of the image's queries keeps its own token (own.py), where keys weigh and are joined.
+        own: whether each of the image's queries keeps its own token (core/self_token.py), where keys weigh and are
+            joined.
     """
 
     def __init__(self, weighs: bool, kernels: Sequence[str], say: Callable[[str, str], None], own: bool = False):

@@ -1,4 +1,4 @@
-"""A model, or a transformer block of it, by itself, to be timed (auto.py), and what its times depend on."""
+"""A model, or a transformer block of it, by itself, to be timed (layer.py, step.py), and what its times depend on."""
 
 from __future__ import annotations
 

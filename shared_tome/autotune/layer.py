@@ -118,7 +118,7 @@ def verdict_on(
     """What is known of a layer's times on a device, or None where nothing is or can be measured.
 
     attention: the host's (None: torch's). kernels: those of torch's that it tries, in its order, where queries can keep
-    their own tokens by them (joint.JointCall); none where they cannot. block: the block that the layer is in. about:
+    their own tokens by them (sequence.JointCall); none where they cannot. block: the block that the layer is in. about:
     see Case. Never called where torch.compile traces.
     """
     about = about if block is not None else ", ".join([*([about] if about else []), "without its block"])

@@ -1,4 +1,4 @@
-"""Whether merging pays in a model's whole step on a GPU, measured at its first call (auto.py).
+"""Whether merging pays in a model's whole step on a GPU, measured at its first call (layer.py).
 
 A layer that saves the GPU time takes the processor some, and steps often wait for the processor alone: then nothing is
 gained, however much each layer saves. Python, the host's code and the machine decide, so a step is run both ways.
@@ -51,7 +51,7 @@ def verdict_of(
         dtype: what the model computes in, whatever it is given. grid: the latent's. config: how it is merged.
         both: gives what runs a step whole and one that is merged; may raise, which is logged once, and store.NotNow
             where another call of the same model may do.
-        attention, kernels, about: see auto.verdict_on.
+        attention, kernels, about: see layer.verdict_on.
     """
     if model not in _sizes:
         _sizes[model] = sum(parameter.numel() for parameter in model.parameters())
@@ -65,7 +65,7 @@ def verdict_of(
     return known_or_measured(key, device, measure)
 
 
-# ComfyUI asks in each step (see auto._case).
+# ComfyUI asks in each step (see layer._case).
 @functools.lru_cache(maxsize=256)
 def _key(what: str, grid: Grid, dtype: torch.dtype, attention: str, about: str, config: ToMeConfig) -> str:
     """What tells a step from others on one device."""

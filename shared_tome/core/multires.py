@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import QUARTER
+from ..methods import QUARTER
 from . import sampling
 from .curve import curve_order
 from .grid import Grid

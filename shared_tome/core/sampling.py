@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..config import MAX_RUN
+from ..methods import MAX_RUN
 from .curve import curve_order, is_compiling
 from .grid import Grid
 from .noise import bits, key

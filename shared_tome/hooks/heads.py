@@ -1,6 +1,6 @@
 """Proportional attention under an attention code that is not ours.
 
-The bias of each key is added by more channels of each head (attention.py). The host's attention runs between to_q,
+The bias of each key is added by more channels of each head (core/channels.py). The host's attention runs between to_q,
 to_k, to_v and to_out, so hooks on these four widen and narrow the heads and the code in between (sdp, xformers,
 sub-quadratic, Doggettx, diffusers' processors, ...) needs no change. These codes scale the logits in one of two ways:
 by the layer's own `scale` or by the size of the heads they are given. Which one is found out by trying.
@@ -155,7 +155,7 @@ def meets_at_sdpa(
 
 
 def why_not_own(meets: Callable[[], bool], d: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the queries of a layer with heads of d channels cannot keep their own tokens (own.py), or None.
+    """Why the queries of a layer with heads of d channels cannot keep their own tokens (core/self_token.py), or None.
 
     meets: asks meets_at_sdpa, or what it once answered.
     """

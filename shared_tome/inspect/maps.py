@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import MAX_LEVEL
 from ..core.grid import Grid, grid_at, split_frames
 from ..core.noise import fold_seed
 from ..merging.match import match_tokens
+from ..methods import MAX_LEVEL
 from .legend import draw_legend
 from .overlay import coverage, draw_map, owners
+from .reasons import counted, why_not_served
 from .record import Run, StepFacts
-from .report import Layer, counted, why_not_served
+from .report import Layer
 
 logger = logging.getLogger("ToMe")
 

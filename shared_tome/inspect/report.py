@@ -16,55 +16,8 @@ from typing import Any
 from ..autotune.layer import Verdict
 from ..config import ToMeConfig
 from ..core.grid import Grid, level_of
-from ..core.multires import shares
-from ..core.schedule import serves_layer
 from ..merging.plan import Plan
-
-NO_WHOLE_TOKEN = "the ratio takes away no whole token"
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: "1 step", "2 steps"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def capped(config: ToMeConfig) -> str | None:
-    """What to tell somebody who asked for more than the method can do, or None."""
-    if config.ratio <= config.ratio_cap:
-        return None
-    stride = "x".join(map(str, config.stride))
-    return (
-        f"ratio {config.ratio:g} is more than method {config.method} can take at stride {stride}: "
-        f"{config.ratio_cap:g} is what it does"
-    )
-
-
-def resolutions(config: ToMeConfig) -> list[str]:
-    """A line for `multires`: the shares of the keys' tiles at each resolution; else nothing."""
-    if config.method != "multires":
-        return []
-    whole, half = shares(config.ratio)
-    rest = 1.0 - whole - half
-    return [f"Of the keys' tiles {whole:.0%} stay whole, {half:.0%} keep a quarter of their tokens, {rest:.0%} a 16th"]
-
-
-def why_not_served(config: ToMeConfig, grid: Grid, full: Grid) -> str | None:
-    """Why a layer on this grid is left alone by the options, or None where it is merged (see serves_layer)."""
-    if serves_layer(config, grid, full):
-        return None
-    levels = config.level_set
-    if levels is not None and level_of(grid, full) not in levels:
-        return f"its level is not one of levels {config.levels}"
-    return f"fewer than min tokens {max(2, config.min_tokens)}"
-
-
-def why_no_step(config: ToMeConfig, what: str) -> str:
-    """Why nothing is merged where the ratio is 0 at each step (see ratio_at). what: whose steps, "this sampling"."""
-    between = f"between start {config.start:g} and end {config.end:g}"
-    if config.ratio_end < 0.0 or config.start == config.end:
-        return f"no step of {what} lies {between}"
-    moves = f"from {config.ratio:g} to {config.ratio_end:g}"
-    return f"the ratio is 0 at each step of {what}: it moves {moves} {between}"
+from .reasons import NO_WHOLE_TOKEN, capped, counted, resolutions, why_no_step
 
 
 @dataclass(frozen=True)
@@ -74,7 +27,7 @@ class Layer:
     where: its block as the log names it. part: which attention of that block. level, grid: None where unknown.
     number: its place among the layers of its grid, or None where it was left alone. before, after: tokens; after is
     the fewest and the most over the run. calls: of the model. reason: why it was left alone, or "". saves_us: what
-    merging saves a call of it, where that was measured (auto.py).
+    merging saves a call of it, where that was measured (autotune/layer.py).
     """
 
     where: str

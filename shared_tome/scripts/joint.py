@@ -1,7 +1,8 @@
 """scripts.py on diffusers' Flux and SD3, which attend to text and image together.
 
-The image's part of an attention is sampled or merged (joint.py), each key weighted by how many tokens it stands for;
-text and reference tokens stay. That happens behind the rotary positions, where queries and keys meet (sdpa.py).
+The image's part of an attention is sampled or merged (attention/sequence.py), each key weighted by how many tokens it
+stands for; text and reference tokens stay. That happens behind the rotary positions, where queries and keys meet
+(attention/sdpa.py).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import ToMeConfig
 from ..core.grid import Grid
-from ..inspect.report import NO_WHOLE_TOKEN, why_no_step, why_not_served
+from ..inspect.reasons import NO_WHOLE_TOKEN, why_no_step, why_not_served
 from ..merging.call import ModelCall
 from .steps import Steps
 

@@ -66,7 +66,7 @@ def apply_patch(
             the class token).
         trace: keep what `trace(model)` tells.
         auto: on a GPU, outside training and under no_grad, time the model at its first picture of a size, whole and
-            merged, and leave it alone where merging does not pay (auto.py). A call of a part of the model is merged.
+            merged, and leave it alone where merging does not pay. A call of a part of the model is merged.
     Returns:
         the model.
     Raises:

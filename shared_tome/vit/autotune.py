@@ -1,5 +1,7 @@
-"""Whether merging pays in a vision transformer on a GPU, measured at its first picture (auto.py): copies without hooks
-are run, so that nobody else sees a call more."""
+"""Whether merging pays in a vision transformer on a GPU, measured at its first picture (shared_tome/autotune/layer.py).
+
+Copies without hooks are run, so that nobody else sees a call more.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from ..autotune.layer import known_or_measured, may_measure, name_of
 from ..autotune.store import NotNow
 from ..autotune.verdict import Verdict
 from ..core.curve import is_compiling
-from .hooks import Attachment, Options, Tower, find_tower
+from .hooks import Attachment, Options
+from .towers import Tower, find_tower
 
 log = logging.getLogger("ToMe")
 
@@ -66,7 +69,7 @@ def _key(model: nn.Module, tower: Tower, options: Options, pixels: Tensor) -> st
 
 
 def _about_now(model: nn.Module, tower: Tower, pixels: Tensor) -> str:
-    """bare.about_model and the model's size, asked anew where the blocks' weights have changed."""
+    """detached.about_model and the model's size, asked anew where the blocks' weights have changed."""
     weights = [next(block.parameters()) for block in tower.blocks]
     now = (pixels.device, *((weight.dtype, weight.device) for weight in weights))
     if model not in _about or _about[model][0] != now:

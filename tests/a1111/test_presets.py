@@ -25,7 +25,7 @@ def panel(host, tome):
 
 
 def _presets(tome):
-    return {name: preset.options for name, preset in tome.core.config.PRESETS.items()}
+    return {name: preset.options for name, preset in tome.core.methods.PRESETS.items()}
 
 
 def test_the_control_is_none_of_the_scripts_arguments(host, panel, tome):

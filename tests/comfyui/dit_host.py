@@ -345,7 +345,7 @@ def bare(
     from comfy.ldm.modules.attention import optimized_attention
 
     dit, table = host.pack_module("dit"), host.pack_module("dit_models")
-    config = dit.ToMeConfig(**{"min_tokens": 0, "own_token": False, **values})
+    config = host.pack_module("dit_patch").ToMeConfig(**{"min_tokens": 0, "own_token": False, **values})
     options = {} if override is None else {"optimized_attention_override": override}
     made = dit.ModelCall(config, grid, torch.device("cpu"))
     layout = dit.Layout(grid, head, tail) if layout is None else layout

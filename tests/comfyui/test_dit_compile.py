@@ -43,7 +43,7 @@ def test_the_key_says_what_a_graph_takes_for_granted(comfy_nodes):
     dit, table = host.pack_module("dit"), host.pack_module("dit_models")
 
     def key(grid=(8, 12), head=7, tail=0, seed=0, **values):
-        config = dit.ToMeConfig(min_tokens=0, seed=seed, **values)
+        config = host.pack_module("dit_patch").ToMeConfig(min_tokens=0, seed=seed, **values)
         call = dit.ModelCall(config, grid, torch.device("cpu"))
         return dit.DiTCall(call, table.DIT_MODELS[0], dit.Layout(grid, head, tail), {}).key
 

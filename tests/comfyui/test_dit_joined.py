@@ -237,7 +237,7 @@ def test_the_key_names_the_kernels(monkeypatch):
     dit, table = host.pack_module("dit"), host.pack_module("dit_models")
 
     def key():
-        made = dit.ModelCall(dit.ToMeConfig(min_tokens=0), (8, 12), torch.device("cpu"))
+        made = dit.ModelCall(host.pack_module("dit_patch").ToMeConfig(min_tokens=0), (8, 12), torch.device("cpu"))
         return dit.DiTCall(made, table.DIT_MODELS[0], dit.Layout((8, 12), 7, 0), {}).key
 
     before = key()

@@ -150,7 +150,7 @@ def test_a_mask_that_is_not_over_the_keys(comfy_nodes, tome, record, report):
     run = made.Run(pack_module("unet").ToMeConfig(), None)
     call = made.CallRecord(run, 0, None, (4, 6))
     dit, table = pack_module("dit"), pack_module("dit_models")
-    config = dit.ToMeConfig(min_tokens=0)
+    config = pack_module("dit_patch").ToMeConfig(min_tokens=0)
     patch = dit.DiTCall(
         dit.ModelCall(config, (4, 6), torch.device("cpu")), table.DIT_MODELS[0], dit.Layout((4, 6), 0, 0), {}, call
     )

@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared_tome import METHODS, ModelCall, ToMeConfig
-from shared_tome.config import PARTITIONS
 from shared_tome.core import groups
 from shared_tome.core.curve import hilbert_order
+from shared_tome.methods import PARTITIONS
 
 LACKING = ("scatter_reduce", "index_reduce", "segment_reduce", "unique", "nonzero", "_local_scalar_dense")
 SORTS = ("sort", "argsort", "topk")

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from shared_tome import METHODS, ToMeConfig
-from shared_tome.config import LEVELS, MAX_SEED
+from shared_tome.methods import LEVELS, MAX_SEED
 
 OPTIONS = ToMeConfig.options()
 NUMBERS = [name for name, option in OPTIONS.items() if option.minimum is not None]

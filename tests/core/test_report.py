@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_tome import ToMeConfig
-from shared_tome.config import LEVELS
 from shared_tome.core.grid import grid_at
 from shared_tome.core.schedule import serves_layer
-from shared_tome.inspect.report import NO_WHOLE_TOKEN, CallTally, StepTime, Tally, capped, why_not_served
+from shared_tome.inspect.reasons import NO_WHOLE_TOKEN, capped, why_not_served
+from shared_tome.inspect.report import CallTally, StepTime, Tally
 from shared_tome.merging.plan import Plan
+from shared_tome.methods import LEVELS
 
 ROOT, PACKAGES = Path(__file__).parents[2], ("shared_tome", "comfy_tome", "a1111_extension")
 FULL = (64, 64)
@@ -183,7 +184,7 @@ def test_a_layer_from_which_nothing_goes():
 def test_all_hosts_say_the_same_sentence():
     """It stands in one place."""
     code = (path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
-    assert [path.name for path in code if f'"{NO_WHOLE_TOKEN}"' in path.read_text("utf-8")] == ["report.py"]
+    assert [path.name for path in code if f'"{NO_WHOLE_TOKEN}"' in path.read_text("utf-8")] == ["reasons.py"]
 
 
 @given(

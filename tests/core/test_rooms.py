@@ -9,6 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # A floor imports what is below it, and its own room.
 FLOORS = (
+    ("methods",),
+    ("options",),
     ("config",),
     ("core",),
     ("kernels",),

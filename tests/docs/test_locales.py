@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from installer.server import ComfyServer
 from lab.pages import help_lists
 from shared_tome import ToMeConfig
-from shared_tome.config import CUSTOM, PRESETS
+from shared_tome.methods import CUSTOM, PRESETS
 
 from . import translations
 from .translations import HELP, LANGUAGES, LOCALES, help_page, inputs, own_texts, prose, stale

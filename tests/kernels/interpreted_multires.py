@@ -96,13 +96,9 @@ def test_what_the_launches_take(monkeypatch):
     tiles, q, k, v = made((4, 8), 0, 3, 16, 1, 1, 16, torch.float16)
     assert takes(q, k, v, tiles)
     assert not takes(*(x.float() for x in (q, k, v)), tiles)
-    assert not takes(q, k[:, :, 1:], v[:, :, 1:], tiles) and not takes(
-        q, k, v.bfloat16(), tiles
-    )
+    assert not takes(q, k[:, :, 1:], v[:, :, 1:], tiles) and not takes(q, k, v.bfloat16(), tiles)
     assert not takes(*(x.repeat(1, 1, 1, 17) for x in (q, k, v)), tiles)  # 272 channels
-    assert not takes(
-        *made((3, 4), 5, 2, 16, 1, 1, 16, torch.float16)[1:], tiles
-    )  # of another length
+    assert not takes(*made((3, 4), 5, 2, 16, 1, 1, 16, torch.float16)[1:], tiles)  # of another length
     none = cut_tiles((3, 4), CPU, 0, 35, 16, 16)
     assert not takes(q, k, v, none)  # no tile of the image
     for name, most in (("_MOST_TILES", 1), ("_FARTHEST", 35 * q.stride(2))):

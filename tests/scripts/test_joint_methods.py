@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import shared_tome
 from shared_tome import ToMeConfig, match_tokens
-from shared_tome.config import METHODS
 from shared_tome.core import multires
+from shared_tome.methods import METHODS
 from shared_tome.scripts.joint import JointAttachment
 
 from . import models

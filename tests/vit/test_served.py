@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import shared_tome.vit as vit
-from shared_tome.vit import hooks as vit_hooks
+from shared_tome.vit import towers
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed, see requirements/test.txt")
 
@@ -144,8 +144,8 @@ def test_every_vision_model_of_transformers_is_served_or_refused_by_name():
 
 
 def test_the_refusal_and_the_page_name_every_tower():
-    named = vit_hooks.SERVED.partition("towers of ")[2].partition(", and ComfyUI's")[0]
-    layers = (name for name in vit_hooks._LAYERS if "." not in name)
+    named = towers.SERVED.partition("towers of ")[2].partition(", and ComfyUI's")[0]
+    layers = (name for name in towers._LAYERS if "." not in name)
     families = {re.sub("(Vision)?(Encoder)?Layer$", "", name).lower() for name in layers}
     assert {re.sub("[ -]", "", name).lower() for name in re.split(", | and ", named)} == families
     page = (Path(__file__).parents[2] / "docs" / "vit.md").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """Attention with a bias for each key, in one launch and at the heads' own size.
 
 Softmax over blocks of keys with a running maximum (Dao et al., FlashAttention, arXiv 2205.14135, algorithm 1); the bias
-comes to the logits as they leave the matrix product. The specification is attention.attend. attend_drawn.py has its
+comes to the logits as they leave the matrix product. Specification: channels.attend_wider. attend_drawn.py has its
 blocks without a bias.
 """
 
@@ -202,7 +202,7 @@ def _config_for(block: int, queries: int, device: torch.device) -> Config:
 
 
 def launch_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, config: Config | None = None) -> Tensor:
-    """As attention.attend with a bias; the result lies in memory as [B, N, H, d]."""
+    """As channels.attend_wider with a bias; the result lies in memory as [B, N, H, d]."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, d = q.shape
     check_rows(bias.shape[0], batch)

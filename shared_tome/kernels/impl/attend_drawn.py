@@ -1,6 +1,6 @@
 """Attention to drawn keys, each query's own token among them, in one launch and at the heads' own size.
 
-The specification is own._attend_drawn. Softmax over blocks of keys as in attend.py; it begins with the query's own key,
+Specification: self_token.attend_drawn. Softmax over blocks of keys as in attend.py; it begins with the query's own key,
 and with one less of the key that stands for its run, so the query, the output and their sums are read and written once.
 """
 
@@ -129,7 +129,7 @@ def launch_attend_drawn(
     weight: float,
     config: Config | None = None,
 ) -> Tensor:
-    """As own._attend_drawn; the result lies in memory as [B, L, H, d]."""
+    """As self_token.attend_drawn; the result lies in memory as [B, L, H, d]."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, d = q.shape
     check_rows(turns.shape[1], batch)

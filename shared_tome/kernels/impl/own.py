@@ -1,6 +1,6 @@
 """Each query's own token put in among sampled keys, in one launch.
 
-The specification is own.keep_own, about twenty launches.
+The specification is self_token.keep_own, about twenty launches.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def launch_own(
     weight: float = 0.0,
     config: tuple[int, int] = _CONFIG,
 ) -> Tensor:
-    """As own.keep_own; the result lies in memory as [B, N, H, d]."""
+    """As self_token.keep_own; the result lies in memory as [B, N, H, d]."""
     q, k, v, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out))
     batch, heads, tokens, d = q.shape
     check_rows(turns.shape[1], batch)

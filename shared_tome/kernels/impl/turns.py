@@ -1,6 +1,6 @@
 """Some tokens' keys and values of each head, other ones for other heads, in one launch.
 
-The specification is own.take_turns.
+The specification is self_token.take_turns.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Heads with the further channels of proportional attention, queries, keys and values in one launch.
 
-The specification is attention.extend_query, extend_key and extend_value, about a dozen launches.
+The specification is channels.extend_query, extend_key and extend_value, about a dozen launches.
 """
 
 from __future__ import annotations

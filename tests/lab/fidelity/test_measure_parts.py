@@ -22,7 +22,7 @@ from lab.pages import fidelity_tables as plot
 from lab.pages import fill
 from lab.pages.rows import MAIN, results
 from shared_tome import ToMeConfig
-from shared_tome.config import Preset
+from shared_tome.methods import Preset
 
 
 def pictures(count: int, seed: int, size: int = 24) -> torch.Tensor:

@@ -1,0 +1,102 @@
+"""The wrapper that ToMe puts around a diffusion transformer's `apply_model` in ComfyUI; each call's part: dit.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..shared_tome import ModelCall, ToMeConfig, kernels
+from ..shared_tome.core.schedule import config_at
+from ..shared_tome.inspect.reasons import why_not_served
+from .dit import DiTCall
+from .dit_layout import Layout
+from .dit_models import Told, dit_model, unwrapped
+from .log import leave_alone, say_once
+from .model_call import draw_of, find_options, halves_alike, progress_of, put_options
+from .outcome import Outcome, outcome_of
+from .record import COMPILE_KEY, CallRecord, begin, is_compiled
+
+# What the log says.
+_UNKNOWN = "another node has put a model that ToMe does not know in the place of this one; it is left alone"
+
+
+class DiTPatch:
+    """The wrapper around `apply_model`. Holds the config alone; safe to share between clones and threads."""
+
+    def __init__(self, config: ToMeConfig):
+        self.config = config.replace(levels="0")  # a transformer has one resolution
+        self.judges = config.levels == "auto"
+
+    def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        args, options = find_options(args, kwargs)
+        with outcome_of(options) as outcome:
+            base = executor.class_obj
+            asked = self.config.resolved(kernels.serves(x))
+            if (less := self.config.why_less(asked)) is not None:
+                say_once(less)
+            config = config_at(asked, lambda: progress_of(options, base))
+            record = begin(executor, base, x, t, args, kwargs, asked, config)
+            told = {**kwargs, **_prompt(args)}
+            model = unwrapped(base.diffusion_model)
+            compiled = is_compiled(executor, options)
+            patch = self._patch(config, base, x, options, told, record, outcome, compiled)
+            if patch is None:
+                return executor(x, t, *args, **kwargs)
+            if compiled:
+                outcome.merged()  # compiled layers tell nothing of themselves
+            if patch.guarded:
+                kwargs["tome"] = patch.key
+            args, kwargs = put_options(args, kwargs, patch.options)
+            with patch.hooks(model):
+                out = executor(x, t, *args, **kwargs)
+            patch.end(model)
+            if record is not None:
+                record.end()
+            return out
+
+    def _patch(
+        self,
+        config: ToMeConfig,
+        base: Any,
+        x: Tensor,
+        options: dict[str, Any],
+        told: Told,
+        record: CallRecord | None,
+        outcome: Outcome,
+        compiled: bool,
+    ) -> DiTCall | None:
+        """What this call gets, or None where it is left alone. base: the model that apply_model is of."""
+        model = unwrapped(base.diffusion_model)
+        if outcome.is_skipped(self.config, config.ratio):
+            return None
+        facts = dit_model(model)
+        if facts is None:
+            leave_alone(record, _UNKNOWN, type(model).__name__, outcome=outcome)
+            return None
+        layout = Layout.of(facts, model, x.shape, told)
+        if layout is None:
+            reason = "an image whose tokens do not lie on one grid is left alone"
+            leave_alone(record, reason, facts.name, outcome=outcome)
+            return None
+        if record is not None:
+            record.lies_on(layout.grid)
+        if not facts.compiles and COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}):
+            reason = "under torch.compile this model is left alone: it would not notice ToMe"
+            leave_alone(record, reason, facts.name, grid=layout.grid, outcome=outcome)
+            return None
+        step, alike = draw_of(options, x.device, base), halves_alike(options, x, config)
+        call = ModelCall(config, layout.grid, x.device, step=step, alike=alike)
+        if not call.serves(layout.grid):
+            reason = why_not_served(config, layout.grid, layout.grid)
+            outcome.left_alone(reason, f"{'x'.join(map(str, layout.grid))} tokens")
+            if record is not None:
+                record.left_alone(reason, facts.name, layout.grid)
+            return None
+        record = None if record is None or record.run.compiled else record
+        return DiTCall(call, facts, layout, options, record, self.judges, outcome, compiled)
+
+
+def _prompt(args: tuple) -> Told:
+    """apply_model's c_crossattn, where it comes by place."""
+    return {"c_crossattn": args[1]} if len(args) > 1 else {}

@@ -1,0 +1,54 @@
+"""Why something is not merged, and what else reports and logs say, in sentences for people."""
+
+from __future__ import annotations
+
+from ..config import ToMeConfig
+from ..core.grid import Grid, level_of
+from ..core.multires import shares
+from ..core.schedule import serves_layer
+
+NO_WHOLE_TOKEN = "the ratio takes away no whole token"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 step", "2 steps"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def capped(config: ToMeConfig) -> str | None:
+    """What to tell somebody who asked for more than the method can do, or None."""
+    if config.ratio <= config.ratio_cap:
+        return None
+    stride = "x".join(map(str, config.stride))
+    return (
+        f"ratio {config.ratio:g} is more than method {config.method} can take at stride {stride}: "
+        f"{config.ratio_cap:g} is what it does"
+    )
+
+
+def resolutions(config: ToMeConfig) -> list[str]:
+    """A line for `multires`: the shares of the keys' tiles at each resolution; else nothing."""
+    if config.method != "multires":
+        return []
+    whole, half = shares(config.ratio)
+    rest = 1.0 - whole - half
+    return [f"Of the keys' tiles {whole:.0%} stay whole, {half:.0%} keep a quarter of their tokens, {rest:.0%} a 16th"]
+
+
+def why_not_served(config: ToMeConfig, grid: Grid, full: Grid) -> str | None:
+    """Why a layer on this grid is left alone by the options, or None where it is merged (see serves_layer)."""
+    if serves_layer(config, grid, full):
+        return None
+    levels = config.level_set
+    if levels is not None and level_of(grid, full) not in levels:
+        return f"its level is not one of levels {config.levels}"
+    return f"fewer than min tokens {max(2, config.min_tokens)}"
+
+
+def why_no_step(config: ToMeConfig, what: str) -> str:
+    """Why nothing is merged where the ratio is 0 at each step (see ratio_at). what: whose steps, "this sampling"."""
+    between = f"between start {config.start:g} and end {config.end:g}"
+    if config.ratio_end < 0.0 or config.start == config.end:
+        return f"no step of {what} lies {between}"
+    moves = f"from {config.ratio:g} to {config.ratio_end:g}"
+    return f"the ratio is 0 at each step of {what}: it moves {moves} {between}"

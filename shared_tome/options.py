@@ -1,0 +1,95 @@
+"""What one option is: its label, help text and range for people, and the check of a value."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from .methods import MAX_LEVEL
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a person sees of one option, and what values it takes."""
+
+    label: str
+    help: str
+    minimum: float | None = None
+    maximum: float | None = None
+    step: float | None = None
+    choices: tuple[str, ...] | None = None
+    advanced: bool = False
+    parts: tuple[str, ...] = ()  # an option of several numbers shows as one widget each
+    new: Any = None  # what a new node or panel begins with, where that is not the default of code and older texts
+
+
+@dataclass(frozen=True)
+class Widget:
+    """One control of a user interface.
+
+    default: what a new one shows. missing: what a request or a picture's text means that does not name it; None: the
+    same.
+    """
+
+    name: str
+    default: Any
+    option: Option
+    missing: Any = None
+
+    @property
+    def unnamed(self) -> Any:
+        """The value where none is given."""
+        return self.default if self.missing is None else self.missing
+
+
+def option(default: Any, label: str, help: str, **kwargs: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"option": Option(label, help, **kwargs)})
+
+
+def lines(table: dict[str, Any]) -> str:
+    return "\n".join(f"{name}: {getattr(entry, 'summary', entry)}." for name, entry in table.items())
+
+
+def checked(field: dataclasses.Field, value: Any) -> Any:
+    """The value in its canonical type. Raises ValueError naming option, value and range."""
+    option: Option = field.metadata["option"]
+    if option.choices is not None:
+        if field.name == "levels" and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if field.name == "levels" and isinstance(value, (tuple, list, set, frozenset)):
+            value = ",".join(str(level) for level in value)
+        if field.name == "levels" and isinstance(value, str) and value != "auto":
+            return _checked_levels(value)
+        if value not in option.choices:
+            raise ValueError(f"{field.name} must be one of {', '.join(option.choices)}, got {value!r}")
+        return value
+    if isinstance(field.default, bool):
+        if not isinstance(value, (bool, int)) or value not in (False, True):
+            raise ValueError(f"{field.name} must be true or false, got {value!r}")
+        return bool(value)
+    if option.parts:
+        if isinstance(value, (int, float)):
+            value = (value,) * len(option.parts)
+        if not isinstance(value, (tuple, list)) or len(value) != len(option.parts):
+            wanted = f"{len(option.parts)} whole numbers in {option.minimum} to {option.maximum}"
+            raise ValueError(f"{field.name} must be {wanted}, got {value!r}")
+        return tuple(_number(field.name, part, option, int) for part in value)
+    return _number(field.name, value, option, type(field.default))
+
+
+def _number(name: str, value: Any, option: Option, kind: type) -> Any:
+    word = "a whole number" if kind is int else "a number"
+    wanted = f"{name} must be {word} in {option.minimum} to {option.maximum}, got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(wanted)
+    if not option.minimum <= value <= option.maximum or (kind is int and value != int(value)):  # NaN lies nowhere
+        raise ValueError(wanted)
+    return kind(value)
+
+
+def _checked_levels(value: str) -> str:
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part.isdecimal() and int(part) <= MAX_LEVEL for part in parts):
+        raise ValueError(f"levels must be auto or numbers from 0 to {MAX_LEVEL} with commas, got {value!r}")
+    return ",".join(str(level) for level in sorted({int(part) for part in parts}))
