@@ -264,10 +264,10 @@ class ForgeCall(PatchedCall, AtSdpa):
         """The bias [b, M] of the layer that runs now: attn1_patch sets it and attn1_output_patch clears it."""
         return self._pending
 
-    def find_grid(self, q: Tensor, extra_options: dict[str, Any]) -> tuple[tuple[int, int], int] | None:
-        found = super().find_grid(q, extra_options)
+    def find_grid(self, tokens: int, extra_options: dict[str, Any]) -> tuple[tuple[int, int], int] | None:
+        found = super().find_grid(tokens, extra_options)
         if found is None and "activations_shape" not in extra_options:
-            grid = grid_of(q.shape[1], self.call.full)
+            grid = grid_of(tokens, self.call.full)
             return None if grid is None else (grid, self._batch)
         return found
 
@@ -296,18 +296,17 @@ class _Weights(Widening):
     """The wider heads of one layer in one call of the model."""
 
     def __init__(self, call: ForgeCall, attn1: nn.Module, heads: int):
-        self._call, self._attn1, self._heads = call, attn1, heads
-        self._of: Tensor | None = None  # the bias that this is of:
+        self._call, self._attn1, self._heads, self.say = call, attn1, heads, call.say
+        self._of: Tensor | None = None  # the bias that what was found is of
         self._found: Wide | None = None
-        self.say = call.say
 
-    def wide(self, projected: Tensor | None = None) -> Wide | None:
+    def wide(self) -> Wide | None:
+        return self._found if self._call.pending is not None and self._call.pending is self._of else None
+
+    def _widen(self, name: str, heads: int, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
         bias = self._call.pending
-        if bias is None:
-            return None
-        if bias is not self._of and projected is not None:
-            self._of, self._found = bias, None
-            if self._call.may_widen(self._attn1, self._heads, projected):
-                rows, d = projected.shape[0], projected.shape[-1] // self._heads
-                self._found = Wide(GIVEN, spread_rows(bias, rows), d)
-        return self._found if bias is self._of else None
+        if bias is not None and bias is not self._of:
+            self._of, wider = bias, self._call.may_widen(self._attn1, heads, out)
+            rows = out.shape[0]
+            self._found = Wide(GIVEN, spread_rows(bias, rows), out.shape[-1] // heads) if wider else None
+        return super()._widen(name, heads, module, args, out)

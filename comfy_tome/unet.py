@@ -191,7 +191,7 @@ class UNetCall(PatchedCall):
         outcome: Outcome | None = None,
         about: str = "",
     ):
-        self._unpaid, self._compiled, self._model = unpaid, layers is not None, model
+        self._compiled, self._model = layers is not None, model
         self._outcome = Outcome() if outcome is None else outcome
         self._attention = options.get("optimized_attention_override")
         # Nothing to measure with: nothing to join with either (a test's call, not a host's).
@@ -199,6 +199,7 @@ class UNetCall(PatchedCall):
         joint = None if attention is None else _own_tokens(call, kernels)
         replaced = replaced_layers(model, parts_of(call))
         super().__init__(call, options, Decisions(call, about), joint, record, replaced, attention, kernels)
+        self._unpaid = unpaid
         if layers is not None:
             self._decisions.look_ahead(*layers, attention, kernels)
             self._tell_ahead(*layers)
@@ -274,9 +275,6 @@ class UNetCall(PatchedCall):
 
     def leave_unserved(self, reason: str, grid: tuple[int, int]) -> None:
         self._outcome.left_alone(reason, tokens_of(grid))
-
-    def why_not_paid(self, q: Tensor, grid: tuple[int, int], extra_options: dict[str, Any]) -> str | None:
-        return self._unpaid or super().why_not_paid(q, grid, extra_options)
 
     def run_block(self, heads: int, x: Tensor) -> Callable[[], Any] | None:
         return run_block(self._model, heads, x)

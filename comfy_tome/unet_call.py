@@ -55,6 +55,7 @@ class PatchedCall(AroundParts):
         self._block_plan: Plan | None = None
         self._block: dict[str, Any] = {}  # extra_options of the block that the plan is of
         self._open: dict[str, Plan] = {}
+        self._unpaid: str | None = None  # why no layer is merged after all, where that is known
 
     def patched(self, options: dict[str, Any]) -> dict[str, Any]:
         """A copy of the options with the attention patches: the attention patch last, the output patch first."""
@@ -80,8 +81,8 @@ class PatchedCall(AroundParts):
     def leave_unserved(self, reason: str, grid: tuple[int, int]) -> None:
         """The options leave out the layers on a grid."""
 
-    def find_grid(self, q: Tensor, extra_options: dict[str, Any]) -> tuple[tuple[int, int], int] | None:
-        """The grid that a layer is said to have, and its rows; None where nothing is said."""
+    def find_grid(self, tokens: int, extra_options: dict[str, Any]) -> tuple[tuple[int, int], int] | None:
+        """The grid that a layer of so many tokens is said to have, and its rows; None where nothing is said."""
         shape = extra_options.get("activations_shape")
         return None if shape is None or len(shape) != 4 else ((shape[2], shape[3]), shape[0])
 
@@ -90,10 +91,6 @@ class PatchedCall(AroundParts):
         block = extra_options.get("block")
         places = () if block is None else (block, (*block, extra_options.get("block_index", 0)))
         return any((part, place) in self._replaced for place in places)
-
-    def why_not_paid(self, q: Tensor, grid: tuple[int, int], extra_options: dict[str, Any]) -> str | None:
-        """Why merging does not pay in a layer, or None."""
-        return self._decisions.why_not_paid(self.verdict(q, grid, extra_options))
 
     def run_block(self, heads: int, x: Tensor) -> Callable[[], Any] | None:
         """What runs a block of that kind by itself, to be timed; None where there is none."""
@@ -111,7 +108,7 @@ class PatchedCall(AroundParts):
         plan = None if layer is None else layer.plan
         if self._record is not None:
             place = extra_options.get("block_index", 0)
-            self._record.layer(block_name(extra_options), grid, plan, place, self.verdict(q, grid, extra_options))
+            self._record.layer(block_name(extra_options), grid, plan, place, self._verdict(q, grid, extra_options))
         self.tell(grid, plan)
         if layer is None:
             return q, k, v
@@ -143,7 +140,7 @@ class PatchedCall(AroundParts):
 
     def _grid(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple[int, int] | None:
         """The grid of this call's tokens, or None where it is to be left alone."""
-        found = self.find_grid(q, extra_options) if q.dim() == 3 else None
+        found = self.find_grid(q.shape[1], extra_options) if q.dim() == 3 else None
         if found is None:
             self.leave("a layer that does not tell its grid is left alone", extra_options)
             return None
@@ -168,7 +165,7 @@ class PatchedCall(AroundParts):
             return None
         if self._is_left_whole("attn1", q, extra_options, grid):
             return None
-        unpaid = self.why_not_paid(q, grid, extra_options)
+        unpaid = self._unpaid or self._decisions.why_not_paid(self._verdict(q, grid, extra_options))
         if unpaid is not None:
             self.leave(unpaid, extra_options, f"{grid[0]}x{grid[1]} tokens", grid)
             return None
@@ -188,7 +185,7 @@ class PatchedCall(AroundParts):
             self.leave(reason, extra_options, grid=grid or tuple(shape[2:4]) or None)
         return reason is not None
 
-    def verdict(self, q: Tensor, grid: tuple[int, int], extra_options: dict[str, Any]) -> Verdict | None:
+    def _verdict(self, q: Tensor, grid: tuple[int, int], extra_options: dict[str, Any]) -> Verdict | None:
         """What is known of a layer's times."""
         heads = extra_options.get("n_heads")
         block = None if is_compiling() else functools.partial(self.run_block, heads)

@@ -8,20 +8,19 @@ queries, or by wider heads. attn2 and ff follow the block's match. Each host has
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..attention.sequence import JointCall
-from ..config import ToMeConfig
 from ..core.grid import Grid, grid_of
 from ..core.groups import spread_rows
 from ..merging.call import MergedAttention, ModelCall
 from ..merging.plan import Plan
 from .blocks import Judged
-from .heads import head_size, is_met, may_meet
+from .heads import is_met, may_meet
 from .parts import AroundParts, AtSdpa, Wide, Widening, argument, with_tokens
-from .trials import Trials
+from .trials import kind_of
 
 
 @dataclass(eq=False)
@@ -56,26 +55,12 @@ class Call:
     passes: dict[MergedBlock, Pass] = field(default_factory=dict)
 
 
-class Owner(Protocol):
-    """What holds the hooks of a model. call: this thread's. say: tells a line once. tell_own: told why the queries of a
-    layer cannot keep their own tokens, or None."""
-
-    trials: Trials
-
-    @property
-    def config(self) -> ToMeConfig: ...
-
-    @property
-    def call(self) -> Call | None: ...
-
-    def say(self, message: str) -> None: ...
-
-    def tell_own(self, refused: str | None) -> None: ...
-
-
 @dataclass(eq=False)
 class Given:
-    """What an attention is given: its arguments, the names of the tokens and of what keys are made from, and both."""
+    """What an attention is given: its arguments, the names of the tokens and of what keys are made from, and both.
+
+    is_itself: whether the tokens attend to themselves.
+    """
 
     args: tuple
     kwargs: dict[str, Any]
@@ -83,11 +68,7 @@ class Given:
     context_name: str
     x: Any
     context: Any
-
-    @property
-    def is_itself(self) -> bool:
-        """Whether the tokens attend to themselves."""
-        return self.context is None or self.context is self.x
+    is_itself: bool
 
     def replaced(self, q: Tensor, k: Tensor | None = None) -> tuple[tuple, dict[str, Any]]:
         """(args, kwargs) with the tokens q, and with k for the keys, which is left out where the host would take q."""
@@ -102,12 +83,15 @@ class Given:
 class MergedBlock(AroundParts, AtSdpa, Widening):
     """The hooks of one transformer block. It holds nothing of a call: see Pass.
 
+    owner: what holds the hooks of the model, with its options (`config`), this thread's call (`call`), what its
+    attention codes do (`trials`), `say`, which tells a line once, and `tell_own`, which is told why the queries of a
+    layer cannot keep their own tokens, or None.
     NO_WEIGHTS: said where an attention code takes no wider heads.
     """
 
     NO_WEIGHTS: str
 
-    def __init__(self, owner: Owner):
+    def __init__(self, owner: Any):
         self.owner = owner
 
     def hook_layers(self, block: nn.Module) -> list[Any]:
@@ -174,7 +158,7 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         heads, owner = getattr(attn1, "heads", None), self.owner
         if owner.call.joint is None or not heads:
             return False
-        reason = owner.trials.why_not_own(attn1, head_size(attn1, heads, given.x), given.x)
+        reason = owner.trials.why_not_own(attn1, kind_of(attn1, heads, given.x))
         owner.tell_own(reason)
         return reason is None
 
@@ -201,13 +185,8 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
             return None
         name, context_name = self.names(attn1)
         x, context = argument(args, kwargs, 0, name), argument(args, kwargs, 1, context_name)
-        given = Given(args, kwargs, name, context_name, x, context)
-        found = self._find(now, attn1, given)
-        return None if found is None else self.merge_attention(now, attn1, given, *found)
-
-    def _find(self, now: Pass, attn1: nn.Module, given: Given) -> tuple[Grid, bool] | None:
-        """The grid of this layer's tokens and whether queries keep their own; None where it is to be left alone."""
-        call, x = self.owner.call, given.x
+        given = Given(args, kwargs, name, context_name, x, context, context is None or context is x)
+        call = self.owner.call
         call.judged.begin(self)
         if not self.is_served(now, given):
             return None
@@ -229,7 +208,7 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
             self.leave(f"{unpaid}; layers of {x.shape[1]} tokens are left alone", grid)
             call.judged.leave(self, unpaid=True)
             return None
-        return grid, own
+        return self.merge_attention(now, attn1, given, grid, own)
 
     def merge_attention(self, now: Pass, attn1: nn.Module, given: Given, grid: Grid, own: bool) -> tuple | None:
         """What attn1 is given instead, (args, kwargs), or None."""
@@ -251,11 +230,11 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         heads = getattr(attn1, "heads", None)
         if layer.bias is None or not heads or not self.takes_weights(attn1):
             return layer.q
-        d = head_size(attn1, heads, layer.q)
-        if is_met(owner.config, d, layer.q, lambda: owner.trials.meets(attn1, d, layer.q)):
+        d, *_ = kind = kind_of(attn1, heads, layer.q)
+        if is_met(owner.config, d, layer.q, lambda: owner.trials.meets(attn1, kind)):
             now.bias = layer.bias
             return layer.q
-        rule = owner.trials.rule(attn1, d, layer.q)
+        rule = owner.trials.rule(attn1, kind)
         if rule is None:
             self.say(self.NO_WEIGHTS)
             return layer.q
@@ -277,7 +256,7 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         now = self.now
         return (None, None, None) if now is None else (self.owner.call.joint, now.own, now.bias)
 
-    def wide(self, projected: Tensor | None = None) -> Wide | None:
+    def wide(self) -> Wide | None:
         now = self.now
         return None if now is None else now.wide
 

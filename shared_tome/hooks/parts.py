@@ -123,11 +123,8 @@ class Widening:
 
     say: Callable[[str], None]
 
-    def wide(self, projected: Tensor | None = None) -> Wide | None:
-        """Of the layer that runs now; None where its heads stay as they are.
-
-        projected: what one of the projections gives, [B, N, H * d]; None behind the attention.
-        """
+    def wide(self) -> Wide | None:
+        """Of the layer that runs now; None where its heads stay as they are."""
         raise NotImplementedError
 
     def hook_projections(self, attn1: nn.Module, heads: int) -> list[Any]:
@@ -141,7 +138,7 @@ class Widening:
         ]
 
     def _widen(self, name: str, heads: int, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-        wide = self.wide(out)
+        wide = self.wide()
         if wide is None:
             return None
         if name == "to_q":

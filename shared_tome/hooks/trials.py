@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .heads import find_rule, meets_at_sdpa, trial_dtype, why_not_own
+from .heads import find_rule, head_size, meets_at_sdpa, trial_dtype, why_not_own
+
+# Of a layer in a call: the channels of a head, the device, and a dtype to try its code in.
+Kind = tuple[int, torch.device, torch.dtype]
+
+
+def kind_of(attn1: nn.Module, heads: int, x: Tensor) -> Kind:
+    """Of a layer that is given x [B, N, C]."""
+    return head_size(attn1, heads, x), x.device, trial_dtype(x)
 
 
 class Trials:
     """Owned by what holds a model's hooks.
 
     Args:
-        code: what a layer's behaviour hangs on beside its heads, the device and the dtype.
+        code: what a layer's behaviour hangs on beside its kind.
         how: a layer's forward and the further arguments of heads.find_rule, asked for at the layer's first trial.
     """
 
@@ -25,26 +33,24 @@ class Trials:
         self._rules: dict[tuple, str | None] = {}
         self._meets: dict[tuple, bool] = {}
 
-    def rule(self, attn1: nn.Module, d: int, x: Tensor) -> str | None:
-        """How the code of a layer with heads of d channels scales, which is given x [B, N, C] (heads.find_rule)."""
-        key = self._key(attn1, d, x)
+    def rule(self, attn1: nn.Module, kind: Kind) -> str | None:
+        """How a layer's code scales (heads.find_rule)."""
+        key = *self._code(attn1), *kind
         if key not in self._rules:
             forward, more = self._how(attn1)
-            self._rules[key] = find_rule(forward, d, x.device, trial_dtype(x), **more)
+            self._rules[key] = find_rule(forward, *kind, **more)
         return self._rules[key]
 
-    def meets(self, attn1: nn.Module, d: int, x: Tensor) -> bool:
-        """heads.meets_at_sdpa of such a layer."""
-        key = self._key(attn1, d, x)
+    def meets(self, attn1: nn.Module, kind: Kind) -> bool:
+        """heads.meets_at_sdpa of a layer."""
+        key = *self._code(attn1), *kind
         if key not in self._meets:
             forward, more = self._how(attn1)
             more = {name: value for name, value in more.items() if name != "context"}
-            self._meets[key] = meets_at_sdpa(forward, d, x.device, trial_dtype(x), **more)
+            self._meets[key] = meets_at_sdpa(forward, *kind, **more)
         return self._meets[key]
 
-    def why_not_own(self, attn1: nn.Module, d: int, x: Tensor) -> str | None:
-        """Why the queries of such a layer cannot keep their own tokens, or None."""
-        return why_not_own(lambda: self.meets(attn1, d, x), d, x.device, trial_dtype(x))
-
-    def _key(self, attn1: nn.Module, d: int, x: Tensor) -> tuple[Any, ...]:
-        return *self._code(attn1), d, x.device, trial_dtype(x)
+    def why_not_own(self, attn1: nn.Module, kind: Kind) -> str | None:
+        """Why the queries of a layer cannot keep their own tokens, or None."""
+        d, device, dtype = kind
+        return why_not_own(lambda: self.meets(attn1, kind), d, device, dtype)

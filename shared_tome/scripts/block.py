@@ -23,7 +23,7 @@ from ..hooks.guard import is_replaced as is_replaced_here
 from ..hooks.guard import why_left_whole
 from ..hooks.heads import PROJECTIONS, head_size, stand_in
 from ..hooks.parts import argument, output_of, with_tokens
-from ..hooks.trials import Trials
+from ..hooks.trials import Kind, Trials
 from ..merging.plan import Plan
 from . import base
 from .outcome import CallOutcome
@@ -74,6 +74,7 @@ class Block(MergedBlock):
             self.owner.call.passes[self] = BlockPass(metric=x, block=block)
 
     def _after_block(self, block: nn.Module, args: tuple, out: Any) -> None:
+        self._stop_watching()
         if self.owner.call is not None:
             self.owner.call.passes.pop(self, None)
 
@@ -157,10 +158,6 @@ class Block(MergedBlock):
             self.say(f"{what} allows no keys of their own: its self-attention is left alone; choose method merge")
             return False
         return True
-
-    def _after_attention(self, attn1: nn.Module, args: tuple, out: Any) -> Tensor | None:
-        self._stop_watching()
-        return super()._after_attention(attn1, args, out)
 
     def _watch_keys(self, attn1: nn.Module, tokens: int) -> None:
         """See once for each attention code whether its keys come from the context that it is given."""
@@ -271,14 +268,14 @@ class ScriptTrials(Trials):
     def __init__(self) -> None:
         super().__init__(lambda attn1: (*code_of(attn1), attn1.heads), _how)
 
-    def rule(self, attn1: nn.Module, d: int, x: Tensor) -> str | None:
+    def rule(self, attn1: nn.Module, kind: Kind) -> str | None:
         # A forward of its own, or keys in fewer heads, are not what a trial runs.
-        alike = {getattr(getattr(attn1, name), "out_features", attn1.heads * d) for name in PROJECTIONS}
-        tried = not is_replaced(attn1) and alike == {attn1.heads * d}
-        return super().rule(attn1, d, x) if tried else None
+        channels = attn1.heads * kind[0]
+        alike = all(getattr(getattr(attn1, name), "out_features", channels) == channels for name in PROJECTIONS)
+        return super().rule(attn1, kind) if alike and not is_replaced(attn1) else None
 
-    def meets(self, attn1: nn.Module, d: int, x: Tensor) -> bool:
-        return not base.compiles() and super().meets(attn1, d, x)
+    def meets(self, attn1: nn.Module, kind: Kind) -> bool:
+        return not base.compiles() and super().meets(attn1, kind)
 
 
 def _how(attn1: nn.Module) -> tuple[Callable[..., Tensor], dict[str, Any]]:
