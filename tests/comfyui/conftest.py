@@ -1,10 +1,17 @@
-"""Fixtures: one real ComfyUI for the session, small models of its classes."""
+"""Fixtures: one real ComfyUI for the session, small models of its classes, one server."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
 
 import pytest
 
 from . import host
+
+sys.path.insert(0, str(host.REPO))
+from installer.client import ComfyClient
+from installer.server import ComfyServer
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +41,12 @@ def tome(comfy_nodes):
         return host.run_node(comfy_nodes["ToMe"], model=model, **{**defaults, **options})
 
     return apply
+
+
+@pytest.fixture(scope="session")
+def client(tmp_path_factory) -> Iterator[ComfyClient]:
+    """Of a real server with this pack and the demo's model, in a process of its own."""
+    if host.comfyui_dir() is None:
+        pytest.skip("COMFYUI_DIR does not name a ComfyUI (`python install.py test` brings one)")
+    with ComfyServer(host.comfyui_dir(), tmp_path_factory.mktemp("comfyui"), environment={"TOME_DEMO": "1"}) as client:
+        yield client

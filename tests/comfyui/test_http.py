@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,21 +13,12 @@ from .host import REPO, comfyui_dir
 
 sys.path.insert(0, str(REPO))
 from installer import workflow
-from installer.client import ComfyClient, PromptError
+from installer.client import PromptError
 from installer.server import ComfyServer
 
 pytestmark = pytest.mark.slow
 SETTINGS = workflow.Settings(steps=4, cfg=3.0, sampler="euler", scheduler="simple")
 SUBJECT = workflow.Subject("astronaut", "astronaut", seed=7)
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory) -> ComfyClient:
-    if comfyui_dir() is None:
-        pytest.skip("COMFYUI_DIR does not name a ComfyUI (`python install.py test` brings one)")
-    base: Path = tmp_path_factory.mktemp("comfyui")
-    with ComfyServer(comfyui_dir(), base, environment={"TOME_DEMO": "1"}) as client:
-        yield client
 
 
 def graph(client, tome):

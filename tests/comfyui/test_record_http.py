@@ -11,24 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .host import REPO, comfyui_dir
+from .host import REPO
 
 sys.path.insert(0, str(REPO))
 from installer import workflow
-from installer.client import ComfyClient
-from installer.server import ComfyServer
 
 pytestmark = pytest.mark.slow
 SETTINGS = workflow.Settings(steps=3, cfg=3.0, sampler="euler", scheduler="simple")
 MAP = {"show": "groups", "level": -1, "layer": 0, "step": -1, "opacity": 0.6}
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory) -> ComfyClient:
-    if comfyui_dir() is None:
-        pytest.skip("COMFYUI_DIR does not name a ComfyUI (`python install.py test` brings one)")
-    with ComfyServer(comfyui_dir(), tmp_path_factory.mktemp("comfyui"), environment={"TOME_DEMO": "1"}) as client:
-        yield client
 
 
 def graph(client, *, seed=7, method="merge", measure_time=False, **drawn):
