@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .host import run_node, sample, small_unet
+from .host import run_node, sample, short_unet
 
 OPTIONS = [
     {"method": "sample", "ratio": 0.5},
@@ -23,7 +23,7 @@ OPTIONS = [
 @pytest.fixture
 def model(comfy_nodes):
     torch._dynamo.reset()
-    yield small_unet("SD15")
+    yield short_unet()
     torch._dynamo.reset()
 
 
