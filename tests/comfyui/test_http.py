@@ -82,7 +82,7 @@ def test_missing_input_is_http_400(client):
 
 
 def test_values_that_do_not_go_together_are_told_before_sampling(client):
-    with pytest.raises(PromptError, match="mlp needs a method that matches tokens .* got method 'sample'"):
+    with pytest.raises(PromptError, match="mlp needs a method that matches tokens .* got method 'auto'"):
         client.run(graph(client, tome_values(client, mlp=True)))
 
 

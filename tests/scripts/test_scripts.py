@@ -21,6 +21,7 @@ from shared_tome.scripts.steps import Steps
 from . import models
 
 KEPT = {"sample": (320, 80), "merge": (80, 80), "merge_queries": (80, 320), "merge_keys": (320, 80)}
+KEPT["multires"] = (320, 320)  # its keys are drawn where they meet the queries
 
 
 def config(**options):
