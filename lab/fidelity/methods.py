@@ -150,7 +150,7 @@ def _transformers(c: Catalogue) -> None:
     c.sets["multires"] = [UNMERGED, sample_name(0.75, own=True)]
     for work in WORKS:
         ratio = round(1 - work, 4)
-        c.add("multires", f"multires {ratio:g}", "multires", method="multires", ratio=ratio, own_token=True)
+        c.add("multires", f"multires {ratio:g}", "multires", method="multires", ratio=ratio)
         c.add("multires", f"mean tail {ratio:g}", "whole and mean tiles", tail="mean", ratio=ratio, timed=False)
         if work == 0.23:
             c.add("multires", f"dropped tail {ratio:g}", "whole tiles", tail="drop", ratio=ratio, timed=False)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shared_tome import METHODS
+
 ROOT = Path(__file__).resolve().parents[3]
 COLUMNS = {
     "tokens", "channels", "batch", "dtype", "device", "method", "ratio", "full_us", "total_us", "match_us", "merge_us",
@@ -22,7 +24,7 @@ def test_layer_on_the_cpu(tmp_path):
         cwd=ROOT, capture_output=True, text=True, check=True, timeout=240,
     )  # fmt: skip
     rows = json.loads(done.stdout)
-    assert {row["method"] for row in rows} == {"sample", "merge", "merge_queries", "merge_keys", "downsample", "prune"}
+    assert {row["method"] for row in rows} == set(METHODS)
     for row in rows:
         assert set(row) >= COLUMNS
         assert row["tokens"] == 256 and row["device"] == "cpu" and row["dtype"] == "float32"
