@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..shared_tome import ModelCall, ToMeConfig, kernels
 from ..shared_tome.core.schedule import config_at
 from ..shared_tome.inspect.reasons import why_not_served
 from .dit import DiTCall
+from .dit_attention import is_sparse, kernel_order
 from .dit_layout import Layout
 from .dit_models import Told, dit_model, unwrapped
 from .log import leave_alone, say_once
@@ -32,7 +34,7 @@ class DiTPatch:
         args, options = find_options(args, kwargs)
         with outcome_of(options) as outcome:
             base = executor.class_obj
-            asked = self.config.resolved(kernels.serves(x))
+            asked = self.config.resolved(kernels.serves(x) and _is_reached(options, x.device))
             if (less := self.config.why_less(asked)) is not None:
                 say_once(less)
             config = config_at(asked, lambda: progress_of(options, base))
@@ -100,3 +102,9 @@ class DiTPatch:
 def _prompt(args: tuple) -> Told:
     """apply_model's c_crossattn, where it comes by place."""
     return {"c_crossattn": args[1]} if len(args) > 1 else {}
+
+
+def _is_reached(options: dict[str, Any], device: torch.device) -> bool:
+    """Whether the attentions that ToMe gets are PyTorch's, in whose place a kernel of ours may go."""
+    override = options.get("optimized_attention_override")
+    return (override is None or is_sparse(override)) and bool(kernel_order(device))

@@ -85,6 +85,24 @@ def test_beside_another_nodes_attention_sample_takes_its_place(tome, ran, caplog
     assert torch.equal(made, sampled)
 
 
+@pytest.mark.parametrize("another", [False, True])
+def test_auto_is_multires_where_its_kernel_is_reached(tome, ran, caplog, monkeypatch, another):
+    """Beside another node's attention it is sample at once, with nothing to say of multires."""
+    forget_log()
+    monkeypatch.setattr(host.pack_module("dit_patch").kernels, "serves", lambda *tensors: True)  # as on a CUDA GPU
+    model = dit_host.small("flux")
+    if another:
+        model.model_options["transformer_options"]["optimized_attention_override"] = lambda func, *args, **kwargs: func(
+            *args, **kwargs
+        )
+    with caplog.at_level("INFO"):
+        made = dit_host.sample(tome(model, **options(ratio=0.9, method="auto")), "flux", steps=1)
+    assert bool(ran) != another and not any("multires needs" in line for line in caplog.messages)
+    assert any("at most ratio 0.84, in place of 0.9" in line for line in caplog.messages) != another
+    named = options(ratio=0.9, method="sample") if another else options(ratio=0.84)
+    assert torch.equal(made, dit_host.sample(tome(model, **named), "flux", steps=1))
+
+
 def test_in_a_u_net(sd15, tome, ran):
     before = host.sample(sd15, steps=1)
     kept = host.sample(tome(sd15, method="multires", ratio=0.002), steps=1)
