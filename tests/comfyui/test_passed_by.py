@@ -54,7 +54,8 @@ def test_a_wrapper_that_runs_something_else(sd15, tome, comfy_nodes, caplog):
     with caplog.at_level(logging.INFO, logger="ToMe"):
         sample(tome(sd15))  # an older sampling, which the report must not take for this one
         assert torch.equal(sample(model), sample(sd15))
-    assert [one.message for one in caplog.records] == [f"[ToMe] nothing was merged in this sampling: {NEVER}"]
+    ours = [one.message for one in caplog.records if one.name == "ToMe"]  # ComfyUI may warn of models of other tests
+    assert ours == [f"[ToMe] nothing was merged in this sampling: {NEVER}"]
     text = comfy_nodes["ToMeReport"].execute(record=record, after=None, measure_time=True).result[0]
     assert "Nothing was merged." in text and NEVER in text
 
