@@ -253,7 +253,7 @@ class UNetCall(PatchedCall):
                 if out is not None:
                     return out
             else:
-                say_once(NOT_KEPT if self.call.config.method == "sample" else NOT_MULTIRES)
+                say_once(_why_sampled(self.call.config))
             k, v = (call.take(x, plan.choice[0]) for x in (k, v))  # what sampling before the projections gives
 
         def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -292,6 +292,11 @@ def _own_tokens(call: ModelCall, kernels: tuple[str, ...]) -> JointCall | None:
     if not config.wants_heads:
         return None
     if not kernels:
-        say_once(NOT_KEPT if config.method == "sample" else NOT_MULTIRES)
+        say_once(_why_sampled(config))
         return None
     return JointCall(True, kernels, say_once, config.keeps_own)
+
+
+def _why_sampled(config: ToMeConfig) -> str:
+    """What is said where an attention does not get the heads of all tokens: what the method does without."""
+    return NOT_KEPT if config.method == "sample" else NOT_MULTIRES

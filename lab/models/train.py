@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -97,18 +97,6 @@ CONFIGS: dict[str, TrainConfig] = {
         ema=0.998,
         per_class=1500,
     ),
-    # The same in patches of 3x3: 4,096 tokens, as many as the tiles of 64 that large pictures get are made for.
-    "dit-large": TrainConfig(
-        DiTConfig(patch=3),
-        data="fine",
-        prediction="flow",
-        schedule="flow3",
-        tokens=16,
-        batch=32,
-        rate=8e-4,
-        ema=0.998,
-        per_class=1500,
-    ),
     # For tests.
     "tiny-dit": TrainConfig(
         DiTConfig(patch=8, width=32, heads=2, double=1, single=1, context_dim=16),
@@ -140,6 +128,8 @@ CONFIGS: dict[str, TrainConfig] = {
         per_class=2,
     ),
 }
+# In patches of 3x3: 4,096 tokens, as many as the tiles of 64 that large pictures get are made for.
+CONFIGS["dit-large"] = replace(CONFIGS["dit-fine"], network=DiTConfig(patch=3), batch=32)
 
 
 class Trainer:

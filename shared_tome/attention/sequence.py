@@ -121,7 +121,7 @@ class JointCall:
         """
         if not self.kernels:
             return None
-        if isinstance(plan, MultiresPlan) and q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype:
+        if isinstance(plan, MultiresPlan) and _are_alike(q, k, v):
             out = self._attend_multires(q, k, v, start, plan, scale)
             if out is not None:
                 return out
@@ -181,11 +181,14 @@ class JointCall:
         return self._chosen[key]
 
 
+def _are_alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether all have one shape and dtype."""
+    return q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
+
+
 def _can_join(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels that tell their log-sum-exp take these, and no gradient is lost by it."""
-    if any(x.stride(-1) != 1 for x in (q, k, v)):
-        return False
-    if not (q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype):
+    if any(x.stride(-1) != 1 for x in (q, k, v)) or not _are_alike(q, k, v):
         return False
     return not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
 
