@@ -50,7 +50,7 @@ class Run:
         self.full, self.call, self.plan = full, None, None
         now = config.replace(ratio=ratio_at(config, step / steps), start=0.0, end=1.0, ratio_end=-1.0)
         if now.ratio > 0.0:
-            self.call = ModelCall(now, full, device, seed, step)
+            self.call = ModelCall(now, full, device, seed, 0 if self.variant.held else step)
         self.joint = JointCall(True, TORCHS, _refused, now.keeps_own) if self.call and now.wants_heads else None
 
     def attend_behind(self, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:

@@ -7,7 +7,8 @@ A row for each variant (lab/fidelity/methods.py) and sampler; "ddim30@g7.5" is a
 Stop it when you like: rows already in the file are not measured again. Beside OUT.csv, OUT.pictures.csv has the PSNR
 of every single picture, for paired comparisons. "texture" is how much of the finest detail there is, in dB against
 the unmerged picture (below 0: blurred). All are of decoded pictures where the model paints latents; PSNR, SSIM and
-texture of the painted half where the sampler inpaints.
+texture of the painted half where the sampler inpaints. Videos have two columns more: "motion", the PSNR of the
+differences between neighbouring frames, and "flicker", in dB against the unmerged video (above 0: flickers more).
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ from ..store import Budget, Store
 from .bench import PRECISIONS, Bench
 from .hooks import Run, check
 from .methods import BASE, BASELINE, CATALOGUE, UNMERGED, Variant
-from .metrics import frechet, frechet_gap, psnr, ssim, standard_error, texture, to_range
+from .metrics import flicker, frechet, frechet_gap, motion, psnr, ssim, standard_error, texture, to_range
 
 COLUMNS = (
     "variant family sampler psnr psnr_se ssim ssim_se gain gain_se cost cost_all "
     "fd fd_gap fd_gap_se texture texture_se step_ms step_p20 step_p80 speedup step_shape "
     "method ratio options images seeds precision device torch date commit model"
 ).split()
+OF_VIDEOS = ["motion", "motion_se", "flicker", "flicker_se"]
 KEYS = ("variant", "sampler")
 SAME = ("images", "seeds", "precision", "device", "model")
 """Columns that must be alike in all rows of a file: else they cannot be compared."""
@@ -96,6 +98,8 @@ class Measurement:
         self.bench = Bench(args.model, args.device, args.images // args.seeds, args.seeds, args.batch, args.precision)
         self.judge = classifier.load(args.classifier) if args.classifier else None
         data = self.bench.metadata["data"]
+        self.frames = getattr(self.bench.network.config, "frames", 1)
+        self.columns = [*COLUMNS, *(OF_VIDEOS if self.frames > 1 else ())]
         if self.judge and self.judge.data != data:
             raise ValueError(f"{args.classifier} knows the pictures {self.judge.data!r}, the model paints {data!r}")
         for name, _ in args.keys:
@@ -123,8 +127,8 @@ class Measurement:
     def _check_file(self) -> None:
         """Raises ValueError where the file's rows cannot stand beside this measurement's."""
         for row in self.store.rows:
-            if list(row) != COLUMNS:
-                both = ((COLUMNS, row), (row, COLUMNS))
+            if list(row) != self.columns:
+                both = ((self.columns, row), (row, self.columns))
                 lacks, more = (", ".join(c for c in one if c not in other) or "none" for one, other in both)
                 raise ValueError(
                     f"no row can be added to {self.args.out}, whose columns are not those that this version writes "
@@ -154,7 +158,7 @@ class Measurement:
         ranged, expected = (self.bench.unknown(x.ranged, sampler) for x in (made, reference))
         single = psnr(ranged, expected).cpu()  # (n,)
         self.singles[variant.name, sampler] = single
-        row = dict.fromkeys(COLUMNS, "") | self.stamp
+        row = dict.fromkeys(self.columns, "") | self.stamp
         row |= {"variant": variant.name, "family": variant.family, "sampler": sampler, "options": describe(variant)}
         row |= {"method": variant.config.method if variant.is_merged else UNMERGED}
         row |= {"ratio": f"{variant.config.ratio:g}"}
@@ -165,8 +169,13 @@ class Measurement:
             row[column], row[f"{column}_se"] = f"{values.mean():.{digits}f}", f"{standard_error(values):.{digits}f}"
 
         mean("psnr", single)
-        mean("ssim", ssim(ranged, expected), 5)
-        mean("texture", texture(ranged, expected))
+        frames = [x.unflatten(2, (self.frames, -1)).transpose(1, 2) for x in (ranged, expected)]  # (n, T, 3, H, W)
+        apart = [x.flatten(0, 1) for x in frames]
+        mean("ssim", ssim(*apart).unflatten(0, (-1, self.frames)).mean(1), 5)
+        mean("texture", texture(*apart).unflatten(0, (-1, self.frames)).mean(1))
+        if self.frames > 1:
+            mean("motion", motion(*frames))
+            mean("flicker", flicker(*frames))
         base = self.singles.get((BASELINE, sampler))
         if base is not None and variant.is_merged:
             mean("gain", single - base)

@@ -13,6 +13,7 @@ class Variant:
 
     family: a line of the plots. timed: whether its step is timed. strict: in float32 whatever the others are in.
     tail: one of tails.MODES in place of the config's method, for transformers; its work is 1 - ratio.
+    held: draws as in the first step in all steps.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Variant:
     timed: bool = True
     strict: bool = False
     tail: str = ""
+    held: bool = False
 
     @property
     def is_merged(self) -> bool:
@@ -35,12 +37,21 @@ class Catalogue:
     sets: dict[str, list[str]] = field(default_factory=dict)
 
     def add(
-        self, sets: str, name: str, family: str, timed: bool = True, strict: bool = False, tail: str = "", **options
+        self,
+        sets: str,
+        name: str,
+        family: str,
+        timed: bool = True,
+        strict: bool = False,
+        tail: str = "",
+        held: bool = False,
+        **options,
     ) -> None:
         """sets: names of sets, with spaces. options: of the config."""
         if name in self.variants:
             raise ValueError(f"two variants are named {name!r}")
-        self.variants[name] = Variant(name, family, ToMeConfig(**{**BASE, **options}), timed, strict, tail)
+        config = ToMeConfig(**{**BASE, **options})
+        self.variants[name] = Variant(name, family, config, timed, strict, tail, held)
         for one in sets.split():
             self.sets.setdefault(one, []).append(name)
 
@@ -146,19 +157,32 @@ WORKS = (0.10, 0.16, 0.23, 0.33, 0.50)
 
 
 def _transformers(c: Catalogue) -> None:
-    """Keys at three resolutions, and beside them at equal work what others do and this project's other methods."""
-    c.sets["multires"] = [UNMERGED, sample_name(0.75, own=True)]
+    """Keys at three resolutions, and beside them at equal work what others do and this project's other methods.
+
+    multires: all. multires-few: for another sampler. multires-levels: what U-Nets take as well. multires-video: with
+    draws that stay.
+    """
+    default = sample_name(0.75, own=True)
+    c.sets["multires"] = [UNMERGED, default]
+    c.sets["multires-few"] = [UNMERGED, default]
+    c.sets["multires-levels"] = [UNMERGED, BASELINE, default]
     for work in WORKS:
         ratio = round(1 - work, 4)
-        c.add("multires", f"multires {ratio:g}", "multires", method="multires", ratio=ratio)
-        c.add("multires", f"mean tail {ratio:g}", "whole and mean tiles", tail="mean", ratio=ratio, timed=False)
+        few = " multires-few" if 0.1 < work < 0.5 else ""
+        every = f"multires multires-levels{few}"
+        c.add(every, f"multires {ratio:g}", "multires", method="multires", ratio=ratio)
+        c.add(f"multires{few}", f"mean tail {ratio:g}", "whole and mean tiles", tail="mean", ratio=ratio, timed=False)
         if work == 0.23:
             c.add("multires", f"dropped tail {ratio:g}", "whole tiles", tail="drop", ratio=ratio, timed=False)
-            for start in (0.1, 0.2):
-                name = f"multires {ratio:g} from {start:g}"
-                c.add("multires", name, f"multires from {start:g}", method="multires", ratio=ratio, start=start)
-    c.sets["multires"] += ["merge 0.5", "multires 1"]
+        for start in (0.1, 0.2):
+            name = f"multires {ratio:g} from {start:g}"
+            c.add("multires", name, f"multires from {start:g}", method="multires", ratio=ratio, start=start)
+    c.sets["multires"] += ["merge 0.5", "multires 1", f"sample 0.75 from 0.2, {OWN}"]
     c.add("", "multires 1", "multires", method="multires", ratio=1.0)
+    c.sets["multires-video"] = [*c.sets["multires-few"], "merge 0.5"]
+    held = {"sets": "multires-video", "family": "draws held", "held": True}
+    c.add(name="multires 0.77, draws held", method="multires", ratio=0.77, **held)
+    c.add(name=f"sample 0.75, draws held, {OWN}", ratio=0.75, own_token=True, **held)
 
 
 PAPER = {

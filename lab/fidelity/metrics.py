@@ -1,4 +1,4 @@
-"""How far pictures are from each other: PSNR, SSIM, fine texture, a Frechet distance, and standard errors."""
+"""How far pictures are from each other: PSNR, SSIM, fine texture, flicker, a Frechet distance, and standard errors."""
 
 from __future__ import annotations
 
@@ -64,6 +64,25 @@ def texture(a: Tensor, b: Tensor) -> Tensor:
     a, b: [B, 3, H, W] (0 to 255). What rounding to 8 bits does counts in both, so where neither shows any, it is 0.
     """
     return 10 * ((fine_energy(a) + ROUNDING) / (fine_energy(b) + ROUNDING)).log10()
+
+
+def motion(a: Tensor, b: Tensor) -> Tensor:
+    """PSNR in dB of the differences between neighbouring frames of videos [n, T, 3, H, W] (0 to 255), [n].
+
+    Errors that are alike in all frames do not count; errors that are new in each frame are 3 dB below the videos' PSNR.
+    """
+    error = (a.double().diff(dim=1) - b.double().diff(dim=1)).square().mean(dim=(1, 2, 3, 4))
+    return 10 * (PEAK**2 / error).log10()
+
+
+def flicker(a: Tensor, b: Tensor) -> Tensor:
+    """How much more a video flickers than another, in dB, [n]: the energy of its second differences in time.
+
+    a, b: [n, T, 3, H, W] (0 to 255), T of 3 or more. Even motion has small second differences, flicker large ones.
+    Rounding to 8 bits counts in both as in `texture`; a second difference has six times a frame's.
+    """
+    of_a, of_b = (x.double().diff(n=2, dim=1).square().mean(dim=(1, 2, 3, 4)) + 6 * ROUNDING for x in (a, b))
+    return 10 * (of_a / of_b).log10()
 
 
 def standard_error(values: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Pictures to train on, made on the spot, nothing downloaded. Here the set "demo": twelve classes, 64x64 pixels.
 
-data_fine.py has the set "fine", sets.py names both. Seven classes are crops of the photographs that
-ship inside the scikit-image package (``skimage.data``, whose pages name each one's free licence), varied in place,
+data_fine.py has the set "fine", data_moving.py videos, sets.py names all. Seven classes are crops of the photographs
+that ship inside the scikit-image package (``skimage.data``, whose pages name each one's free licence), varied in place,
 scale, tilt and colour; a horse's outline from there gets a painted sky; four classes are drawn by formula. Picture i
 of a class depends on (seed, class, i) alone, however many processes draw.
 """
@@ -64,7 +64,14 @@ def crop(
     rng: Generator, folder: str, name: str, x: float, y: float, size: float, scale: float, side: int = SIZE
 ) -> np.ndarray:
     """The square of ``size`` pixels around (x, y) of a photograph, tilted a little: [side, side, 3] uint8."""
-    image, margin = _photograph(folder, name, scale, int(rng.choice(TILTS)))
+    return window(folder, name, scale, int(rng.choice(TILTS)), x, y, size, side)
+
+
+def window(
+    folder: str, name: str, scale: float, tilt: int, x: float, y: float, size: float, side: int = SIZE
+) -> np.ndarray:
+    """The same of a photograph that was scaled and tilted by so many degrees."""
+    image, margin = _photograph(folder, name, scale, tilt)
     half = size * scale / 2
     x = min(max(x * scale + margin, half), image.width - half)
     y = min(max(y * scale + margin, half), image.height - half)
@@ -280,16 +287,20 @@ def planet(rng: Generator, folder: str) -> np.ndarray:
 
 
 Painter = Callable[[Generator, str], np.ndarray]
-"""(random generator, folder of the photographs) -> [size, size, 3] uint8."""
+"""(random generator, folder of the photographs) -> [frames * size, size, 3] uint8."""
 
 
 @dataclass(frozen=True)
 class PictureSet:
-    """Classes of square pictures, ``size`` pixels a side, and what draws each."""
+    """Classes of square pictures, ``size`` pixels a side, and what draws each.
+
+    frames: more than 1 for videos, each a picture with its frames one below the other: [frames * size, size, 3].
+    """
 
     name: str
     size: int
     painters: Mapping[str, Painter]
+    frames: int = 1
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -325,7 +336,7 @@ def make_bank(
     workers: int | None = None,
     pictures: PictureSet = DEMO,
 ) -> np.ndarray:
-    """Pictures of every class of a set: [classes, per_class, size, size, 3] uint8.
+    """Pictures of every class of a set: [classes, per_class, frames * size, size, 3] uint8.
 
     folder: where the photographs are; None asks the scikit-image package. workers: processes; 0 draws here.
     """
@@ -342,4 +353,5 @@ def make_bank(
     else:  # spawn: a forked child of a process that holds a GPU may hang
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             pieces = list(pool.map(_paint, jobs))
-    return np.concatenate(list(pieces)).reshape(len(pictures.classes), per_class, pictures.size, pictures.size, 3)
+    shape = len(pictures.classes), per_class, pictures.frames * pictures.size, pictures.size, 3
+    return np.concatenate(list(pieces)).reshape(shape)

@@ -6,7 +6,8 @@ weights for either, then in single blocks, which have the same for both and run 
 (Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters", arXiv 2302.05442, section 2.1). Time modulates
 every block (Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748, adaLN-Zero). A token's
 place is told by rotating its queries and keys (Su et al., "RoFormer", arXiv 2104.09864), half of the channels by the
-row, half by the column; text is not rotated.
+row, half by the column; text is not rotated. A video is a picture with its frames one below the other; there a quarter
+of the channels turns with the frame.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ THETA = 10_000.0
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Size of a DiT: patch pixels (or latents) a side of a token; double and single: how many blocks of each kind."""
+    """Size of a DiT: patch pixels (or latents) a side of a token; double and single: how many blocks of each kind.
+
+    frames: of a video; 1 for pictures.
+    """
 
     in_channels: int = 3
     out_channels: int = 3
@@ -38,14 +42,16 @@ class DiTConfig:
     double: int = 2
     single: int = 6
     context_dim: int = 128
+    frames: int = 1
 
     def __post_init__(self) -> None:
-        if self.width % self.heads or self.head_channels % 4:
+        pairs = 4 if self.frames == 1 else 16
+        if self.width % self.heads or self.head_channels % pairs:
             raise ValueError(
-                f"width {self.width} in {self.heads} heads must give each a multiple of 4 channels: pairs to rotate "
-                "for rows and for columns"
+                f"width {self.width} in {self.heads} heads must give each a multiple of {pairs} channels: pairs to "
+                "rotate for rows, for columns and for frames"
             )
-        for name, least in (("patch", 1), ("double", 0), ("single", 0)):
+        for name, least in (("patch", 1), ("double", 0), ("single", 0), ("frames", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
 
@@ -61,13 +67,16 @@ Turns = tuple[Tensor, Tensor]
 def rope_turns(text: int, grid: Grid, d: int, device: torch.device) -> Turns:
     """Of ``text`` tokens, which stay as they are, and then those of a grid (rows, columns), row by row; float32.
 
-    d: channels of a head. The first d / 4 pairs turn with the row, the others with the column.
+    d: channels of a head. The first d / 4 pairs turn with the row, the others with the column; on a grid (frames, rows,
+    columns) d / 8 turn with the frame and 3 d / 16 each with row and column.
     """
-    rate = THETA ** -(torch.arange(d // 4, dtype=torch.float32, device=device) / (d // 4))  # (d / 4,)
-    row, column = (torch.arange(side, dtype=torch.float32, device=device)[:, None] * rate for side in grid)
-    row = row[:, None].expand(-1, grid[1], -1)  # (rows, columns, d / 4)
-    column = column[None].expand(grid[0], -1, -1)
-    angles = F.pad(torch.cat((row, column), dim=-1).flatten(0, 1), (0, 0, text, 0))[:, None]  # (L, 1, d / 2)
+    pairs = (d // 4, d // 4) if len(grid) == 2 else (d // 8, 3 * d // 16, 3 * d // 16)
+    turned = []
+    for axis, (side, count) in enumerate(zip(grid, pairs, strict=True)):
+        rate = THETA ** -(torch.arange(count, dtype=torch.float32, device=device) / count)
+        angles = torch.arange(side, dtype=torch.float32, device=device)[:, None] * rate  # (side, count)
+        turned.append(angles.view(*(side if each == axis else 1 for each in range(len(grid))), count).expand(*grid, -1))
+    angles = F.pad(torch.cat(turned, dim=-1).flatten(0, -2), (0, 0, text, 0))[:, None]  # (L, 1, d / 2)
     return angles.cos(), angles.sin()
 
 
@@ -206,16 +215,21 @@ class DiT(nn.Module):
         self.out = _zeros(nn.Linear(width, values * config.out_channels))
 
     def grid(self, height: int, width: int) -> Grid:
-        """(rows, columns) of a picture's tokens. Raises ValueError where its sides are no multiple of the patch."""
-        patch = self.config.patch
-        if height % patch or width % patch:
-            raise ValueError(f"sides must be multiples of the patch, {patch}, got {height}x{width}")
-        return height // patch, width // patch
+        """(rows, columns) of a picture's tokens, (frames, rows, columns) of a video's.
+
+        height: of all frames. Raises ValueError where the sides of a frame are no multiple of the patch.
+        """
+        patch, frames = self.config.patch, self.config.frames
+        if height % (patch * frames) or width % patch:
+            raise ValueError(f"sides must be multiples of the patch, {patch}, got {height / frames:g}x{width}")
+        rows, columns = height // frames // patch, width // patch
+        return (rows, columns) if frames == 1 else (frames, rows, columns)
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """The prediction [B, out_channels, H, W] for noisy pictures or latents.
 
-        x: [B, in_channels, H, W], noisy, of about unit variance. timesteps: [B], 0 to 999, where 999 is pure noise.
+        x: [B, in_channels, H, W], noisy, of about unit variance; a video's frames are one below the other.
+        timesteps: [B], 0 to 999, where 999 is pure noise.
         context: [B, M, context_dim], the tokens of a class: the text.
         """
         grid, count = self.grid(*x.shape[-2:]), context.shape[1]
@@ -239,7 +253,7 @@ def to_patches(x: Tensor, patch: int) -> Tensor:
 
 def from_patches(tokens: Tensor, grid: Grid, patch: int) -> Tensor:
     """Inverse of to_patches."""
-    x = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, grid)  # (B, h, w, C, p, p)
+    x = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, (-1, grid[-1]))  # (B, h, w, C, p, p)
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 

@@ -54,9 +54,13 @@ class ClassModel(nn.Module):
         return self.class_tokens[classes]
 
     def painted_shape(self, size: int) -> tuple[int, int, int]:
-        """(channels, height, width) of what the network paints for a picture of ``size`` pixels a side."""
+        """(channels, height, width) of what the network paints for a picture of ``size`` pixels a side.
+
+        A video's height is that of all its frames.
+        """
         side = size // FACTOR if self.autoencoder else size
-        return self.network.config.in_channels, side, side
+        frames = getattr(self.network.config, "frames", 1)
+        return self.network.config.in_channels, frames * side, side
 
     @torch.no_grad()
     def encode(self, pictures: Tensor, chunk: int = 66) -> Tensor:
@@ -130,7 +134,10 @@ def picture_set(metadata: dict[str, str]) -> PictureSet:
 def sample_grid(
     model: ClassModel, sigmas: Tensor, pictures: PictureSet, columns: int = 8, steps: int = 30, seed: int = 0
 ) -> Image.Image:
-    """A picture with a row for each class; the same noise for the same seed on every device."""
+    """A picture with a row for each class; the same noise for the same seed on every device.
+
+    A video's frames are one below the other.
+    """
     device, size, count = sigmas.device, pictures.size, len(pictures.classes)
     classes = torch.arange(count, device=device).repeat_interleave(columns)
     shape = (len(classes), *model.painted_shape(size))
@@ -139,7 +146,8 @@ def sample_grid(
         context, free = model.context(classes), model.class_tokens[-1:]
         painted = sample(model.network, noise, context, free, sigmas, steps, prediction=model.prediction)
         found = model.decode(painted)
-    pixels = ((found.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)  # (B, size, size, 3)
-    rows = pixels.cpu().numpy().reshape(count, columns, size, size, 3)
+    pixels = ((found.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)  # (B, height, size, 3)
+    height = pixels.shape[1]
+    rows = pixels.cpu().numpy().reshape(count, columns, height, size, 3)
     padded = np.pad(rows, ((0, 0), (0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)
-    return Image.fromarray(padded.transpose(0, 2, 1, 3, 4).reshape(count * (size + 2), columns * (size + 2), 3))
+    return Image.fromarray(padded.transpose(0, 2, 1, 3, 4).reshape(count * (height + 2), columns * (size + 2), 3))

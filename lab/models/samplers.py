@@ -80,6 +80,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp2m15": Sampler(dpmpp2m, 15, "DPM++ 2M, 15 steps"),
     "lcm6": Sampler(lcm, 6, "LCM-like, 6 steps"),
     "flow28": Sampler(ddim, 28, "Euler, 28 steps"),
+    "flow8": Sampler(ddim, 8, "Euler, 8 steps"),
     "inpaint30": Sampler(ddim, 30, "Inpainting half, DDIM, 30 steps", inpaint=True),
 }
 GUIDANCE = 3.0

@@ -24,6 +24,7 @@ from ..store import save
 from . import autoencoder
 from .autoencoder import AutoencoderConfig
 from .data import make_bank
+from .data_moving import FRAMES
 from .diffusion import SCHEDULES, Ema, learning_rate, loss_weights, noisy, stratified_steps
 from .dit import DiTConfig
 from .model import ClassModel, load_model, picture_set, sample_grid, save_model
@@ -98,6 +99,14 @@ CONFIGS: dict[str, TrainConfig] = {
         per_class=1500,
     ),
     # For tests.
+    "tiny-video": TrainConfig(
+        DiTConfig(patch=16, width=32, heads=2, double=1, single=1, context_dim=16, frames=FRAMES),
+        data="moving",
+        prediction="flow",
+        schedule="flow",
+        batch=4,
+        per_class=2,
+    ),
     "tiny-dit": TrainConfig(
         DiTConfig(patch=8, width=32, heads=2, double=1, single=1, context_dim=16),
         prediction="flow",
@@ -128,6 +137,18 @@ CONFIGS: dict[str, TrainConfig] = {
         per_class=2,
     ),
 }
+# Videos of eight frames in patches of 2x2: 8,192 tokens, in 17M parameters, so that minutes suffice.
+CONFIGS["video"] = TrainConfig(
+    DiTConfig(width=320, heads=5, frames=FRAMES),
+    data="moving",
+    prediction="flow",
+    schedule="flow3",
+    tokens=16,
+    batch=16,
+    rate=6e-4,
+    ema=0.995,
+    per_class=1500,
+)
 # In patches of 3x3: 4,096 tokens, as many as the tiles of 64 that large pictures get are made for.
 CONFIGS["dit-large"] = replace(CONFIGS["dit-fine"], network=DiTConfig(patch=3), batch=32)
 

@@ -170,7 +170,8 @@ def test_standard_error():
 
 def test_the_catalogue_has_what_it_promises():
     sets = methods.CATALOGUE.sets
-    assert set(sets) == {"frontier", "main", "paper", "floor", "starts", "key", "few", "own", "multires"}
+    multires = {"multires", "multires-few", "multires-levels", "multires-video"}
+    assert set(sets) == {"frontier", "main", "paper", "floor", "starts", "key", "few", "own", *multires}
     assert len(sets["key"]) == 16 + 7 and sets["key"][16:] == sets["own"][2:]
     assert sets["few"] == [*sets["key"][:8], "sample 0.75, own token kept", "sample 0.9375, own token kept"]
     names = methods.CATALOGUE.variants
@@ -180,7 +181,7 @@ def test_the_catalogue_has_what_it_promises():
     families = {methods.CATALOGUE.variants[name].family for name in shown} - {"unmerged"}
     assert families <= set(plot.STYLES)
     assert sets["multires"][:2] == [methods.UNMERGED, "sample 0.75, own token kept"]
-    for name in set(sets) - {"floor", "multires"}:
+    for name in set(sets) - {"floor", *multires}:
         assert sets[name][:2] == [methods.UNMERGED, methods.BASELINE]
 
 
@@ -188,7 +189,9 @@ def test_the_catalogue_has_what_it_promises():
 def test_own_tokens_are_kept_where_the_name_says_so_whatever_the_default(monkeypatch, default):
     monkeypatch.setattr(methods, "ToMeConfig", defaulting(default))
     found = methods.catalogue().variants
-    assert sum(variant.config.own_token for variant in found.values()) == len(methods.OWN_KEY)
+    assert (
+        sum(variant.config.own_token for variant in found.values()) == len(methods.OWN_KEY) + 1
+    )  # one with held draws
     for name, variant in found.items():
         assert variant.config.own_token == variant.config.keeps_own == name.endswith(", own token kept"), name
         assert ("own_token=True" in describe(variant)) == variant.config.own_token
