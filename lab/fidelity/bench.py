@@ -15,11 +15,12 @@ from shared_tome.core.schedule import ratio_at
 
 from ..models.data import make_bank
 from ..models.model import load_model, picture_set
-from ..models.samplers import denoiser, parse_sampler, run, step_sigmas
+from ..models.samplers import parse_sampler, run, step_sigmas
 from ..models.tensors import as_pictures
 from ..timing import Moment, spread
 from .hooks import Run, merged
 from .methods import Variant
+from .reuse import Which, reusing
 
 KNOWN_SEED = 303  # of the pictures to inpaint; see lab/models/classifier.py
 PRECISIONS = ("float32", "mixed", "half")
@@ -65,14 +66,13 @@ class Bench:
         done = []
         mixed = self.mixed and not variant.strict
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = mixed
-        for seed in range(self.seeds):
-            generator = torch.Generator().manual_seed(1000 + seed)
-            start = torch.randn((self.images, *self.painted), generator=generator)
-            for first in range(0, self.images, self.batch):
-                part = start[first : first + self.batch].to(self.device)
-                with merged(self.network, variant, torch.float16 if mixed else None) as state:
-                    painted = self._sample(part, state, sampler, seed, first)
-                done.append(self.model.decode(painted))
+        with merged(self.network, variant, torch.float16 if mixed else None) as state:
+            for seed in range(self.seeds):
+                generator = torch.Generator().manual_seed(1000 + seed)
+                start = torch.randn((self.images, *self.painted), generator=generator)
+                for first in range(0, self.images, self.batch):
+                    part = start[first : first + self.batch].to(self.device)
+                    done.append(self.model.decode(self._sample(part, state, sampler, seed, first)))
         return torch.cat(done), state
 
     def unknown(self, pictures: Tensor, sampler: str) -> Tensor:
@@ -91,7 +91,8 @@ class Bench:
 
     def _sample(self, start: Tensor, state: Run, name: str, seed: int, first: int) -> Tensor:
         count, (sampler, guidance) = len(start), parse_sampler(name)
-        order, sigmas = step_sigmas(self.table, sampler.steps)
+        steps, now = state.variant.steps or sampler.steps, 0
+        order, sigmas = step_sigmas(self.table, steps)
         place = torch.arange(first, first + count, device=self.device)
         context = self.context(place % (len(self.tokens) - 1))
         # One random choice for a picture's two rows, another for each picture, so that the standard error over
@@ -104,12 +105,18 @@ class Bench:
         def noise() -> Tensor:
             return torch.randn(start.shape, generator=generator, device=self.device)
 
-        guided = denoiser(self.network, context, order, sigmas, self.model.prediction, guidance)
+        def predicted(x: Tensor, times: Tensor, context: Tensor, which: Which) -> Tensor:
+            state.begin(self.grid, self.device, tome_seed if which is None else tome_seed[which], now, steps)
+            return self.network(x, times, context)
+
+        last = len(self.table) - 1
+        guided = reusing(state.variant.reuse, predicted, context, order, sigmas, self.model.prediction, guidance, last)
 
         def denoised(x: Tensor, step: int) -> Tensor:
+            nonlocal now
+            now = step
             if known is not None:
                 x = torch.cat((known[..., :half] + sigmas[step] * start[..., :half], x[..., half:]), dim=-1)
-            state.begin(self.grid, self.device, tome_seed, step, sampler.steps)
             x0 = guided(x, step)
             return x0 if known is None else torch.cat((known[..., :half], x0[..., half:]), dim=-1)
 

@@ -27,6 +27,7 @@ from shared_tome.merging.plan import Plan
 from ..models.dit import DiT, JointAttention
 from ..models.unet import BasicTransformerBlock, CrossAttention, FeedForward, UNet
 from .methods import Variant
+from .reuse import Hold
 from .tails import attend_tails
 
 
@@ -44,14 +45,42 @@ class Run:
         self.full: Grid = (0, 0)
         self.plan: Plan | None = None  # the current block's, for cross-attention and MLP
         self.work = {"full": 0, "left": 0, "all": 0, "all_left": 0}
+        self.calls = {"whole": 0, "merged": 0}  # of one picture each
+        self.ran: dict[int, int] = {}  # the same by step
+        self.pictures = 1  # of this call
+        self.held = False  # whether this step's attentions give what they gave before
+        self.keeps = False  # whether they are exact and to be kept
+        self._drawn: tuple[ModelCall | None, JointCall | None] = (None, None)  # of a step that is exact and drawn
+        self._apart = False
 
     def begin(self, full: Grid, device: torch.device, seed: Tensor, step: int, steps: int) -> None:
         config = self.variant.config
         self.full, self.call, self.plan = full, None, None
         now = config.replace(ratio=ratio_at(config, step / steps), start=0.0, end=1.0, ratio_end=-1.0)
+        hold = self.variant.hold
+        since = hold.since(step, steps) if hold else 0
         if now.ratio > 0.0:
-            self.call = ModelCall(now, full, device, seed, 0 if self.variant.held else step)
+            draw = step - since if _is_residual(hold) else 0 if self.variant.one_draw else step
+            self.call = ModelCall(now, full, device, seed, draw)
         self.joint = JointCall(True, TORCHS, _refused, now.keeps_own) if self.call and now.wants_heads else None
+        self.held = self.keeps = False
+        if hold is not None:
+            self.held = hold.between == "held" and since > 0
+            self.keeps = hold.between != "drawn" and hold.begun(step, steps) and since == 0
+            if since == 0:
+                self._drawn, self.call, self.joint = (self.call, self.joint), None, None
+        self.pictures = seed.numel()
+        self.calls["whole" if self.call is None else "merged"] += self.pictures
+        self.ran[step] = self.ran.get(step, 0) + self.pictures
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """In a step that is exact: what it would be drawn. The exact one counts as the step's full work."""
+        (self.call, self.joint), self._apart = self._drawn, True
+        try:
+            yield
+        finally:
+            self.call, self.joint, self._apart = None, None, False
 
     def attend_behind(self, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
         """q, k, v [B, H, L, d], the image from `start` on -> [B, L, H, d]; keys and values drawn here."""
@@ -65,7 +94,7 @@ class Run:
 
         tokens: of the unmerged layer, text included where the softmax has it; so are queries and keys.
         """
-        full, left = tokens * tokens, queries * keys
+        full, left = self.pictures * tokens * tokens * (not self._apart), self.pictures * queries * keys
         if self.variant.is_merged and serves_layer(self.variant.config, grid, self.full):
             self.work["full"] += full
             self.work["left"] += left
@@ -181,6 +210,36 @@ class MergedJointAttention(nn.Module):
         return torch.cat((out[:, :text], layer.unmerge(out[:, text:])), dim=1) if config.kind.queries else out
 
 
+class HeldAttention(nn.Module):
+    """Stands in for an attention some of whose outputs are held for the steps that follow (reuse.Hold)."""
+
+    def __init__(self, inner: MergedSelfAttention | MergedJointAttention, run: Run):
+        super().__init__()
+        self.inner, self.run = inner, run
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor, *args: object) -> Tensor:
+        """x: of self-attention tokens [B, N, C], of joint attention queries [B, L, H, d]."""
+        run, residual, tokens = self.run, _is_residual(self.run.variant.hold), x.shape[1]
+        if run.held:
+            joint = isinstance(self.inner, MergedJointAttention)
+            run.count(run.full if joint else grid_of(tokens, run.full), tokens, 0, 0)
+            return self.kept
+        out = self.inner(x, *args)
+        if run.keeps:
+            self.kept = out
+            if residual:
+                with run.drawing():
+                    self.kept = out - self.inner(x, *args)
+        elif residual and run.call is not None:
+            out = out + self.kept
+        return out
+
+
+def _is_residual(hold: Hold | None) -> bool:
+    return hold is not None and hold.between == "residual"
+
+
 def _beside(text: Tensor, image: Tensor) -> Tensor:
     """text [B, T, H, d] and image [B, M, H * d] -> [B, T + M, H, d]."""
     return torch.cat((text, image.unflatten(2, text.shape[2:])), dim=1)
@@ -204,17 +263,23 @@ def check(network: UNet | DiT, variant: Variant) -> None:
             f"{variant.name!r} cannot be measured on a DiT: it has one level, no cross-attention, and merges around "
             "its attention alone"
         )
+    if variant.hold and (variant.reuse or variant.config.kind.matches and variant.is_merged):
+        raise ValueError(f"{variant.name!r} cannot be measured: attentions are held alone, or with drawn keys")
 
 
 def _stand_ins(network: UNet | DiT, run: Run) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """(block, its part's name, what is to take the part's place)."""
+
+    def held(part: nn.Module) -> nn.Module:
+        return HeldAttention(part, run) if run.variant.hold else part
+
     for block in network.modules():
         if isinstance(block, BasicTransformerBlock):
-            yield block, "attn1", MergedSelfAttention(block.attn1, run)
+            yield block, "attn1", held(MergedSelfAttention(block.attn1, run))
             yield block, "attn2", MergedPart(block.attn2, run, "cross_attention")
             yield block, "ff", MergedPart(block.ff, run, "mlp")
         elif isinstance(getattr(block, "attention", None), JointAttention):
-            yield block, "attention", MergedJointAttention(run)
+            yield block, "attention", held(MergedJointAttention(run))
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from shared_tome import ToMeConfig
 
+from .reuse import Hold, Reuse
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -13,7 +15,8 @@ class Variant:
 
     family: a line of the plots. timed: whether its step is timed. strict: in float32 whatever the others are in.
     tail: one of tails.MODES in place of the config's method, for transformers; its work is 1 - ratio.
-    held: draws as in the first step in all steps.
+    one_draw: the draws of the first step in all steps. steps: in place of the sampler's own (0: these).
+    reuse, hold: of outputs of earlier steps (reuse.py).
     """
 
     name: str
@@ -22,7 +25,10 @@ class Variant:
     timed: bool = True
     strict: bool = False
     tail: str = ""
-    held: bool = False
+    one_draw: bool = False
+    steps: int = 0
+    reuse: Reuse | None = None
+    hold: Hold | None = None
 
     @property
     def is_merged(self) -> bool:
@@ -44,14 +50,14 @@ class Catalogue:
         timed: bool = True,
         strict: bool = False,
         tail: str = "",
-        held: bool = False,
+        one_draw: bool = False,
         **options,
     ) -> None:
         """sets: names of sets, with spaces. options: of the config."""
         if name in self.variants:
             raise ValueError(f"two variants are named {name!r}")
         config = ToMeConfig(**{**BASE, **options})
-        self.variants[name] = Variant(name, family, config, timed, strict, tail, held)
+        self.variants[name] = Variant(name, family, config, timed, strict, tail, one_draw)
         for one in sets.split():
             self.sets.setdefault(one, []).append(name)
 
@@ -160,7 +166,7 @@ def _transformers(c: Catalogue) -> None:
     """Keys at three resolutions, and beside them at equal work what others do and this project's other methods.
 
     multires: all. multires-few: for another sampler. multires-levels: what U-Nets take as well. multires-video: with
-    draws that stay.
+    one draw for all steps.
     """
     default = sample_name(0.75, own=True)
     c.sets["multires"] = [UNMERGED, default]
@@ -180,9 +186,9 @@ def _transformers(c: Catalogue) -> None:
     c.sets["multires"] += ["merge 0.5", "multires 1", f"sample 0.75 from 0.2, {OWN}"]
     c.add("", "multires 1", "multires", method="multires", ratio=1.0)
     c.sets["multires-video"] = [*c.sets["multires-few"], "merge 0.5"]
-    held = {"sets": "multires-video", "family": "draws held", "held": True}
-    c.add(name="multires 0.77, draws held", method="multires", ratio=0.77, **held)
-    c.add(name=f"sample 0.75, draws held, {OWN}", ratio=0.75, own_token=True, **held)
+    same = {"sets": "multires-video", "family": "one draw", "one_draw": True}
+    c.add(name="multires 0.77, one draw", method="multires", ratio=0.77, **same)
+    c.add(name=f"sample 0.75, one draw, {OWN}", ratio=0.75, own_token=True, **same)
 
 
 PAPER = {

@@ -69,9 +69,9 @@ def test_motion_and_flicker_against_errors_that_are_known():
     torch.testing.assert_close(flicker(fresh, video), torch.full((2,), expected).double(), atol=0.5, rtol=0)
 
 
-def test_held_draws_are_those_of_the_first_step():
-    def drawn(held: bool, step: int) -> torch.Tensor:
-        run = Run(Variant("x", "", ToMeConfig(method="sample", ratio=0.75, min_tokens=0, levels="0"), held=held))
+def test_one_draw_is_that_of_the_first_step():
+    def drawn(one_draw: bool, step: int) -> torch.Tensor:
+        run = Run(Variant("x", "", ToMeConfig(method="sample", ratio=0.75, min_tokens=0, levels="0"), one_draw=one_draw))
         run.begin((8, 8), torch.device("cpu"), torch.tensor([3]), step, 4)
         return run.call.plan(normal(1, 64, 8), (8, 8)).index
 
@@ -85,7 +85,7 @@ def test_from_training_to_a_row(tmp_path: Path):
     assert CONFIGS["tiny-video"].network.frames == FRAMES
     out = tmp_path / "video.csv"
     plan = tmp_path / "plan.txt"
-    plan.write_text("unmerged\nmultires 0.77\nmultires 0.77, draws held\n")
+    plan.write_text("unmerged\nmultires 0.77\nmultires 0.77, one draw\n")
     measure.main(["--model", str(tmp_path / "model.safetensors"), "--out", str(out), "--plan", str(plan),
                   "--samplers", "flow8", "--images", "2", "--seeds", "1", "--time-repeats", "0", "--device", "cpu",
                   "--strips", str(tmp_path / "strips")])  # fmt: skip

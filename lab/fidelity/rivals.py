@@ -1,0 +1,93 @@
+"""What people use in place of merging, alone and with each preset, as variants of one model: for frontier.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from shared_tome import ToMeConfig
+from shared_tome.methods import PRESETS
+
+from .methods import BASE, UNMERGED, Variant
+from .reuse import Hold, Reuse
+
+THRESHOLDS = (0.2, 0.1, 0.3, 0.05, 0.5, 0.15, 0.02, 1.0)
+"""Of the caches: ComfyUI's default first."""
+SHARES = (0.75, 0.5, 0.9, 0.6, 0.4, 0.25)
+"""Of the steps that are left."""
+AGAIN = "unmerged again"
+"""In other batches: how far rounding alone takes pictures, which are put together anew where a cache skips some."""
+TAILS = (0.84, 0.9, 0.77, 0.67)
+"""Ratios of the pooled-tail rule."""
+SETS = ("presets", "steps", "caches", "hold", "tails", "combined")
+
+
+def presets(transformer: bool) -> dict[str, ToMeConfig]:
+    """The presets as they are on such a model, at level 0."""
+    return {
+        name: ToMeConfig(**{**BASE, **preset.options}).resolved(multires=transformer)
+        for name, preset in PRESETS.items()
+    }
+
+
+def rivals(steps: int, transformer: bool, counts: Sequence[int] = (), sets: Iterable[str] = SETS) -> dict[str, Variant]:
+    """All variants by name, the most telling first in each set.
+
+    steps: of the sampler. counts: fewer ones; () takes SHARES. sets: some of SETS; unmerged is always there, twice.
+    """
+    off, ours = ToMeConfig(**BASE, ratio=0.0), presets(transformer)
+    counts = [count for count in counts or [round(share * steps) for share in SHARES] if 0 < count < steps]
+    found: dict[str, list[Variant]] = {name: [] for name in SETS}
+
+    def plain(name: str, family: str, **more: object) -> Variant:
+        return Variant(name, family, off, timed=False, **more)
+
+    merged = [Variant(name, "ToMe", config, timed=False) for name, config in ours.items()]
+    found["presets"] = merged
+    fewer = [plain(f"{count} steps", "fewer steps", steps=count) for count in counts]
+    easy, lazy = (
+        [plain(f"{kind} {threshold:g}", kind, reuse=Reuse(kind, threshold)) for threshold in THRESHOLDS]
+        for kind in ("EasyCache", "LazyCache")
+    )
+    found["steps"], found["caches"] = fewer, [*easy, *lazy]
+    found["combined"] = [
+        replace(other, name=f"{other.name} + {one.name}", family=f"{other.family} + {one.name}", config=one.config)
+        for other in (*easy[:3], *fewer[:3], *lazy[:3], *easy[3:], *fewer[3:])
+        for one in merged
+    ]
+    found["hold"] = holds(transformer)
+    if transformer:
+        tails = [Variant(f"mean tail {r:g}", "pooled tail", off.replace(ratio=r), False, tail="mean") for r in TAILS]
+        both = {"family": "EasyCache + pooled tail", "reuse": Reuse("EasyCache")}
+        found["tails"] = [*tails, *(replace(tail, name=f"EasyCache 0.2 + {tail.name}", **both) for tail in tails[:2])]
+    chosen = [
+        plain(UNMERGED, UNMERGED),
+        plain(AGAIN, UNMERGED),
+        *(variant for name in SETS if name in sets for variant in found[name]),
+    ]
+    return {variant.name: variant for variant in chosen}
+
+
+def holds(transformer: bool) -> list[Variant]:
+    """Outputs held whole, and each attention's; keys are drawn between as they are best on such a model."""
+    off = ToMeConfig(**BASE, ratio=0.0)
+    drawn = "multires 0.84" if transformer else "sample 0.75"
+    method, ratio = drawn.split()
+    config = ToMeConfig(**{**BASE, "method": method, "ratio": float(ratio), "own_token": True})
+
+    def variant(name: str, family: str, config: ToMeConfig = off, **more: object) -> Variant:
+        return Variant(name, family, config, timed=False, **more)
+
+    found = []
+    for every in (2, 3, 4):
+        times = f"1 of {every}"
+        whole = {"start": 0.2, "end": 1.0, "every": every}
+        found += [
+            variant(f"outputs {times}", "outputs reused", reuse=Reuse("output", **whole)),
+            variant(f"attention {times}", "attention held", hold=Hold(every, "held")),
+            variant(f"attention {times}, {drawn} between", "drawn between", config, hold=Hold(every, "drawn")),
+            variant(f"attention {times}, {drawn} + residual", "drawn + residual", config, hold=Hold(every, "residual")),
+        ]
+        if every == 2:
+            found.append(variant(f"differences {times}", "outputs reused", reuse=Reuse("difference", **whole)))
+    return [*found, variant(f"{drawn} from 0.2", "drawn from 0.2", config.replace(start=0.2))]
