@@ -71,7 +71,8 @@ def test_motion_and_flicker_against_errors_that_are_known():
 
 def test_one_draw_is_that_of_the_first_step():
     def drawn(one_draw: bool, step: int) -> torch.Tensor:
-        run = Run(Variant("x", "", ToMeConfig(method="sample", ratio=0.75, min_tokens=0, levels="0"), one_draw=one_draw))
+        config = ToMeConfig(method="sample", ratio=0.75, min_tokens=0, levels="0")
+        run = Run(Variant("x", "", config, one_draw=one_draw))
         run.begin((8, 8), torch.device("cpu"), torch.tensor([3]), step, 4)
         return run.call.plan(normal(1, 64, 8), (8, 8)).index
 
