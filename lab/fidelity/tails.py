@@ -48,14 +48,14 @@ def attend_tails(q: Tensor, k: Tensor, v: Tensor, start: int, grid: Grid, work: 
     kept = max(1, round(whole_share(work, mode) * tiles.image))
     chosen = score.masked_fill(own, torch.inf).topk(kept, -1).indices
     whole = torch.zeros_like(score, dtype=torch.bool).scatter(-1, chosen, True)  # (B, H, query tiles, tiles)
-    for row in range(q.shape[0]):  # one at a time: scores are large
-        logits = q[row, :, :full].float() @ k[row].float().transpose(-1, -2) * d**-0.5  # (H, full, L)
-        see = whole[row].repeat_interleave(SIZE, 1).repeat_interleave(SIZE, 2)
-        logits[:, :, :full].masked_fill_(~see, -torch.inf)
-        values = v[row].float()
-        if mode == "mean":
-            tail = q[row, :, :full].float() @ means[1][row].transpose(-1, -2) * d**-0.5 + math.log(SIZE)
-            tail.masked_fill_(whole[row].repeat_interleave(SIZE, 1), -torch.inf)
-            logits, values = torch.cat((logits, tail), -1), torch.cat((values, means[2][row]), 1)
-        out[row, :, :full] = (logits.softmax(-1) @ values).to(out.dtype)
+    see = q.new_full(whole.shape, -torch.inf).masked_fill_(whole, 0.0)
+    parts = [see[..., None].expand(-1, -1, -1, -1, SIZE).flatten(3)]  # (B, H, query tiles, tokens)
+    parts.append(parts[0].new_zeros(()).expand(*whole.shape[:3], length - full))
+    keys, values = [k], [v]
+    if mode == "mean":
+        parts.append(q.new_full(whole.shape, math.log(SIZE)).masked_fill_(whole, -torch.inf))
+        keys, values = [k, means[1].to(k.dtype)], [v, means[2].to(v.dtype)]
+    bias = torch.cat(parts, -1).repeat_interleave(SIZE, 2)
+    given = (torch.cat(x, 2) for x in (keys, values))
+    out[:, :, :full] = torch.nn.functional.scaled_dot_product_attention(q[:, :, :full], *given, attn_mask=bias)
     return torch.empty_like(out).index_copy_(2, rows, out)
