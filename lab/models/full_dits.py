@@ -1,4 +1,5 @@
-"""ComfyUI's own transformers with blocks of full size, random weights and few of them: for dit.py."""
+"""ComfyUI's own transformers with blocks of full size and random weights: few of them for dit.py, all for
+generations.py."""
 
 from __future__ import annotations
 
@@ -82,13 +83,20 @@ MODELS: dict[str, DiT] = {
 }  # fmt: skip
 
 
-def build(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A ModelPatcher. Call installer.inprocess.start() first."""
+_COUNTS = {"double_blocks": "depth", "single_blocks": "depth_single_blocks"}
+"""Where blocks are, and what their number is called; elsewhere num_layers."""
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype, whole: bool = False) -> Any:
+    """A ModelPatcher. Call installer.inprocess.start() first. whole: with as many blocks as the real model has."""
     import comfy.supported_models
 
     which = MODELS[name]
-    config = getattr(comfy.supported_models, which.supported)(dict(which.config))
-    config.unet_config = dict(which.config)  # the class adds to what it is given
+    layout = dict(which.config)
+    if whole:
+        layout |= {_COUNTS.get(place, "num_layers"): depth for place, (_, depth) in which.depths.items()}
+    config = getattr(comfy.supported_models, which.supported)(dict(layout))
+    config.unet_config = layout  # the class adds to what it is given
     config.set_inference_dtype(dtype, None)
     return patcher(config, device, lambda _, p: p.normal_(0.0, 0.02) if p.dim() > 1 else p.fill_(0.5))
 

@@ -107,10 +107,12 @@ def choose_attention(backend: str) -> Iterator[None]:
         comfy.ops.SDPA_BACKEND_PRIORITY = kept
 
 
-def sample(model: Any, kind: str, size: int, steps: int, images: int = 1, callback: Any = None) -> torch.Tensor:
+def sample(
+    model: Any, kind: str, size: int, steps: int, images: int = 1, callback: Any = None, scheduler: str = "normal"
+) -> torch.Tensor:
     """The latent [images, 4, size / 8, size / 8] that the sampler makes with guidance, always of the same seed.
 
-    callback: called after each step.
+    callback: called after each step. scheduler: one of ComfyUI's.
     """
     import comfy.sample
 
@@ -122,7 +124,7 @@ def sample(model: Any, kind: str, size: int, steps: int, images: int = 1, callba
     latent = torch.zeros(images, 4, size // 8, size // 8)
     noise = torch.randn(latent.shape, generator=generator)
     return comfy.sample.sample(
-        model, noise, steps, 7.0, "euler", "normal", [[context, dict(extra)]], [[-context, dict(extra)]], latent,
+        model, noise, steps, 7.0, "euler", scheduler, [[context, dict(extra)]], [[-context, dict(extra)]], latent,
         callback=callback, disable_pbar=True, seed=0,
     )  # fmt: skip
 

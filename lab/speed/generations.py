@@ -1,0 +1,280 @@
+"""Whole generations in a real ComfyUI, full size, random weights: merging beside what people would use in its place.
+
+    COMFYUI_DIR=... python -m lab.speed.generations --models sd15 --out lab/results/speed/generations.csv
+
+Each choice samples a whole picture or video through ComfyUI's sampler: guidance on U-Nets, one call a step on
+transformers. Text encoder and VAE are not in it. The choices take turns, each warm; `speedup` is turn against turn.
+One command a model and attention, each within three minutes on an H200 (--minutes stops it, the same command goes on):
+
+    --models sd15                          512², 1024², 2048²
+    --models sdxl                          1024², 2048²
+    --models flux                          1024², 2048² (here the short list of choices)
+    --models wan                           720p, 4 steps of 20: the column `steps` beside `of_steps` says so
+    ... --attention flash                  by flash in place of cuDNN's attention
+    --models sd15 --sizes 1024² --choices torch.compile "torch.compile + Balanced"    (compiling takes minutes)
+
+EasyCache and LazyCache: with random weights their own decision means nothing, so they skip as large a share of the
+steps as on the lab's model of the kind at that threshold (lab/results/fidelity/frontier-*.csv, or --skip "EasyCache
+0.2=0.4"). ComfyUI's sparse attention is not in 0.30.0. tomesd replaces `_forward`, which ComfyUI's blocks do not have:
+what it does is core's node TomePatchModel there. What cannot run has a row with a remark and no time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from installer import inprocess
+from shared_tome.methods import PRESETS
+
+from ..models import full_dits
+from ..store import RESULTS, read
+from ..timing import spread, take_turns
+from . import forced, hosts
+from .common import BACKENDS, DTYPES, SPEEDUPS, Arguments, Job, run_jobs, seconds_of, speedup, start_comfyui
+
+TOMESD = "TomePatchModel 0.5"
+COMMON = ("unmerged", *PRESETS, "EasyCache 0.2", "EasyCache 0.2 + Balanced", "75% of the steps", "SageAttention")
+UNETS = (*COMMON, "EasyCache 0.2 + Fast", TOMESD, "HyperTile 256", "SageAttention + Balanced", "tomesd 0.5")
+DITS = (*COMMON, "EasyCache 0.2 + Fast", "SageAttention + Balanced", "sparse attention")
+SHORT = ("unmerged", "Balanced", "Fast", "EasyCache 0.2", "EasyCache 0.2 + Balanced")
+NEVER = {
+    "tomesd 0.5": "replaces _forward, which ComfyUI's blocks do not have: see TomePatchModel",
+    "sparse attention": "this ComfyUI has none",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """sizes: name and its choices. steps: how many are run; of: how many a user takes.
+
+    lab: the model of lab/results/fidelity/frontier-LAB.csv that says what caches skip. least: tokens of a merged layer.
+    """
+
+    sizes: dict[str, Sequence[str]]
+    lab: str
+    steps: int = 20
+    of: int = 20
+    dtype: str = "float16"
+    least: int = 2048
+
+
+MODELS = {
+    "sd15": Model({"512²": UNETS, "768²": UNETS, "1024²": UNETS, "1536²": UNETS, "2048²": UNETS}, "lab"),
+    "sdxl": Model({"1024²": UNETS, "2048²": UNETS}, "lab"),
+    "flux": Model({"1024²": DITS, "2048²": SHORT}, "dit", dtype="bfloat16"),
+    "wan": Model({"1280x720, 81 frames": SHORT}, "dit", steps=4, dtype="bfloat16"),
+    "tiny": Model({"128²": UNETS}, "lab", steps=10, of=10, dtype="float32", least=64),
+    "flux-tiny": Model({"192x128": DITS}, "dit", steps=10, of=10, dtype="float32", least=64),
+    "wan-tiny": Model({"96x64, 9 frames": SHORT}, "dit", steps=10, of=20, dtype="float32", least=64),
+}
+LEFT_OUT = ("768²", "1536²")  # unless they are asked for
+WARM = 4  # steps before the clock runs
+
+
+def build(name: str, device: torch.device) -> Any:
+    dtype = DTYPES[MODELS[name].dtype if device.type == "cuda" else "float32"]
+    if name in hosts.MODELS:
+        return hosts.build(name, device, dtype)
+    return full_dits.build(name, device, dtype, whole=not name.endswith("tiny"))
+
+
+def generate(model: Any, name: str, size: str, steps: int) -> torch.Tensor:
+    """The latent that ComfyUI's sampler makes, always of the same seed."""
+    if name in hosts.MODELS:
+        # The lab's own schedule, where caches may skip what they may there.
+        return hosts.sample(model, name, int(size.rstrip("²")), steps, scheduler="simple")
+    import comfy.sample
+
+    which, generator = full_dits.MODELS[name], torch.Generator().manual_seed(0)
+    told = {"pooled_output": torch.randn(which.told["y"], generator=generator)} if "y" in which.told else {}
+    prompt = [[torch.randn((1, *which.text), generator=generator), {**told, "guidance": 3.5}]]
+    noise = torch.randn(which.latents[size], generator=generator)
+    return comfy.sample.sample(
+        model, noise, steps, 1.0, "euler", "simple", prompt, prompt, torch.zeros_like(noise), disable_pbar=True, seed=0
+    )
+
+
+def share_skipped(choice: str, model: Model, args: Namespace) -> float:
+    """Of all steps, by --skip or as on the lab's model. Raises ValueError where neither says it."""
+    if choice in args.skip:
+        return args.skip[choice]
+    path = args.frontier / f"frontier-{model.lab}.csv"
+    for row in read(path):
+        if row["variant"] == choice:
+            return 1.0 - float(row["calls_whole"]) - float(row["calls_merged"])
+    raise ValueError(f'{path} has no row {choice!r}: measure it, or give --skip "{choice}=0.4"')
+
+
+@dataclass
+class Ready:
+    """A choice put on a model. skips, done: the steps that a cache is to skip, and those that it did.
+
+    remark: why it cannot run, and then nothing else holds.
+    """
+
+    model: Any
+    steps: int
+    skips: Sequence[int] = ()
+    done: Sequence[int] = ()
+    remark: str = ""
+
+
+def made_ready(model: Any, name: str, choice: str, args: Namespace) -> Ready:
+    """A choice is parts joined by " + ", which are put on in this order, but torch.compile as the last."""
+    which, steps = MODELS[name], args.steps or MODELS[name].steps
+    ready = Ready(model, steps, remark=NEVER.get(choice, ""))
+    if ready.remark:
+        return ready
+    for part in sorted(choice.split(" + "), key=lambda part: part == "torch.compile"):
+        kind, _, amount = part.partition(" ")
+        if part in PRESETS:
+            patch = inprocess.pack_module("comfy_tome.patch")
+            config = patch.ToMeConfig(**PRESETS[part].options, min_tokens=which.least)
+            ready.model = patch.apply_to_model(ready.model, config)
+        elif kind in ("EasyCache", "LazyCache"):
+            try:
+                ready.skips = forced.skipped(kind, steps, share_skipped(choice, which, args))
+            except forced.TooManyError as error:
+                return Ready(model, steps, remark=str(error))
+            ready.model, ready.done = forced.cached(ready.model, kind, ready.skips)
+        elif part.endswith("% of the steps"):
+            ready.steps = round(float(kind.rstrip("%")) / 100 * steps)
+        elif part == TOMESD:
+            ready.model = hosts.variant(ready.model, name, "comfyui core 0.5")
+        elif kind == "HyperTile":
+            from comfy_extras.nodes_hypertile import HyperTile
+
+            ready.model = _first(HyperTile.execute(ready.model, int(amount), 2, 0, False))
+        elif part == "torch.compile":
+            from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+            ready.model = _first(TorchCompileModel.execute(ready.model, "inductor"))
+        elif part == "SageAttention":
+            if importlib.util.find_spec("sageattention") is None:
+                return Ready(model, steps, remark="not installed: sageattention")
+            ready.model = with_sage(ready.model)
+        elif part != "unmerged":
+            raise ValueError(f"no choice is named {part!r}, in {choice!r}")
+    return ready
+
+
+def run(ready: Ready, name: str, size: str) -> None:
+    """A whole generation. Raises RuntimeError where a cache did not skip what it was to."""
+    generate(ready.model, name, size, ready.steps)
+    if sorted(ready.done) != list(ready.skips):
+        raise RuntimeError(f"steps {sorted(ready.done)} were skipped, it was to be {ready.skips}")
+
+
+def _first(out: Any) -> Any:
+    """A node's first output, in either form that ComfyUI's nodes have."""
+    return out[0] if isinstance(out, tuple) else out.args[0]
+
+
+def with_sage(model: Any) -> Any:
+    """A clone whose attention is SageAttention's by ComfyUI's own function, as KJNodes' node puts it on."""
+    from comfy.ldm.modules.attention import attention_sage
+
+    def override(func: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return attention_sage(*args, **kwargs)
+
+    clone = model.clone()
+    clone.model_options["transformer_options"]["optimized_attention_override"] = override
+    return clone
+
+
+def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of one model, size and attention, all from the same rounds."""
+    name, size = job["model"], job["size"]
+    turns: dict[str, Callable[[], list[float]]] = {}
+    with hosts.choose_attention(job["backend"]):
+        ready = {choice: made_ready(model, name, choice, args) for choice in names}
+        for choice, one in ready.items():
+            if not one.remark:
+                # Kernels are compiled here, and auto decides what pays.
+                generate(one.model, name, size, min(one.steps, WARM))
+                turns[choice] = lambda one=one: [seconds_of(lambda: run(one, name, size), args.device)]
+        found = take_turns(turns, args.seconds, args.least)
+    for choice, one in ready.items():
+        times = found.get(choice)
+        cells = spread(times) if times else dict.fromkeys(("median", "p20", "p80"), "")
+        compared = speedup(found["unmerged"], times) if times else dict.fromkeys(SPEEDUPS, "")
+        yield {
+            "choice": choice,
+            "seconds": cells["median"],
+            "p20": cells["p20"],
+            "p80": cells["p80"],
+            **compared,
+            "steps": one.steps,
+            "of_steps": MODELS[name].of,
+            "skipped": " ".join(map(str, one.skips)),
+            "rounds": len(times or ()),
+            "remark": one.remark,
+            "device": args.device,
+        }
+
+
+def _skip(text: str) -> tuple[str, float]:
+    choice, _, share = text.rpartition("=")
+    try:
+        return choice, float(share)
+    except ValueError:
+        raise ArgumentTypeError(f'must be like "EasyCache 0.2=0.4", got {text!r}') from None
+
+
+def main() -> None:
+    parser = Arguments(__doc__, rounds=(20.0, 2), comfyui=True)
+    parser.one_of("--models", MODELS, None)
+    parser.add_argument("--tiny", action="store_true", help="small models alone: for a try on the CPU")
+    parser.add_argument("--sizes", nargs="+", help="some of the model's")
+    parser.add_argument("--choices", nargs="+", help="in place of the size's own")
+    parser.one_of("--attention", ["default", *BACKENDS], None, dest="backends")
+    parser.add_argument("--steps", type=int, help="in place of the model's own")
+    parser.add_argument("--skip", nargs="+", type=_skip, default=[], help='a share of the steps: "EasyCache 0.2=0.4"')
+    parser.add_argument("--frontier", type=Path, default=RESULTS / "fidelity", help="where frontier-LAB.csv are")
+    args = parser.parsed()
+    args.skip = dict(args.skip)
+    start_comfyui(args)
+    models = args.models or [name for name in MODELS if name.endswith("tiny") == args.tiny]
+    jobs = [
+        (
+            {
+                "model": name,
+                "size": size,
+                "backend": backend,
+                "dtype": MODELS[name].dtype if args.on_gpu else "float32",
+            },
+            args.choices or choices,
+        )
+        for name in models
+        for backend in args.backends or ["cudnn" if args.on_gpu else "default"]
+        for size, choices in MODELS[name].sizes.items()
+        if (size in args.sizes if args.sizes else size not in LEFT_OUT)
+    ]
+    model = lru_cache(1)(lambda name: build(name, torch.device(args.device)))
+    run_jobs(
+        args,
+        jobs,
+        lambda job, wanted: measure(model(job["model"]), job, wanted, args),
+        by="choice",
+        first=["unmerged"],
+        packages=("triton", "sageattention"),
+        about={"comfyui": comfyui_version()},
+    )
+
+
+def comfyui_version() -> str:
+    import comfyui_version
+
+    return comfyui_version.__version__
+
+
+if __name__ == "__main__":
+    main()
