@@ -12,10 +12,10 @@ preset (rivals.py): lab/results/fidelity/frontier-NAME.csv. The other models com
 
 Rows in the file are not measured again; the most telling sets come first (--sets, --minutes). On an H200 in half
 precision a row takes one to four seconds. "calls_whole" and "calls_merged" are the calls of the model that ran, as a
-share of the steps of the unmerged picture; "attention" is the share of all self-attention's work that ran. What a
-generation takes follows from them and from the time of a step (lab/pages/frontier.py). "ran": of each step, the percent
-of the pictures whose model ran. PSNR, SSIM and texture as in measure.py; the row "unmerged again" says how far rounding
-alone takes the pictures.
+share of the steps of the unmerged picture ("calls_both": exact and drawn, "calls_held": with attentions held);
+"attention" is the share of all self-attention's work that ran. What a generation takes follows from them and from the
+time of a step (lab/pages/frontier_times.py). "ran": of each step, the percent of the pictures whose model ran. PSNR,
+SSIM and texture as in measure.py; the row "unmerged again" says how far rounding alone takes the pictures.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ class Frontier:
         expected, features = self.reference
         made, own, run = self._pictures(variant)
         row: dict[str, object] = {"variant": variant.name, "family": variant.family, "sampler": self.sampler}
+        row["method"] = f"{variant.tail} tail" if variant.tail else variant.config.method if variant.is_merged else ""
+        row["ratio"] = f"{variant.config.ratio:g}"
 
         def mean(column: str, values: torch.Tensor, digits: int = 3) -> None:
             values = values.cpu()

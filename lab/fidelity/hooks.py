@@ -45,7 +45,8 @@ class Run:
         self.full: Grid = (0, 0)
         self.plan: Plan | None = None  # the current block's, for cross-attention and MLP
         self.work = {"full": 0, "left": 0, "all": 0, "all_left": 0}
-        self.calls = {"whole": 0, "merged": 0}  # of one picture each
+        # Of one picture each. both: exact and drawn; held: attentions that give what they gave before.
+        self.calls = dict.fromkeys(("whole", "merged", "both", "held"), 0)
         self.ran: dict[int, int] = {}  # the same by step
         self.pictures = 1  # of this call
         self.held = False  # whether this step's attentions give what they gave before
@@ -70,7 +71,9 @@ class Run:
             if since == 0:
                 self._drawn, self.call, self.joint = (self.call, self.joint), None, None
         self.pictures = seed.numel()
-        self.calls["whole" if self.call is None else "merged"] += self.pictures
+        both = self.keeps and _is_residual(hold)
+        kind = "held" if self.held else "both" if both else "whole" if self.call is None else "merged"
+        self.calls[kind] += self.pictures
         self.ran[step] = self.ran.get(step, 0) + self.pictures
 
     @contextmanager

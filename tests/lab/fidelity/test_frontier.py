@@ -79,7 +79,9 @@ def test_held_attention_and_tails_have_rows(dit_file, tmp_path, few):
     held, drawn, residual = (
         rows[f"attention 1 of 2{rest}"] for rest in ("", ", multires 0.84 between", ", multires 0.84 + residual")
     )
-    assert held["calls_whole"] == "1.00000" and float(held["attention"]) == 5 / 8
-    assert float(drawn["calls_merged"]) == 3 / 8
+    assert (float(held["calls_whole"]), float(held["calls_held"]), float(held["attention"])) == (5 / 8, 3 / 8, 5 / 8)
+    assert (drawn["method"], drawn["ratio"]) == ("multires", "0.84")
+    assert float(drawn["calls_merged"]) == float(residual["calls_merged"]) == float(residual["calls_both"]) == 3 / 8
     assert 5 / 8 < float(drawn["attention"]) < float(residual["attention"]) < 1
-    assert float(rows["EasyCache 0.2 + mean tail 0.84"]["calls_merged"]) < 1
+    tail = rows["EasyCache 0.2 + mean tail 0.84"]
+    assert float(tail["calls_merged"]) < 1 and tail["method"] == "mean tail"
