@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ..store import Row
-from . import fidelity_tables, multires_tables, option_tables, speed_tables, vit_tables
+from . import fidelity_tables, frontier_tables, multires_tables, option_tables, speed_tables, vit_tables
 from .help_lists import LANGUAGES, controls
 from .rows import results
 
@@ -19,7 +19,7 @@ HELP = ("web/docs/ToMe.md", *(f"web/docs/ToMe/{language}.md" for language in LAN
 PAGES = ("README.md", *HELP, *(f"docs/{page}.md" for page in ("settings", "speed", "quality", "vit", "kernels")))
 NOTHING = "Not measured yet.\n"
 _BLOCK = re.compile(r"(<!-- (\w+)(?: ([\w-]+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-# Of an argument, where the marker has one: a language, or a file of lab/results/fidelity.
+# Of an argument, where the marker has one: a language, a file of lab/results/fidelity, or a model of the lab.
 Maker = Callable[..., str]
 
 
@@ -38,6 +38,8 @@ MAKERS: dict[str, Maker] = {
     "options": option_tables.options,
     "presets": option_tables.presets,
     "resolutions": multires_tables.resolutions,
+    "rivals": frontier_tables.rivals,
+    "held": frontier_tables.held,
     "served": option_tables.served,
     "controls": controls,
     **of_speed(),

@@ -1,0 +1,108 @@
+"""docs/quality.md's tables of what people would use in place of merging, from frontier-MODEL.csv and step times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared_tome.methods import PRESETS
+
+from ..fidelity.methods import UNMERGED
+from ..fidelity.rivals import AGAIN
+from ..store import RESULTS, Row, markdown
+from .fidelity_tables import CELLS, percent
+from .frontier_times import PLACES, Place, best, frontier_rows
+
+HELD = ("outputs reused", "attention held", "drawn between", "drawn + residual", "drawn from 0.2")
+WHOLE = ("outputs reused", "EasyCache", "LazyCache")
+"""Families that use whole outputs again."""
+SHOWN = (*PRESETS, "EasyCache 0.1", "EasyCache 0.2", "EasyCache 0.3")
+CELL_NAMES = ("psnr", "ssim", "fd_gap", "texture")
+
+
+def points(rows: Sequence[Row], place: Place) -> dict[str, tuple[float, float]]:
+    """(time, PSNR) of each choice but unmerged and what was only held to find out."""
+    found = {}
+    for row in rows:
+        if row["variant"] not in (UNMERGED, AGAIN) and row["family"] not in HELD:
+            time = place.time(row)
+            if time is not None:
+                found[row["variant"]] = (time, float(row["psnr"]))
+    return found
+
+
+def rivals(model: str = "lab", folder: Path = RESULTS / "fidelity", places: Sequence[Place] | None = None) -> str:
+    """The choices on the frontier at any of the model's places, and the commonest; times that are on it are bold."""
+    rows, places = frontier_rows(model, folder), PLACES[model] if places is None else places
+    if not rows:
+        return ""
+    times = {place: points(rows, place) for place in places}
+    edges = {place: best(times[place]) for place in places}
+    shown = {name for names in edges.values() for name in names} | set(SHOWN)
+    lines = []
+    for row in sorted((row for row in rows if row["variant"] in shown), key=lambda row: -float(row["psnr"])):
+        name, cells = row["variant"], []
+        for place in places:
+            text = f"{times[place][name][0]:.0%}" if name in times[place] else "-"
+            cells.append(f"**{text}**" if name in edges[place] else text)
+        calls = sum(float(row[f"calls_{kind}"]) for kind in ("whole", "merged", "both", "held"))
+        lines.append([name, percent(str(calls)), *(_cell(cell, row) for cell in CELL_NAMES), *cells])
+    heads = [CELLS[cell][0] for cell in CELL_NAMES]
+    table = markdown(["what", "calls", *heads, *(place.title for place in places)], lines, left=1)
+    return f"{table}\n{about(rows, places)}\n"
+
+
+def held(model: str = "dit", folder: Path = RESULTS / "fidelity", places: Sequence[Place] | None = None) -> str:
+    """Attention held or drawn, beside whole outputs used again in the same time.
+
+    In brackets: how much nearer than these, whose PSNR is on the line between two that were measured. A dash where
+    none of them is as fast or as slow.
+    """
+    rows, places = frontier_rows(model, folder), PLACES[model] if places is None else places
+    mine = [row for row in rows if row["family"] in HELD]
+    if not mine:
+        return ""
+    lines = []
+    for row in mine:
+        cells = []
+        for place in places:
+            time = place.time(row)
+            base = None if time is None or row["family"] in WHOLE else at_time(rows, place, time)
+            beside = (
+                "" if row["family"] in WHOLE else " (-)" if base is None else f" ({float(row['psnr']) - base:+.1f})"
+            )
+            cells.append("-" if time is None else f"{time:.0%}{beside}")
+        lines.append([row["variant"], percent(row["attention"]), *(_cell(cell, row) for cell in CELL_NAMES), *cells])
+    heads = [CELLS[cell][0] for cell in CELL_NAMES]
+    table = markdown(["what", "attention", *heads, *(place.title for place in places)], lines, left=1)
+    return f"{table}\n{about(rows, places)}\n"
+
+
+def at_time(rows: Sequence[Row], place: Place, time: float) -> float | None:
+    """PSNR of whole outputs used again that take this time, None beyond what was measured."""
+    known = {
+        row["variant"]: (spent, float(row["psnr"]))
+        for row in rows
+        if row["family"] in WHOLE and (spent := place.time(row)) is not None
+    }
+    line = [known[name] for name in best(known)]
+    for (low, worse), (high, better) in zip(line, line[1:], strict=False):
+        if low <= time <= high:
+            return worse + (better - worse) * (time - low) / (high - low)
+    return None
+
+
+def _cell(name: str, row: Row) -> str:
+    return "-" if name == "fd_gap" and row[name] == "" else CELLS[name][1](row)
+
+
+def about(rows: Sequence[Row], places: Sequence[Place]) -> str:
+    one = rows[0]
+    again = next((row["psnr"] for row in rows if row["variant"] == AGAIN), "")
+    rounding = f"; rounding alone: {float(again):.0f} dB" if again else ""
+    times = dict.fromkeys(place.source for place in places if place.source)
+    return (
+        f"{one['pictures']} pictures, {one['sampler']}, {one['precision']} precision, {one['device']}, torch "
+        f"{one['torch']}, {one['date']}, commit {one['commit'] or 'unknown'}, model {one['model']}{rounding}. Times, "
+        f"in % of the unmerged generation's, from {'; '.join(times) or 'nothing yet'}."
+    )
