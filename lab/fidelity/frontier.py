@@ -1,21 +1,22 @@
 """Measures merging beside what people would use in its place: fidelity, and the calls and attention that are left.
 
     python -m lab.fidelity.frontier --model demo/model.safetensors --name demo --pictures 72 \
-        --classifier out/classifier.safetensors
+        --classifier out/classifier.safetensors --commit $(git rev-parse --short HEAD)
 
 Fewer steps, EasyCache, LazyCache, outputs held (reuse.py), and pooled tails on transformers, each alone and with each
-preset (rivals.py): lab/results/fidelity/frontier-NAME.csv. The other models come from lab.models.train:
+preset (rivals.py): lab/results/fidelity/frontier-NAME.csv. The other models come from lab.models.train, the classifiers
+from lab.models.classifier (of dit: demo's; of lab and dit-fine: --data fine):
 
-    --model out/lab/model.safetensors --name lab          (ddim30; --classifier of --data fine)
-    --model out/dit/model.safetensors --name dit          (flow28)
-    --model out/dit-fine/model.safetensors --name dit-fine --pictures 40
+    --model out/lab/model.safetensors --name lab --classifier out/lab/classifier.safetensors
+    --model out/dit/model.safetensors --name dit --classifier out/classifier.safetensors
+    --model out/dit-fine/model.safetensors --name dit-fine --pictures 40 --classifier out/lab/classifier.safetensors
 
-Rows in the file are not measured again; the most telling sets come first (--sets, --minutes). On an H200 in half
-precision a row takes one to four seconds. "calls_whole" and "calls_merged" are the calls of the model that ran, as a
-share of the steps of the unmerged picture ("calls_both": exact and drawn, "calls_held": with attentions held);
-"attention" is the share of all self-attention's work that ran. What a generation takes follows from them and from the
-time of a step (lab/pages/frontier_times.py). "ran": of each step, the percent of the pictures whose model ran. PSNR,
-SSIM and texture as in measure.py; the row "unmerged again" says how far rounding alone takes the pictures.
+Rows in the file are not measured again; the most telling sets come first (--sets, --minutes). "calls_whole" and
+"calls_merged" are the calls of the model that ran, as a share of the steps of the unmerged picture ("calls_both": exact
+and drawn, "calls_held": with attentions held); "attention" is the share of all self-attention's work that ran. What a
+generation takes follows from them and from the time of a step (lab/pages/frontier_times.py). "ran": of each step, the
+percent of the pictures whose model ran. PSNR, SSIM and texture as in measure.py; the row "unmerged again" says how far
+rounding alone takes the pictures.
 """
 
 from __future__ import annotations
@@ -141,7 +142,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sampler", help="flow28 for a flow, else ddim30")
     parser.add_argument("--pictures", type=int, default=72, help="a row")
     parser.add_argument("--batch", type=int, default=72, help="pictures at a time")
-    parser.add_argument("--precision", choices=PRECISIONS, default="half" if cuda else "float32")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="mixed" if cuda else "float32", help="half is faster"
+    )
     parser.add_argument("--classifier", type=Path, help="from lab.models.classifier; without it no Frechet distance")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after this time")

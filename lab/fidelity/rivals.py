@@ -79,7 +79,7 @@ def holds(transformer: bool) -> list[Variant]:
         return Variant(name, family, config, timed=False, **more)
 
     found = []
-    for every in (2, 3, 4):
+    for every in (2, 3, 4, 6):
         times = f"1 of {every}"
         whole = {"start": 0.2, "end": 1.0, "every": every}
         found += [

@@ -24,11 +24,12 @@ STYLES = {
 }
 WITH = {name: fill for name, fill in zip(PRESETS, ("full", "left", "bottom"), strict=True)}
 """How a marker that stands for both is filled, by the preset; what stands alone is empty."""
-LOWEST = 15.0  # dB
+LOWEST, HIGHEST, APART = 15.0, 70.0, 1.5
+"""dB: what is shown, and how far from the last name on the line the next one is."""
 
 
 def panel(axes: Any, rows: Sequence[Row], place: Place) -> None:
-    """Time across, PSNR up; the line is what nothing beats in both."""
+    """Time across, PSNR up; the dark line is what nothing beats in both, the others join what is alike."""
     found = {name: point for name, point in points(rows, place).items() if point[1] >= LOWEST and point[0] <= 1.05}
     families = {row["variant"]: row["family"] for row in rows}
     edge = best(found)
@@ -49,11 +50,20 @@ def panel(axes: Any, rows: Sequence[Row], place: Place) -> None:
             alpha=1.0 if name in edge else 0.55, label=None if label in labelled else label,
         )  # fmt: skip
         labelled.add(label)
+    for family, (colour, _) in STYLES.items():
+        line = sorted(found[name] for name in found if families[name] == family and family != "ToMe")
+        axes.plot([100 * time for time, _ in line], [psnr for _, psnr in line], color=colour, linewidth=0.6, alpha=0.5)
+    last = -APART
     for name in edge:
-        axes.annotate(
-            name, (100 * found[name][0], found[name][1]), xytext=(-4, 4), textcoords="offset points", fontsize=6,
-            color=INK, ha="right",
-        )  # fmt: skip
+        time, psnr = found[name]
+        if psnr - last >= APART:
+            axes.annotate(
+                name, (100 * time, psnr), xytext=(-5, 3), textcoords="offset points", fontsize=6, color=INK, ha="right",
+                annotation_clip=True,
+            )  # fmt: skip
+            last = psnr
+    axes.set_xlim(0, 105)
+    axes.set_ylim(LOWEST, min(HIGHEST, 2 + max((psnr for _, psnr in found.values()), default=HIGHEST)))
     axes.set_title(place.title, color=INK, fontsize=10)
     axes.set_xlabel("time of a generation, % of the unmerged one's", color=INK, fontsize=8)
     axes.tick_params(labelsize=8)

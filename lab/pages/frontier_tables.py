@@ -21,10 +21,10 @@ CELL_NAMES = ("psnr", "ssim", "fd_gap", "texture")
 
 
 def points(rows: Sequence[Row], place: Place) -> dict[str, tuple[float, float]]:
-    """(time, PSNR) of each choice but unmerged and what was only held to find out."""
+    """(time, PSNR) of each choice that changes pictures, but what was only held to find out."""
     found = {}
     for row in rows:
-        if row["variant"] not in (UNMERGED, AGAIN) and row["family"] not in HELD:
+        if row["family"] not in (UNMERGED, *HELD) and row["psnr"] != "inf":
             time = place.time(row)
             if time is not None:
                 found[row["variant"]] = (time, float(row["psnr"]))
@@ -83,7 +83,7 @@ def at_time(rows: Sequence[Row], place: Place, time: float) -> float | None:
     known = {
         row["variant"]: (spent, float(row["psnr"]))
         for row in rows
-        if row["family"] in WHOLE and (spent := place.time(row)) is not None
+        if row["family"] in WHOLE and row["psnr"] != "inf" and (spent := place.time(row)) is not None
     }
     line = [known[name] for name in best(known)]
     for (low, worse), (high, better) in zip(line, line[1:], strict=False):
@@ -99,7 +99,7 @@ def _cell(name: str, row: Row) -> str:
 def about(rows: Sequence[Row], places: Sequence[Place]) -> str:
     one = rows[0]
     again = next((row["psnr"] for row in rows if row["variant"] == AGAIN), "")
-    rounding = f"; rounding alone: {float(again):.0f} dB" if again else ""
+    rounding = f"; rounding alone: {float(again):.0f} dB" if again not in ("", "inf") else ""
     times = dict.fromkeys(place.source for place in places if place.source)
     return (
         f"{one['pictures']} pictures, {one['sampler']}, {one['precision']} precision, {one['device']}, torch "

@@ -9,7 +9,8 @@ since what is drawn beside exact attention costs m - (1 - a). m and a of a model
 generations (lab/results/speed/generations.csv, from lab.speed.generations), or where these are not there by steps
 (steps.csv, dit-multires.csv); a is what "limit" saves (steps.csv, dit.csv), in U-Nets with the projections, which are
 saved there too. A choice that was run as a whole generation, with as many steps skipped as its row says, has the time
-that was measured. Pooled tails, which run nowhere here, have m = 1 - a (1 - work): at best.
+that was measured. Decoding the latent, where it was measured, is added to both sides. Pooled tails, which run nowhere
+here, have m = 1 - a (1 - work): at best.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from shared_tome.config import ToMeConfig
 from shared_tome.methods import PRESETS
 
+from ..fidelity.methods import UNMERGED
 from ..store import RESULTS, Row, read
 from .speed_tables import FOLDER, MODELS
 
@@ -105,8 +107,19 @@ class Place:
                 return min(1.0, first + at * (last - first))
         return None
 
+    @cached_property
+    def decoding(self) -> float:
+        """In units of the unmerged sampling; 0 where it was not measured."""
+        row = self.generations.get(UNMERGED)
+        return float(row["decode_s"]) / float(row["seconds"]) if row and row["decode_s"] else 0.0
+
     def time(self, row: Row) -> float | None:
         """Of a row of frontier-*.csv, in units of the unmerged generation; None where it cannot be told."""
+        sampling = self.sampling(row)
+        return None if sampling is None else (sampling + self.decoding) / (1 + self.decoding)
+
+    def sampling(self, row: Row) -> float | None:
+        """The same without decoding."""
         whole, merged, both, held = (float(row[f"calls_{kind}"]) for kind in ("whole", "merged", "both", "held"))
         done = self.generations.get(row["variant"])
         if done is not None and done["steps"] == done["of_steps"]:
@@ -129,6 +142,8 @@ class Place:
         what = "whole generations" if self.generations else "steps"
         if self.generations and one["steps"] != one["of_steps"]:
             what += f" of {one['steps']} steps"
+        if self.decoding:
+            what += " with decoding"
         return f"{what}, {self.attention}, {one['machine']}, {one['date']}"
 
 

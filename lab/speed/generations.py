@@ -3,7 +3,8 @@
     COMFYUI_DIR=... python -m lab.speed.generations --models sd15 --out lab/results/speed/generations.csv
 
 Each choice samples a whole picture or video through ComfyUI's sampler: guidance on U-Nets, one call a step on
-transformers. Text encoder and VAE are not in it. The choices take turns, each warm; `speedup` is turn against turn.
+transformers. The choices take turns, each warm; `speedup` is turn against turn. `seconds` are the sampler's; decoding
+the latent takes `decode_s` more, whatever was chosen, where images are made. The text encoder is not in it.
 One command a model and attention, each within three minutes on an H200 (--minutes stops it, the same command goes on):
 
     --models sd15                          512², 1024², 2048²
@@ -39,6 +40,7 @@ from ..store import RESULTS, read
 from ..timing import spread, take_turns
 from . import forced, hosts
 from .common import BACKENDS, DTYPES, SPEEDUPS, Arguments, Job, run_jobs, seconds_of, speedup, start_comfyui
+from .decoding import decode_seconds
 
 TOMESD = "TomePatchModel 0.5"
 COMMON = ("unmerged", *PRESETS, "EasyCache 0.2", "EasyCache 0.2 + Balanced", "75% of the steps", "SageAttention")
@@ -100,6 +102,13 @@ def generate(model: Any, name: str, size: str, steps: int) -> torch.Tensor:
     return comfy.sample.sample(
         model, noise, steps, 1.0, "euler", "simple", prompt, prompt, torch.zeros_like(noise), disable_pbar=True, seed=0
     )
+
+
+def latent_shape(name: str, size: str) -> tuple[int, ...]:
+    """[B, C, h, w] of an image, [B, C, frames, h, w] of a video."""
+    if name in full_dits.MODELS:
+        return full_dits.MODELS[name].latents[size]
+    return 1, 4, int(size.rstrip("²")) // 8, int(size.rstrip("²")) // 8
 
 
 def share_skipped(choice: str, model: Model, args: Namespace) -> float:
@@ -202,6 +211,8 @@ def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iter
                 generate(one.model, name, size, min(one.steps, WARM))
                 turns[choice] = lambda one=one: [seconds_of(lambda: run(one, name, size), args.device)]
         found = take_turns(turns, args.seconds, args.least)
+        shape = latent_shape(name, size)
+        decode = decode_seconds(shape, args.device, 32 if name.endswith("tiny") else 128) if len(shape) == 4 else ""
     for choice, one in ready.items():
         times = found.get(choice)
         cells = spread(times) if times else dict.fromkeys(("median", "p20", "p80"), "")
@@ -212,6 +223,7 @@ def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iter
             "p20": cells["p20"],
             "p80": cells["p80"],
             **compared,
+            "decode_s": decode,
             "steps": one.steps,
             "of_steps": MODELS[name].of,
             "skipped": " ".join(map(str, one.skips)),

@@ -94,6 +94,7 @@ def test_times_are_calls_times_steps(results):
 
 def test_whole_generations_go_first(results):
     at = {"model": "flux", "size": "2048²", "backend": "cudnn", "of_steps": 20, "skipped": "", **ABOUT}
+    at |= {"seconds": 9.0, "decode_s": ""}
     generations = [
         {**at, "choice": "unmerged", "steps": 20, "speedup": 1},
         {**at, "choice": "Balanced", "steps": 20, "speedup": f"{1 / 0.6:.6f}"},
@@ -110,6 +111,10 @@ def test_whole_generations_go_first(results):
     assert times["EasyCache 0.2 + Balanced"] == about(0.6 * 0.6)  # was run with two steps skipped, not eight
     assert place.merged("multires", 0.84) == about((0.55 - 0.1) / 0.9)
     assert "whole generations, cudnn, a GPU" in place.source
+    store.save([{**one, "decode_s": 1.0} for one in generations], results / "generations.csv")
+    place = Place("flux", "2048²", folder=results)
+    assert "whole generations with decoding, cudnn" in place.source
+    assert by_name(place)["Fast"] == about((0.55 * 9 + 1) / 10) and by_name(place)["unmerged"] == 1.0
     store.save([{**one, "steps": 4} for one in generations], results / "generations.csv")
     assert "whole generations of 4 steps" in Place("flux", "2048²", folder=results).source
 

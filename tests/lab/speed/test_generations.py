@@ -75,7 +75,7 @@ def test_the_short_form(tmp_path):
         if choice in ("tomesd 0.5", "sparse attention", "EasyCache 0.3"):
             assert row["seconds"] == row["speedup"] == "" and row["remark"]
         else:
-            assert row["seconds"] > 0 and row["rounds"] == 1 and not row["remark"]
+            assert row["seconds"] > 0 and row["rounds"] == 1 and not row["remark"] and row["decode_s"] > 0
     assert rows["EasyCache 0.3"]["remark"] == "EasyCache can skip 4 of 8 steps, so not a share of 0.9"
     assert rows["EasyCache 0.2"]["skipped"] == "5 7" and rows["LazyCache 0.2 + Balanced"]["skipped"] == "3 5 7"
     assert rows["50% of the steps"]["steps"] == 4 and rows["unmerged"]["comfyui"]
@@ -93,4 +93,4 @@ def test_the_short_form_of_transformers():
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(done.stdout)
     assert [row["skipped"] for row in rows] == ["", "5 7", "6"] * 2
-    assert all(row["seconds"] > 0 for row in rows)
+    assert all(row["seconds"] > 0 and (row["decode_s"] != "") == (row["model"] == "flux-tiny") for row in rows)
