@@ -37,7 +37,7 @@ def of_speed(folder: Path = speed_tables.FOLDER) -> dict[str, Maker]:
 MAKERS: dict[str, Maker] = {
     "options": option_tables.options,
     "presets": option_tables.presets,
-    "resolutions": multires_tables.resolutions,
+    **multires_tables.MAKERS,
     "rivals": frontier_tables.rivals,
     "held": frontier_tables.held,
     "served": option_tables.served,

@@ -17,6 +17,8 @@ HELD = ("outputs reused", "attention held", "drawn between", "drawn + residual",
 WHOLE = ("outputs reused", "EasyCache", "LazyCache")
 """Families that use whole outputs again."""
 SHOWN = (*PRESETS, "EasyCache 0.1", "EasyCache 0.2", "EasyCache 0.3")
+LEAST = 25.0
+"""dB: what is farther away is in the file alone."""
 CELL_NAMES = ("psnr", "ssim", "fd_gap", "texture")
 
 
@@ -40,7 +42,8 @@ def rivals(model: str = "lab", folder: Path = RESULTS / "fidelity", places: Sequ
     edges = {place: best(times[place]) for place in places}
     shown = {name for names in edges.values() for name in names} | set(SHOWN)
     lines = []
-    for row in sorted((row for row in rows if row["variant"] in shown), key=lambda row: -float(row["psnr"])):
+    near = [row for row in rows if row["variant"] in shown and float(row["psnr"]) >= LEAST]
+    for row in sorted(near, key=lambda row: -float(row["psnr"])):
         name, cells = row["variant"], []
         for place in places:
             text = f"{times[place][name][0]:.0%}" if name in times[place] else "-"

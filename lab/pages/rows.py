@@ -33,8 +33,9 @@ def read(path: Path) -> list[Row]:
 
 
 def results(folder: Path = RESULTS / "fidelity") -> list[Row]:
-    """All rows that are kept with the project."""
+    """All rows that are kept with the project, but for those of multires_tables.py, of other precision."""
     paths = sorted(path for path in folder.glob("*.csv") if path.with_suffix(".pictures.csv").is_file())
+    paths = [path for path in paths if not path.stem.startswith("multires-")]
     return [row for path in paths for row in read(path)]
 
 
