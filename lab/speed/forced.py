@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 START, END = 0.15, 0.95
 """The nodes' own start_percent and end_percent."""
 
@@ -48,6 +50,16 @@ def cached(model: Any, kind: str, skips: list[int]) -> tuple[Any, list[int]]:
         """The step is the number of noise levels seen so far; each call asks is_past_end_timestep first."""
 
         level, step = None, -1
+        _total: Any = 0.0
+
+        @property
+        def cumulative_change_rate(self) -> Any:
+            return self._total
+
+        @cumulative_change_rate.setter
+        def cumulative_change_rate(self, value: Any) -> None:
+            # Random weights may give what is no number, which is below no threshold.
+            self._total = value.nan_to_num() if isinstance(value, torch.Tensor) else value
 
         @property
         def reuse_threshold(self) -> float:
