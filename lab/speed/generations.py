@@ -22,7 +22,6 @@ what it does is core's node TomePatchModel there. What cannot run has a row with
 
 from __future__ import annotations
 
-import importlib.util
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -166,8 +165,10 @@ def made_ready(model: Any, name: str, choice: str, args: Namespace) -> Ready:
 
             ready.model = _first(TorchCompileModel.execute(ready.model, "inductor"))
         elif part == "SageAttention":
-            if importlib.util.find_spec("sageattention") is None:
-                return Ready(model, steps, remark="not installed: sageattention")
+            from comfy.ldm.modules import attention
+
+            if not attention.SAGE_ATTENTION_IS_AVAILABLE:
+                return Ready(model, steps, remark="sageattention cannot be imported")
             ready.model = with_sage(ready.model)
         elif part != "unmerged":
             raise ValueError(f"no choice is named {part!r}, in {choice!r}")

@@ -64,7 +64,7 @@ def test_the_short_form(tmp_path):
         *(generations.TOMESD, "HyperTile 64", "tomesd 0.5", "sparse attention", "EasyCache 0.3"),
     ]
     command = (
-        *("--models", "tiny", "--json", "--out", str(out), "--choices", *choices, "--skip"),
+        *("--tiny", "--sizes", "128²", "--json", "--out", str(out), "--choices", *choices, "--skip"),
         *("EasyCache 0.2=0.25", "LazyCache 0.2 + Balanced=0.375", "EasyCache 0.3=0.9"),
     )
     done = run(*command)
