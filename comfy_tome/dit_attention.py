@@ -173,8 +173,9 @@ def may_join(call: Call) -> bool:
 def attend_joint(
     joint: JointCall, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan
 ) -> Tensor | None:
-    """JointCall.attend in place of this call, which may_join has allowed: its outcome as the host wants it, or None."""
-    out = joint.attend(*(call.by_head(x) for x in (q, k, v)), start, plan, call.kwargs.get("scale"))  # (B, L, H, d)
+    """JointCall.attend in place of this call of PyTorch's attention: its outcome as the host wants it, or None."""
+    heads = (call.by_head(x) for x in (q, k, v))
+    out = joint.attend(*heads, start, plan, call.kwargs.get("scale"), call.mask)  # (B, L, H, d)
     if out is None:
         return None
     return out.transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out.flatten(2)
@@ -182,15 +183,14 @@ def attend_joint(
 
 def attend_sampled(joint: JointCall, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
     """Keys and values from some of the image's tokens, the same for all rows, and all others: no unmerge."""
-    joins = bool(joint.kernels) and may_join(call)
-    out = attend_joint(joint, call, q, k, v, start, plan) if joins else None
+    torchs = bool(joint.kernels) and call.is_torchs
+    out = attend_joint(joint, call, q, k, v, start, plan) if torchs else None
     if out is not None:
         return out
-    if not joins:
-        joint.tell_sampled(plan, "a mask" if call.mask is not None else call.name)
+    if not torchs:
+        joint.tell_sampled(plan, call.name)
     around = joint.around(plan, start, call.length)
     if joint.own:
-        torchs = bool(joint.kernels) and call.is_torchs
         say_once(why_not_kept(call.by_head(q), call.by_head(k), call.mask is not None, torchs))
     index = around.index(plan, start)
     k, v = call.take(k, index), call.take(v, index)

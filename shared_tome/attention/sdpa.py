@@ -112,13 +112,16 @@ def attend_sampled(
 
     Args:
         q, k, v: [B, H, L, d] of all tokens. plan: of a method that matches nothing; where there are tokens beside the
-            image's, its choice is one for all rows.
+            image's, its choice is one for all rows. Under a mask that joint.attend does not take, all keys stay.
     Returns:
         [B, H, L, d].
     """
-    out = joint.attend(q, k, v, start, plan, attention.scale) if attention.is_torchs_alone else None  # (B, L, H, d)
+    torchs, mask = attention.is_torchs_alone, attention.mask
+    out = joint.attend(q, k, v, start, plan, attention.scale, mask) if torchs else None  # (B, L, H, d)
     if out is not None:
         return out.transpose(1, 2)
+    if mask is not None:
+        return attention(q, k, v)
     if not attention.is_torchs_alone:
         joint.tell_sampled(plan, "dropout, or another package's mode around the attention")
     around = joint.around(plan, start, k.shape[2])

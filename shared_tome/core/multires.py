@@ -43,6 +43,8 @@ FRONTIER = (
 FINE_BELOW = 4096
 # A score's distance to the greatest one counts in so many steps for each unit of a logit, up to so many in all.
 STEPS, LEVELS = 64, 4094
+# What a mask adds to the logit of a key that is not seen. Finite: a query that sees no key gets the mean of all.
+LEAST = -1e38
 
 
 @dataclass(frozen=True)
@@ -230,12 +232,22 @@ def choose(scores: Tensor, tiles: Tiles, counts: Counts) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, drawn: Drawn, lists: Tensor, counts: Counts, layer: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tiles,
+    drawn: Drawn,
+    lists: Tensor,
+    counts: Counts,
+    layer: int,
+    scale: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The attention to the keys that were chosen, and to all that are whole for everyone.
 
     Args:
         q, k, v: [B, H, L, d]. lists: from `choose` by counts. layer: its place among those of its grid.
+        mask: [B or 1, H or 1, L or 1, L], added to the logits of each key that is there; of bool: whether it is seen.
     Returns:
         [B, H, L, d] in q's dtype.
     """
@@ -247,8 +259,10 @@ def attend(
         whole, half = counts[:2] if tile < image else counts[2:]
         place = key_places(tiles, drawn, lists[:, :, tile], whole, half, layer)[..., None].expand(-1, -1, -1, d)
         keys, values = (x.gather(2, place).float() for x in (k, v))  # (B, H, M, d)
-        logits = asking[:, :, tile] @ keys.transpose(-1, -2) * scale
-        out.append((logits + key_weights(tiles, whole, half, q.device).log()).softmax(-1) @ values)
+        logits = asking[:, :, tile] @ keys.transpose(-1, -2) * scale + key_weights(tiles, whole, half, q.device).log()
+        if mask is not None:
+            logits = logits + _mask_of(mask, tiles, tile, place[..., 0])
+        out.append(logits.softmax(-1) @ values)
     out = torch.cat(out, 2)[:, :, :length].to(q.dtype)
     return torch.empty_like(out).index_copy_(2, tiles.rows.long(), out)
 
@@ -268,6 +282,21 @@ def key_places(tiles: Tiles, drawn: Drawn, lists: Tensor, whole: int, half: int,
     return torch.cat((*found, beside), 2).long()
 
 
+def is_of_keys(mask: Tensor) -> bool:
+    """Whether a mask [., ., L or 1, L] is the same for all queries."""
+    return mask.shape[2] == 1 or mask.stride(2) == 0
+
+
+def _mask_of(mask: Tensor, tiles: Tiles, tile: int, place: Tensor) -> Tensor:
+    """What is added to the logits of one query tile, [B, H, queries or 1, M] float32. place: of its keys, [B, H, M]."""
+    rows = torch.nn.functional.pad(tiles.rows, (0, tiles.query_tiles * tiles.queries - len(tiles.rows)))
+    mask = mask[:, :, :1] if is_of_keys(mask) else mask.index_select(2, rows.split(tiles.queries)[tile])
+    found = mask.expand(*place.shape[:2], -1, -1).gather(3, place[:, :, None].expand(-1, -1, mask.shape[2], -1))
+    if found.dtype == torch.bool:
+        return torch.where(found, 0.0, LEAST)
+    return found.float().clamp_min(LEAST)
+
+
 def key_weights(tiles: Tiles, whole: int, half: int, device: torch.device) -> Tensor:
     """How many tokens each key of a query tile stands for, [M] float32; they add up to L."""
     beside = len(tiles.rows) % tiles.size
@@ -285,8 +314,10 @@ def attend_multires(
     counts: Counts,
     layer: int = 0,
     scale: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """All of it: [B, H, L, d] in q's dtype. scale: of the logits, 1 / sqrt(d) where it is None."""
+    """All of it: [B, H, L, d] in q's dtype. scale: of the logits, 1 / sqrt(d) where it is None. mask: see attend; the
+    choice of tiles takes no notice of it, since it is meant for tokens beside the image."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     lists = choose(scores(q, k, tiles, scale), tiles, counts)
-    return attend(q, k, v, tiles, drawn, lists, counts, layer, scale)
+    return attend(q, k, v, tiles, drawn, lists, counts, layer, scale, mask)

@@ -21,6 +21,7 @@ from .heads import (
     keep_own,
     pays_to_list,
     take_turns,
+    takes_multires,
 )
 from .switch import ready, serves, use, version
 from .tokens import Chain, can_split, draw, group_sizes, has_mean, links, match, mean, split, take
@@ -52,6 +53,7 @@ __all__ = [
     "split",
     "take",
     "take_turns",
+    "takes_multires",
     "use",
     "version",
 ]

@@ -132,24 +132,38 @@ def keep_own(
     return run(q, k, v, out, lse, turns, runs, scale, weight)
 
 
-def attends_multires(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> bool:
-    """Whether `attend_multires` goes through a kernel for heads q, k, v [B, H, L, d] of these tiles."""
-    alike = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.shape[2] == len(tiles.rows)
-    able = alike and q.dtype in (torch.float16, torch.bfloat16) and q.numel() > 0 and tiles.image > 0
-    able = able and tiles.count <= _MOST_TILES and q.shape[3] <= _MOST_CHANNELS
+def takes_multires(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> bool:
+    """Whether `attend_multires` may go through a kernel for heads q, k, v [B, H, L, d], whatever the tiles are."""
+    able = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    able = able and q.dtype in (torch.float16, torch.bfloat16) and q.numel() > 0 and q.shape[3] <= _MOST_CHANNELS
     able = able and q.shape[0] * q.shape[1] <= _MOST_PROGRAMS
+    able = able and (mask is None or (mask.dtype in (*_DTYPES, torch.bool) and serves(mask)))
     able = able and all(x.shape[2] * x.stride(2) < _FARTHEST for x in (q, k, v)) and serves(q, k, v)
     return able and (is_compiling() or load().runs("multires", q.device))  # as in attends_drawn
 
 
+def attends_multires(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, mask: Tensor | None = None) -> bool:
+    """Whether `attend_multires` goes through a kernel for heads q, k, v [B, H, L, d] of these tiles."""
+    able = q.shape[2] == len(tiles.rows) and tiles.image > 0 and tiles.count <= _MOST_TILES
+    return able and takes_multires(q, k, v, mask)
+
+
 def attend_multires(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, drawn: Drawn, counts: Counts, layer: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tiles,
+    drawn: Drawn,
+    counts: Counts,
+    layer: int,
+    scale: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """multires.attend_multires in three launches; by a kernel the result lies as [B, L, H, d]."""
-    if not attends_multires(q, k, v, tiles):
-        return multires.attend_multires(q, k, v, tiles, drawn, counts, layer, scale)
+    if not attends_multires(q, k, v, tiles, mask):
+        return multires.attend_multires(q, k, v, tiles, drawn, counts, layer, scale, mask)
     cut = (tiles.rows, drawn.table, tiles.image, tiles.size, tiles.queries, drawn.half.shape[1])
-    return operator("multires")(q, k, v, *cut, *counts, layer, scale)
+    return operator("multires")(q, k, v, mask, *cut, *counts, layer, scale)
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -125,6 +125,15 @@ class ModelCall:
         tokens, kept = math.prod(grid), kept_of(grid, self.config)
         if kept == tokens:
             return Plan(batch, tokens, tokens, self.seed.device)
+
+        def draw() -> Tensor:
+            return self._draw(grid, kept, layer)
+
+        return sampled(batch, grid, self.config, kept, draw, self.seed, self.step, layer)
+
+    def _draw(self, grid: Grid, kept: int, layer: int) -> Tensor:
+        """The tokens of a layer, [T, b, kept]: its own choice and what heads that draw apart take."""
+        tokens = math.prod(grid)
         # Heads that draw apart want the turns after the layer's own, as many as a run has.
         turns = min(_TURNS, -(-tokens // kept)) if self.config.keeps_own else 1
         if tokens % kept == 0:  # each run's walk begins again after as many layers as it has tokens
@@ -138,8 +147,7 @@ class ModelCall:
             count = layers + turns - 1
             order = self._orders[grid] if grid in self._orders else curve_order(grid, self.seed.device)
             self._drawn[grid] = first, kernels.draw(order, kept, self.seed, self.step, first, count)
-        drawn = self._drawn[grid][1].narrow(0, place, turns)
-        return sampled(batch, grid, self.config, drawn, self.seed, self.step, layer)
+        return self._drawn[grid][1].narrow(0, place, turns)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, metric: Tensor | None = None, own: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -89,8 +90,11 @@ def _sample(batch: int, grid: Grid, config: ToMeConfig, seed: Tensor, step: int 
     kept = kept_of(grid, config)
     if kept == math.prod(grid):
         return Plan(batch, kept, kept, seed.device)
-    drawn = kernels.draw(curve_order(grid, seed.device), kept, seed, step, layer, 1)
-    return sampled(batch, grid, config, drawn, seed, step, layer)
+
+    def draw() -> Tensor:
+        return kernels.draw(curve_order(grid, seed.device), kept, seed, step, layer, 1)
+
+    return sampled(batch, grid, config, kept, draw, seed, step, layer)
 
 
 def kept_of(grid: Grid, config: ToMeConfig) -> int:
@@ -100,12 +104,19 @@ def kept_of(grid: Grid, config: ToMeConfig) -> int:
 
 
 def sampled(
-    batch: int, grid: Grid, config: ToMeConfig, turns: Tensor, seed: Tensor, step: int | Tensor, layer: int
+    batch: int,
+    grid: Grid,
+    config: ToMeConfig,
+    kept: int,
+    draw: Callable[[], Tensor],
+    seed: Tensor,
+    step: int | Tensor,
+    layer: int,
 ) -> SamplePlan:
-    """The plan of drawn tokens [T, b, M], by the method: sample or multires."""
+    """The plan of tokens that `draw` gives, [T, b, kept], by the method: sample or multires."""
     if config.method == "multires":
-        return MultiresPlan(batch, grid, turns, shares(config.ratio), seed, step, layer)
-    return SamplePlan(batch, grid, turns)
+        return MultiresPlan(batch, grid, kept, draw, shares(config.ratio), seed, step, layer)
+    return SamplePlan(batch, grid, draw())
 
 
 @functools.lru_cache(maxsize=64)

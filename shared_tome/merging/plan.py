@@ -7,6 +7,7 @@ have b rows: see core/groups.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -154,9 +155,16 @@ class SamplePlan(Plan):
     is_identity = False
 
     def __init__(self, batch: int, grid: Grid, turns: Tensor):
-        super().__init__(batch, math.prod(grid), turns.shape[2], turns.device)
-        self.grid, self.turns = grid, turns
-        self.even = self.tokens % self.kept == 0
+        self._begin(batch, grid, turns.shape[2], turns.device)
+        self._turns = turns
+
+    def _begin(self, batch: int, grid: Grid, kept: int, device: torch.device) -> None:
+        Plan.__init__(self, batch, math.prod(grid), kept, device)
+        self.grid, self.even = grid, self.tokens % kept == 0
+
+    @property
+    def turns(self) -> Tensor:
+        return self._turns
 
     @property
     def choice(self) -> Tensor:
@@ -191,20 +199,30 @@ class SamplePlan(Plan):
 class MultiresPlan(SamplePlan):
     """Keys at three resolutions (core/multires.py), where an attention sees the heads of all tokens.
 
-    That is for attention/sequence.py to do; to everybody else this is a sample of as many keys.
+    That is for attention/sequence.py to do; to everybody else this is a sample of as many keys, which is drawn once
+    somebody asks for it.
 
-    shares: (whole, half) of the tiles. seed: [] or [b], step, layer: of the draws.
+    kept, draw: how many keys that sample has, and what draws it, [T, b, kept]. shares: (whole, half) of the tiles.
+    seed: [] or [b], step, layer: of the draws.
     """
 
     def __init__(
         self,
         batch: int,
         grid: Grid,
-        turns: Tensor,
+        kept: int,
+        draw: Callable[[], Tensor],
         shares: tuple[float, float],
         seed: Tensor,
         step: int | Tensor,
         layer: int,
     ):
-        super().__init__(batch, grid, turns)
+        self._begin(batch, grid, kept, seed.device)
+        self._draw, self._drawn = draw, None
         self.shares, self.seed, self.step, self.layer = shares, seed, step, layer
+
+    @property
+    def turns(self) -> Tensor:
+        if self._drawn is None:
+            self._drawn = self._draw()
+        return self._drawn

@@ -127,10 +127,10 @@ class JointAttachment(BaseAttachment):
         if not own or k.shape[0] != call.batch:
             self.say("an attention with other tokens than the text's and the image's is left alone")
             return attention(q, k, v)
-        if not attention.is_plain:
+        start = call.text if self.text_first and beside >= call.text else 0
+        if not (attention.is_plain or self._serves_mask(attention, q, k, v, start)):
             self.say("an attention with a mask is left alone")
             return attention(q, k, v)
-        start = call.text if self.text_first and beside >= call.text else 0
         # The ViT paper's metric: keys averaged over the heads. What matches nothing wants its shape alone.
         metric = k[:, :, start : start + image].mean(1) if call.model.config.kind.matches else k[:, 0, :image]
         plan = call.model.plan(metric, call.grid)  # metric [B, N, d]
@@ -141,6 +141,13 @@ class JointAttachment(BaseAttachment):
         if call.model.config.kind.matches:
             return self._merged(attention, q, k, v, start, plan)
         return attend_sampled(call.joint, attention, q, k, v, start, plan)
+
+    def _serves_mask(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int) -> bool:
+        """Whether the attention can be had under its mask: at three resolutions (attention/masks.py)."""
+        call, mask = self.call, attention.mask
+        if mask is None or attention.options.get("is_causal") or not attention.is_torchs_alone:
+            return False
+        return call.model.config.method == "multires" and call.joint.serves_mask(q, k, v, mask, start, call.grid)
 
     def _merged(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
         """Methods that match: the image's part of queries, keys and values merged; the queries' outcome unmerged."""

@@ -19,16 +19,23 @@ def comfy(comfy_nodes):
     """All of these need ComfyUI's attention."""
 
 
+class Ran(list):
+    def __init__(self):
+        super().__init__()
+        self.masks = []
+
+
 @pytest.fixture
 def ran(monkeypatch):
-    """(tokens of the row, where the image begins, layer) of each attention at three resolutions."""
+    """(tokens of the row, where the image begins, layer) of each attention at three resolutions; `masks` of each."""
     sequence = sys.modules[host.pack_module("dit").JointCall.__module__]
-    seen, real = [], sequence.kernels.attend_multires
+    seen, real = Ran(), sequence.kernels.attend_multires
 
-    def spy(q, k, v, tiles, drawn, counts, layer, scale):
+    def spy(q, k, v, tiles, drawn, counts, layer, scale, mask=None):
         rows = tiles.rows[: tiles.image * tiles.size]
         seen.append((q.shape[2], int(rows.min()), layer))
-        return real(q, k, v, tiles, drawn, counts, layer, scale)
+        seen.masks.append(mask)
+        return real(q, k, v, tiles, drawn, counts, layer, scale, mask)
 
     monkeypatch.setattr(sequence.kernels, "attend_multires", spy)
     return seen
@@ -55,6 +62,54 @@ def test_in_each_family_a_ratio_of_nothing_keeps_the_picture(tome, ran, name):
     merged = dit_host.sample(tome(model, **options(ratio=0.75)), name, steps=1)
     assert ran and not torch.allclose(merged, before, **SAME)
     assert {layer for _, _, layer in ran} == set(range(len({layer for _, _, layer in ran})))
+
+
+def told(name, kind):
+    """What a model is told of a mask: text that is padded, or regions of the picture with a text each; and the line."""
+    which = dit_host.SMALL[name]
+    length, text = which.image + which.text[0], which.text[0]
+    if kind == "padded":
+        return {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]])}
+    mask = torch.zeros(1, length, length)
+    if kind == "regions":
+        mask[:, text : text + 48, 4:7] = mask[:, text + 48 :, 1:4] = -torch.inf
+        mask[:, 4:7, text : text + 48] = -torch.inf
+    if kind == "redux":
+        mask[:, :5, 5:7] = mask[:, text:, 5:7] = -0.7
+    if kind == "regions apart":
+        mask[:, text : text + 48, text + 48 :] = -torch.inf
+    return {"attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("qwen", "padded"), ("hunyuan", "padded"), ("flux", "regions"), ("flux", "redux")]
+)
+def test_a_mask_that_leaves_the_image_whole_is_served(tome, ran, caplog, name, kind):
+    """At a ratio of nothing the picture is the unmerged one under the same mask, and without the mask another."""
+    forget_log()
+    model, mask = dit_host.small(name), told(name, kind)
+    if name == "hunyuan":  # its mask is one for all rows
+        mask = {"attention_mask": mask["attention_mask"][:1]}
+    before, without = dit_host.call(model, name, **mask), dit_host.call(model, name)
+    assert not torch.allclose(before, without, **SAME)
+    with caplog.at_level("INFO"):
+        kept = dit_host.call(tome(model, **options(ratio=0.02)), name, **mask)
+    assert len(ran) == dit_host.SMALL[name].layers and all(mask is not None for mask in ran.masks)
+    torch.testing.assert_close(kept, before, **SAME)
+    merged = dit_host.call(tome(model, **options(ratio=0.75)), name, **mask)
+    assert merged.isfinite().all() and not torch.allclose(merged, before, **SAME)
+    assert not any("sample takes its place" in line or "own tokens" in line for line in caplog.messages)
+
+
+def test_a_mask_between_parts_of_the_image_is_for_sample(tome, ran, caplog):
+    forget_log()
+    model, mask = dit_host.small("flux"), told("flux", "regions apart")
+    with caplog.at_level("INFO"):
+        made = dit_host.call(tome(model, **options(ratio=0.75)), "flux", **mask)
+    said = [line for line in caplog.messages if "hides parts of an image from others" in line]
+    assert not ran and len(said) == 1
+    sampled = dit_host.call(tome(model, **options(ratio=0.75, method="sample")), "flux", **mask)
+    assert torch.equal(made, sampled)
 
 
 def test_seeds_and_runs(tome, ran):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from support.masks import KINDS, mask_of
 
 from shared_tome.core.curve import curve_order
 from shared_tome.core.multires import (
@@ -56,9 +57,13 @@ def some_counts(tiles):
     return tile_counts(tiles, 0.2, 0.4, (0.5, 0.25))
 
 
-def in_float64(q, k, v, tiles, drawn, lists, counts, layer, scale):
+def in_float64(q, k, v, tiles, drawn, lists, counts, layer, scale, mask=None):
     """One query after the other over all L keys, where a key that is not there has no weight."""
     batch, count, length, _ = q.shape
+    added = torch.zeros(1, dtype=torch.float64) if mask is None else mask
+    if added.dtype == torch.bool:
+        added = torch.zeros(added.shape).masked_fill(~added, -torch.inf)
+    added = added.double().expand(batch, count, length, length)
     out = torch.empty(q.shape, dtype=torch.float64)
     order = tiles.rows.tolist()
     for row in range(batch):
@@ -78,6 +83,9 @@ def in_float64(q, k, v, tiles, drawn, lists, counts, layer, scale):
                 assert weight.sum() == length  # every token is stood for, once
                 asking = order[ask * tiles.queries : (ask + 1) * tiles.queries]
                 logits = q[row, head, asking].double() @ k[row, head].double().T * scale + weight.log()
+                logits = logits + added[row, head, asking]
+                unseen = logits.amax(-1, keepdim=True) < -1e30  # a query that sees nothing sees all that is there
+                logits = torch.where(unseen, torch.where(weight > 0, 0.0, -torch.inf), logits)
                 out[row, head, asking] = logits.softmax(-1) @ v[row, head].double()
     return out
 
@@ -93,6 +101,23 @@ def test_attends_to_the_keys_and_weights_that_it_says(tiles):
     assert torch.equal(got, attend_multires(q, k, v, tiles, drawn, counts, 3, scale))
     half = attend_multires(*(x.half() for x in (q, k, v)), tiles, drawn, counts, 3, scale)
     assert half.dtype == torch.float16 and half.shape == q.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_is_added_to_the_logits_of_the_keys_that_are_there(tiles, kind):
+    q, k, v = heads(tiles, count=3)
+    counts, image = some_counts(tiles), tiles.rows[: tiles.image * tiles.size]
+    start = int(image.min()) if tiles.image else 0
+    mask = mask_of(kind, 2, 3, len(tiles.rows), start, start + len(image))
+    drawn, scale = draw_keys(tiles, torch.tensor([3, 4]), 2), 0.4
+    lists = choose(scores(q, k, tiles, scale), tiles, counts)
+    expected = in_float64(q, k, v, tiles, drawn, lists, counts, 3, scale, mask)
+    got = attend(q, k, v, tiles, drawn, lists, counts, 3, scale, mask)
+    assert got.isfinite().all()
+    assert (got - expected).abs().max() < 16 * torch.finfo(torch.float32).eps * expected.abs().max()
+    assert torch.equal(got, attend_multires(q, k, v, tiles, drawn, counts, 3, scale, mask))
+    spread = mask.expand(-1, -1, len(tiles.rows), -1)
+    assert torch.equal(got, attend(q, k, v, tiles, drawn, lists, counts, 3, scale, spread.contiguous()))
 
 
 def test_weights_add_up_to_the_tokens_and_keys_are_tokens_once(tiles):

@@ -6,9 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.masks import KINDS, mask_of
 
 from shared_tome import ModelCall, kernels
-from shared_tome.attention.sequence import NOT_MULTIRES, JointCall
+from shared_tome.attention.sequence import NOT_MULTIRES, NOT_UNDER_MASK, JointCall
 from shared_tome.core import multires
 from shared_tome.inspect.report import Tally
 from shared_tome.merging.plan import MultiresPlan
@@ -90,6 +91,58 @@ def test_a_scale_of_the_hosts():
     torch.testing.assert_close(got, joint.attend(q, k, v, 0, plan), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dims", [2, 3, 4])
+def test_a_mask_reaches_the_attention(kind, dims):
+    """In as many dimensions as hosts write them in."""
+    q, k, v = heads(200)
+    mask = mask_of(kind, 2, HEADS, 200, 3, 195)[:1, :1]
+    given = {2: mask[0, 0], 3: mask[0], 4: mask}[dims]
+    call, (joint, said) = call_of(), said_by()
+    got = joint.attend(q, k, v, 3, plan_of(call), mask=given)
+    tiles = multires.cut_tiles(GRID, CPU, 3, 200, 16, 16)
+    drawn = multires.draw_keys(tiles, torch.tensor(5), 2)
+    expected = multires.attend_multires(
+        q, k, v, tiles, drawn, multires.tile_counts(tiles, *multires.shares(call.config.ratio)), mask=mask
+    )
+    assert torch.equal(got.transpose(1, 2), expected) and not said
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.float32])
+def test_a_mask_within_the_image_is_for_sample(dtype):
+    """One entry is enough; and each shape of a call's masks is read once."""
+    q, k, v = heads(200)
+    masks = [torch.zeros(1, 1, 200, 200, dtype=dtype) for _ in range(2)]
+    if dtype == torch.bool:
+        masks = [~mask for mask in masks]
+    masks[0][..., 3, 194] = 0 if dtype == torch.bool else -1
+    masks[1][..., 2, 194] = masks[1][..., 3, 195] = 0 if dtype == torch.bool else -1
+    for mask, served in zip(masks, (False, True), strict=True):
+        joint, said = said_by()
+        got = joint.attend(q, k, v, 3, plan_of(call_of()), mask=mask)
+        assert (got is not None) == served
+        assert said == ([] if served else [(NOT_UNDER_MASK, "its numbers")])
+        again = joint.attend(q, k, v, 3, plan_of(call_of()), mask=masks[0])
+        assert (again is not None) == served, "the shape has been asked about"
+
+
+def test_a_mask_over_all_queries_alike_is_not_read(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "aminmax", lambda *given: 1 / 0)
+    monkeypatch.setattr(torch.Tensor, "all", lambda *given: 1 / 0)
+    q, k, v = heads(200)
+    for mask in (torch.zeros(1, 1, 200), torch.ones(2, 1, 1, 200).bool().expand(-1, -1, 200, -1)):
+        joint, said = said_by()
+        assert joint.attend(q, k, v, 3, plan_of(call_of()), mask=mask) is not None and not said
+
+
+def test_what_is_no_mask_over_heads():
+    q, k, v = heads(200)
+    joint, said = said_by()
+    assert joint.attend(q, k, v, 3, plan_of(call_of()), mask=torch.zeros(200)) is None
+    assert joint.attend(q, k, v, 3, ModelCall(config(), GRID, CPU).plan(torch.zeros(2, 192, 1), GRID), mask=q) is None
+    assert [message for message, _ in said] == [NOT_UNDER_MASK]
+
+
 @pytest.mark.parametrize("options", [{"own_token": False}, {"proportional": False}])
 def test_options_of_sample_change_nothing(options):
     q, k, v = heads(192)
@@ -102,19 +155,20 @@ def test_where_heads_are_not_alike_sample_takes_its_place(monkeypatch):
     """Fewer heads of keys, or fewer queries: what is left is a sample of as many keys."""
     q, k, v = heads(192)
     monkeypatch.setattr(kernels, "attend_multires", lambda *given: 1 / 0)
-    joint, _ = said_by()
+    joint, said = said_by()
     plan = plan_of(call_of(ratio=0.75))
     assert plan.kept == 48 and len(plan.choice[0].unique()) == 48
     assert joint.attend(q, k[:, :1], v[:, :1], 0, plan) is None
     assert joint.attend(q[:, :, :100], k, v, 0, plan) is None
+    assert said == [(NOT_MULTIRES, "3x192 queries, 1x192 keys"), (NOT_MULTIRES, "3x100 queries, 3x192 keys")]
     assert said_by(kernels_of=())[0].attend(q, k, v, 0, plan) is None, "another attention than torch's"
 
 
 def test_an_attention_that_is_not_for_it_is_said():
     joint, said = said_by()
-    joint.tell_sampled(plan_of(call_of()), "a mask")
-    joint.tell_sampled(ModelCall(config(), GRID, CPU).plan(torch.zeros(2, 192, 1), GRID), "a mask")
-    assert said == [(NOT_MULTIRES, "a mask")]
+    joint.tell_sampled(plan_of(call_of()), "sage")
+    joint.tell_sampled(ModelCall(config(), GRID, CPU).plan(torch.zeros(2, 192, 1), GRID), "sage")
+    assert said == [(NOT_MULTIRES, "sage")]
 
 
 def test_a_gpu_without_a_kernel_says_so(monkeypatch):
@@ -126,7 +180,7 @@ def test_a_gpu_without_a_kernel_says_so(monkeypatch):
     joint, said = said_by()
     q, k, v = heads(192)
     plan = plan_of(call_of())
-    joint.attend(q, k, v, 0, plan)  # what it keeps of the tiles
+    monkeypatch.setattr("shared_tome.attention.sequence.cut_tiles", lambda *given: 1 / 0)  # nothing is cut for it
     moved = q.as_subclass(type("Moved", (torch.Tensor,), {"device": Elsewhere()}))
     assert joint._attend_multires(moved, k, v, 0, plan, None) is None
     assert len(said) == 1 and said[0][0].startswith("multires has no kernel here") and "16 channels" in said[0][1]

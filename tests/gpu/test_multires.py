@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support.masks import KINDS, mask_of
 
 from shared_tome import ModelCall, ToMeConfig, kernels
 from shared_tome.attention.combine import TORCHS
@@ -68,6 +69,26 @@ def test_three_ways(name, dtype):
         exact = multires.attend(*(x.float() for x in (q, k, v)), tiles, drawn, lists, counts, 5, scale)
         assert got.shape == q.shape and got.transpose(1, 2).is_contiguous()
         assert (got - exact).abs().max() < 2 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "name", ["128 channels", "64 channels, odd picture", "256 channels", "40 channels, small tiles"]
+)
+def test_a_mask(name, kind):
+    from shared_tome.kernels.impl.multires import launch_attend, launch_choose
+
+    tiles, q, k, v = made(name, torch.bfloat16)
+    grid, before = CASES[name][:2]
+    rows, heads, length, d = q.shape
+    mask = mask_of(kind, rows, heads, length, before, before + math.prod(grid), torch.bfloat16).cuda()
+    drawn, counts = draw_keys(tiles, torch.tensor(3, device="cuda"), 0), tile_counts(tiles, *shares(0.77))
+    lists = launch_choose(q, k, tiles, counts, d**-0.5)
+    got = launch_attend(q, k, v, tiles, drawn, lists, counts, 5, d**-0.5, mask=mask)
+    exact = multires.attend(*(x.float() for x in (q, k, v)), tiles, drawn, lists, counts, 5, d**-0.5, mask)
+    assert (got - exact).abs().max() < 2 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    spread = mask.expand(-1, -1, length, -1)
+    assert torch.equal(got, launch_attend(q, k, v, tiles, drawn, lists, counts, 5, d**-0.5, mask=spread))
 
 
 def test_all_whole_is_attention():

@@ -10,9 +10,11 @@ import torch
 
 from shared_tome import kernels
 from shared_tome.core import multires
-from shared_tome.core.multires import Counts, cut_tiles, draw_keys
+from shared_tome.core.multires import Counts, cut_tiles, draw_keys, tile_counts
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
+from support.masks import mask_of
+
 from shared_tome.kernels.impl.multires import Config, launch_attend, launch_choose, launch_multires
 
 CPU = torch.device("cpu")
@@ -68,6 +70,45 @@ def test_three_ways(grid, before, behind, queries, rows, heads, d, dtype, counts
     assert got.shape == q.shape and got.dtype == dtype and got.transpose(1, 2).is_contiguous()
     room = 2 * torch.finfo(dtype).eps * exact.abs().max()
     assert (got.float() - exact).abs().max() < room and (got.float() - same.float()).abs().max() < room
+
+
+# Odd tails, both kinds of blocks, text on both sides; and the mask that is as every query's, which no launch may read.
+@pytest.mark.parametrize(
+    ("kind", "grid", "before", "behind", "queries", "rows", "heads", "dtype", "mask_dtype"),
+    [
+        ("keys, numbers", (7, 10), 3, 23, 32, 2, 1, torch.float16, torch.float16),
+        ("keys, seen or not", (4, 12), 21, 0, 16, 1, 2, torch.bfloat16, None),
+        ("each query, numbers", (5, 9), 17, 2, 16, 1, 1, torch.float16, torch.bfloat16),
+        ("each query, seen or not", (3, 11), 0, 19, 32, 2, 1, torch.float16, None),
+        ("one a head, nothing", (4, 9), 5, 1, 16, 2, 2, torch.float16, torch.float32),
+    ],
+)
+def test_a_mask(kind, grid, before, behind, queries, rows, heads, dtype, mask_dtype):
+    tiles, q, k, v = made(grid, before, behind, queries, rows, heads, 16, dtype)
+    counts, length = tile_counts(tiles, 0.3, 0.4), len(tiles.rows)
+    mask = mask_of(kind, rows, heads, length, before, before + math.prod(grid), mask_dtype or torch.float32)
+    drawn, scale = draw_keys(tiles, torch.arange(rows) + 5, 1), 0.3
+    lists = multires.choose(multires.scores(q, k, tiles, scale), tiles, counts)
+    got = launch_attend(q, k, v, tiles, drawn, lists, counts, 3, scale, SMALL, mask)
+    exact = multires.attend(*(x.float() for x in (q, k, v)), tiles, drawn, lists, counts, 3, scale, mask)
+    assert got.isfinite().all()
+    assert (got.float() - exact).abs().max() < 2 * torch.finfo(dtype).eps * exact.abs().max()
+    none = launch_attend(q, k, v, tiles, drawn, lists, counts, 3, scale, SMALL)
+    assert (none.float() - exact).abs().max() > 0.1, "the mask counts"
+    if mask.shape[2] == 1:  # alike for all queries in memory, as models expand it
+        spread = mask.expand(-1, -1, length, -1)
+        for same in (spread, spread.contiguous()):
+            assert torch.equal(got, launch_attend(q, k, v, tiles, drawn, lists, counts, 3, scale, SMALL, same))
+
+
+def test_a_mask_of_zeros_is_none():
+    tiles, q, k, v = made((7, 10), 3, 23, 32, 1, 1, 16, torch.float16)
+    drawn, counts = draw_keys(tiles, torch.tensor(5), 1), Counts(4, 1, 2, 2)
+    apart = torch.zeros(1, 1, 96, 96).mT[:, :, :1]  # its keys do not lie together
+    for mask in (torch.zeros(1, 1, 1, 96), apart, torch.ones(1, 1, 1, 96).bool()):
+        got = launch_multires(q, k, v, tiles, drawn, counts, 3, 0.3, SMALL, mask)
+        expected = launch_multires(q, k, v, tiles, drawn, counts, 3, 0.3, SMALL)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_logits_of_any_size():

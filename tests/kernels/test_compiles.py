@@ -20,6 +20,7 @@ TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.uint8: "u8",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -178,6 +179,25 @@ def test_multires(compiled, monkeypatch, capability, room):
             multires.launch_attend(q, k, v, tiles, drawn, lists, counts, 1, d**-0.5)
     assert sorted(set(compiled)) == ["_attend_kernel", "_choose_kernel", "_pool_kernel"]
     assert len(compiled) == 5 and 0 < max(compiled.shared) <= room
+
+
+@pytest.mark.parametrize(("capability", "room"), [(90, 227), (80, 163), (86, 99), (89, 99), (120, 99)])
+def test_multires_under_a_mask(compiled, monkeypatch, capability, room):
+    """Of bytes and of numbers, alike for all queries and one a query, at heads of the two greatest sizes."""
+    from shared_tome.core.multires import cut_tiles, draw_keys, tile_counts
+    from shared_tome.kernels.impl import multires, multires_choose
+
+    monkeypatch.setattr(multires_choose, "shared_memory", lambda device: room * 1024)
+    compiled.capability = capability
+    tiles = cut_tiles((24, 24), torch.device("cpu"), 77, 77 + 24 * 24)
+    counts, drawn = tile_counts(tiles, 0.1, 0.4), draw_keys(tiles, torch.tensor(3), 0)
+    lists = torch.empty(2, 3, tiles.query_tiles, tiles.count, dtype=torch.int16)
+    length = len(tiles.rows)
+    of_keys, of_queries = torch.empty(2, 1, 1, length, dtype=torch.bfloat16), torch.empty(1, 1, length, length)
+    for d, mask in ((128, of_keys), (256, of_keys.bool()), (128, of_queries), (256, of_queries.bool())):
+        q, k, v = (torch.empty(2, length, 3, d, dtype=torch.float16).transpose(1, 2) for _ in range(3))
+        multires.launch_attend(q, k, v, tiles, drawn, lists, counts, 1, d**-0.5, mask=mask)
+    assert compiled == ["_attend_kernel"] * 4 and 0 < max(compiled.shared) <= room * 1024
 
 
 def test_the_rest(compiled):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core.groups import check_rows
-from ...core.multires import Counts, Drawn, Tiles
+from ...core.multires import LEAST, Counts, Drawn, Tiles, is_of_keys
 from .attend import LOG2_E
 from .compiler import power_of_two, tl, triton
 from .multires_choose import Config, config_for, launch_choose
@@ -36,7 +36,8 @@ def _add_keys(
     WEIGHED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """The keys `token` [KEYS]. bias: their weights' logarithm, to the base of two: one for all, or WEIGHED [KEYS]."""
+    """The keys `token` [KEYS]. bias: their weights' logarithm, to the base of two: one for all, or WEIGHED [1 or ROWS,
+    KEYS]."""
     channel = tl.arange(0, BLOCK)
     place = token[:, None] * k2 + channel[None, :]
     at_key = key + place
@@ -50,7 +51,7 @@ def _add_keys(
         query, k, v = query.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
     logits = tl.dot(query, tl.trans(k))
     if WEIGHED:
-        logits = logits * scale + bias[None, :]
+        logits = logits * scale + bias
         higher = tl.maximum(top, tl.max(logits, 1))
         share = tl.exp2(logits - higher[:, None])
     else:
@@ -68,6 +69,24 @@ def _pick(at, one, two, a, b, c):
     return tl.where(at < one, a, tl.where(at < two, b, c))
 
 
+@triton.jit
+def _add_mask(
+    bias, seen, token, valid, CHECKED: tl.constexpr, OF_KEYS: tl.constexpr, LEAST: tl.constexpr, LOG2_E: tl.constexpr
+):
+    """bias [KEYS], to the base of two, and what a mask adds to it: [1, KEYS] OF_KEYS, else [ROWS, KEYS].
+
+    seen: where the mask of these queries begins, for all of them or [ROWS]; of bytes, where other than 0 is seen, or
+    of numbers that are added. valid [KEYS]: which are there, where that is to be CHECKED.
+    """
+    at = (seen if OF_KEYS else seen[:, None]) + token[None, :]
+    found = tl.load(at, mask=valid[None, :], other=0) if CHECKED else tl.load(at)
+    if seen.dtype.scalar.element_ty == tl.uint8:
+        found = tl.where(found != 0, 0.0, LEAST)
+    else:
+        found = tl.maximum(found.to(tl.float32), LEAST) * LOG2_E
+    return bias[None, :] + found
+
+
 @triton.jit(do_not_specialize=["image", "whole", "half", "beside_whole", "beside_half", "draws", "layer"])
 def _attend_kernel(
     q,
@@ -76,6 +95,7 @@ def _attend_kernel(
     out,
     lists,
     table,
+    seen,
     heads,
     tokens,
     image,
@@ -95,6 +115,9 @@ def _attend_kernel(
     v0,
     v1,
     v2,
+    m0,
+    m1,
+    m2,
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
@@ -103,9 +126,14 @@ def _attend_kernel(
     KEYS: tl.constexpr,
     SAME: tl.constexpr,
     WIDEN: tl.constexpr,
+    MASKED: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+    LEAST: tl.constexpr,
+    LOG2_E: tl.constexpr,
 ):
     """ROWS queries of one head of one batch row. out: [B, L, H, d] in memory. draws: rows of the step's draws.
 
+    seen: where MASKED a mask [B, H, L, L] by its strides; OF_KEYS: alike for all queries.
     Three sections of keys: whole, half, quarter. Full blocks of one section come first; what is left of each follows,
     weighed key by key, and the tokens behind the last full tile.
     """
@@ -142,8 +170,12 @@ def _attend_kernel(
     end2 = end1 + keys2 // KEYS
     # The tile that a section's first block would have, were all blocks before it of this section too.
     tile1, tile2 = whole - end0 * (KEYS * 4) // SIZE, whole + half - end1 * (KEYS * 16) // SIZE
+    if MASKED:
+        seen += batch * m0 + head * m1
+        if not OF_KEYS:
+            seen += own * m2
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    top = tl.full((ROWS,), -1e30, tl.float32)
+    top = tl.full((ROWS,), LEAST * 3 if MASKED else -1e30, tl.float32)
     mass = tl.zeros((ROWS,), tl.float32)
     lane = tl.arange(0, KEYS)
     for block in range(end2):
@@ -153,8 +185,10 @@ def _attend_kernel(
         tile = tl.load(lists + begin + (lane << shift) // SIZE).to(tl.int32)
         token = tl.load(table + base + tile * (SIZE >> shift) + (lane & ((SIZE >> shift) - 1)))
         bias = shift.to(tl.float32)  # a key at this resolution stands for 2 to the power of it
+        if MASKED:
+            bias = _add_mask(tl.full((KEYS,), 0.0, tl.float32) + bias, seen, token, lane, False, OF_KEYS, LEAST, LOG2_E)
         total, top, mass = _add_keys(
-            query, total, top, mass, key, value, token, bias, k2, v2, scale, HEAD, BLOCK, SAME, False, WIDEN
+            query, total, top, mass, key, value, token, bias, k2, v2, scale, HEAD, BLOCK, SAME, MASKED, WIDEN
         )
     left0 = keys0 % KEYS
     left1 = left0 + keys1 % KEYS
@@ -171,6 +205,10 @@ def _attend_kernel(
         tile = tl.load(lists + begin + (at << shift) // SIZE, mask=listed, other=0).to(tl.int32)
         at = tl.where(listed, tile * (SIZE >> shift) + (at & ((SIZE >> shift) - 1)), at)
         token = tl.load(table + base + at, mask=valid, other=0)
+        if MASKED:
+            bias = _add_mask(bias, seen, token, valid, True, OF_KEYS, LEAST, LOG2_E)
+        else:
+            bias = bias[None, :]
         total, top, mass = _add_keys(
             query, total, top, mass, key, value, token, bias, k2, v2, scale, HEAD, BLOCK, SAME, True, WIDEN
         )
@@ -188,10 +226,15 @@ def launch_attend(
     layer: int,
     scale: float,
     config: Config | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """As multires.attend; the result lies in memory as [B, L, H, d]. q, k, v: channels together."""
+    """As multires.attend; the result lies in memory as [B, L, H, d]. q, k, v, mask: the last axis together."""
     batch, heads, tokens, d = q.shape
     config = config or config_for(d, q.device)
+    of_keys, mask_strides = mask is None or is_of_keys(mask), (0, 0, 0)
+    if mask is not None:
+        mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).expand(batch, heads, tokens, tokens)
+        mask_strides = mask.stride()[:3]
     draws = drawn.half.shape[1]
     check_rows(draws, batch)
     out = torch.empty((batch, tokens, heads, d), dtype=q.dtype, device=q.device)
@@ -203,6 +246,7 @@ def launch_attend(
         out,
         lists,
         drawn.table,
+        mask,
         heads,
         tokens,
         tiles.image,
@@ -213,6 +257,7 @@ def launch_attend(
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
+        *mask_strides,
         HEAD=d,
         BLOCK=max(16, power_of_two(d)),
         SIZE=tiles.size,
@@ -221,9 +266,13 @@ def launch_attend(
         KEYS=config.keys,
         SAME=k.stride(2) == v.stride(2),
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
+        MASKED=mask is not None,
+        OF_KEYS=of_keys,
+        LEAST=LEAST,
+        LOG2_E=LOG2_E,
         num_warps=config.warps,
         num_stages=config.stages,
-        maxnreg=config.registers,
+        maxnreg=config.registers if of_keys else None,  # a mask of queries and keys is held in registers too
     )
     return out.transpose(1, 2)
 
@@ -238,8 +287,11 @@ def launch_multires(
     layer: int,
     scale: float,
     config: Config | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """As multires.attend_multires; the result lies in memory as [B, L, H, d]."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if mask is not None and mask.stride(-1) != 1:
+        mask = mask.contiguous()
     lists = launch_choose(q, k, tiles, counts, scale, config)
-    return launch_attend(q, k, v, tiles, drawn, lists, counts, layer, scale, config)
+    return launch_attend(q, k, v, tiles, drawn, lists, counts, layer, scale, config, mask)

@@ -216,12 +216,12 @@ def _cut(rows, table, image, size, queries, draws, *counts):
     return tiles, multires.drawn_in(table, tiles, draws), multires.Counts(*counts)
 
 
-def _launch_multires(q, k, v, *given):
-    return launch_multires(q, k, v, *_cut(*given[:-2]), *given[-2:])
+def _launch_multires(q, k, v, mask, *given):
+    return launch_multires(q, k, v, *_cut(*given[:-2]), *given[-2:], mask=mask)
 
 
-def _plain_multires(q, k, v, *given):
-    return _tokens_first(multires.attend_multires(q, k, v, *_cut(*given[:-2]), *given[-2:]))
+def _plain_multires(q, k, v, mask, *given):
+    return _tokens_first(multires.attend_multires(q, k, v, *_cut(*given[:-2]), *given[-2:], mask))
 
 
 def _fake_turns(k, v, index):
@@ -336,8 +336,8 @@ _operator(
 )
 _operator(
     "multires",
-    "Tensor q, Tensor k, Tensor v, Tensor rows, Tensor table, SymInt image, int size, int queries, SymInt draws, "
-    "SymInt whole, SymInt half, SymInt beside_whole, SymInt beside_half, SymInt layer, float scale",
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor rows, Tensor table, SymInt image, int size, int queries, "
+    "SymInt draws, SymInt whole, SymInt half, SymInt beside_whole, SymInt beside_half, SymInt layer, float scale",
     "Tensor",
     _launch_multires,
     _plain_multires,
