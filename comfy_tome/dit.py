@@ -196,6 +196,7 @@ class DiTCall:
         torchs = *self._joint.kernels, *self._instead.kernels
         how = f"proportional {config.proportional}", f"own {config.keeps_own}"
         by = [name_of(func, device) for func in (call.func, call.override) if func is not None]
+        how = (*how, f"shares {config.whole:.3f} {config.half:.3f}") if config.shares_by_hand else how
         names = [self.facts.name, *by, *torchs, *map(str, shape), config.method, f"{config.ratio:.4f}", *how]
 
         def measure() -> Verdict:

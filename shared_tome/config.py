@@ -162,12 +162,37 @@ class ToMeConfig:
         "Takes a little time, and needs PyTorch's attention.",
         advanced=True,
     )
+    whole: float = option(
+        -1.0,
+        "Share whole",
+        "multires: the share of the keys' tiles that stay whole, 0 to 1. -1: what the ratio sets.",
+        minimum=-1.0,
+        maximum=1.0,
+        step=0.01,
+        advanced=True,
+    )
+    half: float = option(
+        -1.0,
+        "Share at half",
+        "multires: the share of the keys' tiles at half resolution, a quarter of their tokens, 0 to 1. -1: what the "
+        "ratio sets. The rest is at quarter resolution; whole and half add up to 1 at most.",
+        minimum=-1.0,
+        maximum=1.0,
+        step=0.01,
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
-        if -1.0 < self.ratio_end < 0.0:
-            raise ValueError(f"ratio_end must be -1 (stay at ratio) or lie in 0 to 1, got {self.ratio_end}")
+        for name, otherwise in (("ratio_end", "stay at ratio"), ("whole", "by the ratio"), ("half", "by the ratio")):
+            if -1.0 < getattr(self, name) < 0.0:
+                raise ValueError(f"{name} must be -1 ({otherwise}) or lie in 0 to 1, got {getattr(self, name)}")
+        if self.whole + self.half > 1.0 + 1e-9:
+            raise ValueError(
+                f"whole and half are shares in 0 to 1 that add up to 1 at most, got whole {self.whole} and half "
+                f"{self.half}"
+            )
         if self.start > self.end:
             raise ValueError(f"start must not be after end, got start {self.start} and end {self.end}")
         for name in ("cross_attention", "mlp"):
@@ -221,6 +246,11 @@ class ToMeConfig:
     def samples(self) -> bool:
         """Whether keys are drawn, another one in every layer and step."""
         return self.method in (AUTO, "sample", "multires")
+
+    @property
+    def shares_by_hand(self) -> bool:
+        """Whether a share of multires is set by hand, so that the ratio does not say all."""
+        return self.method == "multires" and max(self.whole, self.half) >= 0.0
 
     @property
     def keeps_own(self) -> bool:

@@ -21,13 +21,11 @@ from torch import Tensor
 
 from .. import kernels
 from ..core.failures import is_out_of_memory
-from ..core.grid import Grid
 from ..core.groups import spread_rows
-from ..core.multires import Counts, Drawn, Tiles, cut_tiles, draw_keys, tile_counts, tile_sizes
 from ..core.sampling import run_lengths
 from ..merging.plan import MultiresPlan, Plan, SamplePlan
 from .combine import Part, attend_in_parts, attend_in_parts_with_lse, choose_kernel
-from .masks import SeenMasks, mask_by_head
+from .multires import NOT_MULTIRES, MultiresCall
 
 # Kernels of torch in whose place one call of ours is faster than theirs joined (docs/kernels.md).
 _SLOWER = ("flash", "efficient")
@@ -35,10 +33,6 @@ _SLOWER = ("flash", "efficient")
 _OWN_HEADS = 64
 # Keys that count several times stand as often among those that count once where that makes so few: it saves a call.
 _FEW = 256
-# What is said once where `multires` cannot be.
-NO_KERNEL = "multires has no kernel here; sample takes its place"
-NOT_MULTIRES = "multires needs PyTorch's attention, with all queries at once; sample takes its place"
-NOT_UNDER_MASK = "multires serves no mask that hides parts of an image from others; sample takes its place"
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +96,8 @@ class JointCall:
         self.weighs, self.kernels, self._say = weighs, tuple(kernels), say
         self.own = own and weighs
         self._around: dict[tuple[int, int], Around] = {}
-        self._tiles: dict[tuple[Grid, int, int], tuple[Tiles, Drawn, Counts]] = {}
         self._chosen: dict[tuple[torch.dtype, int], str | None] = {}
-        self._masks = SeenMasks()
+        self.multires = MultiresCall(say)
 
     def around(self, plan: Plan, start: int, length: int) -> Around:
         """For a row of `length` tokens whose image begins at `start`; plan: of a method that matches nothing."""
@@ -126,14 +119,14 @@ class JointCall:
 
         Args:
             q, k, v: [B, H, L, d] of all tokens. scale: of the logits; None: d ** -0.5.
-            mask: see mask_by_head; for plans of three resolutions alone.
+            mask: see masks.mask_by_head; for plans of three resolutions alone.
         Returns:
             [B, L, H, d], or None where it cannot be done in joined parts, or need not be.
         """
         if not self.kernels:
             return None
         if isinstance(plan, MultiresPlan):
-            out = self._attend_multires(q, k, v, start, plan, scale, mask)
+            out = self.multires.attend(q, k, v, start, plan, scale, mask)
             if out is not None:
                 return out
         if mask is not None:
@@ -163,58 +156,10 @@ class JointCall:
             self.kernels = ()
             return None
 
-    def serves_mask(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, start: int, grid: Grid) -> bool:
-        """Whether `attend` takes a mask, with a plan of three resolutions on this grid."""
-        mask = mask_by_head(mask)
-        if mask is None or not (_are_alike(q, k, v) and _may_multires(q, k, v, mask)):
-            return False
-        return bool(self._masks.leaves_whole(mask, start, math.prod(grid)))
-
     def tell_sampled(self, plan: Plan, why: str) -> None:
         """To be called where an attention is not for `attend`: says it once where the plan is for three resolutions."""
         if isinstance(plan, MultiresPlan):
             self._say(NOT_MULTIRES, why)
-
-    def _attend_multires(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        start: int,
-        plan: MultiresPlan,
-        scale: float | None,
-        mask: Tensor | None = None,
-    ) -> Tensor | None:
-        """JointCall.attend at three resolutions; None where a GPU has no kernel for it: plain torch would be slow."""
-        if not _are_alike(q, k, v):
-            self.tell_sampled(plan, f"{q.shape[1]}x{q.shape[2]} queries, {k.shape[1]}x{k.shape[2]} keys")
-            return None
-        if mask is not None:
-            mask = mask_by_head(mask)
-            whole = mask is not None and self._masks.leaves_whole(mask, start, plan.tokens)
-            if not whole:
-                self._say(NOT_UNDER_MASK, "it is not read while a graph is made" if whole is None else "its numbers")
-                return None
-        if not _may_multires(q, k, v, mask):  # before anything is cut
-            self._say_no_kernel(q)
-            return None
-        place = (plan.grid, start, k.shape[2])
-        if place not in self._tiles:
-            tiles = cut_tiles(plan.grid, q.device, start, k.shape[2], *tile_sizes(plan.tokens))
-            self._tiles[place] = (
-                tiles,
-                draw_keys(tiles, plan.seed, plan.step, kernels.draw),
-                tile_counts(tiles, *plan.shares),
-            )
-        tiles, drawn, counts = self._tiles[place]
-        if q.device.type != "cpu" and not kernels.attends_multires(q, k, v, tiles, mask):
-            self._say_no_kernel(q)
-            return None
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return kernels.attend_multires(q, k, v, tiles, drawn, counts, plan.layer, scale, mask).transpose(1, 2)
-
-    def _say_no_kernel(self, q: Tensor) -> None:
-        self._say(NO_KERNEL, f"heads of {q.shape[-1]} channels in {q.dtype} on {q.device.type}")
 
     def _kernel(self, q: Tensor) -> str | None:
         key = q.dtype, q.shape[-1]
@@ -226,11 +171,6 @@ class JointCall:
 def _are_alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether all have one shape and dtype."""
     return q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
-
-
-def _may_multires(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether a kernel may take these; on the CPU plain torch does."""
-    return q.device.type == "cpu" or kernels.takes_multires(q, k, v, mask)
 
 
 def _can_join(q: Tensor, k: Tensor, v: Tensor) -> bool:

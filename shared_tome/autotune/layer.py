@@ -54,6 +54,8 @@ def ways(config: ToMeConfig, keeps_own: bool) -> list[str]:
     how = [config.method, f"{config.ratio:.4f}"]
     if config.kind.matches:
         how += ["x".join(map(str, config.stride)), config.partition, config.reduce, f"share {config.share_match}"]
+    if config.shares_by_hand:
+        how.append(f"shares {config.whole:.3f} {config.half:.3f}")
     return [*how, f"proportional {config.proportional}", *(["own"] if keeps_own else [])]
 
 

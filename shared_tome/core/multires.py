@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import ToMeConfig
 from ..methods import QUARTER
 from . import sampling
 from .curve import curve_order
@@ -137,6 +138,19 @@ def shares(ratio: float) -> tuple[float, float]:
     low, high = FRONTIER[at - 1], FRONTIER[at]
     share = (asked - work(*low)) / (work(*high) - work(*low))
     whole, half = (a + (b - a) * share for a, b in zip(low, high, strict=True))
+    return whole, half
+
+
+def shares_of(config: ToMeConfig) -> tuple[float, float]:
+    """(whole, half): by hand, or what the ratio sets. A share by hand leaves the other one room for no more than the
+    rest."""
+    whole, half = shares(config.ratio)
+    if config.whole >= 0.0:
+        whole = config.whole
+        half = min(half, 1.0 - whole)
+    if config.half >= 0.0:
+        half = config.half
+        whole = min(whole, 1.0 - half)
     return whole, half
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import ToMeConfig
 from ..core.grid import Grid, level_of
-from ..core.multires import shares
+from ..core.multires import shares_of
 from ..core.schedule import serves_layer
 
 NO_WHOLE_TOKEN = "the ratio takes away no whole token"
@@ -30,9 +30,10 @@ def resolutions(config: ToMeConfig) -> list[str]:
     """A line for `multires`: the shares of the keys' tiles at each resolution; else nothing."""
     if config.method != "multires":
         return []
-    whole, half = shares(config.ratio)
+    whole, half = shares_of(config)
     rest = 1.0 - whole - half
-    return [f"Of the keys' tiles {whole:.0%} stay whole, {half:.0%} keep a quarter of their tokens, {rest:.0%} a 16th"]
+    line = f"Of the keys' tiles {whole:.0%} stay whole, {half:.0%} keep a quarter of their tokens, {rest:.0%} a 16th"
+    return [f"{line} (by hand)" if config.shares_by_hand else line]
 
 
 def why_not_served(config: ToMeConfig, grid: Grid, full: Grid) -> str | None:

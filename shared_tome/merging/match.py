@@ -14,7 +14,7 @@ from ..config import ToMeConfig
 from ..core.curve import curve_order, is_compiling
 from ..core.grid import Grid
 from ..core.matching import downsample
-from ..core.multires import shares
+from ..core.multires import shares_of, work
 from ..core.noise import fold_seed
 from ..core.partition import dst_count
 from ..core.sampling import kept_count
@@ -98,9 +98,10 @@ def _sample(batch: int, grid: Grid, config: ToMeConfig, seed: Tensor, step: int 
 
 
 def kept_of(grid: Grid, config: ToMeConfig) -> int:
-    """How many of the grid's tokens are drawn, where keys are drawn (config.samples)."""
+    """How many of the grid's tokens are drawn, where keys are drawn (config.samples); as many as multires works on."""
     tokens = math.prod(grid)
-    return kept_count(tokens, int(tokens * min(config.ratio, config.ratio_cap)))
+    ratio = 1.0 - work(*shares_of(config)) if config.shares_by_hand else config.ratio
+    return kept_count(tokens, int(tokens * min(ratio, config.ratio_cap)))
 
 
 def sampled(
@@ -115,7 +116,7 @@ def sampled(
 ) -> SamplePlan:
     """The plan of tokens that `draw` gives, [T, b, kept], by the method: sample or multires."""
     if config.method == "multires":
-        return MultiresPlan(batch, grid, kept, draw, shares(config.ratio), seed, step, layer)
+        return MultiresPlan(batch, grid, kept, draw, shares_of(config), seed, step, layer)
     return SamplePlan(batch, grid, draw())
 
 

@@ -147,7 +147,9 @@ class JointAttachment(BaseAttachment):
         call, mask = self.call, attention.mask
         if mask is None or attention.options.get("is_causal") or not attention.is_torchs_alone:
             return False
-        return call.model.config.method == "multires" and call.joint.serves_mask(q, k, v, mask, start, call.grid)
+        return call.model.config.method == "multires" and call.joint.multires.serves_mask(
+            q, k, v, mask, start, call.grid
+        )
 
     def _merged(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
         """Methods that match: the image's part of queries, keys and values merged; the queries' outcome unmerged."""

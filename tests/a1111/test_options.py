@@ -31,7 +31,7 @@ def test_the_order_of_arguments_is_a_promise(tome):
         "enabled", "ratio", "hires_ratio", "seed_rule", "stride_x", "stride_y", "method", "seed", "partition",
         "levels", "start", "end", "ratio_end", "cross_attention", "mlp", "proportional",
     )  # fmt: skip
-    assert tome.options.NAMES[16:] == ("reduce", "min_tokens", "share_match", "map", "own_token")
+    assert tome.options.NAMES[16:] == ("reduce", "min_tokens", "share_match", "map", "own_token", "whole", "half")
 
 
 def test_ui_has_no_side_effects(host):
@@ -278,7 +278,7 @@ def test_what_is_written_is_read_back(host, tome):
     config = tome.core.ToMeConfig(
         ratio=0.35, stride=(2, 3), method="merge", partition="random", levels="0,1", start=0.1, end=0.9, ratio_end=0.0,
         cross_attention=True, mlp=True, proportional=False, reduce="pick", min_tokens=512, share_match=True, seed=2**40,
-        own_token=not tome.core.ToMeConfig().own_token,
+        own_token=not tome.core.ToMeConfig().own_token, whole=0.3, half=0.45,
     )  # fmt: skip
     for field in dataclasses.fields(config):
         assert getattr(config, field.name) != field.default, f"{field.name} is not put to the test"

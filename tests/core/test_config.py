@@ -27,7 +27,7 @@ def refused(name, value, **options):
 
 def test_every_option_is_a_number_a_choice_or_a_flag():
     assert sorted(NUMBERS + CHOICES + FLAGS) == sorted(OPTIONS)
-    assert {"ratio", "stride", "seed", "start", "end", "ratio_end", "min_tokens"} == set(NUMBERS)
+    assert {"ratio", "stride", "seed", "start", "end", "ratio_end", "min_tokens", "whole", "half"} == set(NUMBERS)
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -48,7 +48,7 @@ def test_numbers_out_of_range(name):
 @pytest.mark.parametrize("name", NUMBERS)
 def test_the_ends_of_a_range_are_in_it(name):
     option = OPTIONS[name]
-    more = {"start": {"end": 1.0}, "end": {"start": 0.0}}.get(name, {})
+    more = {"start": {"end": 1.0}, "end": {"start": 0.0}, "whole": {"half": 0.0}}.get(name, {})
     for value in (option.minimum, option.maximum):
         got = getattr(ToMeConfig(**{name: value}, **more), name)
         assert got == ((value, value) if option.parts else value)
@@ -127,6 +127,25 @@ def test_ratio_end_stays_or_lies_in_range():
     for value in (-0.5, -0.999, -1e-9):
         message = refused("ratio_end", value)
         assert "ratio_end" in message and repr(value) in message and "0 to 1" in message
+
+
+@pytest.mark.parametrize("name", ["whole", "half"])
+def test_shares_by_hand_are_the_ratios_or_lie_in_range(name):
+    assert getattr(ToMeConfig(), name) == getattr(ToMeConfig(**{name: -1}), name) == -1.0
+    for value in (-0.5, -1e-9):
+        message = refused(name, value)
+        assert name in message and repr(value) in message and "0 to 1" in message
+    ours = ToMeConfig(method="multires", **{name: 0.0})
+    assert ours.shares_by_hand and not ours.replace(method="sample").shares_by_hand
+    assert not ToMeConfig(method="multires").shares_by_hand
+
+
+def test_shares_by_hand_add_up_to_one_at_most():
+    message = refused("whole", 0.7, half=0.5)
+    for words in ("whole 0.7", "half 0.5", "0 to 1", "add up to 1"):
+        assert words in message
+    for whole, half in ((0.7, 0.3), (0.1, 0.9), (1.0, 0.0), (0.9, 0.1), (1.0, -1.0)):
+        assert ToMeConfig(whole=whole, half=half).whole == whole
 
 
 def test_start_after_end():
@@ -245,6 +264,8 @@ def test_from_widgets_round_trip():
         "min_tokens": 5,
         "share_match": True,
         "own_token": False,
+        "whole": 0.3,
+        "half": 0.4,
     }
     made = ToMeConfig.from_widgets(**values)
     assert set(values) == {widget.name for widget in ToMeConfig.widgets()}

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from support.masks import KINDS, mask_of
 
 from shared_tome import ModelCall, kernels
-from shared_tome.attention.sequence import NOT_MULTIRES, NOT_UNDER_MASK, JointCall
+from shared_tome.attention.multires import NOT_MULTIRES, NOT_UNDER_MASK
+from shared_tome.attention.sequence import JointCall
+from shared_tome.autotune.layer import ways
 from shared_tome.core import multires
 from shared_tome.inspect.report import Tally
 from shared_tome.merging.plan import MultiresPlan
@@ -180,9 +182,9 @@ def test_a_gpu_without_a_kernel_says_so(monkeypatch):
     joint, said = said_by()
     q, k, v = heads(192)
     plan = plan_of(call_of())
-    monkeypatch.setattr("shared_tome.attention.sequence.cut_tiles", lambda *given: 1 / 0)  # nothing is cut for it
+    monkeypatch.setattr("shared_tome.attention.multires.cut_tiles", lambda *given: 1 / 0)  # nothing is cut for it
     moved = q.as_subclass(type("Moved", (torch.Tensor,), {"device": Elsewhere()}))
-    assert joint._attend_multires(moved, k, v, 0, plan, None) is None
+    assert joint.multires.attend(moved, k, v, 0, plan, None) is None
     assert len(said) == 1 and said[0][0].startswith("multires has no kernel here") and "16 channels" in said[0][1]
 
 
@@ -195,7 +197,7 @@ def test_any_grid(grid):
     plan = call.plan(torch.zeros(1, tokens, 1), grid)
     got = joint.attend(q, k, v, 2, plan)
     assert got.shape == (1, tokens + 2, HEADS, D) and got.isfinite().all()
-    (held,) = joint._tiles.values()
+    (held,) = joint.multires.tiles.values()
     assert held[0].size == (64 if tokens >= 4096 else 16)
     if tokens < 16:
         full = F.scaled_dot_product_attention(q, k, v)
@@ -206,6 +208,41 @@ def test_a_report_says_the_shares():
     text = Tally(config(method="multires", ratio=0.75)).report().text()
     assert "Of the keys' tiles 10% stay whole, 48% keep a quarter of their tokens, 41% a 16th" in text
     assert "tiles" not in Tally(config(method="sample", ratio=0.75)).report().text()
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "expected"),
+    [
+        ({"whole": 0.3, "half": 0.2}, (0.3, 0.2)),
+        ({"whole": 0.9}, (0.9, 0.1)),  # the ratio would have more at half than is left
+        ({"half": 0.95}, (0.05, 0.95)),
+        ({"half": 0.0}, (multires.shares(0.75)[0], 0.0)),
+        ({"whole": 1.0, "half": 0.0}, (1.0, 0.0)),
+        ({}, multires.shares(0.75)),
+    ],
+)
+def test_shares_by_hand(by_hand, expected):
+    ours = config(method="multires", ratio=0.75, **by_hand)
+    assert multires.shares_of(ours) == pytest.approx(expected)
+    call, (joint, _) = ModelCall(ours, GRID, CPU, seed=5, step=2), said_by()
+    q, k, v = heads(192)
+    plan = plan_of(call)
+    if by_hand.get("whole") == 1.0:
+        assert plan is None, "nothing goes"
+        return
+    assert plan.kept == pytest.approx(192 * multires.work(*expected), abs=1), "sample in its place does as much"
+    got = joint.attend(q, k, v, 0, plan).transpose(1, 2)
+    ((tiles, drawn, counts),) = joint.multires.tiles.values()
+    assert counts == multires.tile_counts(tiles, *expected)
+    assert torch.equal(got, multires.attend_multires(q, k, v, tiles, drawn, counts))
+    text = Tally(ours).report().text()
+    assert f"{expected[0]:.0%} stay whole" in text and ("(by hand)" in text) == bool(by_hand)
+
+
+def test_measured_times_depend_on_shares_by_hand():
+    named = {" ".join(ways(config(method="multires", whole=whole), True)) for whole in (-1.0, 0.1, 0.2)}
+    assert len(named) == 3
+    assert ways(config(method="sample", whole=0.1), True) == ways(config(method="sample"), True)
 
 
 @pytest.mark.parametrize("multires", [False, True])

@@ -11,7 +11,8 @@ from support.masks import KINDS, mask_of
 
 from shared_tome import ModelCall, ToMeConfig, kernels
 from shared_tome.attention.combine import TORCHS
-from shared_tome.attention.sequence import NO_KERNEL, JointCall
+from shared_tome.attention.multires import NO_KERNEL
+from shared_tome.attention.sequence import JointCall
 from shared_tome.core import multires
 from shared_tome.core.multires import cut_tiles, draw_keys, shares, tile_counts
 
@@ -142,7 +143,7 @@ def test_a_models_attention_goes_by_the_kernel(grid, before):
     assert launches(lambda: joint.attend(q, k, v, before, plan)) == 3 and not said
     with kernels.use("reference"):
         assert joint.attend(q, k, v, before, plan) is not None and len(said) == 1  # sample in its place
-    ((tiles, drawn, counts),) = joint._tiles.values()
+    ((tiles, drawn, counts),) = joint.multires.tiles.values()
     scale = q.shape[-1] ** -0.5
     expected = multires.attend_multires(q, k, v, tiles, drawn, counts, plan.layer, scale)
     # A tile at the edge of the choice may fall the other way: few queries see it.
