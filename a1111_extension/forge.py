@@ -149,12 +149,15 @@ class OwnTokens:
     def joint(self) -> JointCall | None:
         """What lets them, or None, which is said once."""
         leave_left_modes()
+        multires = self._sampling.config.method == "multires"
         for block in served_blocks(self._model):
             heads = _heads(block)
             weight = getattr(block.attn1.to_q, "weight", None)
             d = getattr(block.attn1.to_q, "out_features", 0 if weight is None else weight.shape[0]) // heads
             # The precision is the host's affair, and known only where its attention runs.
-            reason = why_not_own(lambda b=block, h=heads, n=d: self._meets(b, h, n), d, self._device, torch.float32)
+            reason = why_not_own(
+                lambda b=block, h=heads, n=d: self._meets(b, h, n), d, self._device, torch.float32, multires
+            )
             if reason is not None:
                 self._sampling.tell_own(reason)
                 return None

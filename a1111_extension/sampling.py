@@ -104,7 +104,7 @@ class Sampling:
         """A layer's queries are to keep their own tokens. refused: why they cannot; None: they can."""
         if refused is not None:
             self.notes.say(refused, shown=False)  # by default they are to: not a line under every picture
-        if self._own_found is not None:
+        if self._own_found is not None and self.config.method != "multires":  # which has them anyway
             self._own_found(refused is None)
 
     def another_model(self) -> None:

@@ -154,11 +154,12 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         return None
 
     def keeps_own(self, attn1: nn.Module, given: Given) -> bool:
-        """Whether the queries of this call of a layer keep their own tokens."""
+        """Whether the queries of this call of a layer meet all keys: their own tokens are kept, or three resolutions."""
         heads, owner = getattr(attn1, "heads", None), self.owner
         if owner.call.joint is None or not heads:
             return False
-        reason = owner.trials.why_not_own(attn1, kind_of(attn1, heads, given.x))
+        multires = owner.call.model.config.method == "multires"
+        reason = owner.trials.why_not_own(attn1, kind_of(attn1, heads, given.x), multires)
         owner.tell_own(reason)
         return reason is None
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..attention.combine import TORCHS, choose_kernel
 from ..attention.sdpa import AroundSdpa, HostAttention, is_torchs_sdpa
+from ..attention.multires import NOT_MULTIRES
 from ..attention.self_token import NO_LSE, NOT_KEPT
 from ..config import ToMeConfig
 from ..core.channels import extra_channels
@@ -154,13 +155,18 @@ def meets_at_sdpa(
     return plain and all(x.shape == expected.shape for x in given) and torch.equal(given[2].to(dtype), expected)
 
 
-def why_not_own(meets: Callable[[], bool], d: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the queries of a layer with heads of d channels cannot keep their own tokens (core/self_token.py), or None.
+def why_not_own(
+    meets: Callable[[], bool], d: int, device: torch.device, dtype: torch.dtype, multires: bool = False
+) -> str | None:
+    """Why the queries of a layer with heads of d channels cannot keep their own tokens (core/self_token.py), or have
+    keys at three resolutions where that is what is wanted; None: they can.
 
     meets: asks meets_at_sdpa, or what it once answered.
     """
     if not is_torchs_sdpa() or not meets():
-        return NOT_KEPT
+        return NOT_MULTIRES if multires else NOT_KEPT
+    if multires:  # wants no log-sum-exp
+        return None
     if choose_kernel(TORCHS, device, dtype, d) is None:
         return NO_LSE
     return None

@@ -50,7 +50,7 @@ class Trials:
             self._meets[key] = meets_at_sdpa(forward, *kind, **more)
         return self._meets[key]
 
-    def why_not_own(self, attn1: nn.Module, kind: Kind) -> str | None:
-        """Why the queries of a layer cannot keep their own tokens, or None."""
+    def why_not_own(self, attn1: nn.Module, kind: Kind, multires: bool) -> str | None:
+        """See heads.why_not_own."""
         d, device, dtype = kind
-        return why_not_own(lambda: self.meets(attn1, kind), d, device, dtype)
+        return why_not_own(lambda: self.meets(attn1, kind), d, device, dtype, multires)

@@ -85,6 +85,16 @@ def test_where_torchs_kernels_refuse_each_image_gets_its_own_drawn_tokens(tome, 
     torch.testing.assert_close(made[True], made[False], rtol=1e-4, atol=1e-5)
 
 
+def test_under_multires_the_line_speaks_of_multires(host, tome, monkeypatch, lines):
+    """Not of own tokens; and the picture's text claims nothing of them."""
+    _use(monkeypatch, variants.SERVED["own_scale"])
+    images, p = host.generate([{**ON, "method": "multires"}])
+    assert sum("multires needs PyTorch's attention" in line for line in lines) == 1
+    assert not any(NOT_KEPT in line for line in lines) and LABEL not in p.extra_generation_params
+    drawn, _ = host.generate([{**ON, "own_token": False}])
+    assert torch.equal(images[0], drawn[0]), "sample takes its place"
+
+
 @pytest.mark.parametrize("name", ELSEWHERE)
 @pytest.mark.parametrize("ratio", [0.75, 0.6])
 def test_other_attention_codes_get_the_drawn_tokens(tome, monkeypatch, lines, name, ratio):

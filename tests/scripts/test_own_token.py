@@ -89,6 +89,19 @@ def test_off_asks_nothing_and_hooks_nothing_more(monkeypatch):
         models.run(unet)
 
 
+def test_under_multires_the_line_speaks_of_multires(caplog):
+    from diffusers.models import attention_processor
+
+    unet = models.sd15()
+    unet.set_attn_processor(attention_processor.AttnProcessor())
+    shared_tome.apply_patch(unet, config=config(method="multires"))
+    made = models.run(unet)
+    assert sum("multires needs PyTorch's attention" in record.getMessage() for record in caplog.records) == 1
+    assert NOT_KEPT not in caplog.text
+    shared_tome.apply_patch(unet, config=config(own_token=False))
+    assert torch.equal(models.run(unet), made), "sample takes its place"
+
+
 @pytest.mark.parametrize("processor", ["AttnProcessor", "SlicedAttnProcessor"])
 @pytest.mark.parametrize("ratio", [0.75, 0.6])
 def test_other_processors_get_the_drawn_tokens(processor, ratio, caplog):
