@@ -205,7 +205,11 @@ class DiTCall:
             fitting = None if plan is None else self._fitting(call, start, plan, True)
             if fitting is None:
                 return Verdict(0.0, 0.0, 0.0)
-            return compared(lambda: call.run(q, k, v), lambda: self._serve(plan, *fitting, *plain, start), device)
+            try:
+                return compared(lambda: call.run(q, k, v), lambda: self._serve(plan, *fitting, *plain, start), device)
+            finally:  # the draws that were timed are not this call's
+                for joint in (self._joint, self._instead):
+                    joint.multires.tiles.clear()
 
         return known_or_measured(", ".join(names), device, measure)
 

@@ -154,7 +154,7 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         return None
 
     def keeps_own(self, attn1: nn.Module, given: Given) -> bool:
-        """Whether the queries of this call of a layer meet all keys: their own tokens are kept, or three resolutions."""
+        """Whether the queries of this call of a layer meet all keys: for their own tokens, or three resolutions."""
         heads, owner = getattr(attn1, "heads", None), self.owner
         if owner.call.joint is None or not heads:
             return False

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..attention.combine import TORCHS, choose_kernel
-from ..attention.sdpa import AroundSdpa, HostAttention, is_torchs_sdpa
 from ..attention.multires import NOT_MULTIRES
+from ..attention.sdpa import AroundSdpa, HostAttention, is_torchs_sdpa
 from ..attention.self_token import NO_LSE, NOT_KEPT
 from ..config import ToMeConfig
 from ..core.channels import extra_channels

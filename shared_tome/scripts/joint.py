@@ -27,6 +27,7 @@ from ..hooks.served import served_as
 from ..merging.call import ModelCall
 from ..merging.plan import Plan
 from .base import BaseAttachment
+from .joint_autotune import JointDecisions
 from .outcome import CallOutcome
 
 # Class of the transformer: whether its text comes first, and what the pipeline divides timesteps by.
@@ -52,6 +53,7 @@ class _Call:
     batch: int
     text: int
     reference: int
+    decisions: JointDecisions
     outcome: CallOutcome = field(default_factory=CallOutcome)
 
 
@@ -88,7 +90,8 @@ class JointAttachment(BaseAttachment):
         call = self.model_call(self.config_now(timestep, kernels.serves(x)), grid, timestep, x)
         if call is not None:
             joint = JointCall(call.config.weighs_keys, TORCHS, self._say_why, call.config.keeps_own)
-            self.call = _Call(call, joint, grid, x.shape[0], text.shape[1], reference)
+            decisions = JointDecisions(call, grid, type(model).__name__)
+            self.call = _Call(call, joint, grid, x.shape[0], text.shape[1], reference, decisions)
 
     def _after_model(self, model: nn.Module, args: tuple, out: Any) -> None:
         call, self.call = self.call, None
@@ -130,6 +133,11 @@ class JointAttachment(BaseAttachment):
         start = call.text if self.text_first and beside >= call.text else 0
         if not (attention.is_plain or self._serves_mask(attention, q, k, v, start)):
             self.say("an attention with a mask is left alone")
+            return attention(q, k, v)
+        unpaid = call.decisions.why_not_paid(attention, q, k, v, start) if call.model.serves(call.grid) else None
+        if unpaid is not None:
+            self.say(f"{unpaid}; attentions of {length} tokens are left alone")
+            call.outcome.leave(call.model, call.grid, unpaid)
             return attention(q, k, v)
         # The ViT paper's metric: keys averaged over the heads. What matches nothing wants its shape alone.
         metric = k[:, :, start : start + image].mean(1) if call.model.config.kind.matches else k[:, 0, :image]

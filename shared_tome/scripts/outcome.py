@@ -22,9 +22,9 @@ class CallOutcome:
         self.merged = False
         self.left: dict[str, dict[str, None]] = {}
 
-    def leave(self, model: ModelCall, grid: Grid) -> None:
-        """The options leave out the layers on a grid."""
-        reason = why_not_served(model.config, grid, model.full) or NO_WHOLE_TOKEN
+    def leave(self, model: ModelCall, grid: Grid, reason: str | None = None) -> None:
+        """Layers on a grid are left alone. reason: None where the options say so."""
+        reason = reason or why_not_served(model.config, grid, model.full) or NO_WHOLE_TOKEN
         self.left.setdefault(reason, {})[f"{grid[0]}x{grid[1]} tokens"] = None
 
     def __str__(self) -> str:

@@ -221,6 +221,23 @@ def test_transformers_are_measured_too(tome, judged_dit, name, caplog):
     assert all(key.startswith(tuple("FWf")) and "sample, 0.5000" in key for key in asked)
 
 
+def test_a_measurement_does_not_change_the_draws(tome, comfy_nodes, monkeypatch):
+    """The picture of the call that measures is that of the calls after it."""
+    dit = pack_module("dit")
+    given = {"method": "multires", "ratio": 0.75, "seed": 3, "min_tokens": 0}
+    expected = dit_host.call(tome(dit_host.small("flux"), **given, levels="0"), "flux")
+    monkeypatch.setattr(dit, "measures", lambda config, grid, device: True)
+    monkeypatch.setattr(dit, "known_or_measured", lambda key, device, measure: measure())
+    timed = []
+
+    def compared(full, merged, device):
+        timed.append(merged())
+        return dit.Verdict(100.0, 40.0, 5.0)
+
+    monkeypatch.setattr(dit, "compared", compared)
+    assert torch.equal(dit_host.call(tome(dit_host.small("flux"), **given), "flux"), expected) and timed
+
+
 def test_what_a_transformers_layer_is_measured_on(tome, comfy_nodes, monkeypatch):
     """One row of its own tokens, both ways, with everything that the real call has."""
     dit = pack_module("dit")

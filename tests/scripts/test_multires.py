@@ -7,6 +7,8 @@ import torch
 
 import shared_tome
 from shared_tome import kernels
+from shared_tome.autotune.verdict import Verdict
+from shared_tome.scripts import joint_autotune
 
 from . import models
 from .test_joint import MODELS, TEXT
@@ -62,6 +64,56 @@ def test_a_text_mask(ran, caplog):
     assert caplog.text.count("sample takes its place") == 0
     shared_tome.remove_patch(model)
     assert torch.equal(merged, run("flux", model, **told))
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """timed(pays): attentions of transformers are measured, with this outcome. What was run, and the names."""
+    found = {"names": [], "rows": []}
+
+    def give(pays):
+        def compared(full, merged, device):
+            found["rows"].append((full(), merged()))
+            return Verdict(100.0, 40.0 if pays else 99.0, 5.0)
+
+        def known_or_measured(key, device, measure):
+            found["names"].append(key)
+            return measure()
+
+        monkeypatch.setattr(joint_autotune, "measures", lambda config, grid, device: config.levels == "auto")
+        monkeypatch.setattr(joint_autotune, "known_or_measured", known_or_measured)
+        monkeypatch.setattr(joint_autotune, "compared", compared)
+        return found
+
+    return give
+
+
+@pytest.mark.parametrize("method", ["multires", "sample"])
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_attentions_that_do_not_pay_are_left_alone(name, method, timed, caplog):
+    """Of one row of their own tokens; named levels are merged whatever they cost. Each shape is asked about once."""
+    model = MODELS[name][0]()
+    before = run(name, model)
+    shared_tome.apply_patch(model, config=config(method=method, levels="0", ratio=0.75, seed=3))
+    merged = run(name, model)
+    found = timed(pays=False)
+    shared_tome.apply_patch(model, config=config(method=method, ratio=0.75, seed=3))
+    assert torch.equal(run(name, model), before)
+    assert "merging does not pay here: it saves 1 of 100 us" in caplog.text
+    assert "nothing is merged: merging does not pay here" in caplog.text
+    shapes = 1 if name == "flux" else 2  # SD3 has attentions to the image alone
+    assert len(found["names"]) == len(set(found["names"])) == len(found["rows"]) == shapes
+    assert all(type(model).__name__ in key and f"{method}, 0.7500" in key for key in found["names"])
+    for full, less in found["rows"]:
+        assert full.shape == less.shape and full.shape[0] == 1 and not torch.allclose(full, less, **SAME)
+    timed(pays=True)
+    shared_tome.apply_patch(model, config=config(method=method, ratio=0.75, seed=3))
+    assert torch.equal(run(name, model), merged), "the draws that were timed are not the picture's"
+    asked = len(found["names"])
+    for unasked in ({"method": method, "levels": "0"}, {"method": "merge"}):
+        shared_tome.apply_patch(model, config=config(**unasked))
+        run(name, model)
+    assert len(found["names"]) == asked
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -1,0 +1,79 @@
+"""Whether merging pays in an attention of diffusers' Flux and SD3, as comfy_tome/dit.py asks in ComfyUI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..attention.combine import TORCHS
+from ..attention.sdpa import HostAttention, attend_sampled
+from ..attention.sequence import JointCall
+from ..autotune.layer import Verdict, known_or_measured, measures, name_of, ways
+from ..autotune.timing import compared
+from ..core.curve import is_compiling
+from ..core.grid import Grid
+from ..merging.call import ModelCall
+
+# Text and reference tokens of two calls that differ by less count as equally many.
+_OTHERS = 256
+
+
+@dataclass(eq=False)
+class JointDecisions:
+    """Of one call of a transformer, owned by it. model: its class's name."""
+
+    call: ModelCall
+    grid: Grid
+    model: str
+    _known: dict[tuple, Verdict | None] = field(default_factory=dict)
+
+    def why_not_paid(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int) -> str | None:
+        """Why an attention is left alone because of its times, or None. q, k, v: [B, H, L, d]; the image begins at
+        `start`.
+
+        Measured at its first use on its first row, whatever the batch and a few words in the prompt are. Methods that
+        match are not measured, nor attentions with a mask, nor anything while torch.compile traces.
+        """
+        config = self.call.config
+        if config.kind.matches or attention.mask is not None or is_compiling():
+            return None
+        others = -(-(q.shape[2] - self.call_tokens) // _OTHERS)
+        shape = (self.grid, others, q.shape[1], q.shape[3], q.dtype)
+        if shape not in self._known:
+            known = None
+            if measures(config, self.grid, q.device):
+                names = [
+                    self.model,
+                    name_of(None, q.device),
+                    *TORCHS,
+                    *map(str, shape),
+                    *ways(config, config.keeps_own),
+                ]
+                timed = self._timed(attention, q[:1], k[:1], v[:1], start)
+                known = known_or_measured(", ".join(names), q.device, timed)
+            self._known[shape] = known
+        found = self._known[shape]
+        return None if found is None or found.pays() else found.reason
+
+    @property
+    def call_tokens(self) -> int:
+        """How many tokens the image has."""
+        rows, columns = self.grid
+        return rows * columns
+
+    def _timed(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int) -> Callable[[], Verdict]:
+        """What measures one row. Its draws are its own: those of the call stay what they are."""
+
+        def measure() -> Verdict:
+            config = self.call.config
+            plan = ModelCall(config, self.grid, q.device).plan(q.new_empty(1, self.call_tokens, 1), self.grid)
+            if plan is None:
+                return Verdict(0.0, 0.0, 0.0)
+            joint = JointCall(config.weighs_keys, TORCHS, lambda *_: None, config.keeps_own)
+            return compared(
+                lambda: attention(q, k, v), lambda: attend_sampled(joint, attention, q, k, v, start, plan), q.device
+            )
+
+        return measure
