@@ -159,7 +159,7 @@ class DiTCall:
 
     def hooks(self, model: Any) -> AbstractContextManager[None]:
         """What the model's attentions need that do not tell their options (DiTModel.silent)."""
-        modules = () if self.facts.silent is None else self.facts.silent(model)
+        modules = () if self.facts.silent is None else self.facts.silent(model, self.options)
         return met_at_torch(modules, self.attention, self.call.config.kind.matches, lambda: self._leave(NOT_TORCHS))
 
     def _verdict(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int) -> Verdict | None:
@@ -169,7 +169,7 @@ class DiTCall:
         few words more in the prompt.
         """
         config = self.call.config
-        part = q.shape[2 if call.split else 1] != call.length
+        part = q.shape[2 if call.split else 1] != call.length - self.layout.elsewhere
         if not self._judges or config.kind.matches or call.mask is not None or part or is_compiling():
             return None
         shape = self._shape(call, k)
@@ -222,10 +222,12 @@ class DiTCall:
         if v.shape[place] != length or q.shape[place] > length:
             return None  # to another's tokens
         part = q.shape[place] < length
-        if part and (not self.layout.parts or length in self.layout.crosses):
+        if part and (not self.layout.parts or length in self.layout.others):
             return None
+        if part and call.mask is None and not self.layout.elsewhere and q.shape[place] in self.layout.others:
+            return None  # sound that looks at the video
         start = self.layout.start(length, options.get("img_slice"))
-        if start is None and length > self.layout.tokens:
+        if start is None and length > self.layout.tokens and length not in self.layout.others:
             self._leave(
                 "an attention whose tokens are not its text, its image and its references is left alone: another "
                 "node has added some",
@@ -234,13 +236,13 @@ class DiTCall:
         if start is None:
             return None
         self._met = True
-        if length in self.layout.crosses:
+        if length in self.layout.others:
             self._leave("an image of as many tokens as its prompt is left alone: self- and cross-attention look alike")
             return None
         if part and self.call.config.kind.queries:
             self._leave(
-                "attentions that take a part of the queries each (LTXV's guides of a strength other than 1) are left "
-                "alone, because this method merges queries"
+                "attentions that take a part of the queries each (guides of LTXV, HiDream-O1, later frames of Wan "
+                "CausalAR) are left alone, because this method merges queries"
             )
             return None
         return start
@@ -280,7 +282,7 @@ class DiTCall:
     def _is_first(self, q: Tensor, call: Call) -> bool:
         """Whether this is the first attention of a layer: the others want the same tokens."""
         count, self._queries = self._queries, self._queries + q.shape[2 if call.split else 1]
-        if self._queries < call.length:
+        if self._queries < call.length - self.layout.elsewhere:
             return count == 0
         self._queries = 0
         if count == 0:

@@ -7,24 +7,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..shared_tome.core.grid import Grid
-from .dit_models import DiTModel, Told, cross_lengths
+from .dit_models import DiTModel
+from .dit_tokens import Told, latent_shape
 
 
 @dataclass(frozen=True)
 class Layout:
     """How a call's tokens lie: `head` tokens, the image's, `tail` tokens (None: as many as are left over).
 
-    alone: some layers have the image's only. crosses: lengths that a cross-attention may have. together: attention
-    calls of one layer that want the same tokens. parts: some bring a part of the queries (DiTModel.parts).
+    alone: how many stand before the image in layers without text; None: there are none. others: lengths of attentions
+    to other tokens. together: attention calls of one layer that want the same tokens. parts: some bring a part of the
+    queries (DiTModel.parts). elsewhere: queries of each layer that never come.
     """
 
     grid: Grid
     head: int | None
     tail: int | None
-    alone: bool = False
-    crosses: tuple[int, ...] = ()
+    alone: int | None = None
+    others: tuple[int, ...] = ()
     together: int = 1
     parts: bool = False
+    elsewhere: int = 0
 
     @property
     def tokens(self) -> int:
@@ -33,18 +36,20 @@ class Layout:
 
     @classmethod
     def of(cls, facts: DiTModel, model: Any, shape: tuple[int, ...], told: Told) -> Layout | None:
-        """The layout of a call, or None where its image tokens do not lie on a grid."""
-        grid = facts.grid(model, tuple(shape), told)
+        """The layout of a call, or None where its image tokens do not lie on a grid. shape: of the latent, as it
+        comes to apply_model."""
+        grid = facts.grid(model, latent_shape(shape, told), told)
         if grid is None:
             return None
         return cls(
             grid,
             None if facts.head is None else facts.head(model, told),
             None if facts.tail is None else facts.tail(model, told, grid),
-            facts.alone,
-            cross_lengths(told) if facts.crosses else (),
+            None if facts.alone is None else facts.alone(model, told),
+            () if facts.others is None else facts.others(model, told),
             facts.calls(model),
             facts.parts,
+            facts.elsewhere(model, told, grid),
         )
 
     def start(self, length: int, img_slice: list[int] | None = None) -> int | None:
@@ -60,8 +65,8 @@ class Layout:
             return head if length >= head + self.tokens else None
         if length == head + self.tokens + tail:
             return head
-        if self.alone and length == self.tokens:
-            return 0
+        if self.alone is not None and length == self.alone + self.tokens + tail:
+            return self.alone
         # Another node has added tokens: to the text, or behind the image. Only the model itself can tell which.
         if img_slice is not None and img_slice[1] == length >= img_slice[0] + self.tokens + tail:
             return img_slice[0]

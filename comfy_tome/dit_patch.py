@@ -13,7 +13,8 @@ from ..shared_tome.inspect.reasons import why_not_served
 from .dit import DiTCall
 from .dit_attention import is_sparse, kernel_order
 from .dit_layout import Layout
-from .dit_models import Told, dit_model, unwrapped
+from .dit_models import dit_model, unwrapped
+from .dit_tokens import Told
 from .log import leave_alone, say_once
 from .model_call import draw_of, find_options, halves_alike, progress_of, put_options
 from .outcome import Outcome, outcome_of
@@ -39,7 +40,7 @@ class DiTPatch:
                 say_once(less)
             config = config_at(asked, lambda: progress_of(options, base))
             record = begin(executor, base, x, t, args, kwargs, asked, config)
-            told = {**kwargs, **_prompt(args)}
+            told = {**kwargs, **_prompt(args), "transformer_options": options}
             model = unwrapped(base.diffusion_model)
             compiled = is_compiled(executor, options)
             patch = self._patch(config, base, x, options, told, record, outcome, compiled)

@@ -35,7 +35,9 @@ def measure(run: Run) -> StepTime:
     if last is None:
         merged = run.tally.report().merged_steps
         raise ValueError(
-            "another node runs the model in a way of its own, or the model is gone" if merged else "nothing was merged"
+            "another node or the sampler runs the model in a way of its own, or the model is gone"
+            if merged
+            else "nothing was merged"
         )
     model = last.model()
     patcher = _patcher_of(last, model, management.current_loaded_models)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..shared_tome import ToMeConfig
 from ..shared_tome.inspect.record import CallRecord, Run, StepFacts
+from .dit_tokens import latent_shape
 from .log import say_once
 from .model_call import DIFFUSION_MODEL, draw_of, find_options, step_of
 
@@ -100,7 +101,8 @@ def begin(
     images = x.shape[0] // len(chunks)
     place = chunks.index(0) if 0 in chunks else None  # the prompted rows
     rows = None if place is None else slice(place * images, (place + 1) * images)
-    latent = tuple(x.shape[-2:]) if x.dim() > 3 else (1, x.shape[-1])
+    shape = latent_shape(x.shape, kwargs)
+    latent = shape[-2:] if len(shape) > 3 else (1, shape[-1])
     run.images = images
     run.devices.add(options.get("multigpu_thread_device", x.device))
     run.compiled = is_compiled(executor, options)
@@ -146,7 +148,12 @@ def _count(run: Run, options: dict[str, Any], step: int, ratio: float, whole: bo
 def _keep_call(
     run: Run, model: Any, args: tuple, kwargs: dict[str, Any], options: dict[str, Any], step: int, ratio: float
 ) -> None:
-    """Keep the call for measuring, but not the record, nor a control network's lists: the model empties them."""
+    """Keep the call for measuring, but not the record, nor a control network's lists: the model empties them.
+
+    Nor a call that moves a cache on (Wan CausalAR): it cannot be made again.
+    """
+    if "ar_state" in options:
+        return
     options = {key: value for key, value in options.items() if key != RECORD}
     if len(args) > 5:
         args = (*args[:4], None, options, *args[6:])

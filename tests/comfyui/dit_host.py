@@ -5,7 +5,7 @@ Two blocks, two or four heads, float32. Weights are random but fixed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +36,7 @@ class Small:
 
     supported: its class in comfy.supported_models; unet_config; latent: a shape [B, C, ...] for two rows.
     image, others: how many tokens its attention sees of the image, and beside it. layers: attentions to be served.
+    elsewhere: how many of a layer's queries never come to them.
     told: further keywords of apply_model, made from a generator.
     """
 
@@ -45,9 +46,11 @@ class Small:
     image: int
     others: int
     layers: int = 2
+    elsewhere: int = 0
     text: tuple[int, int] = (7, 48)
     told: dict[str, tuple[int, ...]] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
+    made: Callable[[Any], dict[str, Any]] | None = None  # further keywords, from the latent
     absent: tuple[str, ...] = ()  # parts that this call does not use and that come in one size, a large one
 
 
@@ -165,6 +168,128 @@ SMALL: dict[str, Small] = {
         (2, 16, 96), 96, 3, layers=4, text=(7, 32), told={"global_embed": (2, 64)},
         absent=("audio.embedders.NumberConditioner",),
     ),
+    "ltx2": Small(
+        "LTXAV",
+        {"image_model": "ltxav", "in_channels": 16, "cross_attention_dim": 64, "audio_cross_attention_dim": 32,
+         "attention_head_dim": 32, "num_attention_heads": 2, "audio_attention_head_dim": 16,
+         "audio_num_attention_heads": 2, "caption_channels": 48, "num_layers": 2, "connector_attention_head_dim": 16,
+         "connector_num_attention_heads": 3},
+        (2, 1, 16 * 72 + 8 * 20 * 16), 72, 0, text=(7, 96),
+        constants={"attention_mask": None, "latent_shapes": [(2, 16, 3, 4, 6), (2, 8, 20, 16)]},
+    ),
+    "omnigen": Small(
+        "Omnigen2",
+        {"image_model": "omnigen2", "hidden_size": 64, "num_layers": 2, "num_refiner_layers": 1,
+         "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 32, "axes_dim_rope": (8, 4, 4),
+         "text_feat_dim": 48},
+        PICTURE, 96, 7, constants={"num_tokens": 7},
+    ),
+    "boogu": Small(
+        "Boogu",
+        {"image_model": "boogu", "hidden_size": 64, "num_layers": 1, "num_double_stream_layers": 1,
+         "num_refiner_layers": 1, "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 32,
+         "axes_dim_rope": (8, 4, 4), "instruction_feat_dim": 48},
+        PICTURE, 96, 7, layers=4, constants={"num_tokens": 7},
+    ),
+    "krea": Small(
+        "Krea2",
+        {"image_model": "krea2", "features": 64, "tdim": 32, "txtdim": 16, "heads": 4, "kvheads": 2, "multiplier": 2,
+         "layers": 2, "txtlayers": 3, "txtheads": 2, "txtkvheads": 2},
+        (2, 16, 1, 16, 24), 96, 7,
+    ),
+    "ideogram": Small(
+        "Ideogram4",
+        {"image_model": "ideogram4", "in_channels": 16, "num_layers": 2, "num_attention_heads": 2,
+         "attention_head_dim": 32, "intermediate_size": 64, "adaln_dim": 32, "llm_features_dim": 48,
+         "mrope_section": (6, 5, 5)},
+        (2, 16, 8, 12), 96, 7,
+    ),
+    "mage": Small(
+        "MageFlow",
+        {"image_model": "mage_flow", "in_channels": 16, "out_channels": 16, "num_layers": 2,
+         "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 48, "axes_dims_rope": (8, 12, 12)},
+        (2, 16, 8, 12), 96, 7,
+    ),
+    "lens": Small(
+        "Lens",
+        {"image_model": "lens", "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 32,
+         "num_attention_heads": 2, "enc_hidden_dim": 12, "axes_dims_rope": (8, 12, 12)},
+        (2, 16, 8, 12), 96, 7,
+    ),
+    "joy": Small(
+        "JoyImage",
+        {"image_model": "joyimage", "hidden_size": 64, "num_attention_heads": 2, "text_dim": 48, "num_layers": 2,
+         "rope_dim_list": [8, 12, 12]},
+        (2, 16, 1, 16, 24), 96, 7,
+    ),
+    "pixeldit": Small(
+        "PixelDiTT2I",
+        {"image_model": "pixeldit_t2i", "num_groups": 2, "hidden_size": 64, "pixel_hidden_size": 4,
+         "pixel_attn_hidden_size": 32, "pixel_num_groups": 2, "patch_depth": 1, "pixel_depth": 1, "patch_size": 4,
+         "txt_embed_dim": 48},
+        (2, 3, 32, 48), 96, 7,
+    ),
+    "pid": Small(
+        "PiD",
+        {"image_model": "pid", "num_groups": 2, "hidden_size": 64, "pixel_hidden_size": 4,
+         "pixel_attn_hidden_size": 32, "pixel_num_groups": 2, "patch_depth": 1, "pixel_depth": 1, "patch_size": 4,
+         "txt_embed_dim": 48, "lq_hidden_dim": 32, "lq_num_res_blocks": 1, "latent_spatial_down_factor": 2,
+         "rope_ref_h": 64, "rope_ref_w": 64},
+        (2, 3, 32, 48), 96, 7, told={"lq_latent": (2, 16, 4, 6), "degrade_sigma": (2,)},
+    ),
+    "mochi": Small(
+        "GenmoMochi",
+        {"image_model": "mochi_preview", "depth": 2, "num_heads": 2, "in_channels": 12, "hidden_size_x": 64,
+         "hidden_size_y": 32, "mlp_ratio_x": 192.0, "mlp_ratio_y": 2.0, "use_t5": True, "t5_feat_dim": 48,
+         "t5_token_length": 7, "learn_sigma": False, "qk_norm": True, "qkv_bias": False, "out_bias": True},
+        (2, 12, 3, 8, 12), 72, 5, told={"attention_mask": (2, 7)}, constants={"num_tokens": 5},
+    ),
+    "cogvideo": Small(
+        "CogVideoX_T2V",
+        {"image_model": "cogvideox", "num_attention_heads": 2, "attention_head_dim": 48, "time_embed_dim": 32,
+         "text_embed_dim": 48, "num_layers": 2, "sample_width": 12, "sample_height": 8, "sample_frames": 9,
+         "max_text_seq_length": 7},
+        VIDEO, 72, 7,
+    ),
+    "cogvideo15": Small(
+        "CogVideoX_T2V",
+        {"image_model": "cogvideox", "num_attention_heads": 2, "attention_head_dim": 32, "time_embed_dim": 32,
+         "text_embed_dim": 48, "num_layers": 2, "max_text_seq_length": 7, "patch_size_t": 2, "ofs_embed_dim": 32,
+         "use_rotary_positional_embeddings": True},
+        (2, 16, 5, 8, 12), 72, 7, told={"ofs": (2,)},
+    ),
+    "kandinsky": Small(
+        "Kandinsky5",
+        {"image_model": "kandinsky5", "in_text_dim": 48, "in_text_dim2": 32, "time_dim": 32, "model_dim": 64,
+         "ff_dim": 64, "visual_embed_dim": 64, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (8, 12, 12)},
+        VIDEO, 72, 0, told={"y": (2, 32)},
+    ),
+    "minimax": Small(
+        "MiniMaxH3",
+        {"image_model": "minimax_h3", "hidden_size": 64, "num_layers": 2, "token_refiner_num_layers": 1,
+         "num_attention_heads": 2, "attention_head_dim": 32, "ffn_hidden_size": 64, "text_dim": 48,
+         "timestep_input_dim": 32, "time_embed_hidden_size": 64, "time_embed_dim": 32, "rope_inv_freq_len": 4},
+        (1, 1, 24 * 3 * 8 * 12 + 32 * 2 * 5), 72, 7 + 10,
+        constants={"latent_shapes": [(1, 24, 3, 8, 12), (1, 32, 2, 5)]},
+    ),
+    "cosmos1": Small(
+        "CosmosT2V",
+        {**{key: value for key, value in COSMOS.items() if key != "rope_enable_fps_modulation"},
+         "image_model": "cosmos", "block_config": "FA-CA-MLP", "block_x_format": "THWBD",
+         "affline_emb_norm": True, "extra_per_block_abs_pos_emb": True,
+         "extra_per_block_abs_pos_emb_type": "learnable"},
+        VIDEO, 72, 0,
+    ),
+    "hidream_o1": Small(
+        "HiDreamO1",
+        {"image_model": "hidream_o1",
+         "text_config_overrides": {"vocab_size": 151680, "hidden_size": 64, "intermediate_size": 64,
+                                   "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                                   "head_dim": 16, "rope_dims": [4, 2, 2]},
+         "vision_config_overrides": {"hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "depth": 1,
+                                     "num_position_embeddings": 16}},
+        (2, 3, 8 * 32, 12 * 32), 96, 7, elsewhere=6, made=lambda x: hidream_o1_told(x),
+    ),
 }  # fmt: skip
 
 # Models that are served in another way; small() and call() know them too.
@@ -178,6 +303,27 @@ APART: dict[str, Small] = {
         (2, 8, 192), 96, 0, text=(7, 32), told={"lyric_embed": (2, 5, 32), "refer_audio": (2, 8, 192)},
         constants={"is_covers": False},
     ),
+    "ernie": Small(
+        "ErnieImage",
+        {"image_model": "ernie", "hidden_size": 64, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 64,
+         "in_channels": 16, "out_channels": 16, "text_in_dim": 48, "rope_axes_dim": (8, 12, 12)},
+        (2, 16, 8, 12), 96, 7,
+    ),
+    "pixart": Small(
+        "PixArtAlpha",
+        {"image_model": "pixart_alpha", "input_size": None, "hidden_size": 64, "depth": 2, "num_heads": 2,
+         "caption_channels": 48, "model_max_length": 7, "micro_condition": False, "pe_interpolation": None,
+         "patch_size": 4},
+        (2, 4, 32, 48), 96, 0,
+    ),
+    "hydit": Small(
+        "HunyuanDiT",
+        {"image_model": "hydit", "hidden_size": 64, "depth": 2, "num_heads": 2, "text_states_dim": 48,
+         "text_states_dim_t5": 64, "text_len": 7, "text_len_t5": 9, "mlp_ratio": 2.0},
+        (2, 4, 16, 24), 96, 0, told={"encoder_hidden_states_t5": (2, 9, 64), "text_embedding_mask": (2, 7),
+                                     "text_embedding_mask_t5": (2, 9)},
+    ),
+    "causal": Small("WAN21_CausalAR_T2V", {**WAN, "image_model": "wan2.1"}, VIDEO, 72, 0),
 }  # fmt: skip
 
 
@@ -230,11 +376,23 @@ def call(
     given = {"c_crossattn": torch.randn(len(x), *which.text, generator=generator)}
     given.update({key: torch.randn(len(x), *shape[1:], generator=generator) for key, shape in which.told.items()})
     given.update(which.constants)
+    given.update({} if which.made is None else which.made(x))
     given.update(told)
+    if hasattr(model.model.diffusion_model, "clear_kv_cache"):
+        model.model.diffusion_model.clear_kv_cache()  # HiDream-O1's, of its prompt
     with torch.no_grad():
         return model.model.apply_model(
             x, torch.full((len(x),), 0.7), transformer_options=options_of(model, sigma), **given
         )
+
+
+def hidream_o1_told(x: Any, **references: Any) -> dict[str, Any]:
+    """What ComfyUI tells HiDream-O1 of a prompt of 7 tokens, the last of which stands for the time."""
+    import torch
+    from comfy.ldm.hidream_o1.conditioning import build_extra_conds
+    from comfy.ldm.hidream_o1.model import TMS_TOKEN_ID
+
+    return build_extra_conds(torch.tensor([[1, 2, 3, 4, 5, 6, TMS_TOKEN_ID]]), x, **references)
 
 
 def kept(image: int, ratio: float) -> int:
@@ -245,10 +403,11 @@ def kept(image: int, ratio: float) -> int:
 def served(seen: list[Seen], which: Small, image: int | None = None) -> list[Seen]:
     """The calls whose keys were sampled, or would be: those of an unmerged run with the image's tokens in them.
 
-    Refiners (Lumina's) look like the image alone; they run first.
+    Refiners (Lumina's) look like the image alone; they run first. A prompt has 7 tokens, a picture's features 11, sound
+    20.
     """
     image = which.image if image is None else image
-    calls = [one for one in seen if one.q.shape[-2] >= image and one.k.shape[-2] not in (7, 11)]
+    calls = [one for one in seen if one.q.shape[-2] >= image and one.k.shape[-2] not in (7, 11, 20)]
     return calls[len(calls) - which.layers :]
 
 

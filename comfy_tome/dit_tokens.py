@@ -1,0 +1,173 @@
+"""Where the tokens of ComfyUI's transformers lie: what the rows of dit_models.py are put together from.
+
+Each function was written from the model's own forward (ComfyUI 0.30, comfy/ldm). Those that give a grid take (model,
+latent's shape, told), those that count tokens (model, told) or (model, told, grid).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..shared_tome.core.grid import Grid
+
+Shape = tuple[int, ...]
+# What a call is told beside its latent: apply_model's keywords, the prompt as "c_crossattn".
+Told = dict[str, Any]
+
+
+def patches(shape: Shape, *patch: int) -> Grid:
+    """The grid of a latent that is padded to whole patches."""
+    return tuple(-(-size // side) for size, side in zip(shape[-len(patch) :], patch, strict=True))
+
+
+def image(model: Any, shape: Shape, told: Told) -> Grid:
+    return patches(shape, model.patch_size, model.patch_size)
+
+
+def video(model: Any, shape: Shape, told: Told) -> Grid:
+    """A picture, [B, C, H, W], is cut by the last two sides of the patch."""
+    return patches(shape, *model.patch_size[-(len(shape) - 2) :])
+
+
+def layers_of_images(model: Any, shape: Shape, told: Told) -> Grid:
+    return patches(shape, 1, model.patch_size, model.patch_size)
+
+
+def pixels(model: Any, shape: Shape, told: Told) -> Grid:
+    """Latents that are no further cut into patches."""
+    return tuple(shape[2:])
+
+
+def video_before_guides(model: Any, shape: Shape, told: Told) -> Grid | None:
+    """LTXV's guides are further frames at the latent's end, told by their coordinates [B, 3, tokens, ...]."""
+    frames, rows, columns = patches(shape, *model.patchifier.patch_size)
+    guides = told.get("keyframe_idxs")
+    guides = 0 if guides is None else guides.shape[2]
+    if guides % (rows * columns) or guides // (rows * columns) >= frames:
+        return None
+    return frames - guides // (rows * columns), rows, columns
+
+
+def image_without_source(model: Any, shape: Shape, told: Told) -> Grid | None:
+    """HiDream E1 sets the image to be edited beside the new one, so their rows take turns."""
+    return None if told.get("image_cond") is not None else image(model, shape, told)
+
+
+def frames_so_far(model: Any, shape: Shape, told: Told) -> Grid:
+    """Wan CausalAR's cache has the keys of all frames up to those of this call."""
+    frames, rows, columns = video(model, shape, told)
+    return first_frame(told) + frames, rows, columns
+
+
+def first_frame(told: Told) -> int:
+    state = told.get("transformer_options", {}).get("ar_state")
+    return 0 if state is None else state["start_frame"]
+
+
+def nothing(model: Any, told: Told, grid: Grid | None = None) -> int:
+    return 0
+
+
+def length(told: Told, name: str) -> int:
+    """Of a sequence [B, L, C] that a call is told; 0 without one."""
+    found = told.get(name)
+    return 0 if found is None else found.shape[-2]
+
+
+def prompt(model: Any, told: Told, grid: Grid | None = None) -> int:
+    return length(told, "c_crossattn")
+
+
+def in_patches(latents: Any, *patch: int) -> int:
+    """How many tokens a list of latents [B, C, ...] makes, each padded to whole patches."""
+    return sum(math.prod(patches(latent.shape, *patch)) for latent in latents or ())
+
+
+def references(model: Any, told: Told, grid: Grid | None = None) -> int:
+    """Reference latents (Flux Kontext, Qwen edit) are cut into patches as the image is."""
+    return in_patches(told.get("ref_latents"), model.patch_size, model.patch_size)
+
+
+def layers_of_references(model: Any, told: Told, grid: Grid) -> int:
+    return in_patches(told.get("ref_latents"), 1, model.patch_size, model.patch_size)
+
+
+def krea_references(model: Any, told: Told, grid: Grid) -> int:
+    """Krea 2 takes them where a method is named, by a node or by the model."""
+    if told.get("ref_latents_method", model.default_ref_method) is None:
+        return 0
+    return in_patches(told.get("ref_latents"), model.patch, model.patch)
+
+
+def ids(model: Any, told: Told) -> int:
+    """HiDream-O1's prompt as numbers, [B, L], and all that its references put in."""
+    found = told.get("input_ids")
+    return 0 if found is None else found.shape[-1]
+
+
+def patches_of_references(model: Any, told: Told, grid: Grid) -> int:
+    """HiDream-O1's come cut into patches, [B, tokens, C]."""
+    return length(told, "ref_patches")
+
+
+def earlier_frames(model: Any, told: Told, grid: Grid) -> int:
+    """Wan CausalAR's cache has their keys and values."""
+    return first_frame(told) * math.prod(grid[1:])
+
+
+def padding(model: Any, told: Told, grid: Grid) -> int:
+    """Z-Image fills up the image's tokens to a multiple."""
+    return -math.prod(grid) % model.pad_tokens_multiple if model.pad_tokens_multiple else 0
+
+
+def prepended_frame(model: Any, told: Told) -> int:
+    """Wan Fun's reference, [B, C, H, W], through a convolution of its own."""
+    latent = told.get("reference_latent")
+    if model.ref_conv is None or latent is None:
+        return 0
+    return (latent.shape[-2] // model.patch_size[1]) * (latent.shape[-1] // model.patch_size[2])
+
+
+def prepended_frames(model: Any, told: Told) -> int:
+    """SCAIL's references, [B, C, T, H, W], before the video."""
+    latent = told.get("reference_latent")
+    return 0 if latent is None else math.prod(patches(latent.shape, *model.patch_size))
+
+
+def prompt_of_mochi(model: Any, told: Told, grid: Grid) -> int:
+    """As many of the prompt's tokens as its mask has."""
+    return min(told.get("num_tokens", 256), prompt(model, told))
+
+
+def prompt_of_pixeldit(model: Any, told: Told) -> int:
+    return min(model.txt_max_length, prompt(model, told))
+
+
+def prompts(model: Any, told: Told) -> tuple[int, ...]:
+    """What a cross-attention may have: the prompt's, an image's (CLIP vision), Anima's filled prompt."""
+    return length(told, "c_crossattn"), length(told, "clip_fea"), 512
+
+
+def latent_shape(shape: Shape, told: Told) -> Shape:
+    """Of the image or the video; models with sound get both in one packed latent [B, 1, all]."""
+    return tuple(next(iter(told.get("latent_shapes") or ()), shape))
+
+
+def prompts_and_sound(model: Any, told: Told) -> tuple[int, ...]:
+    """LTX-2's sound [B, C, T, bins] has one token for each of T, behind those of a reference."""
+    shapes = told.get("latent_shapes") or ()
+    sound = shapes[1][2] if len(shapes) > 1 else 0
+    reference = told.get("ref_audio")
+    return *prompts(model, told), sound + (0 if reference is None else reference["tokens"].shape[1])
+
+
+def refined(model: Any, told: Told) -> tuple[int, ...]:
+    """Text and references go through layers of their own before the image joins them."""
+    return prompt(model, told), references(model, told)
+
+
+def whole_attentions(model: Any, options: dict[str, Any]) -> list[Any]:
+    """Every other layer of ACE-Step attends to 128 tokens each way alone; those stay as they are."""
+    found = (layer.self_attn for layer in model.decoder.layers)
+    return [attention for attention in found if attention.sliding_window is None]
