@@ -8,6 +8,7 @@ from ..shared_tome import ToMeConfig
 from ..shared_tome.inspect.reasons import why_no_step
 from .dit_models import SERVED, dit_model, unwrapped
 from .dit_patch import DiTPatch
+from .dit_refused import refused
 from .log import logger
 from .mergers import merger_in
 from .model_call import APPLY_MODEL, DIFFUSION_MODEL, KEY
@@ -57,6 +58,8 @@ def check_served(model: Any) -> bool:
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     diffusion_model = unwrapped(model.get_model_object("diffusion_model"))
+    if (known := refused(diffusion_model)) is not None:
+        raise ValueError(f"ToMe leaves {known.name} alone: {known.reason}")
     if not isinstance(diffusion_model, UNetModel) and dit_model(diffusion_model) is None:
         raise ValueError(
             f"ToMe serves models with a U-Net (SD 1.x, SD 2.x, SDXL, SVD and what is built on them) and {SERVED}; "

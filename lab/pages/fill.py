@@ -10,13 +10,25 @@ from functools import partial
 from pathlib import Path
 
 from ..store import Row
-from . import fidelity_tables, frontier_tables, multires_tables, option_tables, speed_tables, vit_tables
+from . import (
+    fidelity_tables,
+    frontier_tables,
+    model_tables,
+    multires_tables,
+    option_tables,
+    speed_tables,
+    vit_tables,
+)
 from .help_lists import LANGUAGES, controls
 from .rows import results
 
 ROOT = Path(__file__).resolve().parents[2]
 HELP = ("web/docs/ToMe.md", *(f"web/docs/ToMe/{language}.md" for language in LANGUAGES))
-PAGES = ("README.md", *HELP, *(f"docs/{page}.md" for page in ("settings", "speed", "quality", "vit", "kernels")))
+PAGES = (
+    "README.md",
+    *HELP,
+    *(f"docs/{page}.md" for page in ("settings", "models", "speed", "quality", "vit", "kernels")),
+)
 NOTHING = "Not measured yet.\n"
 _BLOCK = re.compile(r"(<!-- (\w+)(?: ([\w-]+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 # Of an argument, where the marker has one: a language, a file of lab/results/fidelity, or a model of the lab.
@@ -40,7 +52,8 @@ MAKERS: dict[str, Maker] = {
     **multires_tables.MAKERS,
     "rivals": frontier_tables.rivals,
     "held": frontier_tables.held,
-    "served": option_tables.served,
+    "served": model_tables.served,
+    "comfyui_models": model_tables.models,
     "controls": controls,
     **of_speed(),
     **of_fidelity(results()),

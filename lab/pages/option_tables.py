@@ -1,8 +1,7 @@
-"""Tables made from ToMeConfig and the models that are served: controls, presets."""
+"""Tables made from ToMeConfig: controls, presets."""
 
 from __future__ import annotations
 
-from installer.inprocess import pack_module
 from shared_tome import ToMeConfig
 from shared_tome.methods import PRESETS
 
@@ -31,12 +30,6 @@ def options() -> str:
         name = f"{option.label}{' (advanced)' if option.advanced else ''}"
         rows.append([name, values, str(shown), text])
     return markdown(["control", "values", "default", "what it does"], rows)
-
-
-def served() -> str:
-    """The transformers that ComfyUI's node serves."""
-    rows = pack_module("comfy_tome.dit_models").DIT_MODELS
-    return f"{', '.join(row.name for row in rows)}.\n"
 
 
 def presets() -> str:

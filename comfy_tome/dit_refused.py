@@ -1,0 +1,45 @@
+"""Models of ComfyUI that ToMe does not serve, and why. What the node says, and the table of docs/models.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+_NO_DENOISER = "it finds things in a picture and denoises none"
+_NO_GRID = "its tokens are a shape in space and lie on no grid of a picture or video"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """name: for people. classes: below comfy.ldm. reason: completes "ToMe leaves it alone: "."""
+
+    name: str
+    classes: tuple[str, ...]
+    reason: str
+
+
+REFUSED: tuple[Refused, ...] = (
+    Refused("ACE-Step 1.0", ("ace.model.ACEStepTransformer2DModel",), "its self-attention is linear: no keys to spare"),
+    Refused(
+        "Stable Cascade",
+        ("cascade.stage_c.StageC", "cascade.stage_b.StageB"),
+        "nothing to gain: for 1024x1024 pixels it attends to 1,024 tokens at most",
+    ),
+    Refused(
+        "SeedVR2",
+        ("seedvr.model.NaDiT",),
+        "nothing to gain: it attends in windows of at most 3,240 tokens, and tells no node of them",
+    ),
+    Refused("Hunyuan3D 2", ("hunyuan3d.model.Hunyuan3Dv2", "hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain"), _NO_GRID),
+    Refused("TripoSplat", ("triposplat.model.LatentSeqMMFlowModel",), _NO_GRID),
+    Refused("SAM 3", ("sam3.detector.SAM3Model",), _NO_DENOISER),
+    Refused("RT-DETR", ("rt_detr.rtdetr_v4.RTv4",), _NO_DENOISER),
+    Refused("Depth Anything 3", ("depth_anything_3.model.DepthAnything3Net",), _NO_DENOISER),
+)
+_BY_CLASS = {f"comfy.ldm.{name}": row for row in REFUSED for name in row.classes}
+
+
+def refused(model: Any) -> Refused | None:
+    """The row of a diffusion model that is known and not served, or None."""
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__)
+    return next((_BY_CLASS[name] for name in names if name in _BY_CLASS), None)
