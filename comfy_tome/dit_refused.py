@@ -11,7 +11,7 @@ _NO_GRID = "its tokens are a shape in space and lie on no grid of a picture or v
 
 @dataclass(frozen=True)
 class Refused:
-    """name: for people. classes: below comfy.ldm. reason: completes "ToMe leaves it alone: "."""
+    """name: for people. classes: below comfy.ldm, or in another node's folder. reason: why ToMe leaves it alone."""
 
     name: str
     classes: tuple[str, ...]
@@ -36,10 +36,26 @@ REFUSED: tuple[Refused, ...] = (
     Refused("RT-DETR", ("rt_detr.rtdetr_v4.RTv4",), _NO_DENOISER),
     Refused("Depth Anything 3", ("depth_anything_3.model.DepthAnything3Net",), _NO_DENOISER),
 )
-_BY_CLASS = {f"comfy.ldm.{name}": row for row in REFUSED for name in row.classes}
+# Of other nodes, as read in their source: they need kernels of their own on a GPU.
+OF_NODES: tuple[Refused, ...] = (
+    Refused(
+        "Nunchaku's Flux (ComfyUI-nunchaku)",
+        ("wrappers.flux.ComfyFluxWrapper",),
+        "whole blocks run in Nunchaku's own kernels, where no node meets an attention",
+    ),
+    Refused(
+        "Nunchaku's Qwen-Image (ComfyUI-nunchaku)",
+        ("models.qwenimage.NunchakuQwenImageTransformer2DModel",),
+        "its attentions are not told the options in which a node stands",
+    ),
+)
+_ROWS = [(f".{name}", row) for row in (*REFUSED, *OF_NODES) for name in row.classes]
 
 
 def refused(model: Any) -> Refused | None:
     """The row of a diffusion model that is known and not served, or None."""
-    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__)
-    return next((_BY_CLASS[name] for name in names if name in _BY_CLASS), None)
+    for kind in type(model).__mro__:
+        for end, row in _ROWS:
+            if f"{kind.__module__}.{kind.__qualname__}".endswith(end):
+                return row
+    return None

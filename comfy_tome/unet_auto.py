@@ -87,7 +87,7 @@ def about_model(base_model: Any) -> str:
 
 
 def _how_stored(model: Any) -> str:
-    """Names of dtypes, and of the classes of quantized weights and of operations that use them."""
+    """Names of dtypes, and of the classes and formats of quantized weights and of operations that use them."""
     dtypes, classes = set(), set()
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -97,6 +97,9 @@ def _how_stored(model: Any) -> str:
         if weight.dim() == 2:  # of a linear layer: what is quantized
             operations = type(module).__qualname__.rpartition(".")[0]
             classes.update({type(weight.data).__name__, f"{type(module).__module__}.{operations}".rstrip(".")})
+            # ComfyUI's own formats; ComfyUI-GGUF's.
+            formats = getattr(module, "quant_format", None), getattr(weight, "tensor_type", None)
+            classes.update(str(getattr(found, "name", found)) for found in formats if found is not None)
     return " ".join(["weights", *sorted(dtypes), *sorted(classes - {"Tensor"})])
 
 

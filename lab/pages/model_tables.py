@@ -37,7 +37,8 @@ def models() -> str:
     body = [line(_NAMES, [UNET], "served")]
     for row in pack_module("comfy_tome.dit_models").DIT_MODELS:
         body.append(line(row.name, row.classes, "served" if row.compiles else "served, not under `TorchCompileModel`"))
-    for row in pack_module("comfy_tome.dit_refused").REFUSED:
+    left_alone = pack_module("comfy_tome.dit_refused")
+    for row in (*left_alone.REFUSED, *left_alone.OF_NODES):
         body.append(line(row.name, row.classes, f"left alone: {row.reason}"))
     head = ["model", "in ComfyUI's `supported_models`", "diffusion model", "ToMe"]
     return markdown(head, body) + f"\nComfyUI {rows[0]['comfyui']}.\n"

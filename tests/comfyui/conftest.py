@@ -43,6 +43,19 @@ def tome(comfy_nodes):
     return apply
 
 
+@pytest.fixture
+def merged_layers(monkeypatch):
+    """What each merged layer was given and gave: (plan, call, q, k, v, start, out)."""
+    real, found = host.pack_module("dit").DiTCall._serve, []
+
+    def spy(self, plan, call, joint, q, k, v, start):
+        found.append((plan, call, q, k, v, start, out := real(self, plan, call, joint, q, k, v, start)))
+        return out
+
+    monkeypatch.setattr(host.pack_module("dit").DiTCall, "_serve", spy)
+    return found
+
+
 @pytest.fixture(scope="session")
 def client(tmp_path_factory) -> Iterator[ComfyClient]:
     """Of a real server with this pack and the demo's model, in a process of its own."""

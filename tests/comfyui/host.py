@@ -108,12 +108,12 @@ def small_unet(kind: str = "SD15", manual_cast: Any = None, **changes: Any) -> A
     return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 
-def short_unet() -> Any:
+def short_unet(manual_cast: Any = None) -> Any:
     """As small_unet, with three layers of attention instead of ten, for what is compiled: on either level, before and
     behind the middle."""
     return small_unet(
-        num_res_blocks=[1, 1], channel_mult=[1, 2], transformer_depth=[1, 1], transformer_depth_middle=-1,
-        transformer_depth_output=[1, 0, 0, 0],
+        manual_cast=manual_cast, num_res_blocks=[1, 1], channel_mult=[1, 2], transformer_depth=[1, 1],
+        transformer_depth_middle=-1, transformer_depth_output=[1, 0, 0, 0],
     )  # fmt: skip
 
 

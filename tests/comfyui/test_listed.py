@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from . import host
 from .listed import listed, version
@@ -55,3 +57,19 @@ def test_a_model_that_is_left_alone(comfy_nodes, row, kind):
     lines = (host.REPO / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
     assert [f"`{name}`" in line for line in lines if line.endswith(f"left alone: {row.reason} |")].count(True) == 1
     assert host.pack_module("dit_models").dit_model(model) is None
+
+
+@pytest.mark.parametrize("row", pack_module("comfy_tome.dit_refused").OF_NODES, ids=lambda row: row.name)
+def test_a_model_of_another_node_that_is_left_alone(comfy_nodes, row):
+    """By a class of the same name, in a module as ComfyUI names those of a node's folder. Qwen-Image's is a subclass of
+    ComfyUI's own, which is served."""
+    import comfy.ldm.qwen_image.model
+
+    (path,) = row.classes
+    module, _, name = path.rpartition(".")
+    base = comfy.ldm.qwen_image.model.QwenImageTransformer2DModel if "Qwen" in name else torch.nn.Module
+    kind = type(name, (base,), {"__module__": f"/ComfyUI/custom_nodes/ComfyUI-nunchaku.{module}"})
+    model = object.__new__(kind)
+    with pytest.raises(ValueError, match=re.escape(f"ToMe leaves {row.name} alone: {row.reason}")):
+        host.pack_module("patch").check_served(SimpleNamespace(get_model_object=lambda _: model, model=None))
+    assert row.reason in (host.REPO / "docs" / "models.md").read_text(encoding="utf-8")
