@@ -70,6 +70,8 @@ def _is_running(module: nn.Module) -> bool:
 class HostAttention:
     """The host's call: its own keyword arguments, and a mask that it may have."""
 
+    NOT_ALONE = "dropout, or another package's mode around the attention"  # said where not is_torchs_alone
+
     def __init__(self, func: Callable[..., Tensor], options: dict[str, Any], mask: Tensor | None):
         self.func, self.options, self.mask = func, options, mask
 
@@ -123,7 +125,7 @@ def attend_sampled(
     if mask is not None:
         return attention(q, k, v)
     if not attention.is_torchs_alone:
-        joint.tell_sampled(plan, "dropout, or another package's mode around the attention")
+        joint.tell_sampled(plan, attention.NOT_ALONE)
     around = joint.around(plan, start, k.shape[2])
     index = plan.choice if k.shape[2] == plan.tokens else around.index(plan, start)
     return attention(q, take_heads(k, index), take_heads(v, index), bias=around.bias)

@@ -18,15 +18,16 @@ from torch import nn
 from ..config import ToMeConfig
 from ..hooks.served import find_served, served_as
 from .hooks import Attachment, served_blocks
-from .joint import JOINT, JointAttachment
+from .joint import JointAttachment
+from .rows import REFUSED, ROWS, TRANSFORMERS
 
 _NAME = "_shared_tome"  # the attribute of the patched module that keeps its attachment
 _LEVELS = {1: "0", 2: "0,1", 4: "0,1,2", 8: "0,1,2,3"}
 # diffusers'; those of ldm, of generative-models (sgm) and of ControlNet's repository (cldm). See served.served_as.
 UNETS = ("UNet2DConditionModel", "UNetControlNetXSModel", "openaimodel.UNetModel", "cldm.ControlledUnetModel")
 SERVED = (
-    "diffusers pipelines with a U-Net (SD 1.x, SD 2.x, SDXL) and UNet2DConditionModel; diffusers' Flux and SD3 "
-    "pipelines and transformers; ldm's LatentDiffusion, DiffusionWrapper and UNetModel"
+    "diffusers pipelines with a U-Net (SD 1.x, SD 2.x, SDXL) and UNet2DConditionModel; diffusers' pipelines and "
+    f"transformers of {TRANSFORMERS}; ldm's LatentDiffusion, DiffusionWrapper and UNetModel"
 )
 
 
@@ -56,7 +57,7 @@ def apply_patch(
         sx, sy: width and height of the cell that keeps one token.
         use_rand: a random token of each cell (from the seed and never from the global generator); otherwise the
             top left one.
-        merge_attn, merge_crossattn, merge_mlp: which of a block's three parts are merged. Flux and SD3 have the first
+        merge_attn, merge_crossattn, merge_mlp: which of a block's three parts are merged. Transformers have the first
             alone.
         config: replaces all of the arguments above and reaches every method.
         options: further options of ToMeConfig by name (seed=..., method=..., proportional=...), on top of both.
@@ -85,52 +86,73 @@ def apply_patch(
     else:
         config = config.replace(**options)
         merge_attn = True
-    denoiser = find_denoiser(model)
+    denoisers = find_denoisers(model)
+    for denoiser in denoisers:
+        _check(denoiser, config)
+    remove_patch(model)
+    first = None
+    for denoiser in denoisers:
+        pipe = model if model is not denoiser else None
+        kind = JointAttachment if served_as(denoiser, ROWS) is not None else Attachment
+        attachment = kind(denoiser, config, pipe, merge_attn)
+        first = first or attachment
+        attachment.speak_as(first)
+        setattr(denoiser, _NAME, attachment)
+    return model
+
+
+def _check(denoiser: nn.Module, config: ToMeConfig) -> None:
+    """Raises ValueError where a served network cannot be patched with these options."""
     if any(type(module).__name__ == "ToMeBlock" for module in denoiser.modules()):
         raise ValueError("tomesd has patched this model; call tomesd.remove_patch(model) first")
-    joint = served_as(denoiser, JOINT) is not None
     for name in ("cross_attention", "mlp"):
-        if joint and getattr(config, name):
+        if getattr(config, name) and served_as(denoiser, ROWS) is not None:
             raise ValueError(
-                f"{name} needs a model with a U-Net; {type(denoiser).__name__} is served at its attention to text and "
-                "image alone"
+                f"{name} needs a model with a U-Net; {type(denoiser).__name__} is served at its attention to the "
+                "image's tokens alone"
             )
-    remove_patch(model)
-    pipe = model if model is not denoiser else None
-    attachment = (JointAttachment if joint else Attachment)(denoiser, config, pipe, merge_attn)
-    setattr(denoiser, _NAME, attachment)
-    return model
 
 
 def remove_patch(model: Any) -> Any:
     """Undo apply_patch: the model is what it was, without a hook. Does nothing where there is none."""
-    denoiser = _denoiser(model)
-    attachment = getattr(denoiser, _NAME, None)
-    if attachment is not None:
-        attachment.detach(denoiser)
-        delattr(denoiser, _NAME)
+    for denoiser in _denoisers(model):
+        attachment = getattr(denoiser, _NAME, None)
+        if attachment is not None:
+            attachment.detach(denoiser)
+            delattr(denoiser, _NAME)
     return model
 
 
-def find_denoiser(model: Any) -> nn.Module:
-    """The network inside a pipeline or latent diffusion model. Raises ValueError where there is none that is served."""
-    found = _denoiser(model)
-    names = [type(part).__name__ for part in (model, found) if part is not None]
-    what = " with ".join(dict.fromkeys(names))
-    if found is None or served_as(found, (*UNETS, *JOINT)) is None:
-        raise ValueError(f"ToMe does not know {what}. It serves {SERVED}")
-    if served_as(found, JOINT) is None and not any(served_blocks(found)):
-        raise ValueError(f"ToMe knows none of the attention layers in {what}. It serves {SERVED}")
+def find_denoisers(model: Any) -> list[nn.Module]:
+    """The networks inside a pipeline or latent diffusion model: one, or those that share a run (Wan 2.2).
+
+    Raises ValueError where there is none, or one that is not served.
+    """
+    found = _denoisers(model)
+    for denoiser in found or [None]:
+        names = [type(part).__name__ for part in (model, denoiser) if part is not None]
+        what = " with ".join(dict.fromkeys(names))
+        if denoiser is not None and type(denoiser).__name__ in REFUSED:
+            raise ValueError(f"ToMe does not serve {what}: {REFUSED[type(denoiser).__name__]}. It serves {SERVED}")
+        if denoiser is None or served_as(denoiser, (*UNETS, *ROWS)) is None:
+            raise ValueError(f"ToMe does not know {what}. It serves {SERVED}")
+        if served_as(denoiser, ROWS) is None and not any(served_blocks(denoiser)):
+            raise ValueError(f"ToMe knows none of the attention layers in {what}. It serves {SERVED}")
     return found
 
 
-def _denoiser(model: Any) -> nn.Module | None:
-    """The served network; the first that is found, where none is served."""
+def _denoisers(model: Any) -> list[nn.Module]:
+    """The served networks; the first that is found, where none is served."""
     for path in (("unet",), ("transformer",), ("model", "diffusion_model"), ("diffusion_model",), ()):
         found = model
         for name in path:
             found = getattr(found, name, None)
-        if isinstance(found, nn.Module):
-            found = getattr(found, "_orig_mod", found)  # as torch.compile wraps it
-            return find_served(found, (*UNETS, *JOINT)) or found
-    return None
+        others = [getattr(model, "transformer_2", None)] if path == ("transformer",) else []
+        networks = [network for network in (found, *others) if isinstance(network, nn.Module)]
+        if networks:
+            return [_served_in(getattr(network, "_orig_mod", network)) for network in networks]  # as of torch.compile
+    return []
+
+
+def _served_in(network: nn.Module) -> nn.Module:
+    return find_served(network, (*UNETS, *ROWS)) or network

@@ -17,7 +17,7 @@ from ..core.grid import Grid
 from ..core.schedule import config_at
 from ..merging.call import ModelCall, same_halves, shares_match
 from .outcome import Outcome
-from .steps import Steps
+from .steps import Clock, Steps
 
 logger = logging.getLogger("ToMe")
 
@@ -25,8 +25,8 @@ logger = logging.getLogger("ToMe")
 class BaseAttachment:
     """The hooks on one model, and the calls under way: one a thread, gone when the call ends."""
 
-    def __init__(self, config: ToMeConfig, pipe: Any, timestep_scale: float = 1.0):
-        self.config, self.steps = config, Steps(pipe, timestep_scale)
+    def __init__(self, config: ToMeConfig, pipe: Any, clock: Clock | None = None):
+        self.config, self.steps = config, Steps(pipe, *(clock or Clock()))
         self._handles: list[Any] = []
         self._calls: dict[int, Any] = {}
         self._said: set[str] = set()
@@ -60,6 +60,10 @@ class BaseAttachment:
             self._said.add(message)
             self._log(message)
 
+    def speak_as(self, other: BaseAttachment) -> None:
+        """What this and the other have to say is said once: of networks that share a run."""
+        self._said, self._outcome = other._said, other._outcome
+
     def _log(self, message: str) -> None:
         logger.warning("[ToMe] %s", message)
 
@@ -82,7 +86,7 @@ class BaseAttachment:
         if config.ratio > 0.0:
             self._outcome.reach(not (compiles() or captures(x.device)))
             return ModelCall(config, grid, x.device, step=step, alike=self._alike(config, x))
-        self._outcome.skip(timestep, lambda known: self.config_now(known / self.steps.scale).ratio)
+        self._outcome.skip(timestep, lambda known: self.config_now(self.steps.given(known)).ratio)
         return None
 
     def _alike(self, config: ToMeConfig, x: Tensor) -> bool:

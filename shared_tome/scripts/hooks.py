@@ -101,7 +101,7 @@ class Attachment(base.BaseAttachment):
 
         def merge(made: nn.Module) -> None:
             twin = Attachment(made, config, self.steps.pipe, self.merge_attn, judges=False)
-            twin._said, twin._outcome = self._said, self._outcome  # what both have to say is said once
+            twin.speak_as(self)
 
         verdict = verdict_on_step(model, args, kwargs, batch, kind[0], config, merge)
         self._judged[kind] = time.monotonic() + RETRY if verdict is None else math.inf

@@ -1,4 +1,4 @@
-"""scripts.py on diffusers' Flux and SD3, which attend to text and image together.
+"""scripts.py on diffusers' transformers (rows.py), most of which attend to text and image together.
 
 The image's part of an attention is sampled or merged (attention/sequence.py), each key weighted by how many tokens it
 stands for; text and reference tokens stay. That happens behind the rotary positions, where queries and keys meet
@@ -7,9 +7,9 @@ stands for; text and reference tokens stay. That happens behind the rotary posit
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,48 +22,41 @@ from ..attention.sdpa import Handler, HostAttention, SdpaHooks, attend_sampled, 
 from ..attention.sequence import JointCall, image_bias, merge_image, unmerge_image
 from ..config import ToMeConfig
 from ..core.grid import Grid
-from ..hooks.parts import argument
 from ..hooks.served import served_as
 from ..merging.call import ModelCall
 from ..merging.plan import Plan
 from .base import BaseAttachment
 from .joint_autotune import JointDecisions
+from .masks import Group, attend_padded, group_rows
 from .outcome import CallOutcome
-
-# Class of the transformer: whether its text comes first, and what the pipeline divides timesteps by.
-JOINT = {"FluxTransformer2DModel": (True, 1000.0), "SD3Transformer2DModel": (False, 1.0)}
-
-
-def joint_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The attentions of a transformer that we know."""
-    if served_as(model, JOINT) is None:
-        return
-    for name in ("transformer_blocks", "single_transformer_blocks"):
-        for block in getattr(model, name, ()):
-            yield from (part for part in (block.attn, getattr(block, "attn2", None)) if part is not None)
+from .rows import ROWS, Place, attentions_of
 
 
 @dataclass(eq=False)
 class _Call:
-    """One call of the model. grid: the image's; text, reference: tokens beside it, reference ones behind it."""
+    """One call of the model. grid: the image's; head, tail: tokens before and behind it; groups: its rows by what a
+    mask hides of these, None where no mask is known."""
 
     model: ModelCall
     joint: JointCall
     grid: Grid
     batch: int
-    text: int
-    reference: int
+    head: int
+    tail: int
     decisions: JointDecisions
+    groups: tuple[Group, ...] | None = None
     outcome: CallOutcome = field(default_factory=CallOutcome)
 
 
 class JointAttachment(BaseAttachment):
-    """On a transformer of JOINT. merge_attn: whether anything is merged at all."""
+    """On a transformer of ROWS. merge_attn: whether anything is merged at all."""
 
     def __init__(self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True):
-        self.text_first, scale = JOINT[served_as(model, JOINT)]
-        super().__init__(config, pipe, scale)
+        self.row = ROWS[served_as(model, ROWS)]
+        super().__init__(config, pipe, self.row.clock)
+        self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._grid: tuple[weakref.ref, Grid, int] | None = None
+        self._groups: tuple[weakref.ref, tuple[int, ...], tuple[Group, ...] | None] | None = None
         if not merge_attn:
             self.say("nothing is merged: attention is off")
             return
@@ -71,27 +64,25 @@ class JointAttachment(BaseAttachment):
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             model.register_forward_hook(self._after_model, always_call=True),
         ]
-        for attention in joint_blocks(model):
+        for attention in attentions_of(model, self.row):
             self._handles += SdpaHooks(attention, self._before_attention).handles
 
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.call = None  # of one that was interrupted: KeyboardInterrupt runs no hook
         leave_left_modes()
-        x, text = argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 1, "encoder_hidden_states")
-        if self.text_first:
-            grid, reference = self._grid_of(argument(args, kwargs, 4, "img_ids"))
-        else:
-            patch = model.config.patch_size
-            grid, reference = (x.shape[-2] // patch, x.shape[-1] // patch), 0
+        told = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        place = self.row.place(model, told, self._grid_of)
+        grid, x = place.grid, place.latent
         if math.prod(grid) == 0:
             self.say("image tokens that are not rows of one image are left alone")
             return
-        timestep = argument(args, kwargs, 3, "timestep")
+        timestep = told.get(self.row.timestep)
         call = self.model_call(self.config_now(timestep, kernels.serves(x)), grid, timestep, x)
         if call is not None:
             joint = JointCall(call.config.weighs_keys, TORCHS, self._say_why, call.config.keeps_own)
             decisions = JointDecisions(call, grid, type(model).__name__)
-            self.call = _Call(call, joint, grid, x.shape[0], text.shape[1], reference, decisions)
+            groups = self._groups_of(place)
+            self.call = _Call(call, joint, grid, x.shape[0], place.head, place.tail, decisions, groups)
 
     def _after_model(self, model: nn.Module, args: tuple, out: Any) -> None:
         call, self.call = self.call, None
@@ -116,6 +107,18 @@ class JointAttachment(BaseAttachment):
             self._grid = known
         return known[1:]
 
+    def _groups_of(self, place: Place) -> tuple[Group, ...] | None:
+        """The rows of a batch by what the mask hides of their text. Read once for each mask, as ids are."""
+        mask, sizes = place.mask, (place.head, math.prod(place.grid), place.tail)
+        if mask is None:
+            return None
+        known = self._groups
+        if known is None or known[0]() is not mask or known[1] != sizes:
+            read = mask.detach().cpu()
+            valid = read if place.valid is None else place.valid(read, place.head + place.tail)
+            known = self._groups = (weakref.ref(mask), sizes, group_rows(valid, *sizes, place.latent.device))
+        return known[2]
+
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
         return self._attend if self.call is not None else None
 
@@ -126,12 +129,14 @@ class JointAttachment(BaseAttachment):
             return attention(q, k, v)
         image, length = math.prod(call.grid), k.shape[2]
         beside = length - image
-        own = q.shape[2] == length and beside in (0, call.reference, call.text + call.reference)
+        own = q.shape[2] == length and beside in (0, call.tail, call.head + call.tail)
         if not own or k.shape[0] != call.batch:
             self.say("an attention with other tokens than the text's and the image's is left alone")
             return attention(q, k, v)
-        start = call.text if self.text_first and beside >= call.text else 0
-        if not (attention.is_plain or self._serves_mask(attention, q, k, v, start)):
+        start = call.head if beside == call.head + call.tail else 0
+        is_masked = not attention.is_plain
+        is_padded = is_masked and bool(call.groups) and attention.mask is not None and beside == call.head + call.tail
+        if is_masked and not is_padded and not self._serves_mask(attention, q, k, v, start):
             self.say("an attention with a mask is left alone")
             return attention(q, k, v)
         unpaid = call.decisions.why_not_paid(attention, q, k, v, start) if call.model.serves(call.grid) else None
@@ -146,9 +151,21 @@ class JointAttachment(BaseAttachment):
             call.outcome.leave(call.model, call.grid)
             return attention(q, k, v)
         call.outcome.merged = True
-        if call.model.config.kind.matches:
+        if is_padded:
+            splits = not call.model.config.kind.matches
+            given = attention, q, k, v, start, plan
+            return attend_padded(self._planned, call.groups, *given, splits, self._tell_masked)
+        return self._planned(attention, q, k, v, start, plan)
+
+    def _tell_masked(self) -> None:
+        if self.call.joint.own:
+            self.say("under a mask queries do not keep their own tokens")
+
+    def _planned(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
+        """By the plan for the image's tokens, which begin at `start`; q, k, v [B, H, L, d] -> [B, H, L, d]."""
+        if self.call.model.config.kind.matches:
             return self._merged(attention, q, k, v, start, plan)
-        return attend_sampled(call.joint, attention, q, k, v, start, plan)
+        return attend_sampled(self.call.joint, attention, q, k, v, start, plan)
 
     def _serves_mask(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int) -> bool:
         """Whether the attention can be had under its mask: at three resolutions (attention/masks.py)."""

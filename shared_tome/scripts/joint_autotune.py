@@ -1,7 +1,8 @@
-"""Whether merging pays in an attention of diffusers' Flux and SD3, as comfy_tome/dit.py asks in ComfyUI."""
+"""Whether merging pays in an attention of a diffusers transformer, as comfy_tome/dit.py asks in ComfyUI."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -60,8 +61,7 @@ class JointDecisions:
     @property
     def call_tokens(self) -> int:
         """How many tokens the image has."""
-        rows, columns = self.grid
-        return rows * columns
+        return math.prod(self.grid)
 
     def _timed(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int) -> Callable[[], Verdict]:
         """What measures one row. Its draws are its own: those of the call stay what they are."""

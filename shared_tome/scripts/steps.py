@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +15,26 @@ _FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "
 _OTHER_WAYS = ("use_dynamic_shifting", "shift_terminal", "invert_sigmas")
 
 
+class Clock(NamedTuple):
+    """How a pipeline makes what its model gets of the scheduler's timesteps, rounding included.
+
+    scale: what it divides them by (Flux: 1000). rounds_first: whether it takes the latent's dtype before that. rises:
+    whether the model gets (scale - timestep) / scale (Z-Image).
+    """
+
+    scale: float = 1.0
+    rounds_first: bool = True
+    rises: bool = False
+
+
 class Steps:
     """Follows one model.
 
-    pipe: the pipeline whose scheduler knows the timesteps, where there is one.
-    scale: what the pipeline divides them by before the model gets them (Flux: 1000).
+    pipe: the pipeline whose scheduler knows the timesteps, where there is one. scale, rounds_first, rises: see Clock.
     """
 
-    def __init__(self, pipe: Any = None, scale: float = 1.0):
-        self.scale = scale
+    def __init__(self, pipe: Any = None, scale: float = 1.0, rounds_first: bool = True, rises: bool = False):
+        self.scale, self.rounds_first, self.rises = scale, rounds_first, rises
         try:
             self._pipe = weakref.ref(pipe)
         except TypeError:  # None, or what cannot be referred to weakly
@@ -37,13 +48,34 @@ class Steps:
         return self._pipe()
 
     def _timesteps(self, timestep: Any) -> Tensor | None:
-        """All timesteps of this run, rounded as the one that the model gets, or None."""
+        """All timesteps of this run, falling, rounded as the one that the model gets, or None."""
         found = self._told()
         if found is None:
             return None
-        if isinstance(timestep, Tensor) and timestep.is_floating_point():
+        rounds = isinstance(timestep, Tensor) and timestep.is_floating_point()
+        if rounds and self.rounds_first:
             found = found.to(timestep.dtype)
-        return (found / self.scale if self.scale != 1.0 else found).float()
+        found = self.given(found)
+        if rounds:
+            found = found.to(timestep.dtype)
+        return self._fall(found.float())
+
+    def given(self, timesteps: Tensor) -> Tensor:
+        """What the model gets for the scheduler's timesteps."""
+        if self.rises:
+            return (self.scale - timesteps) / self.scale
+        return timesteps / self.scale if self.scale != 1.0 else timesteps
+
+    def _fall(self, timesteps: Tensor) -> Tensor:
+        """The model's timesteps in an order that falls in a run, exactly."""
+        return -timesteps if self.rises else timesteps
+
+    def _now(self, timestep: Any, device: torch.device) -> Tensor:
+        return self._fall(_first(timestep, device))
+
+    def _on_scheduler(self, now: Tensor) -> Tensor:
+        """What the scheduler calls a timestep of _now; the pipeline may have rounded it."""
+        return (1.0 + now if self.rises else now) * self.scale
 
     def tells(self, timestep: Any) -> bool:
         """Whether a pipeline tells the steps, so that a call need not be counted."""
@@ -60,7 +92,7 @@ class Steps:
         known = None if timestep is None else self._timesteps(timestep)
         if known is None or not len(known):
             return False
-        return float(_first(timestep, torch.device("cpu"))) == float(known[-1])
+        return float(self._now(timestep, torch.device("cpu"))) == float(known[-1])
 
     def step(self, timestep: Any, device: torch.device) -> Tensor | int:
         """The number of the step as a 0-d tensor on the device, without a synchronisation.
@@ -71,7 +103,7 @@ class Steps:
         """
         if timestep is None:
             return 0
-        now = _first(timestep, device)
+        now = self._now(timestep, device)
         known = self._timesteps(timestep)
         if known is not None:
             known = known.to(device)
@@ -94,17 +126,17 @@ class Steps:
         """
         if timestep is None:
             return 0.0
-        now, scheduler = _first(timestep, torch.device("cpu")), getattr(self.pipe, "scheduler", None)
+        now, scheduler = self._now(timestep, torch.device("cpu")), getattr(self.pipe, "scheduler", None)
         known, shift = self._timesteps(timestep), flow_shift(scheduler)
         is_known = known is not None and len(known) > 0
         if shift is not None:
-            exact = now * self.scale  # the pipeline may have rounded it
+            exact = self._on_scheduler(now)
             if is_known:
                 exact = self._told().cpu()[(known.cpu() - now).abs().argmin()]
             return percent_of_flow(float(exact) / scheduler.config.num_train_timesteps, shift)
         if is_known and not hasattr(scheduler, "alphas_cumprod"):
             return int((known.cpu() > now).sum()) / len(known)
-        return percent_of_time(now * self.scale)
+        return percent_of_time(self._on_scheduler(now))
 
 
 def flow_shift(scheduler: Any) -> float | None:
@@ -120,7 +152,8 @@ def flow_shift(scheduler: Any) -> float | None:
 
 
 def _first(timestep: Any, device: torch.device) -> Tensor:
-    """The first row's timestep, float32 []."""
+    """The first row's timestep, float32 []. Where each token has its own, those of given frames are 0."""
     if isinstance(timestep, Tensor):
-        return timestep.detach().reshape(-1)[0].to(device, torch.float32)
+        first = timestep.detach()[0].amax() if timestep.dim() > 1 else timestep.detach().reshape(-1)[0]
+        return first.to(device, torch.float32)
     return torch.full((), float(timestep), dtype=torch.float32, device=device)

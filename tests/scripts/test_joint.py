@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 import shared_tome
 from shared_tome import ModelCall, ToMeConfig
-from shared_tome.scripts.joint import joint_blocks
+from shared_tome.scripts.rows import ROWS, attentions_of
 
 from . import models
 
@@ -79,7 +79,7 @@ def test_nothing_stays_behind(name):
     before = run(model)
     shared_tome.apply_patch(model, config=config())
     merged = run(model)
-    block = list(joint_blocks(model))[1]
+    block = attentions_of(model, ROWS[type(model).__name__])[1]
     heads = [models.noise(2, 2, TEXT + IMAGE, 16, seed=seed) for seed in range(3)]
     attended = F.scaled_dot_product_attention(*heads)
     for error in (ZeroDivisionError, KeyboardInterrupt):

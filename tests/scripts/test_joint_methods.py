@@ -48,8 +48,8 @@ def host_sees(monkeypatch):
     return seen
 
 
-def truth(q, k, v, grid, start, options, layer):
-    """One attention in float64, said by matrices: [B, H, L, d] each."""
+def truth(q, k, v, grid, start, options, layer, mask=0.0):
+    """One attention in float64, said by matrices: [B, H, L, d] each. mask: what is added to the logits."""
     image, length, method = math.prod(grid), q.shape[2], options.method
     plan = match_tokens(k[:, :, start : start + image].mean(1), grid, options, layer=layer)
     belongs = F.one_hot(plan.groups, plan.kept).double()  # (B, N, M)
@@ -79,7 +79,7 @@ def truth(q, k, v, grid, start, options, layer):
         logs = torch.zeros(len(q), k.shape[2], dtype=torch.float64)
         if options.proportional and method != "prune":
             logs[:, start : start + plan.kept] = sizes.log()
-    out = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + logs[:, None, None]).softmax(-1) @ v
+    out = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + logs[:, None, None] + mask).softmax(-1) @ v
     return beside(back) @ out if method in QUERIES else out
 
 

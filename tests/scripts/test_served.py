@@ -13,7 +13,8 @@ from torch import nn
 import shared_tome
 from shared_tome.hooks.served import served_as
 from shared_tome.scripts import UNETS
-from shared_tome.scripts.joint import JOINT
+from shared_tome.scripts.rows import REFUSED as REASONS
+from shared_tome.scripts.rows import ROWS
 
 from . import models
 
@@ -22,33 +23,30 @@ diffusers = models.diffusers
 # Looked at in diffusers 0.42.1: video, sound, linear attention, other blocks, no denoiser at all, or on no page.
 REFUSED = """
 AceStepTransformer1DModel AllegroTransformer3DModel AnyFlowFARTransformer3DModel AnyFlowTransformer3DModel
-AudioLDM2ProjectionModel AudioLDM2UNet2DConditionModel AuraFlowTransformer2DModel BriaFibo2Transformer2DModel
-BriaFiboTransformer2DModel BriaTransformer2DModel ChromaTransformer2DModel ChronoEditTransformer3DModel
-CogVideoXTransformer3DModel CogView3PlusTransformer2DModel CogView4Transformer2DModel
-ConsisIDTransformer3DModel ControlNetModel ControlNetUnionModel ControlNetXSAdapter Cosmos3OmniTransformer
-CosmosControlNetModel CosmosTransformer3DModel DiTTransformer2DModel DreamLiteTransformer2DModel
-EasyAnimateTransformer3DModel ErnieImageTransformer2DModel Flux2Transformer2DModel
-Flux3Transformer2DModel FluxControlNetModel FluxMultiControlNetModel GlmImageTransformer2DModel
-HeliosTransformer3DModel HiDreamImageTransformer2DModel HunyuanDiT2DControlNetModel HunyuanDiT2DModel
-HunyuanDiT2DMultiControlNetModel HunyuanImageTransformer2DModel HunyuanVideo15Transformer3DModel
-HunyuanVideoFramepackTransformer3DModel HunyuanVideoTransformer3DModel I2VGenXLUNet
+AudioLDM2ProjectionModel AudioLDM2UNet2DConditionModel BriaFibo2Transformer2DModel
+BriaFiboTransformer2DModel BriaTransformer2DModel ChronoEditTransformer3DModel
+CogView3PlusTransformer2DModel CogView4Transformer2DModel ConsisIDTransformer3DModel ControlNetModel
+ControlNetUnionModel ControlNetXSAdapter Cosmos3OmniTransformer CosmosControlNetModel
+CosmosTransformer3DModel DiTTransformer2DModel DreamLiteTransformer2DModel EasyAnimateTransformer3DModel
+ErnieImageTransformer2DModel Flux2Transformer2DModel Flux3Transformer2DModel FluxControlNetModel
+FluxMultiControlNetModel GlmImageTransformer2DModel HeliosTransformer3DModel HiDreamImageTransformer2DModel
+HunyuanDiT2DControlNetModel HunyuanDiT2DMultiControlNetModel HunyuanImageTransformer2DModel
+HunyuanVideo15Transformer3DModel HunyuanVideoFramepackTransformer3DModel I2VGenXLUNet
 Ideogram4Transformer2DModel JoyImageEditPlusTransformer3DModel JoyImageEditTransformer3DModel Kandinsky3UNet
 Kandinsky5Transformer3DModel Kandinsky6SRTransformer3DModel Kandinsky6Transformer3DModel
-Krea2Transformer2DModel LTX2VideoDiffusionDecoderModel LTX2VideoTransformer3DModel LTXVideoTransformer3DModel
-LatteTransformer3DModel LongCatAudioDiTTransformer LongCatImageTransformer2DModel Lumina2Transformer2DModel
-LuminaNextDiT2DModel MiniMaxH3Transformer3DModel MiniMaxMusic3RVQDepthDecoder MiniMaxMusic3Transformer1DModel
+Krea2Transformer2DModel LTX2VideoDiffusionDecoderModel LTX2VideoTransformer3DModel LatteTransformer3DModel
+LongCatAudioDiTTransformer LongCatImageTransformer2DModel Lumina2Transformer2DModel LuminaNextDiT2DModel
+MiniMaxH3Transformer3DModel MiniMaxMusic3RVQDepthDecoder MiniMaxMusic3Transformer1DModel
 MochiTransformer3DModel MotifVideoTransformer3DModel MotionAdapter MultiControlNetModel
 MultiControlNetUnionModel NucleusMoEImageTransformer2DModel OmniGenTransformer2DModel
-OvisImageTransformer2DModel PRXTransformer2DModel PixArtTransformer2DModel PriorTransformer
-QwenImage21Transformer2DModel QwenImageControlNetModel QwenImageMultiControlNetModel
-QwenImageTransformer2DModel RFD4ProteinaTransformer SD3ControlNetModel SD3MultiControlNetModel
-SanaControlNetModel SanaTransformer2DModel SanaVideoTransformer3DModel SanaWMLTX2RefinerTransformer3DModel
-SanaWMTransformer3DModel SkyReelsV2Transformer3DModel SparseControlNetModel StableAudio3DiTModel
-StableAudioDiTModel StableAudioProjectionModel StableCascadeUNet T5FilmDecoder Transformer2DModel
-TransformerTemporalModel UNet1DModel UNet2DModel UNet3DConditionModel UNetMotionModel
-UNetSpatioTemporalConditionModel UVit2DModel UniDiffuserModel VQModel WanAnimate2Transformer3DModel
-WanAnimateTransformer3DModel WanTransformer3DModel WanVACETransformer3DModel ZImageControlNetModel
-ZImageTransformer2DModel
+OvisImageTransformer2DModel PRXTransformer2DModel PriorTransformer QwenImage21Transformer2DModel
+QwenImageControlNetModel QwenImageMultiControlNetModel RFD4ProteinaTransformer SD3ControlNetModel
+SD3MultiControlNetModel SanaControlNetModel SanaTransformer2DModel SanaVideoTransformer3DModel
+SanaWMLTX2RefinerTransformer3DModel SanaWMTransformer3DModel SkyReelsV2Transformer3DModel
+SparseControlNetModel StableAudio3DiTModel StableAudioDiTModel StableAudioProjectionModel StableCascadeUNet
+T5FilmDecoder Transformer2DModel TransformerTemporalModel UNet1DModel UNet2DModel UNet3DConditionModel
+UNetMotionModel UNetSpatioTemporalConditionModel UVit2DModel UniDiffuserModel VQModel
+WanAnimate2Transformer3DModel WanAnimateTransformer3DModel WanVACETransformer3DModel ZImageControlNetModel
 """.split()
 
 
@@ -80,15 +78,16 @@ def alike(cls):
 
 def test_every_class_of_diffusers_is_served_or_refused():
     """A class that is missing here is new in diffusers: see whether it is served, and put it on one of the lists."""
-    served = {name for name, cls in classes().items() if served_as(alike(cls), (*UNETS, *JOINT)) is not None}
-    assert served == {name for name in (*UNETS, *JOINT) if "." not in name} | {"DreamLiteUNetModel"}  # a subclass
+    served = {name for name, cls in classes().items() if served_as(alike(cls), (*UNETS, *ROWS)) is not None}
+    assert served == {name for name in (*UNETS, *ROWS) if "." not in name} | {"DreamLiteUNetModel"}  # a subclass
     assert set(classes()) - served == set(REFUSED)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_listed_is_refused_by_name(name):
     model = alike(classes()[name])
-    with pytest.raises(ValueError, match=f"does not know {name}. It serves diffusers pipelines.*UNet2DConditionModel"):
+    says = f"does not serve {name}: {REASONS[name]}" if name in REASONS else f"does not know {name}"
+    with pytest.raises(ValueError, match=f"{says}. It serves diffusers pipelines.*UNet2DConditionModel"):
         shared_tome.apply_patch(model)
     assert models.count_hooks(model) == 0
 
