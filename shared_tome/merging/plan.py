@@ -6,6 +6,7 @@ have b rows: see core/groups.py.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -161,14 +162,25 @@ class SamplePlan(Plan):
     def _begin(self, batch: int, grid: Grid, kept: int, device: torch.device) -> None:
         Plan.__init__(self, batch, math.prod(grid), kept, device)
         self.grid, self.even = grid, self.tokens % kept == 0
+        self._first = 0  # the place of the choice in turns
 
     @property
     def turns(self) -> Tensor:
         return self._turns
 
+    def from_head(self, head: int) -> SamplePlan:
+        """The same for an attention that has a model's heads from that one on."""
+        plan = copy.copy(self)
+        plan._first -= head
+        plan._roll(head)
+        return plan
+
+    def _roll(self, head: int) -> None:
+        self._turns = self._turns.roll(-head, 0)
+
     @property
     def choice(self) -> Tensor:
-        return self.turns[0]
+        return self.turns[self._first % len(self.turns)]
 
     @property
     def groups(self) -> Tensor:
@@ -226,3 +238,8 @@ class MultiresPlan(SamplePlan):
         if self._drawn is None:
             self._drawn = self._draw()
         return self._drawn
+
+    def _roll(self, head: int) -> None:
+        self.layer += head  # head h of layer l draws what h + l says
+        draw = self._draw
+        self._draw, self._drawn = (lambda: draw().roll(-head, 0)), None

@@ -19,6 +19,7 @@ from ..config import ToMeConfig
 from ..hooks.served import find_served, served_as
 from .hooks import Attachment, served_blocks
 from .joint import JointAttachment
+from .parallel import why_not_parallel
 from .rows import REFUSED, ROWS, TRANSFORMERS
 
 _NAME = "_shared_tome"  # the attribute of the patched module that keeps its attachment
@@ -103,6 +104,9 @@ def apply_patch(
 
 def _check(denoiser: nn.Module, config: ToMeConfig) -> None:
     """Raises ValueError where a served network cannot be patched with these options."""
+    reason = why_not_parallel(denoiser)
+    if reason is not None:
+        raise ValueError(reason)
     if any(type(module).__name__ == "ToMeBlock" for module in denoiser.modules()):
         raise ValueError("tomesd has patched this model; call tomesd.remove_patch(model) first")
     for name in ("cross_attention", "mlp"):

@@ -7,6 +7,7 @@ stands for; text and reference tokens stay. That happens behind the rotary posit
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import weakref
@@ -29,13 +30,14 @@ from .base import BaseAttachment
 from .joint_autotune import JointDecisions
 from .masks import Group, attend_padded, group_rows
 from .outcome import CallOutcome
+from .parallel import Shard, why_not_parallel
 from .rows import ROWS, Place, attentions_of
 
 
 @dataclass(eq=False)
 class _Call:
     """One call of the model. grid: the image's; head, tail: tokens before and behind it; groups: its rows by what a
-    mask hides of these, None where no mask is known."""
+    mask hides of these, None where no mask is known; shard: this process's part, where several share the call."""
 
     model: ModelCall
     joint: JointCall
@@ -45,6 +47,7 @@ class _Call:
     tail: int
     decisions: JointDecisions
     groups: tuple[Group, ...] | None = None
+    shard: Shard | None = None
     outcome: CallOutcome = field(default_factory=CallOutcome)
 
 
@@ -70,6 +73,10 @@ class JointAttachment(BaseAttachment):
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.call = None  # of one that was interrupted: KeyboardInterrupt runs no hook
         leave_left_modes()
+        reason = why_not_parallel(model)
+        if reason is not None:
+            self.say(f"{reason}; nothing is merged")
+            return
         told = {**dict(zip(self._names, args, strict=False)), **kwargs}
         place = self.row.place(model, told, self._grid_of)
         grid, x = place.grid, place.latent
@@ -81,8 +88,8 @@ class JointAttachment(BaseAttachment):
         if call is not None:
             joint = JointCall(call.config.weighs_keys, TORCHS, self._say_why, call.config.keeps_own)
             decisions = JointDecisions(call, grid, type(model).__name__)
-            groups = self._groups_of(place)
-            self.call = _Call(call, joint, grid, x.shape[0], place.head, place.tail, decisions, groups)
+            groups, shard = self._groups_of(place), Shard.of(model, place)
+            self.call = _Call(call, joint, grid, x.shape[0], place.head, place.tail, decisions, groups, shard)
 
     def _after_model(self, model: nn.Module, args: tuple, out: Any) -> None:
         call, self.call = self.call, None
@@ -120,7 +127,16 @@ class JointAttachment(BaseAttachment):
         return known[2]
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
-        return self._attend if self.call is not None else None
+        if self.call is None:
+            return None
+        return self._attend if self.call.shard is None else functools.partial(self._attend_part, attention.heads)
+
+    def _attend_part(self, heads: int, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """_attend with some of a layer's `heads` heads."""
+        if self.call is None:
+            return attention(q, k, v)
+        self.call.shard.heads = heads
+        return self.call.shard.attend(self._attend, attention, q, k, v)
 
     def _attend(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, H, L, d] -> [B, H, L, d]."""
@@ -145,12 +161,14 @@ class JointAttachment(BaseAttachment):
             call.outcome.leave(call.model, call.grid, unpaid)
             return attention(q, k, v)
         # The ViT paper's metric: keys averaged over the heads. What matches nothing wants its shape alone.
-        metric = k[:, :, start : start + image].mean(1) if call.model.config.kind.matches else k[:, 0, :image]
+        mean = (lambda x: x.mean(1)) if call.shard is None else call.shard.mean
+        metric = mean(k[:, :, start : start + image]) if call.model.config.kind.matches else k[:, 0, :image]
         plan = call.model.plan(metric, call.grid)  # metric [B, N, d]
         if plan is None:
             call.outcome.leave(call.model, call.grid)
             return attention(q, k, v)
         call.outcome.merged = True
+        plan = plan if call.shard is None else call.shard.of_heads(plan)
         if is_padded:
             splits = not call.model.config.kind.matches
             given = attention, q, k, v, start, plan

@@ -1,0 +1,238 @@
+"""One picture in two processes (gloo, on the CPU) through diffusers' own context parallelism: the picture of one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+
+import pytest
+import torch
+
+import shared_tome
+from shared_tome import ModelCall, ToMeConfig
+
+from . import dits, models
+from .dits import DITS
+
+diffusers = models.diffusers
+from diffusers.models._modeling_parallel import ContextParallelOutput
+
+pytestmark = pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods() or not torch.distributed.is_gloo_available(),
+    reason="two processes of one test need fork, and torch.distributed's gloo",
+)
+
+MASK = torch.tensor([[1, 1, 1, 0, 1, 0], [1, 1, 1, 0, 0, 0]])
+
+
+def run_flux(model, grid, rows, reference=4, **told):
+    """Six text tokens, and four of a reference behind the image."""
+    ids = torch.cat((dits.flux_ids(*grid), torch.tensor([[1.0, 0.0, 0.0]]).expand(reference, 3)))
+    return model(
+        hidden_states=models.noise(2, len(ids), 8, seed=1), encoder_hidden_states=dits.text(rows, 6),
+        pooled_projections=models.noise(2, 8, seed=3), timestep=dits.times(rows, 0.5), img_ids=ids,
+        txt_ids=torch.zeros(6, 3), **told,
+    )  # fmt: skip
+
+
+def run_qwen(model, grid, rows, **told):
+    return model(
+        hidden_states=models.noise(2, grid[0] * grid[1], 8, seed=1), encoder_hidden_states=dits.text(rows, 6),
+        encoder_hidden_states_mask=MASK, timestep=dits.times(rows, 0.5), img_shapes=[[(1, *grid)]] * 2, **told,
+    )  # fmt: skip
+
+
+def run_wan(model, grid, rows, **told):
+    return model(dits.latent((3, *grid), rows), dits.times(rows, 500.0), dits.text(rows), **told)
+
+
+def run_ltx(model, grid, rows, **told):
+    """Without a mask of the text: diffusers' own attention to it fails with one in two processes."""
+    return model(
+        models.noise(2, 180, 4, seed=1), dits.text(rows, 6), dits.times(rows, 500.0), None,
+        num_frames=3, height=grid[0], width=grid[1], **told,
+    )  # fmt: skip
+
+
+def three_heads():
+    return models.seeded(
+        lambda: diffusers.FluxTransformer2DModel(
+            patch_size=1, in_channels=8, num_layers=1, num_single_layers=1, joint_attention_dim=16,
+            pooled_projection_dim=8, axes_dims_rope=(4, 6, 6), attention_head_dim=16, num_attention_heads=3,
+        )
+    )  # fmt: skip
+
+
+MADE = {
+    "flux": (models.flux, run_flux),
+    "three": (three_heads, run_flux),
+    "qwen": (DITS["QwenImage"].model, run_qwen),
+    "wan": (DITS["Wan"].model, run_wan),
+    "ltx": (DITS["LTXVideo"].model, run_ltx),
+}
+EVEN = {"ulysses_degree": 2}
+ANYTHING = {"ulysses_degree": 2, "ulysses_anything": True}  # 67 tokens and 3 heads for two
+# Name: model, the image's grid, how it is shared, options.
+CASES = {
+    "flux sample": ("flux", (6, 10), EVEN, {"own_token": False}),
+    "flux own tokens": ("flux", (6, 10), EVEN, {"ratio": 2 / 3}),
+    "flux multires": ("flux", (6, 10), EVEN, {"method": "multires"}),
+    "flux merge": ("flux", (6, 10), EVEN, {"method": "merge"}),
+    "flux merge_queries": ("flux", (6, 10), EVEN, {"method": "merge_queries"}),
+    "flux odd, merge": ("three", (7, 9), ANYTHING, {"method": "merge"}),
+    "flux odd, own tokens": ("three", (7, 9), ANYTHING, {"ratio": 2 / 3}),
+    "qwen own tokens": ("qwen", (6, 10), EVEN, {}),
+    "qwen merge": ("qwen", (6, 10), EVEN, {"method": "merge"}),
+    "wan own tokens": ("wan", (6, 10), EVEN, {"ratio": 0.75}),
+    "wan multires": ("wan", (6, 10), EVEN, {"method": "multires"}),
+    "ltx own tokens": ("ltx", (6, 10), EVEN, {"ratio": 0.75}),
+    "wan merge": ("wan", (6, 10), EVEN, {"method": "merge"}),
+}
+
+
+def config(**options):
+    return ToMeConfig(**{"ratio": 0.5, "min_tokens": 0, **options})
+
+
+def measure(name):
+    """In one of two processes: the pictures of one and of two, each with and without ToMe, and what was chosen."""
+    kind, grid, shared, options = CASES[name]
+    make, call = MADE[kind]
+    chosen, plan = [], ModelCall.plan
+
+    def spy(self, *args):
+        made = plan(self, *args)
+        chosen.append(made.groups.clone() if made is not None and self.config.kind.matches else made and made.index)
+        return made
+
+    ModelCall.plan = spy
+
+    @torch.no_grad()
+    def run(model):
+        chosen.clear()
+        return call(model, grid, models.ALL, return_dict=False)[0]
+
+    def model():
+        made = make()
+        for name, weight in made.named_parameters():
+            if name.endswith(("to_q.weight", "to_k.weight")):
+                weight.data *= 2
+        return made
+
+    one, two = model(), model()
+    two.enable_parallelism(config=diffusers.ContextParallelConfig(**shared))
+    plain = run(one)
+    found = {"plain": float((run(two) - plain).abs().max())}
+    for each in (one, two):
+        shared_tome.apply_patch(each, config=config(**options))
+    alone = run(one)
+    choices = list(chosen)
+    found["merged"] = float((run(two) - alone).abs().max())
+    found["moved"] = float((alone - plain).abs().max())
+    found["layers"] = len(choices)
+    found["same"] = len(choices) == len(chosen) and all(torch.equal(x, y) for x, y in zip(choices, chosen, strict=True))
+    found["said"] = sorted(two._shared_tome._said)
+    ModelCall.plan = plan
+    return found
+
+
+def refused():
+    """What is said of other ways to share a model, before and after it is patched."""
+    found = {}
+    ring, own = diffusers.ContextParallelConfig(ring_degree=2), {"proj_out": ContextParallelOutput(1, 3)}
+    for name, make, told in (("ring", models.flux, {}), ("plan", models.sd3, {"cp_plan": own})):
+        made = {"config": ring if name == "ring" else diffusers.ContextParallelConfig(**EVEN), **told}
+        model = make()
+        model.enable_parallelism(**made)
+        try:
+            shared_tome.apply_patch(model, config=config())
+        except ValueError as error:
+            found[name] = str(error), models.count_hooks(model)
+        model = shared_tome.apply_patch(make(), config=config())
+        model.enable_parallelism(**made)
+        for _ in range(2):
+            try:  # what diffusers makes of it without ToMe: an error, or another picture
+                (models.run_flux if name == "ring" else models.run_sd3)(model)
+            except Exception:
+                traceback.print_exc()
+        found[f"{name} later"] = sorted(model._shared_tome._said), model._shared_tome.call
+    return found
+
+
+def gather(parts, x, group=None):
+    """torch.distributed's, for parts of different sizes too, which gloo lacks."""
+    for rank, part in enumerate(parts):
+        if rank == torch.distributed.get_rank(group):
+            part.copy_(x)
+        torch.distributed.broadcast(part, src=rank, group=group)
+
+
+def work(rank, store, results):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.accelerator.device_count = lambda: 1  # which diffusers divides by, and a CPU has none
+    torch.distributed.all_gather = gather
+    made = {}
+    for name in (*CASES, "refused"):
+        try:
+            made[name] = refused() if name == "refused" else measure(name)
+        except Exception:
+            made[name] = traceback.format_exc()
+    results.put((rank, made))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What the two processes found, by rank and by case."""
+    store, context = tmp_path_factory.mktemp("gloo") / "store", multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=work, args=(rank, store, results), daemon=True) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    try:
+        yield dict(results.get(timeout=120) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_make_the_picture_of_one(name, both):
+    for rank in (0, 1):
+        found = both[rank][name]
+        assert isinstance(found, dict), found
+        assert found["plain"] < 2e-5 and found["merged"] < 2e-5
+        assert found["moved"] > 1e-3 and found["layers"] > 1
+        assert found["same"], "the choices of one process"
+        assert found["said"] == []
+
+
+def test_other_ways_to_share_a_model_are_refused_by_name(both):
+    for rank in (0, 1):
+        found = both[rank]["refused"]
+        assert isinstance(found, dict), found
+        ring = "FluxTransformer2DModel has ring attention (ring_degree=2), which does not call torch's attention"
+        plan = "SD3Transformer2DModel has a cp_plan that is not diffusers' own: in what order its tokens meet"
+        for name, reason in (("ring", ring), ("plan", plan)):
+            text, hooks = found[name]
+            assert text.startswith(reason) and hooks == 0
+            said, call = found[f"{name} later"]
+            assert said == [f"{text}; nothing is merged"] and call is None
+
+
+def test_a_tensor_parallel_model_is_refused_by_name(caplog):
+    """Its own objects; diffusers itself shares a model so on GPUs alone."""
+    config_of = diffusers.ParallelConfig(tensor_parallel_config=diffusers.TensorParallelConfig(tp_degree=2))
+    model = models.flux()
+    before = models.run_flux(model)
+    shared_tome.apply_patch(model, config=config())
+    model._parallel_config = config_of
+    assert torch.equal(models.run_flux(model), before) and torch.equal(models.run_flux(model), before)
+    says = "FluxTransformer2DModel is tensor-parallel: each process has the keys of some heads alone"
+    assert [record.message for record in caplog.records] == [f"[ToMe] {says}; nothing is merged"]
+    shared_tome.remove_patch(model)
+    with pytest.raises(ValueError, match=says):
+        shared_tome.apply_patch(model, config=config())
+    assert models.count_hooks(model) == 0
