@@ -71,6 +71,7 @@ class HostAttention:
     """The host's call: its own keyword arguments, and a mask that it may have."""
 
     NOT_ALONE = "dropout, or another package's mode around the attention"  # said where not is_torchs_alone
+    cuts_mask = False  # whether it has its mask for fewer keys
 
     def __init__(self, func: Callable[..., Tensor], options: dict[str, Any], mask: Tensor | None):
         self.func, self.options, self.mask = func, options, mask
@@ -122,7 +123,7 @@ def attend_sampled(
     out = joint.attend(q, k, v, start, plan, attention.scale, mask) if torchs else None  # (B, L, H, d)
     if out is not None:
         return out.transpose(1, 2)
-    if mask is not None:
+    if mask is not None and not attention.cuts_mask:
         return attention(q, k, v)
     if not attention.is_torchs_alone:
         joint.tell_sampled(plan, attention.NOT_ALONE)

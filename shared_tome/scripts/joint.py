@@ -155,7 +155,9 @@ class JointAttachment(BaseAttachment):
         if is_masked and not is_padded and not self._serves_mask(attention, q, k, v, start):
             self.say("an attention with a mask is left alone")
             return attention(q, k, v)
-        unpaid = call.decisions.why_not_paid(attention, q, k, v, start) if call.model.serves(call.grid) else None
+        # On several GPUs each process would decide by its own times, and they must do the same.
+        asks = call.shard is None and call.model.serves(call.grid)
+        unpaid = call.decisions.why_not_paid(attention, q, k, v, start) if asks else None
         if unpaid is not None:
             self.say(f"{unpaid}; attentions of {length} tokens are left alone")
             call.outcome.leave(call.model, call.grid, unpaid)

@@ -67,6 +67,7 @@ class UnderMask(HostAttention):
 
     NOT_ALONE = "a mask"
     is_torchs_alone = False
+    cuts_mask = True
 
     def __init__(self, attention: HostAttention, start: int, image: int):
         super().__init__(attention.func, attention.options, attention.mask)

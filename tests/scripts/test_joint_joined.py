@@ -56,6 +56,12 @@ def test_keys_of_one_weight_are_a_part(name, ratio, reference, parts, joined, by
     assert (ours - wide).norm() / wide.norm() < 2e-6
 
 
+def call_of(call, shared):
+    """Of two rows of a model whose image has a grid of (6, 10), with text before it."""
+    decisions = script_joint.JointDecisions(call, (6, 10), "Flux")
+    return script_joint._Call(call, shared, (6, 10), 2, TEXT, 0, decisions)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, joined, by_channels):
     """No further from float64 than three times what wider heads are."""
@@ -67,7 +73,7 @@ def test_half_precision(dtype, joined, by_channels):
     def attend(*tensors):
         made = shared_tome.ModelCall(attachment.config, (6, 10), q.device)
         shared = joint.JointCall(True, script_joint.TORCHS, print)
-        attachment.call = script_joint._Call(made, shared, (6, 10), 2, TEXT, 0)
+        attachment.call = call_of(made, shared)
         func = script_joint.HostAttention(F.scaled_dot_product_attention, {}, None)
         return attachment._attend(func, *tensors)
 
@@ -130,7 +136,7 @@ def test_dropout_and_scale(joined):
     for kernels in (script_joint.TORCHS, ()):
         for scale in (None, 0.6):
             call = shared_tome.ModelCall(attachment.config, (6, 10), q.device)
-            attachment.call = script_joint._Call(call, joint.JointCall(True, kernels, print), (6, 10), 2, TEXT, 0)
+            attachment.call = call_of(call, joint.JointCall(True, kernels, print))
             func = script_joint.HostAttention(F.scaled_dot_product_attention, {"scale": scale}, None)
             made[bool(kernels), scale] = attachment._attend(func, q, k, v)
     assert len(joined) == 2
