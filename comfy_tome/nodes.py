@@ -11,6 +11,7 @@ from ..shared_tome.inspect.reasons import capped
 from ..shared_tome.methods import CUSTOM, PRESETS
 from ..shared_tome.options import Widget
 from .clip_vision import ToMeCLIPVision
+from .compare import ToMeCompare
 from .log import logger
 from .patch import apply_to_model
 from .record_nodes import NODES as RECORD_NODES
@@ -85,4 +86,4 @@ class ToMe(io.ComfyNode):
         return io.NodeOutput(apply_to_model(model, config))
 
 
-NODES: list[type[io.ComfyNode]] = [ToMe, ToMeCLIPVision, *RECORD_NODES]
+NODES: list[type[io.ComfyNode]] = [ToMe, ToMeCLIPVision, *RECORD_NODES, ToMeCompare]

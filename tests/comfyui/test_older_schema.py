@@ -12,7 +12,7 @@ import pytest
 
 from . import host
 
-FACES = ("nodes", "record_nodes", "clip_vision")
+FACES = ("nodes", "record_nodes", "clip_vision", "compare")
 
 
 @pytest.fixture
@@ -54,7 +54,9 @@ def older(pack, monkeypatch):
 
 def test_every_node_has_its_schema_there(older, comfy_nodes):
     ours = [node for node in comfy_nodes.values() if (getattr(node, "__module__", None) or "").find("comfy_tome") >= 0]
-    assert {node.define_schema().node_id for node in ours} >= {"ToMe", "ToMeRecord", "ToMeMap", "ToMeReport"}
+    assert {node.define_schema().node_id for node in ours} >= {
+        "ToMe", "ToMeRecord", "ToMeMap", "ToMeReport", "ToMeCompare",
+    }  # fmt: skip
     for node in ours:
         made, newest = node.define_schema(), node.GET_SCHEMA()
         assert [one.id for one in made.inputs] == [one.id for one in newest.inputs]

@@ -38,7 +38,10 @@ SCRIPT = {
     "zh-TW": "[\u4e00-\u9fff]",
 }
 CHARSET = {"ja": "shift_jis", "zh": "gb2312", "zh-TW": "big5"}  # none has the others' own characters
-ALIKE = {"MLP", "JSON", "CLIP Vision", "ToMe", "ToMe CLIP Vision", "ToMe Map", "ToMe Record", "ToMe Report"}
+ALIKE = {
+    "MLP", "JSON", "PSNR", "SSIM", "CLIP Vision", "ToMe", "ToMe CLIP Vision", "ToMe Compare", "ToMe Map", "ToMe Record",
+    "ToMe Report",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -118,12 +118,16 @@ side: left without ToMe, right with it.
 model. **ToMe Map** shows over the picture which tokens stood for the others. Both read what **ToMe Record** noted on
 the way; the picture is the same without these three. To run again, change the seed in **both** samplers.
 
+### Difference
+**ToMe Compare** says how near the two pictures are (PSNR, SSIM) and draws their difference, eight times as bright. Over
+50 dB nobody sees it; under 30 dB something has become another thing.
+
 ### Try
 - **ratio** 0.5, 0.75, 0.9375: where does the difference begin to matter to you?
 {_start()}
 - **method** `merge` or `merge_queries`: what the paper and ComfyUI's own node do.
 - 512 x 512 and 1024 x 1024: how the gain grows with the size.""",
-        430,
+        520,
     )
     loader = _checkpoint(graph, SD15, (0, 1))
     latent = graph.add("EmptyLatentImage", width=768, height=768, batch_size=1)
@@ -151,7 +155,7 @@ the way; the picture is the same without these three. To run again, change the s
         for row, title, samples in pictures
     ]
     both = graph.add(
-        "ImageStitch", "Side by side", image1=decoded[0], image2=decoded[1], at=(4, 1.5),
+        "ImageStitch", "Side by side", image1=decoded[0], image2=decoded[1], at=(4, 1.1),
         direction="right", match_image_size=True, spacing_width=8, spacing_color="white",
     )  # fmt: skip
     graph.column("Compare")
@@ -160,6 +164,9 @@ the way; the picture is the same without these three. To run again, change the s
         filename_prefix="ToMe/without_and_with", size=(860, 540),
     )  # fmt: skip
     graph.add("ToMeReport", record=recorded["record"], after=decoded[1], measure_time=True, sampling=0, size=(860, 340))
+    graph.column("Difference", TOME_COLOR)
+    compared = graph.add("ToMeCompare", image=decoded[0], other=decoded[1], factor=8, at=(4, 1.9))
+    graph.add("PreviewImage", "Difference", images=compared["difference"], size=(420, 590))
     graph.column("What was kept", TOME_COLOR)
     shown = graph.add(
         "ToMeMap", record=recorded["record"], image=decoded[1],

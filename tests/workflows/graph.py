@@ -76,6 +76,9 @@ KINDS: dict[str, Kind] = {
         "record:TOME_RECORD image:IMAGE", "show level layer step opacity picture legend sampling", "map:IMAGE",
         (420, 250),
     ),
+    "ToMeCompare": _kind(
+        "image:IMAGE other:IMAGE", "factor", "difference:IMAGE text:STRING PSNR:FLOAT SSIM:FLOAT", (420, 250)
+    ),
     "KSampler": _kind(
         "model:MODEL positive:CONDITIONING negative:CONDITIONING latent_image:LATENT",
         _with_controls(["seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"]), "LATENT", (340, 480),

@@ -20,7 +20,7 @@ LABELS = {
     "InpaintModelConditioning": "Inpaint", "EmptyLatentImage": "Size", "EmptySD3LatentImage": "Size",
     "EmptyHunyuanLatentVideo": "Size and length", "LatentUpscaleBy": "Upscale", "ModelSamplingSD3": "Shift",
     "KSampler": "Sampler", "VAEDecode": "Decode", "SaveImage": "Picture", "ImageStitch": "Side by side",
-    "CreateVideo": "Video",
+    "CreateVideo": "Video", "ToMeCompare": "ToMe Compare",
 }  # fmt: skip
 
 

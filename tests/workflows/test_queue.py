@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from installer.client import Result
+
 from .build import FOLDER, graphs
 from .convert import Mismatch, specs, to_prompt, widget_names
 from .graph import KINDS
@@ -110,6 +112,18 @@ def test_comparison_reports_and_maps_what_was_merged(client, info):
     ratio = prompt[ids["ToMe"]]["inputs"]["ratio"]
     assert f"256 to {256 - int(256 * ratio)} tokens" in text  # 16 x 16
     assert outputs[ids["PreviewImage"]]["images"]
+
+
+def test_comparison_tells_and_draws_the_difference(client, info):
+    prompt = small(to_prompt(workflow("02_compare_with_and_without"), info))
+    ids = {node["class_type"]: id for id, node in prompt.items()}
+    outputs = client.run(prompt).outputs
+    assert outputs[ids["ToMeCompare"]]["text"][0].startswith("PSNR ")
+    plain = client.run(without_tome(prompt)).outputs
+    assert plain[ids["ToMeCompare"]]["text"] == ["the same"]
+    drawn = [id for id, node in prompt.items() if node["inputs"].get("images") == [ids["ToMeCompare"], 0]]
+    shown = [frames(*client.images(Result("", {drawn[0]: out[drawn[0]]}))) for out in (outputs, plain)]
+    assert shown[0].max() > 0 == shown[1].max()
 
 
 def test_hires_first_pass_is_unmerged(info):
