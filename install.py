@@ -20,6 +20,13 @@ from installer.console import SetupError, complain, say
 ROOT = Path(__file__).resolve().parent
 
 
+COMPARE = """\
+Generates pictures of the same seeds in a real ComfyUI: unmerged, with each of ToMe's presets, with fewer steps, with
+EasyCache and with both. Writes times of whole generations, memory and likeness to the unmerged pictures. By default 39
+generations of 20 steps a size. Ctrl-C stops it; the same command goes on. A workflow runs whatever nodes it names: use
+one that you trust."""
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="install.py", description=__doc__.split("\n\n")[0])
@@ -31,6 +38,18 @@ def parser() -> argparse.ArgumentParser:
     stable = "a Stable Diffusion checkpoint instead of the small demo model"
     demo.add_argument("--checkpoint", metavar="FILE", help=stable)
     demo.add_argument("--out", metavar="DIR", default="out", help="where the results go (default: out)")
+
+    about = "compare unmerged, ToMe's presets, fewer steps and EasyCache on your own model"
+    compare = commands.add_parser("compare", help=about, description=COMPARE)
+    compare.add_argument("--checkpoint", metavar="FILE", help="a Stable Diffusion checkpoint (default: the demo model)")
+    compare.add_argument("--comfyui", metavar="DIR", help=of_your_own)
+    api = "a workflow of your own in API form; it runs whatever nodes it names, with the custom nodes of --comfyui"
+    compare.add_argument("--workflow", metavar="FILE.json", help=api)
+    sizes = "sides or WIDTHxHEIGHT in pixels (default: what the model was trained for, or the workflow's own)"
+    compare.add_argument("--sizes", metavar="SIZE", nargs="+", help=sizes)
+    compare.add_argument("--prompts", metavar="FILE", help="a text file with a prompt a line, which stays with you")
+    where = "where the results go (default: out/compare)"
+    compare.add_argument("--out", metavar="DIR", default="out/compare", help=where)
 
     about = "run ruff and every test; further arguments go to pytest"
     tests = commands.add_parser("test", help=about, add_help=False, allow_abbrev=False)
@@ -65,6 +84,10 @@ def main(arguments: list[str]) -> int:
         from installer.run import demo
 
         return demo(options.comfyui, options.checkpoint, options.out)
+    if options.command == "compare":
+        from installer.run import compare
+
+        return compare(options)
     if options.command == "test":
         from installer.run import test
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import sys
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from . import files, versions
@@ -42,6 +44,33 @@ def interpreter(comfyui: Path, ours: Path) -> Path:
     embedded = comfyui.parent / "python_embeded" / "python.exe"
     own = [python_in(comfyui / "venv"), python_in(comfyui / ".venv"), embedded]
     return next((python for python in own if python.exists()), ours)
+
+
+def models_beside(checkpoint: Path | None) -> tuple[str, ...]:
+    """ComfyUI's arguments to find `checkpoint` where it lies: nothing is copied or linked."""
+    if checkpoint is None:
+        return ()
+    return _more_paths("checkpoint", {"base_path": str(checkpoint.parent), "checkpoints": "."})
+
+
+def models_of(host: Path, packs: Sequence[str]) -> tuple[str, ...]:
+    """ComfyUI's arguments for the models, inputs and custom nodes of the user's own ComfyUI, without its ToMe.
+
+    packs: what of our own custom_nodes is loaded too.
+    """
+    models, custom = ([*sorted(folder.iterdir())] if folder.is_dir() else []
+                      for folder in (host / "models", host / "custom_nodes"))  # fmt: skip
+    paths = {folder.name: f"models/{folder.name}" for folder in models if folder.is_dir()}
+    paths |= {"base_path": str(host), "custom_nodes": "custom_nodes"}
+    theirs = [node.name for node in custom if not (node / "comfy_tome").is_dir()]
+    white = ("--disable-all-custom-nodes", "--whitelist-custom-nodes", *packs, *theirs)
+    return (*_more_paths("host", paths), "--input-directory", str(host / "input"), *white)
+
+
+def _more_paths(name: str, paths: dict[str, str]) -> tuple[str, ...]:
+    config = files.make_folder(CACHE) / f"{name}_paths.yaml"
+    config.write_text(json.dumps({"tome": paths}), "utf-8")  # JSON is YAML too, and quotes what needs it
+    return ("--extra-model-paths-config", str(config))
 
 
 def fetch(python: Path, into: Path = FETCHED) -> Path:

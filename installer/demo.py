@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
-import os
 import signal
 import sys
 import time
@@ -22,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from . import comfyui, files, report, workflow
+from . import comfyui, report, workflow
 from .client import ComfyClient, PromptError
 from .console import SetupError, complain, failed, say, stage
 from .paths import CACHE
@@ -72,7 +70,7 @@ def run(host: Path, out: Path, checkpoint: Path | None) -> None:
         host,
         CACHE / "base-demo",
         comfyui.interpreter(host, Path(sys.executable)),
-        arguments=_models_beside(checkpoint),
+        arguments=comfyui.models_beside(checkpoint),
         environment={"TOME_DEMO": "1"},
     )
     with ExitStack() as stack:
@@ -89,7 +87,7 @@ def run(host: Path, out: Path, checkpoint: Path | None) -> None:
             raise SetupError(f"{error}\n{server.told()}", "If this is not of your doing, report it.") from error
     with stage("Comparing"):
         summary = report.summarise(outcomes, tome, plan.settings, plan.model, plan.pixels_a_token)
-        summary.machine = _machine(stats)
+        summary.machine = report.machine(stats)
     say()
     say(report.table(summary))  # before anything is written: a full disk must not cost the numbers
     try:
@@ -143,23 +141,6 @@ def _make(client: ComfyClient, plan: Plan, tome: Tome) -> list[Outcome]:
             current.result = ", ".join(f"{name} {outcome.seconds[name]:.3f} s a step" for name in variants)
         outcomes.append(outcome)
     return outcomes
-
-
-def _models_beside(checkpoint: Path | None) -> tuple[str, ...]:
-    """ComfyUI's arguments to find `checkpoint` where it lies: nothing is copied or linked."""
-    if checkpoint is None:
-        return ()
-    paths = files.make_folder(CACHE) / "checkpoint_paths.yaml"
-    # JSON is YAML too, and quotes what needs it.
-    paths.write_text(json.dumps({"demo": {"base_path": str(checkpoint.parent), "checkpoints": "."}}), "utf-8")
-    return ("--extra-model-paths-config", str(paths))
-
-
-def _machine(stats: Mapping[str, Any]) -> str:
-    """The device, threads and versions that were measured."""
-    system, device = stats["system"], stats["devices"][0]
-    name = f"CPU, {os.cpu_count()} cores" if device["type"] == "cpu" else device.get("name", device["type"])
-    return f"ComfyUI {system.get('comfyui_version')}, torch {system.get('pytorch_version')}, {name}"
 
 
 if __name__ == "__main__":

@@ -10,3 +10,4 @@ CACHE = ROOT / ".cache"
 REQUIREMENTS = ROOT / "requirements"
 RESULTS = ("compare.png", "compare.md")  # in the folder that --out names
 TABLE_HEAD = ("", "seconds a step", "speed-up", "PSNR", "tokens kept")  # by which a compare.md is known
+COMPARED = ("generations.jsonl", "compare.json", "table.md", "chart.png")  # of `compare`; the first one is its journal

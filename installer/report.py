@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import sheet
+from . import likeness, sheet
 from .paths import RESULTS, TABLE_HEAD
 from .workflow import Settings, Subject
 
@@ -26,7 +27,7 @@ class Outcome:
 
     @property
     def psnr(self) -> float:
-        return sheet.psnr(self.pictures["unmerged"], self.pictures["ToMe"])
+        return likeness.psnr(self.pictures["unmerged"], self.pictures["ToMe"])
 
     @property
     def speed_up(self) -> float:
@@ -109,6 +110,18 @@ def table(summary: Summary) -> str:
         for row in (TABLE_HEAD, ["-" * width for width in widths], *rows)
     ]
     return "\n".join([*lines, "", *notes(summary)])
+
+
+def device(stats: Mapping[str, Any]) -> str:
+    """The name of the device that a server computes on."""
+    first = stats["devices"][0]
+    return f"CPU, {os.cpu_count()} cores" if first["type"] == "cpu" else first.get("name", first["type"])
+
+
+def machine(stats: Mapping[str, Any]) -> str:
+    """The device, threads and versions that were measured."""
+    system = stats["system"]
+    return f"ComfyUI {system.get('comfyui_version')}, torch {system.get('pytorch_version')}, {device(stats)}"
 
 
 def notes(summary: Summary) -> list[str]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from . import comfyui, environment, files
+from .compare import graph, journal, plan
 from .console import SetupError, failed, say
-from .paths import RESULTS, ROOT, TABLE_HEAD
+from .paths import COMPARED, RESULTS, ROOT, TABLE_HEAD
 
 FAST = "tests/fast.txt"  # what `test --fast` runs: a file, or a test of one, a line
 CHECKPOINTS = (".safetensors", ".ckpt", ".sft", ".pt", ".pt2", ".pth", ".bin", ".pkl")  # that ComfyUI lists
@@ -23,7 +25,7 @@ def demo(host: str | None, checkpoint: str | None, out: str) -> int:
     # Looked at first: a wrong path should not cost a person the minutes of the installation.
     weights = _checkpoint(checkpoint) if checkpoint else None
     results = files.user_path(out)
-    _try_to_write(results)
+    _try_to_write(results, RESULTS, _is_from_demo, "this demo")
     if host or os.environ.get("COMFYUI_DIR"):
         comfyui.locate(host, environment.python_in(environment.VENV))
     say("ToMe demo")
@@ -33,6 +35,30 @@ def demo(host: str | None, checkpoint: str | None, out: str) -> int:
     if weights:
         command += ["--checkpoint", str(weights)]
     return _become(python, command)
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Compare ToMe with what people use instead, on their model. Returns the exit status; raises SetupError.
+
+    options: the command line's checkpoint, comfyui, workflow, sizes, prompts and out.
+    """
+    checkpoint = _checkpoint(options.checkpoint) if options.checkpoint else None
+    flow, prompts = (files.user_path(name) if name else None for name in (options.workflow, options.prompts))
+    out = files.user_path(options.out)
+    # All that can be wrong is looked at before the minutes of the installation and the hour of the pictures.
+    if flow:
+        graph.load(flow)
+    request = plan.make_request(checkpoint, flow, options.sizes, prompts)
+    settings = request.settings()
+    _try_to_write(out, COMPARED, lambda out: journal.Journal(out, settings).begun, "a comparison")
+    if options.comfyui or os.environ.get("COMFYUI_DIR"):
+        comfyui.locate(options.comfyui, environment.python_in(environment.VENV))
+    say("ToMe compare")
+    python = environment.ensure([environment.DEMO])
+    command = ["-m", "installer.compare", "--comfyui", str(comfyui.locate(options.comfyui, python)), "--out", str(out)]
+    for name, value in (("checkpoint", checkpoint), ("workflow", flow), ("prompts", prompts)):
+        command += [f"--{name}", str(value)] if value else []
+    return _become(python, [*command, *(["--sizes", *options.sizes] if options.sizes else [])])
 
 
 def _checkpoint(name: str) -> Path:
@@ -51,17 +77,20 @@ def _checkpoint(name: str) -> Path:
     return file
 
 
-def _try_to_write(out: Path) -> None:
-    """Find out whether the results can be written, and leave nothing. Raises SetupError."""
+def _try_to_write(out: Path, names: Sequence[str], ours: Callable[[Path], object], what: str) -> None:
+    """Find out whether the results can be written, and leave nothing. Raises SetupError.
+
+    names: the files that are written. ours: whether those that are there are from an earlier run. what: of the command.
+    """
     made = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
     try:
         files.make_folder(out)
-        there = [out / name for name in RESULTS if (out / name).exists()]
+        there = [out / name for name in names if (out / name).exists()]
         for file in there:
             file.open("r+b").close()
-        if there and not _is_from_demo(out):
+        if there and not ours(out):
             raise SetupError(
-                f"{there[0]} is there already and is not from this demo",
+                f"{there[0]} is there already and is not from {what}",
                 "Name another folder with --out, or move that file away.",
             )
         tempfile.TemporaryFile(dir=out).close()

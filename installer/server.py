@@ -150,9 +150,9 @@ HINT = (
 )
 
 
-def put_pack(custom_nodes: Path, pack: Path) -> None:
+def put_pack(custom_nodes: Path, pack: Path, name: str = link.COMFYUI.name) -> None:
     """Link (or copy) the pack into a custom_nodes folder of our own making."""
-    place = custom_nodes / link.COMFYUI.name
+    place = custom_nodes / name
     if files.is_link(place) and not (place.exists() and place.samefile(pack)):
         files.unlink(place)  # this repository was moved
     link.put(place, pack)

@@ -27,48 +27,42 @@ class Row:
     notes: tuple[str, str, str, str]
 
 
-def psnr(one: np.ndarray, two: np.ndarray) -> float:
-    """Peak signal to noise ratio of two uint8 pictures in dB; inf when they are the same."""
-    error = float(np.mean((one.astype(np.float64) - two.astype(np.float64)) ** 2))
-    return float("inf") if error == 0.0 else 10.0 * float(np.log10(255.0**2 / error))
-
-
-def amplification(rows: Sequence[Row]) -> int:
+def amplification(differences: Sequence[np.ndarray]) -> int:
     """The largest factor that drives no more than one pixel in a hundred of the differences out of range."""
-    worst = max(float(np.percentile(_difference(row), 99)) for row in rows)
+    worst = max(float(np.percentile(difference, 99)) for difference in differences)
     fitting = [factor for factor in FACTORS if worst * factor <= 255.0]
     return fitting[-1] if fitting else 1
 
 
 def draw(title: str, subtitle: str, columns: Sequence[str], rows: Sequence[Row], footer: Sequence[str]) -> Image.Image:
     """The sheet. columns: four headings; a "{factor}" in one becomes the factor of the difference."""
-    factor = amplification(rows)
+    factor = amplification([gap(row.unmerged, row.tome) for row in rows])
     width = 2 * MARGIN + 4 * PANEL + 3 * GAP
     top, caption, step = MARGIN + 118, 30, PANEL + 66
     height = top + len(rows) * step + 26 * len(footer) + MARGIN
     sheet = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN - 8), title, INK, _font(34))
-    pen.text((MARGIN, MARGIN + 38), subtitle, QUIET, _font(19))
+    pen.text((MARGIN, MARGIN - 8), title, INK, font(34))
+    pen.text((MARGIN, MARGIN + 38), subtitle, QUIET, font(19))
     for place, heading in enumerate(columns):
         x = MARGIN + place * (PANEL + GAP)
-        pen.text((x, top - 34), heading.replace("{factor}", str(factor)), ACCENT if place == 1 else INK, _font(21))
+        pen.text((x, top - 34), heading.replace("{factor}", str(factor)), ACCENT if place == 1 else INK, font(21))
     for number, row in enumerate(rows):
         y = top + number * step
         panels = (
             enlarge(row.unmerged),
             enlarge(row.tome),
-            enlarge(np.clip(_difference(row) * factor, 0, 255).astype(np.uint8)),
+            enlarge(np.clip(gap(row.unmerged, row.tome) * factor, 0, 255).astype(np.uint8)),
             token_map(row),
         )
         for place, panel in enumerate(panels):
             x = MARGIN + place * (PANEL + GAP)
             sheet.paste(panel, (x, y))
             pen.rectangle((x - 1, y - 1, x + PANEL, y + PANEL), outline=LINE)
-            pen.text((x, y + PANEL + 8), row.notes[place], QUIET, _font(17))
+            pen.text((x, y + PANEL + 8), row.notes[place], QUIET, font(17))
     y = top + len(rows) * step - step + PANEL + caption + 26
     for line in footer:
-        pen.text((MARGIN, y), line, INK, _font(17))
+        pen.text((MARGIN, y), line, INK, font(17))
         y += 26
     return sheet
 
@@ -103,9 +97,11 @@ def token_map(row: Row) -> Image.Image:
     return image.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
 
 
-def _difference(row: Row) -> np.ndarray:
-    return np.abs(row.unmerged.astype(np.int16) - row.tome.astype(np.int16))
+def gap(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """How far two uint8 pictures are from each other in each place, int16."""
+    return np.abs(one.astype(np.int16) - two.astype(np.int16))
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own, of this size in pixels."""
     return ImageFont.load_default(size)

@@ -11,7 +11,7 @@ from . import host
 
 sys.path.insert(0, str(host.REPO))
 from installer.client import ComfyClient
-from installer.server import ComfyServer
+from installer.server import ComfyServer, put_pack
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +57,18 @@ def merged_layers(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def client(tmp_path_factory) -> Iterator[ComfyClient]:
-    """Of a real server with this pack and the demo's model, in a process of its own."""
+def server(tmp_path_factory) -> Iterator[tuple[ComfyServer, ComfyClient]]:
+    """A real server with this pack, the demo's model and the nodes of `install.py compare`, and its client."""
     if host.comfyui_dir() is None:
         pytest.skip("COMFYUI_DIR does not name a ComfyUI (`python install.py test` brings one)")
-    with ComfyServer(host.comfyui_dir(), tmp_path_factory.mktemp("comfyui"), environment={"TOME_DEMO": "1"}) as client:
-        yield client
+    base = tmp_path_factory.mktemp("comfyui")
+    put_pack(base / "custom_nodes", host.REPO / "installer" / "compare" / "nodes", "tome-compare")
+    started = ComfyServer(host.comfyui_dir(), base, environment={"TOME_DEMO": "1"})
+    with started as client:
+        yield started, client
+
+
+@pytest.fixture(scope="session")
+def client(server) -> ComfyClient:
+    """Of the server, which is a process of its own."""
+    return server[1]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from installer import report, sheet, workflow
+from installer import likeness, report, sheet, workflow
 from installer.workflow import Settings, Subject
 
 TOME = {"ratio": 0.75, "method": "sample", "stride_x": 2, "stride_y": 2, "seed": 0}
@@ -36,10 +36,10 @@ def outcome(seed: int, slow: float = 1.0, fast: float = 0.5) -> report.Outcome:
 
 def test_psnr_by_hand():
     one = np.zeros((2, 2, 3), np.uint8)
-    assert sheet.psnr(one, one) == math.inf
-    assert sheet.psnr(one, one + 255) == pytest.approx(0.0)
-    assert sheet.psnr(one + 9, one + 10) == pytest.approx(10 * math.log10(255**2))
-    assert sheet.psnr(one, one + 255) == sheet.psnr(one + 255, one)
+    assert likeness.psnr(one, one) == math.inf
+    assert likeness.psnr(one, one + 255) == pytest.approx(0.0)
+    assert likeness.psnr(one + 9, one + 10) == pytest.approx(10 * math.log10(255**2))
+    assert likeness.psnr(one, one + 255) == likeness.psnr(one + 255, one)
 
 
 def test_the_tokens_of_a_layer():
@@ -73,13 +73,10 @@ def test_writes_a_sheet_with_four_panels_a_subject(tmp_path):
 
 
 def test_amplification_fills_the_range_and_no_more():
-    one = outcome(1)
-    kept = np.ones((64, 64), bool)
-    groups = np.arange(64 * 64).reshape(64, 64)
-    row = sheet.Row(one.pictures["unmerged"], one.pictures["ToMe"], groups, kept, ("", "", "", ""))
-    assert sheet.amplification([row]) == 32
-    far = sheet.Row(row.unmerged, row.unmerged + 55, groups, kept, row.notes)
-    assert sheet.amplification([row, far]) == 4
+    picture = outcome(1).pictures["unmerged"]
+    near, far = sheet.gap(picture, picture + 4), sheet.gap(picture, picture + 55)
+    assert sheet.amplification([near]) == 32
+    assert sheet.amplification([near, far]) == 4
 
 
 def test_defaults_of_a_node():

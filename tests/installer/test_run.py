@@ -11,7 +11,7 @@ import stand_ins
 
 from installer import comfyui, demo, environment, report, run, server, workflow
 from installer.console import SetupError
-from installer.paths import ROOT
+from installer.paths import RESULTS, ROOT
 
 KEPT = np.ones((2, 2), bool)
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights on files")
@@ -27,12 +27,12 @@ def nothing_is_installed(monkeypatch):
 
 
 def test_out_is_tried_and_nothing_is_left(tmp_path):
-    run._try_to_write(tmp_path / "a/b/out")
+    run._try_to_write(tmp_path / "a/b/out", RESULTS, run._is_from_demo, "this demo")
     assert list(tmp_path.iterdir()) == []
     summary = report.Summary("m", workflow.Settings(1, 1.0), {"method": "sample", "ratio": 1}, 1, 1, 1, KEPT, KEPT, 1)
     texts = {"compare.png": "before", "compare.md": report.table(summary), "mine.txt": "mine"}
     mine = stand_ins.write(tmp_path / "out", texts)
-    run._try_to_write(mine)
+    run._try_to_write(mine, RESULTS, run._is_from_demo, "this demo")
     assert stand_ins.tree(mine) == {name: text.encode() for name, text in texts.items()}
 
 
