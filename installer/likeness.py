@@ -40,7 +40,7 @@ class Lpips:
         except ImportError:
             self.why = "the package lpips is not installed"
         except Exception as error:  # it loads weights from the network, in torchvision's way
-            self.why = f"lpips failed: {error}"
+            self.why = f"lpips failed with {type(error).__name__}"  # its message may name folders
 
     @torch.no_grad()
     def __call__(self, one: np.ndarray, two: np.ndarray) -> float | None:

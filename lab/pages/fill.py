@@ -16,6 +16,7 @@ from . import (
     model_tables,
     multires_tables,
     option_tables,
+    real_tables,
     speed_tables,
     vit_tables,
 )
@@ -52,6 +53,7 @@ MAKERS: dict[str, Maker] = {
     **multires_tables.MAKERS,
     "rivals": frontier_tables.rivals,
     "held": frontier_tables.held,
+    "real_models": real_tables.real_models,
     "served": model_tables.served,
     "comfyui_models": model_tables.models,
     "controls": controls,

@@ -42,7 +42,7 @@ def test_readme_fits_two_screens_and_names_what_there_is():
     for folder in re.findall(r"python -m ([\w.]+)", text):
         assert (ROOT / (folder.replace(".", "/") + ".py")).exists(), folder
     for command in re.findall(r"python install\.py (\w+)", text):
-        assert command in ("demo", "test", "comfyui", "a1111")
+        assert command in ("demo", "compare", "test", "comfyui", "a1111")
 
 
 def messages() -> list[re.Pattern]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import stand_ins
 from PIL import Image
 
 import install
-from installer import environment, run, workflow
+from installer import environment, likeness, run, workflow
 from installer.compare import drawn, graph, plan, results, schema
 from installer.compare.graph import TAKE, Graph
 from installer.compare.journal import Journal
@@ -406,6 +408,29 @@ def test_it_is_complete_with_the_last_generation_and_not_before(compared):
     journal.records.pop(plan.jobs(request.sizes, VARIANTS, 2)[-1].key)
     assert not results.is_complete(journal, request)
     assert not results.is_complete(Journal(out / "new", {}), request)
+
+
+def test_lpips_is_measured_where_its_package_is_and_a_failure_names_no_folder(monkeypatch):
+    black, white = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 255, np.uint8)
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    absent = likeness.Lpips()
+    assert absent(black, white) is None and absent.why == "the package lpips is not installed"
+
+    class Net:
+        def __init__(self, net, verbose):
+            assert net == "alex"
+
+        def eval(self):
+            return lambda a, b: (a - b).abs().mean()
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Net))
+    assert likeness.Lpips()(black, white) == 2 and likeness.Lpips().why == ""
+
+    def fails(**_):
+        raise OSError("/home/ada/.cache/torch is full")
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=fails))
+    assert likeness.Lpips().why == "lpips failed with OSError"
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 0.37), (0, 25), (23.5, 60), (59, 60), (0, 1e-9), (0, 4321)])

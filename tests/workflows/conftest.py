@@ -14,7 +14,7 @@ from PIL import Image
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
-from installer.server import ComfyServer
+from installer.server import ComfyServer, put_pack
 
 MODELS = Path(__file__).with_name("small_models.py")
 PICTURE = 160  # pixels a side
@@ -30,6 +30,7 @@ def client(tmp_path_factory) -> Iterator[Any]:
     (base / "custom_nodes").mkdir()
     run = f"import runpy\nNODE_CLASS_MAPPINGS = runpy.run_path({str(MODELS)!r})['NODE_CLASS_MAPPINGS']\n"
     (base / "custom_nodes" / MODELS.name).write_text(run, encoding="utf-8")
+    put_pack(base / "custom_nodes", REPO / "installer" / "compare" / "nodes", "tome-compare")
     (base / "input").mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (PICTURE, PICTURE, 4), dtype=np.uint8)
     pixels[..., 3] = 255

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from installer.client import Result
+from installer.compare.graph import TAKE, Graph
+from installer.compare.plan import all_variants
 
 from .build import FOLDER, graphs
 from .convert import Mismatch, specs, to_prompt, widget_names
@@ -92,6 +94,25 @@ def test_queued_it_makes_a_picture_that_merging_changed(client, info, name):
     (plain,) = map(frames, saved(client, without_tome(prompt)))
     assert merged.shape == plain.shape and len(merged) == (5 if "video" in name else 1)
     assert (merged != plain).any()
+
+
+@EACH
+def test_install_py_compares_with_it(client, info, name):
+    """Unmerged and with ToMe and EasyCache: put where they belong, run, and nothing else is saved."""
+    base = Graph(small(to_prompt(workflow(name), info)), info)
+    base.set_prompt("a boat")
+    base.set_seed(3)
+    variants = all_variants({"Balanced": {"ratio": 0.75}})
+    taken = []
+    for number, variant in enumerate((variants[0], variants[-1])):
+        prompt = base.with_variant(variant, number)
+        kinds = [node["class_type"] for node in prompt.values()]
+        assert (kinds.count("ToMe"), kinds.count("EasyCache")) == ((0, 0), (1, 1))[number]
+        result = client.run(prompt)
+        assert base.timed() <= result.seconds.keys() and result.outputs.keys() == {TAKE}
+        taken.append(np.stack([frames(data)[0] for data in client.images(result)]))
+    assert taken[0].shape == taken[1].shape and len(taken[0]) == (5 if "video" in name else 1)
+    assert (taken[0] != taken[1]).any()
 
 
 def test_comparison_shows_both_pictures(client, info):
