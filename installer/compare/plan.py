@@ -17,7 +17,7 @@ FORM = 1  # of the journal and the JSON
 STEPS, FEWER = 20, 0.75
 SEED, SUBJECTS, PROMPTS = 7, 4, 2  # the first seed; pictures a variant and size, at least; prompts by default
 SIDES, MOST_PROMPTS = (64, 8192), 64
-CACHE, DEMO = "EasyCache", "demo"
+CACHE, DEMO, DEMO_LARGEST = "EasyCache", "demo", 256
 UNMERGED, FLOOR_NAME = "unmerged", "unmerged, another batch split"
 FLOOR, FIRST, TIMED = "floor", "first", "timed"  # kinds of generations
 
@@ -99,6 +99,12 @@ def make_request(
     if checkpoint is None and flow is None:
         if prompts:
             raise SetupError("the demo's model has classes, not prompts", "Name a model: --checkpoint FILE.")
+        for width, height in (size.split("x") for size in found):
+            if width != height or int(width) > DEMO_LARGEST:
+                raise SetupError(
+                    f"--sizes {width}x{height}: the demo's model paints squares of {SIDES[0]} to {DEMO_LARGEST} pixels",
+                    "Name a model: --checkpoint FILE.",
+                )
         texts: list[str | None] = list(workflow.FAVOURITES[:PROMPTS])
     elif prompts:
         texts = list(read_prompts(prompts))

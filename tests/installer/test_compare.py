@@ -466,6 +466,8 @@ def command(*arguments: str) -> int:
     [
         (("--checkpoint", "absent.safetensors"), "there is no file"),
         (("--sizes", "500"), "--sizes 500"),
+        (("--sizes", "64", "128x64"), "--sizes 128x64: the demo's model paints squares of 64 to 256"),
+        (("--sizes", "264"), "--sizes 264x264: the demo's model paints"),
         (("--workflow", "absent.json"), "could not be read"),
         (("--prompts", "absent.txt", "--workflow", "flow.json"), "absent.txt could not be read"),
         (("--comfyui", "."), "missing: main.py"),
