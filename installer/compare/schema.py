@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -98,7 +97,7 @@ def _values(found: dict[str, Any]) -> Iterator[str]:
             yield f"results[{number}].size is {row['size']!r}, not WIDTHxHEIGHT"
         for name, (low, high) in RANGES.items():
             value = row[name]
-            if value is not None and not (math.isfinite(value) and low <= value <= high):
+            if value is not None and not low <= value <= high:
                 yield f"results[{number}].{name} is {value}, not in {low:g} to {high:g}"
         if not all(_is(one, int) or _is(one, float) for one in row["all_seconds"] or ()):
             yield f"results[{number}].all_seconds holds something that is no number"
@@ -108,7 +107,8 @@ def _private(where: str, value: Any) -> Iterator[str]:
     """Texts that look like a path or an address. Prompts are the person's own choice."""
     if isinstance(value, dict):
         for name, one in value.items():
-            yield from _private(f"{where}.{name}" if where else str(name), one)
+            yield from _private(f"a name in {where}", name)
+            yield from _private(f"{where}.{name}" if where else name, one)
     elif isinstance(value, list):
         if where != "prompts":
             for number, one in enumerate(value):

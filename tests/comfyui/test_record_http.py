@@ -101,7 +101,7 @@ def test_a_value_out_of_range_is_told_before_sampling(client):
     assert error["type"] == "value_bigger_than_max" and error["extra_info"]["input_name"] == "opacity"
 
 
-@pytest.mark.parametrize("node", ["ToMeRecord", "ToMeMap", "ToMeReport"])
+@pytest.mark.parametrize("node", ["ToMeRecord", "ToMeMap", "ToMeReport", "ToMeCompare"])
 def test_help_page_is_served(client, node):
     pack = client.node(node)["python_module"].removeprefix("custom_nodes.")
     page = client.request(f"/extensions/{pack}/docs/{node}.md").decode()

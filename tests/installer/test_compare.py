@@ -367,8 +367,9 @@ def compared(tmp_path):
     draw = np.random.default_rng(0).integers(40, 200, (64, 64, 3)).astype(np.uint8)
     for number, job in enumerate(plan.jobs(request.sizes, VARIANTS, 2)):
         place = 0 if job.variant.split else [one.name for one in VARIANTS].index(job.variant.name)
-        name = f"{number}.png"
-        Image.fromarray(draw + place).save(tmp_path / "pictures" / name)
+        name, picture = f"{number}.png", draw + (0 if job.variant.name == "Quality" else place)
+        picture[0, 0, 0] += job.variant.split
+        Image.fromarray(picture).save(tmp_path / "pictures" / name)
         seconds = {FIRST: 9.0, FLOOR: 5.0, TIMED: 4.0 / (place + 1) * (1 + 2 * job.picture)}[job.kind]
         record = {"seconds": seconds, "peak_bytes": 2**30 * (1 + job.picture), "family": "SDXL", "dtype": "float16"}
         record |= {"skipped": 0.25 if job.variant.cache else None, "pictures": [name]}
@@ -385,7 +386,9 @@ def test_numbers_from_made_up_generations(compared):
     assert balanced["speedup"] == pytest.approx(3) and balanced["peak_gib"] == 2.0
     assert balanced["psnr"] == pytest.approx(10 * np.log10(255**2 / 4), abs=1e-3)
     assert rows["EasyCache"]["skipped"] == 0.25 and rows["fewer steps"]["steps"] == 15
-    assert rows[FLOOR_NAME]["psnr"] == schema.SAME and rows[FLOOR_NAME]["seconds"] is None
+    assert rows["Quality"]["psnr"] == schema.SAME
+    assert rows[FLOOR_NAME]["psnr"] == pytest.approx(10 * np.log10(255**2 * 64 * 64 * 3), abs=1e-2)
+    assert rows[FLOOR_NAME]["seconds"] is None
     assert rows["unmerged"]["psnr"] is None and rows["unmerged"]["speedup"] == 1
     assert schema.problems(found) == []
     text = results.table(found)

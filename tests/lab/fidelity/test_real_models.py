@@ -108,6 +108,7 @@ def test_the_same_result_is_not_taken_twice(given, tmp_path):
         (lambda f: f.update(notes=["failed: /home/ada/models/x"]), r"notes\[0\] holds a path or an address"),
         (lambda f: f.update(notes=["see C:\\Users\\ada"]), r"notes\[0\] holds a path"),
         (lambda f: f.update(notes=["by ada@example.org"]), r"notes\[0\] holds a path or an address"),
+        (lambda f: f["results"][1]["tome"].update({"~/x": 1}), r"a name in results\[1\].tome holds a path"),
         (lambda f: f["model"].update(family="a | b"), "model.family cannot stand in a table"),
         (lambda f: f["machine"].update(device="x" * 301), "machine.device cannot stand in a table"),
         (lambda f: f["model"].update(name="demo"), "is no real one"),
