@@ -55,7 +55,10 @@ def patch(sd_model: Any, sampling: Sampling, called: Callable[[], None] = lambda
     unet = sd_model.forge_objects.unet.clone()
     diffusion_model = unet.model.diffusion_model
     if next(served_blocks(diffusion_model), None) is None:
-        raise NotServed(f"{type(diffusion_model).__name__} has no self-attention that ToMe knows; nothing is merged")
+        raise NotServed(
+            f"{type(sd_model).__name__} ({type(diffusion_model).__name__}) is not served in this program: its "
+            "attention takes no patches. ToMe merges models with a U-Net here (SD 1.x, 2.x, SDXL); nothing is merged"
+        )
     inner = _without_ours(unet.model_options.get(_WRAPPER))
     sampling.another_model()
     unet.set_model_unet_function_wrapper(_wrapper(unet.model, sampling, inner, called))

@@ -318,18 +318,23 @@ def test_a_refiner_is_patched_too(forge_host):
     assert (late != plain).any() and (make(None) == plain).all()
 
 
-def test_a_model_without_attn1_says_so(host):
-    """Flux and other transformers."""
+def test_a_model_without_attn1_says_so(host, lines):
+    """Flux and other transformers: by name, with the reason, once a generation however many passes it has."""
 
     class IntegratedFluxTransformer2DModel(nn.Module):
         def forward(self, x, t, context=None, transformer_options=None):
             return x * 0.1
 
     host.shared.sd_model, host.forge = _Loaded(diffusion_model=IntegratedFluxTransformer2DModel()), True
-    plain, _ = host.generate()
-    found, p = host.generate(ON)
-    assert (plain[0] == found[0]).all() and not p.extra_generation_params
-    assert any("IntegratedFluxTransformer2DModel" in text for text in p.comments)
+    plain, _ = host.generate(enable_hr=True)
+    for _ in range(2):
+        lines.clear()
+        found, p = host.generate(ON, enable_hr=True)
+        assert (plain[0] == found[0]).all() and not p.extra_generation_params
+        named = (
+            "_Loaded (IntegratedFluxTransformer2DModel) is not served in this program: its attention takes no patches"
+        )
+        assert [named in text for text in p.comments] == [True] and sum(named in line for line in lines) == 1
 
 
 def test_built_in_token_merging_goes_first(forge_host):
