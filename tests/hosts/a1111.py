@@ -210,8 +210,10 @@ class Server:
         names = ("batch_cond_uncond", "token_merging_ratio", "hypertile_enable_unet")
         self.settings = {name: now[name] for name in names if name in now}
         self.hires = HIRES
+        if HIRES["hr_upscaler"] not in [mode["name"] for mode in self.call("latent-upscale-modes").body]:
+            self.hires = {**HIRES, "hr_upscaler": "None"}  # Forge Neo has none that works on latents
         if "hr_additional_modules" in (folder / "modules" / "processing.py").read_text(encoding="utf-8"):
-            self.hires = {**HIRES, "hr_additional_modules": ["Use same choices"]}  # Forge fails without it
+            self.hires = {**self.hires, "hr_additional_modules": ["Use same choices"]}  # Forge fails without it
 
     def call(self, path: str, body: Any = None, method: str | None = None) -> Reply:
         data = None if body is None else json.dumps(body).encode()
