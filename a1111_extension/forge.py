@@ -32,12 +32,13 @@ from ..shared_tome.inspect.record import CallRecord
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
 from .block import NO_WEIGHTS, is_taken
-from .hooks import NotServed, served_blocks
+from .hooks import COMPILED, NotServed, is_compiled, served_blocks
 from .notes import Notes
 from .sampling import Sampling
 
 _WRAPPER = "model_function_wrapper"
 _MARK = "is_tome"
+_COMPILE_CONFIG = "_torch_compile_config"  # what Forge Neo's extension leaves on a model that it compiles
 
 
 def is_forge(sd_model: Any) -> bool:
@@ -50,7 +51,7 @@ def patch(sd_model: Any, sampling: Sampling, called: Callable[[], None] = lambda
 
     called: told after each call of the model.
 
-    Raises NotServed: the model has no self-attention that takes patches (Flux and other transformers).
+    Raises NotServed: the model has no self-attention that takes patches (Flux and other transformers), or is compiled.
     """
     unet = sd_model.forge_objects.unet.clone()
     diffusion_model = unet.model.diffusion_model
@@ -59,6 +60,9 @@ def patch(sd_model: Any, sampling: Sampling, called: Callable[[], None] = lambda
             f"{type(sd_model).__name__} ({type(diffusion_model).__name__}) is not served in this program: its "
             "attention takes no patches. ToMe merges models with a U-Net here (SD 1.x, 2.x, SDXL); nothing is merged"
         )
+    # reForge compiles the module itself; Forge Neo's own extension does so within each call of apply_model.
+    if is_compiled(diffusion_model) or hasattr(unet.model, _COMPILE_CONFIG):
+        raise NotServed(COMPILED)
     inner = _without_ours(unet.model_options.get(_WRAPPER))
     sampling.another_model()
     unet.set_model_unet_function_wrapper(_wrapper(unet.model, sampling, inner, called))

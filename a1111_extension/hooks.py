@@ -31,8 +31,18 @@ from .sampling import Sampling
 _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 
+COMPILED = (
+    "the model runs under torch.compile, which would not notice ToMe from one picture to the next; nothing is merged"
+)
+
+
 class NotServed(Exception):
     """This model has nothing that ToMe can merge. The text is for a person."""
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile runs this model, as a module of its own around it or in place."""
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
 
 
 def detach_all() -> None:
@@ -68,6 +78,8 @@ class Attachment:
         blocks = list(served_blocks(model)) if model is not None else []
         if not blocks:
             raise NotServed(f"{type(model).__name__} has no self-attention that ToMe knows; nothing is merged")
+        if is_compiled(model):
+            raise NotServed(COMPILED)
         self.model = model
         self.sampling.another_model()
         _attached.add(self)

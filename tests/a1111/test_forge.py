@@ -337,6 +337,24 @@ def test_a_model_without_attn1_says_so(host, lines):
         assert [named in text for text in p.comments] == [True] and sum(named in line for line in lines) == 1
 
 
+@pytest.mark.parametrize("how", ["reForge's switch", "Forge Neo's extension"])
+def test_a_compiled_model_is_left_alone(forge_host, lines, how):
+    """Its graph would hold the patches of the call in which it was made, or be made anew for each call."""
+    model = forge_host.shared.sd_model.original.unet.model
+    plain, _ = forge_host.generate(enable_hr=True)
+    if how == "reForge's switch":
+        model.diffusion_model = torch.compile(model.diffusion_model, backend="eager")
+    else:
+        model._torch_compile_config = ("guard_filter_fn",)
+    for _ in range(2):
+        lines.clear()
+        with torch.compiler.set_stance("force_eager"):  # a compiled model, without the minutes
+            found, p = forge_host.generate(ON, enable_hr=True)
+        assert (plain[0] == found[0]).all() and not p.extra_generation_params
+        assert [text.startswith("ToMe: the model runs under torch.compile") for text in p.comments] == [True]
+        assert sum("under torch.compile" in line for line in lines) == 1
+
+
 def test_built_in_token_merging_goes_first(forge_host):
     plain, _ = forge_host.generate()
     found, p = forge_host.generate(ON, token_merging_ratio=0.4)
