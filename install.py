@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     about = "run ruff and every test; further arguments go to pytest"
     tests = commands.add_parser("test", help=about, add_help=False, allow_abbrev=False)
     tests.add_argument("--fast", action="store_true", help="some tests of every room, in 90 s (tests/fast.txt)")
+    tests.add_argument("--comfyui", metavar="DIR", help="the tests of ComfyUI's nodes, on a ComfyUI of your own")
 
     for name, title in (("comfyui", "ComfyUI"), ("a1111", "AUTOMATIC1111, Forge or reForge")):
         host = commands.add_parser(name, help=f"link this repository into a {title}")
@@ -91,7 +92,7 @@ def main(arguments: list[str]) -> int:
     if options.command == "test":
         from installer.run import test
 
-        return test(rest, fast=options.fast)
+        return test(rest, fast=options.fast, host=options.comfyui)
     from installer import link
 
     host = link.COMFYUI if options.command == "comfyui" else link.A1111

@@ -14,6 +14,7 @@ In one softmax with text, each image token that stands for n counts n times: log
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,13 +29,12 @@ from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.inspect.reasons import NO_WHOLE_TOKEN
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
+from .chosen import INSIDE, OVERRIDE, Chosen, backend_behind
 from .dit_attention import (
     Call,
     attend_merged,
     attend_sampled,
     fits_weights,
-    is_sparse,
-    kernel_order,
     torchs_order,
 )
 from .dit_layout import Layout
@@ -72,26 +72,30 @@ class DiTCall:
         judges: bool = False,
         outcome: Outcome | None = None,
         compiled: bool = False,
+        chosen: Chosen | None = None,
     ):
         self.call, self.facts, self.layout = call, facts, layout
+        self._chosen = Chosen(options) if chosen is None else chosen
         self._record, self._judges = record, judges
         self._outcome = Outcome() if outcome is None else outcome
         self._measured: dict[tuple, Verdict | None] = {}  # by the layer's shape
-        self._override = options.get("optimized_attention_override")
-        self._sparse = self._override is not None and is_sparse(self._override)
-        order = kernel_order(call.seed.device) if self._override is None or self._sparse else ()
+        self._override = self._chosen.override
+        self._sparse = self._chosen.sparse
+        self._behind = backend_behind(self._override) if self._sparse else None
+        order = self._chosen.kernels(call.seed.device, declined=True)
         self._joint = self._joins(order)
         # Of PyTorch's attention where it steps in for another (_fitting).
-        instead = () if order or self._override is not None else torchs_order(call.seed.device)
+        instead = () if self._override is not None else torchs_order(call.seed.device)
         self._instead = self._joins(instead)
         # What is done must stand in a guard of its own, as in unet.py: all that a compiled graph takes for granted.
         # The seed is a tensor and so one of its inputs.
-        self.key = repr((call_key(call), layout, order, instead, judges, self._sparse))
+        by = [getattr(func, "__name__", func) for func in (self._chosen.host, self._behind)]
+        self.key = repr((call_key(call), layout, order, instead, judges, self._sparse, by))
         self._met, self._served = False, 0
         self._plan: Plan | None = None
         self._queries = 0  # that a layer has brought so far, where they come in parts
         self.guarded = compiled and facts.compiles
-        self.options = {**options, "optimized_attention_override": self.attention}
+        self.options = {**options, OVERRIDE: self.attention}
         if self.guarded:
             wrappers = dict(options.get("wrappers", {}))
             wrappers[DIFFUSION_MODEL] = {**wrappers.get(DIFFUSION_MODEL, {}), KEY: [self._check_key]}
@@ -115,15 +119,20 @@ class DiTCall:
 
     def attention(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         """optimized_attention_override: q, k, v [B, L, H * d], or [B, H, L, d] with skip_reshape."""
+        if "transformer_options" in kwargs:  # else no override would have been asked (DiTModel.silent)
+            func = self._chosen.func(func)
         if not self._sparse:
             return self._merge(self._override, func, q, k, v, heads, *args, **kwargs)
-        declined = []
+        declined, told = [], {name: kwargs[name] for name in ("transformer_options", INSIDE) if name in kwargs}
 
-        def dense(*args: Any, **kwargs: Any) -> Tensor:
+        def dense(func: Any, *args: Any, **kwargs: Any) -> Tensor:
             declined.append(True)
-            return self._merge(None, func, *args, **kwargs)
+            return self._merge(None, func, *args, **{**kwargs, **told})
 
-        out = self._override(dense, q, k, v, heads, *args, **kwargs)
+        if self._behind is not None:  # it drops the function that it is given, and asks its options for an override
+            kwargs.pop(INSIDE, None)
+            kwargs["transformer_options"] = {**kwargs["transformer_options"], OVERRIDE: dense}
+        out = self._override(functools.partial(dense, func), q, k, v, heads, *args, **kwargs)
         if not declined and self._start(q, v, Call.of(func, q, k, heads, args, kwargs)) is not None:
             self._leave(_SPARSE)
         return out
@@ -193,7 +202,7 @@ class DiTCall:
     def _judge(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, shape: tuple) -> Verdict | None:
         """The times of a layer of this shape, or None. q, k, v: of one row."""
         config, device = self.call.config, q.device
-        torchs = *self._joint.kernels, *self._instead.kernels
+        torchs = self._joint.kernels or self._instead.kernels
         how = f"proportional {config.proportional}", f"own {config.keeps_own}"
         by = [name_of(func, device) for func in (call.func, call.override) if func is not None]
         how = (*how, f"shares {config.whole:.3f} {config.half:.3f}") if config.shares_by_hand else how

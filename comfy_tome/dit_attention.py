@@ -134,16 +134,9 @@ def is_torchs(func: Any) -> bool:
     return _is_comfys(func, "attention_pytorch")
 
 
-def kernel_order(device: torch.device) -> tuple[str, ...]:
-    """The kernels of torch that ComfyUI's attention would try, in its order; none where that is not PyTorch's
-    (--use-sage-attention and the like), or not torch's own."""
-    from comfy.ldm.modules import attention
-
-    return torchs_order(device) if is_torchs(attention.optimized_attention) else ()
-
-
 def torchs_order(device: torch.device) -> tuple[str, ...]:
-    """The same of ComfyUI's PyTorch attention, whatever ComfyUI was started with."""
+    """The kernels of torch that ComfyUI's PyTorch attention would try, in its order, whatever ComfyUI was started with;
+    none where that function is not torch's own."""
     import comfy.ops
 
     if not isinstance(F.scaled_dot_product_attention, types.BuiltinFunctionType) or getattr(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..shared_tome import ModelCall, ToMeConfig, kernels
 from ..shared_tome.core.schedule import config_at
 from ..shared_tome.inspect.reasons import why_not_served
+from .chosen import Chosen
 from .dit import DiTCall
-from .dit_attention import is_sparse, kernel_order
 from .dit_layout import Layout
 from .dit_models import dit_model, unwrapped
 from .dit_tokens import Told
@@ -35,15 +34,16 @@ class DiTPatch:
         args, options = find_options(args, kwargs)
         with outcome_of(options) as outcome:
             base = executor.class_obj
-            asked = self.config.resolved(kernels.serves(x) and _is_reached(options, x.device))
+            model, compiled = unwrapped(base.diffusion_model), is_compiled(executor, options)
+            chosen = Chosen(options, model, compiled)
+            # Whether the attentions are PyTorch's, in whose place a kernel of ours may go.
+            asked = self.config.resolved(kernels.serves(x) and bool(chosen.kernels(x.device, declined=True)))
             if (less := self.config.why_less(asked)) is not None:
                 say_once(less)
             config = config_at(asked, lambda: progress_of(options, base))
             record = begin(executor, base, x, t, args, kwargs, asked, config)
             told = {**kwargs, **_prompt(args), "transformer_options": options}
-            model = unwrapped(base.diffusion_model)
-            compiled = is_compiled(executor, options)
-            patch = self._patch(config, base, x, options, told, record, outcome, compiled)
+            patch = self._patch(config, base, x, options, told, record, outcome, compiled, chosen)
             if patch is None:
                 return executor(x, t, *args, **kwargs)
             if compiled:
@@ -51,7 +51,7 @@ class DiTPatch:
             if patch.guarded:
                 kwargs["tome"] = patch.key
             args, kwargs = put_options(args, kwargs, patch.options)
-            with patch.hooks(model):
+            with patch.hooks(model), chosen.followed():
                 out = executor(x, t, *args, **kwargs)
             patch.end(model)
             if record is not None:
@@ -68,6 +68,7 @@ class DiTPatch:
         record: CallRecord | None,
         outcome: Outcome,
         compiled: bool,
+        chosen: Chosen,
     ) -> DiTCall | None:
         """What this call gets, or None where it is left alone. base: the model that apply_model is of."""
         model = unwrapped(base.diffusion_model)
@@ -97,15 +98,9 @@ class DiTPatch:
                 record.left_alone(reason, facts.name, layout.grid)
             return None
         record = None if record is None or record.run.compiled else record
-        return DiTCall(call, facts, layout, options, record, self.judges, outcome, compiled)
+        return DiTCall(call, facts, layout, options, record, self.judges, outcome, compiled, chosen)
 
 
 def _prompt(args: tuple) -> Told:
     """apply_model's c_crossattn, where it comes by place."""
     return {"c_crossattn": args[1]} if len(args) > 1 else {}
-
-
-def _is_reached(options: dict[str, Any], device: torch.device) -> bool:
-    """Whether the attentions that ToMe gets are PyTorch's, in whose place a kernel of ours may go."""
-    override = options.get("optimized_attention_override")
-    return (override is None or is_sparse(override)) and bool(kernel_order(device))

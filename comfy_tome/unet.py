@@ -29,7 +29,8 @@ from ..shared_tome.core.schedule import config_at
 from ..shared_tome.inspect.reasons import NO_WHOLE_TOKEN, why_not_served
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
-from .dit_attention import Call, attend_joint, kernel_order, may_join
+from .chosen import OVERRIDE, Chosen
+from .dit_attention import Call, attend_joint, may_join
 from .log import leave_alone, say_once
 from .model_call import (
     DIFFUSION_MODEL,
@@ -85,36 +86,30 @@ class UNetPatch:
         compiled = is_compiled(executor, options)
         layers = layers_of(model), dtype_of(base)
         about = "" if sampled is None else about_model(sampled)
-        host = _host_attention(), _kernels_of(options, x.device), about
+        chosen = Chosen(options, model, compiled)
+        host = chosen.host, chosen.kernels(x.device), about
         if record is None and not compiled and _leaves_alone(outcome, config, full, x.device, *layers, *host):
             return executor(x, t, *args, **kwargs)
         told = None if record is None or record.run.compiled else record
         unpaid = None
         if not compiled and base is not model:
-            unpaid = _why_not_paid(base, x, t, args, kwargs, config, *host)
+            unpaid = _why_not_paid(base, x, t, args, kwargs, config, chosen, *host)
         if unpaid is not None and told is None:
             leave_alone(None, unpaid, f"{x.shape[-2]}x{x.shape[-1]}", "nothing is merged", outcome=outcome)
             return executor(x, t, *args, **kwargs)
         step, alike = draw_of(options, x.device, sampled), halves_alike(options, x, config)
         call = ModelCall(config, full, x.device, step=step, alike=alike)
-        patch = UNetCall(call, options, told, host[0], layers if compiled else None, model, unpaid, outcome, about)
+        patch = UNetCall(call, options, told, chosen, layers if compiled else None, model, unpaid, outcome, about)
         if compiled:
             # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
             # transformer_options, so without this a compiled model would keep the patches it first saw.
             kwargs["tome"] = patch.key
         args, kwargs = put_options(args, kwargs, patch.options)
-        with patch.mlp_hooks(model):
+        with patch.mlp_hooks(model), chosen.followed():
             out = executor(x, t, *args, **kwargs)
         if record is not None:
             record.end()
         return out
-
-
-def _host_attention() -> Attention:
-    """The attention that ComfyUI was started with."""
-    from comfy.ldm.modules.attention import optimized_attention
-
-    return optimized_attention
 
 
 def _leaves_alone(
@@ -148,6 +143,7 @@ def _why_not_paid(
     args: tuple,
     kwargs: dict[str, Any],
     config: ToMeConfig,
+    chosen: Chosen,
     attention: Attention,
     kernels: tuple[str, ...],
     about: str,
@@ -156,24 +152,19 @@ def _why_not_paid(
 
     def merged(options: dict[str, Any], run: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
         call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=draw_of(options, x.device, base))
-        patch = UNetCall(call, options, None, attention, None, base.diffusion_model, about=about)
-        with patch.mlp_hooks(base.diffusion_model):
+        patch = UNetCall(call, options, None, chosen, None, base.diffusion_model, about=about)
+        with patch.mlp_hooks(base.diffusion_model), chosen.followed():
             return run(patch.options, {})
 
-    found = verdict_on_step(base, x, t, args, kwargs, config, merged, attention, kernels, about)
+    found = verdict_on_step(base, x, t, args, kwargs, config, merged, chosen, kernels, about)
     return None if found is None or found.pays() else why_left_alone(found)
-
-
-def _kernels_of(options: dict[str, Any], device: torch.device) -> tuple[str, ...]:
-    """torch's kernels that the attention would try, in its order; none where it is another's."""
-    return () if options.get("optimized_attention_override") is not None else kernel_order(device)
 
 
 class UNetCall(PatchedCall):
     """The patches of one call of the model in ComfyUI, and the options that carry them.
 
-    attention, model, about: the host's, to measure with. layers: what Decisions.look_ahead wants to know of a compiled
-    model; None: it is not compiled.
+    chosen, model, about: the host's attention, to measure with. layers: what Decisions.look_ahead wants to know of a
+    compiled model; None: it is not compiled.
     unpaid: why no layer is merged after all, for the record. outcome: the sampling's.
     """
 
@@ -184,7 +175,7 @@ class UNetCall(PatchedCall):
         call: ModelCall,
         options: dict[str, Any],
         record: CallTally | None = None,
-        attention: Attention | None = None,
+        chosen: Chosen | None = None,
         layers: tuple[list[tuple[int, int, int]], torch.dtype] | None = None,
         model: Any = None,
         unpaid: str | None = None,
@@ -193,10 +184,12 @@ class UNetCall(PatchedCall):
     ):
         self._compiled, self._model = layers is not None, model
         self._outcome = Outcome() if outcome is None else outcome
-        self._attention = options.get("optimized_attention_override")
+        self._chosen = Chosen(options) if chosen is None else chosen
+        self._attention = self._chosen.override
         # Nothing to measure with: nothing to join with either (a test's call, not a host's).
-        kernels = () if attention is None else _kernels_of(options, call.seed.device)
-        joint = None if attention is None else _own_tokens(call, kernels)
+        attention = None if chosen is None else chosen.host
+        kernels = () if chosen is None else chosen.kernels(call.seed.device)
+        joint = None if chosen is None else _own_tokens(call, kernels)
         replaced = replaced_layers(model, parts_of(call))
         super().__init__(call, options, Decisions(call, about), joint, record, replaced, attention, kernels)
         self._unpaid = unpaid
@@ -226,7 +219,7 @@ class UNetCall(PatchedCall):
     def _patched(self, options: dict[str, Any]) -> dict[str, Any]:
         options = self.patched(options)
         if self.call.config.weighs_keys:
-            options["optimized_attention_override"] = self.attention
+            options[OVERRIDE] = self.attention
         options = without_wrapper(options, DIFFUSION_MODEL)
         if self._compiled:
             wrappers = dict(options.get("wrappers", {}))
@@ -241,6 +234,7 @@ class UNetCall(PatchedCall):
 
     def attention(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         """optimized_attention_override: adds the sizes to the logits; another node's override is called, not lost."""
+        func = self._chosen.func(func)
         bias, self._pending = self._pending, None
         plan, self._pending_own = self._pending_own, None
         is_torchs = False
@@ -277,7 +271,7 @@ class UNetCall(PatchedCall):
         self._outcome.left_alone(reason, tokens_of(grid))
 
     def run_block(self, heads: int, x: Tensor) -> Callable[[], Any] | None:
-        return run_block(self._model, heads, x)
+        return run_block(self._model, heads, x, self._chosen.options)
 
     def leave(
         self, reason: str, extra_options: dict[str, Any], detail: str = "", grid: tuple[int, int] | None = None

@@ -13,10 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from ..shared_tome import ToMeConfig
-from ..shared_tome.autotune.layer import Attention, Verdict
+from ..shared_tome.autotune.layer import Verdict
 from ..shared_tome.autotune.step import is_judged, rows_of, verdict_of
 from ..shared_tome.autotune.store import NotNow
 from ..shared_tome.hooks.guard import is_replaced
+from .chosen import Chosen
 from .model_call import find_options, put_options
 from .unet_model import dtype_of
 
@@ -34,7 +35,7 @@ def verdict_on_step(
     kwargs: dict[str, Any],
     config: ToMeConfig,
     merged: Callable[[dict[str, Any], Callable[[dict[str, Any], dict[str, Any]], Any]], Any],
-    attention: Attention,
+    chosen: Chosen,
     kernels: tuple[str, ...],
     about: str,
 ) -> Verdict | None:
@@ -42,15 +43,16 @@ def verdict_on_step(
 
     Args:
         base_model: comfy.model_base.BaseModel; x, t, args, kwargs: of its apply_model, whose first row is what is run.
-        config: how it is merged. attention, kernels: see layer.verdict_on. about: from about_model.
+        config: how it is merged. chosen: its attention. kernels: see layer.verdict_on. about: from about_model.
         merged: merged(options, run) calls run(options, more) with ToMe's options and further arguments.
     """
-    if not is_judged(config, x.device) or find_options(args, kwargs)[1].get("optimized_attention_override"):
+    if not is_judged(config, x.device) or chosen.override is not None:
         return None  # a step by another attention than the picture's tells nothing
 
     def both() -> tuple[Callable[[], Any], Callable[[], Any]]:
         _refuse_anothers(base_model)
         plain = {name: value for name, value in find_options(args, kwargs)[1].items() if name in _STEP}
+        plain.update(chosen.options)
         given, named = put_options(args, kwargs, {})
         given = tuple(None if at == _CONTROL else value for at, value in enumerate(given))
         named = {name: value for name, value in named.items() if name != "control"}
@@ -63,7 +65,7 @@ def verdict_on_step(
         return lambda: run(plain, {}), lambda: merged(plain, run)
 
     model, grid = base_model.diffusion_model, tuple(x.shape[-2:])
-    return verdict_of(model, dtype_of(base_model), x.device, grid, config, both, attention, kernels, about)
+    return verdict_of(model, dtype_of(base_model), x.device, grid, config, both, chosen.host, kernels, about)
 
 
 # Walking through a model takes longer than a step may. A fact about a model, not state of a call.

@@ -60,14 +60,14 @@ def replaced_layers(model: Any, parts: tuple[str, ...]) -> frozenset[tuple]:
     )
 
 
-def run_block(model: Any, heads: int, x: Tensor) -> Callable[[], Any] | None:
+def run_block(model: Any, heads: int, x: Tensor, options: dict[str, Any]) -> Callable[[], Any] | None:
     """What runs the model's first block of as many channels and heads on tokens x [B, N, C] and a prompt, without any
-    node's patches; None where there is none."""
+    node's patches; None where there is none. options: the transformer_options of its attention."""
     for block in model.modules() if isinstance(model, nn.Module) else ():
         if hasattr(block, "attn1") and hasattr(block, "attn2") and block.attn2 is not None:
             if (block.attn1.to_q.in_features, block.attn1.heads) == (x.shape[2], heads):
                 context = x.new_zeros(x.shape[0], 77, block.attn2.to_k.in_features)
-                return lambda: block(x, context=context, transformer_options={})
+                return lambda: block(x, context=context, transformer_options=dict(options))
     return None
 
 

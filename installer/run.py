@@ -17,6 +17,7 @@ from .console import SetupError, failed, say
 from .paths import COMPARED, RESULTS, ROOT, TABLE_HEAD
 
 FAST = "tests/fast.txt"  # what `test --fast` runs: a file, or a test of one, a line
+HOSTS_TESTS = "tests/comfyui"  # what `test --comfyui` runs
 CHECKPOINTS = (".safetensors", ".ckpt", ".sft", ".pt", ".pt2", ".pth", ".bin", ".pkl")  # that ComfyUI lists
 
 
@@ -110,16 +111,16 @@ def _is_from_demo(out: Path) -> bool:
         return False
 
 
-def test(arguments: Sequence[str], *, fast: bool = False) -> int:
-    """Lint, then run the tests; `fast`: those of some files. Returns the first exit status that is not 0; raises
-    SetupError.
+def test(arguments: Sequence[str], *, fast: bool = False, host: str | None = None) -> int:
+    """Lint, then run the tests; `fast`: those of some files; `host`: those of ComfyUI's nodes, on the one that lies
+    there. Returns the first exit status that is not 0; raises SetupError.
     """
     say("ToMe tests")
     python = environment.ensure([environment.DEMO, environment.TEST])
-    folder = comfyui.locate(None, python)
+    folder = comfyui.locate(host, python)
     linted = _run(python, ["-m", "ruff", "check", "."])
     named = any(Path(argument.partition("::")[0]).exists() for argument in arguments)
-    where = [] if named else [f"@{FAST}"] if fast else ["tests"]
+    where = [] if named else [f"@{FAST}"] if fast else [HOSTS_TESTS if host else "tests"]
     where += ["-m", "not slow and not network"] if fast else []
     # A process for each core, a file's tests in one process: each starts a ComfyUI of its own once.
     # In their order: sorted by their number of tests, the long ones of few would come last, alone.

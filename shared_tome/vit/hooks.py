@@ -269,12 +269,14 @@ class _Block:
         proportional = self.owner.options.proportional
 
         def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
-            """q, k, v [B, M, H * d] -> [B, M, H * d]."""
+            """q, k, v [B, M, H * d] -> [B, M, H * d]. A newer ComfyUI hands tensors over in containers."""
+            q, k, v = (x if isinstance(x, Tensor) else x.take() for x in (q, k, v))
             if goes > 0:
                 call.metric = self.owner.metric(*(x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k)))
             bias = call.key_bias() if proportional else None
             if bias is None:
                 return host(q, k, v, heads, *args, **kwargs)
+            kwargs.pop("preferred_attention", None)  # by the layer's weights; it may not take heads with weights
 
             def inner(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
                 return host(q, k, v, heads, *args, **kwargs, **({} if scale is None else {"scale": scale}))

@@ -44,7 +44,7 @@ def joined(monkeypatch):
 @pytest.fixture
 def by_channels(monkeypatch):
     """Has made attentions from here on weigh their keys by channels."""
-    return lambda: monkeypatch.setattr(host.pack_module("dit"), "kernel_order", lambda device: ())
+    return lambda: monkeypatch.setattr(host.pack_module("chosen").Chosen, "kernels", lambda *_, **__: ())
 
 
 def tokens(length, *, batch=2, heads=HEADS, d=D, dtype=torch.float32):
@@ -245,7 +245,7 @@ def test_the_key_names_the_kernels(monkeypatch):
         return dit.DiTCall(made, table.DIT_MODELS[0], dit.Layout((8, 12), 7, 0), {}).key
 
     before = key()
-    monkeypatch.setattr(dit, "kernel_order", lambda device: ("cudnn",))
+    monkeypatch.setattr(host.pack_module("chosen").Chosen, "kernels", lambda *_, **__: ("cudnn",))
     assert key() != before
 
 
@@ -253,7 +253,7 @@ def test_comfyuis_own_order_of_kernels(monkeypatch):
     import comfy.ops
     from torch.nn.attention import SDPBackend
 
-    order = host.pack_module("dit_attention").kernel_order
+    order = host.pack_module("chosen").Chosen({}).kernels
     chosen = [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
     monkeypatch.setattr(comfy.ops, "SDPA_BACKEND_PRIORITY", chosen, raising=False)
     assert order(torch.device("cuda")) == ("cudnn", "MATH", "flash")

@@ -242,7 +242,7 @@ def test_weights_are_right_whether_an_attention_minds_scale_or_not(comfy_nodes, 
         chosen = attention.wrap_attn(forgets)
         monkeypatch.setattr(attention, f"attention_{name}", chosen)
     monkeypatch.setattr(attention, "optimized_attention", chosen)
-    monkeypatch.setattr(host.pack_module("dit"), "kernel_order", lambda device: ())
+    monkeypatch.setattr(host.pack_module("chosen").Chosen, "kernels", lambda *_, **__: ())
     k, v = (alike((8, 12), "sample", 0.75, 5, 0, seed=seed) for seed in (0, 1))
     q = torch.randn(k.shape, generator=torch.Generator().manual_seed(2))
     same(bare((8, 12), 5, 0, method="sample", ratio=0.75)(q, k, v, HEADS), full(q, k, v))

@@ -138,23 +138,25 @@ def test_the_users_comfyui_is_looked_at_first(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "fast", "chosen"),
+    ("arguments", "options", "chosen"),
     [
-        ([], False, ["tests"]),
-        (["-x"], False, ["tests", "-x"]),
-        (["tests/core"], False, ["tests/core"]),
-        ([], True, ["@tests/fast.txt", "-m", "not slow and not network"]),
-        (["tests/core::a"], True, ["-m", "not slow and not network", "tests/core::a"]),
+        ([], {}, ["tests"]),
+        (["-x"], {}, ["tests", "-x"]),
+        (["tests/core"], {}, ["tests/core"]),
+        ([], {"fast": True}, ["@tests/fast.txt", "-m", "not slow and not network"]),
+        (["tests/core::a"], {"fast": True}, ["-m", "not slow and not network", "tests/core::a"]),
+        (["-x"], {"host": "there"}, ["tests/comfyui", "-x"]),
+        (["tests/core"], {"host": "there"}, ["tests/core"]),
     ],
 )
-def test_which_tests_run(monkeypatch, arguments, fast, chosen):
+def test_which_tests_run(monkeypatch, arguments, options, chosen):
     """ruff and pytest; the first status that is not 0 is the command's."""
-    commands = []
+    commands, found = [], []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(environment, "ensure", lambda _: ROOT / "python")
-    monkeypatch.setattr(comfyui, "locate", lambda *_: ROOT)
+    monkeypatch.setattr(comfyui, "locate", lambda named, python: found.append(named) or ROOT)
     monkeypatch.setattr(run, "_run", lambda python, command, extra=None: commands.append(command) or len(commands))
-    assert run.test(arguments, fast=fast) == 1
+    assert run.test(arguments, **options) == 1 and found == [options.get("host")]
     lint, command = commands
     assert lint[1] == "ruff" and command[1] == "pytest" and command[-len(chosen) :] == chosen
     assert command[-len(chosen) - 1] == "--no-loadscope-reorder"
