@@ -201,9 +201,7 @@ def test_sparse_attention_without_a_backend(newer, dit, tome, order):
     assert torch.equal(made, expected) and sparse.declined
 
 
-def test_a_function_that_sparse_attention_calls_itself_has_the_calls_own_options(
-    newer, comfy_nodes, torchs, monkeypatch
-):
+def test_what_sparse_attention_gives_to_tomes_function_has_the_calls_options(newer, torchs, monkeypatch):
     """Some declined calls go to the model's backend, others to the function that ToMe gives."""
     from comfy.ldm.modules import attention
 
