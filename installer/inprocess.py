@@ -32,6 +32,7 @@ def start(folder: Path, arguments: Sequence[str] = (), absent: Sequence[str] = (
 
         comfy.options.enable_args_parsing()
         import comfy.cli_args
+        import utils  # noqa: F401  ComfyUI's folder, as in its main.py: older ones put comfy/ before it, with a utils.py
     finally:
         sys.argv = kept
     assert comfy.cli_args.args.base_directory == base

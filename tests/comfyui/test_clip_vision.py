@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 from support.made_up_gpu import MadeUpGPU
@@ -31,7 +34,10 @@ def encoder(name="clip"):
         config["projection_dim"] = 16
     if name == "clip_llava":
         config["projector_type"] = "llava3"
-    made = comfy.clip_vision.ClipVisionModel(config)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps(config))  # older ones take no dict
+        made = comfy.clip_vision.ClipVisionModel(str(file))
     made.model.float()
     host.fill(made.model)
     with torch.no_grad():

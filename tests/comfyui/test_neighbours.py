@@ -128,12 +128,15 @@ def test_freeu(sd15, tome, comfy_nodes, tome_first, method):
 @ORDERS
 @METHODS
 def test_context_windows(sd15, tome, comfy_nodes, tome_first, method):
+    node = comfy_nodes["ContextWindowsManual"]
+    options = dict(
+        context_length=24, context_overlap=8, context_schedule="standard_static", context_stride=1, closed_loop=False,
+        fuse_method="pyramid", dim=3, freenoise=False, causal_window_fix=False,
+    )  # fmt: skip
+    known = {one.id for one in node.define_schema().inputs}  # older ones have no causal_window_fix
+
     def windows(model):
-        return run_node(
-            comfy_nodes["ContextWindowsManual"], model=model, context_length=24, context_overlap=8,
-            context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="pyramid", dim=3,
-            freenoise=False, causal_window_fix=False,
-        )  # fmt: skip
+        return run_node(node, model=model, **{name: value for name, value in options.items() if name in known})
 
     check(sd15, windows(sd15), chain(sd15, tome, windows, tome_first, method=method))
     with watch(sd15) as seen:
