@@ -8,10 +8,22 @@ from collections.abc import Iterator
 import pytest
 
 from . import host
+from .versions import LACKS, version_of
 
 sys.path.insert(0, str(host.REPO))
 from installer.client import ComfyClient
 from installer.server import ComfyServer, put_pack
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What an older ComfyUI lacks must fail there (versions.py)."""
+    comfyui = host.comfyui_dir()
+    version = None if comfyui is None else version_of(comfyui)
+    for item in items if version is not None else ():
+        for lack in LACKS:
+            if "comfyui/" in item.nodeid and lack.concerns(version, item.nodeid):
+                reason = f"ComfyUI before {lack.since}: {lack.why}"
+                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 @pytest.fixture(scope="session")
