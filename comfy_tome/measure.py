@@ -15,7 +15,7 @@ import torch
 
 from ..shared_tome.inspect.report import StepTime
 from .model_call import APPLY_MODEL, DIFFUSION_MODEL, find_options, put_options, without_wrapper
-from .record import LastCall, Run
+from .record import RECORD, LastCall, Run, TimingRecord
 
 ROUNDS = 5
 _BUDGET = 20.0  # seconds for all rounds; one round is always run
@@ -51,6 +51,7 @@ def measure(run: Run) -> StepTime:
             without, merged, rounds = _by_turns(
                 last, model, watched, management.throw_exception_if_processing_interrupted
             )
+            choosing = None if run.compiled else _choosing(last, model, run)
         finally:
             patcher.cleanup()
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError) as error:
@@ -58,7 +59,8 @@ def measure(run: Run) -> StepTime:
     # Calls on several GPUs run side by side.
     calls = max(1, round(run.tally.calls / max(1, len(run.tally.steps) * len(run.devices))))
     device = _name(last.args[0].device)
-    return StepTime(1000 * without * calls, 1000 * merged * calls, rounds, calls, last.step, last.ratio, device)
+    times = 1000 * without * calls, 1000 * merged * calls
+    return StepTime(*times, rounds, calls, last.step, last.ratio, device, choosing)
 
 
 def _patcher_of(last: LastCall, model: Any, loaded: list[Any]) -> Any:
@@ -121,6 +123,17 @@ def _check_ran(ran: list[set[int]], model: Any) -> None:
     most = set().union(*ran)
     if any(one != most for one in ran) or 4 * len(most) < len(_marks(model)):
         raise ValueError(CACHED)
+
+
+def _choosing(last: LastCall, model: Any, run: Run) -> float | None:
+    """The share of multires' attentions in which tiles are chosen, in one more merged call; None: not measured."""
+    if run.config.method != "multires" or last.args[0].device.type != "cuda":
+        return None
+    timing = TimingRecord(run.config)
+    args, options = find_options(last.args[2:], last.kwargs)
+    args, kwargs = put_options(args, last.kwargs, {**options, RECORD: timing})
+    _seconds(model, (*last.args[:2], *args), kwargs)
+    return timing.timer.share
 
 
 def _without(last: LastCall) -> tuple[tuple, dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..shared_tome import ToMeConfig
 from ..shared_tome.inspect.record import CallRecord, Run, StepFacts
+from ..shared_tome.inspect.resolutions import ChoosingTimer
 from .dit_tokens import latent_shape
 from .log import say_once
 from .model_call import DIFFUSION_MODEL, draw_of, find_options, step_of
@@ -56,6 +57,18 @@ class Record:
         run.passed_by = reason
         with self._lock:
             self._runs.append(run)
+
+
+class TimingRecord(Record):
+    """The record of one call that is run again to be timed (measure.py)."""
+
+    def __init__(self, config: ToMeConfig) -> None:
+        super().__init__()
+        self._run = Run(config, None, 0)
+        self.timer = self._run.timer = ChoosingTimer()
+
+    def run_now(self, config: ToMeConfig, options: dict[str, Any], step: int) -> Run:
+        return self._run
 
 
 @dataclass(frozen=True)

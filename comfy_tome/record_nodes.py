@@ -80,8 +80,8 @@ class ToMeMap(io.ComfyNode):
             node_id="ToMeMap",
             display_name="ToMe Map",
             category="image",
-            description="Shows over the finished picture which tokens became one, or which were kept. Another level, "
-            "layer or step needs no new sampling.",
+            description="Shows over the finished picture which tokens became one, or which were kept; of multires what "
+            "one query saw whole and what coarser. Another level, layer, step or query needs no new sampling.",
             search_aliases=["ToMe", "visualize", "overlay"],
             inputs=[
                 ToMeRecordType.Input("record", tooltip="From ToMe Record."),
@@ -109,6 +109,17 @@ class ToMeMap(io.ComfyNode):
                     tooltip="What is shown, in the lower edge.",
                 ),
                 _which_run(),
+                *(
+                    make(
+                        io.Int.Input, name, default=-1, min=-1, max=16383, optional=True, advanced=True,
+                        tooltip=f"multires: the query whose keys are shown, {side} in pixels. -1: the middle.",
+                    )
+                    for name, side in (("x", "from the left"), ("y", "from the top"))
+                ),
+                make(
+                    io.Int.Input, "head", default=-1, min=-1, max=999, optional=True, advanced=True,
+                    tooltip="multires: the head of the attention whose choice is shown. -1: the mean of all.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="map")],
         )  # fmt: skip
@@ -116,7 +127,7 @@ class ToMeMap(io.ComfyNode):
     @classmethod
     def execute(
         cls, record: Record, image: torch.Tensor, show: str, level: int, layer: int, step: int, opacity: float,
-        picture: int = 0, legend: bool = True, sampling: int = 0,
+        picture: int = 0, legend: bool = True, sampling: int = 0, x: int = -1, y: int = -1, head: int = -1,
     ) -> io.NodeOutput:  # fmt: skip
         if not -1 <= picture < image.shape[0]:
             raise ValueError(f"picture must be -1 (all) or in 0 to {image.shape[0] - 1}, got {picture}")
@@ -134,6 +145,9 @@ class ToMeMap(io.ComfyNode):
                 opacity=opacity,
                 legend=legend,
                 empty=EMPTY,
+                x=x,
+                y=y,
+                head=head,
             )  # fmt: skip
         )
 

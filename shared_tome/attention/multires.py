@@ -59,7 +59,10 @@ class MultiresCall:
             self._say_no_kernel(q)
             return None
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return kernels.attend_multires(q, k, v, tiles, drawn, counts, plan.layer, scale, mask).transpose(1, 2)
+        given = (q, k, v, tiles, drawn, counts, plan.layer, scale, mask)
+        if plan.watch is not None:
+            plan.watch(*given)
+        return kernels.attend_multires(*given).transpose(1, 2)
 
     def cut(self, q: Tensor, start: int, plan: MultiresPlan) -> tuple[Tiles, Drawn, Counts]:
         """The tiles of rows like q [B, H, L, d], the step's draws, and how many tiles are taken how."""

@@ -13,6 +13,7 @@ _LEAST = 8  # pixels, for letters that can be read
 _SIGNS = {  # colours that the key line shows beside its words
     "colours": ((0.93, 0.48, 0.44), (0.42, 0.78, 0.55), (0.45, 0.62, 0.95)),
     "plain": ((0.80, 0.80, 0.80),),
+    "dim": ((0.50, 0.50, 0.50),),
     "dark": ((0.22, 0.22, 0.22),),
 }
 
@@ -20,7 +21,7 @@ _SIGNS = {  # colours that the key line shows beside its words
 def draw_legend(image: Tensor, lines: Sequence[str], keys: Sequence[tuple[str, str]] = ()) -> Tensor:
     """The image [H, W, 3], 0 to 1, with a band of text over its lower edge.
 
-    lines: of text. keys: (sign, words): "colours", "dot", "plain" or "dark", and what it means.
+    lines: of text. keys: (sign, words): "colours", "dot", "plain", "dim" or "dark", and what it means.
     The letters are a 36th of the picture's shorter side, smaller where a line would not fit. A picture that is too
     small for letters of 8 pixels stays as it is.
     """

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..core.grid import Grid, grid_at, split_frames
 from ..core.noise import fold_seed
+from ..core.resolutions import HALVED, QUARTERED, WHOLE, resolution_of_tokens
 from ..merging.match import match_tokens
 from ..methods import MAX_LEVEL
 from .legend import draw_legend
-from .overlay import coverage, draw_map, owners
+from .overlay import coverage, draw_map, draw_seen, owners, token_at
 from .reasons import counted, why_not_served
 from .record import Run, StepFacts
 from .report import Layer
@@ -29,7 +30,10 @@ class NoMap(Exception):
 
 @dataclass(frozen=True)
 class Chosen:
-    """One layer in one step. owner: [images or 1, N], see overlay.owners; where: its block, or ""."""
+    """One layer in one step. owner: [images or 1, N], see overlay.owners; where: its block, or "".
+
+    seen: of multires, what Run.owner has in its place; None for all that draws or matches alike for all queries.
+    """
 
     run: Run
     facts: StepFacts
@@ -39,19 +43,42 @@ class Chosen:
     grid: Grid
     owner: Tensor
     where: str
+    seen: Tensor | None = None
 
     def caption(self) -> tuple[str, str]:
         """What the legend says."""
         config, tokens = self.facts.config, self.owner.shape[1]
         kept = int(self.owner[0].unique().numel())
+        method = "sample" if config.method == "multires" else config.method  # which took its place
+        share = 1 - kept / tokens
+        return (
+            f"{method} {config.ratio:g}: {tokens} to {counted(kept, 'token')} (-{100 * share:.0f}%)",
+            self._place(),
+        )
+
+    def _place(self) -> str:
+        """The layer and the step, for the legend."""
         where = f" ({self.where})" if self.where else ""
         steps = self.run.tally.of_steps
         of = f" of 0 to {steps - 1}" if steps else ""
-        grid, share = "x".join(map(str, self.grid)), 1 - kept / tokens
-        return (
-            f"{config.method} {config.ratio:g}: {tokens} to {counted(kept, 'token')} (-{100 * share:.0f}%)",
-            f"level {self.level} ({grid}), layer {self.layer}{where}, step {self.step}{of}",
-        )
+        grid = "x".join(map(str, self.grid))
+        return f"level {self.level} ({grid}), layer {self.layer}{where}, step {self.step}{of}"
+
+    def of_query(self, row: int, token: int, head: int) -> tuple[Tensor, tuple[str, ...]]:
+        """What a query token saw: how dark each token is [N] (overlay.draw_seen), and what the legend says.
+
+        row: of the images. head: -1 is the mean of all. Raises NoMap where there is no such head.
+        """
+        kept = self.seen[row]  # (H, query tiles, .)
+        if not -1 <= head < len(kept):
+            raise NoMap(f"There is no head {head}: {_there(range(len(kept)))}.")
+        found = resolution_of_tokens(kept if head == -1 else kept[head : head + 1], self.grid, token)
+        shares = [float((found == one).float().mean()) for one in (WHOLE, HALVED, QUARTERED)]
+        of = f"mean of {counted(len(kept), 'head')}" if head == -1 else f"head {head} of 0 to {len(kept) - 1}"
+        config = self.facts.config
+        words = "{:.0%} of the tokens whole, {:.0%} at half, {:.0%} at quarter resolution".format(*shares)
+        lines = f"{config.method} {config.ratio:g}, {of}: the query sees {words}", self._place()
+        return found.float().mean(0) / QUARTERED, lines
 
 
 def choose(
@@ -70,12 +97,12 @@ def choose(
     if step not in merged:
         raise NoMap(f"Nothing was merged in step {step}, but in {_span(merged)}.")
     facts = run.facts[step]
-    if facts.config.method == "multires":
-        raise NoMap("multires keeps other keys for each query,", "so no single map can show them.")
     known = run.tally.layers()
     level, grid, where = _compiled(facts, level) if run.compiled else _seen(known, level, layer)
     owner = run.owner(step, grid, layer)
-    if owner is None and facts.config.kind.matches:
+    if owner is not None and facts.config.method == "multires":
+        return Chosen(run, facts, level, layer, step, grid, owner[:, 0, 0], where, owner)
+    if owner is None and (facts.config.kind.matches or (facts.config.method == "multires" and _is_unseen(run))):
         if run.compiled:
             raise NoMap("Under torch.compile it cannot be seen", f"what {facts.config.method} chose.")
         if run.is_full:
@@ -87,6 +114,11 @@ def choose(
         draw = step if facts.draw is None else facts.draw
         owner = owners(match_tokens(metric, grid, facts.config, seed=seed, step=draw, layer=layer))
     return Chosen(run, facts, level, layer, step, grid, owner, where)
+
+
+def _is_unseen(run: Run) -> bool:
+    """Whether what multires chose was not kept although it may have been there; else sample took its place."""
+    return run.compiled or run.is_full
 
 
 def _compiled(facts: StepFacts, level: int) -> tuple[int, Grid, str]:
@@ -152,10 +184,15 @@ def draw_maps(
     opacity: float,
     legend: bool,
     empty: Sequence[str] = ("Nothing was recorded.",),
+    x: int = -1,
+    y: int = -1,
+    head: int = -1,
 ) -> Tensor:
     """Maps [P, H, W, 3] of some pictures of a batch [B, H, W, 3 or 4]: see draw_map for the rest.
 
-    Where there is nothing to draw the picture says why; empty: lines for where there is no run.
+    x, y, head: the query whose keys are shown where the method is multires, as a pixel of the picture (-1: the middle),
+    and its head (-1: the mean of all). Where there is nothing to draw the picture says why; empty: lines for where
+    there is no run. Raises ValueError for a pixel that the picture does not have.
     """
     image = image[..., :3].cpu().float()
     try:
@@ -163,22 +200,56 @@ def draw_maps(
     except NoMap as why:
         logger.info("[ToMe] the map has nothing to draw: %s", " ".join(why.args))
         return torch.stack([draw_legend(image[number], why.args) for number in pictures])
-    maps = []
+    maps, covers = [], coverage(chosen.facts.latent, chosen.grid)
     for number in pictures:
         row, frame = _place(number, len(image), chosen)
+        if chosen.seen is not None:
+            token = token_at(*_pixel(image, x, y), image.shape[1:3], chosen.grid, frame, covers)
+            maps.append(_draw_query(chosen, image[number], row, frame, covers, token, head, opacity, legend))
+            continue
         maps.append(
             draw_map(
                 image[number],
                 chosen.owner[row],
                 chosen.grid,
                 frame=frame,
-                covers=coverage(chosen.facts.latent, chosen.grid),
+                covers=covers,
                 show=show,
                 opacity=opacity,
                 caption=chosen.caption() if legend else (),
             )
         )
     return torch.stack(maps)
+
+
+def _pixel(image: Tensor, x: int, y: int) -> tuple[int, int]:
+    """A pixel of pictures [B, H, W, 3]. Raises ValueError where they have none there."""
+    found = []
+    for name, value, size in (("x", x, image.shape[2]), ("y", y, image.shape[1])):
+        if not -1 <= value < size:
+            raise ValueError(f"{name} must be -1 (the middle) or a pixel of the picture, 0 to {size - 1}, got {value}")
+        found.append(size // 2 if value == -1 else value)
+    return tuple(found)
+
+
+def _draw_query(
+    chosen: Chosen,
+    image: Tensor,
+    row: int,
+    frame: int,
+    covers: tuple[float, float],
+    token: int,
+    head: int,
+    opacity: float,
+    legend: bool,
+) -> Tensor:
+    """One picture [H, W, 3] with what a query token saw."""
+    try:
+        dark, lines = chosen.of_query(row, token, head)
+    except NoMap as why:
+        return draw_legend(image, why.args)
+    lines = lines if legend else ()
+    return draw_seen(image, dark, token, chosen.grid, frame=frame, covers=covers, opacity=opacity, caption=lines)
 
 
 def _place(number: int, pictures: int, chosen: Chosen) -> tuple[int, int]:

@@ -24,6 +24,7 @@ _COLOURS = 24
 _ALIKE = 0.12  # colours of neighbours are at least this far apart in OKLab, where that can be had
 _TURNS = 6  # of mending neighbours that are alike; more gain nothing
 _DARK = 0.05
+_QUERY = (0.42, 0.78, 0.55)  # the legend's green
 
 
 def owners(plan: Plan) -> Tensor:
@@ -93,6 +94,46 @@ def draw_map(
     return draw_legend(drawn, caption, tokens.keys(show))
 
 
+def draw_seen(
+    image: Tensor,
+    dark: Tensor,
+    token: int,
+    grid: Grid,
+    *,
+    frame: int = 0,
+    covers: tuple[float, float] | None = None,
+    opacity: float = 0.6,
+    caption: Sequence[str] = (),
+) -> Tensor:
+    """The image with what one query token saw: the coarser the darker.
+
+    Args:
+        image, grid, frame, covers, opacity, caption: as for draw_map. dark: [N], 0 where a token was whole, 1 at the
+            coarsest resolution. token: the query's place in the grid; it is marked where the frame has it.
+    Returns:
+        [H, W, 3] float32 on the CPU.
+    """
+    frames, rows, columns = split_frames(grid)
+    image = image.detach().cpu().float().clamp(0, 1)
+    tokens = _Tokens(
+        torch.arange(len(dark)), (frames, rows, columns), frame, image.shape[:2], covers or (rows, columns)
+    )
+    drawn = tokens.seen(image, dark, token, opacity)
+    if not caption:
+        return drawn
+    from .legend import draw_legend
+
+    keys = [("dot", "the query"), ("plain", "whole"), ("dim", "half resolution"), ("dark", "quarter")]
+    return draw_legend(drawn, caption, keys)
+
+
+def token_at(x: int, y: int, size: tuple[int, int], grid: Grid, frame: int, covers: tuple[float, float]) -> int:
+    """The token of a pixel (column, row) of an image of this size (height, width): its place in the grid."""
+    _, rows, columns = split_frames(grid)
+    row, column = _places(size[0], rows, covers[0])[y], _places(size[1], columns, covers[1])[x]
+    return int((frame * rows + row) * columns + column)
+
+
 class _Tokens:
     """The tokens of a frame, and the pixels of each."""
 
@@ -129,6 +170,16 @@ class _Tokens:
         out = torch.where(tinted, image + opacity * (colour * (0.65 + 0.35 * light) - image), image)
         out = torch.where(self._borders()[..., None], out * (1 - 0.75 * min(1.0, opacity * 1.5)), out)
         ring, dot = self._marks(self.stays & ~self.alone)
+        out = torch.where(ring[..., None], _DARK, out)
+        return torch.where(dot[..., None], 1.0, out)
+
+    def seen(self, image: Tensor, dark: Tensor, token: int, opacity: float) -> Tensor:
+        """The picture, darker and greyer by `dark` [N] of each token; the query token in green, with a dot."""
+        deep = image.mean(-1, keepdim=True) * (1 - opacity) * 0.6 + _DARK * opacity
+        out = image + min(1.0, opacity * 1.4) * self._pixels(dark[self.owner])[..., None] * (deep - image)
+        query = self.owner == token
+        out = torch.where(self._pixels(query)[..., None], out.new_tensor(_QUERY), out)
+        ring, dot = self._marks(query)
         out = torch.where(ring[..., None], _DARK, out)
         return torch.where(dot[..., None], 1.0, out)
 

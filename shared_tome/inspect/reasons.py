@@ -26,14 +26,16 @@ def capped(config: ToMeConfig) -> str | None:
     )
 
 
-def resolutions(config: ToMeConfig) -> list[str]:
-    """A line for `multires`: the shares of the keys' tiles at each resolution; else nothing."""
+def resolutions(config: ToMeConfig, choosing: float | None = None) -> list[str]:
+    """Lines for `multires`: the shares of the keys' tiles at each resolution, and that of the attentions' time in which
+    they are chosen (None: not measured); else nothing."""
     if config.method != "multires":
         return []
     whole, half = shares_of(config)
     rest = 1.0 - whole - half
     line = f"Of the keys' tiles {whole:.0%} stay whole, {half:.0%} keep a quarter of their tokens, {rest:.0%} a 16th"
-    return [f"{line} (by hand)" if config.shares_by_hand else line]
+    cost = "not measured" if choosing is None else f"{choosing:.1%} of the time of these attentions"
+    return [f"{line} (by hand)" if config.shares_by_hand else line, f"Choosing the tiles: {cost}"]
 
 
 def why_not_served(config: ToMeConfig, grid: Grid, full: Grid) -> str | None:

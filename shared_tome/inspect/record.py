@@ -1,7 +1,7 @@
 """What a host keeps of a sampler's run for maps and reports, and only where somebody asks for it.
 
 Choices of methods that match nothing are worked out again from seed, step and layer (maps.py); of those that match,
-one number a token is kept on the CPU.
+one number a token is kept on the CPU; of multires two bits for each pair of tiles and head.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch import Tensor
 from ..autotune.layer import Verdict
 from ..config import ToMeConfig
 from ..core.grid import Grid
-from ..merging.plan import Plan
+from ..merging.plan import MultiresPlan, Plan
 from .report import CallTally, StepTime, Tally
+from .resolutions import ChoosingTimer, Watcher
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Run:
         self.last: Any = None
         self.time: StepTime | None = None
         self.is_full = False
+        self.timer: ChoosingTimer | None = None  # of a run that is made to be timed
         self._owners: dict[tuple[int, Grid, int], dict[int, Tensor]] = {}
         self._bytes = 0
         self._lock = threading.Lock()
@@ -76,7 +78,7 @@ class Run:
                 self.facts[step] = facts
 
     def keep(self, step: int, grid: Grid, number: int, owner: Tensor, images: Sequence[int] | None = None) -> None:
-        """A layer's owners [rows, N]; the first of an image and step stay.
+        """A layer's owners [rows, N], or what multires chose [rows, ...]; the first of an image and step stay.
 
         images: whose rows these are; None: all images in their order, or one row for all of them.
         """
@@ -92,7 +94,8 @@ class Run:
             self._bytes += size
 
     def owner(self, step: int, grid: Grid, number: int) -> Tensor | None:
-        """What was kept of a layer in a step, [images or 1, N] int32, or None."""
+        """What was kept of a layer in a step, or None: owners [images or 1, N] int32; of multires the resolutions that
+        were chosen, packed [images, H, query tiles, .] (core/resolutions.py)."""
         known = self._owners.get((step, grid, number))
         return torch.stack([known[image] for image in sorted(known)]) if known else None
 
@@ -111,6 +114,7 @@ class CallRecord(CallTally):
         self.run = run
         self._rows, self._images = rows, images
         self._plans: list[tuple[Grid, int, Plan]] = []
+        self._watched: list[tuple[Grid, int, Watcher]] = []
 
     def lies_on(self, full: Grid) -> None:
         """The grid from which levels are counted, where it is not the latent's own size."""
@@ -123,7 +127,18 @@ class CallRecord(CallTally):
         number = super().layer(where, grid, plan, part, verdict)
         if plan is not None and self.run.config.kind.matches and self._rows is not None:
             self._plans.append((grid, number, plan))
+        if isinstance(plan, MultiresPlan):
+            self._watch(grid, number, plan)
         return number
+
+    def _watch(self, grid: Grid, number: int, plan: MultiresPlan) -> None:
+        """Have the plan's attention tell what it chooses."""
+        if self.run.timer is not None:
+            self.run.timer.watch(plan)
+        elif self._rows is not None:
+            watcher = Watcher()
+            plan.watch = watcher.see
+            self._watched.append((grid, number, watcher))
 
     def end(self) -> None:
         """Take what was chosen to the CPU: after the call, so that a GPU is waited for once."""
@@ -132,3 +147,6 @@ class CallRecord(CallTally):
             rows, images = (slice(0, 1), None) if shared else (self._rows, self._images)
             owner = plan.index[rows].gather(1, plan.groups[rows]).to(torch.int32)
             self.run.keep(self.step, grid, number, owner.cpu(), images)
+        for grid, number, watcher in self._watched:
+            if watcher.kept is not None:  # else sample took its place
+                self.run.keep(self.step, grid, number, watcher.kept[self._rows].cpu(), self._images)

@@ -46,7 +46,8 @@ class Layer:
 class StepTime:
     """What a step takes: milliseconds, medians of `rounds` measurements by turns, after a warm-up.
 
-    calls: of the model in a step. step: the one that was measured, from 0. ratio: what held there.
+    calls: of the model in a step. step: the one that was measured, from 0. ratio: what held there. choosing: of
+    multires, the share of its attentions' time in which tiles are chosen; None: not measured.
     """
 
     without: float
@@ -56,6 +57,7 @@ class StepTime:
     step: int
     ratio: float
     device: str
+    choosing: float | None = None
 
     @property
     def speedup(self) -> float:
@@ -103,7 +105,8 @@ class Report:
         config = self.config
         head = f"ToMe: method {config.method}, ratio {config.ratio:g}"
         head += f" to {config.ratio_end:g}" if config.ratio_end >= 0 else ""
-        lines = [f"{head}, seed {config.seed}", self._steps(), *resolutions(config), ""]
+        choosing = None if self.time is None else self.time.choosing
+        lines = [f"{head}, seed {config.seed}", self._steps(), *resolutions(config, choosing), ""]
         lines.append("Merged:" if self.merged else f"Nothing was merged{self._why_no_step()}.")
         for group in _alike(self.merged):
             first = group[0]

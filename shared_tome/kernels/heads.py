@@ -166,6 +166,14 @@ def attend_multires(
     return operator("multires")(q, k, v, mask, *cut, *counts, layer, scale)
 
 
+def choose_multires(q: Tensor, k: Tensor, tiles: Tiles, counts: Counts, scale: float) -> Tensor:
+    """The lists that attend_multires attends by, multires.choose of multires.scores; never to be traced."""
+    if not attends_multires(q, k, k, tiles):
+        return multires.choose(multires.scores(q, k, tiles, scale), tiles, counts)
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    return load().choose_multires(q, k, tiles, counts, scale)
+
+
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels that attend take heads q, k, v of such channels and so many tokens."""
     if not attends(q.shape[-1], q.dtype) or not q.dtype == k.dtype == v.dtype:

@@ -215,8 +215,11 @@ class MultiresPlan(SamplePlan):
     somebody asks for it.
 
     kept, draw: how many keys that sample has, and what draws it, [T, b, kept]. shares: (whole, half) of the tiles.
-    seed: [] or [b], step, layer: of the draws.
+    seed: [] or [b], step, layer: of the draws. watch: told of each attention before it is computed, as
+    kernels.attend_multires is; None: nobody wants to know.
     """
+
+    watch: Callable[..., None] | None = None
 
     def __init__(
         self,

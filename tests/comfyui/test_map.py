@@ -304,6 +304,37 @@ def test_transformers(comfy_nodes, tome, record, draw, spy, name, method):
         assert "single block 0" in chosen(run, 0, 1, 1).caption()[1]
 
 
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_what_a_query_saw_under_multires(comfy_nodes, tome, record, draw, name):
+    """Recording changes nothing; the node draws the query, the head and the layer that were asked for."""
+    model = tome(dit_host.small(name), method="multires", ratio=0.75, min_tokens=0, levels="0")
+    plain = dit_host.sample(model, name, steps=2)
+    told, kept = record(model)
+    assert torch.equal(dit_host.sample(told, name, steps=2), plain)
+    run, tokens = kept.run(), dit_host.SMALL[name].image
+    grid = run.facts[1].full
+    kept_of = run.owner(1, grid, 0)
+    assert kept_of.shape[:2] == (1, 2) and kept_of.dtype == torch.uint8  # one prompted row, two heads
+    size = [16 * side for side in grid[-2:]]
+    image = grey(*size, batch=9 if len(grid) == 3 else 1)
+    first = draw(kept, image)
+    assert first.shape == (1, *size, 3) and len(first.unique()) > 3
+    asked = [{"x": 3, "y": 5}]
+    # Of four tiles two heads or layers may choose the same.
+    asked += [{"head": 0}, {"layer": 1}, {"step": 0}] if name == "flux" else []
+    assert all(not torch.equal(first, draw(kept, image, **other)) for other in asked)
+    assert not run.is_full and tokens == math.prod(grid)
+    with pytest.raises(ValueError, match="x must be -1"):
+        draw(kept, image, x=size[1])
+
+
+def test_other_methods_take_no_notice_of_a_query(sd15, tome, record, draw):
+    model, kept = record(tome(sd15, method="sample"))
+    sample(model, steps=1)
+    image = grey(64, 64)
+    assert torch.equal(draw(kept, image), draw(kept, image, x=999, y=999, head=50))
+
+
 @pytest.mark.parametrize("method", ["sample", "merge"])
 def test_under_torch_compile(comfy_nodes, tome, record, draw, method):
     torch._dynamo.reset()

@@ -92,6 +92,21 @@ def test_a_mask(name, kind):
     assert torch.equal(got, launch_attend(q, k, v, tiles, drawn, lists, counts, 5, d**-0.5, mask=spread))
 
 
+@pytest.mark.parametrize("name", ["128 channels", "40 channels, small tiles"])
+def test_what_is_seen_of_the_choice_is_the_launches(name):
+    """And it is timed: some share of the attention's time."""
+    from shared_tome.inspect.resolutions import ChoosingTimer
+    from shared_tome.kernels.impl.multires import launch_choose
+
+    tiles, q, k, v = made(name, torch.bfloat16)
+    counts, scale = tile_counts(tiles, *shares(0.77)), q.shape[-1] ** -0.5
+    assert torch.equal(kernels.choose_multires(q, k, tiles, counts, scale), launch_choose(q, k, tiles, counts, scale))
+    timer = ChoosingTimer()
+    drawn = draw_keys(tiles, torch.tensor(3, device="cuda"), 0)
+    timer.see(q, k, v, tiles, drawn, counts, 0, scale, None)
+    assert 0.0 < timer.share < 1.0
+
+
 def test_all_whole_is_attention():
     from shared_tome.kernels.impl.multires import launch_multires
 

@@ -23,6 +23,7 @@ from .gather import launch_gather
 from .match import launch_match
 from .mean import heads_like, launch_links, launch_mean
 from .multires import launch_multires
+from .multires_choose import launch_choose
 from .nearest import launch_nearest
 from .own import launch_own
 from .select import launch_select
@@ -72,16 +73,12 @@ def _on_device_of(x: Tensor):
     return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
 
 
-def _rows(seed: Tensor) -> int:
-    return seed.numel()
-
-
 def _plain_draw(order, seed, step, number, kept, layer, count):
     return sampling.draw(order, kept, seed, number if step is None else step, layer, count)
 
 
 def _fake_draw(order, seed, step, number, kept, layer, count):
-    return order.new_empty((count, _rows(seed), kept))
+    return order.new_empty((count, seed.numel(), kept))
 
 
 def _plain_split(seed, step, number, layer, frames, height, width, cell_height, cell_width, random, count):
@@ -90,13 +87,13 @@ def _plain_split(seed, step, number, layer, frames, height, width, cell_height, 
     )
     grid, at = (frames, height, width), number if step is None else step
     parts = [partition(grid, config, key(seed, at, place, 1)) for place in range(layer, layer + count)]
-    src, dst = (torch.stack(lists).expand(count, _rows(seed), -1).contiguous() for lists in zip(*parts, strict=True))
+    src, dst = (torch.stack(lists).expand(count, seed.numel(), -1).contiguous() for lists in zip(*parts, strict=True))
     return src, dst
 
 
 def _fake_split(seed, step, number, layer, frames, height, width, cell_height, cell_width, random, count):
     kept = frames * (height // cell_height) * (width // cell_width)
-    rows = _rows(seed)
+    rows = seed.numel()
     return seed.new_empty((count, rows, frames * height * width - kept)), seed.new_empty((count, rows, kept))
 
 
@@ -218,6 +215,12 @@ def _cut(rows, table, image, size, queries, draws, *counts):
 
 def _launch_multires(q, k, v, mask, *given):
     return launch_multires(q, k, v, *_cut(*given[:-2]), *given[-2:], mask=mask)
+
+
+def choose_multires(q, k, *given):
+    """multires_choose.launch_choose, for who wants to see the choice: nothing that is traced."""
+    with _on_device_of(q):
+        return launch_choose(q, k, *given)
 
 
 def _plain_multires(q, k, v, mask, *given):
