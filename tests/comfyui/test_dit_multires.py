@@ -112,6 +112,24 @@ def test_a_mask_between_parts_of_the_image_is_for_sample(tome, ran, caplog):
     assert torch.equal(made, sampled)
 
 
+@pytest.mark.parametrize("schedule", [{"start": 0.5}, {"end": 0.5}])
+def test_a_schedule_and_own_tokens(tome, ran, schedule):
+    """Before `start` and behind `end` nothing is merged; the option `own token` changes nothing."""
+    model = dit_host.small("flux")
+    made = []
+    for own in (True, False):
+        made.append(
+            [
+                dit_host.call(tome(model, **options(ratio=0.75, own_token=own, **schedule)), "flux", sigma=sigma)
+                for sigma in (1.0, 0.3)
+            ]
+        )
+    before = dit_host.call(model, "flux")
+    merged = [not torch.equal(one, before) for one in made[0]]
+    assert merged == ([False, True] if "start" in schedule else [True, False])
+    assert all(torch.equal(*pair) for pair in zip(*made, strict=True)) and len(ran) == 4
+
+
 def test_seeds_and_runs(tome, ran):
     model = dit_host.small("flux")
     one, again, other = (

@@ -72,6 +72,25 @@ def test_a_ratio_of_nearly_nothing_is_nearly_the_whole_attention():
     assert torch.allclose(got[:, :, 3 + tokens :], full[:, :, 3 + tokens :], atol=1e-5)
 
 
+def test_its_sample_is_drawn_only_where_it_is_needed(monkeypatch):
+    """One launch a step and grid less. What is drawn late is what would have been drawn at once."""
+    drawn, real = [], ModelCall._draw
+    monkeypatch.setattr(ModelCall, "_draw", lambda *given: drawn.append(given[1:]) or real(*given))
+    call, (joint, _) = call_of(ratio=0.75), said_by()
+    plans = [plan_of(call) for _ in range(3)]
+    for plan in plans:
+        assert joint.attend(*heads(192), 0, plan) is not None
+        assert (plan.tokens, plan.kept, plan.batch, plan.even, plan.ratio) == (192, 48, 2, True, 0.75)
+    assert not drawn
+    sampled = ModelCall(config(method="sample", ratio=0.75), GRID, CPU, seed=5, step=2)
+    expected = [plan_of(sampled) for _ in range(3)]
+    drawn.clear()
+    for number in (2, 0, 1):
+        assert torch.equal(plans[number].turns, expected[number].turns)
+        assert torch.equal(plans[number].index, expected[number].index)
+    assert [given[2] for given in drawn] == [2, 0, 1], "each once"
+
+
 def test_another_seed_or_step_draws_others():
     q, k, v = heads(192)
 
