@@ -316,3 +316,51 @@ def test_a_cache_that_moves_on_is_not_measured(dit, tome, comfy_nodes):
     text = comfy_nodes["ToMeReport"].execute(record=record, after=None, measure_time=True).result[0]
     assert "24 to 6 tokens" in text
     assert "the time was not measured: another node or the sampler runs the model in a way of its own" in text
+
+
+def conditioning(which, seed: int) -> list:
+    return [[torch.randn(1, *which.text, generator=torch.Generator().manual_seed(seed)), {}]]
+
+
+@pytest.mark.parametrize("name", ["ltx2", "minimax"])
+def test_a_sampler_with_video_and_sound(dit, tome, merged_layers, caplog, name):
+    """Through ComfyUI's KSampler, which packs both latents into one and tells their shapes."""
+    import nodes
+    from comfy.nested_tensor import NestedTensor
+
+    which = ALL[name]
+
+    def sample(model):
+        latent = NestedTensor([torch.zeros(1, *shape[1:]) for shape in which.constants["latent_shapes"]])
+        prompts = (conditioning(which, seed) for seed in (1, 2))
+        out = nodes.KSampler().sample(model, 1, 2, 3.0, "euler", "simple", *prompts, {"samples": latent}, 1.0)
+        return out[0]["samples"].unbind()
+
+    plain = sample(dit(name))
+    assert not merged_layers
+    host.forget_log()
+    with caplog.at_level(logging.INFO, logger="ToMe"):
+        merged = sample(tome(dit(name), ratio=0.75))
+    assert merged_layers and {layer[0].tokens for layer in merged_layers} == {which.image}
+    assert not any("nothing was merged" in line or "left alone" in line for line in log(caplog))
+    for one, other in zip(plain, merged, strict=True):
+        assert other.shape == one.shape and other.isfinite().all() and not torch.equal(one, other)
+    again = sample(tome(dit(name), ratio=0.75))
+    assert all(torch.equal(one, other) for one, other in zip(merged, again, strict=True))
+
+
+def test_the_sampler_of_wan_causal(dit, tome, merged_layers):
+    """ComfyUI's ar_video: a frame at a time, two steps each and one that fills the cache."""
+    import comfy.sample
+    import comfy.samplers
+
+    def sample(model):
+        sampler, prompts = comfy.samplers.ksampler("ar_video"), [conditioning(ALL["causal"], seed) for seed in (1, 2)]
+        noise = torch.randn(1, 16, 3, 8, 12, generator=torch.Generator().manual_seed(1))
+        sigmas, latent = torch.tensor([1.0, 0.6, 0.0]), torch.zeros(1, 16, 3, 8, 12)
+        return comfy.sample.sample_custom(model, noise, 1.0, sampler, sigmas, *prompts, latent, seed=1)
+
+    plain, merged = sample(dit("causal")), sample(tome(dit("causal"), ratio=0.75))
+    assert merged.shape == plain.shape and merged.isfinite().all() and not torch.equal(merged, plain)
+    assert [layer[0].tokens for layer in merged_layers] == [24] * 6 + [48] * 6 + [72] * 6
+    assert hooks(dit("causal")) == 0 and torch.equal(sample(dit("causal")), plain)
