@@ -364,3 +364,21 @@ def test_the_sampler_of_wan_causal(dit, tome, merged_layers):
     assert merged.shape == plain.shape and merged.isfinite().all() and not torch.equal(merged, plain)
     assert [layer[0].tokens for layer in merged_layers] == [24] * 6 + [48] * 6 + [72] * 6
     assert hooks(dit("causal")) == 0 and torch.equal(sample(dit("causal")), plain)
+
+
+def test_a_sampler_with_hidream_o1(dit, tome, merged_layers):
+    """Through KSampler, which tells the prompt as numbers; each step after the first asks the cache for it."""
+    import nodes
+    from comfy.ldm.hidream_o1.model import TMS_TOKEN_ID
+
+    def sample(model):
+        model.model.diffusion_model.clear_kv_cache()
+        told = [{"text_input_ids": torch.tensor([[first, 2, 3, 4, 5, 6, TMS_TOKEN_ID]])} for first in (1, 9)]
+        prompts = [[[torch.zeros(1, 1, 48), one]] for one in told]
+        latent = {"samples": torch.zeros(1, 3, 256, 384)}
+        return nodes.KSampler().sample(model, 1, 2, 3.0, "euler", "simple", *prompts, latent, 1.0)[0]["samples"]
+
+    plain, merged = sample(dit("hidream_o1")), sample(tome(dit("hidream_o1"), ratio=0.75))
+    assert merged.isfinite().all() and not torch.equal(merged, plain)
+    assert {(layer[2].shape[2], layer[3].shape[2], layer[5]) for layer in merged_layers} == {(97, 103, 7)}
+    assert torch.equal(sample(tome(dit("hidream_o1"), ratio=0.75)), merged)
