@@ -97,7 +97,7 @@ def _generate(host: Path, out: Path, request: Request, journal: Journal) -> None
             stats = client.get("/system_stats")
             current.result = report.machine(stats)
         try:
-            _Session(client, request, journal, out, comfy.log).run(stats)
+            Session(client, request, journal, out, comfy.log).run(stats)
         except PromptError as error:
             hint = "" if own else "A workflow finds its models in the ComfyUI that --comfyui names."
             raise SetupError(f"{error}\n{comfy.told()}", hint) from error
@@ -105,7 +105,7 @@ def _generate(host: Path, out: Path, request: Request, journal: Journal) -> None
         comfy.stop()
 
 
-class _Session:
+class Session:
     """The generations of one start of the server."""
 
     def __init__(self, client: ComfyClient, request: Request, journal: Journal, out: Path, log: Path) -> None:
@@ -113,7 +113,10 @@ class _Session:
         self.known = client.get("/object_info")
         self.nonce = int(time.time()) % 2**24  # another one in each start
         self.base = self._base()
-        self.variants, self.notes = self._variants()
+        presets = {name: preset.options for name, preset in PRESETS.items()}
+        self.variants, self.notes = plan.possible(
+            plan.all_variants(presets), plan.CACHE in self.known, self.base.own_cache, self.base.steps()
+        )
 
     def run(self, stats: dict[str, Any]) -> None:
         """Whatever is not in the journal yet."""
@@ -141,7 +144,9 @@ class _Session:
             count = f"{len(jobs) - len(todo) + number + 1} of {len(jobs)}"
             title = f"{count}: {job.size}, {job.variant.name}, picture {job.picture + 1}"
             with stage(f"{title}, first" if job.kind == FIRST else title) as current:
-                record = self._one(job, lambda step, steps, current=current: current.note(f"step {step} of {steps}"))
+                record = self.generate(
+                    job, lambda step, steps, current=current: current.note(f"step {step} of {steps}")
+                )
                 self.journal.add(job.key, record)
                 done.append(job)
                 left = plan.time_left(todo[number + 1 :], done, time.monotonic() - began)
@@ -161,22 +166,6 @@ class _Session:
         settings = workflow.Settings(request.steps, cfg=3.0, scheduler="simple")
         return Graph(workflow.demo_workflow(self.known["ToMeDemoModel"], subject, settings, None), self.known)
 
-    def _variants(self) -> tuple[list[plan.Variant], list[str]]:
-        """Those that this workflow and this ComfyUI can run, and why the others are left out."""
-        found, notes = plan.all_variants({name: preset.options for name, preset in PRESETS.items()}), []
-        if plan.CACHE not in self.known:
-            notes.append("EasyCache is left out: this ComfyUI has no such node.")
-        elif self.base.own_cache:
-            notes.append(
-                "EasyCache is left out: the workflow has a node of that kind already, which all variants keep."
-            )
-        if notes:
-            found = [variant for variant in found if not variant.cache]
-        if (self.base.steps() or 1) < 2:
-            notes.append("Fewer steps are left out: no node of the workflow has a number of steps of its own.")
-            found = [variant for variant in found if variant.share == 1]
-        return found, notes
-
     def _graph(self, size: str, picture: int) -> Graph:
         made, chosen = self._base(), self.request.pictures[picture]
         demo = self.request.checkpoint is None and self.request.workflow is None
@@ -195,7 +184,7 @@ class _Session:
         self.nonce += 1
         return made.with_variant(job.variant, self.nonce), made.timed()
 
-    def _one(self, job: Job, progress: Any) -> dict[str, Any]:
+    def generate(self, job: Job, progress: Any) -> dict[str, Any]:
         """Generate, keep the pictures, and return what was measured."""
         prompt, timed = self._prompt(job)
         before = self.log.stat().st_size

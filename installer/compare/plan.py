@@ -154,6 +154,27 @@ def all_variants(presets: dict[str, dict[str, Any]]) -> list[Variant]:
     ]
 
 
+def possible(
+    variants: Sequence[Variant], has_cache: bool, own_cache: bool, steps: int | None
+) -> tuple[list[Variant], list[str]]:
+    """Those of the variants that can be run, and why the others are left out.
+
+    has_cache: whether this ComfyUI has EasyCache; own_cache: whether the workflow has a node of that kind; steps: the
+    workflow's, None where no node has a number of its own.
+    """
+    found, notes = list(variants), []
+    if not has_cache:
+        notes.append("EasyCache is left out: this ComfyUI has no such node.")
+    elif own_cache:
+        notes.append("EasyCache is left out: the workflow has a node of that kind already, which all variants keep.")
+    if notes:
+        found = [variant for variant in found if not variant.cache]
+    if steps is None or round(FEWER * steps) in (0, steps):
+        notes.append("Fewer steps are left out: no node of the workflow has enough steps of its own.")
+        found = [variant for variant in found if variant.share == 1]
+    return found, notes
+
+
 def jobs(sizes: Sequence[str], variants: Sequence[Variant], pictures: int) -> list[Job]:
     """All generations in their order.
 

@@ -81,7 +81,7 @@ def found(folder):
 
 def test_the_json_is_one_that_the_lab_takes(found):
     assert schema.problems(found) == []
-    assert found["model"]["family"] == "BaseModel" and found["prompts"] == ["astronaut"]
+    assert found["model"]["family"] == "DemoConfig" and found["prompts"] == ["astronaut"]
     assert str(REPO) not in json.dumps(found)
 
 
@@ -157,7 +157,7 @@ def test_what_comfyui_says_of_a_bad_workflow_is_told(server, started, tmp_path):
 def test_the_graph_of_the_demo_is_what_it_would_be_by_hand(server):
     _, client = server
     known = client.get("/object_info")
-    base = compare._Session(client, SHORT, Journal(REPO / "nowhere", {}), REPO, server[0].log).base
+    base = compare.Session(client, SHORT, Journal(REPO / "nowhere", {}), REPO, server[0].log).base
     assert isinstance(base, Graph)
     made = base.with_variant(plan.Variant("x", tome={"ratio": 0.5}, cache=True), 1)
     chain, id = [], made["sampler"]["inputs"]["model"][0]

@@ -78,4 +78,4 @@ def test_a_video_gives_frames_spread_over_it(nodes, sd15, monkeypatch):
     frames = torch.arange(50.0)[:, None, None, None].expand(50, 2, 2, 3)
     told = nodes.ToMeCompareTake.execute(images=frames, model=sd15).ui
     assert kept[0][:, 0, 0, 0].tolist() == [0, 7, 14, 21, 28, 35, 42, 49]
-    assert told["family"] == ["BaseModel"] and told["dtype"] == ["float32"]
+    assert told["family"] == ["SD15"] and told["dtype"] == ["float32"]

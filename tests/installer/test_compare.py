@@ -105,6 +105,24 @@ def test_what_a_new_server_would_time_cold_is_warmed_up():
     assert len(plan.to_warm_up(jobs[10:])) == len(VARIANTS)
 
 
+@pytest.mark.parametrize(
+    ("has_cache", "own_cache", "steps", "left", "words"),
+    [
+        (True, False, 20, [], []),
+        (False, False, 20, ["EasyCache", "EasyCache + Balanced"], ["no such node"]),
+        (True, True, 20, ["EasyCache", "EasyCache + Balanced"], ["of that kind already"]),
+        (True, False, None, ["fewer steps"], ["Fewer steps"]),
+        (True, False, 1, ["fewer steps"], ["Fewer steps"]),
+        (False, False, 2, ["fewer steps", "EasyCache", "EasyCache + Balanced"], ["no such node", "Fewer steps"]),
+        (True, False, 3, [], []),
+    ],
+)
+def test_what_cannot_be_run_is_left_out_with_the_reason(has_cache, own_cache, steps, left, words):
+    found, notes = plan.possible(VARIANTS, has_cache, own_cache, steps)
+    assert [one.name for one in VARIANTS if one not in found] == left
+    assert len(notes) == len(words) and all(part in note for part, note in zip(words, notes, strict=True))
+
+
 def test_time_left_counts_pixels_and_steps():
     small, large = (plan.Job(size, VARIANTS[0], 0, TIMED) for size in ("512x512", "1024x1024"))
     assert plan.time_left([small, small], [small], 10.0) == "20 s left"

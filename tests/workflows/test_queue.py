@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from installer.client import Result
+from installer.compare.__main__ import Session
 from installer.compare.graph import TAKE, Graph
-from installer.compare.plan import all_variants
+from installer.compare.journal import Journal
+from installer.compare.plan import TIMED, Job, Picture, Request, all_variants
 
 from .build import FOLDER, graphs
 from .convert import Mismatch, specs, to_prompt, widget_names
@@ -113,6 +115,21 @@ def test_install_py_compares_with_it(client, info, name):
         taken.append(np.stack([frames(data)[0] for data in client.images(result)]))
     assert taken[0].shape == taken[1].shape and len(taken[0]) == (5 if "video" in name else 1)
     assert (taken[0] != taken[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("v1-5-pruned-emaonly-fp16.safetensors", "SmallSD15"), ("sd_xl_base_1.0.safetensors", "SmallSDXL")],
+)
+def test_install_py_compares_on_a_checkpoint(client, name, family, tmp_path):
+    (tmp_path / "log").write_text("")
+    request = Request((Picture("a boat", 7),), ("128x192",), checkpoint=tmp_path / name, steps=3)
+    session = Session(client, request, Journal(tmp_path, {}), tmp_path, tmp_path / "log")
+    assert len(session.variants) == 7 and not session.notes and session.base.loaded() == [name]
+    record = session.generate(Job("128x192", session.variants[-1], 0, TIMED), None)
+    assert record["family"] == family
+    with Image.open(tmp_path / "pictures" / record["pictures"][0]) as picture:
+        assert picture.size == (128, 192) and record["seconds"] > 0
 
 
 def test_comparison_shows_both_pictures(client, info):

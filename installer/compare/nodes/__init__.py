@@ -70,7 +70,7 @@ class ToMeCompareTake(io.ComfyNode):
         chosen = images[torch.linspace(0, len(images) - 1, min(FRAMES, len(images))).round().long()]
         told = {
             "peak_bytes": [peak],
-            "family": [type(model.model).__name__],
+            "family": [type(getattr(model.model, "model_config", model.model)).__name__],  # SD15, SDXL, Flux ...
             "dtype": [str(model.model.get_dtype()).removeprefix("torch.")],
         }
         return io.NodeOutput(ui={**ui.PreviewImage(chosen, cls=cls).as_dict(), **told})
