@@ -15,7 +15,8 @@ from comfy_api.latest import io
 
 from ..shared_tome.autotune.layer import Verdict
 from ..shared_tome.vit.autotune import by_pixels, verdict_of
-from ..shared_tome.vit.hooks import SCHEDULES, Attachment, Options
+from ..shared_tome.vit.hooks import Attachment
+from ..shared_tome.vit.options import SCHEDULES, Options
 from ..shared_tome.vit.towers import Tower, find_tower
 from .log import say_once
 from .schema import make

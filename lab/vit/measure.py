@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import shared_tome.vit as vit
-from shared_tome.vit.hooks import Options
+from shared_tome.vit.options import Options
 
 from ..timing import Moment, spread, take_turns
 from .methods import METHODS, apply, late

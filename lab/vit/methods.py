@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from shared_tome.merging.plan import MergePlan, Plan
-from shared_tome.vit.hooks import Attachment, Call, Options, attach
+from shared_tome.vit.hooks import Attachment, Call, attach
+from shared_tome.vit.options import Options
 
 SEED = 505
 

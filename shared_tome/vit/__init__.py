@@ -20,7 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .autotune import Judge
-from .hooks import NAME, Options, attach, detach
+from .hooks import NAME, attach, detach
+from .options import Options
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +54,8 @@ def apply_patch(
     """Merge the tokens of a vision transformer from now on, in place. A second call replaces the first.
 
     Args:
-        model: timm's VisionTransformer (DeiT, distilled ones, registers), or a transformers model with a CLIP or
-            SigLIP vision tower (its text tower is left alone).
+        model: timm's VisionTransformer (DeiT, distilled ones, registers) or NaFlexVit, or a transformers model with one
+            vision tower of those in towers.SERVED (its text tower is left alone).
         r: how many tokens fewer in each block, or a list with one number a block. Never more than half of a block's.
         ratio: instead of r, the share of the tokens that is gone after the last block.
         schedule: "constant", or "falling": from twice as many in the first block in a straight line to none in the

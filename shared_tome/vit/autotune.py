@@ -19,7 +19,8 @@ from ..autotune.layer import known_or_measured, may_measure, name_of
 from ..autotune.store import NotNow
 from ..autotune.verdict import Verdict
 from ..core.curve import is_compiling
-from .hooks import Attachment, Options
+from .hooks import Attachment
+from .options import Options
 from .towers import Tower, find_tower
 
 log = logging.getLogger("ToMe")

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,60 +21,12 @@ from ..attention.sdpa import Handler, HostAttention, SdpaHooks, leave_left_modes
 from ..config import ToMeConfig
 from ..merging.match import match_tokens
 from ..merging.plan import Plan
+from .options import Options
+from .padding import Padding
+from .places import mean_turns
 from .towers import Tower, find_tower, reads_between
 
 NAME = "_shared_tome_vit"  # the attribute of a patched model that keeps its attachment
-SCHEDULES = ("constant", "falling")
-RESTORES = ("last", "all", "none")
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of vit.apply_patch."""
-
-    r: int | Sequence[int] | None = None
-    ratio: float | None = None
-    schedule: str = "constant"
-    proportional: bool = True
-    restore: str = "last"
-    trace: bool = False
-
-    def check(self, depth: int) -> None:
-        """Raises ValueError naming what is out of range for that many blocks."""
-        if (self.r is None) == (self.ratio is None):
-            raise ValueError(f"give r or ratio, one of the two, got r={self.r!r} and ratio={self.ratio!r}")
-        if self.ratio is not None and not 0.0 <= self.ratio < 1.0:
-            raise ValueError(f"ratio must lie in 0 to 1, without 1, got {self.ratio!r}")
-        for name, choices in (("schedule", SCHEDULES), ("restore", RESTORES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.r is None:
-            return
-        numbers = (self.r,) if isinstance(self.r, int) else tuple(self.r)
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-            raise ValueError(f"r must be a whole number from 0 on, or a list of them, got {self.r!r}")
-        if not isinstance(self.r, int) and len(numbers) != depth:
-            raise ValueError(f"r must have one number for each of the {depth} blocks, got {len(numbers)}")
-
-    def per_block(self, depth: int, tokens: int) -> tuple[int, ...]:
-        """How many of that many tokens (without the prefix) go in each block, before each block's own limit."""
-        if self.r is not None and not isinstance(self.r, int):
-            return tuple(self.r)
-        total = self.r * depth if self.r is not None else int(tokens * self.ratio)
-        return spread_total(total, depth, self.schedule)
-
-
-@functools.lru_cache(maxsize=256)
-def spread_total(total: int, depth: int, schedule: str) -> tuple[int, ...]:
-    """`total` over the blocks in whole numbers: evenly, or falling in a straight line to 0. The sum is exact."""
-    weights = [1.0] * depth
-    if schedule == "falling" and depth > 1:
-        weights = [2.0 * (depth - 1 - i) / (depth - 1) for i in range(depth)]
-    edges, way = [0], 0.0
-    for weight in weights:
-        way += weight
-        edges.append(int(total * way / depth + 0.5))
-    return tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
 
 
 class Call:
@@ -84,8 +34,9 @@ class Call:
 
     def __init__(self, owner: Attachment, per_block: tuple[int, ...], first: int):
         self.owner, self.per_block, self.prefix, self.first = owner, per_block, owner.prefix, first
-        self.follows = owner.options.trace or owner.options.restore != "none"
+        self.follows = owner.options.trace or owner.options.restore != "none" or owner.turns
         self.sizes: Tensor | None = None  # [B, M]; None: all 1
+        self.padding: Padding | None = None
         self.bias: Tensor | None = None  # [B, M], their logarithm
         self.sources: Tensor | None = None  # [B, N]
         self.metric: Tensor | None = None  # [B, M, d], this block's keys
@@ -103,6 +54,8 @@ class Call:
             return None
         # Registers beyond the two tokens that matching can keep in place are put aside.
         aside = prefix - 1 if prefix > 2 else 0
+        if self.padding is not None:
+            metric = self.padding.set_apart(metric, self.sizes)
         plan = self.owner.match(metric[:, aside:], prefix - aside, goes)
         if plan.is_identity:
             return None
@@ -120,10 +73,11 @@ class Call:
         return merged
 
     def key_bias(self) -> Tensor | None:
-        """log(sizes) [B, M], or None where all are 1."""
+        """log(sizes) [B, M], or None where all are 1; what hides padding alone where keys are not weighed."""
         if self.bias is None and self.sizes is not None:
-            self.bias = self.sizes.log()
-        return self.bias
+            weighed = self.sizes.log() if self.owner.options.proportional else torch.zeros_like(self.sizes)
+            self.bias = weighed if self.padding is None else self.padding.hide(weighed, self.sizes)
+        return self.bias if self.owner.options.proportional or self.padding is not None else None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -141,7 +95,7 @@ class Attachment:
 
     def __init__(self, tower: Tower, options: Options, thread: int | None = None):
         self.options, self.thread = options, thread
-        self.depth, self.prefix = len(tower.blocks), tower.prefix
+        self.depth, self.prefix, self.turns = len(tower.blocks), tower.prefix, tower.turns
         self.last: tuple[Tensor, Tensor, tuple[int, ...], tuple[Tensor, ...]] | None = None
         self._calls: dict[int, Call] = {}
         self._paused: set[int] = set()  # threads
@@ -200,7 +154,7 @@ class Attachment:
         call = self._calls.pop(threading.get_ident())
         if self.options.trace:
             batch, count, _ = tokens.shape
-            sizes = torch.ones(batch, count, device=tokens.device) if call.sizes is None else call.sizes
+            sizes = torch.ones(batch, count, device=tokens.device) if call.sizes is None else call.sizes.round()
             every = torch.arange(call.first, device=tokens.device).expand(batch, -1)  # (B, N)
             steps = tuple(every if sources is None else sources for sources in call.steps)
             self.last = (steps[-1], sizes, tuple(call.counts), steps)
@@ -225,6 +179,8 @@ class _Block:
             handles.append(attention.register_forward_pre_hook(self._give_attention, with_kwargs=True))
         else:
             handles += SdpaHooks(attention, self._before_attention).handles
+        if tower.turns:
+            handles.append(attention.register_forward_pre_hook(self._turn, with_kwargs=True))
         return handles
 
     def _before_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -241,20 +197,34 @@ class _Block:
         return args, {**kwargs, _name(kwargs): out}
 
     def _wants_attention(self, call: Call | None) -> bool:
-        weighted = self.owner.options.proportional
-        return call is not None and (call.per_block[self.place] > 0 or (weighted and call.sizes is not None))
+        if call is None or call.per_block[self.place] > 0:
+            return call is not None
+        return call.sizes is not None and (self.owner.options.proportional or call.padding is not None)
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
         return self._attend if self._wants_attention(self.owner.call) else None
 
     def _attend(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, H, M, d] -> [B, H, M, d]."""
-        if not attention.is_plain:
-            raise ValueError("ToMe does not go with masked attention: merged tokens have no place in the mask")
         call = self.owner.call
+        if not attention.is_plain:
+            if call.padding is None:
+                call.padding = Padding(attention, k.shape[2] == call.first, self.owner.options.restore)
+                call.sizes = call.padding.sizes_of(k.shape[0])
+            attention = HostAttention(attention.func, attention.options, None)
         if call.per_block[self.place] > 0:
             call.metric = self.owner.metric(q, k)
-        return attention(q, k, v, bias=call.key_bias() if self.owner.options.proportional else None)
+        return attention(q, k, v, bias=call.key_bias())
+
+    def _turn(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        """Give merged tokens the places of what they stand for, where keys turn by their place."""
+        call = self.owner.call
+        if call is None or call.sources is None:
+            return None
+        x = args[0] if args else kwargs[_name(kwargs)]
+        prefix = self.owner.prefix
+        turns = mean_turns(kwargs["position_embeddings"], call.sources, prefix, x.shape[1] - prefix)
+        return args, {**kwargs, "position_embeddings": turns}
 
     def _give_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """ComfyUI: attention(x, mask, optimized_attention), the last called as f(q, k, v, heads, mask)."""
@@ -266,14 +236,13 @@ class _Block:
         if given.get("mask") is not None:
             raise ValueError("ToMe does not go with masked attention: merged tokens have no place in the mask")
         host, goes = given["optimized_attention"], call.per_block[self.place]
-        proportional = self.owner.options.proportional
 
         def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
             """q, k, v [B, M, H * d] -> [B, M, H * d]. A newer ComfyUI hands tensors over in containers."""
             q, k, v = (x if isinstance(x, Tensor) else x.take() for x in (q, k, v))
             if goes > 0:
                 call.metric = self.owner.metric(*(x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k)))
-            bias = call.key_bias() if proportional else None
+            bias = call.key_bias()
             if bias is None:
                 return host(q, k, v, heads, *args, **kwargs)
             kwargs.pop("preferred_attention", None)  # by the layer's weights; it may not take heads with weights

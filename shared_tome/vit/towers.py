@@ -10,28 +10,46 @@ from torch import nn
 from ..hooks.served import served_as
 
 SERVED = (
-    "timm's VisionTransformer, transformers' vision towers of CLIP, SigLIP, AltCLIP, BLIP-2, Chinese CLIP, CLIPSeg, "
-    "InstructBLIP, Janus, MetaCLIP 2, OWL-ViT and OWLv2, and ComfyUI's CLIP and SigLIP encoders"
+    "timm's VisionTransformer and NaFlexVit, transformers' vision towers of CLIP, SigLIP, AltCLIP, BLIP-2, Chinese "
+    "CLIP, CLIPSeg, InstructBLIP, Janus, MetaCLIP 2, OWL-ViT, OWLv2, SigLIP 2, ViT, DeiT, ViT-MSN, DINOv2, DINOv2 with "
+    "registers and DINOv3 ViT, and ComfyUI's CLIP and SigLIP encoders"
 )
-_TIMM = ("VisionTransformer", "VisionTransformerDistilled")
+_TIMM = ("VisionTransformer", "VisionTransformerDistilled", "NaFlexVit")
 _TIMM_BLOCKS = ("vision_transformer.Block",)
-# Layers of transformers' and ComfyUI's towers. Others may turn keys by their place or mask some of the patches.
-_LAYERS = (
-    "AltCLIPEncoderLayer",
-    "Blip2EncoderLayer",
-    "CLIPEncoderLayer",
-    "CLIPSegEncoderLayer",
-    "ChineseCLIPVisionLayer",
-    "InstructBlipEncoderLayer",
-    "JanusVisionEncoderLayer",
-    "MetaClip2EncoderLayer",
-    "OwlViTEncoderLayer",
-    "Owlv2EncoderLayer",
-    "SiglipEncoderLayer",
-    "clip_model.CLIPLayer",
-)
+# Layers of transformers' and ComfyUI's towers, by the names of their attention, of the norm before the MLP and of the
+# last module of the MLP's branch (which may stand behind the attention too). Others may add a bias for each place.
+_LAYERS = {
+    name: ("self_attn", "layer_norm2", "mlp")
+    for name in (
+        "AltCLIPEncoderLayer",
+        "Blip2EncoderLayer",
+        "CLIPEncoderLayer",
+        "CLIPSegEncoderLayer",
+        "ChineseCLIPVisionLayer",
+        "InstructBlipEncoderLayer",
+        "JanusVisionEncoderLayer",
+        "MetaClip2EncoderLayer",
+        "OwlViTEncoderLayer",
+        "Owlv2EncoderLayer",
+        "Siglip2EncoderLayer",
+        "SiglipEncoderLayer",
+        "clip_model.CLIPLayer",
+    )
+}
+_LAYERS |= {name: ("attention", "layernorm_after", "dropout") for name in ("ViTLayer", "DeiTLayer", "ViTMSNLayer")}
+_LAYERS |= {
+    name: ("attention", "norm2", "drop_path") for name in ("Dinov2Layer", "Dinov2WithRegistersLayer", "DINOv3ViTLayer")
+}
+# Those that turn queries and keys by their place.
+_TURNING = ("DINOv3ViTLayer",)
 
-_READERS = ("CLIPSegForImageSegmentation",)  # models that read the tokens between the blocks
+# Models that read the tokens between the blocks, or have a part that does.
+_READERS = (
+    "CLIPSegForImageSegmentation",
+    "DINOv3ViTBackbone",
+    "Dinov2Backbone",
+    "Dinov2WithRegistersBackbone",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +58,7 @@ class Tower:
 
     attention, norm, tail: names of the attention, of the norm before the MLP, and of the last module of the MLP's
     branch. prefix: how many tokens stand before the patches. explicit: the host hands the attention function to the
-    attention (ComfyUI).
+    attention (ComfyUI). turns: it turns queries and keys by their place.
     """
 
     blocks: list[nn.Module]
@@ -49,6 +67,7 @@ class Tower:
     tail: str
     prefix: int
     explicit: bool = False
+    turns: bool = False
 
 
 def find_tower(model: nn.Module) -> Tower:
@@ -78,27 +97,44 @@ def _timm_tower(model: nn.Module) -> Tower | None:
 
 
 def _clip_tower(model: nn.Module) -> Tower | None:
-    """transformers' and ComfyUI's towers have the same layout."""
+    """transformers' and ComfyUI's towers have a list of layers each, and embeddings before it."""
     found = []
     for path, module in model.named_modules():
-        layers = getattr(module, "layers", None)
+        layers = getattr(module, "layers", getattr(module, "layer", None))
         if "text_model" in path.split(".") or not isinstance(layers, nn.ModuleList) or not len(layers):
             continue
-        if all(served_as(layer, _LAYERS) is not None for layer in layers):
-            found.append(list(layers))
-    embeddings = [m for path, m in model.named_modules() if hasattr(m, "patch_embedding")]
+        names = {served_as(layer, _LAYERS) for layer in layers}
+        if len(names) == 1 and None not in names:
+            found.append((names.pop(), list(layers)))
+    embeddings = [m for path, m in model.named_modules() if _embeds(m)]
     if len(found) != 1 or len(embeddings) != 1:
         return None
-    prefix = int(getattr(embeddings[0], "class_embedding", None) is not None)
-    attention = found[0][0].self_attn
+    (name, layers), (embedding,) = *found, embeddings
+    parts = _LAYERS[name]
+    if not all(isinstance(getattr(layer, part, None), nn.Module) for layer in layers for part in parts):
+        return None  # of another version, with other parts
+    attention = getattr(layers[0], parts[0])
     kernel = getattr(getattr(attention, "config", None), "_attn_implementation", "sdpa")
     if kernel != "sdpa":
         raise ValueError(f"ToMe needs attn_implementation='sdpa', this model has {kernel!r}")
     explicit = "optimized_attention" in inspect.signature(type(attention).forward).parameters
-    return Tower(found[0], "self_attn", "layer_norm2", "mlp", prefix, explicit)
+    return Tower(layers, *parts, _prefix_of(embedding), explicit, name in _TURNING)
+
+
+def _embeds(module: nn.Module) -> bool:
+    """Whether a module makes a tower's tokens."""
+    return hasattr(module, "patch_embedding") or (hasattr(module, "patch_embeddings") and hasattr(module, "cls_token"))
+
+
+def _prefix_of(embedding: nn.Module) -> int:
+    """How many tokens it puts before the patches."""
+    tokens = (getattr(embedding, name, None) for name in ("cls_token", "distillation_token", "register_tokens"))
+    single = getattr(embedding, "class_embedding", None) is not None
+    return int(single) + sum(x.shape[1] for x in tokens if x is not None)
 
 
 def reads_between(model: nn.Module) -> bool:
     """Whether a model takes from its tower more than the output: some of transformers' (LLaVA and its kind: -2)."""
     layer = getattr(getattr(model, "config", None), "vision_feature_layer", None)
-    return served_as(model, _READERS) is not None or layer not in (None, -1, [-1], (-1,))
+    reads = any(served_as(module, _READERS) is not None for module in model.modules())
+    return reads or layer not in (None, -1, [-1], (-1,))

@@ -36,9 +36,10 @@ def ties(keys: list[Tensor], r: int, prefix: int) -> list[list[int]]:
     return [[i] for i in range(aside)] + [[i + aside for i in group] for group in order]
 
 
-def run_blocks(blocks, tokens: Tensor, rs: list[int], prefix: int, proportional: bool, parts) -> tuple:
+def run_blocks(blocks, tokens: Tensor, rs: list[int], prefix: int, proportional: bool, parts, turn=None) -> tuple:
     """One image's tokens [N, C] through the blocks.
 
+    turn(x [H, N, d], members): queries or keys turned by the places of the first tokens that each stands for, or None.
     parts(block): the functions (attention's q, k, v [H, N, d] from tokens, its projection, the MLP's branch).
     Returns the tokens [M, C], for each the list of first tokens in it, and the count in each block's MLP.
     """
@@ -46,6 +47,8 @@ def run_blocks(blocks, tokens: Tensor, rs: list[int], prefix: int, proportional:
     for block, r in zip(blocks, rs, strict=True):
         qkv, project, branch = parts(block)
         q, k, v = qkv(torch.stack(x)[None])  # (H, N, d)
+        if turn is not None:
+            q, k = turn(q, members), turn(k, members)
         logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         if proportional:
             logits = logits + torch.tensor([len(group) for group in members], dtype=logits.dtype).log()

@@ -11,7 +11,7 @@ import torch
 import shared_tome.vit as vit
 from shared_tome import match_tokens
 from shared_tome.vit import hooks as vit_hooks
-from shared_tome.vit.hooks import spread_total
+from shared_tome.vit.options import spread_total
 
 from . import reference
 
@@ -218,6 +218,9 @@ def test_restore(name):
     torch.testing.assert_close(outputs["none"], outputs["last"]) if name == "class" else None
 
 
+@pytest.mark.skipif(
+    not hasattr(timm.models.VisionTransformer, "forward_intermediates"), reason="this timm has no forward_intermediates"
+)
 def test_dense_features_keep_their_grid():
     model = make()
     x = images(model)
@@ -354,15 +357,20 @@ def test_arguments_out_of_range(arguments, words):
     assert hooks(model) == 0
 
 
+@pytest.mark.skipif(not timm.list_models("naflexvit*"), reason="this timm has no NaFlexVit")
+def test_naflex_with_keys_that_turn_is_refused():
+    with pytest.raises(ValueError, match="does not know NaFlexVit"):  # of blocks that turn keys by their place
+        name = "naflexvit_base_patch16_parfac_gap"
+        vit.apply_patch(timm.create_model(name, depth=1, embed_dim=16, num_heads=2, rope_type="axial"), 1)
+
+
 def test_what_is_not_served_is_named():
-    with pytest.raises(ValueError, match="timm's VisionTransformer, transformers' vision towers of CLIP, SigLIP"):
+    with pytest.raises(ValueError, match="timm's VisionTransformer and NaFlexVit, transformers' vision towers of CLIP"):
         vit.apply_patch(torch.nn.Linear(2, 2), 1)
     with pytest.raises(ValueError, match="does not know Eva"):  # its keys are turned by their place
         vit.apply_patch(timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28), 1)
     with pytest.raises(ValueError, match="does not know Beit"):  # its attention adds a bias for each pair of places
         vit.apply_patch(timm.create_model("beit_base_patch16_224", depth=1, img_size=32, embed_dim=12, num_heads=2), 1)
-    with pytest.raises(ValueError, match="does not know NaFlexVit"):  # it masks the patches that fill up a row
-        vit.apply_patch(timm.create_model("naflexvit_base_patch16_gap", depth=1, embed_dim=12, num_heads=2), 1)
     with pytest.raises(ValueError, match="trace=True"):
         vit.trace(make())
     model = make()

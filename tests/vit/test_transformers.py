@@ -161,8 +161,8 @@ def test_every_listed_tower_is_merged(name):
 OTHERS = {
     "MLCDVision": {"num_key_value_groups": 1},  # turns keys by their place
     "XCLIPVision": {"num_frames": 2, "mit_hidden_size": 32, "mit_num_attention_heads": 2, "mit_num_hidden_layers": 1},
-    "Siglip2Vision": {},  # masks the patches that fill up a row
-    "Dinov2": {},
+    "ViTMAE": {},  # keeps a random part of the patches and puts them back by their number
+    "Yolos": {"image_size": [40, 40], "num_detection_tokens": 3},  # has tokens behind the patches
 }
 
 
