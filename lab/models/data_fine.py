@@ -13,7 +13,8 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 
-from .data import PictureSet, blend, crop, hue_colour, jitter
+from .data import PictureSet, blend, hue_colour
+from .photographs import crop, jitter
 
 SIZE = 192
 WORDS = (

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from .data import PHOTOGRAPHS, SIZE, TILTS, PictureSet, blend, hue_colour, jitter, window
+from .data import PictureSet, blend, hue_colour
 from .data_fine import LETTERS, TEXTURES, _font
+from .photographs import PHOTOGRAPHS, SIZE, TILTS, jitter, window
 
 FRAMES = 8
 GLIDING = ("cat", "astronaut", "coffee", "motorcycle")

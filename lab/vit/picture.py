@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import shared_tome.vit as vit
 from shared_tome.vit.picture import draw_groups
 
-from ..models.data import DEMO, photograph_folder
+from ..models.data import DEMO
+from ..models.photographs import photograph_folder
 from .model import Shape, build, load
 
 SUBJECTS = ("cat", "astronaut", "coffee", "coins")
