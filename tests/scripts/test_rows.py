@@ -417,6 +417,40 @@ def test_why_nothing_is_merged_is_said_once_for_both(caplog):
     assert [record.message.split(":")[0] for record in caplog.records] == ["[ToMe] nothing is merged"]
 
 
+@pytest.mark.parametrize("method", ["sample", "merge"])
+def test_a_whole_pipeline_whose_timesteps_rise(method, host_sees, caplog):
+    """Z-Image's: prompts of two lengths in one batch, and each step of the schedule."""
+    stages = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = models.seeded(
+        lambda: models.diffusers.AutoencoderKL(
+            block_out_channels=(8,) * 4, latent_channels=4, norm_num_groups=8, **stages
+        )
+    )
+    pipe = models.diffusers.ZImagePipeline(
+        scheduler=models.diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=None,
+        tokenizer=None, transformer=DITS["ZImage"].model(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+
+    def made():
+        return pipe(
+            prompt_embeds=[models.noise(TEXT, 16, seed=2)], negative_prompt_embeds=[models.noise(40, 16, seed=3)],
+            latents=models.noise(1, 4, 12, 20), height=96, width=160, num_inference_steps=6, guidance_scale=4.0,
+            output_type="latent",
+        ).images  # fmt: skip
+
+    before = made()
+    for start, end, steps in ((0.0, 1.0, 6), (0.5, 1.0, 3), (0.0, 0.5, 3)):
+        shared_tome.apply_patch(pipe, config=config(method=method, start=start, end=end))
+        host_sees.clear()
+        merged = made()
+        assert len(host_sees) == 2 * steps and host_sees[0][1].shape[0] == 2
+        assert not torch.equal(merged, before) and torch.equal(made(), merged)
+    assert not caplog.text
+    shared_tome.remove_patch(pipe)
+    assert torch.equal(made(), before)
+
+
 def test_a_second_transformer_of_another_kind_is_refused():
     pipe = wan_pipeline()
     pipe.transformer_2 = torch.nn.Linear(2, 2)
