@@ -30,7 +30,8 @@ class DiTModel:
         tokens do not lie on one.
     head(model, told): how many tokens stand before the image's; None: as many as are left over.
     tail(model, told, grid): how many stand after them; None: as many as are left over. At least one of the two.
-    numbered: the model tells the number of its block, and what runs without one (refiners) is to be left alone.
+    numbered: the model tells the number of its block, and what runs without one (refiners) is to be left alone. Not of
+        models that have nothing of that kind: ComfyUI tells no numbers up to 0.3.64, of Cosmos-Predict2 up to 0.27.
     alone(model, told): some layers attend without the text; how many tokens stand before the image's there.
     others(model, told): lengths of attentions to other tokens (cross-attentions, refiners, sound), to be told from the
         image's by their length alone.
@@ -59,14 +60,13 @@ class DiTModel:
 
 
 DIT_MODELS: tuple[DiTModel, ...] = (
-    DiTModel("Flux", ("flux.model.Flux",), of.image, head=of.prompt, tail=of.references, numbered=True),
+    DiTModel("Flux", ("flux.model.Flux",), of.image, head=of.prompt, tail=of.references),
     DiTModel(
         "Chroma",
         ("chroma.model.Chroma", "chroma_radiance.model.ChromaRadiance"),
         of.image,
         head=of.prompt,
         tail=of.nothing,
-        numbered=True,
     ),
     DiTModel(
         "SD3",
@@ -83,7 +83,6 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         of.layers_of_images,
         head=of.prompt,
         tail=of.layers_of_references,
-        numbered=True,
     ),
     DiTModel(
         "Lumina2 and Z-Image",
@@ -164,7 +163,6 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         ("wan.model.WanModel", "wan.model_animate.AnimateWanModel", "wan.model_wandancer.WanDancerModel"),
         of.video,
         head=of.prepended_frame,
-        numbered=True,
         others=of.prompts,
     ),
     DiTModel(
@@ -172,7 +170,6 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         ("wan.model.VaceWanModel", "wan.model.CameraWanModel", "wan.model.WanModel_S2V", "wan.model.HumoWanModel"),
         of.video,
         head=of.nothing,
-        numbered=True,
         others=of.prompts,
     ),
     DiTModel(
@@ -180,7 +177,6 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         ("wan.model.SCAILWanModel", "wan.model.SCAIL2WanModel"),
         of.video,
         head=of.prepended_frames,
-        numbered=True,
         others=of.prompts,
     ),
     DiTModel(
@@ -248,7 +244,7 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         lambda model, shape, told: of.patches(shape, model.patch_temporal, model.patch_spatial, model.patch_spatial),
         head=of.nothing,
         tail=of.nothing,
-        others=of.prompts,  # and not numbered: it has no refiner, and tells no numbers up to ComfyUI 0.27
+        others=of.prompts,
     ),
     DiTModel(
         "HiDream",

@@ -354,9 +354,9 @@ def test_attentions_that_do_not_come_to_tome(tome, comfy_nodes, monkeypatch, cap
     assert told.merged_steps == 0 and [layer.reason for layer in told.layers] == [reason]
 
 
-@pytest.mark.parametrize("name", ["cosmos", "anima"])
+@pytest.mark.parametrize("name", ["cosmos", "anima", "flux", "chroma", "radiance", "qwen", "wan"])
 def test_a_comfyui_that_tells_no_numbers_of_blocks(tome, comfy_nodes, name):
-    """Cosmos-Predict2 and Anima up to ComfyUI 0.27."""
+    """Cosmos-Predict2 and Anima up to ComfyUI 0.27, the others up to 0.3.64 at least."""
     model = dit_host.small(name)
     expected, plain = call(tome(model), name), call(model, name)
 
@@ -366,7 +366,9 @@ def test_a_comfyui_that_tells_no_numbers_of_blocks(tome, comfy_nodes, name):
         }
         return args, kwargs
 
-    for block in model.model.diffusion_model.blocks:
+    unet = model.model.diffusion_model
+    parts = ("blocks", "double_blocks", "single_blocks", "transformer_blocks")
+    for block in (block for part in parts for block in getattr(unet, part, ())):
         block.register_forward_pre_hook(forget, with_kwargs=True)
     assert torch.equal(call(tome(model), name), expected) and not torch.equal(expected, plain)
 
