@@ -169,3 +169,16 @@ def test_the_fast_tests_are_of_every_room():
         assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8") if name else (ROOT / file).is_file()
     rooms = {path.relative_to(ROOT / "tests").parts[0] for path in ROOT.glob("tests/**/test_*.py")}
     assert {file.split("/")[1] for file in listed} == rooms - {"gpu", "web"}  # these need a GPU, a browser
+
+
+def test_the_longest_files_start_first(request):
+    """The others stay as they are, and so do all of the fast tests."""
+    order = request.config.pluginmanager.get_plugin(str(ROOT / "tests/conftest.py"))
+    files = ["core/test_grid.py", *reversed(order.LONGEST), "a1111/test_hooks.py", "core/test_grid.py"]
+    items = [SimpleNamespace(path=ROOT / "tests" / file, number=number) for number, file in enumerate(files)]
+    order.pytest_collection_modifyitems(items)
+    last = len(files) - 1
+    assert [item.number for item in items] == [*range(last - 2, 0, -1), 0, last - 1, last]
+    assert all((ROOT / "tests" / file).is_file() for file in order.LONGEST)
+    fast = {line.partition("::")[0] for line in (ROOT / run.FAST).read_text(encoding="utf-8").splitlines()}
+    assert not fast & {f"tests/{file}" for file in order.LONGEST}
