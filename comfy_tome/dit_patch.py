@@ -15,8 +15,8 @@ from .dit_layout import Layout
 from .dit_models import dit_model, unwrapped
 from .dit_tokens import Told
 from .log import leave_alone, say_once
-from .model_call import draw_of, find_options, halves_alike, progress_of, put_options
-from .outcome import Outcome, outcome_of
+from .model_call import Answered, draw_of, find_options, halves_alike, progress_of, put_options
+from .outcome import ANSWERED, Outcome, outcome_of
 from .record import COMPILE_KEY, CallRecord, begin, is_compiled
 
 # What the log says.
@@ -50,10 +50,14 @@ class DiTPatch:
                 outcome.merged()  # compiled layers tell nothing of themselves
             if patch.guarded:
                 kwargs["tome"] = patch.key
-            args, kwargs = put_options(args, kwargs, patch.options)
+            answered = None if compiled else Answered(patch.options)
+            args, kwargs = put_options(args, kwargs, answered.options if answered is not None else patch.options)
             with patch.hooks(model), chosen.followed():
                 out = executor(x, t, *args, **kwargs)
-            patch.end(model)
+            if answered:
+                outcome.left_alone(ANSWERED)
+            else:
+                patch.end(model)
             if record is not None:
                 record.end()
             return out

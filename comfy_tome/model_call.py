@@ -41,6 +41,33 @@ def without_wrapper(options: dict[str, Any], kind: str) -> dict[str, Any]:
     return {**options, "wrappers": {**wrappers, kind: others}}
 
 
+class Answered:
+    """Whether another node answers a call in the model's place (EasyCache); true once it has.
+
+    options: the call's transformer_options with a wrapper before and behind those of other nodes, if there are any.
+    """
+
+    def __init__(self, options: dict[str, Any]):
+        self._asked = self._ran = False
+        wrappers = options.get("wrappers", {})
+        others = {key: found for key, found in wrappers.get(DIFFUSION_MODEL, {}).items() if found}
+        if others:
+            others = {f"{KEY} before": [self._ask], **others, f"{KEY} behind": [self._run]}
+            options = {**options, "wrappers": {**wrappers, DIFFUSION_MODEL: others}}
+        self.options = options
+
+    def _ask(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        self._asked = True
+        return executor(*args, **kwargs)
+
+    def _run(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        self._ran = True
+        return executor(*args, **kwargs)
+
+    def __bool__(self) -> bool:
+        return self._asked and not self._ran
+
+
 def call_key(call: ModelCall) -> str:
     """What a compiled graph takes for granted of a call: all options but the seed, which is a tensor there."""
     return _config_key(call.config, call.alike)

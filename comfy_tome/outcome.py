@@ -22,6 +22,7 @@ from .record import RECORD
 
 OUTER_SAMPLE = "outer_sample"  # comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 NOT_MET = "no attention of the model came to ToMe: another node has replaced them, or this ComfyUI tells too little"
+ANSWERED = "another node answered from its cache each call that ToMe would have merged"
 NEVER_ASKED = "ToMe was never asked, because another node runs the model in a way of its own"
 _OUTCOME = "ToMe outcome"
 _NOTHING = "nothing was merged in this sampling"

@@ -35,6 +35,7 @@ from .log import leave_alone, say_once
 from .model_call import (
     DIFFUSION_MODEL,
     KEY,
+    Answered,
     call_key,
     draw_of,
     find_options,
@@ -43,7 +44,7 @@ from .model_call import (
     put_options,
     without_wrapper,
 )
-from .outcome import Outcome, outcome_of
+from .outcome import ANSWERED, Outcome, outcome_of
 from .record import begin, is_compiled
 from .unet_auto import about_model, verdict_on_step
 from .unet_call import PatchedCall, block_name, parts_of, tokens_of
@@ -104,9 +105,12 @@ class UNetPatch:
             # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
             # transformer_options, so without this a compiled model would keep the patches it first saw.
             kwargs["tome"] = patch.key
-        args, kwargs = put_options(args, kwargs, patch.options)
+        answered = None if compiled else Answered(patch.options)
+        args, kwargs = put_options(args, kwargs, answered.options if answered is not None else patch.options)
         with patch.mlp_hooks(model), chosen.followed():
             out = executor(x, t, *args, **kwargs)
+        if answered:
+            outcome.left_alone(ANSWERED)
         if record is not None:
             record.end()
         return out

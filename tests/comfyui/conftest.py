@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Iterator
 
@@ -32,6 +33,16 @@ def comfy_nodes() -> dict:
     if host.comfyui_dir() is None:
         pytest.skip("COMFYUI_DIR does not name a ComfyUI (`python install.py test` brings one)")
     return host.start()
+
+
+@pytest.fixture(scope="session")
+def caches(comfy_nodes):
+    """Every node class by id, ComfyUI's own EasyCache and LazyCache among them."""
+    import nodes
+
+    file = host.comfyui_dir() / "comfy_extras" / "nodes_easycache.py"
+    asyncio.run(nodes.load_custom_node(str(file), module_parent="comfy_extras"))
+    return nodes.NODE_CLASS_MAPPINGS
 
 
 @pytest.fixture(scope="session")

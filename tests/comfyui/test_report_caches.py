@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import json
 import weakref
@@ -10,28 +9,14 @@ import weakref
 import pytest
 import torch
 
-from .host import comfyui_dir, pack_module, run_node, sample, small_unet
+from .host import cached, pack_module, sample, small_unet
 
 CACHED = "the time was not measured: another node answers from its cache"
-
-
-@pytest.fixture(scope="module")
-def caches(comfy_nodes):
-    """ComfyUI's own EasyCache and LazyCache."""
-    import nodes
-
-    file = comfyui_dir() / "comfy_extras" / "nodes_easycache.py"
-    asyncio.run(nodes.load_custom_node(str(file), module_parent="comfy_extras"))
-    return nodes.NODE_CLASS_MAPPINGS
 
 
 def report(comfy_nodes, record, **values):
     text, data = comfy_nodes["ToMeReport"].execute(record=record, after=None, **values).result
     return text, json.loads(data)
-
-
-def cached(caches, name, model):
-    return run_node(caches[name], model=model, reuse_threshold=50.0, start_percent=0.0, end_percent=1.0, verbose=False)
 
 
 @pytest.mark.parametrize("recorded_first", [True, False])
