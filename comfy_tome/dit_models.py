@@ -294,7 +294,7 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         tail=of.nothing,  # before the sound: memory tokens and conditioning
         others=of.prompts,
         compiles=False,
-        calls=lambda model: 2 if model.transformer.layers[0].self_attn.differential else 1,
+        calls=of.calls_of_stable_audio,
     ),
     DiTModel(
         "ACE-Step 1.5",

@@ -117,8 +117,9 @@ def earlier_frames(model: Any, told: Told, grid: Grid) -> int:
 
 
 def padding(model: Any, told: Told, grid: Grid) -> int:
-    """Z-Image fills up the image's tokens to a multiple."""
-    return -math.prod(grid) % model.pad_tokens_multiple if model.pad_tokens_multiple else 0
+    """Z-Image fills up the image's tokens to a multiple. ComfyUI 0.3.64 knows Lumina 2 alone, and no multiple."""
+    multiple = getattr(model, "pad_tokens_multiple", None)
+    return -math.prod(grid) % multiple if multiple else 0
 
 
 def prepended_frame(model: Any, told: Told) -> int:
@@ -165,6 +166,11 @@ def prompts_and_sound(model: Any, told: Told) -> tuple[int, ...]:
 def refined(model: Any, told: Told) -> tuple[int, ...]:
     """Text and references go through layers of their own before the image joins them."""
     return prompt(model, told), references(model, told)
+
+
+def calls_of_stable_audio(model: Any) -> int:
+    """Stable Audio 3 subtracts two attentions in a layer; ComfyUI 0.3.64 does not know that kind."""
+    return 2 if getattr(model.transformer.layers[0].self_attn, "differential", False) else 1
 
 
 def whole_attentions(model: Any, options: dict[str, Any]) -> list[Any]:

@@ -373,6 +373,18 @@ def test_a_comfyui_that_tells_no_numbers_of_blocks(tome, comfy_nodes, name):
     assert torch.equal(call(tome(model), name), expected) and not torch.equal(expected, plain)
 
 
+def test_models_of_a_comfyui_that_lack_newer_attributes(comfy_nodes):
+    """ComfyUI 0.3.64's Lumina 2 fills nothing up, its Stable Audio subtracts nothing: that must not end a sampling."""
+    tokens, facts = host.pack_module("dit_tokens"), types.SimpleNamespace
+    assert tokens.padding(facts(), {}, (3, 5)) == 0
+    assert tokens.padding(facts(pad_tokens_multiple=32), {}, (3, 5)) == 17
+
+    def audio(**told):
+        return facts(transformer=facts(layers=[facts(self_attn=facts(**told))]))
+
+    assert [tokens.calls_of_stable_audio(m) for m in (audio(), audio(differential=True))] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
