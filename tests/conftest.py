@@ -1,7 +1,8 @@
-"""In what order the tests run: the longest files first, so that no process is left alone with one at the end."""
+"""In what order the tests run, and what pytest's log leaves alone."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,15 @@ LONGEST = (
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those of LONGEST in its order, then all others in theirs."""
+    """Those of LONGEST in its order, then all others in theirs: no process is left alone with a long one at the end."""
     place = {HERE / file: number for number, file in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """Let torch.compile write no trace of itself.
+
+    torch makes one as soon as its logger "torch.__trace" has a handler, and pytest gives its own to each logger that
+    hands nothing on to the root's: compiling then takes much longer.
+    """
+    logging.getLogger("torch.__trace").propagate = True
