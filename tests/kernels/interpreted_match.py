@@ -34,6 +34,10 @@ def in_torch(similarity, target, src, dst, goes):
     return matching.grouped(similarity, target, src, dst, goes, True)
 
 
+# The interpreter takes seconds for a few programs, so not every case meets every other: each two of its parts do once.
+STEPS = (torch.tensor(2**33 + 1), 5, torch.tensor(-3))
+
+
 @pytest.mark.parametrize(
     ("grid", "ratio", "rows"),
     [
@@ -49,7 +53,7 @@ def test_draw_is_equal_bit_for_bit(grid, ratio, rows):
     count = grid[0] * grid[1]
     kept = kept_count(count, int(count * ratio))
     order, seed = curve_order(grid, torch.device("cpu")), seeds(rows)
-    for step in (torch.tensor(2**33 + 1), 5, torch.tensor(-3)):
+    for step in STEPS if grid == (7, 9) else STEPS[:1]:
         expected = walk_rows(walk_table(grid, kept, seed, order), count, step, 2, 3)
         assert torch.equal(kernels.draw(order, kept, seed, step, 2, 3), expected)
 
@@ -61,7 +65,8 @@ def test_draw_is_equal_bit_for_bit(grid, ratio, rows):
 )
 def test_split_is_equal_bit_for_bit(grid, stride, name, rows):
     config = CONFIG.replace(stride=stride, partition=name)
-    for step in (torch.tensor(2**33 + 1), 5):
+    steps = STEPS[:2] if grid == (7, 9) else STEPS[:1] if name == "random_2d" else STEPS[1:2]
+    for step in steps:
         got = kernels.split(grid, config, seeds(rows), step, 2, 1)[0]
         expected = partition(grid, config, key(seeds(rows), step, 2, 1))
         assert all(torch.equal(a, b.expand_as(a)) for a, b in zip(got, expected, strict=True))
@@ -76,8 +81,9 @@ WAYS = [None, Config(16, 16, 16, 4, 2), Config(16, 16, 32, 4, 2, 1), Config(32, 
 
 @pytest.mark.parametrize("way", range(len(WAYS)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("grid", "batch", "channels"), [((7, 9), 3, 40), ((1, 64), 1, 16)])
-def test_nearest_three_ways(grid, batch, channels, dtype, way):
+def test_nearest_three_ways(dtype, way):
+    turn = (DTYPES.index(dtype) + way) % 2
+    grid, batch, channels = (((7, 9), 3, 40), ((1, 64), 1, 16))[turn]
     x = tokens(batch, grid, channels, dtype)
     src, dst = partition(grid, CONFIG, key(seeds(batch), 0, 0, 1))
     unit = x.double() / x.double().norm(dim=-1, keepdim=True).clamp_min(1e-30)
@@ -107,14 +113,15 @@ def test_of_equal_similarities_the_first():
         assert not launch_nearest(x.half(), src, dst, 0, way)[1].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("grid", "batch"), [((7, 9), 3), ((16, 16), 1)])
+@pytest.mark.parametrize(
+    ("grid", "batch", "dtype"), [*(((7, 9), 2, dtype) for dtype in DTYPES), ((16, 16), 1, torch.float32)]
+)
 def test_select_links_mean_gather(grid, batch, dtype):
     x = tokens(batch, grid, 40, dtype)
     src, dst = partition(grid, CONFIG, key(seeds(0), 0, 0, 1))
     similarity, target = matching.nearest(x.float(), src, dst)
     similarity = similarity.to(dtype)
-    for goes in (1, 20, src.shape[1] - 1):
+    for goes in (1, 20, src.shape[1] - 1)[len(src[0]) > 100 :]:
         index, groups = select(similarity, target, src, dst, goes)
         stay = src.shape[1] - goes
         place = torch.searchsorted(src[0], index[:, :stay].contiguous())
@@ -143,9 +150,17 @@ def test_select_links_mean_gather(grid, batch, dtype):
 TILES = [(512, 512, 16384, 16), (16, 8, 32, 1)]
 
 
-@pytest.mark.parametrize("tiles", TILES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("grid", "batch", "rows"), [((7, 9), 2, 0), ((8, 9), 2, 2), ((2, 2), 1, 0)])
+@pytest.mark.parametrize(
+    ("grid", "batch", "rows", "dtype", "tiles"),
+    [
+        ((7, 9), 2, 0, torch.float16, TILES[0]),
+        ((7, 9), 2, 0, torch.bfloat16, TILES[1]),
+        ((8, 9), 2, 2, torch.bfloat16, TILES[0]),
+        ((8, 9), 2, 2, torch.float16, TILES[1]),
+        ((2, 2), 1, 0, torch.float16, TILES[0]),
+        ((2, 2), 1, 0, torch.bfloat16, TILES[1]),
+    ],
+)
 def test_match_is_what_it_joins(grid, batch, rows, dtype, tiles):
     """nearest, select and links one after the other give the same, bit for bit; where similarities tie, too."""
     for x in (tokens(batch, grid, 24, dtype), torch.ones(batch, grid[0] * grid[1], 16, dtype=dtype)):
@@ -198,7 +213,7 @@ def test_match_of_many_src_in_one_launch(dtype):
     src, dst = torch.randperm(count + dst_count)[None].split((count, dst_count), dim=1)
     code = similarity.view(torch.int16).long() & 0xFFFF
     code = torch.where(code >= 0x8000, 0xFFFF - code, code + 0x8000)
-    for goes in (10, 3000, 8990):
+    for goes in (10, 3000, 8990) if dtype == torch.float16 else (3000,):
         tally = torch.zeros(rows, TALLY, dtype=torch.int64)
         tally.scatter_add_(1, code >> 8, torch.ones_like(code)).scatter_add_(1, code + COARSE, torch.ones_like(code))
         heads = torch.zeros(heads_like(rows, count - goes + dst_count, dst_count), dtype=torch.int32)
