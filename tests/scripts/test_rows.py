@@ -85,7 +85,7 @@ def test_an_own_token_for_each_query(name, host_sees):
         assert (out - expected).abs().max() < 5e-6
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FEW)
 @pytest.mark.parametrize("name", DITS)
 def test_ratio_0_and_remove_patch_are_bit_for_bit(name, method):
     dit = DITS[name]
@@ -394,12 +394,11 @@ def generate(pipe):
     ).frames  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["sample", "merge"])
-def test_both_of_wan_22s_transformers_are_merged(method, host_sees, caplog):
+def test_both_of_wan_22s_transformers_are_merged(host_sees, caplog):
     pipe = wan_pipeline()
     before = generate(pipe)
     for start, end, seen in ((0.0, 1.0, 6), (0.0, 0.5, 3), (0.5, 1.0, 3)):
-        assert shared_tome.apply_patch(pipe, config=config(method=method, start=start, end=end)) is pipe
+        assert shared_tome.apply_patch(pipe, config=config(method="merge", start=start, end=end)) is pipe
         host_sees.clear()
         merged = generate(pipe)
         assert not torch.equal(merged, before) and torch.equal(generate(pipe), merged)
