@@ -12,6 +12,7 @@ from pathlib import Path
 from ..store import Row
 from . import (
     fidelity_tables,
+    frontier_recipe,
     frontier_tables,
     model_tables,
     multires_tables,
@@ -53,6 +54,8 @@ MAKERS: dict[str, Maker] = {
     **multires_tables.MAKERS,
     "rivals": frontier_tables.rivals,
     "held": frontier_tables.held,
+    "recipe": frontier_recipe.recipe,
+    "when": frontier_recipe.when,
     "real_models": real_tables.real_models,
     "served": model_tables.served,
     "comfyui_models": model_tables.models,

@@ -29,16 +29,18 @@ STYLES: dict[str, tuple[str, str, str]] = {
 }
 
 
-def figure_of(columns: int, width: float, height: float, dpi: int, **kwargs: Any) -> tuple[Any, list[Any]]:
-    """(figure, its axes side by side), drawn without a screen. width, height: of one, in inches."""
+def figure_of(
+    columns: int, width: float, height: float, dpi: int, rows: int = 1, **kwargs: Any
+) -> tuple[Any, list[Any]]:
+    """(figure, its axes, row by row), drawn without a screen. width: of one, height: of all, in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     size = (width * columns, height)
-    figure, axes = plt.subplots(1, columns, figsize=size, dpi=dpi, facecolor=PAPER, squeeze=False, **kwargs)
-    for each in axes[0]:
+    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=dpi, facecolor=PAPER, squeeze=False, **kwargs)
+    for each in axes.flat:
         each.set_facecolor(PAPER)
         each.grid(color=GRID, linewidth=0.8)
         each.tick_params(colors=INK)
@@ -46,7 +48,7 @@ def figure_of(columns: int, width: float, height: float, dpi: int, **kwargs: Any
         for side, spine in each.spines.items():
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(INK)
-    return figure, list(axes[0])
+    return figure, list(axes.flat)
 
 
 def save(figure: Any, path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lab import store
-from lab.pages import frontier_plots, frontier_tables, frontier_times
-from lab.pages.frontier_times import PLACES, Place, best
+from lab.pages import frontier_main, frontier_plots, frontier_recipe, frontier_tables, frontier_times
+from lab.pages.frontier_recipe import fastest
+from lab.pages.frontier_times import PLACES, Place, best, frontier_rows
 
 ABOUT = {"machine": "a GPU", "driver": "1", "torch": "2", "date": "2026-01-01", "commit": "abc", "versions": "x 1"}
 SAME = {"sampler": "flow28", "pictures": 8, "precision": "half", "device": "a GPU", "model": "1234", **ABOUT}
@@ -152,6 +153,59 @@ def test_a_chart_is_drawn_of_what_was_measured(results, tmp_path):
     before = made[0].read_bytes()
     frontier_plots.draw(tmp_path / "images", results, places)
     assert made[0].read_bytes() == before
+
+
+def test_the_fastest_that_is_near_enough():
+    found = {
+        "a": (0.5, 30.0),
+        "b": (0.6, 35.0),
+        "c": (0.615, 39.0),
+        "d": (0.63, 45.0),
+        "e": (0.9, 50.0),
+        "f": (1.0, 60.0),
+    }
+    assert fastest(found, 29.0) == "a" and fastest(found, 50.0) == "e"
+    assert fastest(found, 33.0) == "c" and fastest(found, 40.0) == "d"  # c is as fast as b, d is not
+    assert fastest(found, 55.0) is None  # what saves no time is no choice
+
+
+def test_the_recipe_names_what_people_can_use(results):
+    places = {"dit": [Place("flux", size, folder=results) for size in ("1024²", "2048²")], "lab": PLACES["lab"]}
+    lines = frontier_recipe.recipe(results, places).splitlines()
+    assert lines[0] == "| time of | pictures of | 50 dB or more | 39 dB or more | 33 dB or more |"
+    assert lines[3] == (
+        "| Flux 2048² | dit | unmerged | EasyCache 0.2: 60%, 39.0 dB | EasyCache 0.2 + Balanced: 43%, 35.0 dB |"
+    )
+    assert len(lines) == 6 and lines[5].startswith("dit: ") and "mean tail" not in "".join(lines)
+    assert frontier_recipe.recipe(results, {"lab": PLACES["lab"]}) == frontier_recipe.when(results) == ""
+
+
+def test_the_committed_recipe_has_ten_rows_at_most():
+    rows = [line for line in frontier_recipe.recipe().splitlines() if line.startswith("| ")][2:]
+    assert 7 <= len(rows) <= 10
+
+
+def test_the_three_lines_have_the_files_numbers():
+    lines, demo = frontier_recipe.when().splitlines(), {row["variant"]: row for row in frontier_rows("demo")}
+    assert [line.split("**")[1] for line in lines] == ["ToMe alone", "EasyCache alone", "Both together"]
+    time = Place("sd15", "2048²").time(demo["EasyCache 0.1 + Fast"])
+    assert f"{time:.0%}" in lines[2] and f"{float(demo['Quality']['psnr']):.0f} dB" in lines[0]
+
+
+def test_readmes_chart_is_drawn_where_all_of_it_was_measured(results, tmp_path):
+    pytest.importorskip("matplotlib", reason="only the plots need it")
+    flux = ("dit", Place("flux", "2048²", folder=results))
+    (made,) = frontier_main.draw(tmp_path / "images", results, [flux, flux])
+    assert made.name == "frontier.png" and made.stat().st_size > 10_000
+    assert frontier_main.draw(tmp_path / "none", results, [flux, ("lab", flux[1])]) == []
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_readmes_chart_shows_of_a_family():
+    shown = {family: frontier_main.series_of(family) for family in ("ToMe", "EasyCache", "EasyCache + Fast")}
+    assert shown == {"ToMe": "ToMe", "EasyCache": "EasyCache", "EasyCache + Fast": "both"}
+    left_out = ("LazyCache", "LazyCache + Fast", "fewer steps + Fast", "EasyCache + pooled tail", "unmerged")
+    assert not any(map(frontier_main.series_of, left_out))
 
 
 def test_every_model_and_family_is_known():
