@@ -74,7 +74,7 @@ KINDS: dict[str, Kind] = {
     "ToMeReport": _kind("record:TOME_RECORD after:*", "measure_time sampling", "text:STRING json:STRING", (420, 520)),
     "ToMeMap": _kind(
         "record:TOME_RECORD image:IMAGE", "show level layer step opacity picture legend sampling", "map:IMAGE",
-        (420, 250),
+        (420, 320),
     ),
     "ToMeCompare": _kind(
         "image:IMAGE other:IMAGE", "factor", "difference:IMAGE text:STRING PSNR:FLOAT SSIM:FLOAT", (420, 250)
