@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 NOTES = ("MarkdownNote", "Note")  # of the page alone
-VALUES = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
+VALUES = {"INT": int, "FLOAT": (int, float), "FLOAT,INT": (int, float), "STRING": str, "BOOLEAN": bool}
 CONTROLS = ("fixed", "increment", "decrement", "randomize")
 
 
@@ -94,7 +94,7 @@ def _check_value(where: str, kind: str, options: dict[str, Any], value: Any) -> 
         return
     if not isinstance(value, VALUES[kind]) or (kind != "BOOLEAN" and isinstance(value, bool)):
         raise Mismatch(f"{where}: {value!r} is no {kind}")
-    if kind in ("INT", "FLOAT") and not options.get("min", value) <= value <= options.get("max", value):
+    if kind in ("INT", "FLOAT", "FLOAT,INT") and not options.get("min", value) <= value <= options.get("max", value):
         raise Mismatch(f"{where}: {value!r} is not in {options.get('min')} to {options.get('max')}")
 
 

@@ -17,6 +17,18 @@ WAN = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
 WAN_MODEL = f"{WAN}/diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors"
 WAN_TEXT = f"{WAN}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 WAN_VAE = f"{WAN}/vae/wan_2.1_vae.safetensors"
+WAN22 = f"{HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files/diffusion_models"
+WAN22_HIGH = f"{WAN22}/wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors"
+WAN22_LOW = f"{WAN22}/wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors"
+LTX2 = f"{HUB}/Lightricks/LTX-2/resolve/main/ltx-2-19b-dev-fp8.safetensors"
+LTX2_TEXT = f"{HUB}/Comfy-Org/ltx-2/resolve/main/split_files/text_encoders/gemma_3_12B_it_fp4_mixed.safetensors"
+QWEN = f"{HUB}/Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files"
+QWEN_TEXT = f"{QWEN}/text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors"
+QWEN_VAE = f"{QWEN}/vae/qwen_image_vae.safetensors"
+QWEN_EDIT = (
+    f"{HUB}/Comfy-Org/Qwen-Image-Edit_ComfyUI/resolve/main/split_files/diffusion_models/"
+    "qwen_image_edit_2509_fp8_e4m3fn.safetensors"
+)
 
 TOME_COLOR = "#3f9e5c"
 
@@ -330,7 +342,7 @@ each step.
 - **length** 81 (five seconds): the time of attention grows with the square of the length.
 {_start()}
 - Bypass the node (Ctrl+B) and queue again: the same seed without ToMe.
-- It stands in the same place with Wan 2.2 or HunyuanVideo.""",
+- It stands in the same place with HunyuanVideo. Wan 2.2 has two models: see the next example.""",
         440,
     )
     graph.column("Model")
@@ -361,4 +373,228 @@ each step.
     return graph
 
 
-EXAMPLES: tuple[Callable[[], Graph], ...] = (sd15_text_to_image, compare, sdxl_hires, inpaint, flux, wan_video)
+def wan22_video() -> Graph:
+    graph = Graph("07_wan22_video", "Wan 2.2 video", "Two models, two samplers: a ToMe node for each")
+    files = (
+        ("diffusion_models", WAN22_HIGH), ("diffusion_models", WAN22_LOW), ("text_encoders", WAN_TEXT),
+        ("vae", WAN_VAE),
+    )  # fmt: skip
+    graph.note(
+        f"""## A video with Wan 2.2's two models and ToMe
+
+{_get(*files)}
+
+### What happens here
+One model removes the high noise in the first ten steps, the other one the low noise in the last ten. **Each has a ToMe
+node**, between its loader and its sampler. Give both nodes the same values.
+
+### What ToMe does here
+832 x 480 pixels and 81 frames are 32,760 tokens, and every one attends to every other one. ToMe keeps some of the keys
+and values of each layer. **start** and **end** go by noise, not by a sampler's own steps, so both nodes follow one
+schedule over all twenty steps.
+
+### Reports
+**ToMe Report** says for each model which layers were merged. **measure_time** is off: it runs a model some more times
+after the video.
+
+### Try
+- **length** 49 (three seconds) on a smaller card.
+{_start()}
+- Bypass both ToMe nodes (Ctrl+B) and queue again: the same seed without ToMe.
+- A LoRA for four steps: put it before ToMe, set **steps** to 4 and let the samplers change at step 2. Each step counts
+  more then: try a lower ratio.""",
+        620,
+    )
+    graph.column("Model")
+    high = graph.add(
+        "UNETLoader", "High noise", unet_name=_file(WAN22_HIGH), weight_dtype="default", models=files[:1], at=(0, 0)
+    )
+    low = graph.add(
+        "UNETLoader", "Low noise", unet_name=_file(WAN22_LOW), weight_dtype="default", models=files[1:2], at=(0, 2)
+    )
+    text = graph.add(
+        "CLIPLoader", clip_name=_file(WAN_TEXT), type="wan", device="default", models=files[2:3], at=(0, 1)
+    )
+    picture = graph.add("VAELoader", vae_name=_file(WAN_VAE), models=files[3:])
+    graph.column("ToMe for high noise", TOME_COLOR)
+    first = graph.add("ToMe", model=high["MODEL"], at=(1, 0))
+    first_recorded = graph.add("ToMeRecord", model=first["MODEL"])
+    first_shifted = graph.add("ModelSamplingSD3", model=first_recorded["MODEL"], shift=8.0)
+    graph.column("ToMe for low noise", TOME_COLOR)
+    second = graph.add("ToMe", model=low["MODEL"], at=(1, 2))
+    second_recorded = graph.add("ToMeRecord", model=second["MODEL"])
+    second_shifted = graph.add("ModelSamplingSD3", model=second_recorded["MODEL"], shift=8.0)
+    positive, negative = _prompts(
+        graph,
+        text["CLIP"],
+        "a fox running through fresh snow in a birch forest, the camera follows, soft morning light",
+        "blurry, low quality, static, subtitles, watermark, distorted",
+        (1, 1),
+    )
+    latent = graph.add("EmptyHunyuanLatentVideo", width=832, height=480, length=81, batch_size=1)
+    graph.column("Sample")
+    shared = {
+        "positive": positive, "negative": negative, "noise_seed": 7, "steps": 20, "cfg": 3.5, "sampler_name": "euler",
+        "scheduler": "simple",
+    }  # fmt: skip
+    noisy = graph.add(
+        "KSamplerAdvanced", "High noise", model=first_shifted["MODEL"], latent_image=latent["LATENT"],
+        add_noise="enable", start_at_step=0, end_at_step=10, return_with_leftover_noise="enable", at=(2, 0), **shared,
+    )  # fmt: skip
+    sampler = graph.add(
+        "KSamplerAdvanced", "Low noise", model=second_shifted["MODEL"], latent_image=noisy["LATENT"],
+        add_noise="disable", start_at_step=10, end_at_step=10000, return_with_leftover_noise="disable", at=(2, 2),
+        **shared,
+    )  # fmt: skip
+    graph.column("Video")
+    decoded = graph.add("VAEDecode", samples=sampler["LATENT"], vae=picture["VAE"], at=(3, 2))
+    video = graph.add("CreateVideo", images=decoded["IMAGE"], fps=16.0, at=(4, 2))
+    graph.add("SaveVideo", video=video["VIDEO"], filename_prefix="ToMe/wan22", format="auto", codec="auto")
+    graph.column("What was merged", TOME_COLOR)
+    for title, recorded in (("High noise", first_recorded), ("Low noise", second_recorded)):
+        graph.add(
+            "ToMeReport", f"ToMe Report: {title.lower()}", record=recorded["record"], after=decoded["IMAGE"],
+            measure_time=False, sampling=0, size=(560, 420),
+        )  # fmt: skip
+    return graph
+
+
+def ltx2_video() -> Graph:
+    graph = Graph("08_ltx2_video", "LTX-2 video", "Video through ToMe; its sound stays whole")
+    files = (("checkpoints", LTX2), ("text_encoders", LTX2_TEXT))
+    graph.note(
+        f"""## A video with sound, with LTX-2 and ToMe
+
+{_get(*files)}
+
+### What ToMe does here
+LTX-2 makes a video and its sound in one run. 1280 x 704 pixels and 121 frames are 14,080 tokens of video and about 120
+of sound. ToMe keeps some of the video's keys and values where the video attends to itself. The sound, the text, and
+what the video and the sound see of one another stay whole.
+
+### Length
+**length** of the video and **frames_number** of the sound are the same number: a multiple of 8, plus 1. The frame rate
+stands in three nodes: *LTXVConditioning*, the sound and *Create Video*.
+
+### Try
+- **length** and **frames_number** 241 (ten seconds): the time of attention grows with the square of the length.
+{_start()}
+- Bypass the node (Ctrl+B) and queue again: the same seed without ToMe.
+- A second pass after *LTXV Latent Upsampler* has four times the tokens: put its LoRA before a ToMe node of its own.""",
+        470,
+    )
+    graph.column("Model")
+    loader = graph.add("CheckpointLoaderSimple", ckpt_name=_file(LTX2), models=files[:1], at=(0, 1))
+    text = graph.add(
+        "LTXAVTextEncoderLoader", text_encoder=_file(LTX2_TEXT), ckpt_name=_file(LTX2), device="default",
+        models=files[1:], at=(0, 0),
+    )  # fmt: skip
+    voice = graph.add("LTXVAudioVAELoader", ckpt_name=_file(LTX2), models=files[:1])
+    tome = _tome(graph, loader["MODEL"], (1, 1))
+    positive, negative = _prompts(
+        graph,
+        text["CLIP"],
+        "a steam train crosses a stone viaduct in the rain at dusk, the whistle echoes in the valley, the camera "
+        "follows it slowly",
+        "blurry, low quality, still frame, subtitles, watermark",
+        (1, 0),
+    )
+    both = graph.add("LTXVConditioning", positive=positive, negative=negative, frame_rate=25.0, at=(2, 0))
+    graph.column("Size and length")
+    moving = graph.add("EmptyLTXVLatentVideo", width=1280, height=704, length=121, batch_size=1, at=(1, 2))
+    sound = graph.add(
+        "LTXVEmptyLatentAudio", audio_vae=voice["Audio VAE"], frames_number=121, frame_rate=25.0, batch_size=1,
+    )  # fmt: skip
+    latent = graph.add("LTXVConcatAVLatent", video_latent=moving["LATENT"], audio_latent=sound["Latent"], at=(2, 2))
+    graph.column("Sample")
+    noise = graph.add("RandomNoise", noise_seed=7)
+    kind = graph.add("KSamplerSelect", sampler_name="euler")
+    sigmas = graph.add(
+        "LTXVScheduler", latent=latent["latent"], steps=20, max_shift=2.05, base_shift=0.95, stretch=True, terminal=0.1,
+    )  # fmt: skip
+    guider = graph.add(
+        "CFGGuider", "Guidance", model=tome["MODEL"], positive=both["positive"], negative=both["negative"], cfg=4.0,
+        at=(2, 1),
+    )  # fmt: skip
+    sampler = graph.add(
+        "SamplerCustomAdvanced", noise=noise["NOISE"], guider=guider["GUIDER"], sampler=kind["SAMPLER"],
+        sigmas=sigmas["SIGMAS"], latent_image=latent["latent"], at=(3, 1),
+    )  # fmt: skip
+    graph.column("Video")
+    parts = graph.add("LTXVSeparateAVLatent", av_latent=sampler["output"], at=(4, 1))
+    decoded = graph.add("VAEDecode", samples=parts["video_latent"], vae=loader["VAE"])
+    heard = graph.add("LTXVAudioVAEDecode", samples=parts["audio_latent"], audio_vae=voice["Audio VAE"])
+    video = graph.add("CreateVideo", images=decoded["IMAGE"], audio=heard["Audio"], fps=25.0)
+    graph.add("SaveVideo", video=video["VIDEO"], filename_prefix="ToMe/ltx2", format="auto", codec="auto")
+    return graph
+
+
+def qwen_image_edit() -> Graph:
+    graph = Graph("09_qwen_image_edit", "Qwen-Image-Edit", "Changing a picture by words; its reference stays whole")
+    files = (("diffusion_models", QWEN_EDIT), ("text_encoders", QWEN_TEXT), ("vae", QWEN_VAE))
+    graph.note(
+        f"""## Editing a picture with Qwen-Image-Edit and ToMe
+
+{_get(*files)}
+
+### First
+Load a picture of yours and say in the prompt what is to change. *Upscale Image* cuts it to 1024 x 1024; set **width**
+and **height** to its shape, or one of them to 0.
+
+### What ToMe does here
+The new picture, the picture to change and the prompt attend to one another: 4,096 tokens of each picture.
+ToMe keeps some of the keys and values of the new picture. **The reference and the prompt stay whole**, so nothing of
+what is to be kept is lost. For that reason the gain is smaller than without a reference.
+
+### Try
+- **width** and **height** 1408: the gain grows with the size.
+{_start()}
+- Bypass the node (Ctrl+B) and queue again: the same seed without ToMe.
+- A second reference: **image2** of both prompts.""",
+        440,
+    )
+    graph.column("Model")
+    model = graph.add("UNETLoader", unet_name=_file(QWEN_EDIT), weight_dtype="default", models=files[:1], at=(0, 1))
+    text = graph.add(
+        "CLIPLoader", clip_name=_file(QWEN_TEXT), type="qwen_image", device="default", models=files[1:2], at=(0, 0)
+    )
+    picture = graph.add("VAELoader", vae_name=_file(QWEN_VAE), models=files[2:])
+    graph.column("Picture to change")
+    loaded = graph.add("LoadImage", "Picture to change", image="example.png", upload="image")
+    scaled = graph.add(
+        "ImageScale", image=loaded["IMAGE"], upscale_method="lanczos", width=1024, height=1024, crop="center",
+        at=(0, 2),
+    )  # fmt: skip
+    latent = graph.add("VAEEncode", pixels=scaled["IMAGE"], vae=picture["VAE"], at=(1, 2))
+    tome = _tome(graph, model["MODEL"], (1, 1))
+    shifted = graph.add("ModelSamplingAuraFlow", model=tome["MODEL"], shift=3.0)
+    normed = graph.add("CFGNorm", model=shifted["MODEL"], strength=1.0)
+    graph.column("Prompt")
+    prompts = [
+        graph.add(
+            "TextEncodeQwenImageEditPlus", title, clip=text["CLIP"], image1=scaled["IMAGE"], prompt=words, at=at,
+        )["CONDITIONING"]
+        for title, words, at in (
+            ("Prompt", "make it a winter evening with snow and lights in the windows, keep everything else", (1, 0)),
+            ("Negative prompt", "", None),
+        )
+    ]  # fmt: skip
+    graph.column("Reference")
+    positive, negative = (
+        graph.add("ReferenceLatent", title, conditioning=prompt, latent=latent["LATENT"], at=at)["CONDITIONING"]
+        for title, prompt, at in (("Reference", prompts[0], (2, 0)), ("Reference, negative", prompts[1], None))
+    )
+    graph.column("Sample")
+    sampler = graph.add(
+        "KSampler", model=normed["patched_model"], positive=positive, negative=negative, latent_image=latent["LATENT"],
+        seed=7, steps=20, cfg=2.5, sampler_name="euler", scheduler="simple", denoise=1.0, at=(3, 1),
+    )  # fmt: skip
+    graph.column("Picture")
+    decoded = graph.add("VAEDecode", samples=sampler["LATENT"], vae=picture["VAE"], at=(4, 1))
+    graph.add("SaveImage", images=decoded["IMAGE"], filename_prefix="ToMe/qwen_edit", at=(4, 2))
+    return graph
+
+
+EXAMPLES: tuple[Callable[[], Graph], ...] = (
+    sd15_text_to_image, compare, sdxl_hires, inpaint, flux, wan_video, wan22_video, ltx2_video, qwen_image_edit,
+)  # fmt: skip

@@ -53,8 +53,16 @@ KINDS: dict[str, Kind] = {
     "UNETLoader": _kind("", "unet_name weight_dtype", "MODEL", (340, 84)),
     "CLIPLoader": _kind("", "clip_name type device", "CLIP", (340, 108)),
     "VAELoader": _kind("", "vae_name", "VAE", (340, 60)),
+    "LTXAVTextEncoderLoader": _kind("", "text_encoder ckpt_name device", "CLIP", (340, 108)),
+    "LTXVAudioVAELoader": Kind((), ("ckpt_name",), ("Audio VAE:VAE",), (340, 60)),
     "LoadImage": _kind("", "image upload", "IMAGE MASK", (340, 400)),
     "CLIPTextEncode": _kind("clip:CLIP", "text", "CONDITIONING", (400, 170)),
+    "TextEncodeQwenImageEditPlus": _kind("clip:CLIP image1:IMAGE", "prompt", "CONDITIONING", (400, 240)),
+    "ReferenceLatent": _kind("conditioning:CONDITIONING latent:LATENT", "", "CONDITIONING", (400, 50)),
+    "LTXVConditioning": _kind(
+        "positive:CONDITIONING negative:CONDITIONING", "frame_rate", "positive:CONDITIONING negative:CONDITIONING",
+        (400, 84),
+    ),
     "FluxGuidance": _kind("conditioning:CONDITIONING", "guidance", "CONDITIONING", (400, 60)),
     "ConditioningZeroOut": _kind("conditioning:CONDITIONING", "", "CONDITIONING", (400, 30)),
     "InpaintModelConditioning": _kind(
@@ -64,8 +72,14 @@ KINDS: dict[str, Kind] = {
     "EmptyLatentImage": _kind("", "width height batch_size", "LATENT", (340, 108)),
     "EmptySD3LatentImage": _kind("", "width height batch_size", "LATENT", (340, 108)),
     "EmptyHunyuanLatentVideo": _kind("", "width height length batch_size", "LATENT", (340, 132)),
+    "EmptyLTXVLatentVideo": _kind("", "width height length batch_size", "LATENT", (340, 132)),
+    "LTXVEmptyLatentAudio": _kind("audio_vae:VAE", "frames_number frame_rate batch_size", "Latent:LATENT", (340, 108)),
+    "LTXVConcatAVLatent": _kind("video_latent:LATENT audio_latent:LATENT", "", "latent:LATENT", (340, 50)),
+    "LTXVSeparateAVLatent": _kind("av_latent:LATENT", "", "video_latent:LATENT audio_latent:LATENT", (340, 50)),
     "LatentUpscaleBy": _kind("samples:LATENT", "upscale_method scale_by", "LATENT", (340, 84)),
     "ModelSamplingSD3": _kind("model:MODEL", "shift", "MODEL", (340, 60)),
+    "ModelSamplingAuraFlow": _kind("model:MODEL", "shift", "MODEL", (340, 60)),
+    "CFGNorm": _kind("model:MODEL", "strength", "patched_model:MODEL", (340, 84)),
     "ToMe": _kind(
         "model:MODEL", " ".join(widget.name for widget in _TOME_WIDGETS), "MODEL",
         (340, 24 * (len(_TOME_WIDGETS) + 2) + 40),
@@ -83,13 +97,29 @@ KINDS: dict[str, Kind] = {
         "model:MODEL positive:CONDITIONING negative:CONDITIONING latent_image:LATENT",
         _with_controls(["seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"]), "LATENT", (340, 480),
     ),
+    "KSamplerAdvanced": _kind(
+        "model:MODEL positive:CONDITIONING negative:CONDITIONING latent_image:LATENT",
+        "add_noise " + _with_controls(["noise_seed", "steps", "cfg", "sampler_name", "scheduler"])
+        + " start_at_step end_at_step return_with_leftover_noise", "LATENT", (340, 340),
+    ),
+    "RandomNoise": _kind("", _with_controls(["noise_seed"]), "NOISE", (340, 84)),
+    "KSamplerSelect": _kind("", "sampler_name", "SAMPLER", (340, 60)),
+    "LTXVScheduler": _kind("latent:LATENT", "steps max_shift base_shift stretch terminal", "SIGMAS", (340, 156)),
+    "CFGGuider": _kind("model:MODEL positive:CONDITIONING negative:CONDITIONING", "cfg", "GUIDER", (340, 100)),
+    "SamplerCustomAdvanced": _kind(
+        "noise:NOISE guider:GUIDER sampler:SAMPLER sigmas:SIGMAS latent_image:LATENT", "",
+        "output:LATENT denoised_output:LATENT", (340, 130),
+    ),
+    "VAEEncode": _kind("pixels:IMAGE vae:VAE", "", "LATENT", (340, 50)),
     "VAEDecode": _kind("samples:LATENT vae:VAE", "", "IMAGE", (340, 50)),
+    "LTXVAudioVAEDecode": _kind("samples:LATENT audio_vae:VAE", "", "Audio:AUDIO", (340, 50)),
+    "ImageScale": _kind("image:IMAGE", "upscale_method width height crop", "IMAGE", (340, 132)),
     "PreviewImage": _kind("images:IMAGE", "", "images:IMAGE", (400, 420)),
     "SaveImage": _kind("images:IMAGE", "filename_prefix", "images:IMAGE", (400, 460)),
     "ImageStitch": _kind(
         "image1:IMAGE image2:IMAGE", "direction match_image_size spacing_width spacing_color", "IMAGE", (340, 154)
     ),
-    "CreateVideo": _kind("images:IMAGE", "fps", "VIDEO", (340, 106)),
+    "CreateVideo": _kind("images:IMAGE audio:AUDIO", "fps", "VIDEO", (340, 106)),
     "SaveVideo": _kind("video:VIDEO", "filename_prefix format codec", "video:VIDEO", (400, 110)),
     "MarkdownNote": _kind("", "", "", (420, 300)),
 }  # fmt: skip

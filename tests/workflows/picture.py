@@ -12,7 +12,8 @@ EDGE, TOP, BAR = 14, 90, 84
 BOX_HEIGHT, GAP, ROW = 62, 18, 112
 COLORS = {
     "MODEL": "#b39ddb", "CLIP": "#ffd500", "CONDITIONING": "#ffa931", "LATENT": "#ff9cf9", "IMAGE": "#64b5f6",
-    "MASK": "#81c784", "VIDEO": "#64b5f6",
+    "MASK": "#81c784", "VIDEO": "#64b5f6", "AUDIO": "#c9b37e", "NOISE": "#b0b0b0", "GUIDER": "#66ffff",
+    "SAMPLER": "#ecb4b4", "SIGMAS": "#cdffcd",
 }  # fmt: skip
 LABELS = {
     "CheckpointLoaderSimple": "Checkpoint", "UNETLoader": "Model", "CLIPLoader": "Text encoder",
@@ -21,6 +22,10 @@ LABELS = {
     "EmptyHunyuanLatentVideo": "Size and length", "LatentUpscaleBy": "Upscale", "ModelSamplingSD3": "Shift",
     "KSampler": "Sampler", "VAEDecode": "Decode", "SaveImage": "Picture", "ImageStitch": "Side by side",
     "CreateVideo": "Video", "ToMeCompare": "ToMe Compare",
+    "LTXAVTextEncoderLoader": "Text encoder", "TextEncodeQwenImageEditPlus": "Prompt",
+    "EmptyLTXVLatentVideo": "Size and length", "LTXVConditioning": "Frame rate", "LTXVConcatAVLatent": "Video, sound",
+    "SamplerCustomAdvanced": "Sampler", "LTXVSeparateAVLatent": "Video, sound", "ImageScale": "Picture to change",
+    "VAEEncode": "Encode",
 }  # fmt: skip
 
 

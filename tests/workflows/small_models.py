@@ -1,9 +1,9 @@
 """Loaded by a test's server as a custom node: small models under the official file names, for the ordinary loaders.
 
 The files have random weights and the layouts of the real ones. ComfyUI tells a model by its sizes, so its table of
-models is extended by small ones; Flux and Wan are told by layout and need none. Text encoders take their sizes from
-ComfyUI's own files; here those are made smaller, and where the real one is a T5 of Wan's kind, whose tokenizer comes
-with its weights, a CLIP stands in.
+models is extended by small ones; Flux, Wan and LTX-2 are told by layout and by what their files say. Text encoders take
+their sizes from ComfyUI's own files; here those are made smaller, and a CLIP stands in where the real one's tokenizer
+comes with its weights (Wan's T5, LTX-2's Gemma) or where its sizes are fixed (Qwen-Image's).
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import comfy.ldm.flux.model
+import comfy.ldm.lightricks.av_model
+import comfy.ldm.lightricks.vae.audio_vae
+import comfy.ldm.lightricks.vae.causal_video_autoencoder
+import comfy.ldm.qwen_image.model
 import comfy.ldm.wan.model
 import comfy.ldm.wan.vae
 import comfy.model_patcher
@@ -22,6 +26,7 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models as supported
 import comfy.taesd.taesd
+import comfy.text_encoders.lt
 import comfy.utils
 import folder_paths
 import torch
@@ -70,9 +75,12 @@ def make_text_encoders_small() -> None:
     comfy.sd1_clip.SDClipModel.__init__ = small
 
 
-def _small(base: type, **unet_config: Any) -> type:
-    """A row of ComfyUI's table of models: `base` with other sizes."""
-    row = type(f"Small{base.__name__}", (base,), {"unet_config": {**base.unet_config, **unet_config}})
+def _small(base: type, untold: dict[str, Any] | None = None, **unet_config: Any) -> type:
+    """A row of ComfyUI's table of models: `base` with other sizes. untold: those that it does not read from a file."""
+    changes = {"unet_config": {**base.unet_config, **unet_config}}
+    if untold is not None:
+        changes["unet_extra_config"] = {**base.unet_extra_config, **untold}
+    row = type(f"Small{base.__name__}", (base,), changes)
     supported.models.insert(0, row)
     return row
 
@@ -137,25 +145,90 @@ def write_checkpoints() -> None:
 
 
 def write_wan() -> None:
+    """Wan 2.1's model and Wan 2.2's two, a VAE for Wan and Qwen-Image, a text encoder for all that stand-ins serve."""
     sizes = {"text_dim": TEXT}
-    model = comfy.ldm.wan.model.WanModel(
-        model_type="t2v", dim=128, in_dim=16, out_dim=16, ffn_dim=256, num_heads=1, num_layers=2, freq_dim=256,
-        device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init, **sizes,
-    )  # fmt: skip
-    fill(model)
-    _write(
-        "diffusion_models", "wan2.1_t2v_1.3B_fp16.safetensors", model.state_dict(),
-        config=json.dumps({"transformer": sizes}),
-    )  # fmt: skip
-    vae = comfy.ldm.wan.vae.WanVAE(dim=16, z_dim=16, temperal_downsample=[False, True, True])
+    for seed, name in enumerate(
+        (
+            "wan2.1_t2v_1.3B_fp16.safetensors",
+            "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
+            "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors",
+        )
+    ):
+        model = comfy.ldm.wan.model.WanModel(
+            model_type="t2v", dim=128, in_dim=16, out_dim=16, ffn_dim=256, num_heads=1, num_layers=2, freq_dim=256,
+            device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init, **sizes,
+        )  # fmt: skip
+        fill(model, seed)
+        _write("diffusion_models", name, model.state_dict(), config=json.dumps({"transformer": sizes}))
+    vae = comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])
     fill(vae)
-    _write("vae", "wan_2.1_vae.safetensors", vae.state_dict())
+    for name in ("wan_2.1_vae.safetensors", "qwen_image_vae.safetensors"):
+        _write("vae", name, vae.state_dict())
     text = comfy.sd1_clip.SDClipModel()
     fill(text)
-    _write("text_encoders", "umt5_xxl_fp8_e4m3fn_scaled.safetensors", text.transformer.state_dict())
+    for name in (
+        "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+        "qwen_2.5_vl_7b_fp8_scaled.safetensors",
+        "gemma_3_12B_it_fp4_mixed.safetensors",
+    ):
+        _write("text_encoders", name, text.transformer.state_dict())
+
+
+def write_qwen() -> None:
+    untold = {"num_attention_heads": 1, "joint_attention_dim": TEXT}
+    _small(supported.QwenImage, untold, num_layers=2)
+    model = comfy.ldm.qwen_image.model.QwenImageTransformer2DModel(
+        num_layers=2, device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init, **untold
+    )
+    fill(model)
+    _write("diffusion_models", "qwen_image_edit_2509_fp8_e4m3fn.safetensors", model.state_dict())
+
+
+def write_ltx2() -> None:
+    """One file of model, video VAE, audio VAE and vocoder, as the real one."""
+    for name, kind in (("ltxav_te", comfy.sd1_clip.SD1ClipModel), ("LTXAVGemmaTokenizer", comfy.sd1_clip.SD1Tokenizer)):
+        setattr(comfy.text_encoders.lt, name, kind if name[0] == "L" else lambda kind=kind, **_: kind)
+    blocks = [["res_x", {"num_layers": 1}], *[["compress_all", {}]] * 3, ["res_x", {"num_layers": 1}]]
+    sound = {
+        "double_z": True, "mel_bins": 64, "z_channels": 8, "resolution": 256, "in_channels": 2, "out_ch": 2, "ch": 8,
+        "ch_mult": [1, 2, 4], "num_res_blocks": 1, "attn_resolutions": [], "mid_block_add_attention": False,
+        "norm_type": "pixel", "causality_axis": "height",
+    }  # fmt: skip
+    config = {
+        "transformer": {
+            "in_channels": 128, "cross_attention_dim": 128, "attention_head_dim": 64, "num_attention_heads": 2,
+            "audio_cross_attention_dim": 64, "audio_attention_head_dim": 32, "audio_num_attention_heads": 2,
+            "caption_channels": TEXT, "connector_attention_head_dim": TEXT // 2, "connector_num_attention_heads": 2,
+        },
+        "vae": {
+            "dims": 3, "latent_channels": 128, "blocks": blocks, "encoder_base_channels": 16,
+            "decoder_base_channels": 16, "norm_layer": "pixel_norm", "patch_size": 4, "latent_log_var": "uniform",
+        },
+        "audio_vae": {"model": {"params": {"ddconfig": sound, "sampling_rate": 16000}}},
+        "vocoder": {"upsample_initial_channel": 64},
+    }  # fmt: skip
+    parts = {
+        "model.diffusion_model.": comfy.ldm.lightricks.av_model.LTXAVModel(
+            num_layers=2, device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init,
+            **config["transformer"],
+        ),
+        "vae.": comfy.ldm.lightricks.vae.causal_video_autoencoder.VideoVAE(config=config["vae"]),
+        "": comfy.ldm.lightricks.vae.audio_vae.AudioVAE({"config": config}),
+    }  # fmt: skip
+    weights = {}
+    for prefix, module in parts.items():
+        fill(module)
+        for name, buffer in module.named_buffers():
+            if "of-means" in name:  # what the latents were normalized by
+                buffer.fill_(float("std" in name))
+        weights.update({prefix + key: x for key, x in module.state_dict().items()})
+    weights = comfy.utils.state_dict_prefix_replace(weights, {"autoencoder.": "audio_vae."})
+    _write("checkpoints", "ltx-2-19b-dev-fp8.safetensors", weights, config=json.dumps(config))
 
 
 make_text_encoders_small()
 write_checkpoints()
 write_wan()
+write_qwen()
+write_ltx2()
 NODE_CLASS_MAPPINGS: dict[str, type] = {}

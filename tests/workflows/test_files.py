@@ -66,21 +66,42 @@ def test_links_go_from_left_to_right(name):
 def tokens(name):
     """Of the finest layers that attend at the file's own size; None where a picture of the user's decides it."""
     nodes = {node["type"]: node["widgets_values"] for node in WORKFLOWS[name]["nodes"]}
-    (size,) = [values for type, values in nodes.items() if type.startswith("Empty")] or [None]
-    if size is None:
+    sizes = [(type, values) for type, values in nodes.items() if type.startswith("Empty")]
+    if "ImageScale" in nodes:
+        sizes = [("ImageScale", nodes["ImageScale"][1:])]
+    if not sizes:
         return None
+    ((empty, size),) = sizes
     pixels = 8 if "sd15" in name or "compare" in name else 16  # a token's side; SDXL's first level has no attention
+    pixels, frames = {"EmptyHunyuanLatentVideo": (16, 4), "EmptyLTXVLatentVideo": (32, 8)}.get(empty, (pixels, None))
     scale = nodes["LatentUpscaleBy"][1] if "LatentUpscaleBy" in nodes else 1
-    frames = (size[2] - 1) // 4 + 1 if "EmptyHunyuanLatentVideo" in nodes else 1
-    return int(size[0] * scale) // pixels * (int(size[1] * scale) // pixels) * frames
+    length = 1 if frames is None else (size[2] - 1) // frames + 1
+    return int(size[0] * scale) // pixels * (int(size[1] * scale) // pixels) * length
 
 
 @EACH
 def test_size_is_one_at_which_layers_are_merged(name):
-    (tome,) = (node["widgets_values"] for node in WORKFLOWS[name]["nodes"] if node["type"] == "ToMe")
-    values = dict(zip(KINDS["ToMe"].widgets, tome, strict=True))
-    assert values["ratio"] > 0
-    assert name == "04_inpaint" or tokens(name) >= 2 * values["min_tokens"]
+    tomes = [node["widgets_values"] for node in WORKFLOWS[name]["nodes"] if node["type"] == "ToMe"]
+    assert len(tomes) == sum(node["type"] == "UNETLoader" for node in WORKFLOWS[name]["nodes"]) or len(tomes) == 1
+    for tome in tomes:
+        values = dict(zip(KINDS["ToMe"].widgets, tome, strict=True))
+        assert values["ratio"] > 0
+        assert name == "04_inpaint" or tokens(name) >= 2 * values["min_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("07_wan22_video", 32760), ("08_ltx2_video", 14080), ("09_qwen_image_edit", 4096)]
+)
+def test_note_tells_the_tokens_of_its_size(name, told):
+    (note,) = (node["widgets_values"][0] for node in WORKFLOWS[name]["nodes"] if node["type"] == "MarkdownNote")
+    assert tokens(name) == told and f"{told:,} tokens" in note
+
+
+def test_sound_is_as_long_as_its_video():
+    nodes = {node["type"]: node["widgets_values"] for node in WORKFLOWS["08_ltx2_video"]["nodes"]}
+    length = nodes["EmptyLTXVLatentVideo"][2]
+    assert length % 8 == 1 and nodes["LTXVEmptyLatentAudio"][0] == length
+    assert nodes["LTXVConditioning"][0] == nodes["LTXVEmptyLatentAudio"][1] == nodes["CreateVideo"][0]
 
 
 def test_missing_nodes_are_found_by_the_name_in_the_registry():

@@ -25,6 +25,12 @@ pytestmark = pytest.mark.slow
 NAMES = [graph.name for graph in graphs()]
 EACH = pytest.mark.parametrize("name", NAMES)
 SIZES = {"width": 128, "height": 128, "length": 5, "steps": 2}
+FRAMES = {"06_wan_video": 5, "07_wan22_video": 5, "08_ltx2_video": 9}  # others make a picture
+SIZES_OF = {
+    "EmptyLTXVLatentVideo": {"length": 9, "width": 256, "height": 256},
+    "LTXVEmptyLatentAudio": {"frames_number": 9},
+    "ToMe": {"min_tokens": 0, "start": 0.0},
+}
 
 
 def workflow(name: str) -> dict[str, Any]:
@@ -38,8 +44,10 @@ def small(prompt: dict[str, Any]) -> dict[str, Any]:
         for name, value in SIZES.items():
             if name in node["inputs"]:
                 node["inputs"][name] = value
-        if node["class_type"] == "ToMe":
-            node["inputs"].update(min_tokens=0, start=0.0)
+        node["inputs"].update(SIZES_OF.get(node["class_type"], {}))
+        for name in ("start_at_step", "end_at_step"):  # samplers change in the middle
+            if 0 < node["inputs"].get(name, 0) < 10000:
+                node["inputs"][name] = SIZES["steps"] // 2
     return prompt
 
 
@@ -94,7 +102,7 @@ def test_queued_it_makes_a_picture_that_merging_changed(client, info, name):
     (merged,) = map(frames, saved(client, prompt))
     assert merged.std() > 5, "one flat colour"
     (plain,) = map(frames, saved(client, without_tome(prompt)))
-    assert merged.shape == plain.shape and len(merged) == (5 if "video" in name else 1)
+    assert merged.shape == plain.shape and len(merged) == FRAMES.get(name, 1)
     assert (merged != plain).any()
 
 
@@ -105,15 +113,15 @@ def test_install_py_compares_with_it(client, info, name):
     base.set_prompt("a boat")
     base.set_seed(3)
     variants = all_variants({"Balanced": {"ratio": 0.75}})
-    taken = []
+    models, taken = 2 if name == "07_wan22_video" else 1, []
     for number, variant in enumerate((variants[0], variants[-1])):
         prompt = base.with_variant(variant, number)
         kinds = [node["class_type"] for node in prompt.values()]
-        assert (kinds.count("ToMe"), kinds.count("EasyCache")) == ((0, 0), (1, 1))[number]
+        assert (kinds.count("ToMe"), kinds.count("EasyCache")) == ((0, 0), (models, models))[number]
         result = client.run(prompt)
         assert base.timed() <= result.seconds.keys() and result.outputs.keys() == {TAKE}
         taken.append(np.stack([frames(data)[0] for data in client.images(result)]))
-    assert taken[0].shape == taken[1].shape and len(taken[0]) == (5 if "video" in name else 1)
+    assert taken[0].shape == taken[1].shape and len(taken[0]) == min(8, FRAMES.get(name, 1))
     assert (taken[0] != taken[1]).any()
 
 
@@ -168,6 +176,49 @@ def test_hires_first_pass_is_unmerged(info):
     prompt = to_prompt(workflow("03_sdxl_hires"), info)
     samplers = [node["inputs"] for node in prompt.values() if node["class_type"] == "KSampler"]
     assert [prompt[sampler["model"][0]]["class_type"] for sampler in samplers] == ["CheckpointLoaderSimple", "ToMe"]
+
+
+def test_both_models_of_wan22_are_merged_and_reported(client, info):
+    """Each sampler has a ToMe node of its own, with the other one's values, and a report of its own part."""
+    prompt = small(to_prompt(workflow("07_wan22_video"), info))
+    tomes = [{**node["inputs"], "model": None} for node in prompt.values() if node["class_type"] == "ToMe"]
+    assert len(tomes) == 2 and tomes[0] == tomes[1]
+    outputs = client.run(prompt).outputs
+    reports = [id for id, node in prompt.items() if node["class_type"] == "ToMeReport"]
+    assert [source(prompt, id, "UNETLoader")["unet_name"].split("_")[2] for id in reports] == ["high", "low"]
+    kept = 2 * 8 * 8 - int(2 * 8 * 8 * tomes[0]["ratio"])
+    for id in reports:
+        (text,) = outputs[id]["text"]
+        assert f"128 to {kept} tokens" in text and "1 step, merged in 1" in text, text
+
+
+def source(prompt: dict[str, Any], id: str, kind: str) -> dict[str, Any]:
+    """Values of the loader that a report's model comes from."""
+    while prompt[id]["class_type"] != kind:
+        id = (prompt[id]["inputs"].get("record") or prompt[id]["inputs"]["model"])[0]
+    return prompt[id]["inputs"]
+
+
+def test_video_of_ltx2_has_its_sound(client, info):
+    import av
+
+    prompt = small(to_prompt(workflow("08_ltx2_video"), info))
+    (data,) = saved(client, prompt)
+    with av.open(io.BytesIO(data)) as video:
+        sound = np.concatenate([frame.to_ndarray() for frame in video.decode(audio=0)], axis=1)
+        assert sound.std() > 1e-3  # of 1, and 0 for silence
+        assert abs(sound.shape[1] / video.streams.audio[0].rate - 9 / 25) < 0.1
+
+
+def test_reference_reaches_qwen_image_edit(client, info):
+    """Without it the picture is another one."""
+    prompt = small(to_prompt(workflow("09_qwen_image_edit"), info))
+    (edited,) = map(frames, saved(client, prompt))
+    for node in prompt.values():
+        if node["class_type"] == "ReferenceLatent":
+            del node["inputs"]["latent"]
+    (other,) = map(frames, saved(client, prompt))
+    assert (edited != other).any()
 
 
 def test_mask_decides_what_is_painted(client, info):
