@@ -111,9 +111,11 @@ class DiTCall:
         if self._met:
             return
         if any(hasattr(module, "_orig_mod") for module in model.modules()):
-            self._outcome.merged()  # a compiled block's attentions come here while the block is compiled alone
+            self._outcome.merged(
+                self.layout.grid
+            )  # a compiled block's attentions come here while the block is compiled alone
             return
-        self._outcome.left_alone(NOT_MET, self.facts.name)
+        self._outcome.left_alone(NOT_MET, self.facts.name, self.layout.grid)
         if self._record is not None:
             self._record.left_alone(NOT_MET, self.facts.name, self.layout.grid)
 
@@ -147,7 +149,7 @@ class DiTCall:
         if ready is None:
             first = (func,) if override is None else (override, func)
             return first[0](*first[1:], q, k, v, heads, *args, **kwargs)
-        self._outcome.merged()
+        self._outcome.merged(self.layout.grid)
         if self._sparse:
             say_once(_SPARSE, self.facts.name)
         elif override is not None:
@@ -279,7 +281,7 @@ class DiTCall:
             self._plan = self.call.plan(metric, self.layout.grid)  # metric [B, N, .]
         plan = self._plan
         if plan is None:
-            self._outcome.left_alone(NO_WHOLE_TOKEN, self.facts.name)
+            self._outcome.left_alone(NO_WHOLE_TOKEN, self.facts.name, self.layout.grid)
         fitting = None if plan is None else self._fitting(call, start, plan, paid)
         if first and self._record is not None:
             if plan is None or fitting is not None:

@@ -16,7 +16,7 @@ from .dit_models import dit_model, unwrapped
 from .dit_tokens import Told
 from .log import leave_alone, say_once
 from .model_call import Answered, draw_of, find_options, halves_alike, progress_of, put_options
-from .outcome import ANSWERED, Outcome, outcome_of
+from .outcome import ANSWERED, Outcome, outcome_of, tokens_of
 from .record import COMPILE_KEY, CallRecord, begin, is_compiled
 
 # What the log says.
@@ -47,7 +47,7 @@ class DiTPatch:
             if patch is None:
                 return executor(x, t, *args, **kwargs)
             if compiled:
-                outcome.merged()  # compiled layers tell nothing of themselves
+                outcome.merged(patch.layout.grid)  # compiled layers tell nothing of themselves
             if patch.guarded:
                 kwargs["tome"] = patch.key
             answered = None if compiled else Answered(patch.options)
@@ -97,7 +97,7 @@ class DiTPatch:
         call = ModelCall(config, layout.grid, x.device, step=step, alike=alike)
         if not call.serves(layout.grid):
             reason = why_not_served(config, layout.grid, layout.grid)
-            outcome.left_alone(reason, f"{'x'.join(map(str, layout.grid))} tokens")
+            outcome.left_alone(reason, tokens_of(layout.grid), layout.grid)
             if record is not None:
                 record.left_alone(reason, facts.name, layout.grid)
             return None

@@ -50,5 +50,5 @@ def leave_alone(
     if record is not None:
         record.left_alone(reason, where, grid, part)
     if outcome is not None:
-        outcome.left_alone(reason, where)
+        outcome.left_alone(reason, where, grid)
     say_once(reason, f"{where}, {detail}" if detail else where)

@@ -75,6 +75,7 @@ class ToMe(io.ComfyNode):
                 *(_input(widget) for widget in ToMeConfig.widgets()),
             ],
             outputs=[io.Model.Output(tooltip="The model with merged tokens.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -83,7 +84,7 @@ class ToMe(io.ComfyNode):
         cap = capped(config)
         if cap is not None:
             logger.info("[ToMe] %s", cap)
-        return io.NodeOutput(apply_to_model(model, config))
+        return io.NodeOutput(apply_to_model(model, config, getattr(cls.hidden, "unique_id", None)))
 
 
 NODES: list[type[io.ComfyNode]] = [ToMe, ToMeCLIPVision, *RECORD_NODES, ToMeCompare]

@@ -1,4 +1,4 @@
-"""What became of ToMe in one sampling; one line at its end where nothing was merged.
+"""What became of ToMe in one sampling: one line on the node at its end, in the log too where nothing was merged.
 
 The node puts `OutcomePatch` around the sampler (OUTER_SAMPLE). It makes the sampling's Outcome and hands it to the
 calls of the model in the sampler's own copy of transformer_options, so it ends with the sampling.
@@ -15,17 +15,19 @@ from torch import Tensor
 
 from ..shared_tome import ToMeConfig
 from ..shared_tome.core.curve import is_compiling
-from ..shared_tome.inspect.reasons import why_no_step
+from ..shared_tome.core.grid import Grid
+from ..shared_tome.inspect.reasons import counted, what_to_change, why_no_step
 from .log import logger, say_once
 from .mergers import merger_in
 from .record import RECORD
+from .shown import show_on_node
 
 OUTER_SAMPLE = "outer_sample"  # comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 NOT_MET = "no attention of the model came to ToMe: another node has replaced them, or this ComfyUI tells too little"
 ANSWERED = "another node answered from its cache each call that ToMe would have merged"
 NEVER_ASKED = "ToMe was never asked, because another node runs the model in a way of its own"
 _OUTCOME = "ToMe outcome"
-_NOTHING = "nothing was merged in this sampling"
+NOTHING = "nothing was merged in this sampling"
 _MOST_PLACES = 6
 
 
@@ -41,6 +43,8 @@ class Outcome:
         self._skipped: ToMeConfig | None = None  # of calls at ratio 0
         self._reached = False  # by a call at another ratio
         self._reasons: dict[str, dict[str, None]] = {}  # each with its places, in the order in which they came up
+        self._sizes: dict[Grid, bool] = {}  # of layers that were met: whether any of them was merged
+        self._speedup: float | None = None
 
     @property
     def base(self) -> Any:
@@ -57,15 +61,24 @@ class Outcome:
             self._reached |= ratio > 0.0
         return ratio == 0.0
 
-    def merged(self) -> None:
-        """A layer is merged. Not for what torch.compile traces: that is told before the call."""
+    def merged(self, grid: Grid | None = None) -> None:
+        """A layer on a grid is merged; None: not known. Not for what torch.compile traces: that is told before the
+        call."""
         if not is_compiling():
             self._merged = True
+            if grid is not None:
+                self._sizes[grid] = True
 
-    def left_alone(self, reason: str, where: str = "") -> None:
-        """A call or a layer is left alone. where: the layer, its grid, or the model."""
+    def left_alone(self, reason: str, where: str = "", grid: Grid | None = None) -> None:
+        """A call or a layer is left alone. where: the layer, its grid, or the model. grid: of its tokens, if known."""
         if not is_compiling():
             self._reasons.setdefault(reason, {}).setdefault(where)
+            if grid is not None:
+                self._sizes.setdefault(grid, False)
+
+    def measured(self, speedup: float) -> None:
+        """How many times as fast a whole step was measured to be."""
+        self._speedup = speedup
 
     def line(self) -> str | None:
         """Why nothing was merged, or None where something was."""
@@ -74,10 +87,36 @@ class Outcome:
         if not self.asked:
             return NEVER_ASKED
         if self._skipped is not None and not self._reached:
-            return why_no_step(self._skipped, self._what)
+            why = why_no_step(self._skipped, self._what)
+            return why + what_to_change([why])
         if not self._reasons:
             return NOT_MET
+        return self._left() + what_to_change(self._reasons)
+
+    def told(self) -> str:
+        """What happened, for the node: "2 of 3 sizes merged (...)", or why nothing was merged."""
+        why = self.line()
+        if why is not None:
+            return f"{NOTHING}: {why}"
+        merged = [grid for grid, did in self._sizes.items() if did]
+        total = len(self._sizes)
+        text = "merged" if not merged else f"{len(merged)} of {counted(total, 'size')} merged"
+        if merged:
+            text += f" ({', '.join('x'.join(map(str, grid)) for grid in merged)} tokens)"
+        if self._speedup is not None:
+            text += f", a step was measured {self._speedup:.2f}x as fast"
+        if self._reasons:
+            text += f". Left alone: {self._left()}"
+        return f"{text}. More: ToMe Report"
+
+    def _left(self) -> str:
+        """Each reason with its places."""
         return "; ".join(reason + _named(list(filter(None, places))) for reason, places in self._reasons.items())
+
+
+def tokens_of(grid: Grid) -> str:
+    """A grid as the log names it."""
+    return f"{'x'.join(map(str, grid))} tokens"
 
 
 def _named(places: list[str]) -> str:
@@ -102,10 +141,13 @@ def outcome_of(options: dict[str, Any]) -> Iterator[Outcome]:
 
 
 class OutcomePatch:
-    """The wrapper around CFGGuider.outer_sample. Holds the config alone; safe to share between clones and threads."""
+    """The wrapper around CFGGuider.outer_sample. Safe to share between clones and threads.
 
-    def __init__(self, config: ToMeConfig):
-        self.config = config
+    node: the id of the node ToMe, whose display tells what happened; None: there is none.
+    """
+
+    def __init__(self, config: ToMeConfig, node: str | None = None):
+        self.config, self.node = config, node
 
     def __call__(
         self,
@@ -132,9 +174,11 @@ class OutcomePatch:
                 options.pop(_OUTCOME, None)
             else:
                 options[_OUTCOME] = outer
+        if len(sigmas) > 1:
+            show_on_node(self.node, outcome.told())
         line = outcome.line()
         if line is not None and len(sigmas) > 1:  # else the sampler has no step
-            logger.info("[ToMe] %s: %s", _NOTHING, line)
+            logger.info("[ToMe] %s: %s", NOTHING, line)
             if not outcome.asked and RECORD in options:
                 options[RECORD].passed_by(self.config, sigmas, line)
         return out

@@ -13,13 +13,15 @@ from .log import logger
 from .mergers import merger_in
 from .model_call import APPLY_MODEL, DIFFUSION_MODEL, KEY
 from .outcome import OUTER_SAMPLE, OutcomePatch
+from .shown import show_on_node
 from .unet import UNetPatch
 from .unet_model import layers_of
 
 
-def apply_to_model(model: Any, config: ToMeConfig) -> Any:
+def apply_to_model(model: Any, config: ToMeConfig, node: str | None = None) -> Any:
     """A clone of the ModelPatcher with ToMe on it; with nothing to merge, a clone without.
 
+    node: the id of the node whose display tells what happens; None: there is none.
     Raises ValueError, before any sampling: the model is merged already, or is of a kind that is not served, or not
     with these options.
     """
@@ -35,13 +37,17 @@ def apply_to_model(model: Any, config: ToMeConfig) -> Any:
         tell_levels(model, config)
     clone = model.clone()
     if config.start == config.end and max(config.ratio, config.ratio_end) > 0.0:
-        logger.info("[ToMe] nothing will be merged: %s", why_no_step(config, "a sampling"))
+        why = why_no_step(config, "a sampling")
+        logger.info("[ToMe] nothing will be merged: %s", why)
+        show_on_node(node, f"nothing will be merged: {why}")
+    elif config.is_off:
+        show_on_node(node, "nothing will be merged: ratio is 0")
     if not config.is_off:
         patch = UNetPatch(config) if has_unet else DiTPatch(config)
         clone.add_wrapper_with_key(APPLY_MODEL, KEY, patch)
         if has_unet:
             clone.add_wrapper_with_key(DIFFUSION_MODEL, KEY, patch.around_model)
-        clone.add_wrapper_with_key(OUTER_SAMPLE, KEY, OutcomePatch(config))
+        clone.add_wrapper_with_key(OUTER_SAMPLE, KEY, OutcomePatch(config, node))
         clone.set_attachments(KEY, config)
     return clone
 

@@ -21,7 +21,7 @@ from ..shared_tome.attention.bias import attend_tokens, minds_scale
 from ..shared_tome.attention.self_token import NOT_KEPT
 from ..shared_tome.attention.sequence import NOT_MULTIRES, JointCall
 from ..shared_tome.autotune.decisions import Decisions, why_layers_left_alone
-from ..shared_tome.autotune.layer import Attention
+from ..shared_tome.autotune.layer import Attention, Verdict
 from ..shared_tome.autotune.step import why_left_alone
 from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.core.grid import grid_at
@@ -44,10 +44,10 @@ from .model_call import (
     put_options,
     without_wrapper,
 )
-from .outcome import ANSWERED, Outcome, outcome_of
+from .outcome import ANSWERED, Outcome, outcome_of, tokens_of
 from .record import begin, is_compiled
 from .unet_auto import about_model, verdict_on_step
-from .unet_call import PatchedCall, block_name, parts_of, tokens_of
+from .unet_call import PatchedCall, block_name, parts_of
 from .unet_model import dtype_of, layers_of, replaced_layers, run_block
 
 
@@ -94,7 +94,11 @@ class UNetPatch:
         told = None if record is None or record.run.compiled else record
         unpaid = None
         if not compiled and base is not model:
-            unpaid = _why_not_paid(base, x, t, args, kwargs, config, chosen, *host)
+            paid = _verdict_on_step(base, x, t, args, kwargs, config, chosen, *host)
+            if paid is not None and not paid.pays():
+                unpaid = why_left_alone(paid)
+            elif paid is not None and paid.merged_us > 0.0:  # else no merged step was run
+                outcome.measured(paid.full_us / paid.merged_us)
         if unpaid is not None and told is None:
             leave_alone(None, unpaid, f"{x.shape[-2]}x{x.shape[-1]}", "nothing is merged", outcome=outcome)
             return executor(x, t, *args, **kwargs)
@@ -133,14 +137,14 @@ def _leaves_alone(
         return False  # not a U-Net as they are known
     reasons = why_layers_left_alone(config, full, device, layers, dtype, attention, kernels, about)
     for grid, reason in (reasons or {}).items():
-        leave_alone(None, reason, f"layers of {grid[0]}x{grid[1]} tokens", outcome=outcome)
+        leave_alone(None, reason, f"layers of {tokens_of(grid)}", grid=grid, outcome=outcome)
     if reasons == {}:
         for grid in sorted({grid_at(full, level) for level, _, _ in layers}, reverse=True):
-            outcome.left_alone(why_not_served(config, grid, full), tokens_of(grid))
+            outcome.left_alone(why_not_served(config, grid, full), tokens_of(grid), grid)
     return reasons is not None
 
 
-def _why_not_paid(
+def _verdict_on_step(
     base: Any,
     x: Tensor,
     t: Tensor,
@@ -151,8 +155,8 @@ def _why_not_paid(
     attention: Attention,
     kernels: tuple[str, ...],
     about: str,
-) -> str | None:
-    """Why merging does not pay in whole steps, or None. base: the model that apply_model is of."""
+) -> Verdict | None:
+    """What is known of the times of whole steps, or None. base: the model that apply_model is of."""
 
     def merged(options: dict[str, Any], run: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
         call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=draw_of(options, x.device, base))
@@ -160,8 +164,7 @@ def _why_not_paid(
         with patch.mlp_hooks(base.diffusion_model), chosen.followed():
             return run(patch.options, {})
 
-    found = verdict_on_step(base, x, t, args, kwargs, config, merged, chosen, kernels, about)
-    return None if found is None or found.pays() else why_left_alone(found)
+    return verdict_on_step(base, x, t, args, kwargs, config, merged, chosen, kernels, about)
 
 
 class UNetCall(PatchedCall):
@@ -209,15 +212,15 @@ class UNetCall(PatchedCall):
 
     def _tell_ahead(self, layers: list[tuple[int, int, int]], dtype: torch.dtype) -> None:
         """What becomes of a compiled model's layers, which tell nothing themselves."""
-        merged = not layers  # not a U-Net as they are known: taken to be merged
         for level, channels, heads in layers:
             grid = grid_at(self.call.full, level)
             unpaid = self._decisions.why_not_paid(self._decisions.known(grid, channels, heads, dtype, self._kernels))
             reason = why_not_served(self.call.config, grid, self.call.full) or unpaid
-            merged |= reason is None
             if reason is not None:
-                self._outcome.left_alone(reason, tokens_of(grid))
-        if merged:
+                self._outcome.left_alone(reason, tokens_of(grid), grid)
+            else:
+                self._outcome.merged(grid)
+        if not layers:  # not a U-Net as they are known: taken to be merged
             self._outcome.merged()
 
     def _patched(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -267,12 +270,12 @@ class UNetCall(PatchedCall):
 
     def tell(self, grid: tuple[int, int], plan: Plan | None) -> None:
         if plan is None:
-            self._outcome.left_alone(NO_WHOLE_TOKEN, tokens_of(grid))
+            self._outcome.left_alone(NO_WHOLE_TOKEN, tokens_of(grid), grid)
         else:
-            self._outcome.merged()
+            self._outcome.merged(grid)
 
     def leave_unserved(self, reason: str, grid: tuple[int, int]) -> None:
-        self._outcome.left_alone(reason, tokens_of(grid))
+        self._outcome.left_alone(reason, tokens_of(grid), grid)
 
     def run_block(self, heads: int, x: Tensor) -> Callable[[], Any] | None:
         return run_block(self._model, heads, x, self._chosen.options)

@@ -225,11 +225,6 @@ def parts_of(call: ModelCall) -> tuple[str, ...]:
     return "attn1", *("attn2",) * config.cross_attention, *("ff",) * config.mlp
 
 
-def tokens_of(grid: tuple[int, int]) -> str:
-    """A grid as the log names it."""
-    return f"{grid[0]}x{grid[1]} tokens"
-
-
 def block_name(extra_options: dict[str, Any]) -> str:
     """The block as the log names it."""
     block = extra_options.get("block")

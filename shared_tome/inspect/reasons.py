@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..config import ToMeConfig
 from ..core.grid import Grid, level_of
 from ..core.multires import shares_of
 from ..core.schedule import serves_layer
 
 NO_WHOLE_TOKEN = "the ratio takes away no whole token"
+# How a reason begins, and what a person can change.
+_CHANGES = {
+    "fewer than min tokens": "make a larger picture, or lower min tokens",
+    "its level is not one of levels": "set levels to auto",
+    NO_WHOLE_TOKEN: "raise the ratio",
+    "no step of": "lower start, raise end or take more steps",
+    "the ratio is 0 at each step": "raise the ratios or take more steps",
+    "merging does not pay here": "make a larger picture; levels other than auto are always merged",
+}
 
 
 def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 step", "2 steps"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def what_to_change(reasons: Iterable[str]) -> str:
+    """What a person can change so that more is merged, as the end of a sentence; "" where nothing of that is known."""
+    changes = dict.fromkeys(
+        change for reason in reasons for start, change in _CHANGES.items() if reason.startswith(start)
+    )
+    return f". To change that: {'; '.join(changes)}" if changes else ""
 
 
 def capped(config: ToMeConfig) -> str | None:
