@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..shared_tome import ToMeConfig
 from ..shared_tome.inspect.reasons import capped
-from ..shared_tome.methods import CUSTOM, PRESETS
+from ..shared_tome.methods import AUTO, CUSTOM, METHODS, PRESETS, idle_options
 from ..shared_tome.options import Widget
 from .clip_vision import ToMeCLIPVision
 from .compare import ToMeCompare
@@ -41,7 +41,7 @@ def _input(widget: Widget) -> io.Input:
         return make(io.Float.Input, widget.name, **numbers, round=0.001, **common)
     # The page shows as many digits as `step` has and would make 0.94 of 0.9375; a dragged slider moves by `round`.
     numbers |= {"step": 0.0005, "round": option.step}
-    extra = {"tome_presets": _presets()}
+    extra = {"tome_presets": _presets(), "tome_folded": _folded()}
     return make(
         io.Float.Input, widget.name, **numbers, display_mode=io.NumberDisplay.slider, extra_dict=extra, **common
     )
@@ -55,6 +55,16 @@ def _presets() -> dict[str, Any]:
         "custom": CUSTOM,
         "label": "Preset",
         "help": help + "\n".join(f"{name}: {preset.summary}." for name, preset in PRESETS.items()),
+    }
+
+
+def _folded() -> dict[str, Any]:
+    """What web/tome.js makes its button of, and which options have no meaning for a method."""
+    return {
+        "more": "More options",
+        "fewer": "Fewer options",
+        "help": "What most people leave as it is. In brackets: how many of these options are not at their default.",
+        "idle": {method: idle_options(method) for method in (AUTO, *METHODS)},
     }
 
 

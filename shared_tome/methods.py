@@ -89,3 +89,24 @@ PRESETS: dict[str, Preset] = {
 CUSTOM = "Custom"
 """What a user interface calls options that are no preset."""
 LEVELS = ("auto", "0", "0,1", "0,1,2", "0,1,2,3", "1", "1,2", "1,2,3", "2", "2,3", "3")
+
+
+def idle_options(method: str) -> tuple[str, ...]:
+    """The names of the widgets that change nothing with a method, whatever the model; for AUTO with both that it may
+    stand for."""
+    if method == AUTO:
+        return tuple(name for name in idle_options("sample") if name in idle_options("multires"))
+    kind, idle = METHODS[method], []
+    if method in ("sample", "multires"):
+        idle += ["stride_x", "stride_y"]
+    if not kind.matches:
+        idle += ["partition", "cross_attention", "mlp", "share_match"]
+    if kind.reduce is not None:
+        idle.append("reduce")
+    if not kind.keys or kind.fills:
+        idle.append("proportional")
+    if method != "sample":  # multires has it always
+        idle.append("own_token")
+    if method != "multires":
+        idle += ["whole", "half"]
+    return tuple(idle)

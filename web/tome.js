@@ -1,55 +1,111 @@
-// The control "preset" on top of the node ToMe: it sets the options of a preset, and shows which one they are.
-// It is worked out from the options and not saved, so a workflow has one truth: the options themselves.
+// What the node ToMe has beside its options: a control "preset", which sets some of them and shows which preset they
+// are, and a button that shows the options that most people leave as they are. Neither is saved: a workflow has one
+// truth, the options themselves.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 const NODE = "ToMe";
-const NAME = "preset";
 
-function fits(preset, widgets) {
-  return Object.entries(preset).every(([option, value]) => {
-    const now = widgets.get(option)?.value;
-    return typeof value === "number" ? Math.abs(now - value) < 1e-6 : now === value;
-  });
+const TOLD = "$$node-text-preview"; // the page's own widget, in which the server's line stands
+
+const near = (a, b) => (typeof a === "number" ? Math.abs(a - b) < 1e-6 : a === b);
+const setting = (name) => app.extensionManager?.setting?.get(name);
+
+// The height of a node of the classic canvas with room for all of the line below its controls.
+function tall(node) {
+  const text = node.widgets?.find((widget) => widget.name === TOLD)?.value ?? "";
+  const lines = Math.ceil((7 * text.length) / Math.max(1, node.size[0] - 50));
+  return node.computeSize()[1] + 16 * Math.max(0, lines - 2);
 }
 
-function addPreset(node, { presets, custom, label, help }) {
-  const widgets = new Map(node.widgets.map((widget) => [widget.name, widget]));
+// Put a control that is not saved at a place among the node's.
+function addControl(node, place, type, name, value, callback, options, { label, tooltip }) {
+  const control = node.addWidget(type, name, value, callback, { ...options, serialize: false });
+  Object.assign(control, { label, tooltip, serialize: false });
+  node.widgets.splice(place, 0, node.widgets.pop());
+  return control;
+}
+
+// Call what follows after each change of a widget.
+function afterChange(widget, follow) {
+  const callback = widget.callback;
+  widget.callback = function (...args) {
+    const result = callback?.apply(this, args);
+    follow();
+    return result;
+  };
+}
+
+function addPreset(node, widgets, { presets, custom, label, help }) {
   const governed = new Set(Object.values(presets).flatMap(Object.keys));
-  if ([...governed].some((option) => !widgets.has(option))) return; // a node of another version
+  if ([...governed].some((option) => !widgets.has(option))) return null; // a node of another version
+  const choose = (name) => {
+    for (const [option, value] of Object.entries(presets[name] ?? {})) {
+      const widget = widgets.get(option);
+      widget.value = value;
+      widget.callback?.(value, app.canvas, node);
+    }
+    show();
+  };
+  const values = [...Object.keys(presets), custom];
+  const preset = addControl(node, 0, "combo", "preset", custom, choose, { values }, { label, tooltip: help });
+  const fits = (options) => Object.entries(options).every(([option, value]) => near(value, widgets.get(option)?.value));
+  const show = () => {
+    preset.value = Object.keys(presets).find((name) => fits(presets[name])) ?? custom;
+  };
+  for (const option of governed) afterChange(widgets.get(option), show);
+  return show;
+}
 
-  const preset = node.addWidget(
-    "combo",
-    NAME,
-    custom,
-    (name) => {
-      for (const [option, value] of Object.entries(presets[name] ?? {})) {
-        const widget = widgets.get(option);
-        widget.value = value;
-        widget.callback?.(value, app.canvas, node);
-      }
-      show();
-    },
-    { values: [...Object.keys(presets), custom], serialize: false },
+// The classic canvas shows advanced options always; Nodes 2.0 has a button of its own, which keeps the same state:
+// node.showAdvanced, saved with the node.
+function addFold(node, widgets, defaults, { more, fewer, help, idle }) {
+  const folded = [...widgets.values()].filter((widget) => widget.options?.advanced);
+  if (!folded.length) return null;
+  const always = () => Boolean(setting("Comfy.Node.AlwaysShowAdvancedWidgets"));
+  const isOpen = () => Boolean(node.showAdvanced) || always();
+  const whenOpen = tall(node);
+  const hide = (widget, when) => Object.defineProperty(widget, "hidden", { get: when, set() {} });
+  for (const widget of folded) hide(widget, () => !isOpen());
+  const toggle = () => {
+    node.showAdvanced = !node.showAdvanced;
+    node.setSize([node.size[0], tall(node)]);
+    node.setDirtyCanvas?.(true, true);
+  };
+  const button = addControl(
+    node, node.widgets.indexOf(folded[0]), "button", "more", null, toggle, { canvasOnly: true },
+    { label: more, tooltip: help },
   );
-  preset.label = label;
-  preset.tooltip = help;
-  preset.serialize = false;
-  node.widgets.unshift(node.widgets.pop());
+  hide(button, always);
+  const { onDrawForeground, onConfigure } = node;
+  node.onDrawForeground = function (...args) { // the page may have opened or closed the node since
+    const changed = folded.filter(({ name, value }) => defaults.has(name) && !near(defaults.get(name), value)).length;
+    button.label = node.showAdvanced ? fewer : changed ? `${more} (${changed})` : more;
+    return onDrawForeground?.apply(this, args);
+  };
+  const show = () => {
+    const without = idle[widgets.get("method")?.value] ?? [];
+    for (const { name, value } of widgets.values()) {
+      // What was switched on and would be refused stays, so that it can be switched off.
+      const switchedOn = value === true && defaults.get(name) === false;
+      widgets.get(name).disabled = without.includes(name) && !switchedOn;
+    }
+    node.setDirtyCanvas?.(true, true);
+  };
+  for (const widget of widgets.values()) afterChange(widget, show);
+  node.setSize([node.size[0], tall(node)]);
+  node.onConfigure = function (data, ...args) {
+    onConfigure?.call(this, data, ...args);
+    // Saved with all options in sight: their room is not needed any more.
+    if (!isOpen() && data.size?.[1] >= whenOpen) node.setSize([node.size[0], tall(node)]);
+  };
+  return show;
+}
 
-  function show() {
-    preset.value = Object.keys(presets).find((name) => fits(presets[name], widgets)) ?? custom;
-  }
-
-  for (const option of governed) {
-    const widget = widgets.get(option);
-    const callback = widget.callback;
-    widget.callback = function (...args) {
-      const result = callback?.apply(this, args);
-      show();
-      return result;
-    };
-  }
+function addControls(node) {
+  const widgets = new Map(node.widgets.map((widget) => [widget.name, widget]));
+  const shows = [addPreset(node, widgets, texts.presets), texts.folded && addFold(node, widgets, defaults, texts.folded)];
+  const show = () => shows.forEach((one) => one?.());
   const { onConfigure, onSerialize } = node;
   node.onConfigure = function (...args) {
     onConfigure?.apply(this, args);
@@ -65,27 +121,51 @@ function addPreset(node, { presets, custom, label, help }) {
   show();
 }
 
-// What locales/ calls the control in the page's language: the page itself looks up only what the server sent.
+// What locales/ calls the controls in the page's language: the page itself looks up only what the server sent.
 async function ownTexts() {
   try {
-    const texts = await (await api.fetchApi("/i18n")).json();
-    const { name, tooltip } = texts[app.extensionManager.setting.get("Comfy.Locale")].nodeDefs[NODE].inputs[NAME];
-    return { label: name, help: tooltip };
+    const known = await (await api.fetchApi("/i18n")).json();
+    return known[setting("Comfy.Locale")].nodeDefs[NODE].inputs;
   } catch {
     return {}; // no texts in this language, or a ComfyUI that has none at all
   }
 }
 
-let presets = null;
+let texts = null;
+let defaults = new Map();
 
 app.registerExtension({
   name: "ToMe.Presets",
+  setup() {
+    // After the page's own listener, which shows the line.
+    api.addEventListener("progress_text", () =>
+      queueMicrotask(() => {
+        if (setting("Comfy.VueNodes.Enabled")) return; // there a node grows by itself
+        for (const node of app.canvas?.graph?.nodes ?? []) {
+          const grows = node.comfyClass === NODE && node.widgets?.some((widget) => widget.name === TOLD);
+          if (grows && node.size[1] < tall(node)) node.setSize([node.size[0], tall(node)]);
+        }
+      }),
+    );
+  },
   async beforeRegisterNodeDef(_type, definition) {
     if (definition.name !== NODE) return;
-    presets = definition.input?.required?.ratio?.[1]?.tome_presets;
-    if (presets) presets = { ...presets, ...(await ownTexts()) };
+    const { tome_presets: presets, tome_folded: folded } = definition.input?.required?.ratio?.[1] ?? {};
+    if (!presets) return;
+    const { preset = {}, more = {}, fewer = {} } = await ownTexts();
+    texts = {
+      presets: { ...presets, label: preset.name ?? presets.label, help: preset.tooltip ?? presets.help },
+      folded: folded && {
+        ...folded,
+        more: more.name ?? folded.more,
+        help: more.tooltip ?? folded.help,
+        fewer: fewer.name ?? folded.fewer,
+      },
+    };
+    const inputs = { ...definition.input.required, ...definition.input.optional };
+    defaults = new Map(Object.entries(inputs).map(([name, spec]) => [name, spec[1]?.default]));
   },
   nodeCreated(node) {
-    if (node.comfyClass === NODE && presets) addPreset(node, presets);
+    if (node.comfyClass === NODE && texts) addControls(node);
   },
 });

@@ -49,6 +49,9 @@ def english_texts(known: dict[str, Any]) -> dict[str, str]:
             found[f"{node}.outputs.{number}.tooltip"] = tooltip or ""
     presets = known["ToMe"]["input"]["required"]["ratio"][1]["tome_presets"]
     found["ToMe.inputs.preset.name"], found["ToMe.inputs.preset.tooltip"] = presets["label"], presets["help"]
+    folded = known["ToMe"]["input"]["required"]["ratio"][1]["tome_folded"]
+    found["ToMe.inputs.more.name"], found["ToMe.inputs.more.tooltip"] = folded["more"], folded["help"]
+    found["ToMe.inputs.fewer.name"] = folded["fewer"]
     return {key: text for key, text in found.items() if text}
 
 

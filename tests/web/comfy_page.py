@@ -57,8 +57,13 @@ class ComfyPage:
         )
 
     def values(self, type: str) -> dict[str, Any]:
-        """A node's widgets by name."""
-        return self.ask("return Object.fromEntries(node.widgets.map((w) => [w.name, w.value]))", type)
+        """A node's widgets by name, without buttons and what the page shows below them."""
+        shown = "node.widgets.filter((w) => w.type !== 'button' && !w.name.startsWith('$$'))"
+        return self.ask(f"return Object.fromEntries({shown}.map((w) => [w.name, w.value]))", type)
+
+    def in_sight(self, type: str) -> list[str]:
+        """The names of the widgets that the classic renderer draws."""
+        return self.ask("return node.widgets.filter((w) => node.isWidgetVisible(w)).map((w) => w.name)", type)
 
     def all_values(self) -> dict[str, dict[str, Any]]:
         """The widgets of all nodes that have some, by the node's type."""

@@ -306,3 +306,127 @@ def test_a_preset_sets_the_options_and_follows_them(nodes_2, visit, tmp_path):
     assert page.values("ToMe") == {"preset": "Quality", **options}
     asked = page.page.evaluate("app.graphToPrompt()")["output"]
     assert "preset" not in next(iter(asked.values()))["inputs"]
+
+
+FIRST = ["preset", "ratio", "stride_x", "stride_y", "method", "seed"]
+
+
+def folded(page: ComfyPage) -> list[str]:
+    """The advanced options, as the server tells them."""
+    return [name for name, spec in page.client.node("ToMe")["input"]["optional"].items() if spec[1].get("advanced")]
+
+
+def press_more(page: ComfyPage) -> None:
+    y = page.ask("return node.widgets.find((w) => w.name === 'more').y + 10", "ToMe")
+    page.page.mouse.click(*page.place("ToMe", 100, y))
+
+
+def more_label(page: ComfyPage) -> str:
+    page.page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    return page.ask("return node.widgets.find((w) => w.name === 'more').label", "ToMe")
+
+
+def test_the_classic_canvas_shows_the_first_options_until_more_are_asked_for(visit, shoot):
+    page = visit()
+    page.add("ToMe", 100, 40)
+    assert page.in_sight("ToMe") == [*FIRST, "more"] and more_label(page) == "More options"
+    small = page.ask("return [...node.size]", "ToMe")
+    assert small == page.ask("return [node.size[0], node.computeSize()[1]]", "ToMe")
+    press_more(page)
+    assert page.in_sight("ToMe") == [*FIRST, "more", *folded(page)] and more_label(page) == "Fewer options"
+    assert page.ask("return node.size[1]", "ToMe") > small[1] + 20 * len(folded(page))
+    press_more(page)
+    assert page.in_sight("ToMe") == [*FIRST, "more"] and page.ask("return [...node.size]", "ToMe") == small
+    page.set_value("ToMe", "preset", "Quality")  # start 0.2
+    page.set_value("ToMe", "min_tokens", 1024)
+    assert more_label(page) == "More options (2)"
+
+
+def test_a_workflow_from_before_the_fold_opens_with_its_values(visit, tmp_path):
+    page = visit()
+    load(page, tmp_path, **OTHER)
+    made = page.page.evaluate("app.graph.serialize()")
+    (node,) = (node for node in made["nodes"] if node["type"] == "ToMe")
+    values = page.values("ToMe")
+    options = [value for name, value in values.items() if name != "preset"]
+    assert node["widgets_values"] == options
+    node.pop("showAdvanced", None)  # as older pages and versions of ToMe saved it: with all options in sight
+    node["size"] = [node["size"][0], 600]
+    page.clear()
+    file = tmp_path / "older.json"
+    file.write_text(json.dumps(made), encoding="utf-8")
+    page.load(file, TYPES)
+    assert page.values("ToMe") == values and {name: values[name] for name in OTHER} == OTHER
+    assert page.ask("return node.size[1] === node.computeSize()[1]", "ToMe")
+    asked = page.page.evaluate("app.graphToPrompt()")["output"]
+    (inputs,) = (node["inputs"] for node in asked.values() if node["class_type"] == "ToMe")
+    assert set(inputs) == {"model", *values} - {"preset"}
+
+
+def test_an_open_node_is_saved_open(visit, tmp_path):
+    page = visit()
+    page.add("ToMe", 100, 40)
+    press_more(page)
+    file = tmp_path / "open.json"
+    file.write_text(json.dumps(page.page.evaluate("app.graph.serialize()")), encoding="utf-8")
+    page.clear()
+    page.load(file, ["ToMe"])
+    assert page.in_sight("ToMe") == [*FIRST, "more", *folded(page)]
+
+
+def test_a_page_that_shows_all_advanced_widgets_has_no_button(visit):
+    page = visit({"Comfy.Node.AlwaysShowAdvancedWidgets": True})
+    try:
+        page.add("ToMe", 100, 40)
+        assert page.in_sight("ToMe") == [*FIRST, *folded(page)]
+    finally:
+        page.client.request("/settings", {"Comfy.Node.AlwaysShowAdvancedWidgets": False})
+
+
+def test_nodes_2_has_its_own_button_alone(visit):
+    page = visit({"Comfy.VueNodes.Enabled": True})
+    page.add("ToMe", 100, 40)
+    page.page.get_by_test_id("advanced-inputs-button").wait_for()
+    node = page.page.locator("[data-node-id]").first
+    assert node.get_by_text("More options").count() == 0
+    assert node.get_by_label("Min tokens").count() == 0
+    page.page.get_by_test_id("advanced-inputs-button").click()
+    node.get_by_text("Min tokens").first.wait_for()
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2"])
+def test_what_the_method_does_not_look_at_is_greyed(nodes_2, visit):
+    page = visit({"Comfy.VueNodes.Enabled": nodes_2})
+    page.add("ToMe", 100, 40)
+    told = page.client.node("ToMe")["input"]["required"]["ratio"][1]["tome_folded"]["idle"]
+    greyed = "return node.widgets.filter((w) => w.disabled).map((w) => w.name).sort()"
+    assert page.ask(greyed, "ToMe") == sorted(told["auto"])
+    for method, idle in told.items():
+        page.set_value("ToMe", "method", method)
+        assert page.ask(greyed, "ToMe") == sorted(idle)
+    page.set_value("ToMe", "method", "merge")
+    page.set_value("ToMe", "mlp", True)
+    page.set_value("ToMe", "method", "sample")  # refuses mlp
+    assert page.ask(greyed, "ToMe") == sorted(set(told["sample"]) - {"mlp"})
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2"])
+def test_the_node_tells_what_happened(nodes_2, visit, tmp_path, shoot):
+    page = visit({"Comfy.VueNodes.Enabled": nodes_2})
+    load(page, tmp_path, min_tokens=0, ratio=0.4 if nodes_2 else 0.45)
+    before = page.page.evaluate("app.graph.serialize()")["nodes"]
+    page.run("SaveImage")
+    told = "return node.widgets.find((w) => w.name === '$$node-text-preview')?.value"
+    line = page.ask(told, "ToMe")
+    assert line == "3 of 3 sizes merged (64x64, 32x32, 16x16 tokens). More: ToMe Report"
+    page.page.get_by_text(line[:20]).first.wait_for()
+    page.page.get_by_text("Job completed").wait_for(state="hidden")
+    shoot(page.page, "told", clip={"x": 59, "y": 38, "width": SIZE[0] - 59, "height": 600})
+    after = page.page.evaluate("app.graph.serialize()")["nodes"]
+    assert [node.get("widgets_values") for node in after] == [node.get("widgets_values") for node in before]
+    asked = page.page.evaluate("app.graphToPrompt()")["output"]
+    assert not any("text-preview" in name for node in asked.values() for name in node["inputs"])
+    page.set_value("ToMe", "min_tokens", 4096)
+    page.page.get_by_test_id("queue-button").click()
+    page.wait("app.graph.nodes.find((n) => n.type === 'ToMe').widgets.at(-1).value.startsWith('nothing was merged')")
+    assert "make a larger picture, or lower min tokens" in page.ask(told, "ToMe")
