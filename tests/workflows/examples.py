@@ -587,7 +587,7 @@ what is to be kept is lost. For that reason the gain is smaller than without a r
     graph.column("Sample")
     sampler = graph.add(
         "KSampler", model=normed["patched_model"], positive=positive, negative=negative, latent_image=latent["LATENT"],
-        seed=7, steps=20, cfg=2.5, sampler_name="euler", scheduler="simple", denoise=1.0, at=(3, 1),
+        seed=7, steps=20, cfg=4.0, sampler_name="euler", scheduler="simple", denoise=1.0, at=(3, 1),
     )  # fmt: skip
     graph.column("Picture")
     decoded = graph.add("VAEDecode", samples=sampler["LATENT"], vae=picture["VAE"], at=(4, 1))

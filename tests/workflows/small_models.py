@@ -185,9 +185,9 @@ def write_qwen() -> None:
 
 
 def write_ltx2() -> None:
-    """One file of model, video VAE, audio VAE and vocoder, as the real one."""
-    for name, kind in (("ltxav_te", comfy.sd1_clip.SD1ClipModel), ("LTXAVGemmaTokenizer", comfy.sd1_clip.SD1Tokenizer)):
-        setattr(comfy.text_encoders.lt, name, kind if name[0] == "L" else lambda kind=kind, **_: kind)
+    """One file of model, video VAE, audio VAE and vocoder, as the real one; a CLIP reads the text."""
+    comfy.text_encoders.lt.ltxav_te = lambda **told: comfy.sd1_clip.SD1ClipModel
+    comfy.text_encoders.lt.LTXAVGemmaTokenizer = comfy.sd1_clip.SD1Tokenizer
     blocks = [["res_x", {"num_layers": 1}], *[["compress_all", {}]] * 3, ["res_x", {"num_layers": 1}]]
     sound = {
         "double_z": True, "mel_bins": 64, "z_channels": 8, "resolution": 256, "in_channels": 2, "out_ch": 2, "ch": 8,

@@ -81,8 +81,9 @@ def tokens(name):
 
 @EACH
 def test_size_is_one_at_which_layers_are_merged(name):
-    tomes = [node["widgets_values"] for node in WORKFLOWS[name]["nodes"] if node["type"] == "ToMe"]
-    assert len(tomes) == sum(node["type"] == "UNETLoader" for node in WORKFLOWS[name]["nodes"]) or len(tomes) == 1
+    nodes = WORKFLOWS[name]["nodes"]
+    tomes = [node["widgets_values"] for node in nodes if node["type"] == "ToMe"]
+    assert len(tomes) == sum(node["type"] in ("UNETLoader", "CheckpointLoaderSimple") for node in nodes)
     for tome in tomes:
         values = dict(zip(KINDS["ToMe"].widgets, tome, strict=True))
         assert values["ratio"] > 0
