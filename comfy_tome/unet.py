@@ -50,6 +50,11 @@ from .unet_auto import about_model, verdict_on_step
 from .unet_call import PatchedCall, block_name, parts_of
 from .unet_model import dtype_of, layers_of, replaced_layers, run_block
 
+# What the log says.
+_DENSE = (
+    "layers that ToMe merges are computed densely; another node's sparse attention computes those that it leaves alone"
+)
+
 
 class UNetPatch:
     """The wrappers around the model's call. Holds the config alone; safe to share between clones and threads."""
@@ -192,7 +197,7 @@ class UNetCall(PatchedCall):
         self._compiled, self._model = layers is not None, model
         self._outcome = Outcome() if outcome is None else outcome
         self._chosen = Chosen(options) if chosen is None else chosen
-        self._attention = self._chosen.override
+        self._attention, self._is_merged = self._chosen.override, False
         # Nothing to measure with: nothing to join with either (a test's call, not a host's).
         attention = None if chosen is None else chosen.host
         kernels = () if chosen is None else chosen.kernels(call.seed.device)
@@ -225,7 +230,7 @@ class UNetCall(PatchedCall):
 
     def _patched(self, options: dict[str, Any]) -> dict[str, Any]:
         options = self.patched(options)
-        if self.call.config.weighs_keys:
+        if self.call.config.weighs_keys or self._chosen.sparse:
             options[OVERRIDE] = self.attention
         options = without_wrapper(options, DIFFUSION_MODEL)
         if self._compiled:
@@ -239,9 +244,22 @@ class UNetCall(PatchedCall):
             raise RuntimeError("another node changed ToMe's argument 'tome' on its way to the model")
         return executor(*args, **kwargs)
 
+    def before_attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple:
+        given = super().before_attention(q, k, v, extra_options)
+        self._is_merged = KEY in extra_options
+        return given
+
+    def after_attention(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        self._is_merged = False
+        return super().after_attention(out, extra_options)
+
     def attention(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         """optimized_attention_override: adds the sizes to the logits; another node's override is called, not lost."""
         func = self._chosen.func(func)
+        others = self._attention
+        if self._is_merged and self._chosen.sparse:  # merged tokens are in no place
+            others = None
+            say_once(_DENSE)
         bias, self._pending = self._pending, None
         plan, self._pending_own = self._pending_own, None
         is_torchs = False
@@ -259,9 +277,9 @@ class UNetCall(PatchedCall):
 
         def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
             named = kwargs if scale is None else {**kwargs, "scale": scale}
-            if self._attention is None:
+            if others is None:
                 return func(q, k, v, heads, *args, **named)
-            return self._attention(func, q, k, v, heads, *args, **named)
+            return others(func, q, k, v, heads, *args, **named)
 
         if bias is None or k.shape[1] != bias.shape[1]:
             return attention(q, k, v)
