@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ..shared_tome.inspect.reasons import counted
+from ..shared_tome.inspect.reasons import counted, what_to_change
 from ..shared_tome.inspect.record import Run
 from ..shared_tome.inspect.report import Layer, Report
 
@@ -21,8 +21,12 @@ def _line(report: Report) -> str:
         line += f", in {report.merged_steps} of {counted(report.steps, 'step')}"
     left = ", ".join(_reasons(report.left_alone))
     if left:
-        return f"{line}; left alone: {left}"
-    return line if report.merged else f"{line}: {_why_nothing(report)}"
+        change = "" if report.merged else what_to_change(layer.reason for layer in report.left_alone)
+        return f"{line}; left alone: {left}{change}"
+    if report.merged:
+        return line
+    why = _why_nothing(report)
+    return f"{line}: {why}{what_to_change([why])}"
 
 
 def _why_nothing(report: Report) -> str:

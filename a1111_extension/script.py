@@ -177,7 +177,8 @@ class ToMeScript(scripts.Script):
         unmerged = [layer for hires, run in state.runs.items() if not merged[hires] for layer in run.tally.layers()]
         nothing = not all(merged[hires] for hires in state.runs)
         if state.report != settings.NO_REPORT:
-            state.notes.say(line, shown=nothing)
+            # The picture's text, where it has the line, stands under the picture too.
+            state.notes.say(line, shown=nothing or state.report == settings.LOG_REPORT)
         elif nothing and unmerged and all(state.notes.told(layer.reason) for layer in unmerged):
             state.notes.show(line)  # the log has the reasons already
         elif nothing:

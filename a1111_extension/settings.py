@@ -30,7 +30,8 @@ _REPORT = Widget(
     LOG_REPORT,
     Option(
         "Report after each picture",
-        "One line: what was merged where, how many tokens there were before and after, what was left alone and why.",
+        "One line, under the picture too: what was merged where, from how many tokens to how many, what was left "
+        "alone and why.",
         choices=(NO_REPORT, LOG_REPORT, TEXT_REPORT),
     ),
 )

@@ -16,7 +16,8 @@ _CHANGES = {
     "its level is not one of levels": "set levels to auto",
     NO_WHOLE_TOKEN: "raise the ratio",
     "no step of": "lower start, raise end or take more steps",
-    "the ratio is 0 at each step": "raise the ratios or take more steps",
+    "start ": "lower start, raise end or take more steps",
+    "the ratio is 0": "raise the ratios or take more steps",
     "merging does not pay here": "make a larger picture; levels other than auto are always merged",
 }
 

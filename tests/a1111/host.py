@@ -309,6 +309,11 @@ class Processing:
     def comment(self, text: str) -> None:
         self.comments[text] = 1
 
+    @property
+    def troubles(self) -> list[str]:
+        """The lines under the picture but for the report of a picture in which all passes merged."""
+        return [text for text in self.comments if " tokens in " not in text or "nothing was merged" in text]
+
     def get_token_merging_ratio(self, for_hr: bool = False) -> float:
         return self.token_merging_ratio
 

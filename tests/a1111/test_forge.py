@@ -166,7 +166,7 @@ def test_every_method_and_nothing_left(forge_host, method):
     args = [{**ON[0], "method": method}]
     plain, _ = forge_host.generate()
     merged, p = forge_host.generate(args)
-    assert (merged[0] != plain[0]).any() and merged[0].isfinite().all() and not p.comments
+    assert (merged[0] != plain[0]).any() and merged[0].isfinite().all() and not p.troubles
     assert (forge_host.generate(args)[0][0] == merged[0]).all()
     assert (forge_host.generate()[0][0] == plain[0]).all() and _hooks(forge_host) == 0
 
@@ -195,7 +195,7 @@ def test_keys_weigh_as_much_as_they_stand_for(forge_host, tome):
 def test_odd_sizes(forge_host):
     plain, _ = forge_host.generate(width=328, height=264, steps=1)
     merged, p = forge_host.generate(ON, width=328, height=264, steps=1)
-    assert (merged[0] != plain[0]).any() and merged[0].isfinite().all() and not p.comments
+    assert (merged[0] != plain[0]).any() and merged[0].isfinite().all() and not p.troubles
 
 
 def test_the_second_call_in_hires_is_idempotent(forge_host, tome, monkeypatch):

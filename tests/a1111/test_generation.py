@@ -48,7 +48,7 @@ def test_merging_changes_the_picture_repeats_and_is_gone_after(host, method):
 def test_off_and_ratio_zero_are_bit_equal_to_no_extension(host, args):
     before, _ = host.generate()
     found, p = host.generate(args)
-    assert _equal(before, found) and not p.extra_generation_params and not p.comments
+    assert _equal(before, found) and not p.extra_generation_params and not p.troubles
 
 
 def test_hooks_are_on_while_sampling_only(host, monkeypatch):
@@ -349,7 +349,7 @@ def test_odd_sizes(host):
     found, p = host.generate(ON, width=328, height=264, steps=2)
     plain, _ = host.generate(width=328, height=264, steps=2)
     assert found[0].shape == (4, 33, 41) and found[0].isfinite().all() and not _equal(found, plain)
-    assert not p.comments
+    assert not p.troubles
 
 
 @pytest.mark.parametrize("name", variants.SERVED)
@@ -361,7 +361,7 @@ def test_every_attention_optimization_is_served(host, monkeypatch, name):
     monkeypatch.setattr(CrossAttention, "forward", variants.SERVED[name])
     plain, _ = host.generate()
     found, p = host.generate(_on(method="merge"))
-    assert (found[0] - expected[0]).abs().max() < 1e-3 and not _equal(found, plain) and not p.comments
+    assert (found[0] - expected[0]).abs().max() < 1e-3 and not _equal(found, plain) and not p.troubles
 
 
 # --- those who do the same --------------------------------------------------------------------------------------------

@@ -41,7 +41,11 @@ def _one_line(lines, why, p, times=1):
     [
         ({"min_tokens": 2048}, "(fewer than min tokens 2048)"),
         ({"levels": "3"}, "(its level is not one of levels 3)"),
-        ({"start": 0.95}, "start 0.95 and end 1 leave out all 3 steps"),
+        (
+            {"start": 0.95},
+            "start 0.95 and end 1 leave out all 3 steps that were run. To change that: lower start, raise end or take "
+            "more steps",
+        ),
         ({"ratio": 0.001}, "(the ratio takes away no whole token)"),
     ],
     ids=["few tokens", "a level without attention", "a start behind the last step", "less than a token"],
@@ -115,12 +119,12 @@ def test_a_ratio_that_has_not_begun_to_move(host, lines):
 def test_an_interrupt_after_merging_began_keeps_the_text(host):
     host.interrupt_at = 2
     _, p = host.generate([ON], steps=8)
-    assert p.extra_generation_params == CLAIMED and not p.comments
+    assert p.extra_generation_params == CLAIMED and not p.troubles
 
 
 def test_merging_that_begins_in_the_last_step_is_told(host):
     _, p = host.generate([{**ON, "start": 0.7}], steps=4)
-    assert p.extra_generation_params == {**CLAIMED, "ToMe start": 0.7} and not p.comments
+    assert p.extra_generation_params == {**CLAIMED, "ToMe start": 0.7} and not p.troubles
 
 
 def test_a_first_pass_that_merges_nothing(any_host, tome, lines, monkeypatch):
@@ -188,7 +192,7 @@ def test_a_web_ui_that_does_not_tell_when_sampling_begins(host, lines, monkeypat
         lambda self, name, *args, **kwargs: None if name in missing else call(self, name, *args, **kwargs),
     )
     plain, p = host.generate()
-    assert not lines and not p.comments
+    assert not lines and not p.troubles
     found, p = host.generate([{**ON, "map": True}], seeds=(1, 2), batch_size=1)
     assert torch.equal(plain[0], found[0]) and not p.extra_generation_params
     assert len(lines) == 1 and "SD.Next" in lines[0] and len(p.comments) == 1

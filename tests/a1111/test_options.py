@@ -169,7 +169,7 @@ def test_a_bad_value_of_a_person_is_a_line_and_a_picture_without(host, args, tex
 
 def test_off_looks_at_nothing_else(host):
     _, p = host.generate([False, 99, "x"])
-    assert not p.comments
+    assert not p.troubles
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_settings_that_are_possible_alone_but_not_together(host, tome, lines, sa
     for name, value in saved.items():
         assert name == f"tome_{option}" or values[name.removeprefix("tome_")] == value
     _, p = host.generate(steps=12)
-    assert p.extra_generation_params["ToMe ratio"] == 0.75 and not p.comments
+    assert p.extra_generation_params["ToMe ratio"] == 0.75 and not p.troubles
 
 
 # --- infotext ---------------------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def test_the_panel_the_text_and_the_api(host, tome, monkeypatch):
     control = host.tabs["txt2img"].inputs[1:][place]
     assert control.label == "Own token" and control.value is default
     images, p = host.generate([{**ON, "own_token": not default}])
-    assert p.extra_generation_params[LABEL] is (not default) and not p.comments
+    assert p.extra_generation_params[LABEL] is (not default) and not p.troubles
     values = tome.infotext.read({name: str(value) for name, value in p.extra_generation_params.items()})
     assert tome.options.settings_from(values).config.own_token is (not default)
     again, _ = host.generate([values])
@@ -193,7 +193,7 @@ def test_a_picture_that_kept_none_does_not_claim_it(host, tome, monkeypatch, lin
     for text in (p.extra_generation_params, *before_hires):
         assert text == {"ToMe ratio": 0.5, "ToMe method": "sample", "ToMe min tokens": 0, LABEL: False}
     assert all(f"{LABEL}: False" in text for text in p.processed.infotexts)
-    assert not p.comments and sum(NOT_KEPT in line for line in lines) == 1
+    assert not p.troubles and sum(NOT_KEPT in line for line in lines) == 1
     values = tome.infotext.read({name: str(value) for name, value in p.extra_generation_params.items()})
     assert values["own_token"] is False
     again, _ = host.generate([values], **request_)
@@ -213,7 +213,7 @@ def test_one_layer_that_keeps_them_makes_another_picture(host, tome, monkeypatch
     monkeypatch.setattr(tome.trials, "meets_at_sdpa", every_other)
     images, p = host.generate([ON])
     assert len(set(asked)) == 2 and LABEL not in p.extra_generation_params  # as it is by default
-    assert sum(NOT_KEPT in line for line in lines) == 1 and not p.comments
+    assert sum(NOT_KEPT in line for line in lines) == 1 and not p.troubles
     drawn, _ = host.generate([{**ON, "own_token": False}])
     assert not torch.equal(images[0], drawn[0])
 
@@ -249,7 +249,7 @@ def test_forge_leaves_nothing(forge_host):  # noqa: F811
     plain, _ = forge_host.generate()
     kept, p = forge_host.generate([ON])
     drawn, _ = forge_host.generate([{**ON, "own_token": False}])
-    assert (kept[0] != drawn[0]).any() and not p.comments
+    assert (kept[0] != drawn[0]).any() and not p.troubles
     model = forge_host.shared.sd_model.original.unet.model
     handle = model.diffusion_model.blocks[1].attn1.to_out.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -274,5 +274,5 @@ def test_forges_other_attention_functions_get_the_drawn_tokens(forge_host, monke
         made, p = forge_host.generate([{**ON, "ratio": ratio}])
         drawn, _ = forge_host.generate([{**ON, "ratio": ratio, "own_token": False}])
         assert torch.equal(made[0], drawn[0])
-        assert p.extra_generation_params[LABEL] is False and not p.comments
+        assert p.extra_generation_params[LABEL] is False and not p.troubles
     assert sum(NOT_KEPT in line for line in lines) == 2  # once a request

@@ -27,7 +27,8 @@ def test_the_log_gets_one_line_a_picture(host, lines):
         "[ToMe] sample 0.5, level 0 (16x16): 256 to 128 tokens in 3 layers, level 1 (8x8): 64 to 32 tokens in 4 layers"
         ", in 3 of 3 steps"
     ]
-    assert not p.comments and "ToMe report" not in p.extra_generation_params
+    assert list(p.comments) == [lines[0].replace("[ToMe] ", "ToMe: ")]
+    assert "ToMe report" not in p.extra_generation_params
 
 
 def test_what_is_left_alone_is_told_with_its_reason(host, lines):
@@ -35,6 +36,7 @@ def test_what_is_left_alone_is_told_with_its_reason(host, lines):
     assert lines[0].endswith("; left alone: 4 layers at level 1 (fewer than min tokens 100)")
     host.generate([{**ON[0], "levels": "3"}])
     assert "nothing was merged; left alone: 7 layers at levels 0, 1 (its level is not one of levels 3)" in lines[1]
+    assert lines[1].endswith(". To change that: set levels to auto")
 
 
 def test_steps_without_merging_are_counted(host, lines):
