@@ -108,7 +108,8 @@ def test_a_model_of_which_nothing_pays_is_not_patched_once_that_is_known(sd15, t
     unpaid = "merging does not pay here: it saves 1 of 100 us and takes the processor 5 us longer"
     assert [line for line in caplog.messages if "does not pay here" in line] == [
         f"[ToMe] {unpaid} (layers of 32x32 tokens)",
-        f"[ToMe] nothing was merged in this sampling: {unpaid} (layers of 32x32 tokens, layers of 16x16 tokens)",
+        f"[ToMe] nothing was merged in this sampling: {unpaid} (layers of 32x32 tokens, layers of 16x16 tokens). "
+        "To change that: make a larger picture; levels other than auto are always merged",
     ]
     pays[16, 16] = True  # a layer that pays is enough; so is one that nobody knows, and named levels
     kept.clear()

@@ -386,18 +386,26 @@ def test_models_of_a_comfyui_that_lack_newer_attributes(comfy_nodes):
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("options", "reason", "change"),
     [
-        ({"min_tokens": 2048}, "fewer than min tokens 2048 (8x12 tokens)"),
-        ({"start": 0.9}, "no step of this sampling lies between start 0.9 and end 1"),
-        ({"ratio": 0.001}, "the ratio takes away no whole token (Flux)"),
+        (
+            {"min_tokens": 2048},
+            "fewer than min tokens 2048 (8x12 tokens)",
+            "make a larger picture, or lower min tokens",
+        ),
+        (
+            {"start": 0.9},
+            "no step of this sampling lies between start 0.9 and end 1",
+            "lower start, raise end or take more steps",
+        ),
+        ({"ratio": 0.001}, "the ratio takes away no whole token (Flux)", "raise the ratio"),
     ],
 )
-def test_why_nothing_is_merged(dit, tome, caplog, options, reason):
+def test_why_nothing_is_merged(dit, tome, caplog, options, reason, change):
     plain = dit_host.sample(dit("flux"), "flux", steps=2)
     with caplog.at_level(logging.INFO, logger="ToMe"):
         assert torch.equal(dit_host.sample(tome(dit("flux"), **options), "flux", steps=2), plain)
-    assert log(caplog) == [f"[ToMe] nothing was merged in this sampling: {reason}"]
+    assert log(caplog) == [f"[ToMe] nothing was merged in this sampling: {reason}. To change that: {change}"]
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="ToMe"):
         dit_host.sample(tome(dit("flux")), "flux", steps=2)

@@ -340,8 +340,8 @@ def test_transformers_against_float64(name, ratio, monkeypatch):
     model, seen = make(), []
     attend = joint.JointCall.attend
 
-    def spied(self, q, k, v, start, plan, scale=None):
-        out = attend(self, q, k, v, start, plan, scale)
+    def spied(self, q, k, v, start, plan, *more):
+        out = attend(self, q, k, v, start, plan, *more)
         seen.append((out, attended(q, k, v, plan, start)))
         return out
 
