@@ -11,6 +11,7 @@ HERE = Path(__file__).parent
 # The longest first, 20 s of one core or more each. None is in fast.txt.
 LONGEST = (
     "comfyui/test_compile.py",
+    "kernels/test_interpreted_attend.py",
     "kernels/test_interpreted_match.py",
     "web/test_a1111.py",
     "workflows/test_page.py",
