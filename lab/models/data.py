@@ -48,10 +48,20 @@ def _grid() -> tuple[np.ndarray, np.ndarray]:
     return np.meshgrid(axis, axis)
 
 
+def centres(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of each pixel's centre, [size, size], in pixels from the middle."""
+    axis = np.arange(size, dtype=np.float32) + 0.5 - size / 2
+    return np.meshgrid(axis, axis)
+
+
+def to_bytes(canvas: np.ndarray) -> np.ndarray:
+    """[H, W, 3], 0 to 1 -> uint8."""
+    return (canvas.clip(0, 1) * 255).round().astype(np.uint8)
+
+
 def _finish(canvas: np.ndarray) -> np.ndarray:
     """[DRAWN, DRAWN, 3] floats from 0 to 1 -> [SIZE, SIZE, 3] uint8."""
-    halved = canvas.reshape(SIZE, 2, SIZE, 2, 3).mean(axis=(1, 3))  # (SIZE, SIZE, 3)
-    return (halved.clip(0, 1) * 255).round().astype(np.uint8)
+    return to_bytes(canvas.reshape(SIZE, 2, SIZE, 2, 3).mean(axis=(1, 3)))  # (SIZE, SIZE, 3)
 
 
 def blend(below: np.ndarray, above: np.ndarray | tuple, mask: np.ndarray) -> np.ndarray:

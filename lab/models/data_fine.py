@@ -13,7 +13,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 
-from .data import PictureSet, blend, hue_colour
+from .data import PictureSet, blend, centres, hue_colour, to_bytes
 from .photographs import crop, jitter
 
 SIZE = 192
@@ -37,24 +37,13 @@ TINTS = {
 
 
 @lru_cache(maxsize=64)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font_of(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=size)
 
 
-def _grid() -> tuple[np.ndarray, np.ndarray]:
-    """x and y of each pixel's centre, [SIZE, SIZE], in pixels from the middle."""
-    axis = np.arange(SIZE, dtype=np.float32) + 0.5 - SIZE / 2
-    return np.meshgrid(axis, axis)
-
-
 def _turned(angle: float) -> tuple[np.ndarray, np.ndarray]:
-    x, y = _grid()
+    x, y = centres(SIZE)
     return x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-
-
-def _bytes(canvas: np.ndarray) -> np.ndarray:
-    """[SIZE, SIZE, 3], 0 to 1 -> uint8."""
-    return (canvas.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _ink_and_paper(rng: Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -72,7 +61,7 @@ def words(rng: Generator, folder: str) -> np.ndarray:
     draw = ImageDraw.Draw(image)
     lines = int(rng.integers(2, 7))
     pitch = SIZE / (lines + 0.4)
-    font = _font(int(min(pitch * 0.82, 44)))
+    font = font_of(int(min(pitch * 0.82, 44)))
     for line in range(lines):
         text = " ".join(WORDS[int(i)] for i in rng.integers(0, len(WORDS), 3 + lines // 3))
         if rng.random() < 0.35:
@@ -81,7 +70,7 @@ def words(rng: Generator, folder: str) -> np.ndarray:
     image = image.rotate(rng.uniform(-5, 5), Image.Resampling.BICUBIC, fillcolor=paper)
     x, y = _turned(rng.uniform(0, 2 * math.pi))
     light = 1 + rng.uniform(0.0, 0.25) * x / SIZE
-    return _bytes(np.asarray(image) / 255 * light[..., None])
+    return to_bytes(np.asarray(image) / 255 * light[..., None])
 
 
 def letters(rng: Generator, folder: str) -> np.ndarray:
@@ -92,7 +81,7 @@ def letters(rng: Generator, folder: str) -> np.ndarray:
     wave = np.sin(2 * math.pi * u / period) * (np.sin(2 * math.pi * v / period) if rng.random() < 0.5 else 1)
     base = np.asarray(paper, np.float32) / 255
     canvas = blend(np.broadcast_to(base, (SIZE, SIZE, 3)), 0.85 * base, (2 * wave + 0.5).clip(0, 1))
-    image = Image.fromarray(_bytes(canvas))
+    image = Image.fromarray(to_bytes(canvas))
     draw = ImageDraw.Draw(image)
     count = int(rng.integers(2, 6))
     for i in range(count):
@@ -102,7 +91,7 @@ def letters(rng: Generator, folder: str) -> np.ndarray:
         columns = (count + 1) // 2 if count > 2 else 2
         place = ((across + 0.5) * SIZE / columns, SIZE / 2 if count == 2 else (down + 0.5) * SIZE / 2)
         place = tuple(p + rng.uniform(-10, 10) for p in place)
-        draw.text(place, LETTERS[int(rng.integers(len(LETTERS)))], fill=colour, font=_font(size), anchor="mm")
+        draw.text(place, LETTERS[int(rng.integers(len(LETTERS)))], fill=colour, font=font_of(size), anchor="mm")
     return np.asarray(image)
 
 
@@ -152,7 +141,7 @@ def cloth(rng: Generator, folder: str) -> np.ndarray:
     shade = np.where(over, along, across) ** 0.6
     light = 0.9 + 0.035 * fold
     canvas = np.where(over[..., None], threads(u), threads(v)) * ((0.45 + 0.55 * shade) * light)[..., None]
-    return _bytes(canvas)
+    return to_bytes(canvas)
 
 
 def gratings(rng: Generator, folder: str) -> np.ndarray:
@@ -170,12 +159,12 @@ def gratings(rng: Generator, folder: str) -> np.ndarray:
         colour = ink if rng.random() < 0.6 else hue_colour(rng.random(), 0.8, rng.uniform(0.4, 0.9))
         painted = blend(np.broadcast_to(paper, canvas.shape), colour, lines)
         canvas = blend(canvas, painted, np.broadcast_to(np.float32(field), (SIZE, SIZE)))
-    return _bytes(canvas)
+    return to_bytes(canvas)
 
 
 def city(rng: Generator, folder: str) -> np.ndarray:
     """Rows of buildings with their windows, by day or at night."""
-    x, y = _grid()
+    x, y = centres(SIZE)
     up = (0.5 - y / SIZE)[..., None]
     night = rng.random() < 0.5
     value = rng.uniform(0.15, 0.3) if night else rng.uniform(0.8, 1.0)
@@ -200,7 +189,7 @@ def city(rng: Generator, folder: str) -> np.ndarray:
             glass = np.where(lit[..., None], hue_colour(0.13, 0.5, 1.0), wall * (0.5 if night else 0.6))
             canvas = np.where(window[..., None], glass, canvas)
             left += width + float(rng.integers(-3, 8))
-    return _bytes(canvas)
+    return to_bytes(canvas)
 
 
 FINE = PictureSet(

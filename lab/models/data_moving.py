@@ -14,8 +14,8 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from .data import PictureSet, blend, hue_colour
-from .data_fine import LETTERS, TEXTURES, _font
+from .data import PictureSet, blend, centres, hue_colour, to_bytes
+from .data_fine import LETTERS, TEXTURES, font_of
 from .photographs import PHOTOGRAPHS, SIZE, TILTS, jitter, window
 
 FRAMES = 8
@@ -25,16 +25,6 @@ GLIDING = ("cat", "astronaut", "coffee", "motorcycle")
 def _video(draw: Callable[[float], np.ndarray]) -> np.ndarray:
     """Frames one below the other, [FRAMES * SIZE, SIZE, 3]; draw: of a time from -1/2 to 1/2."""
     return np.concatenate([draw(time) for time in np.linspace(-0.5, 0.5, FRAMES)])
-
-
-def _centres() -> tuple[np.ndarray, np.ndarray]:
-    """x and y of each pixel's centre, [SIZE, SIZE], in pixels from the middle."""
-    axis = np.arange(SIZE, dtype=np.float32) + 0.5 - SIZE / 2
-    return np.meshgrid(axis, axis)
-
-
-def _bytes(canvas: np.ndarray) -> np.ndarray:
-    return (canvas.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def glide(rng: Generator, folder: str, spec: tuple[str, int, int, int]) -> np.ndarray:
@@ -68,7 +58,7 @@ def _ground(rng: Generator, folder: str) -> np.ndarray:
 
 def discs(rng: Generator, folder: str) -> np.ndarray:
     """One to three shaded discs that fly over a surface."""
-    ground, (x, y) = _ground(rng, folder), _centres()
+    ground, (x, y) = _ground(rng, folder), centres(SIZE)
     count, hue = int(rng.integers(1, 4)), rng.random()
     radius, place, way = rng.uniform(8, 15, count), rng.uniform(-16, 16, (count, 2)), rng.uniform(-30, 30, (count, 2))
 
@@ -79,19 +69,19 @@ def discs(rng: Generator, folder: str) -> np.ndarray:
             inside = ((1 - np.hypot(u, v)) * radius[i] + 0.5).clip(0, 1)
             light = (0.75 - 0.35 * u - 0.45 * v).clip(0.15, 1.1)
             canvas = blend(canvas, hue_colour(hue + 0.3 * i, 0.8, 0.95) * light[..., None], inside)
-        return _bytes(canvas)
+        return to_bytes(canvas)
 
     return _video(frame)
 
 
 def letter(rng: Generator, folder: str) -> np.ndarray:
     """A big letter that flies over a surface and turns."""
-    ground = Image.fromarray(_bytes(_ground(rng, folder) * 0.6 + (0.0, 0.4)[int(rng.integers(2))]))
+    ground = Image.fromarray(to_bytes(_ground(rng, folder) * 0.6 + (0.0, 0.4)[int(rng.integers(2))]))
     colour = tuple(int(255 * c) for c in hue_colour(rng.random(), 0.8, rng.choice((0.35, 1.0))))
     text, place, way = LETTERS[int(rng.integers(12))], rng.uniform(-8, 8, 2), rng.uniform(-24, 24, 2)
     angle, turn, big = rng.uniform(-20, 20), rng.uniform(-40, 40), 4 * SIZE
     glyph = Image.new("L", (big, big))
-    ImageDraw.Draw(glyph).text((big / 2, big / 2), text, fill=255, font=_font(round(0.72 * big)), anchor="mm")
+    ImageDraw.Draw(glyph).text((big / 2, big / 2), text, fill=255, font=font_of(round(0.72 * big)), anchor="mm")
 
     def frame(time: float) -> np.ndarray:
         shift = tuple(round(4 * (p + time * w)) for p, w in zip(place, way, strict=True))
@@ -104,7 +94,7 @@ def letter(rng: Generator, folder: str) -> np.ndarray:
 
 def _waves(rng: Generator, folder: str, rings: bool) -> np.ndarray:
     """Two colours in stripes that drift, or in rings that grow."""
-    x, y = _centres()
+    x, y = centres(SIZE)
     angle, period = rng.uniform(0, 2 * math.pi), rng.uniform(8, 20)
     ink = hue_colour(rng.random(), 0.8, rng.uniform(0.3, 0.6))
     paper = hue_colour(rng.random(), 0.4, rng.uniform(0.8, 1.0))
@@ -114,7 +104,7 @@ def _waves(rng: Generator, folder: str, rings: bool) -> np.ndarray:
 
     def frame(time: float) -> np.ndarray:
         wave = np.sin(2 * math.pi * (along / period - phase - time * speed))
-        return _bytes(blend(np.broadcast_to(paper, (SIZE, SIZE, 3)), ink, (0.5 + wave * period / 6).clip(0, 1)))
+        return to_bytes(blend(np.broadcast_to(paper, (SIZE, SIZE, 3)), ink, (0.5 + wave * period / 6).clip(0, 1)))
 
     return _video(frame)
 
