@@ -23,24 +23,22 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import sys
 from collections.abc import Iterator, Sequence
-from datetime import date
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ..models import classifier
 from ..models.dit import DiT
 from ..models.samplers import parse_sampler
 from ..store import RESULTS, Budget, Store
 from .bench import PRECISIONS, Bench
 from .hooks import Run
 from .methods import UNMERGED, Variant
-from .metrics import frechet, frechet_gap, psnr, ssim, standard_error, texture, to_range
+from .metrics import psnr, ssim, texture, to_range
 from .rivals import AGAIN, SETS, rivals
+from .stamp import check_same, judge_of, put_frechet, put_mean, stamped
 
 KEYS = ("variant", "sampler")
 SAME = ("pictures", "precision", "device", "model")
@@ -59,25 +57,10 @@ class Frontier:
         self.sampler = args.sampler or ("flow28" if bench.model.prediction == "flow" else "ddim30")
         self.steps = parse_sampler(self.sampler)[0].steps
         self.variants = rivals(self.steps, transformer, args.steps, args.sets)
-        self.judge = classifier.load(args.classifier) if args.classifier else None
-        if self.judge and self.judge.data != bench.metadata["data"]:
-            raise ValueError(
-                f"{args.classifier} knows the pictures {self.judge.data!r}, the model paints {bench.metadata['data']!r}"
-            )
-        gpu = bench.device.type == "cuda"
-        self.stamp = {
-            "pictures": args.pictures, "precision": args.precision,
-            "device": torch.cuda.get_device_name(bench.device) if gpu else f"CPU {platform.machine()}",
-            "torch": torch.__version__, "date": date.today().isoformat(), "commit": args.commit, "model": bench.hash,
-        }  # fmt: skip
+        self.judge = judge_of(bench, args.classifier)
+        self.stamp = {"pictures": args.pictures, **stamped(bench, args.precision, args.commit)}
         self.store, self.budget = Store(args.out, KEYS), Budget(args.minutes)
-        for row in self.store.rows:
-            for column in SAME:
-                if str(row[column]) != str(self.stamp[column]):
-                    raise ValueError(
-                        f"{args.out} was measured with {column} {row[column]}, this is {self.stamp[column]}: choose "
-                        "another --out"
-                    )
+        check_same(self.store.rows, SAME, self.stamp, args.out)
         self.reference: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def _pictures(self, variant: Variant) -> tuple[torch.Tensor, torch.Tensor | None, Run]:
@@ -95,19 +78,14 @@ class Frontier:
         row["method"] = f"{variant.tail} tail" if variant.tail else variant.config.method if variant.is_merged else ""
         row["ratio"] = f"{variant.config.ratio:g}"
 
-        def mean(column: str, values: torch.Tensor, digits: int = 3) -> None:
-            values = values.cpu()
-            row[column], row[f"{column}_se"] = f"{values.mean():.{digits}f}", f"{standard_error(values):.{digits}f}"
-
         single = psnr(made, expected)
         # Where a cache skips nothing a picture is the same: its distance counts as EQUAL beside the others'.
-        mean("psnr", single if single.isinf().all() else single.clamp(max=EQUAL))
-        mean("ssim", ssim(made, expected), 5)
-        mean("texture", texture(made, expected))
+        put_mean(row, "psnr", single if single.isinf().all() else single.clamp(max=EQUAL))
+        put_mean(row, "ssim", ssim(made, expected), 5)
+        put_mean(row, "texture", texture(made, expected))
         row |= dict.fromkeys(("fd", "fd_gap", "fd_gap_se"), "")
         if self.judge:
-            gap, error = frechet_gap(own, features, self.judge.real)
-            row |= {"fd": f"{frechet(own, self.judge.real):.4f}", "fd_gap": f"{gap:.4f}", "fd_gap_se": f"{error:.4f}"}
+            put_frechet(row, self.judge, own, features)
         return row | self._work(variant, run) | self.stamp
 
     def _work(self, variant: Variant, run: Run) -> dict[str, object]:

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +26,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..models import classifier
 from ..models.samplers import GUIDANCE, SAMPLERS, parse_sampler
 from ..store import Budget, Store
 from .bench import PRECISIONS, Bench
 from .hooks import Run, check
 from .methods import BASE, BASELINE, CATALOGUE, UNMERGED, Variant
-from .metrics import flicker, frechet, frechet_gap, motion, psnr, ssim, standard_error, texture, to_range
+from .metrics import flicker, motion, psnr, ssim, texture, to_range
+from .stamp import check_same, judge_of, put_frechet, put_mean, stamped
 
 COLUMNS = (
     "variant family sampler psnr psnr_se ssim ssim_se gain gain_se cost cost_all "
@@ -96,24 +94,15 @@ class Measurement:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.bench = Bench(args.model, args.device, args.images // args.seeds, args.seeds, args.batch, args.precision)
-        self.judge = classifier.load(args.classifier) if args.classifier else None
-        data = self.bench.metadata["data"]
+        self.judge = judge_of(self.bench, args.classifier)
         self.frames = getattr(self.bench.network.config, "frames", 1)
         self.columns = [*COLUMNS, *(OF_VIDEOS if self.frames > 1 else ())]
-        if self.judge and self.judge.data != data:
-            raise ValueError(f"{args.classifier} knows the pictures {self.judge.data!r}, the model paints {data!r}")
         for name, _ in args.keys:
             check(self.bench.network, CATALOGUE.variants[name])
-        gpu = self.bench.device.type == "cuda"
         self.stamp = {
             "images": args.images,
             "seeds": args.seeds,
-            "precision": args.precision,
-            "device": torch.cuda.get_device_name(self.bench.device) if gpu else f"CPU {platform.machine()}",
-            "torch": torch.__version__,
-            "date": date.today().isoformat(),
-            "commit": args.commit,
-            "model": self.bench.hash,
+            **stamped(self.bench, args.precision, args.commit),
         }
         self.store = Store(args.out, KEYS)
         self._check_file()
@@ -134,12 +123,7 @@ class Measurement:
                     f"no row can be added to {self.args.out}, whose columns are not those that this version writes "
                     f"(lacking: {lacks}; unknown: {more}): choose another --out. It can still be read for tables."
                 )
-            for column in SAME:
-                if row[column] != str(self.stamp[column]):
-                    raise ValueError(
-                        f"{self.args.out} was measured with {column} {row[column]}, this is {self.stamp[column]}: "
-                        "choose another --out"
-                    )
+        check_same(self.store.rows, SAME, self.stamp, self.args.out)
 
     def _pictures(self, variant: Variant, sampler: str) -> Pictures:
         pictures, run = self.bench.pictures(variant, sampler)
@@ -164,25 +148,19 @@ class Measurement:
         row |= {"ratio": f"{variant.config.ratio:g}"}
         row |= {"cost": f"{made.run.cost:.5f}", "cost_all": f"{made.run.cost_all:.5f}"}
 
-        def mean(column: str, values: Tensor, digits: int = 3) -> None:
-            values = values.cpu()
-            row[column], row[f"{column}_se"] = f"{values.mean():.{digits}f}", f"{standard_error(values):.{digits}f}"
-
-        mean("psnr", single)
+        put_mean(row, "psnr", single)
         frames = [x.unflatten(2, (self.frames, -1)).transpose(1, 2) for x in (ranged, expected)]  # (n, T, 3, H, W)
         apart = [x.flatten(0, 1) for x in frames]
-        mean("ssim", ssim(*apart).unflatten(0, (-1, self.frames)).mean(1), 5)
-        mean("texture", texture(*apart).unflatten(0, (-1, self.frames)).mean(1))
+        put_mean(row, "ssim", ssim(*apart).unflatten(0, (-1, self.frames)).mean(1), 5)
+        put_mean(row, "texture", texture(*apart).unflatten(0, (-1, self.frames)).mean(1))
         if self.frames > 1:
-            mean("motion", motion(*frames))
-            mean("flicker", flicker(*frames))
+            put_mean(row, "motion", motion(*frames))
+            put_mean(row, "flicker", flicker(*frames))
         base = self.singles.get((BASELINE, sampler))
         if base is not None and variant.is_merged:
-            mean("gain", single - base)
+            put_mean(row, "gain", single - base)
         if self.judge:
-            gap, error = frechet_gap(made.features, reference.features, self.judge.real)
-            row |= {"fd": f"{frechet(made.features, self.judge.real):.4f}"}
-            row |= {"fd_gap": f"{gap:.4f}", "fd_gap_se": f"{error:.4f}"}
+            put_frechet(row, self.judge, made.features, reference.features)
         if self.args.strips:
             save_strip(self.args.strips / f"{sampler} {variant.name}.png", made.ranged[self.args.strip_pictures])
         return row | self._times(variant, sampler)
