@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class SetupError(Exception):
@@ -44,6 +45,18 @@ def failed(what: str, error: OSError) -> SetupError:
 def say(text: str = "") -> None:
     """Print a line at once, also into a pipe."""
     print(text, flush=True)
+
+
+def deliver(table: str, write: Callable[[], Iterable[Path]], out: Path) -> None:
+    """Say a table, then write the results into `out` and say where they are. Raises SetupError where that fails."""
+    say()
+    say(table)  # before anything is written: a full disk must not cost the numbers
+    try:
+        written = write()
+    except OSError as error:
+        raise failed(f"the results could not be written to {out}", error) from error
+    say()
+    say("\n".join(f"  {path}" for path in written))
 
 
 def complain(error: SetupError | OSError) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from . import comfyui, report, workflow
 from .client import ComfyClient, PromptError
-from .console import SetupError, complain, failed, say, stage
+from .console import SetupError, complain, deliver, say, stage
 from .paths import CACHE
 from .report import Outcome
 from .server import ComfyServer
@@ -88,14 +88,7 @@ def run(host: Path, out: Path, checkpoint: Path | None) -> None:
     with stage("Comparing"):
         summary = report.summarise(outcomes, tome, plan.settings, plan.model, plan.pixels_a_token)
         summary.machine = report.machine(stats)
-    say()
-    say(report.table(summary))  # before anything is written: a full disk must not cost the numbers
-    try:
-        written = report.write(summary, outcomes, out)
-    except OSError as error:
-        raise failed(f"the results could not be written to {out}", error) from error
-    say()
-    say("\n".join(f"  {path}" for path in written))
+    deliver(report.table(summary), lambda: report.write(summary, outcomes, out), out)
 
 
 def _plan(client: ComfyClient, checkpoint: Path | None, on_cpu: bool) -> Plan:

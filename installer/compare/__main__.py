@@ -19,7 +19,7 @@ from shared_tome.methods import PRESETS
 
 from .. import comfyui, files, report, server, workflow
 from ..client import ComfyClient, PromptError, Result
-from ..console import SetupError, complain, failed, say, stage
+from ..console import SetupError, complain, deliver, say, stage
 from ..paths import CACHE, ROOT
 from . import graph as graphs
 from . import plan, results
@@ -61,14 +61,7 @@ def run(host: Path, out: Path, request: Request) -> None:
             _generate(host, out, request, journal)
         with stage("Comparing"):
             found = results.summarise(out, journal, request)
-        say()
-        say(results.table(found))  # before anything is written: a full disk must not cost the numbers
-        try:
-            written = results.write(found, out, request)
-        except OSError as error:
-            raise failed(f"the results could not be written to {out}", error) from error
-    say()
-    say("\n".join(f"  {path}" for path in written))
+        deliver(results.table(found), lambda: results.write(found, out, request), out)
 
 
 def _digest(request: Request) -> dict[str, Any]:
