@@ -10,8 +10,8 @@ from comfy_api.latest import io, ui
 
 from ..shared_tome.inspect.likeness import PEAK, SAME, WINDOW, difference, psnr, ssim
 from .log import logger
-from .record_nodes import _show
 from .schema import make
+from .shown import show_on_node
 
 
 def check_alike(image: torch.Tensor, other: torch.Tensor) -> None:
@@ -91,7 +91,7 @@ class ToMeCompare(io.ComfyNode):
         found = measure(image, other)
         text = in_words(found)
         logger.info("[ToMe] ToMe Compare: %s", text.partition("\n")[0])
-        _show(text, getattr(cls.hidden, "unique_id", None))
+        show_on_node(getattr(cls.hidden, "unique_id", None), text, everywhere=True)
         means: list[Any] = [fmean(values) for values in list(zip(*found, strict=True))[:2]]
         drawn = difference(image, other.to(image.device), float(factor))
         return io.NodeOutput(drawn, text, *means, ui=ui.PreviewText(text))

@@ -15,6 +15,7 @@ from .log import logger
 from .measure import measure
 from .record import COMPILED, RECORD, Record, Run
 from .schema import make
+from .shown import show_on_node
 
 ToMeRecordType = io.Custom("TOME_RECORD")
 EMPTY = (
@@ -194,7 +195,8 @@ class ToMeReport(io.ComfyNode):
             report = make_report(run, measure_time)
             text, data = report.text(), {"recorded": True, **report.to_dict()}
             logger.info("[ToMe] %s", report.line())
-        _show(text, getattr(cls.hidden, "unique_id", None))
+        # Only ComfyUI's own text node shows what `ui` holds.
+        show_on_node(getattr(cls.hidden, "unique_id", None), text, everywhere=True)
         return io.NodeOutput(text, json.dumps(data, indent=2), ui=ui.PreviewText(text))
 
 
@@ -208,15 +210,6 @@ def make_report(run: Run, measure_time: bool) -> Report:
         except ValueError as error:
             notes.append(f"the time was not measured: {error}")
     return run.tally.report(run.time, notes)
-
-
-def _show(text: str, node_id: str | None) -> None:
-    """On the node in ComfyUI's page: only its own text node shows what `ui` holds."""
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
 
 
 NODES: list[type[io.ComfyNode]] = [ToMeRecord, ToMeMap, ToMeReport]
