@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from ..shared_tome import ModelCall, ToMeConfig, kernels
-from ..shared_tome.core.schedule import config_at
 from ..shared_tome.inspect.reasons import why_not_served
 from .chosen import Chosen
 from .dit import DiTCall
@@ -15,9 +14,10 @@ from .dit_layout import Layout
 from .dit_models import dit_model, unwrapped
 from .dit_tokens import Told
 from .log import leave_alone, say_once
-from .model_call import Answered, draw_of, find_options, halves_alike, progress_of, put_options
+from .model_call import Answered, draw_of, find_options, halves_alike, put_options
 from .outcome import ANSWERED, Outcome, outcome_of, tokens_of
 from .record import COMPILE_KEY, CallRecord, begin, is_compiled
+from .schedule import config_now
 
 # What the log says.
 _UNKNOWN = "another node has put a model that ToMe does not know in the place of this one; it is left alone"
@@ -40,7 +40,7 @@ class DiTPatch:
             asked = self.config.resolved(kernels.serves(x) and bool(chosen.kernels(x.device, declined=True)))
             if (less := self.config.why_less(asked)) is not None:
                 say_once(less)
-            config = config_at(asked, lambda: progress_of(options, base))
+            config = config_now(asked, options, base, outcome)
             record = begin(executor, base, x, t, args, kwargs, asked, config)
             told = {**kwargs, **_prompt(args), "transformer_options": options}
             patch = self._patch(config, base, x, options, told, record, outcome, compiled, chosen)

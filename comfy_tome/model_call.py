@@ -112,7 +112,7 @@ def draw_of(options: dict[str, Any], device: torch.device, base: Any) -> Tensor 
 
 
 def progress_of(options: dict[str, Any], base: Any) -> float:
-    """How far the model is by its noise level, 0 to 1. Synchronises, once a call and only for a schedule.
+    """How far the model is by its noise level, 0 to 1. Synchronises.
 
     The percent whose `percent_to_sigma` is the present level; by steps where a model has no such function.
     """
@@ -123,6 +123,12 @@ def progress_of(options: dict[str, Any], base: Any) -> float:
     if table is not None:
         return percent_of_level(level, table)
     return int(place_of(levels, level)) / max(1, len(levels) - 1)
+
+
+def is_at_a_step(options: dict[str, Any]) -> bool:
+    """Whether the present level is one of the sampler's own, not one between two steps. Synchronises."""
+    levels, level = _levels(options, torch.device("cpu"))
+    return levels is not None and bool((levels == level).any())
 
 
 def _levels(options: dict[str, Any], device: torch.device) -> tuple[Tensor | None, Tensor | None]:

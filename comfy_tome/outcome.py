@@ -32,13 +32,18 @@ _MOST_PLACES = 6
 
 
 class Outcome:
-    """What the calls of one sampling tell of themselves. Safe to fill from several threads."""
+    """What the calls of one sampling tell of themselves. Safe to fill from several threads.
 
-    def __init__(self, base: Any = None, what: str = "this sampling") -> None:
+    falls: whether a call's noise level is never above those of the steps before (never_rises).
+    passed: the progress, 0 to 1, that no later call falls behind; -1: not known.
+    """
+
+    def __init__(self, base: Any = None, what: str = "this sampling", falls: bool = False) -> None:
         # Only referred to: a call that ToMe Record keeps has this outcome in its options.
         self._base = None if base is None else weakref.ref(base)
         self._what = what  # is told of
         self.asked = False
+        self.falls, self.passed = falls, -1.0
         self._merged = False
         self._skipped: ToMeConfig | None = None  # of calls at ratio 0
         self._reached = False  # by a call at another ratio
@@ -140,6 +145,26 @@ def outcome_of(options: dict[str, Any]) -> Iterator[Outcome]:
         say_once(line, "nothing was merged in this call of the model")
 
 
+# ComfyUI's samplers that call the model, after a call at a step's own level, at none above that. Not so: heunpp2, which
+# looks two steps ahead; ar_video, which begins anew for each block; those that choose their steps themselves.
+_FALLING = frozenset(
+    "euler euler_cfg_pp euler_ancestral euler_ancestral_cfg_pp heun exp_heun_2_x0 exp_heun_2_x0_sde dpm_2 "
+    "dpm_2_ancestral lms dpmpp_2s_ancestral dpmpp_2s_ancestral_cfg_pp dpmpp_sde dpmpp_sde_gpu dpmpp_2m dpmpp_2m_cfg_pp "
+    "dpmpp_2m_sde dpmpp_2m_sde_gpu dpmpp_2m_sde_heun dpmpp_2m_sde_heun_gpu dpmpp_3m_sde dpmpp_3m_sde_gpu ddpm lcm "
+    "ipndm ipndm_v deis res_multistep res_multistep_cfg_pp res_multistep_ancestral res_multistep_ancestral_cfg_pp "
+    "gradient_estimation gradient_estimation_cfg_pp er_sde seeds_2 seeds_3 sa_solver sa_solver_pece".split()
+)
+
+
+def never_rises(sampler: Any, sigmas: Tensor) -> bool:
+    """Whether a sampler's calls of the model never go back to more noise on these levels [n]."""
+    function, more = getattr(sampler, "sampler_function", None), getattr(sampler, "extra_options", None) or {}
+    module, name = (str(getattr(function, part, "")) for part in ("__module__", "__name__"))
+    if module != "comfy.k_diffusion.sampling" or name.removeprefix("sample_") not in _FALLING:
+        return False
+    return not more.get("s_churn") and bool((sigmas[1:] <= sigmas[:-1]).all())
+
+
 class OutcomePatch:
     """The wrapper around CFGGuider.outer_sample. Safe to share between clones and threads.
 
@@ -166,7 +191,7 @@ class OutcomePatch:
             raise ValueError(f"this model is merged by ToMe and by {merger} too; remove one of the two nodes.")
         patcher = getattr(executor.class_obj, "model_patcher", None)
         outer = options.get(_OUTCOME)  # of the sampling that this one is inside of
-        outcome = options[_OUTCOME] = Outcome(getattr(patcher, "model", None))
+        outcome = options[_OUTCOME] = Outcome(getattr(patcher, "model", None), falls=never_rises(sampler, sigmas))
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:

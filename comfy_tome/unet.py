@@ -25,7 +25,6 @@ from ..shared_tome.autotune.layer import Attention, Verdict
 from ..shared_tome.autotune.step import why_left_alone
 from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.core.grid import grid_at
-from ..shared_tome.core.schedule import config_at
 from ..shared_tome.inspect.reasons import NO_WHOLE_TOKEN, why_not_served
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
@@ -40,12 +39,12 @@ from .model_call import (
     draw_of,
     find_options,
     halves_alike,
-    progress_of,
     put_options,
     without_wrapper,
 )
 from .outcome import ANSWERED, Outcome, outcome_of, tokens_of
 from .record import begin, is_compiled
+from .schedule import config_now
 from .unet_auto import about_model, verdict_on_step
 from .unet_call import PatchedCall, block_name, parts_of
 from .unet_model import dtype_of, layers_of, replaced_layers, run_block
@@ -85,7 +84,7 @@ class UNetPatch:
         base = executor.class_obj
         model, full = getattr(base, "diffusion_model", base), tuple(x.shape[-2:])
         sampled = outcome.base if base is model else base  # tells the noise levels
-        config = config_at(self.config, lambda: progress_of(options, sampled))
+        config = config_now(self.config, options, sampled, outcome)
         record = begin(executor, sampled, x, t, args, kwargs, self.config, config)
         if outcome.is_skipped(self.config, config.ratio):
             return executor(x, t, *args, **kwargs)

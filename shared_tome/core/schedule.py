@@ -38,6 +38,13 @@ def config_at(config: ToMeConfig, progress: Callable[[], float]) -> ToMeConfig:
     return config.replace(ratio=ratio_at(config, progress()), ratio_end=-1.0) if config.is_scheduled else config
 
 
+def is_settled(config: ToMeConfig, progress: float) -> bool:
+    """Whether the ratio is the same from this progress on."""
+    if progress >= config.end and config.end < 1.0:
+        return True
+    return progress >= config.start and config.end >= 1.0 and config.ratio_end < 0.0
+
+
 def serves_layer(config: ToMeConfig, grid: Grid, full: Grid) -> bool:
     """Whether a layer on this grid is to be merged; full: the latent's own grid."""
     if math.prod(grid) < max(2, config.min_tokens):
