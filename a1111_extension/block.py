@@ -69,14 +69,14 @@ class Block(MergedBlock):
         if not isinstance(given.x, Tensor) or given.x.dim() != 3:
             return False
         if not given.is_itself:
-            self.leave("another extension gives the self-attention keys of its own; such calls are left alone")
+            self.leave("ToMe skips calls in which another extension gives the self-attention other keys")
         return given.is_itself
 
     def off_grid(self, x: Tensor) -> str:
         call = self.owner.call
         return (
             f"{x.shape[1]} tokens in {counted(x.shape[0], 'row')} are no level of {call.model.full[0]}x"
-            f"{call.model.full[1]} in {counted(call.batch, 'row')}; such layers are left alone"
+            f"{call.model.full[1]} in {counted(call.batch, 'row')}; ToMe skips such layers"
         )
 
     def leave(self, reason: str, grid: Grid | None = None) -> None:

@@ -274,10 +274,10 @@ def _check_alone(p: Any, hires: bool) -> None:
     ratio = getattr(p, "get_token_merging_ratio", None)
     if builtin > 0 or (ratio is not None and ratio(for_hr=hires) > 0):
         raise hooks.NotServed(
-            "stands aside, because the built-in token merging is on (Settings, Optimizations, Token merging ratio)"
+            "is off, because the built-in token merging is on (Settings, Optimizations, Token merging ratio)"
         )
     if getattr(_sd_unet(), "current_unet", None) is not None:
-        raise hooks.NotServed("stands aside, because another U-Net is active (Settings, Stable Diffusion, SD Unet)")
+        raise hooks.NotServed("is off, because another U-Net is active (Settings, Stable Diffusion, SD Unet)")
 
 
 def _sd_unet() -> Any:

@@ -20,7 +20,7 @@ from .record import COMPILE_KEY, CallRecord, begin, is_compiled
 from .schedule import config_now
 
 # What the log says.
-_UNKNOWN = "another node has put a model that ToMe does not know in the place of this one; it is left alone"
+_UNKNOWN = "ToMe skips this model: another node has replaced it by one that ToMe does not know"
 
 
 class DiTPatch:
@@ -84,7 +84,7 @@ class DiTPatch:
             return None
         layout = Layout.of(facts, model, x.shape, told)
         if layout is None:
-            reason = "an image whose tokens do not lie on one grid is left alone"
+            reason = "ToMe skips an image whose tokens do not lie on one grid"
             leave_alone(record, reason, facts.name, outcome=outcome)
             return None
         if record is not None:

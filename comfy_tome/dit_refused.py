@@ -19,7 +19,11 @@ class Refused:
 
 
 REFUSED: tuple[Refused, ...] = (
-    Refused("ACE-Step 1.0", ("ace.model.ACEStepTransformer2DModel",), "its self-attention is linear: no keys to spare"),
+    Refused(
+        "ACE-Step 1.0",
+        ("ace.model.ACEStepTransformer2DModel",),
+        "its self-attention is linear, so fewer keys save nothing",
+    ),
     Refused(
         "Stable Cascade",
         ("cascade.stage_c.StageC", "cascade.stage_b.StageB"),
@@ -28,7 +32,7 @@ REFUSED: tuple[Refused, ...] = (
     Refused(
         "SeedVR2",
         ("seedvr.model.NaDiT",),
-        "nothing to gain: it attends in windows of at most 3,240 tokens, and tells no node of them",
+        "nothing to gain: it attends in windows of at most 3,240 tokens, and no node can reach them",
     ),
     Refused("Hunyuan3D 2", ("hunyuan3d.model.Hunyuan3Dv2", "hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain"), _NO_GRID),
     Refused("TripoSplat", ("triposplat.model.LatentSeqMMFlowModel",), _NO_GRID),
@@ -41,12 +45,12 @@ OF_NODES: tuple[Refused, ...] = (
     Refused(
         "Nunchaku's Flux (ComfyUI-nunchaku)",
         ("wrappers.flux.ComfyFluxWrapper",),
-        "whole blocks run in Nunchaku's own kernels, where no node meets an attention",
+        "whole blocks run in Nunchaku's own kernels, where no node can reach an attention",
     ),
     Refused(
         "Nunchaku's Qwen-Image (ComfyUI-nunchaku)",
         ("models.qwenimage.NunchakuQwenImageTransformer2DModel",),
-        "its attentions are not told the options in which a node stands",
+        "its attentions do not get the options through which a node reaches them",
     ),
 )
 _ROWS = [(f".{name}", row) for row in (*REFUSED, *OF_NODES) for name in row.classes]

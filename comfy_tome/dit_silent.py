@@ -12,7 +12,7 @@ from torch import Tensor
 from ..shared_tome.attention.sdpa import Handler, HostAttention, SdpaHooks, leave_left_modes
 
 # What to say where one of them calls another attention.
-NOT_TORCHS = "an attention that is not PyTorch's is left alone: this model tells no node of it"
+NOT_TORCHS = "ToMe skips an attention that is not PyTorch's: no node can reach it in this model"
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def measure(run: Run) -> StepTime:
     if last is None:
         merged = run.tally.report().merged_steps
         raise ValueError(
-            "another node or the sampler runs the model in a way of its own, or the model is gone"
+            "another node or the sampler runs the model itself, or the model is gone"
             if merged
             else "nothing was merged"
         )

@@ -23,9 +23,11 @@ from .record import RECORD
 from .shown import show_on_node
 
 OUTER_SAMPLE = "outer_sample"  # comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
-NOT_MET = "no attention of the model came to ToMe: another node has replaced them, or this ComfyUI tells too little"
+NOT_MET = (
+    "no attention of the model reached ToMe: another node has replaced them, or this ComfyUI is too old to pass them on"
+)
 ANSWERED = "another node answered from its cache each call that ToMe would have merged"
-NEVER_ASKED = "ToMe was never asked, because another node runs the model in a way of its own"
+NEVER_ASKED = "no call of the model reached ToMe, because another node runs the model itself"
 _OUTCOME = "ToMe outcome"
 NOTHING = "nothing was merged in this sampling"
 _MOST_PLACES = 6

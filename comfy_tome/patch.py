@@ -65,7 +65,7 @@ def check_served(model: Any) -> bool:
 
     diffusion_model = unwrapped(model.get_model_object("diffusion_model"))
     if (known := refused(diffusion_model)) is not None:
-        raise ValueError(f"ToMe leaves {known.name} alone: {known.reason}")
+        raise ValueError(f"ToMe does not serve {known.name}: {known.reason}")
     if not isinstance(diffusion_model, UNetModel) and dit_model(diffusion_model) is None:
         raise ValueError(
             f"ToMe serves models with a U-Net (SD 1.x, SD 2.x, SDXL, SVD and what is built on them) and {SERVED}; "
@@ -84,7 +84,7 @@ def check_dit_options(model: Any, config: ToMeConfig) -> None:
     if levels is not None and 0 not in levels:
         raise ValueError(f"{name} has one resolution, level 0; levels {config.levels!r} would merge nothing")
     if levels is not None and levels != {0}:
-        logger.info("[ToMe] %s has one resolution: of levels %s there is 0 alone", name, config.levels)
+        logger.info("[ToMe] %s has one resolution: of levels %s only 0 exists", name, config.levels)
 
 
 def tell_levels(model: Any, config: ToMeConfig) -> None:
@@ -94,5 +94,5 @@ def tell_levels(model: Any, config: ToMeConfig) -> None:
     if levels is not None and there & levels and not levels <= there:
         there, served = (", ".join(map(str, sorted(found))) for found in (there, there & levels))
         logger.info(
-            "[ToMe] this model has attention at levels %s: of levels %s there is %s", there, config.levels, served
+            "[ToMe] this model has attention at levels %s: of levels %s it has only %s", there, config.levels, served
         )

@@ -51,7 +51,7 @@ from .unet_model import dtype_of, layers_of, replaced_layers, run_block
 
 # What the log says.
 _DENSE = (
-    "layers that ToMe merges are computed densely; another node's sparse attention computes those that it leaves alone"
+    "layers that ToMe merges are computed densely; another node's sparse attention computes the layers that ToMe skips"
 )
 
 

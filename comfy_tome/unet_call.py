@@ -142,7 +142,7 @@ class PatchedCall(AroundParts):
         """The grid of this call's tokens, or None where it is to be left alone."""
         found = self.find_grid(q.shape[1], extra_options) if q.dim() == 3 else None
         if found is None:
-            self.leave("a layer that does not tell its grid is left alone", extra_options)
+            self.leave("ToMe skips a layer whose grid is not known", extra_options)
             return None
         grid, rows = found
         if not self.call.serves(grid):
@@ -153,7 +153,7 @@ class PatchedCall(AroundParts):
             return None
         if q.shape[0] != rows or q.shape[1] != grid[0] * grid[1]:
             self.leave(
-                "a layer whose tokens are not those of its grid is left alone: another node has tiled or merged "
+                "ToMe skips a layer whose tokens are not those of its grid: another node has tiled or merged "
                 "them, or it attends over time",
                 extra_options,
                 f"{tuple(q.shape[:2])} for a grid of {grid[0]}x{grid[1]}",
@@ -161,7 +161,7 @@ class PatchedCall(AroundParts):
             )
             return None
         if k.shape[:2] != q.shape[:2] or v.shape[:2] != q.shape[:2]:
-            self.leave("a layer that does not attend to its own tokens is left alone", extra_options, grid=grid)
+            self.leave("ToMe skips a layer that does not attend to its own tokens", extra_options, grid=grid)
             return None
         if self._is_left_whole("attn1", q, extra_options, grid):
             return None

@@ -62,7 +62,7 @@ def deliver(table: str, write: Callable[[], Iterable[Path]], out: Path) -> None:
 def complain(error: SetupError | OSError) -> None:
     """Print an error and its hint on stderr."""
     if isinstance(error, OSError):
-        error = failed("the system refused something", error)
+        error = failed("the system refused an operation", error)
     print(f"\nToMe: {error}", file=sys.stderr)
     if error.hint:
         print(f"{error.hint}", file=sys.stderr)

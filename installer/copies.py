@@ -188,7 +188,7 @@ def _refuse_from_inside(place: Path, root: Path) -> None:
         for folder in (root.resolve(), ROOT, Path.cwd().resolve()):
             if here in (folder, *folder.parents):
                 raise SetupError(
-                    f"this command runs from {folder}, which it would have to replace: left alone",
+                    f"this command runs from {folder}, which it would have to replace: nothing was changed",
                     "Go to the repository that the copy was made of, and run its install.py.",
                 )
 

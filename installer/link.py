@@ -101,7 +101,7 @@ def put(place: Path, root: Path = ROOT, copy: bool = False) -> str:
         if not copy:
             return f"{place} is linked to {root} already"
     elif os.path.lexists(place) and not copies.is_copy(place):
-        raise SetupError(f"{place} was there before and is not ours", "Move it away first.")
+        raise SetupError(f"{place} was there before and is not from ToMe", "Move it away first.")
     files.make_folder(place.parent)
     if not copy and not os.path.lexists(place) and _link(place, root):
         return f"Linked {place} to {root}"
@@ -122,7 +122,7 @@ def remove(folder: Path, host: Host, root: Path = ROOT) -> str:
 def _remove(place: Path, host: Host, root: Path) -> list[str]:
     if is_link(place):
         if not _same(place, root):
-            raise SetupError(f"{place} is a link to {files.target(place)}, not to {root}: left alone")
+            raise SetupError(f"{place} is a link to {files.target(place)}, not to {root}: nothing was removed")
         try:
             files.unlink(place)
         except OSError as error:
@@ -134,7 +134,7 @@ def _remove(place: Path, host: Host, root: Path) -> list[str]:
     if not os.path.lexists(place):
         return [f"There is no {place}: nothing to remove."]
     if not copies.is_copy(place):
-        raise SetupError(f"{place} is not ours: left alone")
+        raise SetupError(f"{place} was not put there by ToMe: nothing was removed")
     kept = copies.take_out(place, root)
     done = f"Took the copy out of {place.parent}" if kept else f"Removed the copy {place}"
     return [*filter(None, [kept]), f"{done}. Restart {host.title}."]

@@ -101,7 +101,7 @@ class Graph:
 
         def walk(id: str, way: tuple[str, ...]) -> None:
             if id in way:
-                raise SetupError(f"the workflow's links go round at node {id}")
+                raise SetupError(f"the workflow's links form a circle at node {id}")
             if found.get(id, -1) < len(way):
                 found[id] = len(way)
                 for _, link, _ in self.links(id):

@@ -39,6 +39,6 @@ def models() -> str:
         body.append(line(row.name, row.classes, "served" if row.compiles else "served, not under `TorchCompileModel`"))
     left_alone = pack_module("comfy_tome.dit_refused")
     for row in (*left_alone.REFUSED, *left_alone.OF_NODES):
-        body.append(line(row.name, row.classes, f"left alone: {row.reason}"))
+        body.append(line(row.name, row.classes, f"not served: {row.reason}"))
     head = ["model", "in ComfyUI's `supported_models`", "diffusion model", "ToMe"]
     return markdown(head, body) + f"\nComfyUI {rows[0]['comfyui']}.\n"

@@ -151,7 +151,7 @@ class JointCall:
             if is_out_of_memory(error):
                 raise
             reason = str(error).strip().partition("\n")[0]
-            self._say(f"the {kernel} kernel joins no attentions here; heads are widened instead", reason)
+            self._say(f"the {kernel} kernel cannot combine attentions here; ToMe widens heads instead", reason)
             self.own = False
             self.kernels = ()
             return None

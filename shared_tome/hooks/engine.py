@@ -206,7 +206,7 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         own = self.keeps_own(attn1, given)
         unpaid = self.why_not_paid(now, attn1, x, grid, own)
         if unpaid is not None:
-            self.leave(f"{unpaid}; layers of {x.shape[1]} tokens are left alone", grid)
+            self.leave(f"{unpaid}; ToMe skips layers of {x.shape[1]} tokens", grid)
             call.judged.leave(self, unpaid=True)
             return None
         return self.merge_attention(now, attn1, given, grid, own)

@@ -31,10 +31,10 @@ def why_left_whole(part: str, x: Any, rows: int, tokens: int, replaced: bool = F
         replaced: whether another node or extension computes the layer.
     """
     if replaced:
-        return f"a {NAMES[part]} that another node or extension replaces is left alone"
+        return f"ToMe skips a {NAMES[part]} that another node or extension replaces"
     if not isinstance(x, Tensor) or x.shape[:2] != (rows, tokens):
         return (
-            f"a {NAMES[part]} whose rows or tokens are not those of its block is left alone: another node or extension "
+            f"ToMe skips a {NAMES[part]} whose rows or tokens are not those of its block: another node or extension "
             "changes them"
         )
     return None

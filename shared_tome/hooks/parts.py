@@ -71,7 +71,7 @@ class AroundParts:
         if plan is None:
             return None
         if not isinstance(out, Tensor) or out.shape[:2] != (plan.batch, plan.kept):
-            self.say("an attention gave back other tokens than it was given; its output is left as it is")
+            self.say("an attention returned other tokens than ToMe gave it; ToMe does not change its output")
             return None
         return plan.unmerge(out)
 
@@ -147,7 +147,7 @@ class Widening:
             return widen_value(out, heads)
         bias = wide.bias
         if out.shape[:2] != bias.shape:
-            self.say("an attention makes keys from other tokens than it is given; they have no weights")
+            self.say("an attention makes keys from other tokens than ToMe gave it; these keys have no weights")
             bias = bias.new_zeros(out.shape[:2])
         return widen_key(out, heads, wide.rule, bias)
 

@@ -129,7 +129,7 @@ def _compiled(facts: StepFacts, level: int) -> tuple[int, Grid, str]:
         why = why_not_served(config, grid, full)
         if why is None:
             return now, grid, ""
-    raise NoMap("No level has enough tokens." if level == -1 else f"Level {level} was left alone: {why}.")
+    raise NoMap("No level has enough tokens." if level == -1 else f"ToMe skipped level {level}: {why}.")
 
 
 def _seen(layers: Sequence[Layer], level: int, layer: int) -> tuple[int, Grid, str]:

@@ -95,7 +95,7 @@ class BaseAttachment:
         if not shares_match(config):
             return True
         if compiles():
-            self.say("under torch.compile each image has a match of its own: share match is off")
+            self.say("share match is off under torch.compile: each image is matched alone")
             return False
         if captures(x.device):
             return self._last_alike

@@ -84,12 +84,12 @@ class Block(MergedBlock):
     def is_served(self, now: Pass, given: Given) -> bool:
         x = given.x
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[:2] != now.metric.shape[:2]:
-            self.say("a self-attention that is given other tokens than its block is left alone")
+            self.say("ToMe skips a self-attention that is given other tokens than its block")
             return False
         return True
 
     def off_grid(self, x: Tensor) -> str:
-        return "a layer whose tokens are not those of the image (it attends over time) is left alone"
+        return "ToMe skips a layer whose tokens are not those of the image (it attends over time)"
 
     def leave_unserved(self, grid: Grid) -> None:
         self.owner.call.outcome.leave(self.owner.call.model, grid)
@@ -146,16 +146,17 @@ class Block(MergedBlock):
 
     def _can_merge_keys(self, attn1: nn.Module, given: Given, kind: Any, own: bool) -> bool:
         if kind.keys and argument(given.args, given.kwargs, 2, "attention_mask", "mask") is not None:
-            self.say("a self-attention with a mask is left alone")
+            self.say("ToMe skips a self-attention with a mask")
             return False
         if is_fused(attn1) and kind.keys != kind.queries:
             self.say(
-                "fused projections allow no keys of their own; call unfuse_qkv_projections() or choose method merge"
+                "fused projections make queries and keys from the same tokens; call unfuse_qkv_projections() or choose "
+                "method merge"
             )
             return False
         if not own and kind.keys != kind.queries and not self.owner.takes_keys.get(code_of(attn1), True):
             what = type(getattr(attn1, "processor", None) or attn1).__name__
-            self.say(f"{what} allows no keys of their own: its self-attention is left alone; choose method merge")
+            self.say(f"ToMe skips the self-attention of {what}, which makes its keys itself; choose method merge")
             return False
         return True
 

@@ -72,7 +72,7 @@ class Attachment(base.BaseAttachment):
         leave_left_modes()
         x = argument(args, kwargs, 0, "sample", "x")
         if not isinstance(x, Tensor) or x.dim() != 4:  # (B, C, H, W)
-            self.say("a call whose input is not [B, C, H, W] (video) is left alone")
+            self.say("ToMe skips a call whose input is not [B, C, H, W] (video)")
             return
         timestep = argument(args, kwargs, 1, "timestep", "timesteps", "t")
         config, grid = self.config_now(timestep), (x.shape[2], x.shape[3])
@@ -122,7 +122,8 @@ class Attachment(base.BaseAttachment):
             return None
         if base.compiles():
             own = call.config.method == "sample"
-            self.say(f"under torch.compile {'queries do not keep their own tokens' if own else 'multires is sample'}")
+            what = "own token has no effect" if own else "sample takes the place of multires"
+            self.say(f"under torch.compile {what}")
             return None
         return JointCall(True, TORCHS, self._say_why, call.config.keeps_own)
 

@@ -81,7 +81,7 @@ class JointAttachment(BaseAttachment):
         place = self.row.place(model, told, self._grid_of)
         grid, x = place.grid, place.latent
         if math.prod(grid) == 0:
-            self.say("image tokens that are not rows of one image are left alone")
+            self.say("ToMe skips image tokens that are not rows of one image")
             return
         timestep = told.get(self.row.timestep)
         call = self.model_call(self.config_now(timestep, kernels.serves(x)), grid, timestep, x)
@@ -147,19 +147,19 @@ class JointAttachment(BaseAttachment):
         beside = length - image
         own = q.shape[2] == length and beside in (0, call.tail, call.head + call.tail)
         if not own or k.shape[0] != call.batch:
-            self.say("an attention with other tokens than the text's and the image's is left alone")
+            self.say("ToMe skips an attention with other tokens than the text's and the image's")
             return attention(q, k, v)
         start = call.head if beside == call.head + call.tail else 0
         is_masked = not attention.is_plain
         is_padded = is_masked and bool(call.groups) and attention.mask is not None and beside == call.head + call.tail
         if is_masked and not is_padded and not self._serves_mask(attention, q, k, v, start):
-            self.say("an attention with a mask is left alone")
+            self.say("ToMe skips an attention with a mask")
             return attention(q, k, v)
         # On several GPUs each process would decide by its own times, and they must do the same.
         asks = call.shard is None and call.model.serves(call.grid)
         unpaid = call.decisions.why_not_paid(attention, q, k, v, start) if asks else None
         if unpaid is not None:
-            self.say(f"{unpaid}; attentions of {length} tokens are left alone")
+            self.say(f"{unpaid}; ToMe skips attentions of {length} tokens")
             call.outcome.leave(call.model, call.grid, unpaid)
             return attention(q, k, v)
         # The ViT paper's metric: keys averaged over the heads. What matches nothing wants its shape alone.
@@ -179,7 +179,7 @@ class JointAttachment(BaseAttachment):
 
     def _tell_masked(self) -> None:
         if self.call.joint.own:
-            self.say("under a mask queries do not keep their own tokens")
+            self.say("own token has no effect under a mask")
 
     def _planned(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
         """By the plan for the image's tokens, which begin at `start`; q, k, v [B, H, L, d] -> [B, H, L, d]."""

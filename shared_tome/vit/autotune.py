@@ -50,7 +50,7 @@ def verdict_of(
     def measure() -> Verdict:
         whole, merged = bare_model(model), bare_model(model)
         if whole is None or merged is None:
-            raise NotNow("another package stands in the place of a module's forward")
+            raise NotNow("another package replaces a module's forward")
         kind(find_tower(merged), options)
         with torch.no_grad():
             return timing.compared(lambda: on(whole)(pixels[:1]), lambda: on(merged)(pixels[:1]), pixels.device, 4)

@@ -185,7 +185,7 @@ class _Block:
 
     def _before_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         if getattr(block, "gradient_checkpointing", False) and block.training:
-            raise ValueError("ToMe does not go with gradient checkpointing, which runs blocks twice; turn it off")
+            raise ValueError("ToMe does not work with gradient checkpointing, which runs blocks twice; turn it off")
         if self.place == 0:
             self.owner.begin(args[0] if args else kwargs[_name(kwargs)])
         call = self.owner.call
@@ -234,7 +234,7 @@ class _Block:
         names = ("x", "mask", "optimized_attention")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if given.get("mask") is not None:
-            raise ValueError("ToMe does not go with masked attention: merged tokens have no place in the mask")
+            raise ValueError("ToMe does not work with masked attention: merged tokens have no place in the mask")
         host, goes = given["optimized_attention"], call.per_block[self.place]
 
         def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:

@@ -15,7 +15,7 @@ from ..attention.sdpa import HostAttention
 _NOTHING = 2.0**-40
 # Added to the logits of its key: far below what exp tells from 0, and finite in half precision's further channels.
 _HIDDEN = -1000.0
-_MASKED = "ToMe does not go with masked attention: merged tokens have no place in a mask of more than padding"
+_MASKED = "ToMe does not work with masked attention: merged tokens have no place in a mask of more than padding"
 
 
 class Padding:

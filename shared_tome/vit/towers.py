@@ -91,7 +91,7 @@ def _timm_tower(model: nn.Module) -> Tower | None:
         if not getattr(attention, "fused_attn", False):
             raise ValueError("ToMe needs timm's fused attention; see timm.layers.set_fused_attn")
     if getattr(model, "grad_checkpointing", False):
-        raise ValueError("ToMe does not go with gradient checkpointing, which runs blocks twice; turn it off")
+        raise ValueError("ToMe does not work with gradient checkpointing, which runs blocks twice; turn it off")
     tail = next(name for name in ("drop_path2", "ls2", "mlp") if hasattr(blocks[0], name))
     return Tower(blocks, "attn", "norm2", tail, model.num_prefix_tokens)
 

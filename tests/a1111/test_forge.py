@@ -13,7 +13,7 @@ from torch import nn
 from .host import HIGHEST
 
 ON = [{"ratio": 0.5, "min_tokens": 0}]
-LEFT = "a self-attention that another node or extension replaces is left alone"
+LEFT = "ToMe skips a self-attention that another node or extension replaces"
 
 
 class _Attention(nn.Module):
@@ -398,9 +398,7 @@ def test_a_layer_that_another_extension_replaced_sees_all_tokens(forge_host, lin
         lines.clear()
         found = forge_host.generate([{**ON[0], "method": method, option: True}])[0]
         assert (found[0] == plain[0]).all()
-        assert (
-            sum(line.endswith(f"a {word} that another node or extension replaces is left alone") for line in lines) == 1
-        )
+        assert sum(line.endswith(f"ToMe skips a {word} that another node or extension replaces") for line in lines) == 1
     assert seen == {256, 64}
 
 

@@ -422,7 +422,7 @@ def test_standing_aside_is_one_line(host, tome, monkeypatch):
     monkeypatch.setattr(tome.notes.logger, "info", lambda text, *args: lines.append(text % args))
     _use_hypertile(_unet(host), True)
     _, p = host.generate(ON)
-    said = "a self-attention that another node or extension replaces is left alone"
+    said = "ToMe skips a self-attention that another node or extension replaces"
     assert lines == [f"[ToMe] {said}"] and any(said in comment for comment in p.comments)
 
 

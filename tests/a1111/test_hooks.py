@@ -337,7 +337,7 @@ def test_a_layer_that_another_extension_replaced_sees_all_tokens(tome, name, wor
     found = [_run(unet, inputs) for _ in range(2)]
     attachment.detach()
     assert seen == {256, 64} and all(torch.equal(one, expected) for one in found)
-    assert notes == [f"a {word} that another node or extension replaces is left alone"]
+    assert notes == [f"ToMe skips a {word} that another node or extension replaces"]
 
 
 def test_the_classs_own_forward_put_back_is_no_replacement(tome):
@@ -380,7 +380,7 @@ def test_rows_or_tokens_that_are_not_the_matchs_are_left_alone(tome, name, by_na
     found = _run(unet, inputs)
     attachment.detach()
     assert {shape[1] for shape in seen} == {256, 64} and torch.allclose(found, expected, atol=1e-5)
-    assert len(notes) == 1 and "whose rows or tokens are not those of its block is left alone" in notes[0]
+    assert len(notes) == 1 and "whose rows or tokens are not those of its block" in notes[0]
 
 
 @pytest.mark.parametrize("name", OPTIONS)

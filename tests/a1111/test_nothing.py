@@ -63,7 +63,7 @@ def test_layers_that_others_have_replaced(host, lines):
     _use_hypertile(host.shared.sd_model.model.diffusion_model, True)
     _, p = host.generate([ON])
     assert not p.extra_generation_params
-    _one_line(lines, "a self-attention that another node or extension replaces is left alone", p)
+    _one_line(lines, "ToMe skips a self-attention that another node or extension replaces", p)
 
 
 def test_a_forge_in_which_another_extension_takes_our_place(host, lines, monkeypatch):

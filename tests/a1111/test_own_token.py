@@ -14,7 +14,7 @@ from . import models, variants
 from .test_forge import _Attention, _hooks, _Loaded, forge_host  # noqa: F401
 from .test_hooks import _inputs, _run, _unet
 
-NOT_KEPT = "queries do not keep their own tokens"
+NOT_KEPT = "own token has no effect"
 AT_SDPA = {"sdp": variants.sdp, "fixed_size": variants.fixed_size}
 ELSEWHERE = ("own_scale", "scaled_keys", "given_size")
 LABEL = "ToMe own token"

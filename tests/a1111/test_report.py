@@ -51,7 +51,10 @@ def test_somebody_elses_attention_is_told(host, lines):
     host.generate(ON)
     report = lines[-1]
     assert "nothing was merged" in report
-    assert "left alone: 7 layers at levels 0, 1 (a self-attention that another node or extension replaces" in report
+    assert (
+        "left alone: 7 layers at levels 0, 1 (ToMe skips a self-attention that another node or extension replaces"
+        in report
+    )
 
 
 def test_layers_are_counted_by_blocks(host, tome):

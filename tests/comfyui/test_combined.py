@@ -143,7 +143,7 @@ def test_the_report_counts_what_the_model_ran(chosen, tome, caches, cache, caplo
     assert (data["time"] is None) == (cache == "EasyCache")
     answered = f"another node answered {STEPS - ran} of {STEPS} calls without the model"
     assert (answered in text) == (cache == "EasyCache")  # LazyCache stands before: the model is not asked
-    assert not [line for line in caplog.messages if "no attention of the model came to ToMe" in line]
+    assert not [line for line in caplog.messages if "no attention of the model reached ToMe" in line]
 
 
 @MODELS

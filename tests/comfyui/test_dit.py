@@ -226,7 +226,7 @@ def test_guides_of_a_strength_other_than_1(dit, tome, comfy_nodes, caplog, metho
     first, second = after[:2]
     assert torch.equal(first.k, second.k) and torch.equal(first.v, second.v)  # one layer, one choice
     assert first.mask.shape[-1] == second.mask.shape[-1] == 66 and second.mask.shape[-2] == 48
-    assert said == (["[ToMe] under a mask queries do not keep their own tokens"] if method == "sample" else [])
+    assert said == (["[ToMe] own token has no effect under a mask"] if method == "sample" else [])
     assert told.merged_steps == 1 and [layer.number for layer in told.merged] == [0, 1]
 
 
@@ -238,7 +238,7 @@ def test_a_part_of_the_queries_without_a_mask_keeps_no_own_tokens(dit, tome, cap
     host.forget_log()
     with caplog.at_level(logging.INFO, logger="ToMe"), watch() as seen:
         parts = [attend(q[:, :60], k, v, 2), attend(q[:, 60:], k, v, 2)]
-    assert log(caplog) == ["[ToMe] an attention takes a part of the queries alone; these do not keep their own tokens"]
+    assert log(caplog) == ["[ToMe] own token has no effect where an attention takes a part of the queries alone"]
     assert dit_host.lengths(seen) == [(60, 24), (36, 24)]
     attend = dit_host.bare(layout.grid, 0, None, layout=layout, ratio=0.75, own_token=False, method="sample")
     assert torch.allclose(torch.cat(parts, 1), attend(q, k, v, 2), atol=1e-5)
@@ -250,7 +250,7 @@ def test_an_image_beside_its_source_is_left_alone(dit, tome, caplog):
     host.forget_log()
     with caplog.at_level(logging.INFO, logger="ToMe"):
         assert torch.equal(call(tome(dit("hidream")), "hidream", **told), call(dit("hidream"), "hidream", **told))
-    assert log(caplog) == nothing("an image whose tokens do not lie on one grid is left alone", "HiDream")
+    assert log(caplog) == nothing("ToMe skips an image whose tokens do not lie on one grid", "HiDream")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -262,7 +262,7 @@ def test_masks(dit, tome, caplog, method):
     text = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(3))
     with caplog.at_level(logging.INFO, logger="ToMe"), watch() as seen:
         first = call(model, "qwen", c_crossattn=text, attention_mask=mask)
-    assert ("[ToMe] under a mask queries do not keep their own tokens" in log(caplog)) == (method == "sample")
+    assert ("[ToMe] own token has no effect under a mask" in log(caplog)) == (method == "sample")
     assert seen[0].mask.shape[-1] == seen[0].k.shape[-2]
     hidden = torch.where(mask[..., None].bool(), text, text + 1.0)
     assert torch.allclose(call(model, "qwen", c_crossattn=hidden, attention_mask=mask), first, atol=1e-4)
@@ -314,7 +314,8 @@ def test_another_override_is_called(dit, tome, caplog, name, tome_first):
     host.forget_log()
     with caplog.at_level(logging.INFO, logger="ToMe"), watch() as seen:
         merged = call(both, name)
-    assert sum("another attention than PyTorch's is in use; queries do not keep" in line for line in log(caplog)) == 1
+    said = "own token has no effect: another attention than PyTorch's is in use"
+    assert sum(said in line for line in log(caplog)) == 1
     alone = call(tome(model, own_token=False), name)  # what is not PyTorch's attention keeps no own tokens
     assert len(called) == len(seen)
     if name == "wan":  # nothing to weigh: as alone, bit for bit
@@ -389,7 +390,7 @@ def test_options_that_only_a_unet_has(dit, tome, caplog):
     plain = call(tome(dit("wan")), "wan")
     with caplog.at_level(logging.INFO, logger="ToMe"):
         assert torch.equal(call(tome(dit("wan"), levels="0,1"), "wan"), plain)
-    assert log(caplog) == ["[ToMe] Wan has one resolution: of levels 0,1 there is 0 alone"]
+    assert log(caplog) == ["[ToMe] Wan has one resolution: of levels 0,1 only 0 exists"]
 
 
 def test_a_model_that_is_not_served(comfy_nodes, tome):

@@ -14,7 +14,7 @@ from .dit_host import bare, call
 from .test_dit import log, nothing
 from .test_dit_weights import HEADS, alike, full, same
 
-NOT_KEPT = "[ToMe] another attention than PyTorch's is in use; queries do not keep their own tokens"
+NOT_KEPT = "[ToMe] own token has no effect: another attention than PyTorch's is in use"
 
 
 @pytest.fixture(scope="session")
@@ -311,7 +311,7 @@ def test_a_swapped_class_that_runs_in_another_way_is_left_alone(tome, comfy_node
     host.forget_log()
     with caplog.at_level(logging.INFO, logger="ToMe"):
         assert torch.equal(call(merged, "flux"), plain)
-    reason = "another node has put a model that ToMe does not know in the place of this one; it is left alone"
+    reason = "ToMe skips this model: another node has replaced it by one that ToMe does not know"
     assert log(caplog) == nothing(reason, "ReFlux")
 
 
@@ -348,7 +348,10 @@ def test_attentions_that_do_not_come_to_tome(tome, comfy_nodes, monkeypatch, cap
     host.forget_log()
     with caplog.at_level(logging.INFO, logger="ToMe"):
         dit_host.sample(recorded, "wan", steps=2)
-    reason = "no attention of the model came to ToMe: another node has replaced them, or this ComfyUI tells too little"
+    reason = (
+        "no attention of the model reached ToMe: another node has replaced them, or this ComfyUI is too old to pass "
+        "them on"
+    )
     assert log(caplog) == [f"[ToMe] nothing was merged in this sampling: {reason} (Wan)"]
     told = record.run().tally.report()
     assert told.merged_steps == 0 and [layer.reason for layer in told.layers] == [reason]

@@ -53,9 +53,9 @@ def test_a_model_that_is_left_alone(comfy_nodes, row, kind):
     patcher = SimpleNamespace(get_model_object=lambda _: model, model=None)
     with pytest.raises(ValueError) as refusal:
         host.pack_module("patch").check_served(patcher)
-    assert str(refusal.value) == f"ToMe leaves {row.name} alone: {row.reason}"
+    assert str(refusal.value) == f"ToMe does not serve {row.name}: {row.reason}"
     lines = (host.REPO / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
-    assert [f"`{name}`" in line for line in lines if line.endswith(f"left alone: {row.reason} |")].count(True) == 1
+    assert [f"`{name}`" in line for line in lines if line.endswith(f"not served: {row.reason} |")].count(True) == 1
     assert host.pack_module("dit_models").dit_model(model) is None
 
 
@@ -70,6 +70,6 @@ def test_a_model_of_another_node_that_is_left_alone(comfy_nodes, row):
     base = comfy.ldm.qwen_image.model.QwenImageTransformer2DModel if "Qwen" in name else torch.nn.Module
     kind = type(name, (base,), {"__module__": f"/ComfyUI/custom_nodes/ComfyUI-nunchaku.{module}"})
     model = object.__new__(kind)
-    with pytest.raises(ValueError, match=re.escape(f"ToMe leaves {row.name} alone: {row.reason}")):
+    with pytest.raises(ValueError, match=re.escape(f"ToMe does not serve {row.name}: {row.reason}")):
         host.pack_module("patch").check_served(SimpleNamespace(get_model_object=lambda _: model, model=None))
     assert row.reason in (host.REPO / "docs" / "models.md").read_text(encoding="utf-8")

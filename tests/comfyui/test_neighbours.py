@@ -231,8 +231,8 @@ def test_keys_from_another_image_are_left_alone(sd15, tome, tome_first, caplog):
     with caplog.at_level(logging.INFO, logger="ToMe"):
         assert torch.equal(sample(chain(sd15, tome, node, tome_first)), sample(node(sd15)))
     assert [record.message for record in caplog.records if record.name == "ToMe"] == [
-        "[ToMe] a layer that does not attend to its own tokens is left alone (input block 1)",
-        "[ToMe] nothing was merged in this sampling: a layer that does not attend to its own tokens is left alone "
+        "[ToMe] ToMe skips a layer that does not attend to its own tokens (input block 1)",
+        "[ToMe] nothing was merged in this sampling: ToMe skips a layer that does not attend to its own tokens "
         "(input block 1, input block 3, input block 5, middle block 0, output block 0, output block 1 and 4 more)",
     ]
 

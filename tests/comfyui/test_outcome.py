@@ -56,7 +56,7 @@ def test_levels_without_attention_say_so(sd15, tome, said):
 
 def test_a_level_that_a_unet_lacks_is_told_as_on_transformers(sdxl, tome, said):
     sample(tome(sdxl, levels="0,1"), steps=1)
-    assert said() == ["[ToMe] this model has attention at levels 1, 2: of levels 0,1 there is 1"]
+    assert said() == ["[ToMe] this model has attention at levels 1, 2: of levels 0,1 it has only 1"]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,10 @@ def test_a_model_whose_attentions_another_node_runs(sd15, tome, said, monkeypatc
 
     monkeypatch.setattr(SpatialTransformer, "forward", lambda self, x, *args, **kwargs: x)
     sample(tome(sd15))
-    why = "no attention of the model came to ToMe: another node has replaced them, or this ComfyUI tells too little"
+    why = (
+        "no attention of the model reached ToMe: another node has replaced them, or this ComfyUI is too old to pass "
+        "them on"
+    )
     assert said() == [NOTHING + why]
 
 

@@ -10,7 +10,7 @@ import torch
 from . import host
 from .host import sample
 
-NEVER = "ToMe was never asked, because another node runs the model in a way of its own"
+NEVER = "no call of the model reached ToMe, because another node runs the model itself"
 
 
 def direct(model, run=None):
@@ -43,7 +43,7 @@ def test_what_is_recorded_of_it(sd15, tome, comfy_nodes):
     sample(model)
     text = comfy_nodes["ToMeReport"].execute(record=record, after=None, measure_time=True).result[0]
     assert "2 steps, merged in 2" in text and "level 0 (32x32): 1024 to 512 tokens" in text
-    assert "the time was not measured: another node or the sampler runs the model in a way of its own" in text
+    assert "the time was not measured: another node or the sampler runs the model itself" in text
 
 
 def test_a_wrapper_that_runs_something_else(sd15, tome, comfy_nodes, caplog):

@@ -12,7 +12,7 @@ from .host import sample, watch
 
 BLOCK = ("input", 1)
 PATH = "diffusion_model.input_blocks.1.1.transformer_blocks.0"
-CHANGED = "whose rows or tokens are not those of its block is left alone: another node or extension changes them"
+CHANGED = "whose rows or tokens are not those of its block: another node or extension changes them"
 EVERY = {"method": "merge", "cross_attention": True, "mlp": True}
 
 
@@ -50,7 +50,7 @@ def test_a_replaced_cross_attention_sees_the_pictures_own_tokens(sd15, tome, sai
     other.set_model_attn2_replace(replace, *BLOCK)
     merged = tome(other, **EVERY)
     assert seen(sd15, merged, "attn1.to_q") == {512} and set(counts) == {1024}
-    assert said() == ["[ToMe] a cross-attention that another node or extension replaces is left alone (input block 1)"]
+    assert said() == ["[ToMe] ToMe skips a cross-attention that another node or extension replaces (input block 1)"]
 
 
 @pytest.mark.parametrize("change", ["rows", "tokens"])
@@ -70,7 +70,7 @@ def test_a_patch_that_changes_rows_or_tokens_of_the_cross_attention(sd15, tome, 
     other.set_model_attn2_output_patch(after)
     alone = sample(tome(other, **{**EVERY, "cross_attention": False}), steps=1)
     assert torch.equal(sample(tome(other, **EVERY), steps=1), alone)
-    assert said() == [f"[ToMe] a cross-attention {CHANGED} (input block 1)"]
+    assert said() == [f"[ToMe] ToMe skips a cross-attention {CHANGED} (input block 1)"]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_layer_with_another_forward(sd15, tome, said, part, name, watched):
     forward = other.get_model_object(f"{PATH}.{part}").forward
     other.add_object_patch(f"{PATH}.{part}.forward", lambda *args, **kwargs: forward(*args, **kwargs))
     assert seen(sd15, tome(other, **EVERY), watched) == {1024}
-    assert said() == [f"[ToMe] a {name} that another node or extension replaces is left alone (input block 1)"]
+    assert said() == [f"[ToMe] ToMe skips a {name} that another node or extension replaces (input block 1)"]
     # ComfyUI puts the layer's own forward back in the place of the other one.
     assert seen(sd15, tome(sd15, **EVERY), watched) == {512}
     assert len(said()) == 1

@@ -128,7 +128,7 @@ def test_an_attention_that_is_not_to_itself(sd15, tome, record, report):
     text, data = report(kept)
     assert "Nothing was merged." in text and len(data["layers"]) == 10
     assert {layer["reason"] for layer in data["layers"]} == {
-        "a layer that does not attend to its own tokens is left alone"
+        "ToMe skips a layer that does not attend to its own tokens"
     }
 
 

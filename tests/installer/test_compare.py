@@ -289,7 +289,7 @@ def test_a_cache_of_the_workflows_own_is_seen():
         (lambda f: f.pop("latent"), "node sampler of the workflow takes latent_image from node latent, which is not"),
         (lambda f: f.pop("show"), "saves and shows no picture"),
         (lambda f: f["picture"]["inputs"].update(samples=["latent", 0]), "no node that takes a MODEL"),
-        (lambda f: f["latent"]["inputs"].update(x=["sampler", 0]), "links go round at node"),
+        (lambda f: f["latent"]["inputs"].update(x=["sampler", 0]), "links form a circle at node"),
         (lambda f: [f.update(t={"class_type": "ToMe", "inputs": {}}),
                     f["sampler"]["inputs"].update(model=["t", 0])], "the ToMe node t of the workflow has no model"),
     ],

@@ -162,7 +162,7 @@ def test_a_kernel_that_refuses_is_left_for_wider_heads(by_channels, monkeypatch,
     ours = [run("flux", model) for _ in range(2)]
     assert len(tried) == 2
     assert [record.message for record in caplog.records] == [
-        "[ToMe] the cpu kernel joins no attentions here; heads are widened instead (not on this device)"
+        "[ToMe] the cpu kernel cannot combine attentions here; ToMe widens heads instead (not on this device)"
     ]
     by_channels()
     wide = run("flux", model)

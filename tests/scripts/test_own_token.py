@@ -17,7 +17,7 @@ from shared_tome.scripts.hooks import served_blocks
 
 from . import models
 
-NOT_KEPT = "queries do not keep their own tokens"
+NOT_KEPT = "own token has no effect"
 
 
 def config(**options):
@@ -207,7 +207,7 @@ def test_no_kernel_that_tells_its_sums(monkeypatch, caplog):
     unet = models.sd15()
     shared_tome.apply_patch(unet, config=config())
     made = models.run(unet)
-    assert "tells no log-sum-exps" in caplog.text
+    assert "gives no log-sum-exp" in caplog.text
     shared_tome.apply_patch(unet, config=config(own_token=False))
     assert torch.equal(models.run(unet), made)
 

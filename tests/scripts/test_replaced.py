@@ -67,7 +67,7 @@ def replace_forward(unet):
         (replace_attn2, "attn2 is not merged: Regional replaces its attention", 2),
         (mask_attn2, "attn2 is not merged: an IP-Adapter masks parts of the picture", 2),
         (mask_prompt, "attn2 is not merged: it has a mask for each token", 1),
-        (replace_forward, "a cross-attention that another node or extension replaces is left alone", 2),
+        (replace_forward, "ToMe skips a cross-attention that another node or extension replaces", 2),
     ],
 )
 def test_a_cross_attention_that_needs_every_token_gets_it(change, words, blocks, caplog):
@@ -109,7 +109,7 @@ def test_a_feed_forward_in_chunks_is_left_alone(caplog):
     for block in served_blocks(unet):
         block.set_chunk_feed_forward(10, 1)
     assert tokens_of(unet, "ff") == {10}
-    assert "a feed-forward layer whose rows or tokens are not those of its block is left alone" in caplog.text
+    assert "ToMe skips a feed-forward layer whose rows or tokens are not those of its block" in caplog.text
 
 
 class Itself:
@@ -132,7 +132,7 @@ def test_a_processor_without_keys_of_their_own_is_left_alone(caplog):
     shared_tome.apply_patch(unet, config=config(method="sample", ratio=0.6, own_token=False))
     for _ in range(2):
         torch.testing.assert_close(models.run(unet, 15, 17), before, rtol=1e-5, atol=1e-5)
-    assert "Itself allows no keys of their own: its self-attention is left alone" in caplog.text
+    assert "ToMe skips the self-attention of Itself" in caplog.text
     shared_tome.remove_patch(unet)
     assert torch.equal(models.run(unet, 15, 17), before) and models.count_hooks(unet) == 0
 
@@ -157,7 +157,7 @@ def test_keys_that_a_processor_adds_have_no_weights(caplog):
     plain = models.run(unet)
     shared_tome.apply_patch(unet, config=config())
     torch.testing.assert_close(models.run(unet), plain, rtol=1e-4, atol=1e-5)
-    assert "makes keys from other tokens than it is given; they have no weights" in caplog.text
+    assert "makes keys from other tokens than ToMe gave it; these keys have no weights" in caplog.text
 
 
 def test_keys_in_fewer_heads_have_no_weights(caplog):

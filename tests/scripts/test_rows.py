@@ -220,7 +220,7 @@ def test_under_chromas_mask_queries_have_no_own_tokens(own, caplog):
     plain = DITS["Chroma"].run(patched("Chroma"), mask=APART)
     assert torch.equal(made[0], plain) and torch.equal(made[1], plain)
     said = [record.message for record in caplog.records]
-    assert said == ["[ToMe] under a mask queries do not keep their own tokens"] * own
+    assert said == ["[ToMe] own token has no effect under a mask"] * own
 
 
 @pytest.mark.parametrize("method", FEW)
@@ -243,7 +243,7 @@ def test_a_mask_over_the_image_is_left_alone(caplog):
     before = run(mask)
     shared_tome.apply_patch(model, config=config())
     assert torch.equal(run(mask), before)
-    assert "an attention with a mask is left alone" in caplog.text
+    assert "ToMe skips an attention with a mask" in caplog.text
 
 
 # --- What single models have ------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_tokens_on_no_grid_are_left_alone(name, caplog):
     before = run()
     shared_tome.apply_patch(model, config=config())
     assert torch.equal(run(), before)
-    assert "image tokens that are not rows of one image are left alone" in caplog.text
+    assert "ToMe skips image tokens that are not rows of one image" in caplog.text
 
 
 # --- Steps ------------------------------------------------------------------------------------------------------------

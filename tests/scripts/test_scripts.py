@@ -471,4 +471,4 @@ def test_a_self_attention_with_a_mask_is_left_alone(caplog):
     )  # fmt: skip
     before = run()
     shared_tome.apply_patch(unet, config=config(method="merge"))
-    assert torch.equal(run(), before) and "mask is left alone" in caplog.text
+    assert torch.equal(run(), before) and "ToMe skips a self-attention with a mask" in caplog.text

@@ -124,7 +124,7 @@ def test_a_model_that_another_package_works_on_is_not_run(judged, caplog):
     kept = model.blocks[1].mlp.forward
     model.blocks[1].mlp.forward = lambda x: kept(x)
     assert torch.equal(run(), merged) and not judged["shapes"]
-    assert "another package stands in the place of a module's forward), so merged; it is tried again" in caplog.text
+    assert "another package replaces a module's forward), so merged; it is tried again" in caplog.text
 
 
 @torch.no_grad()
