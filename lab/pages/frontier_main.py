@@ -15,6 +15,8 @@ from .style import GRID, INK, PAPER, figure_of, save
 CASES = [
     ("demo", Place("sd15", "1024²")),
     ("demo", Place("sd15", "2048²")),
+    ("lab", Place("sd15", "1024²")),
+    ("lab", Place("sd15", "2048²")),
     ("dit", Place("flux", "1024²")),
     ("dit", Place("wan", "1280x720, 81 frames")),
 ]
@@ -22,7 +24,7 @@ CASES = [
 SERIES = {
     "fewer steps": ("fewer steps", "#8a8a8a", "s", 6),
     "EasyCache": ("EasyCache", "#d55e00", "^", 8),
-    "both": ("EasyCache and ToMe", "#009e73", "D", 7),
+    "both": ("EasyCache or fewer steps, with ToMe", "#009e73", "D", 7),
     "ToMe": ("ToMe: Quality, Balanced, Fast", "#0072b2", "o", 10),
 }
 LOWEST = 24.0
@@ -35,11 +37,11 @@ def series_of(family: str) -> str | None:
     """Which of SERIES a family belongs to; None for what the chart leaves out."""
     alone, _, preset = family.rpartition(" + ")
     if preset in PRESETS:
-        return "both" if alone == "EasyCache" else None
+        return "both" if alone in ("EasyCache", "fewer steps") else None
     return family if family in SERIES else None
 
 
-def panel(axes: Any, rows: list[Row], place: Place) -> None:
+def panel(axes: Any, rows: list[Row], model: str, place: Place) -> None:
     """Time across, PSNR up; the line is what no choice beats in both. Names: presets, and the recipe's choices."""
     kinds = {row["variant"]: series_of(row["family"]) for row in rows}
     found = {
@@ -60,13 +62,13 @@ def panel(axes: Any, rows: list[Row], place: Place) -> None:
     highest, free = max(psnr for _, psnr in found.values()) + 4, LOWEST
     for name in sorted(named & set(found), key=lambda name: found[name][1]):
         (time, psnr), lines = found[name], name.replace(" + ", "\n+ ")
-        text_at = {"xytext": (time + 2, psnr), "ha": "left", "va": "center"}
+        text_at = {"xytext": (time + 1.5, psnr - 0.01 * (highest - LOWEST)), "ha": "left", "va": "top"}
         if name in edge:  # left and above there is room, but for the name below
             free = max(psnr + 0.3, free)
             text_at = {"xytext": (time - 1.5, free), "ha": "right", "va": "bottom"}
             free += (lines.count("\n") + 1) * LINE * (highest - LOWEST)
         axes.annotate(lines, (time, psnr), fontsize=11, color=INK, linespacing=1.0, zorder=4, **text_at)
-    axes.set_title(place.title, color=INK, fontsize=15, loc="left")
+    axes.set_title(f"{place.title}, {model}", color=INK, fontsize=15, loc="left")
     axes.set_xlim(0, 118)
     axes.set_xticks(range(0, 101, 20))
     axes.set_ylim(LOWEST, highest)
@@ -79,17 +81,18 @@ def draw(folder: Path, results: Path = RESULTS / "fidelity", cases: list[tuple[s
     rows = {model: frontier_rows(model, results) for model, _ in cases}
     if not all(choices(rows[model], place) for model, place in cases):
         return []
-    figure, panels = figure_of(2, 5.6, 8.2, 150, rows=(len(cases) + 1) // 2)
+    rows_of_panels = (len(cases) + 1) // 2
+    figure, panels = figure_of(2, 5.6, 4.1 * rows_of_panels, 130, rows=rows_of_panels)
     for axes, (model, place) in zip(panels, cases, strict=False):
-        panel(axes, rows[model], place)
+        panel(axes, rows[model], model, place)
     for axes in panels[-2:]:
         axes.set_xlabel("time of a generation, % of the unmerged one's", color=INK, fontsize=12)
     for axes in panels[::2]:
-        axes.set_ylabel("PSNR to the unmerged picture, dB", color=INK, fontsize=12)
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+        axes.set_ylabel("PSNR to unmerged, dB", color=INK, fontsize=12)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.1 / rows_of_panels))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
-        handles[::-1], labels[::-1], loc="upper center", ncol=len(labels), frameon=False, labelcolor=INK, fontsize=13,
+        handles[::-1], labels[::-1], loc="upper center", ncol=len(labels), frameon=False, labelcolor=INK, fontsize=12,
         handletextpad=0.2,
     )  # fmt: skip
     path = folder / "frontier.png"

@@ -31,23 +31,27 @@ def fastest(found: dict[str, tuple[float, float]], least: float) -> str | None:
 
 
 def recipe(folder: Path = RESULTS / "fidelity", places: dict[str, list[Place]] = PLACES) -> str:
-    """A row for each place of each model that was measured; a cell: the choice, its time, its PSNR."""
-    lines, notes = [], []
+    """A row for each place; a cell: for each of the lab's models the choice, its time, its PSNR."""
+    rows = {model: frontier_rows(model, folder) for model in places}
+    found: dict[Place, dict[str, dict[str, tuple[float, float]]]] = {}
     for model, where in places.items():
-        rows = frontier_rows(model, folder)
-        for place in where:
-            found = choices(rows, place)
-            cells = [_cell(found, fastest(found, least)) for least in LIMITS]
-            lines += [[place.title, model, *cells]] if found else []
-        notes += [f"{model}: {about(rows, where)}"] if rows else []
+        for place in where if rows[model] else ():
+            found.setdefault(place, {})[model] = choices(rows[model], place)
+    lines = [
+        [place.title, *("<br>".join(_cell(model, of[model], least) for model in of) for least in LIMITS)]
+        for place, of in found.items()
+        if any(of.values())
+    ]
     if not lines:
         return ""
-    table = markdown(["time of", "pictures of", *(f"{least:.0f} dB or more" for least in LIMITS)], lines)
+    table = markdown(["time of", *(f"{least:.0f} dB or more" for least in LIMITS)], lines)
+    notes = [f"{model}: {about(rows[model], where)}" for model, where in places.items() if rows[model]]
     return f"{table}\n{' '.join(notes)}\n"
 
 
-def _cell(found: dict[str, tuple[float, float]], name: str | None) -> str:
-    return "unmerged" if name is None else f"{name}: {found[name][0]:.0%}, {found[name][1]:.1f} dB"
+def _cell(model: str, found: dict[str, tuple[float, float]], least: float) -> str:
+    name = fastest(found, least)
+    return f"{model}: " + ("unmerged" if name is None else f"{name}, {found[name][0]:.0%}, {found[name][1]:.1f} dB")
 
 
 def when(folder: Path = RESULTS / "fidelity", places: dict[str, list[Place]] = PLACES) -> str:
@@ -57,29 +61,30 @@ def when(folder: Path = RESULTS / "fidelity", places: dict[str, list[Place]] = P
         for model, where in places.items()
         for place in where
     }
-    demo = [found.get(("demo", f"SD 1.5 {size}"), {}) for size in ("512²", "1024²", "2048²")]
-    sdxl, wan = found.get(("demo", "SDXL 1024²"), {}), found.get(("dit", "Wan 14B 720p"), {})
+    large, other = (found.get((model, "SD 1.5 2048²"), {}) for model in ("demo", "lab"))
+    small, wan = found.get(("lab", "SD 1.5 1024²"), {}), found.get(("dit", "Wan 14B 720p"), {})
     flux = [found.get(("dit", f"Flux {size}"), {}) for size in ("1024²", "2048²")]
-    if not all((*demo, sdxl, *flux, wan)):
+    if not all((large, other, small, *flux, wan)):
         return ""
 
     def times(name: str, *where: dict[str, tuple[float, float]]) -> str:
         return " and ".join(f"{one[name][0]:.0%}" for one in where)
 
-    def near(name: str, where: dict[str, tuple[float, float]]) -> str:
-        return f"{where[name][1]:.0f} dB"
+    def near(name: str, *where: dict[str, tuple[float, float]]) -> str:
+        return " and ".join(f"{one[name][1]:.0f}" for one in where) + " dB"
 
-    small, middle, large = demo
     return (
-        f"- **ToMe alone** is nearest on U-Nets: Quality, {near('Quality', large)} to the unmerged picture, takes "
-        f"{times('Quality', middle, large)} of the time of SD 1.5 at 1024² and 2048². On long videos (Wan 720p) it "
-        f"takes {times('Quality', wan)} at {near('Quality', wan)}.\n"
-        f"- **EasyCache alone** is better on transformers at Flux's sizes: EasyCache 0.05 takes "
-        f"{times('EasyCache 0.05', flux[0])} at {near('EasyCache 0.05', flux[0])}, Balanced "
-        f"{times('Balanced', *flux)} at 1024² and 2048², at {near('Balanced', flux[0])}. Of SD 1.5 at 512² and SDXL at "
-        f"1024² EasyCache 0.1 takes {times('EasyCache 0.1', small)}, Quality {times('Quality', small, sdxl)}.\n"
-        f"- **Both together** for more speed: EasyCache 0.1 and Fast take "
-        f"{times('EasyCache 0.1 + Fast', middle, large)} of the time of SD 1.5 at 1024² and 2048², at "
-        f"{near('EasyCache 0.1 + Fast', large)}; EasyCache 0.05 and Balanced "
-        f"{times('EasyCache 0.05 + Balanced', wan)} of Wan at 720p, at {near('EasyCache 0.05 + Balanced', wan)}.\n"
+        f"- **ToMe alone** for large pictures and long videos: Balanced takes {times('Balanced', large)} of the time "
+        f"of SD 1.5 at 2048², at {near('Balanced', large, other)} on our two small U-Nets; Quality "
+        f"{times('Quality', wan)} of Wan at 720p, at {near('Quality', wan)}.\n"
+        f"- **Something else** at Flux's sizes, and for some models up to 1024²: EasyCache 0.05 takes "
+        f"{times('EasyCache 0.05', flux[0])} of Flux at {near('EasyCache 0.05', flux[0])}, Balanced "
+        f"{times('Balanced', *flux)} at 1024² and 2048², at {near('Balanced', flux[0])}. 22 of 30 steps take "
+        f"{times('22 steps', small)} of SD 1.5 at 1024², at {near('22 steps', large, small)} on the two U-Nets, "
+        f"Quality {times('Quality', small)} at {near('Quality', large, small)}.\n"
+        f"- **Both together** for more speed: EasyCache 0.1 and Fast take {times('EasyCache 0.1 + Fast', large)} of SD "
+        f"1.5 at 2048², at {near('EasyCache 0.1 + Fast', large, other)}, 18 steps and Quality "
+        f"{times('18 steps + Quality', other)} at {near('18 steps + Quality', large, other)}; EasyCache 0.05 and "
+        f"Balanced {times('EasyCache 0.05 + Balanced', wan)} of Wan at 720p, at "
+        f"{near('EasyCache 0.05 + Balanced', wan)}.\n"
     )

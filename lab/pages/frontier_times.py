@@ -9,8 +9,9 @@ since what is drawn beside exact attention costs m - (1 - a). m and a of a model
 generations (lab/results/speed/generations.csv, from lab.speed.generations), or where these are not there by steps
 (steps.csv, dit-multires.csv); a is what "limit" saves (steps.csv, dit.csv), in U-Nets with the projections, which are
 saved there too. A choice that was run as a whole generation, with as many steps skipped as its row says, has the time
-that was measured. Decoding the latent, where it was measured, is added to both sides. Pooled tails, which run nowhere
-here, have m = 1 - a (1 - work): at best.
+that was measured. Where the unmerged generation's own time spreads by more than STEADY, steps are taken instead: what
+is waited for there is the machine's processor. Decoding the latent, where it was measured, is added to both sides.
+Pooled tails, which run nowhere here, have m = 1 - a (1 - work): at best.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from shared_tome.methods import PRESETS
 from ..fidelity.methods import UNMERGED
 from ..store import RESULTS, Row, read
 from .speed_tables import FOLDER, MODELS
+
+STEADY = 1.05
+"""p80 over p20."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ class Place:
 
     @cached_property
     def generations(self) -> dict[str, Row]:
-        return self._rows("generations")
+        rows = self._rows("generations")
+        base = rows.get(UNMERGED, {})
+        return rows if not base.get("p20") or float(base["p80"]) <= STEADY * float(base["p20"]) else {}
 
     @cached_property
     def attention_share(self) -> float | None:

@@ -55,11 +55,20 @@ def other_samplers(folder: Path = FOLDER) -> str:
 
 
 def on_unets(folder: Path = FOLDER) -> str:
-    """On the demo's U-Net, where `sample` is nearer."""
-    rows = read(folder / "multires-demo.csv")
-    lines = [[row["variant"], _work(row), _psnr(row), row["ssim"][:5]] for row in rows if row["variant"] != UNMERGED]
-    table = markdown(["what", "work", "PSNR, dB", "SSIM"], lines, left=1)
-    return f"{table}\nDDIM, 30 steps. {_about([('demo', rows[0])])}\n"
+    """On the lab's two U-Nets, where `sample` is nearer."""
+    found = {name: {row["variant"]: row for row in read(folder / f"multires-{name}.csv")} for name in ("demo", "lab")}
+    lines = [
+        [
+            variant,
+            _work(row),
+            *(cell for rows in found.values() for cell in (_psnr(rows[variant]), rows[variant]["ssim"][:5])),
+        ]
+        for variant, row in found["demo"].items()
+        if variant != UNMERGED
+    ]
+    heads = [f"{name}, {cell}" for name in found for cell in ("PSNR, dB", "SSIM")]
+    about = _about((name, rows[UNMERGED]) for name, rows in found.items())
+    return f"{markdown(['what', 'work', *heads], lines, left=1)}\nDDIM, 30 steps. {about}\n"
 
 
 def videos(folder: Path = FOLDER) -> str:

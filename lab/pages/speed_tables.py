@@ -159,6 +159,28 @@ def dit(rows: list[Row]) -> str:
     return f"{_by_variant(rows, keys, heads, cell)}\n{about(rows)}.\n"
 
 
+def generations(rows: list[Row]) -> str:
+    """Whole generations in ComfyUI: a line a model, size and attention, a column a choice."""
+    choices = list(dict.fromkeys(row["choice"] for row in rows if row["speedup"]))
+    body = [
+        [f"{MODELS[model]} {size}, {kernel}", *(_generation(found.get(choice)) for choice in choices)]
+        for (model, size, kernel), found in grouped(rows, ("model", "size", "backend"), "choice").items()
+    ]
+    remarks = dict.fromkeys(f"{row['choice']}: {row['remark']}" for row in rows if row["remark"])
+    return f"{table(['', *choices], body, left=1)}\n{'; '.join(remarks)}. {about(rows)}.\n"
+
+
+def _generation(row: Row | None) -> str:
+    """Seconds of the unmerged one, p20 to p80; of others how many times as fast."""
+    if row is None or not row["speedup"]:
+        return "-"
+    if row["choice"] == "unmerged":
+        low, high = (f"{float(row[name]):.2f}" for name in ("p20", "p80"))
+        return f"{low} s" if low == high else f"{low} to {high} s"
+    low, high = (f"{float(row[f'speedup_{name}']):.2f}" for name in ("p20", "p80"))
+    return f"{low}x" if low == high else f"{low} to {high}x"
+
+
 def multigpu(rows: list[Row]) -> str:
     """Steps of ComfyUI on one and on two GPUs, against unmerged on one."""
     variants = list(dict.fromkeys(row["variant"] for row in rows))
@@ -201,6 +223,7 @@ MAKERS: dict[str, tuple[str, Callable[[Row], bool], Callable[[list[Row]], str]]]
     "growth": ("growth", lambda row: row["us"] != "", growth),
     "dit": ("dit", bool, dit),
     "dit_multires": ("dit-multires", bool, dit),
+    "generations": ("generations", bool, generations),
     "multigpu": ("multigpu", bool, multigpu),
     "multires": ("multires", bool, multires),
 }

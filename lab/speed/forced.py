@@ -20,8 +20,9 @@ class TooManyError(ValueError):
 
 
 def skippable(kind: str, steps: int) -> list[int]:
-    """The steps that the rule could skip: after those it learns from, before `end_percent`."""
-    first = next(step for step in range(steps + 1) if step >= START * steps)
+    """The steps that the rule could skip: after those it learns from, before `end_percent`. A step at `start_percent`
+    itself is left out, since rounding decides whether it counts."""
+    first = next(step for step in range(steps + 2) if step > START * steps + 1e-6)
     learns = 2 if kind == "EasyCache" else 1  # LazyCache has seen the step before the start
     return [step for step in range(first + learns, steps) if step < END * steps]
 
