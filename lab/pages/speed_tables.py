@@ -181,22 +181,34 @@ def _generation(row: Row | None) -> str:
     return f"{low}x" if low == high else f"{low} to {high}x"
 
 
-def multigpu(rows: list[Row]) -> str:
-    """Steps of ComfyUI on one and on two GPUs, against unmerged on one."""
+def _by_gpus(rows: list[Row], keys: Sequence[str], heads: Sequence[str], cells: Callable[[Row], list[str]]) -> str:
+    """A line for each group of rows that agree in `keys`, with times against unmerged on one GPU. cells: the first."""
     variants = list(dict.fromkeys(row["variant"] for row in rows))
 
     def cell(row: Row | None) -> str:
         return f"{times(row)} ({float(row['differs']):.0e})" if row and row["differs"] else times(row)
 
     body = [
-        [
-            _model(found["unmerged"]), images, gpus, _milliseconds(found["unmerged"]),
-            *(cell(found.get(name)) for name in variants),
-        ]
-        for (_, _, images, gpus), found in grouped(rows, ("model", "pixels", "images", "gpus"), "variant").items()
-    ]  # fmt: skip
-    head = ["model, pixels", "images", "GPUs", "unmerged step (p20 to p80)", *variants]
-    return f"{table(head, body)}\n{about(rows)}.\n"
+        [*cells(found["unmerged"]), _milliseconds(found["unmerged"]), *(cell(found.get(name)) for name in variants)]
+        for found in grouped(rows, keys, "variant").values()
+    ]
+    return f"{table([*heads, 'unmerged step (p20 to p80)', *variants], body)}\n{about(rows)}.\n"
+
+
+def multigpu(rows: list[Row]) -> str:
+    """Steps of ComfyUI on one and on two GPUs."""
+    keys, heads = ("model", "pixels", "images", "gpus"), ["model, pixels", "images", "GPUs"]
+    return _by_gpus(rows, keys, heads, lambda row: [_model(row), row["images"], row["gpus"]])
+
+
+def parallel(rows: list[Row]) -> str:
+    """Steps of diffusers on one and on two GPUs, and what each of these sends in a step without ToMe."""
+
+    def cells(row: Row) -> list[str]:
+        sent = f"{float(row['sent_mb']):,.0f} MB in {row['sent']}" if int(row["sent"]) else "-"
+        return [_model(row), row["gpus"], sent]
+
+    return _by_gpus(rows, ("model", "pixels", "gpus"), ["model, pixels", "GPUs", "each sends"], cells)
 
 
 def multires(rows: list[Row]) -> str:
@@ -225,6 +237,7 @@ MAKERS: dict[str, tuple[str, Callable[[Row], bool], Callable[[list[Row]], str]]]
     "dit_multires": ("dit-multires", bool, dit),
     "generations": ("generations", bool, generations),
     "multigpu": ("multigpu", bool, multigpu),
+    "parallel": ("parallel", bool, parallel),
     "multires": ("multires", bool, multires),
 }
 
