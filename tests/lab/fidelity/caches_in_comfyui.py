@@ -1,4 +1,4 @@
-"""ComfyUI's own EasyCache and LazyCache beside the lab's: `caches_in_comfyui.py REPO COMFYUI`, JSON on stdout.
+"""ComfyUI's own EasyCache and LazyCache beside the lab's, JSON on stdout. Needs COMFYUI_DIR.
 
 In ComfyUI's sampler, with the demo's model and the nodes; and in the lab's sampler, ComfyUI's wrappers around a flow's
 network, a picture at a time.

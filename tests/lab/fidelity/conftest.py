@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[3]
-if str(REPO) not in sys.path:
-    sys.path.insert(0, str(REPO))
-
 
 @pytest.fixture(scope="session")
-def in_comfyui() -> dict:
-    """What in_comfyui.py found in a ComfyUI process of its own, so that its arguments disturb no other test."""
-    folder = os.environ.get("COMFYUI_DIR")
-    if not folder or not (Path(folder) / "comfy").is_dir():
-        pytest.skip("COMFYUI_DIR does not name a ComfyUI (`python install.py test` brings one)")
-    command = [sys.executable, str(Path(__file__).with_name("in_comfyui.py")), str(REPO), folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def in_comfyui(run_in_comfyui) -> dict:
+    """What in_comfyui.py found."""
+    return json.loads(run_in_comfyui(str(Path(__file__).with_name("in_comfyui.py"))).splitlines()[-1])
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,11 @@
-"""Runs our U-Net and the demo model beside ComfyUI's own classes: `in_comfyui.py REPO COMFYUI`, JSON on stdout."""
+"""Runs our U-Net and the demo model beside ComfyUI's own classes, JSON on stdout. Needs COMFYUI_DIR."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
-import tempfile
 from dataclasses import asdict
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -13,21 +13,15 @@ from types import ModuleType
 
 import torch
 
-REPO, COMFYUI = Path(sys.argv[1]), Path(sys.argv[2])
+REPO = Path(__file__).resolve().parents[3]
 PACK = f"{REPO}/demo".replace(".", "_x_")  # ComfyUI names a pack by its path: only relative imports hold
 
 
 def start_comfyui() -> None:
     sys.path.insert(0, str(REPO))
-    from installer import shims
+    from installer import inprocess
 
-    shims.install()
-    sys.path.insert(0, str(COMFYUI))
-    base = tempfile.mkdtemp(prefix="tome-demo-")
-    sys.argv = ["main.py", "--cpu", "--use-pytorch-cross-attention", "--base-directory", base]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
+    inprocess.start(Path(os.environ["COMFYUI_DIR"]), ["--cpu"])
 
 
 def load_demo() -> ModuleType:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,21 +16,15 @@ from lab.fidelity.reuse import Hold, Reuse, behind
 from lab.models import samplers
 from shared_tome import ToMeConfig
 
-REPO = Path(__file__).resolve().parents[3]
 OFF = ToMeConfig(**BASE, ratio=0.0)
 DRAWN = ToMeConfig(**{**BASE, "method": "sample", "ratio": 0.75, "own_token": True})
 
 
 @pytest.fixture(scope="module")
-def beside_comfyui() -> dict:
-    folder = os.environ.get("COMFYUI_DIR")
-    if not folder or not (Path(folder) / "comfy_extras" / "nodes_easycache.py").is_file():
-        pytest.skip("COMFYUI_DIR does not name a ComfyUI with EasyCache (`python install.py test` brings one)")
-    command = [sys.executable, str(Path(__file__).with_name("caches_in_comfyui.py")), str(REPO), folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def beside_comfyui(run_in_comfyui) -> dict:
+    if not Path(os.environ["COMFYUI_DIR"], "comfy_extras", "nodes_easycache.py").is_file():
+        pytest.skip("COMFYUI_DIR names a ComfyUI without EasyCache (`python install.py test` brings one with it)")
+    return json.loads(run_in_comfyui(str(Path(__file__).with_name("caches_in_comfyui.py"))).splitlines()[-1])
 
 
 @pytest.mark.slow

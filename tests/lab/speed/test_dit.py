@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,21 +11,6 @@ import torch
 
 from lab import timing
 from lab.models import full_dits as dits
-
-ROOT = Path(__file__).resolve().parents[3]
-needs_comfyui = pytest.mark.skipif(
-    "COMFYUI_DIR" not in os.environ, reason="COMFYUI_DIR does not name a ComfyUI (`python install.py test` brings one)"
-)
-
-
-def in_comfyui(*command: str, timeout: int = 280) -> str:
-    """ComfyUI can be started once in a process, so each test has one of its own."""
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=timeout
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
 
 LENGTHS = """
 import os, json, torch
@@ -61,9 +42,8 @@ print(json.dumps(found))
 """
 
 
-@needs_comfyui
-def test_variants_attend_to_what_they_say():
-    found = {name: [tuple(one) for one in seen] for name, seen in json.loads(in_comfyui("-c", LENGTHS)).items()}
+def test_variants_attend_to_what_they_say(run_in_comfyui):
+    found = {name: [tuple(one) for one in seen] for name, seen in json.loads(run_in_comfyui("-c", LENGTHS)).items()}
     # Flux: 96 tokens of the image and 7 of text in one attention, heads of 32; apart where keys have weights.
     assert found["flux-tiny unmerged"] == [(103, 103, 32)]
     assert found["flux-tiny sample 0.75"] == [(103, 7, 32), (103, 24, 32)]
@@ -77,28 +57,26 @@ def test_variants_attend_to_what_they_say():
     assert found["wan-tiny limit"] == [(72, 7, 32)]
 
 
-@needs_comfyui
-def test_the_short_form_of_transformers(tmp_path):
+def test_the_short_form_of_transformers(run_in_comfyui, tmp_path):
     out = tmp_path / "dit.csv"
     command = ("-m", "lab.speed.dit", "--device", "cpu", "--seconds", "0", "--least", "1", "--json", "--out", str(out))
-    rows = json.loads(in_comfyui(*command))
+    rows = json.loads(run_in_comfyui(*command))
     assert {row["model"] for row in rows} == {"flux-tiny", "wan-tiny"} and len(rows) == 30
     for row in rows:
         assert row["step_ms"] > row["measured_ms"] > 0  # scaled to a depth of 57 or 40 blocks
         assert math.isfinite(float(row["attention_share"]))  # a difference of times: on a busy machine it is anything
     before = out.read_text()
-    in_comfyui(*command)
+    run_in_comfyui(*command)
     assert out.read_text() == before
 
 
-@needs_comfyui
-def test_the_short_form_of_comfyuis_sampler(tmp_path):
+def test_the_short_form_of_comfyuis_sampler(run_in_comfyui, tmp_path):
     out = tmp_path / "hosts.csv"
     command = (
         "-m", "lab.speed.hosts", "--device", "cpu", "--models", "tiny", "--sizes", "128", "--steps", "3", "--seconds",
         "0", "--least", "1", "--json", "--out", str(out), "--variants",
     )  # fmt: skip
-    rows = json.loads(in_comfyui(*command, "unmerged", "sample 0.75", "comfyui core 0.5", "limit"))
+    rows = json.loads(run_in_comfyui(*command, "unmerged", "sample 0.75", "comfyui core 0.5", "limit"))
     assert [row["variant"] for row in rows] == ["unmerged", "sample 0.75", "comfyui core 0.5", "limit"]
     assert all(row["step_ms"] > 0 and row["backend"] == "default" and row["steps"] == 1 for row in rows)
     assert len(out.read_text().splitlines()) == 5

@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 
 from lab.speed import forced, generations
 
-ROOT = Path(__file__).resolve().parents[3]
-needs_comfyui = pytest.mark.skipif(
-    "COMFYUI_DIR" not in os.environ, reason="COMFYUI_DIR does not name a ComfyUI (`python install.py test` brings one)"
-)
-COMMAND = (
-    sys.executable, "-m", "lab.speed.generations", "--device", "cpu", "--seconds", "0", "--least", "1", "--steps", "8",
-)  # fmt: skip
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """ComfyUI can be started once in a process, so each run has one of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*COMMAND, *command], cwd=ROOT, capture_output=True, text=True, timeout=280, env=environment)
+COMMAND = ("-m", "lab.speed.generations", "--device", "cpu", "--seconds", "0", "--least", "1", "--steps", "8")
 
 
 def test_steps_are_skipped_where_the_rule_could():
@@ -55,21 +39,19 @@ def test_every_choice_of_a_preset_exists():
             assert {"Balanced", "Fast", "EasyCache 0.2", "EasyCache 0.2 + Balanced"} <= set(choices)
 
 
-@needs_comfyui
 @pytest.mark.slow
-def test_the_short_form(tmp_path):
+def test_the_short_form(run_in_comfyui, tmp_path):
     out = tmp_path / "generations.csv"
     choices = [
         *("unmerged", "Fast", "EasyCache 0.2", "LazyCache 0.2 + Balanced", "50% of the steps"),
         *(generations.TOMESD, "HyperTile 64", "tomesd 0.5", "sparse attention", "EasyCache 0.3"),
     ]
     command = (
+        *COMMAND,
         *("--tiny", "--sizes", "128²", "--json", "--out", str(out), "--choices", *choices, "--skip"),
         *("EasyCache 0.2=0.25", "LazyCache 0.2 + Balanced=0.375", "EasyCache 0.3=0.9"),
     )
-    done = run(*command)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = {row["choice"]: row for row in json.loads(done.stdout)}
+    rows = {row["choice"]: row for row in json.loads(run_in_comfyui(*command))}
     assert list(rows) == choices
     for choice, row in rows.items():
         if choice in ("tomesd 0.5", "sparse attention", "EasyCache 0.3"):
@@ -80,17 +62,17 @@ def test_the_short_form(tmp_path):
     assert rows["EasyCache 0.2"]["skipped"] == "5 7" and rows["LazyCache 0.2 + Balanced"]["skipped"] == "3 5 7"
     assert rows["50% of the steps"]["steps"] == 4 and rows["unmerged"]["comfyui"]
     before = out.read_text()
-    assert run(*command).returncode == 0 and out.read_text() == before
+    run_in_comfyui(*command)
+    assert out.read_text() == before
 
 
-@needs_comfyui
 @pytest.mark.slow
-def test_the_short_form_of_transformers():
-    done = run(
+def test_the_short_form_of_transformers(run_in_comfyui):
+    said = run_in_comfyui(
+        *COMMAND,
         *("--models", "flux-tiny", "wan-tiny", "--json", "--choices", "EasyCache 0.2", "EasyCache 0.2 + Fast"),
         *("--skip", "EasyCache 0.2=0.25", "EasyCache 0.2 + Fast=0.125"),
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads(done.stdout)
+    rows = json.loads(said)
     assert [row["skipped"] for row in rows] == ["", "5 7", "6"] * 2
     assert all(row["seconds"] > 0 and (row["decode_s"] != "") == (row["model"] == "flux-tiny") for row in rows)

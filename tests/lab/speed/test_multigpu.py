@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 
 from lab import store
 from lab.pages import speed_tables
 
-ROOT = Path(__file__).resolve().parents[3]
-needs_comfyui = pytest.mark.skipif(
-    "COMFYUI_DIR" not in os.environ, reason="COMFYUI_DIR does not name a ComfyUI (`python install.py test` brings one)"
-)
 
-
-def in_comfyui(*command: str) -> str:
-    """ComfyUI can be started once in a process, so each test has one of its own."""
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-@needs_comfyui
-def test_the_short_form(tmp_path):
+def test_the_short_form(run_in_comfyui, tmp_path):
     out = tmp_path / "multigpu.csv"
     command = (
         "-m", "lab.speed.multigpu", "--device", "cpu", "--steps", "3", "--compared", "2", "--seconds", "0",
         "--least", "1", "--json", "--out", str(out),
     )  # fmt: skip
-    rows = json.loads(in_comfyui(*command, "--variants", "unmerged", "sample 0.75"))
+    rows = json.loads(run_in_comfyui(*command, "--variants", "unmerged", "sample 0.75"))
     assert [(row["variant"], row["gpus"]) for row in rows] == [
         ("unmerged", 1), ("unmerged", 2), ("sample 0.75", 1), ("sample 0.75", 2)
     ]  # fmt: skip
@@ -42,9 +23,9 @@ def test_the_short_form(tmp_path):
         assert (row["differs"] == "") is (row["gpus"] == 1)
         assert row["gpus"] == 1 or float(row["differs"]) < 1e-4
     before = out.read_text()
-    in_comfyui(*command, "--variants", "unmerged", "sample 0.75")
+    run_in_comfyui(*command, "--variants", "unmerged", "sample 0.75")
     assert out.read_text() == before
-    in_comfyui(*command, "--variants", "sample 0.9375")  # with a base of its own, which is there already
+    run_in_comfyui(*command, "--variants", "sample 0.9375")  # with a base of its own, which is there already
     assert out.read_text().startswith(before) and len(out.read_text().splitlines()) == 7
 
 
@@ -72,9 +53,8 @@ print(json.dumps([rows, threads, same, copy.model is models[1].model, multigpu.d
 """
 
 
-@needs_comfyui
-def test_each_device_has_one_row_a_copy_and_a_thread():
-    rows, threads, same, shared, difference = json.loads(in_comfyui("-c", DEVICES))
+def test_each_device_has_one_row_a_copy_and_a_thread(run_in_comfyui):
+    rows, threads, same, shared, difference = json.loads(run_in_comfyui("-c", DEVICES))
     assert rows["1"] == [[0, 2]] and sorted(rows["2"]) == [[0, 1], [1, 1]]
     assert threads == 2 and same and not shared
     assert difference < 1e-5
