@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +15,19 @@ from lab.pages import vit_tables as tables
 from lab.store import read
 from lab.vit.measure import COMPARED, SCHEDULES, Variant, accuracy, images_per_second, right, throughput, variants
 
-ROOT = Path(__file__).resolve().parents[3]
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(module, *words) -> what `python -m` says on stdout, in this process, which has torch imported."""
 
-def command(*words):
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=True, timeout=280
-    )
+    def run(module, *words):
+        monkeypatch.setattr(sys, "argv", [module, *map(str, words)])
+        monkeypatch.delitem(sys.modules, module, raising=False)  # as main it is another one
+        capsys.readouterr()
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return capsys.readouterr().out
+
+    return run
 
 
 def test_paired_errors():
@@ -71,7 +76,7 @@ def test_each_variant_is_timed_in_turn_and_the_model_is_left_unmerged(model, pic
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_the_whole_command_in_short(tmp_path):
+def test_the_whole_command_in_short(command, tmp_path):
     """Two trainings of two steps, all columns, a row for each variant; then nothing is trained again."""
     out, models = tmp_path / "vit.csv", tmp_path / "models"
     short = [
@@ -100,9 +105,9 @@ def test_the_whole_command_in_short(tmp_path):
         assert text.startswith("| ") and len({line.count("|") for line in text.split("\n\n")[0].splitlines()}) == 1
 
 
-def test_the_benchmark_in_short(tmp_path):
-    done = command("lab.speed.vit", "--device", "cpu", "--rounds", 1, "--json", "--out", tmp_path / "vit.csv")
-    rows = json.loads(done.stdout)
+def test_the_benchmark_in_short(command, tmp_path):
+    said = command("lab.speed.vit", "--device", "cpu", "--rounds", 1, "--json", "--out", tmp_path / "vit.csv")
+    rows = json.loads(said)
     assert {row["method"] for row in rows} == {"unmerged", "bipartite", "bipartite, unweighted", "limit"}
     for row in rows:
         assert row["tokens"] == 65 and row["images_s"] > 0 and row["dtype"] == "float32" and row["timm"]
@@ -111,7 +116,7 @@ def test_the_benchmark_in_short(tmp_path):
     assert len(text.split("\n\n")[0].splitlines()) == 2 + 4 and "| small |" in text
 
 
-def test_the_picture_is_drawn(tmp_path):
+def test_the_picture_is_drawn(command, tmp_path):
     out = tmp_path / "merged.png"
     command("lab.vit.picture", "--out", out, "--blocks", 1, 12)
     with Image.open(out) as image:
