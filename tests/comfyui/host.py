@@ -123,6 +123,14 @@ def short_unet(manual_cast: Any = None) -> Any:
     )  # fmt: skip
 
 
+def least_unet() -> Any:
+    """The least for what is compiled: two layers of attention, both of level 0, and no middle."""
+    return small_unet(
+        num_res_blocks=[1], channel_mult=[1], transformer_depth=[1], transformer_depth_middle=-2,
+        transformer_depth_output=[1, 0],
+    )  # fmt: skip
+
+
 def pack_module(name: str) -> Any:
     """A module of the pack (comfy_tome.NAME), under the name that ComfyUI loaded it by."""
     import nodes
