@@ -1,7 +1,4 @@
-"""Builds the panel with the real gradio. Runs in gradio's environment; torch comes from the tests' own.
-
-python build_panel.py SITE_PACKAGES_WITH_TORCH
-"""
+"""Builds the panel with the real gradio, which PYTHONPATH names before the tests' own packages."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import sys
 import warnings
 from pathlib import Path
 
-sys.path.append(sys.argv[1])  # last: where both have a package, gradio's is taken
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import gradio as gr

@@ -6,44 +6,49 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Gradio 4.40 imports a name that newer versions of huggingface-hub have dropped.
-NEEDS = {"3.41.2": ["huggingface-hub==0.25.2"], "4.40.0": ["huggingface-hub==0.25.2"]}
+SHARED = ROOT / "requirements" / "gradio.txt"
+# Of each gradio: what the other must not have.
+ITS_OWN = {"3.41.2": ["gradio-client==0.5.0"], "4.40.0": ["gradio-client==1.2.0", "tomlkit==0.12.0"]}
 
 
-@pytest.fixture(scope="module", params=sorted(NEEDS))
-def python(request) -> Path:
-    """The Python of an environment with that gradio, made once under .cache/."""
-    folder = ROOT / ".cache" / f"gradio-{request.param}-py{sys.version_info[0]}{sys.version_info[1]}"
-    found = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    ready = folder / "ready"
-    if not ready.exists():
-        venv.create(folder, with_pip=True, clear=True)
-        command = [found, "-m", "pip", "install", "-q", "--disable-pip-version-check", f"gradio=={request.param}"]
+def installed(folder: Path, *packages: str) -> str:
+    """The folder, with these packages in it, which it takes once under .cache/: without their dependencies."""
+    ready, wanted = folder / "ready", SHARED.read_text("utf-8") + " ".join(packages)
+    if not ready.exists() or ready.read_text("utf-8") != wanted:
+        # Not compiled: most of it is never imported.
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--upgrade"]
+        command += ["--only-binary", ":all:", "--disable-pip-version-check", "--target", str(folder)]
         try:
-            done = subprocess.run([*command, *NEEDS[request.param]], capture_output=True, text=True, timeout=280)
+            done = subprocess.run([*command, *packages], capture_output=True, text=True, timeout=280)
         except subprocess.TimeoutExpired:
-            pytest.skip(f"installing gradio {request.param} took too long")
+            pytest.skip(f"installing {folder.name} took too long")
         if done.returncode:
-            pytest.skip(f"gradio {request.param} could not be installed: {done.stderr.strip()[-200:]}")
-        ready.write_text(request.param)
-    return found
+            pytest.skip(f"{folder.name} could not be installed: {done.stderr.strip()[-200:]}")
+        ready.write_text(wanted, "utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=sorted(ITS_OWN))
+def path(request) -> str:
+    """PYTHONPATH with that gradio; what it shares with the other lies in one folder, the rest is the tests' own."""
+    cache, version = ROOT / ".cache" / f"gradio-py{sys.version_info[0]}{sys.version_info[1]}", request.param
+    gradio = installed(cache / f"gradio-{version}", f"gradio=={version}", *ITS_OWN[version])
+    return os.pathsep.join((gradio, installed(cache / "shared", "-r", str(SHARED))))
 
 
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.timeout(330)
-def test_the_panel_and_the_settings_are_what_gradio_takes(python):
+def test_the_panel_and_the_settings_are_what_gradio_takes(path):
     """Built on a page and, as the API does it, asked for the defaults; the page's own description shows both."""
     done = subprocess.run(
-        [python, Path(__file__).with_name("build_panel.py"), sysconfig.get_paths()["purelib"]],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"},
+        [sys.executable, Path(__file__).with_name("build_panel.py")], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Warning" not in done.stderr, done.stderr[-2000:]
