@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from . import dit_host
-from .host import forget_log, pack_module, run_node, sample, short_unet, tokens, watch
+from .host import forget_log, least_unet, pack_module, run_node, sample, short_unet, tokens, watch
 
 DRAWN = {"own_token": False}  # keys before their projections, where they are counted
 
@@ -158,7 +158,7 @@ def test_a_compiled_model_is_measured_before_its_graph_runs(comfy_nodes, tome, j
 def test_a_compiled_model_of_which_nothing_pays_says_so(comfy_nodes, tome, judged, caplog):
     """Its layers tell nothing themselves: what was measured ahead is what the line goes by."""
     torch._dynamo.reset()
-    compiled = run_node(comfy_nodes["TorchCompileModel"], model=tome(short_unet(), min_tokens=1000), backend="eager")
+    compiled = run_node(comfy_nodes["TorchCompileModel"], model=tome(least_unet(), min_tokens=1000), backend="eager")
     with caplog.at_level(logging.INFO, "ToMe"):
         sample(compiled, steps=1)
     last = caplog.messages[-1]

@@ -179,7 +179,7 @@ def test_a_cache_that_answers_nothing_changes_nothing(chosen, tome, caches):
 def test_a_compiled_model_behind_a_cache(chosen, tome, caches, cache, tome_first):
     """TorchCompileModel, a cache and ToMe: as without the compiler."""
     if chosen.last == "out":
-        chosen = Kind(host.short_unet(), chosen.sample, "out", chosen.whole, chosen.merged, 2)
+        chosen = Kind(host.least_unet(), chosen.sample, "out", chosen.whole, chosen.merged, 2)
     torch._dynamo.reset()
     steps = Steps(chosen)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from . import dit_host
-from .host import conditioning, pack_module, run_node, sample, short_unet
+from .host import conditioning, least_unet, pack_module, run_node, sample
 
 METHODS = ("sample", "merge", "merge_queries", "merge_keys", "downsample", "prune")
 
@@ -338,9 +338,9 @@ def test_other_methods_take_no_notice_of_a_query(sd15, tome, record, draw):
 @pytest.mark.parametrize("method", ["sample", "merge"])
 def test_under_torch_compile(comfy_nodes, tome, record, draw, method):
     torch._dynamo.reset()
-    eager, seen = record(tome(short_unet(), method=method))
+    eager, seen = record(tome(least_unet(), method=method))
     plain = sample(eager, steps=1)
-    merged = tome(short_unet(), method=method)
+    merged = tome(least_unet(), method=method)
     model, kept = record(run_node(comfy_nodes["TorchCompileModel"], model=merged, backend="eager"))
     made = sample(model, steps=1)
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ import torch
 from support.own_weights import attended
 
 from . import dit_host
-from .host import forget_log, run_node, sample, short_unet, tokens, watch
+from .host import forget_log, least_unet, run_node, sample, tokens, watch
 
 
 def reference(q, k, v, heads, plan):
@@ -81,7 +81,7 @@ def test_without_proportional_attention_there_is_nothing_to_weigh_it_against(sd1
 
 def test_under_torch_compile(comfy_nodes, tome):
     torch._dynamo.reset()
-    model = short_unet()
+    model = least_unet()
     compiled = run_node(comfy_nodes["TorchCompileModel"], model=tome(model, own_token=True), backend="eager")
     made = sample(compiled, steps=1)
     torch._dynamo.reset()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from . import dit_host
-from .host import conditioning, forget_log, pack_module, run_node, sample, short_unet, small_unet, tokens, watch
+from .host import conditioning, forget_log, least_unet, pack_module, run_node, sample, small_unet, tokens, watch
 
 
 @pytest.fixture
@@ -351,7 +351,7 @@ def test_two_samplers_at_once_do_not_mix(sd15, tome, record, report):
 def test_under_torch_compile(comfy_nodes, tome, record, report, caplog):
     torch._dynamo.reset()
     forget_log()
-    model, kept = record(run_node(comfy_nodes["TorchCompileModel"], model=tome(short_unet()), backend="eager"))
+    model, kept = record(run_node(comfy_nodes["TorchCompileModel"], model=tome(least_unet()), backend="eager"))
     with caplog.at_level(logging.INFO, logger="ToMe"):
         sample(model, steps=2)
     text, data = report(kept, measure_time=True)

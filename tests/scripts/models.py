@@ -37,6 +37,17 @@ def sd15(**more: Any) -> nn.Module:
     )  # fmt: skip
 
 
+def one_level() -> nn.Module:
+    """Three layers of attention, for what is compiled."""
+    return seeded(
+        lambda: diffusers.UNet2DConditionModel(
+            sample_size=16, in_channels=4, out_channels=4, block_out_channels=(16,), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None,
+            cross_attention_dim=16, attention_head_dim=2, norm_num_groups=8,
+        )
+    )  # fmt: skip
+
+
 def sdxl() -> nn.Module:
     """Attention at levels 1 and 2, several blocks deep, as SDXL."""
     return seeded(

@@ -305,7 +305,7 @@ def test_threads_do_not_mix():
 
 def test_under_torch_compile_queries_do_not_keep_them(caplog):
     torch._dynamo.reset()
-    unet = models.sd15()
+    unet = models.one_level()
     shared_tome.apply_patch(unet, config=config(own_token=False))
     drawn = models.run(unet)
     shared_tome.apply_patch(unet, config=config())
