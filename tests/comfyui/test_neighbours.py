@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
 import torch
 
 from . import host
-from .host import conditioning, run_node, sample, tokens, watch
+from .host import conditioning, run_node, tokens, watch
 
+sample = functools.partial(host.sample, height=128, width=128)
 FIRST = "input_blocks.1.1"
 ORDERS = pytest.mark.parametrize("tome_first", [True, False], ids=["tome first", "tome last"])
+# Each method and each order: a node that stands before or after meets the same hooks whatever the method.
+WAYS = pytest.mark.parametrize(
+    ("method", "tome_first"),
+    [("sample", True), ("sample", False), ("merge", True), ("merge_keys", False)],
+    ids=["sample, tome first", "sample, tome last", "merge, tome first", "merge_keys, tome last"],
+)
 DRAWN = {"own_token": False}  # keys before their projections, where they are counted
 METHODS = pytest.mark.parametrize("method", ["sample", "merge", "merge_keys"])
 
@@ -21,29 +29,41 @@ def chain(model, tome, node, tome_first, **options):
     return node(tome(model, **options)) if tome_first else tome(node(model), **options)
 
 
-def check(model, node_alone, both):
-    """Both on: like neither alone, the same on repeat, and the model as before."""
-    before, alone = sample(model), sample(node_alone)
-    made = sample(both)
-    assert made.isfinite().all()
-    assert torch.equal(sample(both), made)
-    assert not torch.equal(made, alone)
-    assert torch.equal(sample(node_alone), alone)
-    assert torch.equal(sample(model), before)
+@pytest.fixture(scope="module")
+def before():
+    """Pictures made before ToMe was on, by what made them: the model alone, or with the node of a test."""
+    return {}
 
 
-@ORDERS
-@METHODS
-def test_perturbed_attention_guidance(sd15, tome, comfy_nodes, tome_first, method):
+@pytest.fixture
+def check(sd15, before, request):
+    """Both on: like neither alone, the same on repeat, and the model as before any of a test's cases."""
+    node = request.function.__name__, request.node.callspec.params.get("factor")
+
+    def run(node_alone, both):
+        for name, model in (("plain", sd15), (node, node_alone)):
+            if name not in before:
+                before[name] = sample(model)
+        made = sample(both)
+        assert made.isfinite().all()
+        assert torch.equal(sample(both), made)
+        assert not torch.equal(made, before[node])
+        assert torch.equal(sample(node_alone), before[node])
+        assert torch.equal(sample(sd15), before["plain"])
+
+    return run
+
+
+@WAYS
+def test_perturbed_attention_guidance(sd15, tome, check, comfy_nodes, tome_first, method):
     def pag(model):
         return run_node(comfy_nodes["PerturbedAttentionGuidance"], model=model, scale=3.0)
 
-    check(sd15, pag(sd15), chain(sd15, tome, pag, tome_first, method=method))
+    check(pag(sd15), chain(sd15, tome, pag, tome_first, method=method))
 
 
-@ORDERS
-@METHODS
-def test_replaced_attention_is_left_alone(sd15, tome, tome_first, method):
+@WAYS
+def test_replaced_attention_is_left_alone(sd15, tome, check, tome_first, method):
     """PAG hands the values on as they are: the block that it replaces must see all of them, in order."""
     seen = []
 
@@ -56,21 +76,19 @@ def test_replaced_attention_is_left_alone(sd15, tome, tome_first, method):
         model.set_model_attn1_replace(replace, "middle", 0)
         return model
 
-    check(sd15, node(sd15), chain(sd15, tome, node, tome_first, method=method))
-    assert set(seen) == {(64, 64)}
+    check(node(sd15), chain(sd15, tome, node, tome_first, method=method))
+    assert set(seen) == {(16, 16)}
 
 
-@ORDERS
-@METHODS
-def test_self_attention_guidance(sd15, tome, comfy_nodes, tome_first, method):
+@WAYS
+def test_self_attention_guidance(sd15, tome, check, comfy_nodes, tome_first, method):
     def sag(model):
         return run_node(comfy_nodes["SelfAttentionGuidance"], model=model, scale=0.5, blur_sigma=2.0)
 
-    check(sd15, sag(sd15), chain(sd15, tome, sag, tome_first, method=method))
+    check(sag(sd15), chain(sd15, tome, sag, tome_first, method=method))
 
 
-@ORDERS
-@METHODS
+@WAYS
 def test_hypertile(sd15, tome, comfy_nodes, tome_first, method, caplog):
     """HyperTile cuts the queries of the finest level into tiles: that level is its own, the others are merged."""
 
@@ -94,10 +112,9 @@ def test_hypertile(sd15, tome, comfy_nodes, tome_first, method, caplog):
     assert tokens(seen, "attn1.to_k")["input_blocks.3.1"] == {512}
 
 
-@ORDERS
-@METHODS
+@WAYS
 @pytest.mark.parametrize("factor", [1.2, 2.0])
-def test_deep_shrink(sd15, tome, comfy_nodes, tome_first, method, factor):
+def test_deep_shrink(sd15, tome, check, comfy_nodes, tome_first, method, factor):
     def shrink(model):
         return run_node(
             comfy_nodes["PatchModelAddDownscale"], model=model, block_number=3, downscale_factor=factor,
@@ -105,32 +122,30 @@ def test_deep_shrink(sd15, tome, comfy_nodes, tome_first, method, factor):
             upscale_method="bicubic",
         )  # fmt: skip
 
-    check(sd15, shrink(sd15), chain(sd15, tome, shrink, tome_first, method=method))
+    check(shrink(sd15), chain(sd15, tome, shrink, tome_first, method=method))
     with watch(sd15) as seen:
         sample(chain(sd15, tome, shrink, tome_first, method=method, **DRAWN), steps=1)
     keys = tokens(seen, "attn1.to_k")
-    assert keys[FIRST] == {512}
-    shrunk = round(16 / factor)  # block 3 halves the 32 rows and then shrinks; the middle halves again
+    assert keys[FIRST] == {128}
+    shrunk = round(8 / factor)  # block 3 halves the 16 rows and then shrinks; the middle halves again
     half = (shrunk + 1) // 2
     assert keys["middle_block.1"] == {half * half - half * half // 2}
 
 
-@ORDERS
-@METHODS
-def test_freeu(sd15, tome, comfy_nodes, tome_first, method):
+@WAYS
+def test_freeu(sd15, tome, check, comfy_nodes, tome_first, method):
     def freeu(model):
         return run_node(comfy_nodes["FreeU_V2"], model=model, b1=1.3, b2=1.4, s1=0.9, s2=0.2)
 
     # FreeU acts on 4 and 2 times the model's channels; the small U-Net has both.
-    check(sd15, freeu(sd15), chain(sd15, tome, freeu, tome_first, method=method))
+    check(freeu(sd15), chain(sd15, tome, freeu, tome_first, method=method))
 
 
-@ORDERS
-@METHODS
-def test_context_windows(sd15, tome, comfy_nodes, tome_first, method):
+@WAYS
+def test_context_windows(sd15, tome, check, comfy_nodes, tome_first, method):
     node = comfy_nodes["ContextWindowsManual"]
     options = dict(
-        context_length=24, context_overlap=8, context_schedule="standard_static", context_stride=1, closed_loop=False,
+        context_length=12, context_overlap=4, context_schedule="standard_static", context_stride=1, closed_loop=False,
         fuse_method="pyramid", dim=3, freenoise=False, causal_window_fix=False,
     )  # fmt: skip
     known = {one.id for one in node.define_schema().inputs}  # older ones have no causal_window_fix
@@ -138,15 +153,14 @@ def test_context_windows(sd15, tome, comfy_nodes, tome_first, method):
     def windows(model):
         return run_node(node, model=model, **{name: value for name, value in options.items() if name in known})
 
-    check(sd15, windows(sd15), chain(sd15, tome, windows, tome_first, method=method))
+    check(windows(sd15), chain(sd15, tome, windows, tome_first, method=method))
     with watch(sd15) as seen:
         sample(chain(sd15, tome, windows, tome_first, method=method, **DRAWN), steps=1)
-    assert tokens(seen, "attn1.to_k")[FIRST] == {32 * 24 // 2}
+    assert tokens(seen, "attn1.to_k")[FIRST] == {16 * 12 // 2}
 
 
-@ORDERS
-@METHODS
-def test_lora(sd15, tome, tome_first, method):
+@WAYS
+def test_lora(sd15, tome, check, tome_first, method):
     key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight"
     shape = sd15.model.diffusion_model.input_blocks[1][1].transformer_blocks[0].attn1.to_k.weight.shape
     change = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -156,7 +170,7 @@ def test_lora(sd15, tome, tome_first, method):
         assert model.add_patches({key: ("diff", (change,))}, 0.5)
         return model
 
-    check(sd15, lora(sd15), chain(sd15, tome, lora, tome_first, method=method))
+    check(lora(sd15), chain(sd15, tome, lora, tome_first, method=method))
 
 
 @METHODS
@@ -173,7 +187,7 @@ def test_control_network_is_never_merged(sd15, tome, method):
     )  # fmt: skip
     host.fill(control, seed=3)
     net = comfy.controlnet.ControlNet(control, load_device=torch.device("cpu"))
-    image = torch.rand(1, 256, 256, 3, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(0))
     positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(
         conditioning(1), conditioning(2), net, image, 1.0, 0.0, 1.0
     )
@@ -185,14 +199,13 @@ def test_control_network_is_never_merged(sd15, tome, method):
             merged = sample(tome(sd15, method=method, **DRAWN), positive=positive, negative=negative)
     finally:
         handle.remove()
-    assert counts and set(counts) == {1024}
-    assert tokens(seen, "attn1.to_k")[FIRST] == {512}
+    assert counts and set(counts) == {256}
+    assert tokens(seen, "attn1.to_k")[FIRST] == {128}
     assert not torch.equal(merged, sample(tome(sd15, method=method, **DRAWN)))
     assert not torch.equal(merged, sample(sd15, positive=positive, negative=negative))
 
 
-@ORDERS
-@METHODS
+@WAYS
 def test_another_attention_override_is_called(sd15, tome, tome_first, method):
     """SageAttention and its kind take the one slot there is."""
     called = []
