@@ -485,23 +485,31 @@ def test_autocast_is_part_of_each_name(gpu):
     assert len(gpu.kept) == 2 and gpu.keys[1].endswith("autocast bfloat16")
 
 
+SOURCES = """
+import sys
+def source():
+    for name in [name for name in sys.modules if name.partition(".")[0] == "shared_tome"]:
+        del sys.modules[name]
+    from shared_tome.autotune import surroundings
+    return surroundings.__file__, surroundings.SOURCE
+print(*source())
+for file in sys.argv[1:]:
+    open(file, "a").write(chr(10) + "# another")
+    print(*source())
+"""
+
+
 def test_another_source_is_another_version(tmp_path):
     """Of kernels and of the rule alike, told without anybody counting it up."""
     core = Path(surroundings.__file__).parents[1]
-    code = "from shared_tome.autotune import surroundings; print(surroundings.SOURCE)"
-
-    def source(root):
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True).stdout
-
     shutil.copytree(core, tmp_path / "shared_tome", ignore=shutil.ignore_patterns("__pycache__"))
-    same = source(tmp_path)
-    assert same.strip() == surroundings.SOURCE and len(surroundings.SOURCE) == 12
-    found = {same}
-    for name in ("kernels/impl/mean.py", "autotune/verdict.py", "step_auto.py"):
-        with open(tmp_path / "shared_tome" / name, "a", encoding="utf-8") as file:
-            file.write("\n# another\n")
-        found.add(source(tmp_path))
-    assert len(found) == 4
+    files = [f"shared_tome/{name}" for name in ("kernels/impl/mean.py", "autotune/verdict.py", "step_auto.py")]
+    command = [sys.executable, "-c", SOURCES, *files]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+    where, found = zip(*map(str.split, said.splitlines()), strict=True)
+    assert {Path(file).parents[2].resolve() for file in where} == {tmp_path.resolve()}
+    assert found[0] == surroundings.SOURCE and len(surroundings.SOURCE) == 12
+    assert len(set(found)) == 4
 
 
 def test_two_attentions_of_one_name_are_two():
