@@ -42,7 +42,7 @@ def unscaled(patcher, monkeypatch):
 @pytest.fixture
 def unet(sd15, tome, monkeypatch):
     unscaled(sd15, monkeypatch)
-    start = {"samples": torch.zeros(1, 4, 32, 32)}
+    start = {"samples": torch.zeros(1, 4, 16, 16)}
     conds = host.conditioning(1), host.conditioning(2)
     return lambda **options: tome(sd15, min_tokens=0, **options), start, conds
 

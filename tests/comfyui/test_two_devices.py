@@ -75,7 +75,7 @@ def one_row_a_call(model, monkeypatch):
 
 @torch.inference_mode()  # as ComfyUI's executor runs nodes; its threads do not inherit it
 def picture(model, **more):
-    return sample(model, steps=STEPS, **more)
+    return sample(model, **{"height": 128, "width": 128, "steps": STEPS, **more})
 
 
 def distance(one, other):
@@ -111,7 +111,7 @@ def test_both_devices_merge_each_in_a_thread(comfy_nodes, tome, split):
     with watch(model) as first, watch(copy_of(model)) as second:
         picture(model)
     assert tokens(first, "attn1.to_k") == tokens(second, "attn1.to_k")
-    assert {256, 64, 16} == set.union(*tokens(first, "attn1.to_k").values())
+    assert {64, 16, 4} == set.union(*tokens(first, "attn1.to_k").values())
     assert tokens(first, "attn1.to_q") == tokens(second, "attn1.to_q")
     assert {len(calls) for calls in first.values()} == {len(calls) for calls in second.values()} == {STEPS}
     runs = [run for device in seen.values() for run in device]
@@ -124,6 +124,7 @@ def test_several_images_and_prompts(comfy_nodes, tome, split, case):
     """Three prompts over two devices, two of them in one batch; two images in each."""
     model = host.small_unet()
     prompts = {"batch": 2, "positive": conditioning(1) + conditioning(3), "negative": conditioning(2)}
+    prompts |= {"height": 256, "width": 256}  # here no two similarities are so near that rounding decides the match
     merged = tome(model, **CASES[case])
     own = distance(picture(model, **prompts), picture(split(model), **prompts))
     assert distance(picture(merged, **prompts), picture(split(merged), **prompts)) <= max(10 * own, 1e-5)
@@ -158,7 +159,7 @@ def test_a_record_counts_both(comfy_nodes, tome, split, method):
         data = json.loads(comfy_nodes["ToMeReport"].execute(record=kept, after=None, measure_time=False).result[1])
         assert (data["steps"], data["of_steps"], data["calls"]) == (STEPS, STEPS, 2 * STEPS)
         assert {layer["calls"] for layer in data["layers"]} == {2 * STEPS}
-        assert {tuple(layer["after"]) for layer in data["layers"]} == {(512, 512), (128, 128), (32, 32)}
+        assert {tuple(layer["after"]) for layer in data["layers"]} == {(128, 128), (32, 32), (8, 8)}
 
 
 def test_the_report_times_calls_side_by_side_once(comfy_nodes, tome, split):
