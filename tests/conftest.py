@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 HERE = Path(__file__).parent
+# Files whose tests ask one server of ComfyUI, which takes seconds to start: they run in one process.
+SERVERS = {
+    "the demo's server": ("comfyui/test_http.py", "comfyui/test_record_http.py", "comfyui/test_compare_http.py"),
+    "the workflows' server": ("workflows/test_queue.py", "workflows/test_page.py"),
+}
 # The longest first, 20 s of one core or more each. None is in fast.txt.
 LONGEST = (
-    "comfyui/test_compile.py",
-    "kernels/test_interpreted_attend.py",
-    "kernels/test_interpreted_match.py",
-    "web/test_a1111.py",
-    "workflows/test_page.py",
-    "workflows/test_queue.py",
-    "web/test_comfyui.py",
-    "comfyui/test_dit_compile.py",
     "kernels/test_compiles.py",
+    "web/test_comfyui.py",
+    *SERVERS["the workflows' server"],
+    *SERVERS["the demo's server"],
+    "web/test_a1111.py",
+    "kernels/test_interpreted_match.py",
+    "comfyui/test_compile.py",
+    "a1111/test_gradio.py",
+    "kernels/test_interpreted_attend.py",
+    "comfyui/test_dit_compile.py",
+    "comfyui/test_combined.py",
     "kernels/test_interpreted_multires.py",
     "kernels/test_interpreted_drawn.py",
     "kernels/test_interpreted_own.py",
     "kernels/test_interpreted.py",
+    "comfyui/test_neighbours.py",
+    "comfyui/test_two_devices.py",
+    "comfyui/test_split_sampling.py",
 )
 
 
@@ -31,6 +42,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those of LONGEST in its order, then all others in theirs: no process is left alone with a long one at the end."""
     place = {HERE / file: number for number, file in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files to a process each (`--dist loadfile`), and those of one server to one."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByServer(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return next((server for server, files in SERVERS.items() if file.endswith(files)), file)
+
+    return ByServer(config, log)
 
 
 def pytest_collection_finish() -> None:

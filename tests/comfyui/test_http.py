@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .host import REPO, comfyui_dir
+from .host import REPO
 
 sys.path.insert(0, str(REPO))
 from installer import workflow
 from installer.client import PromptError
-from installer.server import ComfyServer
 
 pytestmark = pytest.mark.slow
 SETTINGS = workflow.Settings(steps=4, cfg=3.0, sampler="euler", scheduler="simple")
@@ -101,8 +100,7 @@ def test_help_page_is_served(client, node):
     assert client.request(f"/extensions/{pack}/docs/{node}.md").decode().startswith("# ToMe")
 
 
-def test_demo_node_is_for_the_demo_alone(client, tmp_path):
+def test_demo_node_is_for_the_demo_alone(client, comfy_nodes):
+    """The server was started as the demo starts it; this process was not."""
     assert "ToMeDemoModel" in client.get("/object_info")
-    with ComfyServer(comfyui_dir(), tmp_path) as ordinary:
-        known = ordinary.get("/object_info")
-    assert "ToMe" in known and "ToMeDemoModel" not in known
+    assert "ToMe" in comfy_nodes and "ToMeDemoModel" not in comfy_nodes
