@@ -16,7 +16,7 @@ from installer import workflow
 from installer.client import PromptError
 
 pytestmark = pytest.mark.slow
-SETTINGS = workflow.Settings(steps=4, cfg=3.0, sampler="euler", scheduler="simple")
+SETTINGS = workflow.Settings(steps=2, cfg=3.0, sampler="euler", scheduler="simple")
 SUBJECT = workflow.Subject("astronaut", "astronaut", seed=7)
 
 
