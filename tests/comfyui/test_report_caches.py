@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import weakref
@@ -9,7 +10,10 @@ import weakref
 import pytest
 import torch
 
-from .host import cached, pack_module, sample, small_unet
+from . import host
+from .host import cached, pack_module, small_unet
+
+sample = functools.partial(host.sample, height=128, width=128)
 
 CACHED = "the time was not measured: another node answers from its cache"
 
