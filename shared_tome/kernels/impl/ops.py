@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,8 +39,10 @@ LAUNCH: dict[str, Callable[..., Any]] = {}
 _broken: set[tuple[str, torch.device]] = set()
 
 
-def _operator(name: str, arguments: str, results: str, launch: Callable, plain: Callable, fake: Callable) -> None:
-    """Define one: `launch` runs the kernel, `plain` is the specification, `fake` gives shapes alone."""
+def _operator(schema: str, launch: Callable, plain: Callable, fake: Callable, name: str = "") -> Callable:
+    """Define one: `launch` runs the kernel, `plain` is the specification, `fake`, _fake_NAME as a rule, gives shapes
+    alone."""
+    name = name or fake.__name__.removeprefix("_fake_")
 
     def run(*given):
         first = next(x for x in given if isinstance(x, Tensor))
@@ -58,8 +61,8 @@ def _operator(name: str, arguments: str, results: str, launch: Callable, plain: 
         return plain(*given)
 
     DIRECT[name], LAUNCH[name] = run, launch
-    schema = f"({arguments}) -> {results}"
     torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=schema).register_fake(fake)
+    return fake
 
 
 def runs(name: str, device: torch.device) -> bool:
@@ -77,6 +80,12 @@ def _plain_draw(order, seed, step, number, kept, layer, count):
     return sampling.draw(order, kept, seed, number if step is None else step, layer, count)
 
 
+@partial(
+    _operator,
+    "(Tensor order, Tensor seed, Tensor? step, SymInt number, SymInt kept, SymInt layer, SymInt count) -> Tensor",
+    launch_draw,
+    _plain_draw,
+)
 def _fake_draw(order, seed, step, number, kept, layer, count):
     return order.new_empty((count, seed.numel(), kept))
 
@@ -91,6 +100,13 @@ def _plain_split(seed, step, number, layer, frames, height, width, cell_height, 
     return src, dst
 
 
+@partial(
+    _operator,
+    "(Tensor seed, Tensor? step, SymInt number, SymInt layer, SymInt frames, SymInt height, SymInt width, "
+    "SymInt cell_height, SymInt cell_width, bool random, SymInt count) -> (Tensor, Tensor)",
+    launch_split,
+    _plain_split,
+)
 def _fake_split(seed, step, number, layer, frames, height, width, cell_height, cell_width, random, count):
     kept = frames * (height // cell_height) * (width // cell_width)
     rows = seed.numel()
@@ -101,6 +117,12 @@ def _plain_nearest(metric, src, dst, first):
     return matching.nearest(metric, src, dst, bool(first))
 
 
+@partial(
+    _operator,
+    "(Tensor metric, Tensor src, Tensor dst, SymInt first) -> (Tensor, Tensor)",
+    launch_nearest,
+    _plain_nearest,
+)
 def _fake_nearest(metric, src, dst, first):
     shape = (metric.shape[0], src.shape[1])
     return metric.new_empty(shape), src.new_empty(shape)
@@ -110,6 +132,12 @@ def _plain_select(similarity, target, src, dst, goes):
     return matching.grouped(similarity, target, src, dst, goes, True)
 
 
+@partial(
+    _operator,
+    "(Tensor similarity, Tensor target, Tensor src, Tensor dst, SymInt goes) -> (Tensor, Tensor)",
+    launch_select,
+    _plain_select,
+)
 def _fake_select(similarity, target, src, dst, goes):
     rows, tokens = similarity.shape[0], src.shape[1] + dst.shape[1]
     return src.new_empty((rows, tokens - goes)), src.new_empty((rows, tokens))
@@ -127,6 +155,13 @@ def _plain_match(metric, src, dst, goes, alone, first):
     return index, grouped, *DIRECT["links"](index, grouped, dst.shape[1])
 
 
+@partial(
+    _operator,
+    "(Tensor metric, Tensor src, Tensor dst, SymInt goes, SymInt alone, SymInt first) -> (Tensor, Tensor, Tensor, "
+    "Tensor)",
+    launch_match,
+    _plain_match,
+)
 def _fake_match(metric, src, dst, goes, alone, first):
     rows, tokens = metric.shape[0], src.shape[1] + dst.shape[1]
     index, groups = src.new_empty((rows, tokens - goes)), src.new_empty((rows, tokens))
@@ -140,6 +175,7 @@ def _plain_links(index, grouped, taking):
     return heads, following
 
 
+@partial(_operator, "(Tensor index, Tensor groups, int taking) -> (Tensor, Tensor)", launch_links, _plain_links)
 def _fake_links(index, grouped, taking):
     heads = index.new_empty(heads_like(*index.shape, taking), dtype=torch.int32)
     return heads, index.new_empty(grouped.shape, dtype=torch.int32)
@@ -150,6 +186,12 @@ def _plain_mean(x, index, grouped, heads, following):
     return groups.group_mean(x, grouped, sizes), sizes.log()
 
 
+@partial(
+    _operator,
+    "(Tensor x, Tensor index, Tensor groups, Tensor heads, Tensor following) -> (Tensor, Tensor)",
+    launch_mean,
+    _plain_mean,
+)
 def _fake_mean(x, index, grouped, heads, following):
     out = x.new_empty((x.shape[0], index.shape[1], x.shape[2]))
     return out, index.new_empty(index.shape, dtype=torch.float32)
@@ -159,6 +201,7 @@ def _plain_gather(x, index):
     return x.gather(1, groups.spread_rows(index, x.shape[0])[..., None].expand(-1, -1, x.shape[2]))
 
 
+@partial(_operator, "(Tensor x, Tensor index) -> Tensor", launch_gather, _plain_gather)
 def _fake_gather(x, index):
     return x.new_empty((x.shape[0], index.shape[1], x.shape[2]))
 
@@ -173,10 +216,17 @@ def _plain_widen_one(x, bias, room, kind):
     return channels.extend_query(x) if kind == QUERY else channels.extend_value(x)
 
 
+@partial(
+    _operator,
+    "(Tensor q, Tensor k, Tensor v, Tensor bias, SymInt room) -> (Tensor, Tensor, Tensor)",
+    launch_widen,
+    _plain_widen,
+)
 def _fake_widen(q, k, v, bias, room):
     return tuple(_fake_widen_one(x, bias, room, 0) for x in (q, k, v))
 
 
+@partial(_operator, "(Tensor x, Tensor? bias, SymInt room, SymInt kind) -> Tensor", launch_widen_one, _plain_widen_one)
 def _fake_widen_one(x, bias, room, kind):
     return x.new_empty((*x.shape[:-1], x.shape[-1] + room))
 
@@ -190,6 +240,7 @@ def _tokens_first(x):
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+@partial(_operator, "(Tensor q, Tensor k, Tensor v, Tensor bias, float scale) -> Tensor", launch_attend, _plain_attend)
 def _fake_attend(q, *given):
     return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
 
@@ -227,122 +278,36 @@ def _plain_multires(q, k, v, mask, *given):
     return _tokens_first(multires.attend_multires(q, k, v, *_cut(*given[:-2]), *given[-2:], mask))
 
 
+@partial(_operator, "(Tensor k, Tensor v, Tensor index) -> (Tensor, Tensor)", launch_turns, self_token.take_turns)
 def _fake_turns(k, v, index):
     return tuple(x.new_empty((*x.shape[:2], index.shape[2], x.shape[3])) for x in (k, v))
 
 
+@partial(
+    _operator,
+    "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor turns, Tensor runs, float scale, "
+    "float weight) -> Tensor",
+    launch_own,
+    self_token.keep_own,
+)
 def _fake_own(q, k, v, out, *given):
     return _fake_attend(out)
 
 
 _operator(
-    "draw",
-    "Tensor order, Tensor seed, Tensor? step, SymInt number, SymInt kept, SymInt layer, SymInt count",
-    "Tensor",
-    launch_draw,
-    _plain_draw,
-    _fake_draw,
-)
-_operator(
-    "split",
-    "Tensor seed, Tensor? step, SymInt number, SymInt layer, SymInt frames, SymInt height, SymInt width, "
-    "SymInt cell_height, SymInt cell_width, bool random, SymInt count",
-    "(Tensor, Tensor)",
-    launch_split,
-    _plain_split,
-    _fake_split,
-)
-_operator(
-    "nearest",
-    "Tensor metric, Tensor src, Tensor dst, SymInt first",
-    "(Tensor, Tensor)",
-    launch_nearest,
-    _plain_nearest,
-    _fake_nearest,
-)
-_operator(
-    "select",
-    "Tensor similarity, Tensor target, Tensor src, Tensor dst, SymInt goes",
-    "(Tensor, Tensor)",
-    launch_select,
-    _plain_select,
-    _fake_select,
-)
-_operator(
-    "match",
-    "Tensor metric, Tensor src, Tensor dst, SymInt goes, SymInt alone, SymInt first",
-    "(Tensor, Tensor, Tensor, Tensor)",
-    launch_match,
-    _plain_match,
-    _fake_match,
-)
-_operator(
-    "links",
-    "Tensor index, Tensor groups, int taking",
-    "(Tensor, Tensor)",
-    launch_links,
-    _plain_links,
-    _fake_links,
-)
-_operator(
-    "mean",
-    "Tensor x, Tensor index, Tensor groups, Tensor heads, Tensor following",
-    "(Tensor, Tensor)",
-    launch_mean,
-    _plain_mean,
-    _fake_mean,
-)
-_operator("gather", "Tensor x, Tensor index", "Tensor", launch_gather, _plain_gather, _fake_gather)
-_operator(
-    "widen",
-    "Tensor q, Tensor k, Tensor v, Tensor bias, SymInt room",
-    "(Tensor, Tensor, Tensor)",
-    launch_widen,
-    _plain_widen,
-    _fake_widen,
-)
-_operator(
-    "widen_one",
-    "Tensor x, Tensor? bias, SymInt room, SymInt kind",
-    "Tensor",
-    launch_widen_one,
-    _plain_widen_one,
-    _fake_widen_one,
-)
-_operator(
-    "attend",
-    "Tensor q, Tensor k, Tensor v, Tensor bias, float scale",
-    "Tensor",
-    launch_attend,
-    _plain_attend,
-    _fake_attend,
-)
-_operator(
-    "attend_drawn",
-    "Tensor q, Tensor k, Tensor v, Tensor? drawn_k, Tensor? drawn_v, Tensor turns, Tensor runs, SymInt start, "
-    "float scale, float weight",
-    "Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor? drawn_k, Tensor? drawn_v, Tensor turns, Tensor runs, SymInt start, "
+    "float scale, float weight) -> Tensor",
     _launch_attend_drawn,
     _plain_attend_drawn,
     _fake_attend,
+    "attend_drawn",
 )
 _operator(
-    "turns", "Tensor k, Tensor v, Tensor index", "(Tensor, Tensor)", launch_turns, self_token.take_turns, _fake_turns
-)
-_operator(
-    "own",
-    "Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor turns, Tensor runs, float scale, float weight",
-    "Tensor",
-    launch_own,
-    self_token.keep_own,
-    _fake_own,
-)
-_operator(
-    "multires",
-    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor rows, Tensor table, SymInt image, int size, int queries, "
-    "SymInt draws, SymInt whole, SymInt half, SymInt beside_whole, SymInt beside_half, SymInt layer, float scale",
-    "Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor rows, Tensor table, SymInt image, int size, int queries, "
+    "SymInt draws, SymInt whole, SymInt half, SymInt beside_whole, SymInt beside_half, SymInt layer, "
+    "float scale) -> Tensor",
     _launch_multires,
     _plain_multires,
     _fake_attend,
+    "multires",
 )
