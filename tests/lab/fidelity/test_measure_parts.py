@@ -208,6 +208,7 @@ def test_own_tokens_are_the_only_difference():
 # -- the page -----------------------------------------------------------------------------------------------------
 
 PAGE = ROOT / "docs" / "quality.md"
+KEY = methods.CATALOGUE.sets["key"][:16]
 
 
 def test_the_page_agrees_with_the_csv():
@@ -310,12 +311,12 @@ def test_presets_measured_without_own_tokens_are_marked(monkeypatch):
 
 
 def test_fine_detail_is_shown_where_it_is_known():
-    old, fresh = measured(methods.KEY[:6]), measured(methods.KEY[:6], texture="-1.234", texture_se="0.1")
+    old, fresh = measured(KEY[:6]), measured(KEY[:6], texture="-1.234", texture_se="0.1")
     assert "fine detail" not in page_of("frontier fresh", old)
     both = page_of("frontier fresh", fresh + measured(["sample 0.984375"]))
     assert "| fine detail, dB |" in both and "| -1.23 ± 0.10 |" in both
     assert next(line for line in both.splitlines() if "sample 0.984375" in line).endswith(" | - |")
-    assert "fine detail" not in page_of("frontier fresh", fresh + measured(methods.KEY[6:16]))  # most know none
+    assert "fine detail" not in page_of("frontier fresh", fresh + measured(KEY[6:16]))  # most know none
 
 
 @pytest.mark.parametrize(("yardstick", "shown"), [("1.41", True), ("1.35", False), ("", False)])
@@ -329,9 +330,9 @@ def test_the_speed_of_another_run_is_shown_where_both_found_tomesd_alike(yardsti
 
 
 def test_a_column_has_means_over_the_most_pictures_alone():
-    many, few = measured(methods.KEY[:6], images="264"), measured(methods.KEY[:8], images="8", psnr="50")
-    page = page_of("samplers fresh", few + many + measured(methods.KEY[:8], "lcm6", images="8", psnr="40"))
-    assert "50.0" not in page and "30.0 ± 1.0 | 40.0 ± 1.0 |" in page and f"| {methods.KEY[7]} |" not in page
+    many, few = measured(KEY[:6], images="264"), measured(KEY[:8], images="8", psnr="50")
+    page = page_of("samplers fresh", few + many + measured(KEY[:8], "lcm6", images="8", psnr="40"))
+    assert "50.0" not in page and "30.0 ± 1.0 | 40.0 ± 1.0 |" in page and f"| {KEY[7]} |" not in page
 
 
 @pytest.mark.parametrize(("table", "sampler"), [("guidance", "ddim30@g7.5"), ("inpaint", "inpaint30")])
@@ -339,17 +340,17 @@ def test_other_samplers_have_tables_of_their_own(table, sampler):
     names = methods.CATALOGUE.sets["key"]
     rows = measured(names, sampler)
     assert all(f"| {name} |" in page_of(f"{table} fresh", rows) for name in names)
-    assert fill.NOTHING in page_of(f"{table} fresh", measured(methods.KEY[:8], "lcm6"))
+    assert fill.NOTHING in page_of(f"{table} fresh", measured(KEY[:8], "lcm6"))
 
 
 def test_models_stand_side_by_side(monkeypatch):
     monkeypatch.setattr(plot, "MODELS", ("fresh", "other", "absent"))
-    first = measured(methods.KEY)
-    second = measured(methods.KEY[:4], "flow28", model="o", file="other", psnr="44")
+    first = measured(KEY)
+    second = measured(KEY[:4], "flow28", model="o", file="other", psnr="44")
     page = page_of("models", first + second)
     assert "| what | fresh, DDIM, 30 steps | other, Euler, 28 steps |" in page
     assert "| sample 0.75 | 30.0 ± 1.0 | 44.0 ± 1.0 |" in page
-    assert f"| {methods.KEY[4]} |" not in page
+    assert f"| {KEY[4]} |" not in page
     assert fill.NOTHING in page_of("models", first)
 
 
