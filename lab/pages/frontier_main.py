@@ -10,7 +10,7 @@ from shared_tome.methods import PRESETS
 from ..store import RESULTS, Row
 from .frontier_recipe import LIMITS, choices, fastest
 from .frontier_times import Place, best, frontier_rows
-from .style import GRID, INK, PAPER, figure_of, save
+from .style import INK, PAPER, figure_of, save
 
 CASES = [
     ("demo", Place("sd15", "1024²")),
@@ -67,13 +67,12 @@ def panel(axes: Any, rows: list[Row], model: str, place: Place) -> None:
             free = max(psnr + 0.3, free)
             text_at = {"xytext": (time - 1.5, free), "ha": "right", "va": "bottom"}
             free += (lines.count("\n") + 1) * LINE * (highest - LOWEST)
-        axes.annotate(lines, (time, psnr), fontsize=11, color=INK, linespacing=1.0, zorder=4, **text_at)
-    axes.set_title(f"{place.title}, {model}", color=INK, fontsize=15, loc="left")
+        axes.annotate(lines, (time, psnr), fontsize=11, linespacing=1.0, zorder=4, **text_at)
+    axes.set_title(f"{place.title}, {model}", fontsize=15, loc="left")
     axes.set_xlim(0, 118)
     axes.set_xticks(range(0, 101, 20))
     axes.set_ylim(LOWEST, highest)
     axes.tick_params(labelsize=11)
-    axes.grid(color=GRID, linewidth=0.8)
 
 
 def draw(folder: Path, results: Path = RESULTS / "fidelity", cases: list[tuple[str, Place]] = CASES) -> list[Path]:
@@ -86,13 +85,13 @@ def draw(folder: Path, results: Path = RESULTS / "fidelity", cases: list[tuple[s
     for axes, (model, place) in zip(panels, cases, strict=False):
         panel(axes, rows[model], model, place)
     for axes in panels[-2:]:
-        axes.set_xlabel("time of a generation, % of the unmerged one's", color=INK, fontsize=12)
+        axes.set_xlabel("time of a generation, % of the unmerged one's", fontsize=12)
     for axes in panels[::2]:
-        axes.set_ylabel("PSNR to unmerged, dB", color=INK, fontsize=12)
+        axes.set_ylabel("PSNR to unmerged, dB", fontsize=12)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.1 / rows_of_panels))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
-        handles[::-1], labels[::-1], loc="upper center", ncol=len(labels), frameon=False, labelcolor=INK, fontsize=12,
+        handles[::-1], labels[::-1], loc="upper center", ncol=len(labels), fontsize=12,
         handletextpad=0.2,
     )  # fmt: skip
     path = folder / "frontier.png"

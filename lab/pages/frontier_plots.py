@@ -11,7 +11,7 @@ from shared_tome.methods import PRESETS
 from ..store import RESULTS, Row
 from .frontier_tables import points
 from .frontier_times import PLACES, Place, best, frontier_rows
-from .style import INK, PAPER, figure_of, save
+from .style import INK, PAPER, figure_of, put_legend, save
 
 # family without a preset: (colour, marker). Colours after Okabe and Ito.
 STYLES = {
@@ -58,14 +58,14 @@ def panel(axes: Any, rows: Sequence[Row], place: Place) -> None:
         time, psnr = found[name]
         if psnr - last >= APART:
             axes.annotate(
-                name, (100 * time, psnr), xytext=(-5, 3), textcoords="offset points", fontsize=6, color=INK, ha="right",
+                name, (100 * time, psnr), xytext=(-5, 3), textcoords="offset points", fontsize=6, ha="right",
                 annotation_clip=True,
             )  # fmt: skip
             last = psnr
     axes.set_xlim(0, 105)
     axes.set_ylim(LOWEST, min(HIGHEST, 2 + max((psnr for _, psnr in found.values()), default=HIGHEST)))
-    axes.set_title(place.title, color=INK, fontsize=10)
-    axes.set_xlabel("time of a generation, % of the unmerged one's", color=INK, fontsize=8)
+    axes.set_title(place.title, fontsize=10)
+    axes.set_xlabel("time of a generation, % of the unmerged one's", fontsize=8)
     axes.tick_params(labelsize=8)
 
 
@@ -75,16 +75,9 @@ def chart(rows: Sequence[Row], places: Sequence[Place], path: Path) -> None:
     figure, panels = figure_of(len(places), 4.6, 4.8, 120, sharey=True)
     for axes, place in zip(panels, places, strict=True):
         panel(axes, rows, place)
-    panels[0].set_ylabel("PSNR to the unmerged picture, dB", color=INK)
-    handles: dict[str, Any] = {}
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
+    panels[0].set_ylabel("PSNR to the unmerged picture, dB")
     figure.tight_layout()
-    figure.legend(
-        handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, labelcolor=INK,
-        fontsize=8,
-    )  # fmt: skip
+    put_legend(figure, panels, fontsize=8)
     save(figure, path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..store import Row, grouped, read
 from .speed_tables import FOLDER, MODELS
-from .style import INK, figure_of, save
+from .style import INK, figure_of, put_legend, save
 
 # variant: (colour, marker, line). Colours after Okabe and Ito, told apart by colour-blind eyes too.
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -32,7 +32,7 @@ WHO = {"kernels": ("#0072b2", "o", "-"), "torch": ("#56b4e9", "v", "--"), "tomes
 
 def _figure(columns: int, title: str, width: float = 4.6, height: float = 4.4, **kwargs: Any) -> tuple[Any, list[Any]]:
     figure, panels = figure_of(columns, width, height, 120, **kwargs)
-    figure.suptitle(title, color=INK, x=0.01, ha="left", fontsize=12)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     for each in panels:
         each.tick_params(labelsize=8)
     return figure, panels
@@ -42,23 +42,12 @@ def _machines(rows: Sequence[Row]) -> str:
     return " and ".join(dict.fromkeys(row["machine"] for row in rows))
 
 
-def _save(figure: Any, path: Path, legend: Any = None) -> None:
+def _save(figure: Any, path: Path, panels: Sequence[Any] = ()) -> None:
+    """With a legend of the panels, if any."""
     figure.tight_layout()
-    if legend is not None:
-        handles, labels = legend
-        figure.legend(
-            handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, labelcolor=INK, fontsize=9
-        )
+    if panels:
+        put_legend(figure, panels, fontsize=9)
     save(figure, path)
-
-
-def _legend(axes: Sequence[Any]) -> tuple[list[Any], list[str]]:
-    """Every name of all panels once."""
-    found: dict[str, Any] = {}
-    for each in axes:
-        for handle, label in zip(*each.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    return list(found.values()), list(found)
 
 
 _SPREAD = ("speedup_p20", "speedup", "speedup_p80")
@@ -93,10 +82,10 @@ def _by_model(rows: Sequence[Row], title: str, path: Path) -> None:
     figure, panels = _figure(len(models), title, sharey=True)
     for axes, model in zip(panels, models, strict=True):
         _lines(axes, [row for row in rows if row["model"] == model], min(shown, default=1.0), max(shown, default=1.0))
-        axes.set_title(MODELS.get(model, model), color=INK, fontsize=10)
-        axes.set_xlabel("pixels", color=INK)
-    panels[0].set_ylabel("times as fast as unmerged", color=INK)
-    _save(figure, path, _legend(panels))
+        axes.set_title(MODELS.get(model, model), fontsize=10)
+        axes.set_xlabel("pixels")
+    panels[0].set_ylabel("times as fast as unmerged")
+    _save(figure, path, panels)
 
 
 def steps(rows: Sequence[Row], path: Path) -> None:
@@ -135,10 +124,10 @@ def growth(rows: Sequence[Row], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks([2**10, 2**12, 2**14, 2**16, 2**18], ["1k", "4k", "16k", "65k", "262k"])
-        axes.set_title(part, color=INK, fontsize=10)
-        axes.set_xlabel("tokens", color=INK)
-    panels[0].set_ylabel("µs", color=INK)
-    _save(figure, path, _legend(panels))
+        axes.set_title(part, fontsize=10)
+        axes.set_xlabel("tokens")
+    panels[0].set_ylabel("µs")
+    _save(figure, path, panels)
 
 
 def _bars(axes: Any, names: Sequence[str], bars: dict[str, tuple[float, str]], at: float, first: bool) -> None:
@@ -148,7 +137,7 @@ def _bars(axes: Any, names: Sequence[str], bars: dict[str, tuple[float, str]], a
             value, text = bars[name]
             colour = STYLES.get(name.partition(",")[0], ("#7a7a7a",))[0]
             axes.barh(place, value, color=colour, alpha=0.45 if "unweighted" in name else 1.0)
-            axes.text(max(value, 0.0), place, text, va="center", color=INK, fontsize=8)
+            axes.text(max(value, 0.0), place, text, va="center", fontsize=8)
     axes.axvline(at, color=INK, linewidth=1)
     axes.set_yticks(range(len(names)), names)
     if first:
@@ -165,8 +154,8 @@ def memory(rows: Sequence[Row], path: Path) -> None:
     for axes, (tokens,) in zip(panels, sorted(groups, key=lambda key: int(key[0])), strict=True):
         added = {name: float(row["added_tensors"]) for name, row in groups[tokens,].items()}
         _bars(axes, names, {name: (x, f" {x:+.1f}") for name, x in added.items()}, 0.0, axes is panels[0])
-        axes.set_title(f"{int(tokens):,} tokens", color=INK, fontsize=10)
-        axes.set_xlabel("times the token tensor", color=INK)
+        axes.set_title(f"{int(tokens):,} tokens", fontsize=10)
+        axes.set_xlabel("times the token tensor")
         axes.margins(x=0.2)
     _save(figure, path)
 
@@ -181,8 +170,8 @@ def dit(rows: Sequence[Row], path: Path) -> None:
     for axes, ((model, size), found) in zip(panels, jobs.items(), strict=True):
         speeds = {name: float(row["speedup"]) for name, row in found.items()}
         _bars(axes, names, {name: (x, f" {x:.2f}x") for name, x in speeds.items()}, 1.0, axes is panels[0])
-        axes.set_title(f"{MODELS.get(model, model)}\n{size}", color=INK, fontsize=9)
-        axes.set_xlabel("times as fast", color=INK, fontsize=9)
+        axes.set_title(f"{MODELS.get(model, model)}\n{size}", fontsize=9)
+        axes.set_xlabel("times as fast", fontsize=9)
         axes.margins(x=0.25)
     _save(figure, path)
 

@@ -1,11 +1,21 @@
-"""How plots look: colours, axes, one way to save."""
+"""How plots look: colours, axes, one legend for several panels, one way to save."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 PAPER, INK, GRID = "#fbfbf9", "#22262b", "#d9d9d4"
+LOOK = {
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), PAPER),
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "savefig.bbox": "tight",
+}
 # family: (colour, marker, line). Colours after Okabe and Ito, told apart by colour-blind eyes too.
 STYLES: dict[str, tuple[str, str, str]] = {
     "sample": ("#0072b2", "o", "-"),
@@ -38,20 +48,22 @@ def figure_of(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams.update(LOOK)
     size = (width * columns, height)
-    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=dpi, facecolor=PAPER, squeeze=False, **kwargs)
-    for each in axes.flat:
-        each.set_facecolor(PAPER)
-        each.grid(color=GRID, linewidth=0.8)
-        each.tick_params(colors=INK)
-        each.set_axisbelow(True)
-        for side, spine in each.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(INK)
+    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=dpi, squeeze=False, **kwargs)
     return figure, list(axes.flat)
+
+
+def put_legend(figure: Any, panels: Sequence[Any], **kwargs: Any) -> None:
+    """Every name of all panels once, at the right; kwargs: of matplotlib."""
+    named: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    figure.legend(named.values(), named.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), **kwargs)
 
 
 def save(figure: Any, path: Path) -> None:
     """Write the picture, the same bytes each time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", facecolor=PAPER, metadata={"Software": None})
+    figure.savefig(path, metadata={"Software": None})
