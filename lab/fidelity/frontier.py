@@ -22,111 +22,69 @@ rounding alone takes the pictures.
 from __future__ import annotations
 
 import argparse
-import math
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..models.dit import DiT
 from ..models.samplers import parse_sampler
-from ..store import RESULTS, Budget, Store
-from .bench import PRECISIONS, Bench
+from ..store import RESULTS
 from .hooks import Run
 from .methods import UNMERGED, Variant
-from .metrics import psnr, ssim, texture, to_range
+from .metrics import psnr, ssim, texture
 from .rivals import AGAIN, SETS, rivals
-from .stamp import check_same, judge_of, put_frechet, put_mean, stamped
-
-KEYS = ("variant", "sampler")
-SAME = ("pictures", "precision", "device", "model")
-"""Columns that must be alike in all rows of a file: else they cannot be compared."""
-
+from .stamp import Measurement, Pictures, arguments, put_mean
 
 EQUAL = 100.0  # dB
 
 
-class Frontier:
+class Frontier(Measurement):
     """The rows of one model."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.bench = bench = Bench(args.model, args.device, args.pictures, 1, args.batch, args.precision)
-        self.batch, transformer = args.batch, isinstance(bench.network, DiT)
-        self.sampler = args.sampler or ("flow28" if bench.model.prediction == "flow" else "ddim30")
+        super().__init__(args, args.pictures, {"pictures": args.pictures})
+        self.sampler = args.sampler or ("flow28" if self.bench.model.prediction == "flow" else "ddim30")
         self.steps = parse_sampler(self.sampler)[0].steps
-        self.variants = rivals(self.steps, transformer, args.steps, args.sets)
-        self.judge = judge_of(bench, args.classifier)
-        self.stamp = {"pictures": args.pictures, **stamped(bench, args.precision, args.commit)}
-        self.store, self.budget = Store(args.out, KEYS), Budget(args.minutes)
-        check_same(self.store.rows, SAME, self.stamp, args.out)
-        self.reference: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self.variants = rivals(self.steps, isinstance(self.bench.network, DiT), args.steps, args.sets)
 
-    def _pictures(self, variant: Variant) -> tuple[torch.Tensor, torch.Tensor | None, Run]:
-        """Pictures [n, 3, H, W], 0 to 255, their features [n, D], and the run."""
-        self.bench.batch = max(1, self.batch // 3) if variant.name == AGAIN else self.batch
-        made, run = self.bench.pictures(variant, self.sampler)
-        return to_range(made), self.judge.features(made) if self.judge else None, run
+    def pictures(self, variant: Variant, sampler: str) -> Pictures:
+        self.bench.batch = max(1, self.args.batch // 3) if variant.name == AGAIN else self.args.batch
+        return super().pictures(variant, sampler)
 
-    def measure(self, variant: Variant) -> dict[str, object]:
-        if self.reference is None:
-            self.reference = self._pictures(self.variants[UNMERGED])[:2]
-        expected, features = self.reference
-        made, own, run = self._pictures(variant)
-        row: dict[str, object] = {"variant": variant.name, "family": variant.family, "sampler": self.sampler}
+    def measure(self, variant: Variant, sampler: str) -> dict[str, object]:
+        reference = self.reference(self.variants[UNMERGED], sampler)
+        made = self.pictures(variant, sampler)
+        row: dict[str, object] = {"variant": variant.name, "family": variant.family, "sampler": sampler}
         row["method"] = f"{variant.tail} tail" if variant.tail else variant.config.method if variant.is_merged else ""
         row["ratio"] = f"{variant.config.ratio:g}"
 
-        single = psnr(made, expected)
+        single = psnr(made.ranged, reference.ranged)
         # Where a cache skips nothing a picture is the same: its distance counts as EQUAL beside the others'.
         put_mean(row, "psnr", single if single.isinf().all() else single.clamp(max=EQUAL))
-        put_mean(row, "ssim", ssim(made, expected), 5)
-        put_mean(row, "texture", texture(made, expected))
-        row |= dict.fromkeys(("fd", "fd_gap", "fd_gap_se"), "")
-        if self.judge:
-            put_frechet(row, self.judge, own, features)
-        return row | self._work(variant, run) | self.stamp
+        put_mean(row, "ssim", ssim(made.ranged, reference.ranged), 5)
+        put_mean(row, "texture", texture(made.ranged, reference.ranged))
+        self.put_frechet(row, made, reference)
+        return row | self._work(variant, made.run) | self.stamp
 
     def _work(self, variant: Variant, run: Run) -> dict[str, object]:
         """Shares of what the unmerged pictures take."""
-        all_calls = self.steps * len(self.reference[0])
+        all_calls = self.steps * self.args.pictures
         calls = {f"calls_{name}": count / all_calls for name, count in run.calls.items()}
         steps = variant.steps or self.steps
-        ran = " ".join(f"{100 * run.ran.get(step, 0) / len(self.reference[0]):.0f}" for step in range(steps))
+        ran = " ".join(f"{100 * run.ran.get(step, 0) / self.args.pictures:.0f}" for step in range(steps))
         shares = {**calls, "attention": run.cost_all * sum(calls.values())}
         return {"steps": steps, **{name: f"{share:.5f}" for name, share in shares.items()}, "ran": ran}
 
-    def run(self) -> Iterator[dict[str, object]]:
-        todo = [v for name, v in self.variants.items() if not self.store.has(variant=name, sampler=self.sampler)]
-        bar = tqdm(todo, unit="row", file=sys.stderr, mininterval=2, disable=not todo)
-        for variant in bar:
-            if self.budget.spent:
-                break
-            bar.set_postfix_str(variant.name)
-            row = self.measure(variant)
-            self.store.add(row)
-            yield row
-
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lab.fidelity.frontier", description=__doc__.splitlines()[0])
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--model", type=Path, required=True)
+    parser = arguments("frontier", __doc__, 72, "mixed" if torch.cuda.is_available() else "float32")
     parser.add_argument("--name", required=True, help="of the model, in the file's name")
     parser.add_argument("--out", type=Path, help="CSV file; lab/results/fidelity/frontier-NAME.csv")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--steps", nargs="+", type=int, default=(), help="fewer steps to measure")
     parser.add_argument("--sampler", help="flow28 for a flow, else ddim30")
     parser.add_argument("--pictures", type=int, default=72, help="a row")
-    parser.add_argument("--batch", type=int, default=72, help="pictures at a time")
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="mixed" if cuda else "float32", help="half is faster"
-    )
-    parser.add_argument("--classifier", type=Path, help="from lab.models.classifier; without it no Frechet distance")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after this time")
-    parser.add_argument("--commit", default="", help="what was measured, where there is no git to ask")
     args = parser.parse_args(argv)
     args.out = args.out or RESULTS / "fidelity" / f"frontier-{args.name}.csv"
     return args
@@ -134,7 +92,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     told = "psnr psnr_se ssim fd_gap texture calls_whole calls_merged attention".split()
-    for row in Frontier(parse(argv)).run():
+    frontier = Frontier(parse(argv))
+    for row in frontier.run((variant, frontier.sampler) for variant in frontier.variants.values()):
         print(f"{row['variant']:<46}", *(f"{row[column] or '-':>9}" for column in told), flush=True)
 
 

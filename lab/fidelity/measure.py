@@ -14,25 +14,21 @@ differences between neighbouring frames, and "flicker", in dB against the unmerg
 from __future__ import annotations
 
 import argparse
-import math
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ..models.samplers import GUIDANCE, SAMPLERS, parse_sampler
-from ..store import Budget, Store
-from .bench import PRECISIONS, Bench
-from .hooks import Run, check
+from ..store import Store
+from . import stamp
+from .hooks import check
 from .methods import BASE, BASELINE, CATALOGUE, UNMERGED, Variant
-from .metrics import flicker, motion, psnr, ssim, texture, to_range
-from .stamp import check_same, judge_of, put_frechet, put_mean, stamped
+from .metrics import flicker, motion, psnr, ssim, texture
+from .stamp import KEYS, put_mean
 
 COLUMNS = (
     "variant family sampler psnr psnr_se ssim ssim_se gain gain_se cost cost_all "
@@ -40,9 +36,6 @@ COLUMNS = (
     "method ratio options images seeds precision device torch date commit model"
 ).split()
 OF_VIDEOS = ["motion", "motion_se", "flicker", "flicker_se"]
-KEYS = ("variant", "sampler")
-SAME = ("images", "seeds", "precision", "device", "model")
-"""Columns that must be alike in all rows of a file: else they cannot be compared."""
 Key = tuple[str, str]
 
 
@@ -79,66 +72,26 @@ def describe(variant: Variant) -> str:
     return " ".join(f"{k}={getattr(config, k)}".replace(" ", "") for k in changed)
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Of one variant and sampler: pictures [n, 3, H, W], 0 to 255, their features [n, D], and the run."""
-
-    ranged: Tensor
-    features: Tensor | None
-    run: Run
-
-
-class Measurement:
+class Measurement(stamp.Measurement):
     """Rows of one file."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.bench = Bench(args.model, args.device, args.images // args.seeds, args.seeds, args.batch, args.precision)
-        self.judge = judge_of(self.bench, args.classifier)
+        super().__init__(args, args.images, {"images": args.images, "seeds": args.seeds})
         self.frames = getattr(self.bench.network.config, "frames", 1)
         self.columns = [*COLUMNS, *(OF_VIDEOS if self.frames > 1 else ())]
+        self.check_columns(self.columns)
         for name, _ in args.keys:
             check(self.bench.network, CATALOGUE.variants[name])
-        self.stamp = {
-            "images": args.images,
-            "seeds": args.seeds,
-            **stamped(self.bench, args.precision, args.commit),
-        }
-        self.store = Store(args.out, KEYS)
-        self._check_file()
         self.pictures_store = Store(args.out.with_suffix(".pictures.csv"), KEYS)
         self.singles: dict[Key, Tensor] = {}  # the PSNR of each picture
         for row in self.pictures_store.rows:
             values = [float(value) for column, value in row.items() if column not in KEYS]
             self.singles[row["variant"], row["sampler"]] = torch.tensor(values, dtype=torch.float64)
-        self.references: dict[str, Pictures] = {}
-
-    def _check_file(self) -> None:
-        """Raises ValueError where the file's rows cannot stand beside this measurement's."""
-        for row in self.store.rows:
-            if list(row) != self.columns:
-                both = ((self.columns, row), (row, self.columns))
-                lacks, more = (", ".join(c for c in one if c not in other) or "none" for one, other in both)
-                raise ValueError(
-                    f"no row can be added to {self.args.out}, whose columns are not those that this version writes "
-                    f"(lacking: {lacks}; unknown: {more}): choose another --out. It can still be read for tables."
-                )
-        check_same(self.store.rows, SAME, self.stamp, self.args.out)
-
-    def _pictures(self, variant: Variant, sampler: str) -> Pictures:
-        pictures, run = self.bench.pictures(variant, sampler)
-        return Pictures(to_range(pictures), self.judge.features(pictures) if self.judge else None, run)
-
-    def _reference(self, sampler: str) -> Pictures:
-        """The unmerged pictures, made once for each sampler."""
-        if sampler not in self.references:
-            self.references[sampler] = self._pictures(CATALOGUE.variants[UNMERGED], sampler)
-        return self.references[sampler]
 
     def measure(self, variant: Variant, sampler: str) -> dict[str, object]:
         """One row; the PSNR of every picture is put into self.singles."""
-        reference = self._reference(sampler)
-        made = reference if variant.name == UNMERGED else self._pictures(variant, sampler)
+        reference = self.reference(CATALOGUE.variants[UNMERGED], sampler)
+        made = reference if variant.name == UNMERGED else self.pictures(variant, sampler)
         ranged, expected = (self.bench.unknown(x.ranged, sampler) for x in (made, reference))
         single = psnr(ranged, expected).cpu()  # (n,)
         self.singles[variant.name, sampler] = single
@@ -159,8 +112,7 @@ class Measurement:
         base = self.singles.get((BASELINE, sampler))
         if base is not None and variant.is_merged:
             put_mean(row, "gain", single - base)
-        if self.judge:
-            put_frechet(row, self.judge, made.features, reference.features)
+        self.put_frechet(row, made, reference)
         if self.args.strips:
             save_strip(self.args.strips / f"{sampler} {variant.name}.png", made.ranged[self.args.strip_pictures])
         return row | self._times(variant, sampler)
@@ -184,18 +136,6 @@ class Measurement:
         self.pictures_store.add({**key, **{str(i): f"{x:.2f}" for i, x in enumerate(singles)}})
         self.store.add(row)
 
-    def run(self) -> Iterator[dict[str, object]]:
-        budget = Budget(self.args.minutes)
-        todo = [key for key in self.args.keys if not self.store.has(variant=key[0], sampler=key[1])]
-        bar = tqdm(todo, unit="row", file=sys.stderr, mininterval=2, disable=not todo)
-        for name, sampler in bar:
-            if budget.spent:
-                break
-            bar.set_postfix_str(f"{sampler} {name}")
-            row = self.measure(CATALOGUE.variants[name], sampler)
-            self.write(row)
-            yield row
-
 
 def save_strip(path: Path, ranged: Tensor) -> None:
     """Pictures [n, 3, H, W], 0 to 255, side by side."""
@@ -205,20 +145,13 @@ def save_strip(path: Path, ranged: Tensor) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lab.fidelity.measure", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
+    parser = stamp.arguments("measure", __doc__, 132, "float32")
     parser.add_argument("--out", type=Path, required=True, help="CSV file; rows are added to it")
     parser.add_argument("--plan", default="frontier", help=f"sets ({', '.join(CATALOGUE.sets)}) or a file")
     parser.add_argument("--samplers", default="ddim30", help=f"for entries that name none: {', '.join(SAMPLERS)}")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of samplers that name none (default 3)")
     parser.add_argument("--images", type=int, default=264, help="pictures a row, over all seeds")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=132, help="pictures at a time")
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the pictures")
-    parser.add_argument("--classifier", type=Path, help="from lab.models.classifier; without it no Frechet distance")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after this time")
-    parser.add_argument("--commit", default="", help="what was measured, where there is no git to ask")
     parser.add_argument("--strips", type=Path, help="folder for some pictures of each row, side by side")
     parser.add_argument("--strip-pictures", default="0,1,2,3,4,5,6,7,8,9", help="which, by number")
     parser.add_argument("--time-size", type=int, default=128, help="pixels or latents a side of the timed step")
@@ -237,7 +170,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     told = "psnr psnr_se gain ssim cost fd_gap texture step_ms".split()
-    for row in Measurement(parse(argv)).run():
+    args = parse(argv)
+    for row in Measurement(args).run((CATALOGUE.variants[name], sampler) for name, sampler in args.keys):
         cells = [f"{row[column] or '-':>9}" for column in told]
         print(f"{row['sampler']:>9} {row['variant']:<40}", *cells, flush=True)
 
