@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def say(text: str = "") -> None:
     print(text, flush=True)
 
 
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table whose columns stand below each other."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    return [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in (head, ["-" * width for width in widths], *rows)
+    ]
+
+
 def deliver(table: str, write: Callable[[], Iterable[Path]], out: Path) -> None:
     """Say a table, then write the results into `out` and say where they are. Raises SetupError where that fails."""
     say()
@@ -67,6 +77,20 @@ def complain(error: SetupError | OSError) -> None:
     if error.hint:
         print(f"{error.hint}", file=sys.stderr)
     sys.stderr.flush()
+
+
+def exit_status(work: Callable[[], None], stopped: str = "Stopped.") -> int:
+    """Do the work of a program and return its exit status; an error and Ctrl-C (`stopped`) are told in a line."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a plain kill stops the server too
+    try:
+        work()
+    except (SetupError, OSError) as error:
+        complain(error)
+        return 1
+    except KeyboardInterrupt:
+        say(f"\n{stopped}")
+        return 130
+    return 0
 
 
 class Stage:

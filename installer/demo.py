@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from PIL import Image
 
 from . import comfyui, report, workflow
 from .client import ComfyClient, PromptError
-from .console import SetupError, complain, deliver, say, stage
+from .console import SetupError, deliver, exit_status, stage
 from .paths import CACHE
 from .report import Outcome
 from .server import ComfyServer
@@ -52,16 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path)
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a plain kill stops the server too
-    try:
-        run(options.comfyui, options.out, options.checkpoint)
-    except (SetupError, OSError) as error:
-        complain(error)
-        return 1
-    except KeyboardInterrupt:
-        say("\nStopped.")
-        return 130
-    return 0
+    return exit_status(lambda: run(options.comfyui, options.out, options.checkpoint))
 
 
 def run(host: Path, out: Path, checkpoint: Path | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import likeness, sheet
+from . import console, likeness, sheet
 from .paths import RESULTS, TABLE_HEAD
 from .workflow import Settings, Subject
 
@@ -104,12 +104,7 @@ def table(summary: Summary) -> str:
             f"{stay:,} ({100 * stay / total:.0f} %)",
         ),
     )
-    widths = [max(len(row[column]) for row in (TABLE_HEAD, *rows)) for column in range(len(TABLE_HEAD))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in (TABLE_HEAD, ["-" * width for width in widths], *rows)
-    ]
-    return "\n".join([*lines, "", *notes(summary)])
+    return "\n".join([*console.table(TABLE_HEAD, rows), "", *notes(summary)])
 
 
 def device(stats: Mapping[str, Any]) -> str:
@@ -152,24 +147,23 @@ def write(summary: Summary, outcomes: Sequence[Outcome], out: Path) -> list[Path
     """Write compare.png and compare.md and return where they are."""
     out.mkdir(parents=True, exist_ok=True)
     stay, total = int(summary.kept.sum()), summary.kept.size
-    rows = [
-        sheet.Row(
-            unmerged=outcome.pictures["unmerged"],
-            tome=outcome.pictures["ToMe"],
-            groups=summary.groups,
-            kept=summary.kept,
-            notes=(
-                f"{outcome.subject.name}, seed {outcome.subject.seed}",
-                f"{outcome.seconds['ToMe']:.3f} s a step, {outcome.speed_up:.2f} x",
-                f"PSNR {decibels(outcome.psnr)}",
-                f"{stay:,} of {total:,} tokens stay (the dots)",
-            ),
+    differences = [sheet.gap(outcome.pictures["unmerged"], outcome.pictures["ToMe"]) for outcome in outcomes]
+    factor = sheet.amplification(differences)
+    rows = []
+    for outcome, gap in zip(outcomes, differences, strict=True):
+        unmerged, tome = outcome.pictures["unmerged"], outcome.pictures["ToMe"]
+        rows.append(
+            [
+                (sheet.enlarge(unmerged), f"{outcome.subject.name}, seed {outcome.subject.seed}"),
+                (sheet.enlarge(tome), f"{outcome.seconds['ToMe']:.3f} s a step, {outcome.speed_up:.2f} x"),
+                (sheet.amplified(gap, factor), f"PSNR {decibels(outcome.psnr)}"),
+                (sheet.token_map(tome, summary.groups, summary.kept), f"{stay:,} of {total:,} tokens stay (the dots)"),
+            ]
         )
-        for outcome in outcomes
-    ]
-    columns = ("Unmerged", "ToMe", "Difference x {factor}", "Who stands for whom")
+    columns = ("Unmerged", "ToMe", f"Difference x {factor}", "Who stands for whom")
     subtitle = f"Same seed, same steps: {summary.speed_up:.2f} times as fast, PSNR {decibels(summary.psnr)}"
     picture, text = (out / name for name in RESULTS)
     text.write_text(table(summary) + "\n", encoding="utf-8")
-    sheet.draw("Token Merging in ComfyUI", subtitle, columns, rows, notes(summary)).save(picture, optimize=True)
+    drawn = sheet.draw(columns, rows, "Token Merging in ComfyUI", subtitle, notes(summary))
+    drawn.save(picture, optimize=True)
     return [picture, text]

@@ -1,9 +1,8 @@
-"""Draws compare.png: for each picture unmerged, ToMe, their difference and which tokens were kept."""
+"""Sheets of pictures beside their differences, and a map of which tokens were kept."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -13,20 +12,6 @@ PAPER, INK, QUIET, LINE, ACCENT = "#fbfaf7", "#1d2329", "#68717b", "#dcd8d0", "#
 FACTORS = (1, 2, 4, 8, 16, 32)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One subject's pictures as uint8 arrays [H, W, 3], and the tokens that stay.
-
-    groups: [h, w], which kept token each token belongs to; kept: [h, w], True for the tokens that stay.
-    """
-
-    unmerged: np.ndarray
-    tome: np.ndarray
-    groups: np.ndarray
-    kept: np.ndarray
-    notes: tuple[str, str, str, str]
-
-
 def amplification(differences: Sequence[np.ndarray]) -> int:
     """The largest factor that drives no more than one pixel in a hundred of the differences out of range."""
     worst = max(float(np.percentile(difference, 99)) for difference in differences)
@@ -34,36 +19,35 @@ def amplification(differences: Sequence[np.ndarray]) -> int:
     return fitting[-1] if fitting else 1
 
 
-def draw(title: str, subtitle: str, columns: Sequence[str], rows: Sequence[Row], footer: Sequence[str]) -> Image.Image:
-    """The sheet. columns: four headings; a "{factor}" in one becomes the factor of the difference."""
-    factor = amplification([gap(row.unmerged, row.tome) for row in rows])
-    width = 2 * MARGIN + 4 * PANEL + 3 * GAP
-    top, caption, step = MARGIN + 118, 30, PANEL + 66
-    height = top + len(rows) * step + 26 * len(footer) + MARGIN
-    sheet = Image.new("RGB", (width, height), PAPER)
+# A panel and what stands below it.
+Panel = tuple[Image.Image, str]
+
+
+def draw(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Panel | None]],
+    title: str = "",
+    subtitle: str = "",
+    footer: Sequence[str] = (),
+) -> Image.Image:
+    """The sheet: columns with a heading each, panels from `enlarge` and its like; None leaves a place empty."""
+    top, step, line = MARGIN + (118 if title else 34), PANEL + 66, 26
+    width, height = 2 * MARGIN + len(columns) * (PANEL + GAP) - GAP, top + len(rows) * step + line * len(footer)
+    sheet = Image.new("RGB", (width, height + MARGIN), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN - 8), title, INK, font(34))
     pen.text((MARGIN, MARGIN + 38), subtitle, QUIET, font(19))
     for place, heading in enumerate(columns):
         x = MARGIN + place * (PANEL + GAP)
-        pen.text((x, top - 34), heading.replace("{factor}", str(factor)), ACCENT if place == 1 else INK, font(21))
-    for number, row in enumerate(rows):
-        y = top + number * step
-        panels = (
-            enlarge(row.unmerged),
-            enlarge(row.tome),
-            enlarge(np.clip(gap(row.unmerged, row.tome) * factor, 0, 255).astype(np.uint8)),
-            token_map(row),
-        )
-        for place, panel in enumerate(panels):
-            x = MARGIN + place * (PANEL + GAP)
-            sheet.paste(panel, (x, y))
-            pen.rectangle((x - 1, y - 1, x + PANEL, y + PANEL), outline=LINE)
-            pen.text((x, y + PANEL + 8), row.notes[place], QUIET, font(17))
-    y = top + len(rows) * step - step + PANEL + caption + 26
-    for line in footer:
-        pen.text((MARGIN, y), line, INK, font(17))
-        y += 26
+        pen.text((x, top - 34), heading, ACCENT if place == 1 else INK, font(21))
+        for number, row in enumerate(rows):
+            if (panel := row[place]) is not None:
+                y = top + number * step
+                sheet.paste(panel[0], (x, y))
+                pen.rectangle((x - 1, y - 1, x + PANEL, y + PANEL), outline=LINE)
+                pen.text((x, y + PANEL + 8), panel[1], QUIET, font(17))
+    for number, text in enumerate(footer):
+        pen.text((MARGIN, top + len(rows) * step - 10 + line * number), text, INK, font(17))
     return sheet
 
 
@@ -75,24 +59,32 @@ def enlarge(pixels: np.ndarray) -> Image.Image:
     return image.resize((PANEL, PANEL), how)
 
 
-def token_map(row: Row) -> Image.Image:
-    """Each group of tokens in the colour of the token that stands for it, edges between groups, a dot on it."""
-    height, width = row.groups.shape
-    colours = np.asarray(Image.fromarray(row.tome).resize((width, height), Image.Resampling.BOX))
-    table = np.zeros((int(row.groups.max()) + 1, 3), np.uint8)
-    table[row.groups[row.kept]] = colours[row.kept]
+def amplified(gap: np.ndarray, factor: int) -> Image.Image:
+    """A difference as a panel."""
+    return enlarge(np.clip(gap * factor, 0, 255).astype(np.uint8))
+
+
+def token_map(picture: np.ndarray, groups: np.ndarray, kept: np.ndarray) -> Image.Image:
+    """Each group of tokens in the colour of the token that stands for it, edges between groups, a dot on it.
+
+    picture: uint8 [H, W, 3]. groups: [h, w], which kept token each token belongs to; kept: [h, w], True for those.
+    """
+    height, width = groups.shape
+    colours = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BOX))
+    table = np.zeros((int(groups.max()) + 1, 3), np.uint8)
+    table[groups[kept]] = colours[kept]
     cell = max(1, PANEL * 2 // max(height, width))
-    image = Image.fromarray(np.repeat(np.repeat(table[row.groups], cell, 0), cell, 1))
+    image = Image.fromarray(np.repeat(np.repeat(table[groups], cell, 0), cell, 1))
     pen = ImageDraw.Draw(image, "RGBA")
     edge = (0, 0, 0, 70)
-    for y, x in np.argwhere(row.groups[:, 1:] != row.groups[:, :-1]):
+    for y, x in np.argwhere(groups[:, 1:] != groups[:, :-1]):
         pen.line(((x + 1) * cell, y * cell, (x + 1) * cell, (y + 1) * cell), edge)
-    for y, x in np.argwhere(row.groups[1:] != row.groups[:-1]):
+    for y, x in np.argwhere(groups[1:] != groups[:-1]):
         pen.line((x * cell, (y + 1) * cell, (x + 1) * cell, (y + 1) * cell), edge)
-    for y, x in np.argwhere(row.kept):
+    for y, x in np.argwhere(kept):
         inset = cell // 3
         box = (x * cell + inset, y * cell + inset, (x + 1) * cell - inset, (y + 1) * cell - inset)
-        light = table[row.groups[y, x]].astype(int) @ (299, 587, 114) > 140_000
+        light = table[groups[y, x]].astype(int) @ (299, 587, 114) > 140_000
         pen.ellipse(box, (0, 0, 0, 190) if light else (255, 255, 255, 230))
     return image.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
 

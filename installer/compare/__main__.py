@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import re
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from shared_tome.methods import PRESETS
 
 from .. import comfyui, files, report, server, workflow
 from ..client import ComfyClient, PromptError, Result
-from ..console import SetupError, complain, deliver, say, stage
+from ..console import SetupError, deliver, exit_status, say, stage
 from ..paths import CACHE, ROOT
 from . import graph as graphs
 from . import plan, results
@@ -40,17 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=Path, required=name in ("comfyui", "out"))
     parser.add_argument("--sizes", nargs="+")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a plain kill stops the server too
-    try:
+
+    def work() -> None:
         request = plan.make_request(options.checkpoint, options.workflow, options.sizes, options.prompts)
         run(options.comfyui, options.out, request)
-    except (SetupError, OSError) as error:
-        complain(error)
-        return 1
-    except KeyboardInterrupt:
-        say("\nStopped. The same command goes on from here.")
-        return 130
-    return 0
+
+    return exit_status(work, "Stopped. The same command goes on from here.")
 
 
 def run(host: Path, out: Path, request: Request) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from ..sheet import ACCENT, GAP, INK, LINE, MARGIN, PANEL, PAPER, QUIET, amplification, enlarge, font, gap
+from ..sheet import INK, LINE, PAPER, QUIET, Panel, amplification, draw, enlarge, font, gap
 from .plan import FLOOR_NAME, UNMERGED
 from .schema import SAME
 
@@ -24,22 +24,12 @@ def contact(names: Sequence[str], rows: Sequence[tuple[str, Sequence[np.ndarray]
     rows: what stands beside a row, and its pictures, uint8 [H, W, 3].
     """
     factor = amplification([gap(pictures[0], one) for _, pictures in rows for one in pictures])
-    step = 2 * PANEL + 3 * GAP
-    width = 2 * MARGIN + len(names) * (PANEL + GAP) - GAP
-    sheet = Image.new("RGB", (width, 2 * MARGIN + len(rows) * step), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    for number, (title, pictures) in enumerate(rows):
-        top = 2 * MARGIN + number * step
-        for place, (name, picture) in enumerate(zip(names, pictures, strict=True)):
-            left = MARGIN + place * (PANEL + GAP)
-            heading = f"{name}, {title}" if place == 0 else name
-            pen.text((left, top - 26), heading, ACCENT if place else INK, font(17))
-            sheet.paste(_panel(picture), (left, top))
-            if place:
-                far = np.clip(gap(pictures[0], picture) * factor, 0, 255).astype(np.uint8)
-                sheet.paste(_panel(far), (left, top + PANEL + GAP // 2))
-        pen.text((MARGIN, top + PANEL + GAP // 2), f"Below: difference x {factor}", QUIET, font(17))
-    return sheet
+    panels: list[list[Panel | None]] = []
+    for title, (unmerged, *others) in rows:
+        panels.append([(_panel(unmerged), title), *((_panel(one), "") for one in others)])
+        far = [np.clip(gap(unmerged, one) * factor, 0, 255).astype(np.uint8) for one in others]
+        panels.append([None, *((_panel(one), f"difference x {factor}") for one in far)])
+    return draw(names, panels)
 
 
 def _panel(picture: np.ndarray) -> Image.Image:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .. import likeness
+from .. import console, likeness
 from ..paths import COMPARED
 from . import drawn, plan, schema
 from .journal import Journal
@@ -140,12 +140,7 @@ def table(found: Mapping[str, Any]) -> str:
             _text(row["speedup"], ".2f", " x"), _text(row["first_seconds"], ".2f"), _text(row["peak_gib"], ".2f"),
             psnr, _text(row["ssim"], ".3f"), _text(row["lpips"], ".3f"),
         ])  # fmt: skip
-    widths = [max(len(line[column]) for line in (head, *cells)) for column in range(len(head))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in (head, ["-" * width for width in widths], *cells)
-    ]
-    return "\n".join([*lines, "", *words(found)])
+    return "\n".join([*console.table(head, cells), "", *words(found)])
 
 
 def _text(value: float | None, form: str, unit: str = "") -> str:
