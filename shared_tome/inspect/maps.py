@@ -203,22 +203,18 @@ def draw_maps(
     maps, covers = [], coverage(chosen.facts.latent, chosen.grid)
     for number in pictures:
         row, frame = _place(number, len(image), chosen)
-        if chosen.seen is not None:
-            token = token_at(*_pixel(image, x, y), image.shape[1:3], chosen.grid, frame, covers)
-            maps.append(_draw_query(chosen, image[number], row, frame, covers, token, head, opacity, legend))
+        place = {"frame": frame, "covers": covers, "opacity": opacity}
+        if chosen.seen is None:
+            lines = chosen.caption() if legend else ()
+            maps.append(draw_map(image[number], chosen.owner[row], chosen.grid, **place, show=show, caption=lines))
             continue
-        maps.append(
-            draw_map(
-                image[number],
-                chosen.owner[row],
-                chosen.grid,
-                frame=frame,
-                covers=covers,
-                show=show,
-                opacity=opacity,
-                caption=chosen.caption() if legend else (),
-            )
-        )
+        token = token_at(*_pixel(image, x, y), image.shape[1:3], chosen.grid, frame, covers)
+        try:
+            dark, lines = chosen.of_query(row, token, head)
+        except NoMap as why:
+            maps.append(draw_legend(image[number], why.args))
+        else:
+            maps.append(draw_seen(image[number], dark, token, chosen.grid, **place, caption=lines if legend else ()))
     return torch.stack(maps)
 
 
@@ -230,26 +226,6 @@ def _pixel(image: Tensor, x: int, y: int) -> tuple[int, int]:
             raise ValueError(f"{name} must be -1 (the middle) or a pixel of the picture, 0 to {size - 1}, got {value}")
         found.append(size // 2 if value == -1 else value)
     return tuple(found)
-
-
-def _draw_query(
-    chosen: Chosen,
-    image: Tensor,
-    row: int,
-    frame: int,
-    covers: tuple[float, float],
-    token: int,
-    head: int,
-    opacity: float,
-    legend: bool,
-) -> Tensor:
-    """One picture [H, W, 3] with what a query token saw."""
-    try:
-        dark, lines = chosen.of_query(row, token, head)
-    except NoMap as why:
-        return draw_legend(image, why.args)
-    lines = lines if legend else ()
-    return draw_seen(image, dark, token, chosen.grid, frame=frame, covers=covers, opacity=opacity, caption=lines)
 
 
 def _place(number: int, pictures: int, chosen: Chosen) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """A picture of what was merged: the tokens of one layer over the image that they made.
 
-Host-free: tensors in, a tensor out. Pillow, which every host has, writes the legend and is imported only for that
-(legend.py).
+Host-free: tensors in, a tensor out. Pillow, which every host has, writes the legend (legend.py).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor
 from ..core.grid import Grid, split_frames
 from ..core.noise import mix
 from ..merging.plan import Plan
+from .legend import draw_legend
 
 SHOWS = {
     "groups": "a colour for each group of tokens that became one",
@@ -83,15 +83,9 @@ def draw_map(
         raise ValueError(f"opacity must be a number in 0 to 1, got {opacity}")
     if not 0 <= frame < frames:
         raise ValueError(f"frame must be in 0 to {frames - 1}, got {frame}")
-    image = image.detach().cpu().float().clamp(0, 1)
-    owner = owner.detach().cpu().long()
-    tokens = _Tokens(owner, (frames, rows, columns), frame, image.shape[:2], covers or (rows, columns))
-    drawn = tokens.groups(image, opacity) if show == "groups" else tokens.kept(image, opacity)
-    if not caption:
-        return drawn
-    from .legend import draw_legend
-
-    return draw_legend(drawn, caption, tokens.keys(show))
+    tokens = _Tokens(owner.detach().cpu().long(), grid, frame, image, covers)
+    drawn = tokens.groups(opacity) if show == "groups" else tokens.kept(opacity)
+    return draw_legend(drawn, caption, tokens.keys(show)) if caption else drawn
 
 
 def draw_seen(
@@ -113,18 +107,9 @@ def draw_seen(
     Returns:
         [H, W, 3] float32 on the CPU.
     """
-    frames, rows, columns = split_frames(grid)
-    image = image.detach().cpu().float().clamp(0, 1)
-    tokens = _Tokens(
-        torch.arange(len(dark)), (frames, rows, columns), frame, image.shape[:2], covers or (rows, columns)
-    )
-    drawn = tokens.seen(image, dark, token, opacity)
-    if not caption:
-        return drawn
-    from .legend import draw_legend
-
+    drawn = _Tokens(torch.arange(len(dark)), grid, frame, image, covers).seen(dark, token, opacity)
     keys = [("dot", "the query"), ("plain", "whole"), ("dim", "half resolution"), ("dark", "quarter")]
-    return draw_legend(drawn, caption, keys)
+    return draw_legend(drawn, caption, keys) if caption else drawn
 
 
 def token_at(x: int, y: int, size: tuple[int, int], grid: Grid, frame: int, covers: tuple[float, float]) -> int:
@@ -135,17 +120,12 @@ def token_at(x: int, y: int, size: tuple[int, int], grid: Grid, frame: int, cove
 
 
 class _Tokens:
-    """The tokens of a frame, and the pixels of each."""
+    """The tokens of a frame over an image [H, W, 3], and the pixels of each."""
 
-    def __init__(
-        self,
-        owner: Tensor,
-        grid: tuple[int, int, int],
-        frame: int,
-        size: tuple[int, int],
-        covers: tuple[float, float],
-    ):
-        _, rows, columns = grid
+    def __init__(self, owner: Tensor, grid: Grid, frame: int, image: Tensor, covers: tuple[float, float] | None):
+        self.image = image.detach().cpu().float().clamp(0, 1)
+        _, rows, columns = split_frames(grid)
+        size, covers = image.shape[:2], covers or (rows, columns)
         plane = slice(frame * rows * columns, (frame + 1) * rows * columns)
         count = torch.bincount(owner, minlength=len(owner))
         own = owner == torch.arange(len(owner))
@@ -161,33 +141,35 @@ class _Tokens:
         """[rows, columns, ...] -> [H, W, ...]."""
         return x[self.row][:, self.column]
 
-    def groups(self, image: Tensor, opacity: float) -> Tensor:
+    def groups(self, opacity: float) -> Tensor:
         """Each group in a colour of its own, with borders and marks on the tokens that stay; single ones untouched."""
         colour = self._pixels(_colours(self.owner))  # (H, W, 3)
         tinted = ~self._pixels(self.alone)[..., None]
         # Light and dark of the picture stay readable through the colour.
-        light = image.mean(-1, keepdim=True)
-        out = torch.where(tinted, image + opacity * (colour * (0.65 + 0.35 * light) - image), image)
+        light = self.image.mean(-1, keepdim=True)
+        out = torch.where(tinted, self.image + opacity * (colour * (0.65 + 0.35 * light) - self.image), self.image)
         out = torch.where(self._borders()[..., None], out * (1 - 0.75 * min(1.0, opacity * 1.5)), out)
-        ring, dot = self._marks(self.stays & ~self.alone)
-        out = torch.where(ring[..., None], _DARK, out)
-        return torch.where(dot[..., None], 1.0, out)
+        return self._marked(out, self.stays & ~self.alone)
 
-    def seen(self, image: Tensor, dark: Tensor, token: int, opacity: float) -> Tensor:
+    def seen(self, dark: Tensor, token: int, opacity: float) -> Tensor:
         """The picture, darker and greyer by `dark` [N] of each token; the query token in green, with a dot."""
-        deep = image.mean(-1, keepdim=True) * (1 - opacity) * 0.6 + _DARK * opacity
-        out = image + min(1.0, opacity * 1.4) * self._pixels(dark[self.owner])[..., None] * (deep - image)
+        out = self._dimmed(opacity, self._pixels(dark[self.owner])[..., None])
         query = self.owner == token
-        out = torch.where(self._pixels(query)[..., None], out.new_tensor(_QUERY), out)
-        ring, dot = self._marks(query)
-        out = torch.where(ring[..., None], _DARK, out)
-        return torch.where(dot[..., None], 1.0, out)
+        return self._marked(torch.where(self._pixels(query)[..., None], out.new_tensor(_QUERY), out), query)
 
-    def kept(self, image: Tensor, opacity: float) -> Tensor:
+    def kept(self, opacity: float) -> Tensor:
         """The picture where tokens stay, dark and grey where they went."""
-        dark = image.mean(-1, keepdim=True) * (1 - opacity) * 0.6 + _DARK * opacity
-        gone = image + min(1.0, opacity * 1.4) * (dark - image)
-        return torch.where(self._pixels(self.stays)[..., None], image, gone)
+        return torch.where(self._pixels(self.stays)[..., None], self.image, self._dimmed(opacity, 1.0))
+
+    def _dimmed(self, opacity: float, share: Tensor | float) -> Tensor:
+        """The picture, dark and grey by this share of it."""
+        deep = self.image.mean(-1, keepdim=True) * (1 - opacity) * 0.6 + _DARK * opacity
+        return self.image + min(1.0, opacity * 1.4) * share * (deep - self.image)
+
+    def _marked(self, out: Tensor, tokens: Tensor) -> Tensor:
+        """With a light disc in a dark rim on these tokens."""
+        ring, dot = self._marks(tokens)
+        return torch.where(dot[..., None], 1.0, torch.where(ring[..., None], _DARK, out))
 
     def _borders(self) -> Tensor:
         """[H, W]: the lines between different groups, single tokens among each other left out."""

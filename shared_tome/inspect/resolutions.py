@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..autotune.timing import times_of
-from ..core.multires import Counts, Drawn, Tiles
 from ..core.resolutions import packed
 from ..merging.plan import MultiresPlan
 
@@ -17,19 +18,9 @@ class Watcher:
 
     kept: Tensor | None = None
 
-    def see(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tiles: Tiles,
-        drawn: Drawn,
-        counts: Counts,
-        layer: int,
-        scale: float,
-        mask: Tensor | None,
-    ) -> None:
-        """An attention is about to be computed of these; see kernels.attend_multires."""
+    def see(self, *given: Any) -> None:
+        """An attention is about to be computed of the arguments of kernels.attend_multires."""
+        q, k, _, tiles, _, counts, _, scale, _ = given
         if self.kept is None:
             self.kept = packed(kernels.choose_multires(q, k, tiles, counts, scale), tiles, counts)
 
@@ -45,26 +36,15 @@ class ChoosingTimer:
         """Have the plan's attentions timed."""
         plan.watch = self.see
 
-    def see(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tiles: Tiles,
-        drawn: Drawn,
-        counts: Counts,
-        layer: int,
-        scale: float,
-        mask: Tensor | None,
-    ) -> None:
+    def see(self, *given: Any) -> None:
         """As Watcher.see. Does nothing where there is no GPU."""
+        q, k, _, tiles, _, counts, _, scale, mask = given
         if not q.is_cuda or torch.cuda.is_current_stream_capturing():
             return
         shape = tuple(q.shape), q.dtype, tiles.image, counts, mask is None
         self._seen.append(shape)
         if shape not in self._times:
             choosing = times_of(lambda: kernels.choose_multires(q, k, tiles, counts, scale), q.device)[0]
-            given = (q, k, v, tiles, drawn, counts, layer, scale, mask)
             self._times[shape] = choosing, times_of(lambda: kernels.attend_multires(*given), q.device)[0]
 
     @property
