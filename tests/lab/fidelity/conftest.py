@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import tiny  # noqa: F401  more choices of `lab.models.train --config`
+
 
 @pytest.fixture(scope="session")
 def in_comfyui(run_in_comfyui) -> dict:
