@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from . import files, versions
-from .console import SetupError, Stage, failed, say, stage
+from .console import SetupError, Stage, failed, or_failed, say, stage
 from .environment import LOCK, pip, python_in
 from .link import COMFYUI, find_host
 from .paths import CACHE
@@ -82,10 +82,8 @@ def fetch(python: Path, into: Path = FETCHED) -> Path:
         return into
     with files.alone(CACHE / LOCK):
         for left in _left_over():
-            try:
+            with or_failed(f"{left}, left by an interrupted download, could not be removed"):
                 files.delete(left)
-            except OSError as error:
-                raise failed(f"{left}, left by an interrupted download, could not be removed", error) from error
         if not _is_fetched(into):
             with stage(f"Fetching ComfyUI {versions.COMFYUI_VERSION}") as current:
                 _fetch(python, into, current)
@@ -94,7 +92,7 @@ def fetch(python: Path, into: Path = FETCHED) -> Path:
 
 
 def _fetch(python: Path, into: Path, current: Stage) -> None:
-    try:
+    with or_failed(f"ComfyUI could not be put into {into}"):
         # What a virus scanner still holds on Windows goes next time.
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=CACHE, ignore_cleanup_errors=True) as scratch:
             archive = _download(python, Path(scratch), current)
@@ -107,8 +105,6 @@ def _fetch(python: Path, into: Path, current: Stage) -> None:
                 files.move(into, kept)
                 say(f"  {into} was not whole, or not from here. Kept as {kept}.")
             files.move(unpacked, into)
-    except OSError as error:
-        raise failed(f"ComfyUI could not be put into {into}", error) from error
 
 
 def _left_over() -> list[Path]:

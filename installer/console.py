@@ -43,6 +43,15 @@ def failed(what: str, error: OSError) -> SetupError:
     return SetupError(f"{what}: {reason}", hint)
 
 
+@contextmanager
+def or_failed(what: str) -> Iterator[None]:
+    """Raises SetupError where the system refuses something in the block; see failed."""
+    try:
+        yield
+    except OSError as error:
+        raise failed(what, error) from error
+
+
 def say(text: str = "") -> None:
     """Print a line at once, also into a pipe."""
     print(text, flush=True)
@@ -61,10 +70,8 @@ def deliver(table: str, write: Callable[[], Iterable[Path]], out: Path) -> None:
     """Say a table, then write the results into `out` and say where they are. Raises SetupError where that fails."""
     say()
     say(table)  # before anything is written: a full disk must not cost the numbers
-    try:
+    with or_failed(f"the results could not be written to {out}"):
         written = write()
-    except OSError as error:
-        raise failed(f"the results could not be written to {out}", error) from error
     say()
     say("\n".join(f"  {path}" for path in written))
 

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from . import files
-from .console import SetupError, failed
+from .console import SetupError, or_failed
 from .paths import ROOT
 
 MARKER = ".tome-copy.json"
@@ -30,22 +30,6 @@ def is_copy(place: Path) -> bool:
     return os.path.isfile(place / MARKER)
 
 
-def install(place: Path, root: Path) -> str:
-    """Put a copy of `root` at `place`, instead of the copy or the link that is there.
-
-    Returns a line on what was kept of the old one, "" where nothing was the user's. Raises SetupError.
-    """
-    return _swap(place, root, fresh=True)
-
-
-def take_out(place: Path, root: Path) -> str:
-    """Take the copy at `place` out. Returns a line on what was kept, "" where nothing was the user's.
-
-    Raises SetupError.
-    """
-    return _swap(place, root, fresh=False)
-
-
 def tidy(place: Path, root: Path) -> list[str]:
     """Remove what an interrupted copy left beside `place`, and say so. Raises SetupError."""
     bench, before = place.with_name(place.name + PARTIAL), place.with_name(f".{place.name}.partial")
@@ -53,12 +37,9 @@ def tidy(place: Path, root: Path) -> list[str]:
     said = [f"Removed what an interrupted copy left: {path}" for path in left]
     if not left:
         return []
-    try:
-        with _aside(place) as bench:
-            if before in left:
-                said[-1] = _retire(before, root, place, bench) or said[-1]
-    except OSError as error:
-        raise failed(f"{left[-1]}, left by an interrupted copy, could not be removed", error) from error
+    with or_failed(f"{left[-1]}, left by an interrupted copy, could not be removed"), _aside(place) as bench:
+        if before in left:
+            said[-1] = _retire(before, root, place, bench) or said[-1]
     return said
 
 
@@ -72,7 +53,8 @@ def differences(place: Path, root: Path) -> list[str]:
             listed = {path.relative_to(root).as_posix(): files.digest(path) for path in _sources(root, place)}
         for path in files.walk(place):
             name = path.relative_to(place).as_posix()
-            if name == MARKER or _comes_by_itself(path):
+            by_itself = path.parent.name == "__pycache__" and path.suffix == ".pyc"
+            if by_itself or path.name in (".DS_Store", "Thumbs.db") or name == MARKER:
                 continue
             if files.is_link(path) or not path.is_file() or listed.get(name) != files.digest(path):
                 found.append(name)
@@ -81,18 +63,19 @@ def differences(place: Path, root: Path) -> list[str]:
     return found
 
 
-def _swap(place: Path, root: Path, fresh: bool) -> str:
+def install(place: Path, root: Path, fresh: bool = True) -> str:
+    """Put a copy of `root` at `place`, instead of the copy or the link that is there. fresh: False takes it out alone.
+
+    Returns a line on what was kept of the old one, "" where nothing was the user's. Raises SetupError.
+    """
     linked = files.is_link(place)
     if not linked:
         _refuse_from_inside(place, root)
-    try:
-        with _aside(place) as bench:
-            new = _make(root, bench / "new", place) if fresh else None
-            if linked:
-                return _replace(place, bench / "old", new)
-            return _retire(place, root, place, bench, new) if place.exists() else _replace(place, None, new)
-    except OSError as error:
-        raise failed(f"{place} could not be {'written' if fresh else 'removed'}", error) from error
+    with or_failed(f"{place} could not be {'written' if fresh else 'removed'}"), _aside(place) as bench:
+        new = _make(root, bench / "new", place) if fresh else None
+        if linked:
+            return _replace(place, bench / "old", new)
+        return _retire(place, root, place, bench, new) if place.exists() else _replace(place, None, new)
 
 
 def _retire(old: Path, root: Path, place: Path, bench: Path, new: Path | None = None) -> str:
@@ -168,17 +151,8 @@ def _sources(root: Path, place: Path) -> Iterator[Path]:
 
 
 def _listed(place: Path) -> dict[str, str] | None:
-    try:
-        told = json.loads((place / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    listed = told.get("files") if isinstance(told, dict) else None
+    listed = files.told(place / MARKER).get("files")
     return listed if isinstance(listed, dict) else None
-
-
-def _comes_by_itself(path: Path) -> bool:
-    bytecode = path.parent.name == "__pycache__" and path.suffix == ".pyc"
-    return bytecode or path.name in (".DS_Store", "Thumbs.db")
 
 
 def _refuse_from_inside(place: Path, root: Path) -> None:
@@ -202,10 +176,8 @@ def _aside(place: Path) -> Iterator[Path]:
     lock = bench / "lock"
     try:
         with files.alone(lock):
-            try:
+            with or_failed(f"{bench}, left by an interrupted copy, could not be removed"):
                 _clear(bench, lock)
-            except OSError as error:
-                raise failed(f"{bench}, left by an interrupted copy, could not be removed", error) from error
             try:
                 yield bench
             finally:

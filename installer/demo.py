@@ -90,7 +90,8 @@ def _plan(client: ComfyClient, checkpoint: Path | None, on_cpu: bool) -> Plan:
         return Plan("demo model", subjects, settings, lambda *job: build(known, *job), 1, SECONDS)
     # A real model's step takes seconds on a CPU: one picture shows it.
     settings = Settings(10 if on_cpu else 20, cfg=7.0, size=workflow.native_size(checkpoint))
-    subjects = workflow.prompt_subjects(1 if on_cpu else 3)
+    texts = workflow.PROMPTS[: 1 if on_cpu else 3]
+    subjects = [Subject(text.split(",")[0], text, 7 + place) for place, text in enumerate(texts)]
     build, name = workflow.checkpoint_workflow, checkpoint.name
     return Plan(name, subjects, settings, lambda *job: build(name, *job), 8)
 

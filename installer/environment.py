@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import files
-from .console import SetupError, Stage, failed, say, stage
+from .console import SetupError, Stage, failed, or_failed, say, stage
 from .paths import CACHE, REQUIREMENTS, VENV
 
 STAMP = "tome-stamp.json"
@@ -75,21 +75,14 @@ def fingerprint(group: Group, requirements: Path = REQUIREMENTS) -> str:
 
 def read_stamp(folder: Path) -> dict[str, str]:
     """What is installed in `folder`, by the name of its group; empty when unknown."""
-    try:
-        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return stamp if isinstance(stamp, dict) else {}
+    return files.told(folder / STAMP)
 
 
 def write_stamp(folder: Path, stamp: dict[str, str]) -> None:
-    """Replace the stamp of `folder`, at once and in whole."""
-    fresh = files.make_folder(folder) / FRESH
-    try:
-        fresh.write_text(json.dumps(stamp, indent=1), encoding="utf-8")
-        fresh.replace(folder / STAMP)
-    except OSError as error:
-        raise failed(f"{folder / STAMP} could not be written", error) from error
+    """Replace the stamp of `folder`."""
+    place = files.make_folder(folder) / STAMP
+    with or_failed(f"{place} could not be written"):
+        files.put(place, json.dumps(stamp, indent=1))
 
 
 def ensure(groups: Sequence[Group] = (DEMO,), folder: Path = VENV) -> Path:
@@ -154,10 +147,8 @@ def _refuse_foreign(folder: Path) -> None:
     if not os.path.lexists(folder):
         return
     files.make_folder(folder)  # says so where a file or a link to nowhere stands there
-    try:
+    with or_failed(f"{folder} could not be read"):
         there = set(os.listdir(folder))
-    except OSError as error:
-        raise failed(f"{folder} could not be read", error) from error
     if there and not there & {STAMP, FRESH}:
         raise SetupError(
             f"{folder} has no stamp of ToMe's, so nothing is put into it",
@@ -176,7 +167,7 @@ def _make_room(folder: Path, stamp: Mapping[str, str]) -> None:
         )
     if os.path.exists(folder) and os.path.exists(sys.prefix) and os.path.samefile(folder, sys.prefix):
         raise SetupError(f"{folder} has to be made anew, but this Python runs from it", "Use another Python.")
-    try:
+    with or_failed(f"the old environment {folder} could not be taken away"):
         if UNFINISHED in stamp or MADE in stamp:
             for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == STAMP):
                 files.delete(entry)  # the stamp last: what a deletion cut short leaves is ours still
@@ -184,8 +175,6 @@ def _make_room(folder: Path, stamp: Mapping[str, str]) -> None:
             kept = files.free_name(files.make_folder(CACHE) / "venv-kept")
             files.move(folder, kept)
             say(f"  Kept the environment of an earlier ToMe as {kept}. Delete it when you do not need it.")
-    except OSError as error:
-        raise failed(f"the old environment {folder} could not be taken away", error) from error
 
 
 VENV_PACKAGE = "On Debian and Ubuntu it is a package of its own: sudo apt install python3-venv"
@@ -233,10 +222,8 @@ def pip(python: Path, arguments: Sequence[str], current: Stage) -> None:
     """
     command = [str(python), "-m", "pip", *arguments, "--progress-bar", "off", "--disable-pip-version-check"]
     log = files.make_folder(CACHE) / "pip.log"
-    try:
+    with or_failed(f"pip could not be run, or {log} not be written"):
         code, lines = _follow(command, log, current)
-    except OSError as error:
-        raise failed(f"pip could not be run, or {log} not be written", error) from error
     if code:
         raise SetupError(*explain_pip(lines, log, code))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .console import SetupError, failed
 
@@ -104,6 +105,22 @@ def make_folder(place: Path) -> Path:
             raise SetupError(f"{blocking} is a file, not a folder", "Move that file away.") from error
         raise failed(f"the folder {place} could not be made", error) from error
     return place
+
+
+def put(place: Path, text: str) -> None:
+    """Write a file, at once and in whole: one that stands there stays until the new one is ready. Raises OSError."""
+    fresh = place.with_name(f"{place.name}.new")
+    fresh.write_text(text, encoding="utf-8", newline="\n")
+    fresh.replace(place)
+
+
+def told(file: Path) -> dict[str, Any]:
+    """What a file of JSON holds; empty where it is not there, damaged, or no object."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def walk(folder: Path, skip: Callable[[Path], bool] = lambda path: False, follow: bool = False) -> Iterator[Path]:

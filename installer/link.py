@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import copies, files
-from .console import SetupError, failed
+from .console import SetupError, or_failed
 from .copies import MARKER
 from .files import is_link
 from .paths import ROOT
@@ -50,7 +50,7 @@ def find_host(folder: Path, host: Host) -> Path:
     """
     folder = files.user_path(folder)
     name_it = f"Name the folder that {host.title} lies in."
-    try:
+    with or_failed(f"{folder} could not be read"):
         for candidate in (folder, *(folder / name for name in host.nested)):
             if not _missing(candidate, host):
                 return candidate
@@ -59,8 +59,6 @@ def find_host(folder: Path, host: Host) -> Path:
         if not folder.is_dir():
             raise SetupError(f"{folder} is a file, not a folder", name_it)
         looked, missing = ", ".join(host.needs), ", ".join(_missing(folder, host))
-    except OSError as error:
-        raise failed(f"{folder} could not be read", error) from error
     raise SetupError(
         f"{folder} is no {host.title}: looked for {looked}; missing: {missing}",
         f"Name the folder that holds {host.needs[0]}.",
@@ -123,10 +121,8 @@ def _remove(place: Path, host: Host, root: Path) -> list[str]:
     if is_link(place):
         if not _same(place, root):
             raise SetupError(f"{place} is a link to {files.target(place)}, not to {root}: nothing was removed")
-        try:
+        with or_failed(f"the link {place} could not be removed"):
             files.unlink(place)
-        except OSError as error:
-            raise failed(f"the link {place} could not be removed", error) from error
         return [f"Removed the link {place}. Restart {host.title}."]
     inside = _lies_in(root, place.parent)
     if inside:
@@ -135,7 +131,7 @@ def _remove(place: Path, host: Host, root: Path) -> list[str]:
         return [f"There is no {place}: nothing to remove."]
     if not copies.is_copy(place):
         raise SetupError(f"{place} was not put there by ToMe: nothing was removed")
-    kept = copies.take_out(place, root)
+    kept = copies.install(place, root, fresh=False)
     done = f"Took the copy out of {place.parent}" if kept else f"Removed the copy {place}"
     return [*filter(None, [kept]), f"{done}. Restart {host.title}."]
 
@@ -158,10 +154,8 @@ def _other_clone(extensions: Path, place: Path) -> Path | None:
 
 
 def _entries(extensions: Path) -> list[Path]:
-    try:
+    with or_failed(f"{extensions} could not be read"):
         return sorted(extensions.iterdir()) if os.path.isdir(extensions) else []
-    except OSError as error:
-        raise failed(f"{extensions} could not be read", error) from error
 
 
 def _same(one: Path, two: Path) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import comfyui, environment, files
 from .compare import graph, journal, plan
-from .console import SetupError, failed, say
+from .console import SetupError, failed, or_failed, say
 from .paths import COMPARED, RESULTS, ROOT, TABLE_HEAD
 
 FAST = "tests/fast.txt"  # what `test --fast` runs: a file, or a test of one, a line
@@ -27,15 +27,7 @@ def demo(host: str | None, checkpoint: str | None, out: str) -> int:
     weights = _checkpoint(checkpoint) if checkpoint else None
     results = files.user_path(out)
     _try_to_write(results, RESULTS, _is_from_demo, "this demo")
-    if host or os.environ.get("COMFYUI_DIR"):
-        comfyui.locate(host, environment.python_in(environment.VENV))
-    say("ToMe demo")
-    python = environment.ensure([environment.DEMO])
-    folder = comfyui.locate(host, python)
-    command = ["-m", "installer.demo", "--comfyui", str(folder), "--out", str(results)]
-    if weights:
-        command += ["--checkpoint", str(weights)]
-    return _become(python, command)
+    return _go_on("demo", host, results, checkpoint=weights)
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -52,20 +44,26 @@ def compare(options: argparse.Namespace) -> int:
     request = plan.make_request(checkpoint, flow, options.sizes, prompts)
     settings = request.settings()
     _try_to_write(out, COMPARED, lambda out: journal.Journal(out, settings).begun, "a comparison")
-    if options.comfyui or os.environ.get("COMFYUI_DIR"):
-        comfyui.locate(options.comfyui, environment.python_in(environment.VENV))
-    say("ToMe compare")
+    sizes = ["--sizes", *options.sizes] if options.sizes else []
+    return _go_on("compare", options.comfyui, out, *sizes, checkpoint=checkpoint, workflow=flow, prompts=prompts)
+
+
+def _go_on(name: str, host: str | None, out: Path, *more: str, **named: Path | None) -> int:
+    """Go on as the module installer.NAME, in the environment. host: the ComfyUI that was asked for."""
+    if host or os.environ.get("COMFYUI_DIR"):
+        comfyui.locate(host, environment.python_in(environment.VENV))
+    say(f"ToMe {name}")
     python = environment.ensure([environment.DEMO])
-    command = ["-m", "installer.compare", "--comfyui", str(comfyui.locate(options.comfyui, python)), "--out", str(out)]
-    for name, value in (("checkpoint", checkpoint), ("workflow", flow), ("prompts", prompts)):
-        command += [f"--{name}", str(value)] if value else []
-    return _become(python, [*command, *(["--sizes", *options.sizes] if options.sizes else [])])
+    command = ["-m", f"installer.{name}", "--comfyui", str(comfyui.locate(host, python)), "--out", str(out)]
+    for option, value in named.items():
+        command += [f"--{option}", str(value)] if value else []
+    return _become(python, [*command, *more])
 
 
 def _checkpoint(name: str) -> Path:
     """The file of a person's model. Raises SetupError when ComfyUI could not read it."""
     file, name_one = files.user_path(name), f"Name a file that ends in {' or '.join(CHECKPOINTS[:2])}."
-    try:
+    with or_failed(f"{file} could not be read"):
         if not files.exists(file):
             raise SetupError(f"there is no file {file}", name_one)
         if file.is_dir():
@@ -73,8 +71,6 @@ def _checkpoint(name: str) -> Path:
         if file.suffix.lower() not in CHECKPOINTS:
             raise SetupError(f"ComfyUI loads no checkpoint from {file.name}", name_one)
         file.open("rb").close()
-    except OSError as error:
-        raise failed(f"{file} could not be read", error) from error
     return file
 
 
@@ -131,10 +127,8 @@ def test(arguments: Sequence[str], *, fast: bool = False, host: str | None = Non
 
 
 def _run(python: Path, arguments: Sequence[str], extra: Mapping[str, str] | None = None) -> int:
-    try:
+    with or_failed(f"{python} could not be run"):
         process = subprocess.Popen([str(python), *arguments], cwd=ROOT, env=_variables(extra))
-    except OSError as error:
-        raise failed(f"{python} could not be run", error) from error
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         while True:
@@ -151,10 +145,8 @@ def _become(python: Path, arguments: Sequence[str]) -> int:
     if os.name == "nt":
         return _run(python, arguments)
     os.chdir(ROOT)
-    try:
+    with or_failed(f"{python} could not be run"):
         os.execve(str(python), [str(python), *arguments], _variables())
-    except OSError as error:
-        raise failed(f"{python} could not be run", error) from error
 
 
 def _variables(extra: Mapping[str, str] | None = None) -> dict[str, str]:

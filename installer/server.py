@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import files, link
 from .client import ComfyClient, PromptError
-from .console import SetupError, failed
+from .console import SetupError, or_failed
 from .paths import ROOT
 
 FOLDERS = ("custom_nodes", "models", "input", "output", "temp", "user")
@@ -63,7 +63,9 @@ class ComfyServer:
             files.make_folder(self.base / name)
         if self.pack is not None:
             put_pack(self.base / "custom_nodes", self.pack)
-        port = free_port()
+        with socket.socket() as probe:  # a port that is free now
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         runner = Path(__file__).with_name("serve.py")
         command = [
             self.python, str(runner), str(self.comfyui / "main.py"),
@@ -73,10 +75,8 @@ class ComfyServer:
             *self.arguments,
         ]  # fmt: skip
         own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
-        try:
+        with or_failed(f"{self.log} could not be written"):
             log = self.log.open("wb")
-        except OSError as error:
-            raise failed(f"{self.log} could not be written", error) from error
         with log:
             try:
                 self.process = subprocess.Popen(
@@ -156,13 +156,6 @@ def put_pack(custom_nodes: Path, pack: Path, name: str = link.COMFYUI.name) -> N
     if files.is_link(place) and not (place.exists() and place.samefile(pack)):
         files.unlink(place)  # this repository was moved
     link.put(place, pack)
-
-
-def free_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _end_group(process: subprocess.Popen[bytes], how: int) -> None:

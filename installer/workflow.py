@@ -71,11 +71,6 @@ def demo_subjects(known: Mapping[str, Any], count: int) -> list[Subject]:
     return [Subject(name, name, 7 + place) for place, name in enumerate(ordered[:count])]
 
 
-def prompt_subjects(count: int) -> list[Subject]:
-    """Prompts for a real checkpoint."""
-    return [Subject(text.split(",")[0], text, 7 + place) for place, text in enumerate(PROMPTS[:count])]
-
-
 def demo_workflow(
     known: Mapping[str, Any], subject: Subject, settings: Settings, tome: Mapping[str, Any] | None
 ) -> Workflow:

@@ -86,11 +86,8 @@ def _plot(pen: ImageDraw.ImageDraw, left: int, rows: Sequence[Mapping[str, Any]]
         y = top + 24 * number + 10
         x = left + PLOT[0] + 30
         pen.ellipse((x - 6, y - 6, x + 6, y + 6), colour)
-        pen.text((x + 14, y), f"{row['variant']}: {_in_short(row)}", INK, font(15), anchor="lm")
-
-
-def _in_short(row: Mapping[str, Any]) -> str:
-    return f"{row['speedup']:.2f} x, " + ("the same" if row["psnr"] >= SAME else f"{row['psnr']:.1f} dB")
+        psnr = "the same" if row["psnr"] >= SAME else f"{row['psnr']:.1f} dB"
+        pen.text((x + 14, y), f"{row['variant']}: {row['speedup']:.2f} x, {psnr}", INK, font(15), anchor="lm")
 
 
 def ticks(low: float, high: float) -> list[float]:

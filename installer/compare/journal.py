@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..console import SetupError, failed
+from .. import files
+from ..console import SetupError, failed, or_failed
 from ..paths import COMPARED
 
 SETTINGS = "settings"
@@ -36,30 +37,24 @@ class Journal:
         self.settings |= more
         line = _line({SETTINGS: self.settings})
         lines = [line, *(_line({"key": key, **record}) for key, record in self.records.items())]
-        fresh = self.path.with_suffix(".new")
-        try:
-            fresh.write_bytes(b"".join(lines))
-            os.replace(fresh, self.path)
-        except OSError as error:
-            raise failed(f"{self.path} could not be written", error) from error
+        with or_failed(f"{self.path} could not be written"):
+            files.put(self.path, "".join(lines))
 
     def has(self, key: str) -> bool:
         return key in self.records
 
     def add(self, key: str, record: dict[str, Any]) -> None:
         """Write a line to the disk, whole: one that a crash cut off is dropped when the file is read."""
-        try:
+        with or_failed(f"{self.path} could not be written"):
             with self.path.open("ab") as file:
-                file.write(_line({"key": key, **record}))
+                file.write(_line({"key": key, **record}).encode())
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise failed(f"{self.path} could not be written", error) from error
         self.records[key] = record
 
 
-def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .. import console, likeness
+from .. import console, files, likeness
 from ..paths import COMPARED
 from . import drawn, plan, schema
 from .journal import Journal
@@ -164,8 +163,8 @@ def words(found: Mapping[str, Any]) -> list[str]:
 def write(found: Mapping[str, Any], out: Path, request: Request) -> list[Path]:
     """Write the JSON, the table, the chart and a contact sheet for each size, and return where they are."""
     written = [out / name for name in COMPARED[1:]]
-    _replace(written[0], json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    _replace(written[1], table(found) + "\n")
+    files.put(written[0], json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    files.put(written[1], table(found) + "\n")
     drawn.chart(found["results"], found["model"]["name"]).save(written[2], optimize=True)
     journal = Journal(out, {})
     for size in request.sizes:
@@ -173,12 +172,6 @@ def write(found: Mapping[str, Any], out: Path, request: Request) -> list[Path]:
         _contact(out, journal, size, request).save(sheet, quality=90)
         written.append(sheet)
     return written
-
-
-def _replace(path: Path, text: str) -> None:
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
 
 
 def _contact(out: Path, journal: Journal, size: str, request: Request) -> Image.Image:
