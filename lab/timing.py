@@ -34,6 +34,12 @@ def spread(times: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(times), "p20": fifths[0], "p80": fifths[-1]}
 
 
+def columns(found: dict[str, float] | None, median: str, stem: str = "") -> dict[str, Any]:
+    """A row's columns of a spread, by the name of the median's; empty where nothing could be measured."""
+    names = {"median": median, "p20": f"{stem}p20", "p80": f"{stem}p80"}
+    return {name: found[key] if found else "" for key, name in names.items()}
+
+
 def take_turns(
     turns: dict[Any, Callable[[], Sequence[Any]]], seconds: float, least: int = 5, most: int = 200
 ) -> dict[Any, list[Any]]:

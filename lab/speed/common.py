@@ -23,7 +23,7 @@ from tqdm import tqdm
 from shared_tome.autotune.layer import put_in_order
 
 from ..store import Budget, Store, as_csv, rounded
-from ..timing import spread
+from ..timing import columns, spread
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BACKENDS = {
@@ -115,34 +115,20 @@ def microseconds(
     return spread([1e6 * timer.timeit(number).mean / together for _ in range(blocks)])
 
 
-def us_columns(found: dict[str, float] | None) -> dict[str, Any]:
-    """A row's columns on microseconds; empty where nothing could be measured."""
-    return {"us" if key == "median" else key: found[key] if found else "" for key in ("median", "p20", "p80")}
-
-
-# Columns of a row: what they are of `spread`.
-SPEEDUPS = {"speedup": "median", "speedup_p20": "p20", "speedup_p80": "p80"}
-
-
-def speedup(base: Sequence[float], times: Sequence[float]) -> dict[str, str]:
+def speedup(base: Sequence[float], times: Sequence[float] | None) -> dict[str, str]:
     """How many times as fast as `base`, which was measured by turns with it: the median of the turns, p20 and p80.
 
-    Turn against turn, so that a machine that is slower for a while is so for both.
+    Turn against turn, so that a machine that is slower for a while is so for both. times: None where nothing could be
+    measured.
     """
-    found = spread([a / b for a, b in zip(base, times, strict=True)])
-    return {name: f"{found[key]:.3f}" for name, key in SPEEDUPS.items()}
+    found = spread([a / b for a, b in zip(base, times, strict=True)]) if times else None
+    return {name: f"{x:.3f}" if found else "" for name, x in columns(found, "speedup", "speedup_").items()}
 
 
 def step_columns(base: Sequence[float], times: Sequence[float] | None) -> dict[str, Any]:
-    """A row's columns on the time of a step: milliseconds, and how many times as fast as `base`; seconds are given.
-
-    times: None where nothing could be measured; the columns are empty then.
-    """
-    if not times:
-        return dict.fromkeys(("step_ms", "step_p20", "step_p80", *SPEEDUPS), "")
-    time = spread(times)
-    found = {f"step_{name}": 1e3 * time[key] for name, key in (("ms", "median"), ("p20", "p20"), ("p80", "p80"))}
-    return {**found, **speedup(base, times)}
+    """A row's columns on the time of a step: milliseconds, and how many times as fast as `base`; seconds are given."""
+    found = spread([1e3 * time for time in times]) if times else None
+    return {**columns(found, "step_ms", "step_"), **speedup(base, times)}
 
 
 def seconds_of(call: Callable[[], Any], device: str, repeats: int = 1) -> float:
@@ -245,12 +231,12 @@ def run_jobs(
     jobs: each with the names that it has in the columns `by`. measure: the rows of a job for these names, without the
     job's own columns. first: names that every job measures. about: columns in place of the machine's own.
     """
-    columns = (by,) if isinstance(by, str) else by
-    store, budget = Store(args.out, (*jobs[0][0], *columns)), Budget(args.minutes)
+    told = (by,) if isinstance(by, str) else by
+    store, budget = Store(args.out, (*jobs[0][0], *told)), Budget(args.minutes)
     stamp = {**machine(args.device, args.commit), "versions": versions(*packages), **(about or {})}
     with torch.no_grad():
         for job, names in tqdm(jobs, file=sys.stderr):
-            keys = {name: dict(zip(columns, (name,) if isinstance(by, str) else name, strict=True)) for name in names}
+            keys = {name: dict(zip(told, (name,) if isinstance(by, str) else name, strict=True)) for name in names}
             wanted = [name for name in names if not store.has(**job, **keys[name])]
             if not wanted:
                 continue

@@ -19,7 +19,7 @@ import torch
 from installer import inprocess
 
 from ..models.full_dits import MODELS, BlockClock, Call, build, without_attention
-from ..timing import spread, take_turns
+from ..timing import columns, spread, take_turns
 from .common import BACKENDS, DTYPES, Arguments, Job, run_jobs, start_comfyui
 from .hosts import choose_attention
 
@@ -75,9 +75,7 @@ def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iter
             "blocks": " + ".join(str(made) for made, _ in which.depths.values()),
             "depth": " + ".join(str(depth) for _, depth in which.depths.values()),
             "variant": each,
-            "step_ms": full[each]["median"],
-            "step_p20": full[each]["p20"],
-            "step_p80": full[each]["p80"],
+            **columns(full[each], "step_ms", "step_"),
             "speedup": f"{base / full[each]['median']:.3f}",
             "measured_ms": spread([times[0] for times in found[each]])["median"],
             "attention_share": f"{1 - full['limit']['median'] / base:.3f}" if "limit" in full else "",

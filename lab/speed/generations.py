@@ -36,10 +36,9 @@ from shared_tome.methods import PRESETS
 
 from ..models import full_dits
 from ..store import RESULTS, read
-from ..timing import spread, take_turns
+from ..timing import columns, spread, take_turns
 from . import forced, hosts
-from .common import BACKENDS, DTYPES, SPEEDUPS, Arguments, Job, run_jobs, seconds_of, speedup, start_comfyui
-from .decoding import decode_seconds
+from .common import BACKENDS, DTYPES, Arguments, Job, run_jobs, seconds_of, speedup, start_comfyui
 
 TOMESD = "TomePatchModel 0.5"
 COMMON = ("unmerged", *PRESETS, "EasyCache 0.2", "EasyCache 0.2 + Balanced", "75% of the steps", "SageAttention")
@@ -76,6 +75,10 @@ MODELS = {
     "flux-tiny": Model({"192x128": DITS}, "dit", steps=10, of=10, dtype="float32", least=64),
     "wan-tiny": Model({"96x64, 9 frames": SHORT}, "dit", steps=10, of=20, dtype="float32", least=64),
 }
+AUTOENCODER = {
+    "double_z": True, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+    "attn_resolutions": [], "dropout": 0.0,
+}  # fmt: skip
 LEFT_OUT = ("768²", "1536²")  # unless they are asked for
 
 
@@ -199,6 +202,26 @@ def with_sage(model: Any) -> Any:
     return clone
 
 
+@torch.no_grad()
+def decode_seconds(shape: tuple[int, ...], device: str, width: int = 128, repeats: int = 3) -> float:
+    """The median of some decodings of a latent [B, C, h, w] by ComfyUI's own autoencoder, with random weights, warm; in
+    bfloat16 on a GPU, as ComfyUI does there.
+
+    width: channels of the first level; Stable Diffusion's and Flux's have 128.
+    """
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        layout = {**AUTOENCODER, "z_channels": shape[1], "ch": width}
+        model = AutoencoderKL(ddconfig=layout, embed_dim=shape[1]).to(dtype)
+        latent = torch.randn(shape, dtype=dtype)
+    for parameter in model.parameters():
+        parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(0.5)
+    model.decode(latent)
+    return spread([seconds_of(lambda: model.decode(latent), device) for _ in range(repeats)])["median"]
+
+
 def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one model, size and attention, all from the same rounds."""
     name, size = job["model"], job["size"]
@@ -215,14 +238,10 @@ def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iter
         decode = decode_seconds(shape, args.device, 32 if name.endswith("tiny") else 128) if len(shape) == 4 else ""
     for choice, one in ready.items():
         times = found.get(choice)
-        cells = spread(times) if times else dict.fromkeys(("median", "p20", "p80"), "")
-        compared = speedup(found["unmerged"], times) if times else dict.fromkeys(SPEEDUPS, "")
         yield {
             "choice": choice,
-            "seconds": cells["median"],
-            "p20": cells["p20"],
-            "p80": cells["p80"],
-            **compared,
+            **columns(spread(times) if times else None, "seconds"),
+            **speedup(found["unmerged"], times),
             "decode_s": decode,
             "steps": one.steps,
             "of_steps": MODELS[name].of,

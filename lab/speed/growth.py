@@ -21,7 +21,8 @@ from torch import Tensor
 
 from shared_tome import ModelCall, ToMeConfig, kernels, match_tokens
 
-from .common import DTYPES, Arguments, attention_by, microseconds, run_jobs, us_columns
+from ..timing import columns
+from .common import DTYPES, Arguments, attention_by, microseconds, run_jobs
 from .layer import tomesd_match
 
 CHANNELS, HEADS = 320, 8
@@ -104,10 +105,10 @@ def measure(tokens: int, who: str, args: Namespace) -> Iterator[dict[str, Any]]:
                 time = microseconds(
                     call, graph=args.on_gpu, min_time=args.seconds, generators=generators, together=together
                 )
-                yield {"batch": args.batch, "what": what, **us_columns(time), "remark": ""}
+                yield {"batch": args.batch, "what": what, **columns(time, "us"), "remark": ""}
     except (ImportError, RuntimeError) as error:  # not installed, or it does not fit, or does not capture
         remark = str(error).splitlines()[0][:80]
-        yield {"batch": args.batch, "what": "all that is left", **us_columns(None), "remark": remark}
+        yield {"batch": args.batch, "what": "all that is left", **columns(None, "us"), "remark": remark}
 
 
 def main() -> None:

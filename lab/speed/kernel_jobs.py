@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +27,14 @@ class Work(NamedTuple):
     """A kernel's call; plain: the same by plain torch, where that is timed beside it."""
 
     kernel: str
-    variant: str
     call: Callable[[], Any]
     plain: Callable[[], Any] | None = None
+    variant: str = ""
+
+
+def both(kernel: str, launch: Callable[..., Any], plain: Callable[..., Any], *given: Any) -> Work:
+    """A kernel and the plain torch that takes the same."""
+    return Work(kernel, partial(launch, *given), partial(plain, *given))
 
 
 class Case:
@@ -65,27 +71,22 @@ def jobs(case: Case) -> Iterator[Work]:
     from shared_tome.kernels.impl import gather, widen
     from shared_tome.kernels.impl.attend import launch_attend
 
-    yield Work("copy", "", case.x.clone)
+    yield Work("copy", case.x.clone)
     if case.channels in (320, 1280):
         yield from choosing_jobs(case)
     yield from matching_jobs(case)
     y = take(case.x, case.index)
-    yield Work("gather", "", lambda: gather.launch_gather(y, case.groups), lambda: take(y, case.groups))
+    yield both("gather", gather.launch_gather, take, y, case.groups)
     yield from own_jobs(case)
     bias, d = case.sizes.log(), case.channels // case.heads
     if d == 64:
         # Merged tokens attend to each other, each weighing as many as it stands for; plain: by further channels.
-        given = (*case.split_heads(y), bias, d**-0.5)
-        yield Work("attend", "", lambda: launch_attend(*given), lambda: channels.attend_wider(*given))
+        yield both("attend", launch_attend, channels.attend_wider, *case.split_heads(y), bias, d**-0.5)
     # As attend_tokens hands them over: 8 heads in SD1.5, heads of 64 in SDXL.
     q, k, v = (y.unflatten(-1, (case.heads, -1)),) * 3
-    room = channels.extra_channels(d)
-    yield Work(
-        "widen",
-        "",
-        lambda: widen.launch_widen(q, k, v, bias[:, :, None], room),
-        lambda: channels.extend_heads(q, k, v, bias[:, :, None]),
-    )
+    given = (q, k, v, bias[:, :, None])
+    widened = partial(widen.launch_widen, *given, channels.extra_channels(d))
+    yield Work("widen", widened, partial(channels.extend_heads, *given))
 
 
 def choosing_jobs(case: Case) -> Iterator[Work]:
@@ -102,7 +103,7 @@ def choosing_jobs(case: Case) -> Iterator[Work]:
         def launch(kept: int = kept) -> Tensor:
             return draw.launch_draw(order, case.seed, case.step, 0, kept, 0, LAYERS, 256)
 
-        yield Work("draw", f"{ratio}", launch, walked)
+        yield Work("draw", launch, walked, f"{ratio}")
     for layers in (1, LAYERS):
 
         def parts(layers: int = layers) -> Any:
@@ -111,7 +112,7 @@ def choosing_jobs(case: Case) -> Iterator[Work]:
         def launch_all(layers: int = layers) -> Any:
             return split.launch_split(case.seed, case.step, 0, 0, 1, *case.grid, 2, 2, True, layers)
 
-        yield Work("split", "" if layers == 1 else f"{layers} layers", launch_all, parts)
+        yield Work("split", launch_all, parts, "" if layers == 1 else f"{layers} layers")
 
 
 def matching_jobs(case: Case) -> Iterator[Work]:
@@ -120,45 +121,28 @@ def matching_jobs(case: Case) -> Iterator[Work]:
 
     x, src, dst, goes, rows = case.x, case.src, case.dst, case.goes, case.x.shape[0]
 
-    def grouped() -> Any:
-        return matching.grouped(case.similarity, case.target, src, dst, goes, False)
-
-    yield Work(
-        "nearest", "", lambda: nearest.launch_nearest(x, src, dst, 0, None), lambda: matching.nearest(x, src, dst)
-    )
+    grouped = partial(matching.grouped, case.similarity, case.target, src, dst, goes, False)
+    yield Work("nearest", partial(nearest.launch_nearest, x, src, dst, 0, None), partial(matching.nearest, x, src, dst))
     if x.dtype != torch.float32:
         # What match does: the same similarities, tallied, then the groups by the tally. What it counts in is not
         # cleared between calls, which index and groups do not show.
         tally = torch.empty((rows, nearest.TALLY), dtype=torch.int32, device=x.device)
         heads = torch.zeros(mean.heads_like(rows, case.kept, dst.shape[1]), dtype=torch.int32, device=x.device)
-
-        def tallied() -> tuple[Tensor, Tensor]:
-            return nearest.launch_nearest(x, src, dst, tally=tally, heads=heads)
-
+        tallied = partial(nearest.launch_nearest, x, src, dst, tally=tally, heads=heads)
         found = tallied()
-        yield Work("nearest", "tallied", tallied)
-        yield Work(
-            "match",
-            "",
-            lambda: match.launch_match(x, src, dst, goes),
-            lambda: matching.match(x, src, dst, goes),
-        )
+        yield Work("nearest", tallied, variant="tallied")
+        yield both("match", match.launch_match, matching.match, x, src, dst, goes)
         by_tally = (*found, src, dst, goes, tally, heads, 0, match._TILES)
-        yield Work("select", "tallied", lambda: match.launch_grouped(*by_tally), grouped)
+        yield Work("select", partial(match.launch_grouped, *by_tally), grouped, "tallied")
     if case.channels in (320, 1280):
         if src.shape[1] <= 2 * kernels.names.SELECTED:
             given = (case.similarity, case.target, src, dst, goes, None)
-            yield Work("select", "", lambda: select.launch_select(*given), grouped)
-        yield Work(
-            "links",
-            "",
-            lambda: mean.launch_links(case.index, case.groups, case.kept),
-            lambda: group_counts(case.groups, case.kept),
-        )
+            yield Work("select", partial(select.launch_select, *given), grouped)
+        linked = partial(mean.launch_links, case.index, case.groups, case.kept)
+        yield Work("links", linked, partial(group_counts, case.groups, case.kept))
     chain = mean.launch_links(case.index, case.groups, dst.shape[1])
     yield Work(
         "mean",
-        "",
         lambda: mean.launch_mean(x, case.index, case.groups, *chain, mean._BLOCKS),
         lambda: ((group_sum(x, case.groups, case.kept) / case.sizes[..., None]).to(x.dtype), case.sizes.log()),
     )
@@ -174,17 +158,12 @@ def own_jobs(case: Case) -> Iterator[Work]:
 
     plan = case.call(ToMeConfig(ratio=0.75, min_tokens=0, own_token=True)).plan(case.x, case.grid)
     q, k, v = case.split_heads(case.x)
-    yield Work(
-        "turns",
-        "",
-        lambda: launch_turns(k, v, plan.turns),
-        lambda: own.take_turns(k, v, plan.turns),
-    )
+    yield both("turns", launch_turns, own.take_turns, k, v, plan.turns)
     kernel, scale = choose_kernel(TORCHS, q.device, q.dtype, q.shape[-1]), q.shape[-1] ** -0.5
     drawn, weight = own.take_turns(k, v, plan.turns), math.log(plan.tokens / plan.kept)
     rest = (plan.turns, plan.runs, scale, weight)
     given = (q, k, v, *attend_with_lse(q, *drawn, kernel), *rest)
-    yield Work("own", "", lambda: own_kernel.launch_own(*given), lambda: own.keep_own(*given))
+    yield both("own", own_kernel.launch_own, own.keep_own, *given)
     if q.shape[-1] != 64:
         return
 
@@ -197,7 +176,7 @@ def own_jobs(case: Case) -> Iterator[Work]:
         def launch(keys: Any = keys) -> Tensor:
             return launch_attend_drawn(q, k, v, keys, plan.turns, plan.runs, 0, scale, weight)
 
-        yield Work("attend_drawn", variant, launch, None if variant else behind)
+        yield Work("attend_drawn", launch, None if variant else behind, variant)
 
 
 def layer_jobs(case: Case) -> Iterator[Work]:
@@ -225,4 +204,4 @@ def layer_jobs(case: Case) -> Iterator[Work]:
         ("4 x merge", "with heads", lambda: merged(4, True)),
         ("4 x sample", "", sampled),
     ):
-        yield Work(name, variant, call, None if variant else call)
+        yield Work(name, call, None if variant else call, variant)

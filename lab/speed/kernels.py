@@ -16,7 +16,8 @@ import torch
 
 from shared_tome import kernels
 
-from .common import DTYPES, Arguments, Job, microseconds, run_jobs, us_columns
+from ..timing import columns
+from .common import DTYPES, Arguments, Job, microseconds, run_jobs
 from .growth import kernels_off
 from .kernel_jobs import Case, jobs, layer_jobs
 
@@ -66,7 +67,7 @@ def measure(case: Case, args: Namespace, count: bool) -> Iterator[dict[str, Any]
             print(f"{work.kernel} {work.variant}: {type(error).__name__} {str(error)[:90]}", file=sys.stderr)
             continue
         copy = found["median"] if work.kernel == "copy" else copy
-        row = {"kernel": work.kernel, "variant": work.variant, **us_columns(found)}
+        row = {"kernel": work.kernel, "variant": work.variant, **columns(found, "us")}
         yield {**row, "torch_us": torch_us, "copy_us": copy, **counted}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from shared_tome import METHODS, ModelCall, ToMeConfig
 from shared_tome.attention.bias import attend
 
+from ..timing import columns
 from .common import BACKENDS, DTYPES, Arguments, Job, attention_by, microseconds, run_jobs
 
 # (name, grid, channels, heads): SD1.5 levels 0 and 1, SDXL levels 1 and 2.
@@ -132,8 +133,8 @@ def measure(shape: str, names: list[tuple[str, float]], args: Namespace) -> Iter
             "channels": channels,
             "method": method,
             "ratio": ratio,
-            **{f"full_{'us' if key == 'median' else key}": value for key, value in full.items()},
-            **{f"total_{'us' if key == 'median' else key}": value / LAYERS for key, value in total.items()},
+            **columns(full, "full_us", "full_"),
+            **columns({key: value / LAYERS for key, value in total.items()}, "total_us", "total_"),
             "match_us": time(planned)["median"],
             "merge_us": time(lambda plan=plan: plan.merge(x))["median"],
             "unmerge_us": time(lambda plan=plan, y=y: plan.unmerge(y))["median"] if config.kind.queries else 0.0,

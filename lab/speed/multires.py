@@ -23,8 +23,8 @@ from torch import Tensor
 from shared_tome.core import multires
 from shared_tome.core.grid import Grid
 
-from ..timing import spread, take_turns
-from .common import DTYPES, Arguments, attention_by, captured, run_jobs, speedup, turn_of, us_columns
+from ..timing import columns, spread, take_turns
+from .common import DTYPES, Arguments, attention_by, captured, run_jobs, speedup, turn_of
 
 # name: (grid of the image, text tokens, heads, channels of a head).
 SHAPES: dict[str, tuple[Grid, int, int, int]] = {
@@ -124,7 +124,7 @@ def measure(shape: str, args: Namespace) -> Iterator[dict[str, Any]]:
             "heads": heads,
             "channels": d,
             "way": name,
-            **us_columns({key: 1e6 * value for key, value in spread(times).items()}),
+            **columns(spread([1e6 * time for time in times]), "us"),
             **speedup(found["cudnn"], times),
             "error": errors.get(name, ""),
             "rounds": len(times),

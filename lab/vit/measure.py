@@ -14,7 +14,7 @@ from tqdm import tqdm
 import shared_tome.vit as vit
 from shared_tome.vit.options import Options
 
-from ..timing import Moment, spread, take_turns
+from ..timing import Moment, columns, spread, take_turns
 from .methods import METHODS, apply, late
 from .model import load
 from .train import MERGED_R, MODELS
@@ -59,12 +59,6 @@ def variants(rs: Sequence[int] = RS, compared: Sequence[int] = COMPARED_RS) -> l
     return found + [Variant(method, "constant", r) for method in COMPARED for r in compared]
 
 
-def halved(model: nn.Module, device: str) -> tuple[nn.Module, torch.dtype]:
-    """The model on the device in the precision that it is measured in: bfloat16 on a GPU, float32 elsewhere."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return model.to(device, dtype).eval().requires_grad_(False), dtype
-
-
 @torch.no_grad()
 def right(model: nn.Module, pictures: Tensor, classes: Tensor, batch: int) -> Tensor:
     """Which pictures [n, 3, H, W] the model names rightly: [n] of 0 and 1, float64 on the CPU."""
@@ -107,8 +101,7 @@ def throughput(
 
 def images_per_second(times: list[float], batch: int) -> dict[str, float]:
     """Of a batch's times in milliseconds."""
-    rates = spread([1e3 * batch / span for span in times])
-    return {"images_s": rates["median"], "images_s_p20": rates["p20"], "images_s_p80": rates["p80"]}
+    return columns(spread([1e3 * batch / span for span in times]), "images_s", "images_s_")
 
 
 def measure(
@@ -121,7 +114,8 @@ def measure(
     speeds: dict[Variant, dict[str, float]] = {}
     for name in MODELS:
         model, shape, training = load(folder / f"{name}.safetensors")
-        model, dtype = halved(model, device)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        model = model.to(device, dtype).requires_grad_(False)
         if not speeds:  # speed does not depend on the weights
             part = pictures[torch.arange(batch) % len(pictures)].to(dtype)
             speeds = throughput(model, part, [base, *(kind for kind in kinds if kind != base)], rounds)
