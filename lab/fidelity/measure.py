@@ -114,7 +114,11 @@ class Measurement(stamp.Measurement):
             put_mean(row, "gain", single - base)
         self.put_frechet(row, made, reference)
         if self.args.strips:
-            save_strip(self.args.strips / f"{sampler} {variant.name}.png", made.ranged[self.args.strip_pictures])
+            self.args.strips.mkdir(parents=True, exist_ok=True)
+            chosen = made.ranged[self.args.strip_pictures].round().byte()
+            beside = chosen.permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()  # (H, n * W, 3)
+            strip = Image.fromarray(np.ascontiguousarray(beside))
+            strip.save(self.args.strips / f"{sampler} {variant.name}.png")
         return row | self._times(variant, sampler)
 
     def _times(self, variant: Variant, sampler: str) -> dict[str, str]:
@@ -135,13 +139,6 @@ class Measurement(stamp.Measurement):
         singles = self.singles[row["variant"], row["sampler"]].tolist()
         self.pictures_store.add({**key, **{str(i): f"{x:.2f}" for i, x in enumerate(singles)}})
         self.store.add(row)
-
-
-def save_strip(path: Path, ranged: Tensor) -> None:
-    """Pictures [n, 3, H, W], 0 to 255, side by side."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = ranged.round().byte().permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()  # (H, n * W, 3)
-    Image.fromarray(np.ascontiguousarray(pixels)).save(path)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -13,12 +13,6 @@ from .style import INK, PAPER, STYLES, figure_of, save
 TITLES = {"tomesd": "as tomesd does", "ToDo": "downsample (ToDo)"}
 
 
-def title_of(family: str) -> str:
-    name, _, start = family.partition(" from ")
-    name = TITLES.get(name, name)
-    return f"{name}, after {round(float(start) * 100)}% of the steps" if start else name
-
-
 def _plot(rows: Sequence[Row], path: Path, timed: bool) -> None:
     """PSNR, a line a family, against the share of the attention's work that is left, or, timed, against the measured
     time of a step in percent of the unmerged step's."""
@@ -45,6 +39,8 @@ def _plot(rows: Sequence[Row], path: Path, timed: bool) -> None:
     axes.set_ylabel("PSNR to the unmerged picture, dB")
     for family, (colour, marker, line) in STYLES.items():
         mine = sorted((row for row in rows if row["family"] == family and row["psnr"] != "inf"), key=x)
+        name, _, start = family.partition(" from ")
+        late = f", after {round(float(start) * 100)}% of the steps" if start else ""
         if mine:
             axes.errorbar(
                 [x(row) for row in mine],
@@ -58,7 +54,7 @@ def _plot(rows: Sequence[Row], path: Path, timed: bool) -> None:
                 linewidth=2.4 if family == "sample" else 1.4,
                 elinewidth=1,
                 capsize=2,
-                label=title_of(family),
+                label=TITLES.get(name, name) + late,
                 zorder=3 if family.startswith("sample") else 2,
             )
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)

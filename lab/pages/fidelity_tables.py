@@ -81,10 +81,6 @@ def timed_together(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def frontier_table(rows: Sequence[Row]) -> str:
-    return table(sorted(frontier(rows, main_sampler(rows)), key=lambda r: -float(r["psnr"])), FULL)
-
-
 def psnr_table(variants: Iterable[str], columns: dict[str, dict[str, Row]]) -> str:
     """Several measurements side by side: of each variant that two or more of them have."""
     lines = []
@@ -127,11 +123,6 @@ def samplers_table(rows: Sequence[Row]) -> str:
     names = [s for s in SAMPLERS if s in measured] + [s for s in measured if s not in SAMPLERS]
     columns = {sampler_title(s): found[s] for s in names if len(found[s]) > 3}  # not what has only been begun
     return psnr_table(CATALOGUE.sets["main"][1:] + CATALOGUE.sets["key"][1:], columns)
-
-
-def starts_table(rows: Sequence[Row]) -> str:
-    chosen = [row for row in timed_together(of_set(rows, "starts", main_sampler(rows))) if " from " in row["variant"]]
-    return table(chosen, FULL)
 
 
 def preset_variant(name: str) -> str:
@@ -227,11 +218,13 @@ def about(rows: Sequence[Row]) -> str:
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "about": about,
-    "frontier": frontier_table,
+    "frontier": lambda rows: table(sorted(frontier(rows, main_sampler(rows)), key=lambda r: -float(r["psnr"])), FULL),
     "samplers": samplers_table,
     "pairs": pairs_table,
     "presets_fidelity": presets_table,
-    "starts": starts_table,
+    "starts": lambda rows: table(
+        [row for row in timed_together(of_set(rows, "starts", main_sampler(rows))) if " from " in row["variant"]], FULL
+    ),
     "floor": floor_table,
     "paper": paper_table,
     # The set "key" with samplers that are not the tables' own.

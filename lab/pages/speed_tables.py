@@ -13,16 +13,13 @@ FOLDER = RESULTS / "speed"
 MODELS = {"sd15": "SD 1.5", "sdxl": "SDXL", "flux": "Flux", "qwen": "Qwen-Image", "wan": "Wan 14B"}
 
 
-def about(rows: Sequence[Row], commits: bool = True) -> str:
+def about(rows: Sequence[Row]) -> str:
     """Where and with what they were measured."""
-    kinds = dict.fromkeys(
-        (row["machine"], row["driver"], row["torch"], row.get("versions", ""), row["date"], row["commit"])
-        for row in rows
-    )
     lines = []
-    for machine, driver, torch, versions, date, commit in kinds:
-        parts = [machine, f"driver {driver}" if driver else "", f"torch {torch}", versions, date]
-        lines.append(", ".join(part for part in (*parts, f"commit {commit}" if commits else "") if part))
+    for row in rows:
+        driver, torch = row["driver"] and f"driver {row['driver']}", f"torch {row['torch']}"
+        parts = (row["machine"], driver, torch, row.get("versions", ""), row["date"], f"commit {row['commit']}")
+        lines.append(", ".join(filter(None, parts)))
     return "; ".join(dict.fromkeys(lines))
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..store import RESULTS, Row, markdown, read
+from .speed_tables import about
 
 SMALL, LARGE = RESULTS / "fidelity" / "vit.csv", RESULTS / "speed" / "vit.csv"
 
 
 def _about(row: Row, words: str) -> str:
-    place = ", ".join(part for part in (row["machine"], row["driver"] and f"driver {row['driver']}") if part)
-    return f"\n{words} {place}, torch {row['torch']}, timm {row['timm']}, {row['date']}, commit {row['commit']}.\n"
+    return f"\n{words} {about([row | {'versions': 'timm ' + row['timm']}])}.\n"
 
 
 def _lost(row: Row | None) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import shared_tome.vit as vit
@@ -82,15 +82,12 @@ def _train(model: nn.Module, task: Task, recipe: Recipe, device: str, log: Path 
         recent.append(torch.stack((loss, (scores.detach().argmax(-1) == classes).float().mean())))
         done = step + 1
         if done % 100 == 0:
-            rows.append(_noted(done, time.monotonic() - begun, recent))
+            mean, right = torch.stack(recent).mean(0).tolist()
+            took = f"{time.monotonic() - begun:.1f}"
+            rows.append({"step": done, "seconds": took, "loss": f"{mean:.4f}", "right": f"{100 * right:.2f}"})
             recent = []
     store.save(rows, log)
     return done, time.monotonic() - begun
-
-
-def _noted(step: int, seconds: float, recent: list[Tensor]) -> dict[str, object]:
-    loss, right = torch.stack(recent).mean(0).tolist()
-    return {"step": step, "seconds": f"{seconds:.1f}", "loss": f"{loss:.4f}", "right": f"{100 * right:.2f}"}
 
 
 def train_missing(folder: Path, task: Task, recipe: Recipe, shape: Shape, device: str) -> None:

@@ -102,7 +102,9 @@ def choose(
     owner = run.owner(step, grid, layer)
     if owner is not None and facts.config.method == "multires":
         return Chosen(run, facts, level, layer, step, grid, owner[:, 0, 0], where, owner)
-    if owner is None and (facts.config.kind.matches or (facts.config.method == "multires" and _is_unseen(run))):
+    # Of multires a choice may have been there and not be kept; else sample took its place.
+    unseen = facts.config.method == "multires" and (run.compiled or run.is_full)
+    if owner is None and (facts.config.kind.matches or unseen):
         if run.compiled:
             raise NoMap("Under torch.compile it cannot be seen", f"what {facts.config.method} chose.")
         if run.is_full:
@@ -114,11 +116,6 @@ def choose(
         draw = step if facts.draw is None else facts.draw
         owner = owners(match_tokens(metric, grid, facts.config, seed=seed, step=draw, layer=layer))
     return Chosen(run, facts, level, layer, step, grid, owner, where)
-
-
-def _is_unseen(run: Run) -> bool:
-    """Whether what multires chose was not kept although it may have been there; else sample took its place."""
-    return run.compiled or run.is_full
 
 
 def _compiled(facts: StepFacts, level: int) -> tuple[int, Grid, str]:

@@ -95,11 +95,11 @@ class Judge:
     def __init__(self, model: nn.Module, tower: Tower, attachment: Attachment):
         self._tower, self._attachment = tower, attachment
         self._said: set[str] = set()
-        attachment.add_handles(
+        attachment.handles += [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             # Runs after an exception too: a pause must not stay behind.
             model.register_forward_hook(self._after, always_call=True),
-        )
+        ]
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if model.training or torch.is_grad_enabled():

@@ -88,7 +88,7 @@ def _config(goes: int, count: int) -> ToMeConfig:
 class Attachment:
     """The hooks on one tower, and the calls under way: one a thread. Other ways to merge are subclasses.
 
-    thread: merge this thread's calls alone (None: every thread's).
+    thread: merge this thread's calls alone (None: every thread's). handles: of all hooks, to which more may be added.
     """
 
     call_type = Call
@@ -99,21 +99,17 @@ class Attachment:
         self.last: tuple[Tensor, Tensor, tuple[int, ...], tuple[Tensor, ...]] | None = None
         self._calls: dict[int, Call] = {}
         self._paused: set[int] = set()  # threads
-        self._handles: list[Any] = []
+        self.handles: list[Any] = []
         for place, block in enumerate(tower.blocks):
-            self._handles += _Block(self, place).hook(block, tower)
+            self.handles += _Block(self, place).hook(block, tower)
 
     def detach(self) -> None:
         """Take all hooks off."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
-        self._handles.clear()
+        self.handles.clear()
         self._calls.clear()
         leave_left_modes()
-
-    def add_handles(self, *handles: Any) -> None:
-        """Of further hooks, which go with these."""
-        self._handles += handles
 
     def pause(self, pauses: bool) -> None:
         """Whether this thread's calls that begin from now on are left alone."""
@@ -210,7 +206,7 @@ class _Block:
         if not attention.is_plain:
             if call.padding is None:
                 call.padding = Padding(attention, k.shape[2] == call.first, self.owner.options.restore)
-                call.sizes = call.padding.sizes_of(k.shape[0])
+                call.sizes = call.padding.sizes.expand(k.shape[0], -1)
             attention = HostAttention(attention.func, attention.options, None)
         if call.per_block[self.place] > 0:
             call.metric = self.owner.metric(q, k)

@@ -41,12 +41,7 @@ class Padding:
             raise ValueError(_MASKED)
         if restore == "none":
             raise ValueError("padded inputs need restore 'last' or 'all', where the host's mask fits, got 'none'")
-        self._valid = valid
-
-    def sizes_of(self, batch: int) -> Tensor:
-        """[B, N] of the first tokens."""
-        sizes = torch.where(self._valid, 1.0, _NOTHING).float()
-        return sizes.expand(batch, -1)
+        self.sizes = torch.where(valid, 1.0, _NOTHING).float()  # [B, N], of the first tokens
 
     @staticmethod
     def hide(bias: Tensor, sizes: Tensor) -> Tensor:

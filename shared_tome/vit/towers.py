@@ -106,7 +106,11 @@ def _clip_tower(model: nn.Module) -> Tower | None:
         names = {served_as(layer, _LAYERS) for layer in layers}
         if len(names) == 1 and None not in names:
             found.append((names.pop(), list(layers)))
-    embeddings = [m for path, m in model.named_modules() if _embeds(m)]
+    embeddings = [
+        m  # makes a tower's tokens
+        for m in model.modules()
+        if hasattr(m, "patch_embedding") or (hasattr(m, "patch_embeddings") and hasattr(m, "cls_token"))
+    ]
     if len(found) != 1 or len(embeddings) != 1:
         return None
     (name, layers), (embedding,) = *found, embeddings
@@ -119,11 +123,6 @@ def _clip_tower(model: nn.Module) -> Tower | None:
         raise ValueError(f"ToMe needs attn_implementation='sdpa', this model has {kernel!r}")
     explicit = "optimized_attention" in inspect.signature(type(attention).forward).parameters
     return Tower(layers, *parts, _prefix_of(embedding), explicit, name in _TURNING)
-
-
-def _embeds(module: nn.Module) -> bool:
-    """Whether a module makes a tower's tokens."""
-    return hasattr(module, "patch_embedding") or (hasattr(module, "patch_embeddings") and hasattr(module, "cls_token"))
 
 
 def _prefix_of(embedding: nn.Module) -> int:
