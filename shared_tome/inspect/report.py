@@ -196,37 +196,8 @@ class Tally:
             self._calls += 1
             self._steps[step] = max(ratio, self._steps.get(step, 0.0))
 
-    def merged(
-        self,
-        where: str,
-        grid: Grid,
-        full: Grid,
-        number: int,
-        after: int,
-        part: int = 0,
-        saves_us: float | None = None,
-        step: int | None = None,
-    ) -> None:
-        """One layer of a call that has been merged: full is the latent's own grid. step: None where not known."""
-        after = (after, after)
-        layer = Layer(where, part, level_of(grid, full), grid, number, math.prod(grid), after, 1, saves_us=saves_us)
-        self._add(layer, step)
-
-    def left_alone(
-        self,
-        where: str,
-        reason: str,
-        grid: Grid | None = None,
-        full: Grid | None = None,
-        part: int = 0,
-        step: int | None = None,
-    ) -> None:
-        """One layer of a call that has been left alone, and why. step: None where not known."""
-        level = None if grid is None or full is None else level_of(grid, full)
-        before = None if grid is None else math.prod(grid)
-        self._add(Layer(where, part, level, grid, None, before, None, 1, reason), step)
-
-    def _add(self, layer: Layer, step: int | None) -> None:
+    def add(self, layer: Layer, step: int | None) -> None:
+        """One layer of a call. step: None where not known."""
         key = (layer.where, layer.part, layer.grid, layer.number, layer.reason)
         with self._lock:
             known = self._layers.get(key)
@@ -288,8 +259,10 @@ class CallTally:
         if plan is None:
             self.left_alone(NO_WHOLE_TOKEN, where, grid, part)
         else:
-            saves = None if verdict is None else verdict.saves_us
-            self._tally.merged(where, grid, self.full, number, plan.kept, part, saves, self.step)
+            saves, kept, before = None if verdict is None else verdict.saves_us, plan.kept, math.prod(grid)
+            level = level_of(grid, self.full)
+            layer = Layer(where, part, level, grid, number, before, (kept, kept), 1, saves_us=saves)
+            self._tally.add(layer, self.step)
         return number
 
     def count(self, grid: Grid) -> int:
@@ -300,7 +273,8 @@ class CallTally:
 
     def left_alone(self, reason: str, where: str, grid: Grid | None = None, part: int = 0) -> None:
         """A layer that was not merged, and why."""
-        self._tally.left_alone(where, reason, grid, self.full, part, self.step)
+        level, before = (None, None) if grid is None else (level_of(grid, self.full), math.prod(grid))
+        self._tally.add(Layer(where, part, level, grid, None, before, None, 1, reason), self.step)
 
 
 def _alike(layers: Iterable[Layer]) -> list[list[Layer]]:

@@ -119,8 +119,8 @@ def test_a_request_may_ask_for_it(host, lines):
 def test_calls_that_are_alike_are_told_once(host, tome, monkeypatch):
     """What a report costs: a model's layers once a pass, whatever the number of steps."""
     told, tally = [], type(tome.sampling.Run(tome.core.ToMeConfig()).tally)
-    add = tally._add
-    monkeypatch.setattr(tally, "_add", lambda self, layer, *more: (told.append(layer.where), add(self, layer, *more)))
+    add = tally.add
+    monkeypatch.setattr(tally, "add", lambda self, layer, *more: (told.append(layer.where), add(self, layer, *more)))
     host.generate(ON, steps=9)
     assert len(told) == 7
     host.generate([{**ON[0], "start": 0.5, "hires_ratio": 0.25}], steps=9, enable_hr=True)
