@@ -19,15 +19,17 @@ from ..attention.combine import TORCHS
 from ..attention.sdpa import leave_left_modes
 from ..attention.sequence import JointCall
 from ..autotune.decisions import Decisions
-from ..autotune.step import why_left_alone
+from ..autotune.detached import about_model, bare_model
+from ..autotune.layer import Verdict
+from ..autotune.step import is_judged, rows_of, verdict_of, why_left_alone
 from ..autotune.store import RETRY
 from ..config import ToMeConfig
+from ..core.grid import Grid
 from ..hooks.blocks import BlockHooks
 from ..hooks.heads import served_blocks as blocks_with
 from ..hooks.parts import argument
 from ..merging.call import ModelCall
 from . import base
-from .autotune import verdict_on_step
 from .block import Block, Call, ScriptTrials
 
 # Around the taking off and putting on of blocks' hooks: a model may be at work in several threads.
@@ -97,17 +99,33 @@ class Attachment(base.BaseAttachment):
         known = time.monotonic() < self._judged.get(kind, 0.0)
         if not self._judges or known or base.captures(kind[-1]) or base.compiles():
             return
-        config = config.replace(start=0.0, end=1.0)  # whatever its place in the schedule
-
-        def merge(made: nn.Module) -> None:
-            twin = Attachment(made, config, self.steps.pipe, self.merge_attn, judges=False)
-            twin.speak_as(self)
-
-        verdict = verdict_on_step(model, args, kwargs, batch, kind[0], config, merge)
+        verdict = self._verdict(model, args, kwargs, config.replace(start=0.0, end=1.0), kind[0], batch)
         self._judged[kind] = time.monotonic() + RETRY if verdict is None else math.inf
         if verdict is not None and not verdict.pays():
             self.say(f"{why_left_alone(verdict)}; nothing is merged")
             self._hooks.rest(kind)
+
+    def _verdict(
+        self, model: nn.Module, args: tuple, kwargs: dict[str, Any], config: ToMeConfig, grid: Grid, batch: int
+    ) -> Verdict | None:
+        """What is known of the times of a model's steps, whatever their place in the schedule (autotune/step.py); None:
+        not measured, or not to be. Copies without foreign hooks are run, so that nobody else sees a call more.
+
+        args, kwargs: of a call, whose first row is what is run; batch: its rows. grid: the latent's.
+        """
+        x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        if not is_judged(config, x.device) or model.training:
+            return None
+        whole, merged = bare_model(model), bare_model(model)
+        if whole is None or merged is None:
+            return None
+
+        def both() -> tuple[Callable[[], Any], Callable[[], Any]]:
+            Attachment(merged, config, self.steps.pipe, self.merge_attn, judges=False).speak_as(self)
+            given, named = rows_of((args, kwargs), batch)
+            return lambda: whole(*given, **named), lambda: merged(*given, **named)
+
+        return verdict_of(model, x.dtype, x.device, grid, config, both, about=about_model(model, x.device))
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         call, self.call = self.call, None
