@@ -25,7 +25,7 @@ from shared_tome.core.schedule import ratio_at, serves_layer
 from shared_tome.merging.plan import Plan
 
 from ..models.dit import DiT, JointAttention
-from ..models.unet import BasicTransformerBlock, CrossAttention, FeedForward, UNet
+from ..models.unet import BasicTransformerBlock, CrossAttention, UNet
 from .methods import Variant
 from .reuse import Hold
 from .tails import attend_tails
@@ -159,7 +159,7 @@ class MergedSelfAttention(nn.Module):
 class MergedPart(nn.Module):
     """Stands in for a block's attn2 or ff, whose tokens go by the block's own match where the option says so."""
 
-    def __init__(self, inner: CrossAttention | FeedForward, run: Run, option: str):
+    def __init__(self, inner: nn.Module, run: Run, option: str):
         super().__init__()
         self.inner, self.run, self.option = inner, run, option
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .diffusion import learning_rate
 from .optimize import adamw, budgeted, descend
 from .tensors import as_pictures, autocast
-from .unet import GroupNorm
+from .unet import GroupNorm, zeroed
 
 FACTOR = 4
 NOISE = 0.1
@@ -35,10 +35,8 @@ class AutoencoderConfig:
 class Residual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        layers = [GroupNorm(16, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1)]
-        self.body = nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
-        nn.init.zeros_(self.body[-1].weight)
-        nn.init.zeros_(self.body[-1].bias)
+        first, last = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.body = nn.Sequential(GroupNorm(16, channels), nn.SiLU(), first, nn.SiLU(), zeroed(last))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)

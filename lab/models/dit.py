@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from shared_tome.attention.bias import attend
 from shared_tome.core.grid import Grid
 
-from .unet import timestep_embedding
+from .unet import timestep_embedding, zeroed
 
 TIME_CHANNELS = 256
 THETA = 10_000.0
@@ -127,7 +127,7 @@ class Modulation(nn.Module):
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
         self.count = count
-        self.linear = _zeros(nn.Linear(width, count * width))
+        self.linear = zeroed(nn.Linear(width, count * width))
 
     def forward(self, time: Tensor) -> tuple[Tensor, ...]:
         return self.linear(F.silu(time))[:, None].chunk(self.count, dim=-1)
@@ -212,7 +212,7 @@ class DiT(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.double))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single))
         self.last_modulation = Modulation(width, 2)
-        self.out = _zeros(nn.Linear(width, values * config.out_channels))
+        self.out = zeroed(nn.Linear(width, values * config.out_channels))
 
     def grid(self, height: int, width: int) -> Grid:
         """(rows, columns) of a picture's tokens, (frames, rows, columns) of a video's.
@@ -255,9 +255,3 @@ def from_patches(tokens: Tensor, grid: Grid, patch: int) -> Tensor:
     """Inverse of to_patches."""
     x = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, (-1, grid[-1]))  # (B, h, w, C, p, p)
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-
-
-def _zeros(linear: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear

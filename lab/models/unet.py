@@ -10,6 +10,7 @@ Image Synthesis with Latent Diffusion Models" (arXiv 2112.10752), figure 3 and a
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -109,22 +110,13 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention and an MLP on tokens ``x`` [B, N, C], each normalised before."""
 
     def __init__(self, dim: int, heads: int, dim_head: int, context_dim: int) -> None:
         super().__init__()
         self.attn1 = CrossAttention(dim, None, heads, dim_head)
-        self.ff = FeedForward(dim)
+        self.ff = _named(net=nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)))
         self.attn2 = CrossAttention(dim, context_dim, heads, dim_head)
         self.norm1 = LayerNorm(dim)
         self.norm2 = LayerNorm(dim)
@@ -179,15 +171,6 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + self.out_layers(h)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
-
-
 class Upsample(nn.Module):
     """Nearest neighbour to ``size`` (height, width), that of the next skip connection, then a convolution."""
 
@@ -240,7 +223,7 @@ class UNet(nn.Module):
                 channels = base * mult
                 skips.append(channels)
             if level < last:
-                self.input_blocks.append(Stage(Downsample(channels)))
+                self.input_blocks.append(Stage(_named(op=nn.Conv2d(channels, channels, 3, stride=2, padding=1))))
                 skips.append(channels)
 
         self.middle_block = Stage(
@@ -266,10 +249,10 @@ class UNet(nn.Module):
         """Zero the last layer of every residual branch: a young network trains faster from there."""
         for module in self.modules():
             if isinstance(module, ResBlock):
-                _zero(module.out_layers[-1])
+                zeroed(module.out_layers[-1])
             elif isinstance(module, SpatialTransformer):
-                _zero(module.proj_out)
-        _zero(self.out[-1])
+                zeroed(module.proj_out)
+        zeroed(self.out[-1])
 
     def grid(self, height: int, width: int) -> Grid:
         """(rows, columns) of the tokens of its first level."""
@@ -293,6 +276,13 @@ class UNet(nn.Module):
         return self.out(h)
 
 
-def _zero(module: nn.Module) -> None:
+def zeroed(module: nn.Module) -> nn.Module:
+    """The module, its parameters set to zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
+    return module
+
+
+def _named(**modules: nn.Module) -> nn.Sequential:
+    """One after the other, by the names that the hosts' files have."""
+    return nn.Sequential(OrderedDict(modules))
