@@ -30,23 +30,23 @@ def presets(transformer: bool) -> dict[str, ToMeConfig]:
     }
 
 
+def _choice(name: str, family: str, config: ToMeConfig | None = None, **more: object) -> Variant:
+    """config: None merges nothing."""
+    return Variant(name, family, config or ToMeConfig(**BASE, ratio=0.0), timed=False, **more)
+
+
 def rivals(steps: int, transformer: bool, counts: Sequence[int] = (), sets: Iterable[str] = SETS) -> dict[str, Variant]:
     """All variants by name, the most telling first in each set.
 
     steps: of the sampler. counts: fewer ones; () takes SHARES. sets: some of SETS; unmerged is always there, twice.
     """
-    off, ours = ToMeConfig(**BASE, ratio=0.0), presets(transformer)
     counts = [count for count in counts or [round(share * steps) for share in SHARES] if 0 < count < steps]
     found: dict[str, list[Variant]] = {name: [] for name in SETS}
 
-    def plain(name: str, family: str, **more: object) -> Variant:
-        return Variant(name, family, off, timed=False, **more)
-
-    merged = [Variant(name, "ToMe", config, timed=False) for name, config in ours.items()]
-    found["presets"] = merged
-    fewer = [plain(f"{count} steps", "fewer steps", steps=count) for count in counts]
+    found["presets"] = merged = [_choice(name, "ToMe", config) for name, config in presets(transformer).items()]
+    fewer = [_choice(f"{count} steps", "fewer steps", steps=count) for count in counts]
     easy, lazy = (
-        [plain(f"{kind} {threshold:g}", kind, reuse=Reuse(kind, threshold)) for threshold in THRESHOLDS]
+        [_choice(f"{kind} {threshold:g}", kind, reuse=Reuse(kind, threshold)) for threshold in THRESHOLDS]
         for kind in ("EasyCache", "LazyCache")
     )
     found["steps"], found["caches"] = fewer, [*easy, *lazy]
@@ -57,12 +57,13 @@ def rivals(steps: int, transformer: bool, counts: Sequence[int] = (), sets: Iter
     ]
     found["hold"] = holds(transformer)
     if transformer:
-        tails = [Variant(f"mean tail {r:g}", "pooled tail", off.replace(ratio=r), False, tail="mean") for r in TAILS]
+        config = ToMeConfig(**BASE)
+        tails = [_choice(f"mean tail {r:g}", "pooled tail", config.replace(ratio=r), tail="mean") for r in TAILS]
         both = {"family": "EasyCache + pooled tail", "reuse": Reuse("EasyCache")}
         found["tails"] = [*tails, *(replace(tail, name=f"EasyCache 0.2 + {tail.name}", **both) for tail in tails[:2])]
     chosen = [
-        plain(UNMERGED, UNMERGED),
-        plain(AGAIN, UNMERGED),
+        _choice(UNMERGED, UNMERGED),
+        _choice(AGAIN, UNMERGED),
         *(variant for name in SETS if name in sets for variant in found[name]),
     ]
     return {variant.name: variant for variant in chosen}
@@ -70,24 +71,19 @@ def rivals(steps: int, transformer: bool, counts: Sequence[int] = (), sets: Iter
 
 def holds(transformer: bool) -> list[Variant]:
     """Outputs held whole, and each attention's; keys are drawn between as they are best on such a model."""
-    off = ToMeConfig(**BASE, ratio=0.0)
     drawn = "multires 0.84" if transformer else "sample 0.75"
     method, ratio = drawn.split()
     config = ToMeConfig(**{**BASE, "method": method, "ratio": float(ratio), "own_token": True})
-
-    def variant(name: str, family: str, config: ToMeConfig = off, **more: object) -> Variant:
-        return Variant(name, family, config, timed=False, **more)
-
     found = []
     for every in (2, 3, 4, 6):
         times = f"1 of {every}"
         whole = {"start": 0.2, "end": 1.0, "every": every}
         found += [
-            variant(f"outputs {times}", "outputs reused", reuse=Reuse("output", **whole)),
-            variant(f"attention {times}", "attention held", hold=Hold(every, "held")),
-            variant(f"attention {times}, {drawn} between", "drawn between", config, hold=Hold(every, "drawn")),
-            variant(f"attention {times}, {drawn} + residual", "drawn + residual", config, hold=Hold(every, "residual")),
+            _choice(f"outputs {times}", "outputs reused", reuse=Reuse("output", **whole)),
+            _choice(f"attention {times}", "attention held", hold=Hold(every, "held")),
+            _choice(f"attention {times}, {drawn} between", "drawn between", config, hold=Hold(every, "drawn")),
+            _choice(f"attention {times}, {drawn} + residual", "drawn + residual", config, hold=Hold(every, "residual")),
         ]
         if every == 2:
-            found.append(variant(f"differences {times}", "outputs reused", reuse=Reuse("difference", **whole)))
-    return [*found, variant(f"{drawn} from 0.2", "drawn from 0.2", config.replace(start=0.2))]
+            found.append(_choice(f"differences {times}", "outputs reused", reuse=Reuse("difference", **whole)))
+    return [*found, _choice(f"{drawn} from 0.2", "drawn from 0.2", config.replace(start=0.2))]
