@@ -6,6 +6,8 @@ device says so once in the log, and plain torch takes over for good on that devi
 one custom operator, so it breaks no graph and no new seed or step needs another one.
 """
 
+# ruff: noqa: F401  (these are the names behind the front door)
+
 from .heads import (
     attend,
     attend_drawn,
@@ -26,36 +28,3 @@ from .heads import (
 )
 from .switch import ready, serves, use, version
 from .tokens import Chain, can_split, draw, group_sizes, has_mean, links, match, mean, split, take
-
-__all__ = [
-    "Chain",
-    "attend",
-    "attend_drawn",
-    "attend_multires",
-    "attends",
-    "attends_drawn",
-    "attends_multires",
-    "can_attend",
-    "can_split",
-    "choose_multires",
-    "draw",
-    "extend_heads",
-    "extend_key",
-    "extend_query",
-    "extend_value",
-    "group_sizes",
-    "has_mean",
-    "keep_own",
-    "links",
-    "match",
-    "mean",
-    "pays_to_list",
-    "ready",
-    "serves",
-    "split",
-    "take",
-    "take_turns",
-    "takes_multires",
-    "use",
-    "version",
-]
