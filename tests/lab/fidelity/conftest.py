@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 import tiny  # noqa: F401  more choices of `lab.models.train --config`
 
 
