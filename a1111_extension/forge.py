@@ -131,7 +131,8 @@ def _wrapper(model: Any, sampling: Sampling, inner: Callable | None, called: Cal
             told = sampling.told
             own = OwnTokens(diffusion_model, x.device, met, sampling) if call.config.wants_heads else None
             options = args["c"].get("transformer_options", {})
-            ours = ForgeCall(call, options, x.shape[0], sampling.notes, told, own, wide)
+            decisions = Decisions(call, log=sampling.decided)
+            ours = ForgeCall(call, options, x.shape[0], sampling.notes, told, own, wide, decisions)
             with ours.hooks(diffusion_model):
                 out = run({**args, "c": {**args["c"], "transformer_options": ours.options}})
             if isinstance(told, CallRecord):
@@ -224,8 +225,10 @@ class ForgeCall(PatchedCall, AtSdpa):
         told: CallTally | None = None,
         own: OwnTokens | None = None,
         wide: dict[tuple, bool] | None = None,
+        decisions: Decisions | None = None,
     ):
-        super().__init__(call, options, Decisions(call), None if own is None else own.joint(), told)
+        decisions = Decisions(call) if decisions is None else decisions
+        super().__init__(call, options, decisions, None if own is None else own.joint(), told)
         self._notes, self._batch = notes, batch
         self._wide = {} if wide is None else wide
         self._taken: frozenset[str] = frozenset()  # of the block that runs now: see is_taken

@@ -142,7 +142,8 @@ class Attachment:
             return
         # A report wants to know of every layer.
         self._hooks.on(self._hook, kind if self._told is None else None)
-        self.call = Call(call, Decisions(call), x.shape[0], self._joint(call), kind, told=self._told)
+        decisions = Decisions(call, log=self.sampling.decided)
+        self.call = Call(call, decisions, x.shape[0], self._joint(call), kind, told=self._told)
 
     def _joint(self, call: ModelCall) -> JointCall | None:
         """What lets queries keep their own tokens, None where they shall not."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..shared_tome.changes import WEBUI, version, why_another_picture
 from .notes import logger
-from .options import WIDGETS, Settings, fit
+from .options import WIDGETS, Settings, fit, settings_from
 
 _ALWAYS = ("ratio", "method")
 _SILENT = ("enabled", "map")  # the first shows by the others; a map changes no picture
-REPORT = "ToMe report"
+REPORT, VERSION = "ToMe report", "ToMe version"
 LABELS = {
     widget.name: f"ToMe {widget.option.label[:1].lower() + widget.option.label[1:]}".replace("mLP", "MLP")
     for widget in WIDGETS
@@ -24,24 +25,28 @@ def write(
     settings: Settings,
     merged: Mapping[bool, bool] | None = None,
     kept_own: bool | None = None,
+    decisions: str | None = None,
 ) -> None:
-    """Put ToMe's options into p.extra_generation_params: ratio, method, and all that is not the default.
+    """Put ToMe's options into p.extra_generation_params: ratio, method, all that is not the default, and its version.
 
     Args:
         merged: by whether it is the hires pass, whether a pass merged anything; one that is not there is not known yet.
             The text tells ratio 0 of a pass that merged nothing, and nothing of ToMe where none did.
         kept_own: whether queries kept their own tokens; None: not known. Where none could, the picture is the one
             without the option.
+        decisions: what autotune decided of its layers; None: not known.
     """
-    told = _told(settings, merged or {}, kept_own)
-    for label in LABELS.values():
+    told = _told(settings, merged or {}, kept_own, decisions)
+    for label in (*LABELS.values(), VERSION):
         if label in told:
             parameters[label] = told[label]
         else:
             parameters.pop(label, None)
 
 
-def _told(settings: Settings, merged: Mapping[bool, bool], kept_own: bool | None) -> dict[str, Any]:
+def _told(
+    settings: Settings, merged: Mapping[bool, bool], kept_own: bool | None, decisions: str | None
+) -> dict[str, Any]:
     if settings.is_off or (merged and not any(merged.values())):
         return {}
     values = values_of(settings)
@@ -51,16 +56,19 @@ def _told(settings: Settings, merged: Mapping[bool, bool], kept_own: bool | None
         values["hires_ratio"] = 0.0
     if kept_own is not None:
         values["own_token"] = kept_own
-    return {
+    if decisions is not None:
+        values["decisions"] = decisions
+    told = {
         LABELS[widget.name]: values[widget.name]
         for widget in _TOLD
         if widget.name in _ALWAYS or values[widget.name] != widget.default
     }
+    return {**told, VERSION: version()}
 
 
 def erase(parameters: dict[str, Any]) -> None:
     """Take them out again."""
-    for label in (*LABELS.values(), REPORT):
+    for label in (*LABELS.values(), REPORT, VERSION):
         parameters.pop(label, None)
 
 
@@ -105,11 +113,21 @@ def paste_function(name: str) -> Any:
             # A picture made without ToMe is made again without it.
             return False if name == "enabled" else None
         values, refused = found
+        if name == "enabled" and (line := older(parameters)):
+            logger.info("[ToMe] the picture's text was %s", line)
         if name in refused:
             logger.info("[ToMe] from the picture's text: %s; %r is used", refused[name], values[name])
         return values[name]
 
     return paste
+
+
+def older(parameters: Mapping[str, Any]) -> str:
+    """What to say of a parsed infotext whose version gave another picture for its seed; "" where nothing is."""
+    values = read(parameters)
+    if values is None:
+        return ""
+    return why_another_picture(str(parameters.get(VERSION, "")), settings_from(values).config, WEBUI) or ""
 
 
 def _parsed(text: Any, default: Any) -> Any:

@@ -28,8 +28,7 @@ _OWN = (
         "image",
         Option(
             "Seed rule",
-            "image: each image by its own seed, so that one from a batch is the same as made alone. "
-            "fixed: by the number in 'Seed', whatever the image's.",
+            "image: by each image's seed, the same in a batch and alone. fixed: by the number in 'Seed'.",
             choices=SEED_RULES,
             advanced=True,
         ),
@@ -40,13 +39,12 @@ _MAP = Widget(
     False,
     Option(
         "Add a map to the gallery",
-        "After each picture one more that shows over it which tokens became one: of the finest merged layer, in the "
-        "last step of the last pass. The picture itself stays the same.",
+        "After each picture one more that shows over it which tokens became one in the last merged step.",
         advanced=True,
     ),
 )
 # The order of the API's list: do not change it, add to its end. What ToMeConfig got after `map` was there:
-_LATER = ("own_token", "whole", "half")
+_LATER = ("own_token", "whole", "half", "decisions")
 WIDGETS: tuple[Widget, ...] = (
     _OWN[0], _RATIO, *_OWN[1:], *(widget for widget in _OTHERS if widget.name not in _LATER), _MAP,
     *(widget for widget in _OTHERS if widget.name in _LATER),
@@ -157,6 +155,8 @@ def control(widget: Widget) -> tuple[str, dict[str, Any]]:
         return "Dropdown", {"choices": list(option.choices)}
     if isinstance(widget.default, bool):
         return "Checkbox", {}
+    if isinstance(widget.default, str):
+        return "Textbox", {"max_lines": 1}
     if (option.maximum - option.minimum) / option.step > 1000:  # no slider can be set that finely
         return "Number", {"precision": 0}
     return "Slider", {"minimum": option.minimum, "maximum": option.maximum, "step": option.step}

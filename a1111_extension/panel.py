@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import html
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -10,13 +12,17 @@ from modules.ui_components import InputAccordion
 
 from ..shared_tome.methods import CUSTOM, PRESETS
 from ..shared_tome.options import Widget
-from .infotext import LABELS, paste_function
+from .infotext import LABELS, older, paste_function
 from .options import PRESET_OPTIONS, WIDGETS, control, preset_of
 
 try:
     from modules.infotext_utils import PasteField
 except ImportError:  # older hosts take plain pairs
     PasteField = None
+try:
+    from modules.ui_gradio_extensions import webpath
+except ImportError:
+    webpath = None
 
 
 def build(elem_id: Callable[[str], str], start: dict[str, Any], is_img2img: bool) -> tuple[list[Any], list[Any]]:
@@ -30,6 +36,7 @@ def build(elem_id: Callable[[str], str], start: dict[str, Any], is_img2img: bool
     basic = [widget for widget in WIDGETS[1:] if not _is_advanced(widget)]
     advanced = [widget for widget in WIDGETS[1:] if _is_advanced(widget)]
     with InputAccordion(start["enabled"], label="ToMe", elem_id=elem_id("enabled")) as made["enabled"]:
+        told = gr.HTML(value="", elem_id=elem_id("older"))  # of a pasted text
         preset = _make_preset(elem_id, start)
         for row in _rows(basic):
             with gr.Row():
@@ -42,22 +49,24 @@ def build(elem_id: Callable[[str], str], start: dict[str, Any], is_img2img: bool
                 with gr.Row():
                     for widget in row:
                         made[widget.name] = _make(widget, elem_id, start)
+        more = link("What each option does, and how to choose") or "docs/settings.md says more of each option"
+        gr.HTML(value=more, elem_id=elem_id("help"))
     _connect(preset, [made[name] for name in PRESET_OPTIONS])
     controls = [made[widget.name] for widget in WIDGETS]
     for made_control in (preset, *controls):
         # The page's ui-config.json would keep today's start values for ever and overrule the Settings.
         made_control.do_not_save_to_config = True
-    return controls, [_paste_field(made[name], name) for name in ("enabled", *LABELS)]
+    fields = [_paste_field(made[name], paste_function(name)) for name in ("enabled", *LABELS)]
+    return controls, [*fields, _paste_field(told, _tell_older)]
 
 
 def _make_preset(elem_id: Callable[[str], str], start: dict[str, Any]) -> Any:
     """A control that sets others and shows what they are. Not one of the script's own: the options are the truth."""
-    summaries = " ".join(f"{name}: {preset.summary}." for name, preset in PRESETS.items())
     return gr.Radio(
         choices=[*PRESETS, CUSTOM],
         value=preset_of(*(start[name] for name in PRESET_OPTIONS)),
         label="Preset",
-        info=summaries,
+        info="Sets method, ratio, start and own token. Balanced is the default; Quality is nearest, Fast fastest.",
         elem_id=elem_id("preset"),
     )
 
@@ -91,15 +100,28 @@ def _make(widget: Widget, elem_id: Callable[[str], str], start: dict[str, Any], 
     return getattr(gr, component)(
         value=start[widget.name],
         label=widget.option.label,
-        info=widget.option.help,
+        info=widget.option.line,
         elem_id=elem_id(widget.name),
         visible=visible,
         **arguments,
     )
 
 
-def _paste_field(component: Any, name: str) -> Any:
-    function = paste_function(name)
+def _tell_older(parameters: Mapping[str, Any]) -> str:
+    """What the panel says of a pasted text of another version; the next one takes it away."""
+    line = older(parameters)
+    return f"<p>{html.escape(f'The pasted text was {line}.')}</p>" if line else ""
+
+
+def link(words: str) -> str:
+    """A link to the page of all options, among the extension's files that the host serves; "" where it serves none."""
+    page = Path(__file__).absolute().parents[1] / "docs" / "settings.md"  # a folder that is a link stays one
+    if webpath is None or not page.is_file():
+        return ""
+    return f'<a href="{html.escape(webpath(str(page)))}" target="_blank">{words}</a>'
+
+
+def _paste_field(component: Any, function: Callable[[Mapping[str, Any]], Any]) -> Any:
     # No `api=` here: the host would look for a field of that name in its own requests.
     return PasteField(component, function) if PasteField is not None else (component, function)
 

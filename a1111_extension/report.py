@@ -19,6 +19,8 @@ def _line(report: Report) -> str:
     line = report.line()
     if report.merged:
         line += f", in {report.merged_steps} of {counted(report.steps, 'step')}"
+    if report.follows:
+        line += ", by the decisions that are set"
     left = ", ".join(_reasons(report.left_alone))
     if left:
         change = "" if report.merged else what_to_change(layer.reason for layer in report.left_alone)

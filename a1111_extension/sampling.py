@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..shared_tome import ModelCall, ToMeConfig
+from ..shared_tome.autotune.decision_log import DecisionLog
 from ..shared_tome.core.grid import Grid
 from ..shared_tome.core.noise import fold_seed
 from ..shared_tome.core.schedule import config_at
@@ -31,6 +32,7 @@ class Sampling:
     Attributes:
         run: what was counted and kept, None where neither is asked for.
         told: what the layers of the call that was begun last are told to, None where nothing is.
+        decided: what autotune decided of them.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Sampling:
         self._rows = RowCursor(len(self.seeds))
         self._tensors: dict[tuple[Rows, torch.device], Tensor] = {}
         self.run = Run(config) if report or keep_choices else None
+        self.decided = DecisionLog() if self.run is None else self.run.tally.decided
         self.told: CallTally | None = None
         self._keep_choices = keep_choices
         self._told: set[tuple[float, Grid, int]] = set()

@@ -6,6 +6,7 @@ from typing import Any
 
 from modules import script_callbacks, scripts
 
+from ..shared_tome.autotune.decision_log import together
 from ..shared_tome.inspect.reasons import capped
 from ..shared_tome.inspect.record import Run
 from . import forge, gallery, hooks, infotext, panel, settings, xyz
@@ -56,11 +57,16 @@ class _State:
         """One layer that keeps them makes another picture. At once: the host may save one before the hires pass."""
         if can not in self._own:
             self._own.add(can)
-            infotext.write(self.owner.extra_generation_params, self.settings, kept_own=self.kept_own)
+            infotext.write(self.owner.extra_generation_params, self.settings, None, self.kept_own, self.decisions)
 
     @property
     def kept_own(self) -> bool | None:
         return True in self._own if self._own else None
+
+    @property
+    def decisions(self) -> str | None:
+        """What autotune decided in the batch's passes, as far as layers were met."""
+        return together(run.tally.decided for run in self.runs.values()).text or None
 
     def merged(self) -> dict[bool, bool]:
         """By whether it is the hires pass, whether the batch's passes merged anything."""
@@ -69,7 +75,8 @@ class _State:
 
     def write(self) -> None:
         """Make the picture's text claim what the passes did, and no more."""
-        infotext.write(self.owner.extra_generation_params, self.settings, self.merged(), self.kept_own)
+        told = self.merged(), self.kept_own, self.decisions
+        infotext.write(self.owner.extra_generation_params, self.settings, *told)
 
     def detach(self) -> None:
         attachment, self.attachment = self.attachment, None
@@ -168,9 +175,13 @@ class ToMeScript(scripts.Script):
         if state is None or not state.settings.enabled:
             return
         merged = state.merged()
-        infotext.write(p.extra_generation_params, state.settings, merged or {False: False}, state.kept_own)
+        told = merged or {False: False}, state.kept_own, state.decisions
+        infotext.write(p.extra_generation_params, state.settings, *told)
         if not merged and not state.settings.is_off:
             state.notes.say("nothing was merged: the ratio is 0 in each pass that was run")
+        for run in state.runs.values():
+            for note in run.tally.decided.notes():
+                state.notes.say(note)
         if not state.runs:
             return
         line = tell(state.runs)

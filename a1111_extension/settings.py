@@ -11,6 +11,7 @@ from modules import shared
 from ..shared_tome.options import Option, Widget
 from .notes import logger
 from .options import RATIO_STEP, WIDGETS, by_name, control, fit
+from .panel import link
 
 _SECTION = ("tome", "ToMe")
 _IMG2IMG_RATIO = Widget(
@@ -30,8 +31,7 @@ _REPORT = Widget(
     LOG_REPORT,
     Option(
         "Report after each picture",
-        "One line, under the picture too: what was merged where, from how many tokens to how many, what was left "
-        "alone and why.",
+        "One line, under the picture too: what was merged, what was left alone and why.",
         choices=(NO_REPORT, LOG_REPORT, TEXT_REPORT),
     ),
 )
@@ -54,7 +54,7 @@ def add_settings() -> None:
         info = shared.OptionInfo(
             widget.default, widget.option.label, getattr(gr, component), arguments, section=_SECTION
         )
-        info = info.info(html.escape(widget.option.help))
+        info = info.info(f"{html.escape(widget.option.line)} {link('More')}".rstrip())
         shared.opts.add_option(_key(widget), info if widget is _REPORT else info.needs_reload_ui())
 
 

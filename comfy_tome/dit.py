@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ..shared_tome import ModelCall
 from ..shared_tome.attention.sequence import JointCall
-from ..shared_tome.autotune.layer import Verdict, known_or_measured, may_measure, measures, name_of
+from ..shared_tome.autotune.layer import known_or_measured, name_of
 from ..shared_tome.autotune.timing import compared
+from ..shared_tome.autotune.verdict import Given, Verdict
 from ..shared_tome.core.channels import extra_channels
-from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.inspect.reasons import NO_WHOLE_TOKEN
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
@@ -37,6 +37,7 @@ from .dit_attention import (
     fits_weights,
     torchs_order,
 )
+from .dit_auto import DiTDecisions
 from .dit_layout import Layout
 from .dit_models import DiTModel
 from .dit_silent import NOT_TORCHS, met_at_torch
@@ -44,8 +45,6 @@ from .log import leave_alone, say_once
 from .model_call import DIFFUSION_MODEL, KEY, call_key
 from .outcome import NOT_MET, Outcome
 
-# Text and reference tokens of two calls that differ by less count as equally many where a layer is judged.
-_OTHERS = 256
 # What the log says.
 _SPARSE = "attentions that another node's sparse attention computes are left alone; ToMe merges those that it declines"
 _GETS_MERGED = (
@@ -78,7 +77,7 @@ class DiTCall:
         self._chosen = Chosen(options) if chosen is None else chosen
         self._record, self._judges = record, judges
         self._outcome = Outcome() if outcome is None else outcome
-        self._measured: dict[tuple, Verdict | None] = {}  # by the layer's shape
+        self._decisions = DiTDecisions(call.config, layout, self._outcome.decided)
         self._override = self._chosen.override
         self._sparse = self._chosen.sparse
         self._behind = backend_behind(self._override) if self._sparse else None
@@ -173,33 +172,16 @@ class DiTCall:
         modules = () if self.facts.silent is None else self.facts.silent(model, self.options)
         return met_at_torch(modules, self.attention, self.call.config.kind.matches, lambda: self._leave(NOT_TORCHS))
 
-    def _verdict(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int) -> Verdict | None:
-        """What was measured of this layer; None where nothing is.
+    def _verdict(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int) -> Verdict | Given | None:
+        """What was measured of this layer, or is set; None where nothing is.
 
         Measured on its first row's own tokens: what is decided must not depend on how many rows a call has, nor on a
         few words more in the prompt.
         """
-        config = self.call.config
         part = q.shape[2 if call.split else 1] != call.length - self.layout.elsewhere
-        if not self._judges or config.kind.matches or call.mask is not None or part or is_compiling():
+        if not self._judges or self.call.config.kind.matches or call.mask is not None or part:
             return None
-        shape = self._shape(call, k)
-        if shape not in self._measured:
-            self._measured[shape] = None
-            # Another attention may be slower however large the layer is.
-            by_another = not fits_weights(call) and may_measure(q.device)
-            if by_another or measures(config.replace(levels="auto"), self.layout.grid, q.device):
-                self._measured[shape] = self._judge(call, q[:1], k[:1], v[:1], start, shape)
-        return self._measured[shape]
-
-    def _shape(self, call: Call, k: Tensor) -> tuple:
-        """All of a layer that its times depend on, beside the options."""
-        others = -(-(call.length - self.layout.tokens) // _OTHERS)
-        return (self.layout.grid, others, call.heads, k.shape[1 if call.split else 2], call.d, k.dtype, call.split)
-
-    def _pays(self, call: Call, k: Tensor) -> bool:
-        """Whether the layer was measured to be faster merged, or is to be merged whatever it costs."""
-        return not self._judges or self._measured.get(self._shape(call, k)) is not None
+        return self._decisions.verdict(call, k, lambda shape: self._judge(call, q[:1], k[:1], v[:1], start, shape))
 
     def _judge(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, shape: tuple) -> Verdict | None:
         """The times of a layer of this shape, or None. q, k, v: of one row."""
@@ -267,7 +249,8 @@ class DiTCall:
         if verdict is not None and not verdict.pays():
             self._leave(verdict.reason)
             return None
-        paid = self._pays(call, k)
+        # Measured to be faster merged, or to be merged whatever it costs.
+        paid = not self._judges or self._decisions.known(call, k) is not None
         matches = self.call.config.kind.matches
         if matches and self._fitting(call, start, None, paid) is None:
             return None

@@ -27,8 +27,8 @@ class DiTPatch:
     """The wrapper around `apply_model`. Holds the config alone; safe to share between clones and threads."""
 
     def __init__(self, config: ToMeConfig):
-        self.config = config.replace(levels="0")  # a transformer has one resolution
         self.judges = config.levels == "auto"
+        self.config = config if self.judges else config.replace(levels="0")  # a transformer has one resolution
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         args, options = find_options(args, kwargs)
@@ -42,12 +42,16 @@ class DiTPatch:
                 say_once(less)
             config = config_now(asked, options, base, outcome)
             record = begin(executor, base, x, t, args, kwargs, asked, config)
+            outcome.decided.resolve(self.config, asked)
+            if record is not None:
+                record.run.tally.decided = outcome.decided
             told = {**kwargs, **_prompt(args), "transformer_options": options}
             patch = self._patch(config, base, x, options, told, record, outcome, compiled, chosen)
             if patch is None:
                 return executor(x, t, *args, **kwargs)
             if compiled:
                 outcome.merged(patch.layout.grid)  # compiled layers tell nothing of themselves
+                outcome.decided.all_merged(config)
             if patch.guarded:
                 kwargs["tome"] = patch.key
             answered = None if compiled else Answered(patch.options)

@@ -7,12 +7,13 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..shared_tome import ToMeConfig
+from ..shared_tome.changes import COMFYUI, version, why_another_picture
 from ..shared_tome.inspect.reasons import capped
 from ..shared_tome.methods import AUTO, CUSTOM, METHODS, PRESETS, idle_options
 from ..shared_tome.options import Widget
 from .clip_vision import ToMeCLIPVision
 from .compare import ToMeCompare
-from .log import logger
+from .log import logger, say_once
 from .patch import apply_to_model
 from .record_nodes import NODES as RECORD_NODES
 from .schema import make
@@ -32,6 +33,8 @@ def _input(widget: Widget) -> io.Input:
         return make(io.Combo.Input, widget.name, options=list(option.choices), **common)
     if isinstance(widget.default, bool):
         return make(io.Boolean.Input, widget.name, **common)
+    if isinstance(widget.default, str):
+        return make(io.String.Input, widget.name, **common)
     numbers = {"min": option.minimum, "max": option.maximum, "step": option.step}
     if isinstance(widget.default, int):
         # By itself the page gives whatever is called seed a control that draws another one after each picture.
@@ -83,18 +86,30 @@ class ToMe(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to speed up. The original is not changed."),
                 *(_input(widget) for widget in ToMeConfig.widgets()),
+                make(
+                    io.String.Input,
+                    "version",
+                    default=version(),
+                    optional=True,
+                    extra_dict={"hidden": True},
+                    tooltip="The version of ToMe that this workflow was saved with; web/tome.js keeps it.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model with merged tokens.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model: Any, **values: Any) -> io.NodeOutput:
+    def execute(cls, model: Any, version: str = "", **values: Any) -> io.NodeOutput:
         config = ToMeConfig.from_widgets(**values)
         cap = capped(config)
         if cap is not None:
             logger.info("[ToMe] %s", cap)
-        return io.NodeOutput(apply_to_model(model, config, getattr(cls.hidden, "unique_id", None)))
+        older = why_another_picture(version, config, COMFYUI)
+        if older is not None:
+            older = f"this workflow was {older}"
+            say_once(older)
+        return io.NodeOutput(apply_to_model(model, config, getattr(cls.hidden, "unique_id", None), older))
 
 
 NODES: list[type[io.ComfyNode]] = [ToMe, ToMeCLIPVision, *RECORD_NODES, ToMeCompare]

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..shared_tome import ToMeConfig
+from ..shared_tome.autotune.decision_log import DecisionLog
 from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.core.grid import Grid
 from ..shared_tome.inspect.reasons import counted, what_to_change, why_no_step
@@ -52,6 +53,7 @@ class Outcome:
         self._reasons: dict[str, dict[str, None]] = {}  # each with its places, in the order in which they came up
         self._sizes: dict[Grid, bool] = {}  # of layers that were met: whether any of them was merged
         self._speedup: float | None = None
+        self.decided = DecisionLog()
 
     @property
     def base(self) -> Any:
@@ -100,11 +102,18 @@ class Outcome:
             return NOT_MET
         return self._left() + what_to_change(self._reasons)
 
-    def told(self) -> str:
-        """What happened, for the node: "2 of 3 sizes merged (...)", or why nothing was merged."""
+    def told(self, decided: DecisionLog | None = None, older: str | None = None) -> str:
+        """What happened, for the node: "2 of 3 sizes merged (...)", or why nothing was merged. At the end, where people
+        copy it from, what was decided; decided: where that is of several samplings. older: see OutcomePatch."""
         why = self.line()
-        if why is not None:
-            return f"{NOTHING}: {why}"
+        found = [f"{NOTHING}: {why}" if why is not None else self._sizes_told(), *self.decided.notes()]
+        found += [older, None if why is not None else "More: ToMe Report"]
+        decided = self.decided if decided is None else decided
+        found += [decided.told if why is None or decided.leaves_alone else None]
+        return ". ".join(filter(None, found))
+
+    def _sizes_told(self) -> str:
+        """What was merged and what was not."""
         merged = [grid for grid, did in self._sizes.items() if did]
         total = len(self._sizes)
         text = "merged" if not merged else f"{len(merged)} of {counted(total, 'size')} merged"
@@ -114,7 +123,7 @@ class Outcome:
             text += f", a step was measured {self._speedup:.2f}x as fast"
         if self._reasons:
             text += f". Left alone: {self._left()}"
-        return f"{text}. More: ToMe Report"
+        return text
 
     def _left(self) -> str:
         """Each reason with its places."""
@@ -170,11 +179,13 @@ def never_rises(sampler: Any, sigmas: Tensor) -> bool:
 class OutcomePatch:
     """The wrapper around CFGGuider.outer_sample. Safe to share between clones and threads.
 
-    node: the id of the node ToMe, whose display tells what happened; None: there is none.
+    node: the id of the node ToMe, whose display tells what happened; None: there is none. older: what that says beside
+    it, of a workflow of another version.
     """
 
-    def __init__(self, config: ToMeConfig, node: str | None = None):
-        self.config, self.node = config, node
+    def __init__(self, config: ToMeConfig, node: str | None = None, older: str | None = None):
+        self.config, self.node, self.older = config, node, older
+        self._decided = DecisionLog()  # in all samplings so far, for the line alone: a picture may have two passes
 
     def __call__(
         self,
@@ -202,7 +213,10 @@ class OutcomePatch:
             else:
                 options[_OUTCOME] = outer
         if len(sigmas) > 1:
-            show_on_node(self.node, outcome.told())
+            self._decided.add(outcome.decided)
+            show_on_node(self.node, outcome.told(self._decided, self.older))
+            for note in outcome.decided.notes():
+                say_once(note)
         line = outcome.line()
         if line is not None and len(sigmas) > 1:  # else the sampler has no step
             logger.info("[ToMe] %s: %s", NOTHING, line)

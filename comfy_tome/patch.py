@@ -18,10 +18,11 @@ from .unet import UNetPatch
 from .unet_model import layers_of
 
 
-def apply_to_model(model: Any, config: ToMeConfig, node: str | None = None) -> Any:
+def apply_to_model(model: Any, config: ToMeConfig, node: str | None = None, older: str | None = None) -> Any:
     """A clone of the ModelPatcher with ToMe on it; with nothing to merge, a clone without.
 
-    node: the id of the node whose display tells what happens; None: there is none.
+    node: the id of the node whose display tells what happens; None: there is none. older: what that says beside it, of
+    a workflow of another version.
     Raises ValueError, before any sampling: the model is merged already, or is of a kind that is not served, or not
     with these options.
     """
@@ -47,7 +48,7 @@ def apply_to_model(model: Any, config: ToMeConfig, node: str | None = None) -> A
         clone.add_wrapper_with_key(APPLY_MODEL, KEY, patch)
         if has_unet:
             clone.add_wrapper_with_key(DIFFUSION_MODEL, KEY, patch.around_model)
-        clone.add_wrapper_with_key(OUTER_SAMPLE, KEY, OutcomePatch(config, node))
+        clone.add_wrapper_with_key(OUTER_SAMPLE, KEY, OutcomePatch(config, node, older))
         clone.set_attachments(KEY, config)
     return clone
 

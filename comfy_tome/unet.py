@@ -59,7 +59,7 @@ class UNetPatch:
     """The wrappers around the model's call. Holds the config alone; safe to share between clones and threads."""
 
     def __init__(self, config: ToMeConfig):
-        self.config = config.resolved(multires=False)
+        self.asked, self.config = config, config.resolved(multires=False)
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Around apply_model(x, t, c_concat, c_crossattn, control, transformer_options)."""
@@ -85,7 +85,10 @@ class UNetPatch:
         model, full = getattr(base, "diffusion_model", base), tuple(x.shape[-2:])
         sampled = outcome.base if base is model else base  # tells the noise levels
         config = config_now(self.config, options, sampled, outcome)
-        record = begin(executor, sampled, x, t, args, kwargs, self.config, config)
+        record, log = begin(executor, sampled, x, t, args, kwargs, self.config, config), outcome.decided
+        log.resolve(self.asked, self.config)
+        if record is not None:
+            record.run.tally.decided = log
         if outcome.is_skipped(self.config, config.ratio):
             return executor(x, t, *args, **kwargs)
         compiled = is_compiled(executor, options)
@@ -96,13 +99,14 @@ class UNetPatch:
         if record is None and not compiled and _leaves_alone(outcome, config, full, x.device, *layers, *host):
             return executor(x, t, *args, **kwargs)
         told = None if record is None or record.run.compiled else record
-        unpaid = None
-        if not compiled and base is not model:
+        unpaid, paid = None, log.step(config, full)
+        if paid is None and not compiled and base is not model:
             paid = _verdict_on_step(base, x, t, args, kwargs, config, chosen, *host)
-            if paid is not None and not paid.pays():
-                unpaid = why_left_alone(paid)
-            elif paid is not None and paid.merged_us > 0.0:  # else no merged step was run
-                outcome.measured(paid.full_us / paid.merged_us)
+        if paid is not None and not paid.pays():
+            unpaid = why_left_alone(paid)
+        elif isinstance(paid, Verdict) and paid.merged_us > 0.0:  # else no merged step was run
+            outcome.measured(paid.full_us / paid.merged_us)
+        log.made_step(config, full, paid, unpaid is None)
         if unpaid is not None and told is None:
             leave_alone(None, unpaid, f"{x.shape[-2]}x{x.shape[-1]}", "nothing is merged", outcome=outcome)
             return executor(x, t, *args, **kwargs)
@@ -139,7 +143,8 @@ def _leaves_alone(
     Its patches take the processor time, which shows where steps wait for it."""
     if not layers:
         return False  # not a U-Net as they are known
-    reasons = why_layers_left_alone(config, full, device, layers, dtype, attention, kernels, about)
+    given = config, full, device, layers, dtype, attention, kernels, about
+    reasons = why_layers_left_alone(*given, outcome.decided)
     for grid, reason in (reasons or {}).items():
         leave_alone(None, reason, f"layers of {tokens_of(grid)}", grid=grid, outcome=outcome)
     if reasons == {}:
@@ -202,7 +207,8 @@ class UNetCall(PatchedCall):
         kernels = () if chosen is None else chosen.kernels(call.seed.device)
         joint = None if chosen is None else _own_tokens(call, kernels)
         replaced = replaced_layers(model, parts_of(call))
-        super().__init__(call, options, Decisions(call, about), joint, record, replaced, attention, kernels)
+        decisions = Decisions(call, about, self._outcome.decided)
+        super().__init__(call, options, decisions, joint, record, replaced, attention, kernels)
         self._unpaid = unpaid
         if layers is not None:
             self._decisions.look_ahead(*layers, attention, kernels)

@@ -12,14 +12,17 @@ from .merging.plan import Plan
 from .methods import METHODS
 
 if TYPE_CHECKING:
-    from .scripts import apply_patch, remove_patch
+    from .scripts import apply_patch, decisions_of, remove_patch
 
-__all__ = ["METHODS", "ModelCall", "Plan", "ToMeConfig", "apply_patch", "attend", "match_tokens", "remove_patch"]
+__all__ = [
+    "METHODS", "ModelCall", "Plan", "ToMeConfig", "apply_patch", "attend", "decisions_of", "match_tokens",
+    "remove_patch",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """The face for scripts, loaded when it is asked for: hosts do without."""
-    if name in ("apply_patch", "remove_patch"):
+    if name in ("apply_patch", "decisions_of", "remove_patch"):
         from . import scripts
 
         return getattr(scripts, name)

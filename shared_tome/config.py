@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from .decided import Decided, parse
+from .decided import checked as checked_decisions
 from .methods import (
     AUTO,
     AUTO_MOST,
@@ -24,7 +26,7 @@ from .methods import (
     REDUCES,
     Method,
 )
-from .options import Option, Widget, checked, lines, option
+from .options import Option, Widget, check_together, checked, lines, option
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class ToMeConfig:
         minimum=0.0,
         maximum=1.0,
         step=0.0125,
+        brief="Share of the tokens that attention does without. 0.5 is hard to see, 0.9375 is fast.",
     )
     stride: tuple[int, int] = option(
         (2, 2),
@@ -52,6 +55,7 @@ class ToMeConfig:
         maximum=8,
         step=1,
         parts=("x", "y"),
+        brief="The cell that keeps one destination token, in tokens. For methods that match.",
     )
     method: str = option(
         "sample",
@@ -59,6 +63,7 @@ class ToMeConfig:
         "auto: multires on transformers where its kernel runs (CUDA), sample elsewhere.\n" + lines(METHODS),
         choices=(AUTO, *METHODS),
         new=AUTO,
+        brief="How tokens are merged. auto is the nearest to the unmerged picture.",
     )
     seed: int = option(
         0,
@@ -67,6 +72,7 @@ class ToMeConfig:
         minimum=0,
         maximum=MAX_SEED,
         step=1,
+        brief="The same number gives the same random choices, and so the same picture.",
     )
     partition: str = option(
         "random_2d",
@@ -83,6 +89,7 @@ class ToMeConfig:
         "named levels are always merged.",
         choices=LEVELS,
         advanced=True,
+        brief="Which resolutions are merged. auto: those where it is faster; named ones always are.",
     )
     start: float = option(
         0.0,
@@ -94,6 +101,7 @@ class ToMeConfig:
         maximum=1.0,
         step=0.05,
         advanced=True,
+        brief="Where merging begins, by noise: 0 is pure noise, 1 the picture. Later is nearer to unmerged.",
     )
     end: float = option(
         1.0,
@@ -118,6 +126,7 @@ class ToMeConfig:
         "Cross-attention",
         "Merge the queries of the attention to the prompt too. For methods that match. Costs fidelity, gains little.",
         advanced=True,
+        brief="Merge the queries to the prompt too. For methods that match. Gains little.",
     )
     mlp: bool = option(
         False,
@@ -153,6 +162,7 @@ class ToMeConfig:
         "Look for similar tokens once for the prompted and unprompted rows of a batch: half the matching. The "
         "picture then depends a little on whether the host runs both in one batch.",
         advanced=True,
+        brief="One match for the prompted and unprompted rows of a batch: half the matching.",
     )
     # New options go to the end: saved workflows and API calls tell them by their place.
     own_token: bool = option(
@@ -161,6 +171,7 @@ class ToMeConfig:
         "sample: beside the drawn tokens each token attends to itself, so that lettering and the finest texture stay. "
         "Takes a little time, and needs PyTorch's attention.",
         advanced=True,
+        brief="sample: each token attends to itself too, so that texture stays. Needs PyTorch's attention.",
     )
     whole: float = option(
         -1.0,
@@ -180,25 +191,29 @@ class ToMeConfig:
         maximum=1.0,
         step=0.01,
         advanced=True,
+        brief="multires: the share of the keys' tiles at half resolution, 0 to 1. -1: by the ratio.",
+    )
+    decisions: str = option(
+        "",
+        "Decisions",
+        "What autotune decided in an earlier run, as the node's line and ToMe Report tell it. These steps and layers "
+        "are merged (+) or left alone (-) whatever they cost here, so that the picture is the same on another GPU. "
+        "What is not named is measured. Empty: autotune decides. Needs 'levels' auto.",
+        advanced=True,
+        check=checked_decisions,
+        brief="What autotune decided in an earlier run: the same layers are merged. Empty: it decides anew.",
     )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
-        for name, otherwise in (("ratio_end", "stay at ratio"), ("whole", "by the ratio"), ("half", "by the ratio")):
-            if -1.0 < getattr(self, name) < 0.0:
-                raise ValueError(f"{name} must be -1 ({otherwise}) or lie in 0 to 1, got {getattr(self, name)}")
-        if self.whole + self.half > 1.0 + 1e-9:
-            raise ValueError(
-                f"whole and half are shares in 0 to 1 that add up to 1 at most, got whole {self.whole} and half "
-                f"{self.half}"
-            )
-        if self.start > self.end:
-            raise ValueError(f"start must not be after end, got start {self.start} and end {self.end}")
-        for name in ("cross_attention", "mlp"):
-            if getattr(self, name) and not self.kind.matches:
-                able = ", ".join(key for key, kind in METHODS.items() if kind.matches)
-                raise ValueError(f"{name} needs a method that matches tokens ({able}), got method {self.method!r}")
+        object.__setattr__(self, "_decided", parse(self.decisions))  # here: torch.compile cannot trace the reading
+        check_together(self)
+
+    @property
+    def decided(self) -> Decided:
+        """What `decisions` says."""
+        return self._decided
 
     @property
     def preset(self) -> str:
@@ -213,12 +228,14 @@ class ToMeConfig:
         return METHODS["sample" if self.method == AUTO else self.method]
 
     def resolved(self, multires: bool) -> ToMeConfig:
-        """With a method in place of auto. multires: whether the model is a transformer, and the kernel runs; there auto
-        leaves at least a share of 1 - AUTO_MOST of the work, or the picture would go to pieces (docs/quality.md)."""
+        """With a method in place of auto: the one that `decisions` names, else by `multires`, which says whether the
+        model is a transformer and the kernel runs. There auto leaves at least a share of 1 - AUTO_MOST of the work, or
+        the picture would go to pieces (docs/quality.md)."""
         if self.method != AUTO:
             return self
-        if not multires:
-            return self.replace(method="sample")
+        method = self.decided.method or ("multires" if multires else "sample")
+        if method != "multires":
+            return self.replace(method=method)
         ratio, ratio_end = min(self.ratio, AUTO_MOST), min(self.ratio_end, AUTO_MOST)
         return self.replace(method="multires", ratio=ratio, ratio_end=ratio_end)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .methods import MAX_LEVEL
+from .methods import AUTO, MAX_LEVEL, METHODS
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,13 @@ class Option:
     advanced: bool = False
     parts: tuple[str, ...] = ()  # an option of several numbers shows as one widget each
     new: Any = None  # what a new node or panel begins with, where that is not the default of code and older texts
+    brief: str = ""  # one line in the place of `help`, where that is longer
+    check: Callable[[Any], Any] | None = None  # of a text: gives it in one form, or raises ValueError
+
+    @property
+    def line(self) -> str:
+        """The help in one line."""
+        return self.brief or self.help.partition("\n")[0]
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ def lines(table: dict[str, Any]) -> str:
 def checked(field: dataclasses.Field, value: Any) -> Any:
     """The value in its canonical type. Raises ValueError naming option, value and range."""
     option: Option = field.metadata["option"]
+    if option.check is not None:
+        return option.check(value)
     if option.choices is not None:
         if field.name == "levels" and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
@@ -93,3 +103,26 @@ def _checked_levels(value: str) -> str:
     if not all(part.isdecimal() and int(part) <= MAX_LEVEL for part in parts):
         raise ValueError(f"levels must be auto or numbers from 0 to {MAX_LEVEL} with commas, got {value!r}")
     return ",".join(str(level) for level in sorted({int(part) for part in parts}))
+
+
+def check_together(config: Any) -> None:
+    """Raises ValueError where values of a ToMeConfig, each possible by itself, are not together."""
+    for name, otherwise in (("ratio_end", "stay at ratio"), ("whole", "by the ratio"), ("half", "by the ratio")):
+        if -1.0 < getattr(config, name) < 0.0:
+            raise ValueError(f"{name} must be -1 ({otherwise}) or lie in 0 to 1, got {getattr(config, name)}")
+    if config.whole + config.half > 1.0 + 1e-9:
+        raise ValueError(
+            f"whole and half are shares in 0 to 1 that add up to 1 at most, got whole {config.whole} and half "
+            f"{config.half}"
+        )
+    if config.start > config.end:
+        raise ValueError(f"start must not be after end, got start {config.start} and end {config.end}")
+    if config.decided.merged and config.levels != "auto":
+        raise ValueError(f"decisions needs levels auto, got levels {config.levels!r}, which are always merged")
+    named = config.decided.method
+    if named is not None and config.method not in (AUTO, named):
+        raise ValueError(f"decisions is of method {named}, got method {config.method!r}; set method to auto")
+    for name in ("cross_attention", "mlp"):
+        if getattr(config, name) and not config.kind.matches:
+            able = ", ".join(key for key, kind in METHODS.items() if kind.matches)
+            raise ValueError(f"{name} needs a method that matches tokens ({able}), got method {config.method!r}")

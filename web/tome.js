@@ -5,6 +5,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 const NODE = "ToMe";
+const VERSION = "tome_version"; // the property that keeps it
 
 const TOLD = "$$node-text-preview"; // the page's own widget, in which the server's line stands
 
@@ -102,8 +103,36 @@ function addFold(node, widgets, defaults, { more, fewer, help, idle }) {
   return show;
 }
 
+// The version of ToMe that a workflow was saved with goes to the server with each prompt, so that a run can say what has
+// changed since. It is saved among the node's properties, by name: values are saved by place, and older workflows have
+// none. A run makes the picture of this version, so what is saved from then on is this one.
+function addVersion(node, widget) {
+  const current = defaults.get(widget.name);
+  let ran = false;
+  widget.serialize = false;
+  Object.defineProperty(widget, "hidden", { get: () => true, set() {} });
+  const { beforeQueued } = widget;
+  widget.beforeQueued = function (...args) {
+    ran = true;
+    return beforeQueued?.apply(this, args);
+  };
+  const { onConfigure, onSerialize } = node;
+  node.onConfigure = function (data, ...args) {
+    onConfigure?.call(this, data, ...args);
+    widget.value = data.properties?.[VERSION] ?? "";
+    ran = false;
+  };
+  node.onSerialize = function (data) {
+    onSerialize?.call(this, data);
+    data.properties = { ...data.properties, [VERSION]: ran ? current : widget.value };
+  };
+}
+
 function addControls(node) {
   const widgets = new Map(node.widgets.map((widget) => [widget.name, widget]));
+  const version = widgets.get("version");
+  if (version) addVersion(node, version);
+  widgets.delete("version");
   const shows = [addPreset(node, widgets, texts.presets), texts.folded && addFold(node, widgets, defaults, texts.folded)];
   const show = () => shows.forEach((one) => one?.());
   const { onConfigure, onSerialize } = node;

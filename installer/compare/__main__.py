@@ -14,12 +14,13 @@ from typing import Any
 from PIL import Image
 
 from shared_tome.autotune.surroundings import SOURCE
+from shared_tome.changes import version
 from shared_tome.methods import PRESETS
 
 from .. import comfyui, files, report, server, workflow
 from ..client import ComfyClient, PromptError, Result
 from ..console import SetupError, deliver, exit_status, say, stage
-from ..paths import CACHE, ROOT
+from ..paths import CACHE
 from . import graph as graphs
 from . import plan, results
 from .graph import TAKE, Graph
@@ -219,8 +220,7 @@ class Session:
 
 def _tome_version() -> str:
     """The version, and a hash of the core's source: between releases the version alone says little."""
-    found = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
-    return f"{found[1] if found else '0.0'}+{SOURCE}"
+    return f"{version() or '0.0'}+{SOURCE}"
 
 
 def _machine(stats: dict[str, Any]) -> dict[str, Any]:

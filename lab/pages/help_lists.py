@@ -54,6 +54,7 @@ def head(
         shown = say["on"] if default else say["off"]
     else:
         shown = f"`{default}`" if isinstance(default, str) else number_text(default)
+        shown = say["empty"] if default == "" else shown
     parts.append(say["default"].format(value=shown))
     return say["control"].format(name=", ".join(f"**{label}**" for label in labels), values=say["comma"].join(parts))
 

@@ -21,11 +21,14 @@ def options() -> str:
             values = ", ".join(f"`{choice}`" for choice in option.choices)
         elif isinstance(widget.default, bool):
             values = "on or off"
+        elif isinstance(widget.default, str):
+            values = "a text"
         elif option.maximum is not None and option.maximum > 2**32:
             values = "any"
         else:
             values = f"{number_text(option.minimum)} to {number_text(option.maximum)}"
         shown = {True: "on", False: "off"}.get(widget.default) if isinstance(widget.default, bool) else widget.default
+        shown = "empty" if shown == "" else shown
         text = option.help.replace("\n", "<br>")
         name = f"{option.label}{' (advanced)' if option.advanced else ''}"
         rows.append([name, values, str(shown), text])

@@ -12,19 +12,22 @@ from ..core.curve import is_compiling
 from ..core.grid import Grid, grid_at
 from ..core.schedule import serves_layer
 from ..merging.call import ModelCall
+from .decision_log import DecisionLog
 from .layer import Attention, Block, known_on, measures, verdict_on
-from .verdict import Verdict
+from .verdict import Given, Verdict
 
 
 class Decisions:
     """Of one call, owned by its adapter.
 
-    call: its options and grid. about: what else of the model its layers' times depend on, in words (layer.Case).
+    call: its options and grid. about: what else of the model its layers' times depend on, in words (layer.Case). log:
+    what is told of them, of the run; None: nobody asks.
     """
 
-    def __init__(self, call: ModelCall, about: str = ""):
+    def __init__(self, call: ModelCall, about: str = "", log: DecisionLog | None = None):
         self.call, self.about = call, about
-        self._verdicts: dict[tuple, Verdict | None] = {}  # by _kind
+        self._log = DecisionLog() if log is None else log
+        self._verdicts: dict[tuple, Verdict | Given | None] = {}  # by _kind
         self._waits = True
 
     def verdict(
@@ -36,23 +39,32 @@ class Decisions:
         kernels: tuple[str, ...] = (),
         block: Block | None = None,
         about: Callable[[], str] | None = None,
-    ) -> Verdict | None:
+    ) -> Verdict | Given | None:
         """What a layer on this grid takes whole and merged, measured at its first use (layer.py); None: not measured.
+        Where the option `decisions` names such layers: what it says.
 
         x: its tokens [B, N, C]; heads: None where the host does not tell; attention: the host's; kernels, block: see
         layer.verdict_on; about: tells what else this layer's times depend on. Inside a compiled graph only what
         `look_ahead` measured.
         """
         key = _kind(grid, x.shape[2], heads, x.dtype, kernels)
-        if key not in self._verdicts and not is_compiling():
-            known = None
-            if heads and measures(self.call.config, grid, x.device):
+        if key not in self._verdicts and is_compiling():
+            return self._log.layer(self.call.config, grid, x.shape[2], heads)
+        if key not in self._verdicts:
+            known = self._log.layer(self.call.config, grid, x.shape[2], heads)
+            if known is None and heads and measures(self.call.config, grid, x.device):
                 given = (grid, x.shape[2], heads, x.dtype, x.device, self.call.config, attention, kernels)
                 known = verdict_on(*given, block, self.about if about is None else about())
-            self._verdicts[key] = known
-        return self._verdicts.get(key)
+            self._keep(key, known)
+        return self._verdicts[key]
 
-    def why_not_paid(self, found: Verdict | None) -> str | None:
+    def _keep(self, key: tuple, found: Verdict | Given | None) -> None:
+        self._verdicts[key] = found
+        grid, channels, heads, *_ = key
+        merged = self.why_not_paid(found) is None
+        self._log.made_layer(self.call.config, grid, channels, heads, found, merged)
+
+    def why_not_paid(self, found: Verdict | Given | None) -> str | None:
         """Why a layer of this verdict is left alone although the options would have it merged, or None."""
         return None if found is None or found.pays(self._waits) else found.reason
 
@@ -67,13 +79,15 @@ class Decisions:
         self._waits = False
         config, device = self.call.config, self.call.seed.device
         for grid, channels, heads in _served_layers(config, self.call.full, layers):
-            if measures(config, grid, device):
+            known = self._log.layer(config, grid, channels, heads)
+            if known is None and measures(config, grid, device):
                 given = (grid, channels, heads, dtype, device, config, attention, kernels)
-                self._verdicts[_kind(grid, channels, heads, dtype, kernels)] = verdict_on(*given, None, self.about)
+                known = verdict_on(*given, None, self.about)
+            self._keep(_kind(grid, channels, heads, dtype, kernels), known)
 
     def known(
         self, grid: Grid, channels: int, heads: int | None, dtype: torch.dtype, kernels: tuple[str, ...] = ()
-    ) -> Verdict | None:
+    ) -> Verdict | Given | None:
         """What `verdict` or `look_ahead` found of such layers in this call."""
         return self._verdicts.get(_kind(grid, channels, heads, dtype, kernels))
 
@@ -92,21 +106,25 @@ def why_layers_left_alone(
     attention: Attention | None = None,
     kernels: tuple[str, ...] = (),
     about: str = "",
+    log: DecisionLog | None = None,
 ) -> dict[Grid, str] | None:
     """Why each grid's layers were found not to pay, where it is known before a call that none of these layers will be
     merged: the host need not be patched for it, and no ModelCall made, which asks the GPU for a few things. Else None.
 
     layers: (level, channels, heads). The rest as for Decisions and its verdict.
     """
-    reasons: dict[Grid, str] = {}
+    log = DecisionLog() if log is None else log
+    found: dict[tuple, Verdict | Given] = {}
     for grid, channels, heads in _served_layers(config, full, layers):
-        if not measures(config, grid, device):
-            return None
-        known = known_on(grid, channels, heads, dtype, device, config, attention, kernels, about)
+        known = log.layer(config, grid, channels, heads)
+        if known is None and measures(config, grid, device):
+            known = known_on(grid, channels, heads, dtype, device, config, attention, kernels, about)
         if known is None or known.pays():
             return None
-        reasons[grid] = known.reason
-    return reasons
+        found[grid, channels, heads] = known
+    for layer, known in found.items():
+        log.made_layer(config, *layer, known, False)
+    return {grid: known.reason for (grid, *_), known in found.items()}
 
 
 def _kind(grid: Grid, channels: int, heads: int | None, dtype: torch.dtype, kernels: tuple[str, ...]) -> tuple:

@@ -19,6 +19,7 @@ from ..config import ToMeConfig
 from ..core.grid import Grid
 from . import timing
 from .layer import ROWS, Attention, Verdict, known_or_measured, may_measure, name_of, ways
+from .verdict import Given
 
 # A step that takes longer, in seconds, keeps a GPU busy whatever the processor does (docs/speed.md).
 LONG = 0.3
@@ -75,8 +76,10 @@ def _key(what: str, grid: Grid, dtype: torch.dtype, attention: str, about: str, 
     return ", ".join([what, *shape, attention, *([about] if about else []), *ways(config, config.keeps_own), *more])
 
 
-def why_left_alone(verdict: Verdict) -> str:
+def why_left_alone(verdict: Verdict | Given) -> str:
     """Why nothing is merged, for people."""
+    if isinstance(verdict, Given):
+        return verdict.reason
     whole, merged = verdict.full_us / 1e3, verdict.merged_us / 1e3
     return f"merging does not pay here: a step takes {whole:.1f} ms without and {merged:.1f} ms with it"
 

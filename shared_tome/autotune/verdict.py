@@ -1,4 +1,4 @@
-"""What was measured of a layer or of a step, and whether merging pays by it."""
+"""What was measured of a layer or of a step, and whether merging pays by it; or what is given in its place."""
 
 from __future__ import annotations
 
@@ -55,3 +55,18 @@ class Verdict:
     def rounded(self) -> Verdict:
         """As a file has it: the process that measured and those that read the file must decide alike."""
         return Verdict(**{name: round(float(x), 2) for name, x in asdict(self).items()})
+
+
+AS_SET = "the decisions that are set leave it alone"
+
+
+@dataclass(frozen=True)
+class Given:
+    """In a verdict's place where the option `decisions` says what is done, and nothing is measured."""
+
+    merged: bool
+    reason: str = AS_SET
+    saves_us: float | None = None
+
+    def pays(self, waits: bool = True) -> bool:
+        return self.merged

@@ -18,6 +18,7 @@ _CHANGES = {
     "no step of": "lower start, raise end or take more steps",
     "start ": "lower start, raise end or take more steps",
     "the ratio is 0": "raise the ratios or take more steps",
+    "the decisions that are set": "empty decisions",
     "merging does not pay here": "make a larger picture; levels other than auto are always merged",
 }
 

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..autotune.layer import Verdict
+from ..autotune.decision_log import DecisionLog
+from ..autotune.verdict import Given, Verdict
 from ..config import ToMeConfig
 from ..core.grid import Grid, level_of
 from ..merging.plan import Plan
@@ -69,6 +70,7 @@ class Report:
     """All that is known of one run.
 
     steps: that were run, merged_steps: in which something was merged; of_steps: that the sampler was to run, or None.
+    decisions: what autotune decided, as the option takes it; follows: whether any of it was set.
     """
 
     config: ToMeConfig
@@ -79,6 +81,8 @@ class Report:
     layers: tuple[Layer, ...]
     time: StepTime | None = None
     notes: tuple[str, ...] = ()
+    decisions: str = ""
+    follows: bool = False
 
     @property
     def merged(self) -> tuple[Layer, ...]:
@@ -122,6 +126,8 @@ class Report:
             lines.append(f"- {_place(first)}{size}, {counted(len(group), 'layer')}: {first.reason} ({_names(group)})")
         if self.time is not None:
             lines += ["", self._time()]
+        if self.decisions:
+            lines += ["", f"Decisions{' (as set)' if self.follows else ''}: {self.decisions}"]
         notes = [note for note in (capped(config), *self.notes) if note]
         if notes:
             lines += ["", "Note:", *(f"- {note}" for note in notes)]
@@ -163,15 +169,17 @@ class Report:
             "calls": self.calls,
             "layers": layers,
             "time": time,
+            "decisions": self.decisions,
+            "decisions_as_set": self.follows,
             "notes": list(self.notes),
         }
 
 
 class Tally:
-    """Counts of one run. Safe to fill from several threads."""
+    """Counts of one run, and what was decided in it. Safe to fill from several threads."""
 
     def __init__(self, config: ToMeConfig, of_steps: int | None = None):
-        self.config, self.of_steps = config, of_steps
+        self.config, self.of_steps, self.decided = config, of_steps, DecisionLog()
         self._lock = threading.Lock()
         self._layers: dict[tuple, Layer] = {}
         self._steps: dict[int, float] = {}
@@ -235,7 +243,10 @@ class Tally:
             notes = (*notes, f"another node answered {unanswered} of {asked} without the model")
         if layers and all(layer.reason for layer in layers):
             merged = 0
-        return Report(self.config, steps, self.of_steps, merged, self._calls, layers, time, tuple(notes))
+        decided = self.decided
+        notes = (*notes, *decided.notes())
+        known = (self.config, steps, self.of_steps, merged, self._calls, layers, time, notes)
+        return Report(*known, decided.text, decided.follows)
 
 
 class CallTally:
@@ -250,7 +261,9 @@ class CallTally:
         self._tally = tally
         self._numbers: dict[Grid, int] = {}
 
-    def layer(self, where: str, grid: Grid, plan: Plan | None, part: int = 0, verdict: Verdict | None = None) -> int:
+    def layer(
+        self, where: str, grid: Grid, plan: Plan | None, part: int = 0, verdict: Verdict | Given | None = None
+    ) -> int:
         """The next layer on a grid, and its number, which counts as ModelCall does.
 
         plan: None where nothing is to go. verdict: what was measured of it.

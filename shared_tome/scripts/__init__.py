@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ..autotune.decision_log import together
 from ..config import ToMeConfig
 from ..hooks.served import find_served, served_as
 from .hooks import Attachment, served_blocks
@@ -125,6 +126,13 @@ def remove_patch(model: Any) -> Any:
             attachment.detach(denoiser)
             delattr(denoiser, _NAME)
     return model
+
+
+def decisions_of(model: Any) -> str:
+    """What autotune has decided of a patched model so far, as the option `decisions` takes it: with it another run, on
+    another GPU, merges the same layers. "" where nothing was decided yet, or levels are named."""
+    found = (getattr(denoiser, _NAME, None) for denoiser in _denoisers(model))
+    return together(attachment.decided for attachment in found if attachment is not None).text
 
 
 def find_denoisers(model: Any) -> list[nn.Module]:

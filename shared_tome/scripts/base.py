@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.sdpa import leave_left_modes
+from ..autotune.decision_log import DecisionLog
 from ..config import ToMeConfig
 from ..core.curve import is_compiling
 from ..core.grid import Grid
@@ -31,6 +32,7 @@ class BaseAttachment:
         self._calls: dict[int, Any] = {}
         self._said: set[str] = set()
         self._last_alike = False
+        self.decided = DecisionLog()
         self._outcome = Outcome(config, self.steps, self._log)
 
     def detach(self, model: nn.Module) -> None:
@@ -62,7 +64,7 @@ class BaseAttachment:
 
     def speak_as(self, other: BaseAttachment) -> None:
         """What this and the other have to say is said once: of networks that share a run."""
-        self._said, self._outcome = other._said, other._outcome
+        self._said, self._outcome, self.decided = other._said, other._outcome, other.decided
 
     def _log(self, message: str) -> None:
         logger.warning("[ToMe] %s", message)
@@ -73,6 +75,7 @@ class BaseAttachment:
     def config_now(self, timestep: Any, multires: bool = False) -> ToMeConfig:
         """With the ratio that holds at this step. multires: see ToMeConfig.resolved."""
         asked = self.config.resolved(multires)
+        self.decided.resolve(self.config, asked)
         if (less := self.config.why_less(asked)) is not None:
             self.say(less)
         return config_at(asked, lambda: self.steps.progress(timestep))

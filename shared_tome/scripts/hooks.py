@@ -46,6 +46,7 @@ class Attachment(base.BaseAttachment):
 
     def __init__(self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True, judges: bool = True):
         super().__init__(config.resolved(multires=False), pipe)
+        self.decided.resolve(config, self.config)
         self.merge_attn, self._judges = merge_attn, judges
         self._judged: dict[tuple, float] = {}  # when a kind of steps is asked about again, by the monotonic clock
         self.trials = ScriptTrials()
@@ -89,7 +90,7 @@ class Attachment(base.BaseAttachment):
             if idle and alone:
                 self._hooks.off()
             elif call is not None and not idle:
-                self.call = Call(call, Decisions(call), x.shape[0], self._joint(call), kind)
+                self.call = Call(call, Decisions(call, log=self.decided), x.shape[0], self._joint(call), kind)
                 self._hooks.on(lambda: self._hook(module), kind, alone)
 
     def _judge_step(
@@ -97,11 +98,17 @@ class Attachment(base.BaseAttachment):
     ) -> None:
         """Whether merging pays in whole steps of this kind, asked once of each; again where it is not known."""
         known = time.monotonic() < self._judged.get(kind, 0.0)
-        if not self._judges or known or base.captures(kind[-1]) or base.compiles():
+        if not self._judges or known:
             return
-        verdict = self._verdict(model, args, kwargs, config.replace(start=0.0, end=1.0), kind[0], batch)
+        given = self.decided.step(config, kind[0])
+        if given is None and (base.captures(kind[-1]) or base.compiles()):
+            return
+        whole = config.replace(start=0.0, end=1.0)  # whatever its place in the schedule
+        verdict = given or self._verdict(model, args, kwargs, whole, kind[0], batch)
         self._judged[kind] = time.monotonic() + RETRY if verdict is None else math.inf
-        if verdict is not None and not verdict.pays():
+        pays = verdict is None or verdict.pays()
+        self.decided.made_step(whole, kind[0], verdict, pays)
+        if not pays:
             self.say(f"{why_left_alone(verdict)}; nothing is merged")
             self._hooks.rest(kind)
 

@@ -87,7 +87,7 @@ class JointAttachment(BaseAttachment):
         call = self.model_call(self.config_now(timestep, kernels.serves(x)), grid, timestep, x)
         if call is not None:
             joint = JointCall(call.config.weighs_keys, TORCHS, self._say_why, call.config.keeps_own)
-            decisions = JointDecisions(call, grid, type(model).__name__)
+            decisions = JointDecisions(call, grid, type(model).__name__, self.decided)
             groups, shard = self._groups_of(place), Shard.of(model, place)
             self.call = _Call(call, joint, grid, x.shape[0], place.head, place.tail, decisions, groups, shard)
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from ..attention.combine import TORCHS
 from ..attention.sdpa import HostAttention, attend_sampled
 from ..attention.sequence import JointCall
-from ..autotune.layer import Verdict, known_or_measured, measures, name_of, ways
+from ..autotune.decision_log import DecisionLog
+from ..autotune.layer import known_or_measured, measures, name_of, ways
 from ..autotune.timing import compared
+from ..autotune.verdict import Given, Verdict
 from ..core.curve import is_compiling
 from ..core.grid import Grid
 from ..merging.call import ModelCall
@@ -23,12 +25,13 @@ _OTHERS = 256
 
 @dataclass(eq=False)
 class JointDecisions:
-    """Of one call of a transformer, owned by it. model: its class's name."""
+    """Of one call of a transformer, owned by it. model: its class's name. log: what is told of them."""
 
     call: ModelCall
     grid: Grid
     model: str
-    _known: dict[tuple, Verdict | None] = field(default_factory=dict)
+    log: DecisionLog = field(default_factory=DecisionLog)
+    _known: dict[tuple, Verdict | Given | None] = field(default_factory=dict)
 
     def why_not_paid(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int) -> str | None:
         """Why an attention is left alone because of its times, or None. q, k, v: [B, H, L, d]; the image begins at
@@ -40,11 +43,12 @@ class JointDecisions:
         config = self.call.config
         if config.kind.matches or attention.mask is not None or is_compiling():
             return None
+        layer = self.grid, q.shape[1] * q.shape[3], q.shape[1]
         others = -(-(q.shape[2] - self.call_tokens) // _OTHERS)
         shape = (self.grid, others, q.shape[1], q.shape[3], q.dtype)
         if shape not in self._known:
-            known = None
-            if measures(config, self.grid, q.device):
+            known = self.log.layer(config, *layer, others * _OTHERS)
+            if known is None and measures(config, self.grid, q.device):
                 names = [
                     self.model,
                     name_of(None, q.device),
@@ -55,6 +59,7 @@ class JointDecisions:
                 timed = self._timed(attention, q[:1], k[:1], v[:1], start)
                 known = known_or_measured(", ".join(names), q.device, timed)
             self._known[shape] = known
+            self.log.made_layer(config, *layer, known, known is None or known.pays(), others * _OTHERS)
         found = self._known[shape]
         return None if found is None or found.pays() else found.reason
 

@@ -64,6 +64,7 @@ def main() -> None:
     config = page.get_config_file()
     described = config["components"]
     controls = runner.inputs[1:]
+    older, told = runner.scripts[0].infotext_fields[-1]
     paste = dict(zip(("enabled", "ratio"), runner.scripts[0].infotext_fields, strict=False))
     print(
         json.dumps(
@@ -75,6 +76,8 @@ def main() -> None:
                 "settings": len(host.opts.data_labels),
                 "preset": preset_events(config),
                 "texts": json.dumps(described),
+                "older": type(older.value)(told({"ToMe ratio": "0.5", "ToMe version": "0.1.0"})),
+                "newer": type(older.value)(told({"ToMe ratio": "0.5", "ToMe version": program.VERSION})),
                 "pasted": type(paste["ratio"][0].value)(paste["ratio"][1]({"ToMe ratio": "0.35"})),
             }
         )

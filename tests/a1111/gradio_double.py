@@ -75,6 +75,14 @@ class Checkbox(Component):
     takes = frozenset()
 
 
+class HTML(Component):
+    takes = frozenset()
+
+
+class Textbox(Component):
+    takes = frozenset({"lines", "max_lines", "placeholder"})
+
+
 class _Context:
     def __init__(self, *args: Any, **kwargs: Any):
         pass

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import re
 import sys
 import types
 from contextlib import closing
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 from . import gradio_double
 
 ROOT = Path(__file__).resolve().parents[2]
+VERSION = re.search('^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+# What autotune decides of its model on the CPU, where nothing is measured: in a picture of 16x16, and of 24x24.
+FIRST, SECOND = "+16x16/32/2 +8x8/64/2", "+24x24/32/2 +12x12/64/2"
 HIGHEST = 5.0  # noise level; levels fall evenly in the model's time
 
 
@@ -368,7 +372,10 @@ class Host:
 
     def _modules(self) -> dict[str, Any]:
         made = {name: types.ModuleType(name) for name in ("modules", "modules.scripts", "modules.shared")}
-        for name in ("modules.script_callbacks", "modules.ui_components", "modules.infotext_utils", "modules.sd_unet"):
+        for name in (
+            "modules.script_callbacks", "modules.ui_components", "modules.infotext_utils", "modules.sd_unet",
+            "modules.ui_gradio_extensions",
+        ):  # fmt: skip
             made[name] = types.ModuleType(name)
         for name, module in list(made.items())[1:]:
             setattr(made["modules"], name.split(".")[1], module)
@@ -382,6 +389,7 @@ class Host:
         made["modules.ui_components"].InputAccordion = _accordion()
         made["modules.infotext_utils"].PasteField = _PasteField
         made["modules.sd_unet"].current_unet = None
+        made["modules.ui_gradio_extensions"].webpath = lambda file: f"file={Path(file).relative_to(ROOT)}?1"
         made["gradio"] = gradio_double
         return made
 

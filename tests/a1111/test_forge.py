@@ -46,6 +46,7 @@ class _Block(nn.Module):
 
     def forward(self, x, prompt, options):
         extra = {name: value for name, value in options.items() if name not in ("patches", "patches_replace")}
+        extra |= {"n_heads": self.n_heads, "dim_head": self.d_head}
         patches, n, context, value = options.get("patches", {}), self.norm1(x), None, None
         for patch in patches.get("attn1_patch", ()):
             context = n if context is None else context

@@ -54,11 +54,13 @@ def test_the_panel_and_the_settings_are_what_gradio_takes(path):
     assert "Warning" not in done.stderr, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["values"][:3] == [False, 0.75, -1.0] and found["values"] == found["again"]
-    assert {"slider", "dropdown", "checkbox", "number"} <= set(found["kinds"])
+    assert {"slider", "dropdown", "checkbox", "number", "textbox", "html"} <= set(found["kinds"])
     assert len(found["ids"]) == len(set(found["ids"])) == len(found["values"])
     assert found["settings"] == len(found["values"]) + 2
-    assert "similar tokens become one" in found["texts"]
+    assert "Share of the tokens that attention does without" in found["texts"]
+    assert 'href=\\"file=docs/settings.md?1\\"' in found["texts"]
     assert found["pasted"] == 0.35
+    assert "<p>The pasted text was saved with ToMe 0.1.0" in found["older"] and found["newer"] == ""
     options = ["method", "ratio", "start", "own_token"]
     assert ["preset", "input", ["preset", *options], False] in found["preset"]
     shows = [[option, "change", ["preset"], False] for option in options]

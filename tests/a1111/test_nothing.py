@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from . import models
+from .host import FIRST, SECOND, VERSION
 from .test_forge import _Loaded
 from .test_generation import _use_hypertile
 
 ON = {"ratio": 0.5, "min_tokens": 0, "own_token": False}
-CLAIMED = {"ToMe ratio": 0.5, "ToMe method": "sample", "ToMe min tokens": 0, "ToMe own token": False}
+CLAIMED = {
+    "ToMe ratio": 0.5, "ToMe method": "sample", "ToMe min tokens": 0, "ToMe own token": False, "ToMe decisions": FIRST,
+    "ToMe version": VERSION,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -136,7 +140,7 @@ def test_a_first_pass_that_merges_nothing(any_host, tome, lines, monkeypatch):
     assert seen == [{}]
     assert p.extra_generation_params == {
         "ToMe ratio": 0.0, "ToMe hires ratio": 0.5, "ToMe method": "sample", "ToMe min tokens": 300,
-        "ToMe own token": False,
+        "ToMe own token": False, "ToMe decisions": f"+24x24/32/{4 if any_host.forge else 2}", "ToMe version": VERSION,
     }  # fmt: skip
     _one_line(lines, "hires pass: sample 0.5, level 0", p)
     again, _ = any_host.generate([tome.infotext.read(p.extra_generation_params)], enable_hr=True)
@@ -158,7 +162,9 @@ def test_a_refused_first_pass_and_a_hires_pass_that_merges(host, monkeypatch):
 
     monkeypatch.setattr(program.Processing, "get_token_merging_ratio", lambda self, for_hr=False: 0.4 * (not for_hr))
     _, p = host.generate([ON], enable_hr=True)
-    assert p.extra_generation_params == {**CLAIMED, "ToMe ratio": 0.0, "ToMe hires ratio": 0.5}
+    assert p.extra_generation_params == {
+        **CLAIMED, "ToMe ratio": 0.0, "ToMe hires ratio": 0.5, "ToMe decisions": SECOND,
+    }  # fmt: skip
 
 
 def test_each_batch_tells_of_itself(host, monkeypatch):

@@ -8,6 +8,8 @@ import types
 
 import pytest
 
+from .host import FIRST, VERSION
+
 NAMES = ("enabled", "ratio", "hires_ratio", "seed_rule")
 
 
@@ -17,12 +19,54 @@ def test_every_option_of_the_core_is_in_the_panel_with_its_own_range_and_text(ho
     for widget in tome.core.ToMeConfig.widgets():
         option, control = widget.option, controls[widget.name]
         assert widgets[widget.name].option == option
-        assert (control.label, control.info, control.value) == (option.label, option.help, widget.default)
+        assert (control.label, control.info, control.value) == (option.label, option.line, widget.default)
         for name in ("minimum", "maximum"):
             if hasattr(control, name):
                 assert getattr(control, name) == getattr(option, name)
         if option.choices:
             assert tuple(control.choices) == option.choices
+
+
+def test_each_text_of_the_panel_and_the_settings_is_one_line_with_a_link(host, tome):
+    """To the page that says more, as the host serves it."""
+    texts = {widget.name: widget.option.line for widget in (*tome.options.WIDGETS, *tome.settings._page())}
+    assert len(texts) > 24
+    for name, text in texts.items():
+        assert 0 < len(text) <= 100 and "\n" not in text and text.endswith("."), name
+    link = '<a href="file=docs/settings.md?1" target="_blank">'
+    for info in host.opts.data_labels.values():
+        assert link in info.comment_after and len(info.comment_after) < 250
+    assert tome.panel.link("More") == f"{link}More</a>"
+
+
+def test_a_host_that_serves_no_files_gets_the_pages_name(tome, monkeypatch):
+    monkeypatch.setattr(tome.panel, "webpath", None)
+    assert tome.panel.link("More") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ({"ToMe version": "0.1.0"}, "saved with ToMe 0.1.0. The same seed may give another picture"),
+        ({}, "saved without ToMe&#x27;s version, so with 0.1.0 or by hand"),
+        ({"ToMe version": "99.0"}, "newer than this"),
+        ({"ToMe version": VERSION}, None),
+    ],
+)
+def test_a_text_of_another_version_says_what_has_changed(host, tome, lines, text, says):
+    """In the panel and in the log; the next text takes it away."""
+    *fields, (_, older) = host.tabs["txt2img"].scripts[0].infotext_fields
+    parameters = {"ToMe ratio": "0.5", **text}
+    told = older(parameters)
+    for field in fields:
+        field[1](parameters)
+    if says is None:
+        assert told == "" and not lines
+        return
+    assert says in told and told.startswith("<p>The pasted text was ")
+    assert len(lines) == 1 and lines[0].startswith("[ToMe] the picture's text was saved with")
+    assert "go by noise levels" not in lines[0], "of other hosts"
+    assert older({"Steps": "20"}) == ""
 
 
 def test_the_order_of_arguments_is_a_promise(tome):
@@ -31,7 +75,9 @@ def test_the_order_of_arguments_is_a_promise(tome):
         "enabled", "ratio", "hires_ratio", "seed_rule", "stride_x", "stride_y", "method", "seed", "partition",
         "levels", "start", "end", "ratio_end", "cross_attention", "mlp", "proportional",
     )  # fmt: skip
-    assert tome.options.NAMES[16:] == ("reduce", "min_tokens", "share_match", "map", "own_token", "whole", "half")
+    assert tome.options.NAMES[16:] == (
+        "reduce", "min_tokens", "share_match", "map", "own_token", "whole", "half", "decisions",
+    )  # fmt: skip
 
 
 def test_ui_has_no_side_effects(host):
@@ -81,7 +127,8 @@ def small(host):
 
 
 # What its text tells beside the rest: the attention of its model keeps no own tokens.
-SMALL = {"ToMe min tokens": 0, "ToMe own token": False}
+MERGED = {"ToMe decisions": FIRST, "ToMe version": VERSION}
+SMALL = {"ToMe min tokens": 0, "ToMe own token": False, **MERGED}
 
 
 def test_a_short_list_keeps_the_defaults(small):
@@ -105,7 +152,7 @@ def test_nulls_in_an_object_are_as_left_out(small):
 def test_names_in_one_object(small):
     _, p = small.generate([{"ratio": 0.25, "method": "merge", "stride_y": 4}])
     assert p.extra_generation_params == {
-        "ToMe ratio": 0.25, "ToMe stride y": 4, "ToMe method": "merge", "ToMe min tokens": 0,
+        "ToMe ratio": 0.25, "ToMe stride y": 4, "ToMe method": "merge", "ToMe min tokens": 0, **MERGED,
     }  # fmt: skip
 
 
@@ -136,6 +183,11 @@ BAD = [
     ([{"mlp": True}], "mlp"),
     ([{"stride_x": 2.5}], "stride"),
     ([[True]], "enabled"),
+    ([{"decisions": "+64"}], "decisions must be words such as +128x128"),
+    ([{"decisions": 3}], "decisions must be a text"),
+    ([{"decisions": "+16x16/32/2 -16x16/32/2"}], "decisions has 16x16/32/2 as merged and as left alone"),
+    ([{"decisions": "+16x16/32/2", "levels": "0"}], "decisions needs levels auto, got levels '0'"),
+    ([{"decisions": "merge +8x8/64/2", "method": "sample"}], "decisions is of method merge, got method 'sample'"),
 ]
 
 
@@ -274,14 +326,20 @@ def _write(parameters):
     return ", ".join(f'{k}: "{v}"' if "," in str(v) else f"{k}: {v}" for k, v in parameters.items())
 
 
-def test_what_is_written_is_read_back(host, tome):
+@pytest.mark.parametrize(
+    ("levels", "decisions"), [("0,1", ""), ("auto", "+64x64/320/8@0.5 -32x32/640/8 +16x16/1280/8")]
+)
+def test_what_is_written_is_read_back(host, tome, levels, decisions):
+    """Named levels and decisions exclude each other."""
     config = tome.core.ToMeConfig(
-        ratio=0.35, stride=(2, 3), method="merge", partition="random", levels="0,1", start=0.1, end=0.9, ratio_end=0.0,
+        ratio=0.35, stride=(2, 3), method="merge", partition="random", levels=levels, start=0.1, end=0.9, ratio_end=0.0,
         cross_attention=True, mlp=True, proportional=False, reduce="pick", min_tokens=512, share_match=True, seed=2**40,
         own_token=not tome.core.ToMeConfig().own_token, whole=0.3, half=0.45,
+        decisions=decisions,
     )  # fmt: skip
     for field in dataclasses.fields(config):
-        assert getattr(config, field.name) != field.default, f"{field.name} is not put to the test"
+        tried = getattr(config, field.name) != field.default or field.name == ("levels" if decisions else "decisions")
+        assert tried, f"{field.name} is not put to the test"
     chosen = tome.options.Settings(True, 0.2, "fixed", config)
     parameters = {"Steps": 20}
     tome.infotext.write(parameters, chosen)
@@ -293,13 +351,13 @@ def test_defaults_are_read_back_too(host, tome):
     chosen = tome.options.settings_from({"enabled": True})
     parameters = {}
     tome.infotext.write(parameters, chosen)
-    assert parameters == {"ToMe ratio": 0.75, "ToMe method": "sample"}
+    assert parameters == {"ToMe ratio": 0.75, "ToMe method": "sample", "ToMe version": VERSION}
     assert tome.options.settings_from(tome.infotext.read(_parse(_write(parameters)))) == chosen
 
 
 def test_paste_fields_set_every_control(host, tome):
     script = host.tabs["txt2img"].scripts[0]
-    controls = script.infotext_fields
+    *controls, older = script.infotext_fields
     names = [name for name in tome.options.NAMES if name != "map"]  # a map changes no picture: no text tells of it
     assert len(controls) == len(names)
     parameters = {"ToMe ratio": "0.35", "ToMe method": "merge", "ToMe MLP": "True", "ToMe min tokens": "512"}
@@ -308,6 +366,7 @@ def test_paste_fields_set_every_control(host, tome):
     assert pasted["min_tokens"] == 512 and pasted["stride_x"] == 2
     without = [field[1]({"Steps": "20"}) for field in controls]
     assert without[0] is False and set(without[1:]) == {None}
+    assert older[0] not in host.tabs["txt2img"].inputs and older[1]({"Steps": "20"}) == ""
 
 
 @pytest.mark.parametrize(
@@ -327,8 +386,9 @@ def test_an_unknown_value_in_a_picture_becomes_the_default(tome, label, value):
     ],
 )
 def test_pasted_values_that_are_not_possible_together(host, tome, lines, text, option):
-    parameters = {"ToMe ratio": "0.5", **text}
-    fields = dict(zip(("enabled", *tome.infotext.LABELS), host.tabs["txt2img"].scripts[0].infotext_fields, strict=True))
+    parameters = {"ToMe ratio": "0.5", "ToMe version": VERSION, **text}
+    *fields, _ = host.tabs["txt2img"].scripts[0].infotext_fields
+    fields = dict(zip(("enabled", *tome.infotext.LABELS), fields, strict=True))
     pasted = {name: field[1](parameters) for name, field in fields.items()}
     assert pasted[option] == tome.options.by_name()[option].default
     assert tome.options.settings_from(pasted).enabled
@@ -372,6 +432,7 @@ def test_axes_reach_the_generation_and_switch_tome_on(small, grid):
     host.process_images(p)
     assert p.extra_generation_params == {
         "ToMe ratio": 0.3, "ToMe stride y": 4, "ToMe method": "merge", "ToMe start": 0.2, "ToMe min tokens": 0,
+        **MERGED,
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from support.own_weights import attended
 from torch.overrides import _get_current_function_mode_stack
 
 from . import models, variants
+from .host import FIRST, SECOND, VERSION
 from .test_forge import _Attention, _hooks, _Loaded, forge_host  # noqa: F401
 from .test_hooks import _inputs, _run, _unet
 
@@ -191,7 +192,12 @@ def test_a_picture_that_kept_none_does_not_claim_it(host, tome, monkeypatch, lin
     host.tabs["txt2img"].scripts[0].__class__ = Script
     images, p = host.generate([ON], **request_)
     for text in (p.extra_generation_params, *before_hires):
-        assert text == {"ToMe ratio": 0.5, "ToMe method": "sample", "ToMe min tokens": 0, LABEL: False}
+        decided = f"{SECOND.split()[0]} {FIRST.split()[0]} {SECOND.split()[1]} {FIRST.split()[1]}"
+        hires = "enable_hr" in request_ and text is p.extra_generation_params
+        assert text == {
+            "ToMe ratio": 0.5, "ToMe method": "sample", "ToMe min tokens": 0, LABEL: False,
+            "ToMe decisions": decided if hires else FIRST, "ToMe version": VERSION,
+        }  # fmt: skip
     assert all(f"{LABEL}: False" in text for text in p.processed.infotexts)
     assert not p.troubles and sum(NOT_KEPT in line for line in lines) == 1
     values = tome.infotext.read({name: str(value) for name, value in p.extra_generation_params.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from . import variants
+from .host import FIRST, VERSION
 
 
 @pytest.fixture
@@ -88,7 +89,8 @@ def test_events_end(panel):
 
 def test_a_pasted_text_shows_its_preset(host, panel, tome, keeps_own):
     preset, controls = panel
-    read = dict(zip(("enabled", *tome.infotext.LABELS), _script(host).infotext_fields, strict=True))
+    *fields, _ = _script(host).infotext_fields
+    read = dict(zip(("enabled", *tome.infotext.LABELS), fields, strict=True))
     for name, options in _presets(tome).items():
         controls["ratio"].paste(0.1)
         assert preset.value == "Custom"
@@ -119,6 +121,7 @@ def test_what_is_named_beside_a_preset_wins(host, keeps_own):
     _, p = host.generate([{"preset": "Fast", "ratio": 0.5, "min_tokens": 0}], steps=8)
     assert p.extra_generation_params == {
         "ToMe ratio": 0.5, "ToMe method": "sample", "ToMe start": 0.1, "ToMe min tokens": 0,
+        "ToMe decisions": FIRST, "ToMe version": VERSION,
     }  # fmt: skip
 
 
@@ -126,4 +129,7 @@ def test_a_preset_wins_over_the_settings(host, keeps_own):
     host.opts.data.update(tome_ratio=0.25, tome_method="merge", tome_min_tokens=256)
     host.start()
     _, p = host.generate([{"preset": "Balanced"}])
-    assert p.extra_generation_params == {"ToMe ratio": 0.75, "ToMe method": "sample", "ToMe min tokens": 256}
+    assert p.extra_generation_params == {
+        "ToMe ratio": 0.75, "ToMe method": "sample", "ToMe min tokens": 256,
+        "ToMe decisions": FIRST.split()[0], "ToMe version": VERSION,
+    }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from . import models
+from .host import FIRST
 from .test_forge import _Loaded
 from .test_generation import _use_hypertile
 from .test_options import _parse
@@ -107,7 +108,7 @@ def test_the_pictures_text_gets_it_and_gives_it_back(host, tome, lines):
         read = _parse(text)
         assert read["ToMe report"] == lines[0].removeprefix("[ToMe] ") and ", " in read["ToMe report"]
         assert tome.infotext.read(read) == tome.infotext.read(
-            _parse("ToMe ratio: 0.5, ToMe min tokens: 0, ToMe own token: False")
+            _parse(f"ToMe ratio: 0.5, ToMe min tokens: 0, ToMe own token: False, ToMe decisions: {FIRST}")
         )
 
 

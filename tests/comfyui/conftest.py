@@ -58,7 +58,10 @@ def sdxl(comfy_nodes):
 @pytest.fixture(scope="session")
 def tome(comfy_nodes):
     """tome(model, ratio=..., **options) -> the merged clone, through the node itself."""
-    defaults = {"ratio": 0.5, "stride_x": 2, "stride_y": 2, "method": "sample", "seed": 0, "min_tokens": 0}
+    defaults = {
+        "ratio": 0.5, "stride_x": 2, "stride_y": 2, "method": "sample", "seed": 0, "min_tokens": 0,
+        "version": host.pack_module("nodes").version(),
+    }  # fmt: skip
 
     def apply(model, **options):
         return host.run_node(comfy_nodes["ToMe"], model=model, **{**defaults, **options})

@@ -199,7 +199,7 @@ def judged_dit(comfy_nodes, monkeypatch):
             asked.append(key)
             return dit.Verdict(100.0, 40.0 if pays else 99.0, 5.0)
 
-        monkeypatch.setattr(dit, "measures", lambda config, grid, device: config.levels == "auto")
+        monkeypatch.setattr(pack_module("dit_auto"), "measures", lambda config, grid, device: config.levels == "auto")
         monkeypatch.setattr(dit, "known_or_measured", known_or_measured)
         return asked
 
@@ -227,7 +227,7 @@ def test_a_measurement_does_not_change_the_draws(tome, comfy_nodes, monkeypatch)
     dit = pack_module("dit")
     given = {"method": "multires", "ratio": 0.75, "seed": 3, "min_tokens": 0}
     expected = dit_host.call(tome(dit_host.small("flux"), **given, levels="0"), "flux")
-    monkeypatch.setattr(dit, "measures", lambda config, grid, device: True)
+    monkeypatch.setattr(pack_module("dit_auto"), "measures", lambda config, grid, device: True)
     monkeypatch.setattr(dit, "known_or_measured", lambda key, device, measure: measure())
     timed = []
 
@@ -248,7 +248,7 @@ def test_what_a_transformers_layer_is_measured_on(tome, comfy_nodes, monkeypatch
         seen.append((full(), merged()))
         return dit.Verdict(100.0, 40.0, 5.0)
 
-    monkeypatch.setattr(dit, "measures", lambda config, grid, device: True)
+    monkeypatch.setattr(pack_module("dit_auto"), "measures", lambda config, grid, device: True)
     monkeypatch.setattr(dit, "known_or_measured", lambda key, device, measure: measure())
     monkeypatch.setattr(dit, "compared", compared)
     model = dit_host.small("flux")

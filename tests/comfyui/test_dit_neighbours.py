@@ -101,7 +101,7 @@ def test_pytorchs_attention_steps_in_where_that_pays(tome, sage, caplog, monkeyp
         return module.Verdict(100.0, 40.0, 5.0)
 
     monkeypatch.setattr(module, "known_or_measured", known_or_measured)
-    monkeypatch.setattr(module, "may_measure", lambda device: True)
+    monkeypatch.setattr(host.pack_module("dit_auto"), "may_measure", lambda device: True)
     wide = dit_host.small("flux", hidden_size=256, axes_dim=[32, 48, 48])
     by_torch, calls = call(tome(wide, levels="0"), "flux"), sage()
     with caplog.at_level(logging.INFO, logger="ToMe"):
@@ -117,7 +117,7 @@ def test_pytorchs_attention_steps_in_where_that_pays(tome, sage, caplog, monkeyp
 def test_what_is_measured_is_the_chosen_attention_against_what_would_take_its_place(tome, sage, monkeypatch):
     module, seen = host.pack_module("dit"), []
     monkeypatch.setattr(module, "known_or_measured", lambda key, device, measure: measure())
-    monkeypatch.setattr(module, "may_measure", lambda device: True)
+    monkeypatch.setattr(host.pack_module("dit_auto"), "may_measure", lambda device: True)
     calls = sage()
 
     def compared(whole, merged, device):

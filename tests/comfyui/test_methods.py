@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from .host import run_node, sample, tokens, watch
+from .host import REPO, run_node, sample, tokens, watch
 
 FULL = {"input_blocks.1.1": 1024, "input_blocks.3.1": 256, "input_blocks.5.1": 64, "middle_block.1": 64}
 METHODS = {  # method: (queries merged, keys merged)
@@ -131,7 +131,9 @@ def test_node_comes_with_tooltips_and_defaults(comfy_nodes):
 
     schema = comfy_nodes["ToMe"].GET_SCHEMA()
     by_name = {entry.id: entry for entry in schema.inputs}
-    assert list(by_name) == ["model", *(widget.name for widget in ToMeConfig.widgets())]
+    assert list(by_name) == ["model", *(widget.name for widget in ToMeConfig.widgets()), "version"]
+    facts = (REPO / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'\nversion = "{by_name["version"].default}"\n' in facts
     for widget in ToMeConfig.widgets():
         shown = by_name[widget.name]
         assert shown.default == widget.default

@@ -225,8 +225,9 @@ def on_node(comfy_nodes):
 
     def apply(model, **options):
         node = type("ToMe", (comfy_nodes["ToMe"],), {"hidden": SimpleNamespace(unique_id="12")})
-        values = {"ratio": 0.5, "stride_x": 2, "stride_y": 2, "method": "sample", "seed": 0, "min_tokens": 0, **options}
-        return node.execute(model, **values).result[0]
+        values = {"ratio": 0.5, "stride_x": 2, "stride_y": 2, "method": "sample", "seed": 0, "min_tokens": 0}
+        version = host.pack_module("nodes").version()
+        return node.execute(model, **{"version": version, **values, **options}).result[0]
 
     return apply
 
@@ -239,7 +240,7 @@ def test_the_node_tells_which_sizes_were_merged(sd15, on_node, shown):
     (line, node, page), again = shown.lines
     assert line == (
         "2 of 3 sizes merged (32x32, 16x16 tokens). Left alone: fewer than min tokens 256 (8x8 tokens). "
-        "More: ToMe Report"
+        "More: ToMe Report. Decisions: +32x32 +32x32/32/1 +16x16/64/2"
     )
     assert (node, page) == ("12", "me") and again == (line, node, page)
 

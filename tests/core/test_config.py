@@ -15,6 +15,7 @@ OPTIONS = ToMeConfig.options()
 NUMBERS = [name for name, option in OPTIONS.items() if option.minimum is not None]
 CHOICES = [name for name, option in OPTIONS.items() if option.choices is not None]
 FLAGS = [field.name for field in dataclasses.fields(ToMeConfig) if isinstance(field.default, bool)]
+TEXTS = [name for name, option in OPTIONS.items() if option.check is not None]
 NO_NUMBERS = ["x", "0.5", None, True, False, [], {}, math.nan, math.inf, -math.inf, 10**400, -(10**400), 1j]
 
 
@@ -25,8 +26,8 @@ def refused(name, value, **options):
     return str(caught.value)
 
 
-def test_every_option_is_a_number_a_choice_or_a_flag():
-    assert sorted(NUMBERS + CHOICES + FLAGS) == sorted(OPTIONS)
+def test_every_option_is_a_number_a_choice_a_flag_or_a_checked_text():
+    assert sorted(NUMBERS + CHOICES + FLAGS + TEXTS) == sorted(OPTIONS) and TEXTS == ["decisions"]
     assert {"ratio", "stride", "seed", "start", "end", "ratio_end", "min_tokens", "whole", "half"} == set(NUMBERS)
 
 
@@ -266,6 +267,7 @@ def test_from_widgets_round_trip():
         "own_token": False,
         "whole": 0.3,
         "half": 0.4,
+        "decisions": "merge_keys",  # a method alone: named levels have no other decisions
     }
     made = ToMeConfig.from_widgets(**values)
     assert set(values) == {widget.name for widget in ToMeConfig.widgets()}

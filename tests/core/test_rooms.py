@@ -10,8 +10,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # A floor imports what is below it, and its own room.
 FLOORS = (
     ("methods",),
+    ("decided",),
     ("options",),
     ("config",),
+    ("changes",),
     ("core",),
     ("kernels",),
     ("merging",),

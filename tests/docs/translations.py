@@ -61,6 +61,8 @@ def inputs(info: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for part in ("required", "optional"):
         for name, (type, *rest) in (info["input"].get(part) or {}).items():
             options = rest[0] if rest else {}
+            if options.get("hidden"):  # what the page itself keeps
+                continue
             choices = type if isinstance(type, list) else options.get("options", ())
             found[name] = {**options, "choices": tuple(choices)}
     return found

@@ -41,3 +41,27 @@ class MadeUpGPU:
         self.forget()
         for file in self._folder.glob("*.json"):
             file.unlink()
+
+
+class MadeUpTimes(MadeUpGPU):
+    """A GPU that has times for the layers on each grid. layer: autotune.layer, decisions: autotune.decisions of the
+    package under test.
+
+    pays: by grid, whether merging saves half of such a layer; of others it does.
+    """
+
+    def __init__(self, monkeypatch: Any, folder: Path, store: Any, layer: Any, decisions: Any):
+        super().__init__(monkeypatch, folder, store)
+        self.pays: dict[tuple[int, ...], bool] = {}
+
+        def measure(case: Any, *_: Any) -> Any:
+            return layer.Verdict(80.0, 40.0 if self.pays.get(case.grid, True) else 79.0, 0.0)
+
+        monkeypatch.setattr(layer, "measure", measure)
+        monkeypatch.setattr(decisions, "measures", lambda config, grid, device: config.levels == "auto")
+
+    def another(self, **pays: bool) -> None:
+        """Another GPU, of which nothing is known yet. pays: by grid, as x16x8=False."""
+        self.clear()
+        self.keys.clear()
+        self.pays = {tuple(map(int, name[1:].split("x"))): did for name, did in pays.items()}

@@ -57,8 +57,8 @@ class ComfyPage:
         )
 
     def values(self, type: str) -> dict[str, Any]:
-        """A node's widgets by name, without buttons and what the page shows below them."""
-        shown = "node.widgets.filter((w) => w.type !== 'button' && !w.name.startsWith('$$'))"
+        """A node's widgets by name, without buttons, the hidden version and what the page shows below them."""
+        shown = "node.widgets.filter((w) => w.type !== 'button' && !w.name.startsWith('$$') && w.name !== 'version')"
         return self.ask(f"return Object.fromEntries({shown}.map((w) => [w.name, w.value]))", type)
 
     def in_sight(self, type: str) -> list[str]:

@@ -70,6 +70,12 @@ def visit(client, new_page) -> Callable[..., ComfyPage]:
     return lambda settings=None, **options: ComfyPage(new_page(size=SIZE, **options), client, settings)
 
 
+def defaults(known: dict[str, Any]) -> dict[str, Any]:
+    """A node's widgets that a person sees, at their defaults."""
+    hidden = {name for name, (_, *rest) in known["input"].get("optional", {}).items() if rest and rest[0].get("hidden")}
+    return {name: value for name, value in workflow.defaults(known).items() if name not in hidden}
+
+
 def prompt(client: ComfyClient, **tome: Any) -> workflow.Workflow:
     """The demo's workflow in API format, its picture saved; values of ToMe that are not named are the defaults."""
     settings = workflow.Settings(steps=4, cfg=3.0, sampler="euler", scheduler="simple")
@@ -124,7 +130,7 @@ def test_node_is_found_by_search_and_added(visit, shoot):
     assert page.types() == ["ToMe"]
     known = page.client.node("ToMe")
     shown = page.values("ToMe")
-    assert {name: shown[name] for name in workflow.defaults(known)} == workflow.defaults(known)
+    assert {name: shown[name] for name in defaults(known)} == defaults(known)
 
 
 def test_words_that_find_the_node(visit):
@@ -265,7 +271,7 @@ def wanted_labels(known: dict[str, Any], texts: dict[str, Any]) -> dict[str, str
     wanted = {"": texts.get("display_name", known["display_name"])}
     for part in ("required", "optional"):
         for name, (_, *rest) in (known["input"].get(part) or {}).items():
-            if name in workflow.defaults(known):
+            if name in defaults(known):
                 label = (rest[0] if rest else {}).get("display_name", name)
                 wanted[name] = texts.get("inputs", {}).get(name, {}).get("name", label)
     return wanted
@@ -360,7 +366,7 @@ def test_a_workflow_from_before_the_fold_opens_with_its_values(visit, tmp_path):
     assert page.ask("return node.size[1] === node.computeSize()[1]", "ToMe")
     asked = page.page.evaluate("app.graphToPrompt()")["output"]
     (inputs,) = (node["inputs"] for node in asked.values() if node["class_type"] == "ToMe")
-    assert set(inputs) == {"model", *values} - {"preset"}
+    assert set(inputs) == {"model", "version", *values} - {"preset"}
 
 
 def test_an_open_node_is_saved_open(visit, tmp_path):
@@ -418,7 +424,8 @@ def test_the_node_tells_what_happened(nodes_2, visit, tmp_path):
     page.run("SaveImage")
     told = "return node.widgets.find((w) => w.name === '$$node-text-preview')?.value"
     line = page.ask(told, "ToMe")
-    assert line == "3 of 3 sizes merged (64x64, 32x32, 16x16 tokens). More: ToMe Report"
+    told_at_the_end = "Decisions: sample +64x64 +64x64/"
+    assert line.startswith("3 of 3 sizes merged (64x64, 32x32, 16x16 tokens). More: ToMe Report. " + told_at_the_end)
     page.page.get_by_text(line[:20]).first.wait_for()
     after = page.page.evaluate("app.graph.serialize()")["nodes"]
     assert [node.get("widgets_values") for node in after] == [node.get("widgets_values") for node in before]
@@ -430,3 +437,53 @@ def test_the_node_tells_what_happened(nodes_2, visit, tmp_path):
     assert "make a larger picture, or lower min tokens" in page.ask(told, "ToMe")
     if not nodes_2:  # all of the line has room
         page.wait("app.graph.nodes.find((n) => n.type === 'ToMe').size[1] > 300")
+
+
+VERSION = re.search('^version = "(.+)"', (REPO / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2"])
+def test_a_workflow_keeps_the_version_that_it_was_saved_with(nodes_2, visit, tmp_path):
+    """Until it is run: the picture of that run is this version's."""
+    page = visit({"Comfy.VueNodes.Enabled": nodes_2})
+    asked = (
+        "app.graphToPrompt().then(({ output }) => Object.values(output).find((n) => n.class_type === 'ToMe').inputs)"
+    )
+
+    def saved() -> dict[str, Any]:
+        made = page.page.evaluate("app.graph.serialize()")
+        return next(node for node in made["nodes"] if node["type"] == "ToMe")
+
+    def reopened(**properties: Any) -> None:
+        made = page.page.evaluate("app.graph.serialize()")
+        (node,) = (node for node in made["nodes"] if node["type"] == "ToMe")
+        node["properties"] = {**{k: v for k, v in node["properties"].items() if k != "tome_version"}, **properties}
+        page.clear()
+        file = tmp_path / "older.json"
+        file.write_text(json.dumps(made), encoding="utf-8")
+        page.load(file, TYPES)
+
+    load(page, tmp_path, min_tokens=0, ratio=0.41 if nodes_2 else 0.46)
+    assert "version" not in page.in_sight("ToMe")
+    reopened(tome_version=VERSION)
+    assert page.page.evaluate(asked)["version"] == saved()["properties"]["tome_version"] == VERSION
+    assert VERSION not in saved()["widgets_values"]
+    for older, said in (({}, "saved without ToMe's version"), ({"tome_version": "0.1.0"}, "saved with ToMe 0.1.0")):
+        reopened(**older)
+        expected = older.get("tome_version", "")
+        assert page.page.evaluate(asked)["version"] == expected == saved()["properties"]["tome_version"]
+        page.run("SaveImage")
+        line = page.ask("return node.widgets.find((w) => w.name === '$$node-text-preview')?.value", "ToMe")
+        assert said in line and "go by noise levels" in line
+        assert page.page.evaluate(asked)["version"] == expected and saved()["properties"]["tome_version"] == VERSION
+    if nodes_2:
+        page.page.get_by_test_id("advanced-inputs-button").first.click()
+        page.page.get_by_text("Decisions", exact=True).first.wait_for()
+        assert page.page.get_by_text("version", exact=True).count() == 0
+
+
+def test_a_new_node_has_this_version(visit):
+    page = visit()
+    page.add("ToMe", 100, 40)
+    saved = page.page.evaluate("app.graph.serialize()")["nodes"][0]
+    assert saved["properties"]["tome_version"] == VERSION and "version" not in page.in_sight("ToMe")

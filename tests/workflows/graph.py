@@ -10,6 +10,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from shared_tome.changes import version
 from shared_tome.config import ToMeConfig
 
 TITLE = 30  # height of a node's title bar, above its position
@@ -219,6 +220,8 @@ class Graph:
         properties = {"Node name for S&R": type}
         if type.startswith("ToMe"):
             properties["cnr_id"] = PACK
+            if type == "ToMe":
+                properties["tome_version"] = version()
         elif type != "MarkdownNote":
             properties |= {"cnr_id": "comfy-core", "ver": COMFYUI_VERSION}
         node = Node(len(self.nodes) + 1, type, title, values, KINDS[type].size, properties, colors)

@@ -1,0 +1,66 @@
+"""Which attentions of a diffusion transformer's call are merged: by what was measured of them, or by what is set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..shared_tome import ToMeConfig
+from ..shared_tome.autotune.decision_log import DecisionLog
+from ..shared_tome.autotune.layer import may_measure, measures
+from ..shared_tome.autotune.verdict import Given, Verdict
+from ..shared_tome.core.curve import is_compiling
+from ..shared_tome.core.grid import Grid
+from ..shared_tome.decided import layer_name
+from .dit_attention import Call, fits_weights
+from .dit_layout import Layout
+
+# Text and reference tokens of two calls that differ by less count as equally many where a layer is judged.
+_OTHERS = 256
+
+
+class DiTDecisions:
+    """Of one call of the model, with levels "auto". log: what is told of them, of the sampling."""
+
+    def __init__(self, config: ToMeConfig, layout: Layout, log: DecisionLog):
+        self._config, self._layout, self._log = config, layout, log
+        self._set = config.decided if config.decisions else None
+        self._known: dict[tuple, Verdict | Given | None] = {}  # by the layer's shape
+
+    def verdict(self, call: Call, k: Tensor, judge: Callable[[tuple], Verdict | None]) -> Verdict | Given | None:
+        """What is set of a layer, or what judge(shape) measured at its first use; None where nothing is."""
+        shape = self._shape(call, k)
+        if is_compiling():
+            return self._given(shape)
+        if shape not in self._known:
+            found = self._given(shape)
+            # Another attention may be slower however large the layer is.
+            by_another = not fits_weights(call) and may_measure(k.device)
+            if found is None and (by_another or measures(self._config, self._layout.grid, k.device)):
+                found = judge(shape)
+            self._known[shape] = found
+            if found is not None or fits_weights(call):  # else it depends on whether its keys need weights
+                *layer, others = _parts(shape)
+                self._log.made_layer(self._config, *layer, found, found is None or found.pays(), others)
+        return self._known[shape]
+
+    def known(self, call: Call, k: Tensor) -> Verdict | Given | None:
+        """What `verdict` found of such a layer."""
+        shape = self._shape(call, k)
+        return self._given(shape) or self._known.get(shape)
+
+    def _given(self, shape: tuple) -> Given | None:
+        merged = None if self._set is None else self._set.of(layer_name(*_parts(shape)), self._config.ratio)
+        return None if merged is None else Given(merged)
+
+    def _shape(self, call: Call, k: Tensor) -> tuple:
+        """All of a layer that its times depend on, beside the options."""
+        others = -(-(call.length - self._layout.tokens) // _OTHERS)
+        return (self._layout.grid, others, call.heads, k.shape[1 if call.split else 2], call.d, k.dtype, call.split)
+
+
+def _parts(shape: tuple) -> tuple[Grid, int, int, int]:
+    """(grid, channels, heads, tokens beside the image) of a layer's shape."""
+    grid, others, heads, _, d, *_ = shape
+    return grid, heads * d, heads, others * _OTHERS
