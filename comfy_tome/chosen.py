@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dit_attention import is_sparse, is_torchs, torchs_order
+from .dit_attention import COMFYUI, is_sparse
 from .log import say_once
 
 OVERRIDE = "optimized_attention_override"
@@ -74,10 +74,10 @@ class Chosen:
         declined: of the calls that a sparse override declines, where there is one.
         """
         if self.override is None:
-            return torchs_order(device) if is_torchs(self.host) else ()
+            return COMFYUI.order(device) if COMFYUI.is_torchs(self.host) else ()
         if not declined or not self.sparse:
             return ()
-        return torchs_order(device) if is_torchs(backend_behind(self.override) or self.host) else ()
+        return COMFYUI.order(device) if COMFYUI.is_torchs(backend_behind(self.override) or self.host) else ()
 
     @contextmanager
     def followed(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
-"""One attention call of a transformer in ComfyUI, and the ways to weigh its keys.
+"""One attention call of a transformer in ComfyUI or Forge, and the ways to weigh its keys.
 
 "joined": keys of one weight in a call of their own, joined by log-sum-exps (shared_tome/attention/sequence.py). It
-takes the place of ComfyUI's PyTorch attention where that is what would run, and on the same kernel. "channels": the
+takes the place of the program's PyTorch attention where that is what would run, and on the same kernel. "channels": the
 weights as further channels of the heads, which any attention function takes: those of other nodes and packages, calls
 with a mask.
 """
@@ -9,8 +9,10 @@ with a mask.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +28,9 @@ from ..shared_tome.attention.sequence import JointCall, image_bias, merge_image,
 from ..shared_tome.core.channels import extra_channels
 from ..shared_tome.merging.plan import Plan
 from ..shared_tome.methods import Method
-from .log import say_once
 
-_HOST = "comfy.ldm.modules.attention"
-# ComfyUI's attention functions that take heads of any size. Its others (SageAttention's two, comfy-kitchen's) and other
-# nodes' may know these sizes alone.
+# Attention functions of ComfyUI and its kind that take heads of any size. Their others (SageAttention's two,
+# comfy-kitchen's) and other nodes' may know these sizes alone.
 _ANY_SIZE = tuple(f"attention_{name}" for name in ("basic", "sub_quad", "split", "xformers", "pytorch", "flash"))
 SAFE_SIZES = (64, 96, 128)
 # torch's names of the kernels that tell their log-sum-exp.
@@ -40,10 +40,53 @@ _SPARSE = {"sparse", "sparge", "radial", "sla", "vsa", "nabla"}
 
 
 @dataclass(frozen=True)
+class Attentions:
+    """A program's attention functions, which are called as ComfyUI's: (q, k, v, heads, mask, ...).
+
+    module: that they lie in. operations: the module with the program's own way to torch's attention, where it has one.
+    """
+
+    module: str
+    operations: str
+
+    @property
+    def torchs(self) -> Callable[..., Tensor]:
+        """The one that calls torch's attention."""
+        return importlib.import_module(self.module).attention_pytorch
+
+    def is_own(self, func: Any, name: str) -> bool:
+        """Whether func is the program's own function of that name. An override gets it without its wrapper."""
+        own = getattr(importlib.import_module(self.module), name, None)
+        own = getattr(own, "__wrapped__", own)
+        return own is not None and own.__module__ == self.module and getattr(func, "__wrapped__", func) is own
+
+    def is_torchs(self, func: Any) -> bool:
+        """Whether it is the one that calls torch's attention, and no function of the same name."""
+        return self.is_own(func, "attention_pytorch")
+
+    def order(self, device: torch.device) -> tuple[str, ...]:
+        """The kernels of torch that it would try, in its order, whatever the program was started with; none where that
+        function is not torch's own."""
+        operations = importlib.import_module(self.operations)
+        way = getattr(operations, "scaled_dot_product_attention", None)
+        if not isinstance(F.scaled_dot_product_attention, types.BuiltinFunctionType) or (
+            way is not None and getattr(way, "__globals__", None) is not vars(operations)
+        ):
+            return ()  # somebody has put another in that place
+        order = getattr(operations, "SDPA_BACKEND_PRIORITY", None)
+        if device.type == "cpu" or order is None:
+            return TORCHS
+        return tuple(_NAMES.get(kernel.name, kernel.name) for kernel in order)
+
+
+COMFYUI = Attentions("comfy.ldm.modules.attention", "comfy.ops")
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of an attention function, and how its tensors lie: [B, H, L, d] where split, else [B, L, H * d].
 
-    override: another node's, called with func as its first argument. length: of the keys.
+    override: another node's, called with func as its first argument. length: of the keys. family: of the functions.
     """
 
     func: Any
@@ -53,16 +96,25 @@ class Call:
     length: int
     d: int
     override: Any = None
+    family: Attentions = COMFYUI
 
     @classmethod
     def of(
-        cls, func: Any, q: Tensor, k: Tensor, heads: int, args: tuple, kwargs: dict[str, Any], override: Any = None
+        cls,
+        func: Any,
+        q: Tensor,
+        k: Tensor,
+        heads: int,
+        args: tuple,
+        kwargs: dict[str, Any],
+        override: Any = None,
+        family: Attentions = COMFYUI,
     ) -> Call:
         """From what optimized_attention(q, k, v, heads, mask, attn_precision, ...) is called with."""
         kwargs = {**kwargs, **dict(zip(("mask", "attn_precision"), args, strict=False))}
         split = bool(kwargs.get("skip_reshape"))
         d = q.shape[-1] if split else q.flatten(2).shape[-1] // heads
-        return cls(func, heads, kwargs, split, k.shape[2 if split else 1], d, override)
+        return cls(func, heads, kwargs, split, k.shape[2 if split else 1], d, override, family)
 
     @property
     def mask(self) -> Tensor | None:
@@ -77,12 +129,12 @@ class Call:
     @property
     def takes_any_size(self) -> bool:
         """Whether the attention is known to take heads of any size."""
-        return self.override is None and any(_is_comfys(self.func, name) for name in _ANY_SIZE)
+        return self.override is None and any(self.family.is_own(self.func, name) for name in _ANY_SIZE)
 
     @property
     def is_torchs(self) -> bool:
-        """Whether ComfyUI's PyTorch attention itself would run, and no function of the same name."""
-        return self.override is None and is_torchs(self.func)
+        """Whether the program's PyTorch attention itself would run, and no function of the same name."""
+        return self.override is None and self.family.is_torchs(self.func)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
         """The attention as it would be without ToMe: another node's override goes first."""
@@ -90,10 +142,8 @@ class Call:
         return first[0](*first[1:], q, k, v, self.heads, **{**self.kwargs, **kwargs})
 
     def by_torch(self) -> Call:
-        """The call of ComfyUI's PyTorch attention in place of this one."""
-        from comfy.ldm.modules.attention import attention_pytorch
-
-        return dataclasses.replace(self, func=attention_pytorch)
+        """The call of the program's PyTorch attention in place of this one."""
+        return dataclasses.replace(self, func=self.family.torchs)
 
     def replace(self, **kwargs: Any) -> Call:
         """The call with other keywords."""
@@ -104,8 +154,9 @@ class Call:
         return x if self.split else x.flatten(2)
 
     def flattened(self) -> Call:
-        """The call on what `flat` gives."""
-        return dataclasses.replace(self.replace(skip_reshape=False, skip_output_reshape=False), split=False)
+        """The call on what `flat` gives. Both are off where they are not named, and Forge does not know the second."""
+        off = {name: False for name in ("skip_reshape", "skip_output_reshape") if name in self.kwargs}
+        return dataclasses.replace(self.replace(**off), split=False)
 
     def flat(self, x: Tensor) -> Tensor:
         """[B, L, H * d] of either."""
@@ -120,35 +171,6 @@ class Call:
         return take_heads(x, index) if self.split else kernels.take(x, index[None])
 
 
-def _is_comfys(func: Any, name: str) -> bool:
-    """Whether func is ComfyUI's own attention function of that name. An override gets it without its wrapper."""
-    from comfy.ldm.modules import attention
-
-    own = getattr(attention, name, None)
-    own = getattr(own, "__wrapped__", own)
-    return own is not None and own.__module__ == _HOST and getattr(func, "__wrapped__", func) is own
-
-
-def is_torchs(func: Any) -> bool:
-    """Whether it is ComfyUI's PyTorch attention itself, and no function of the same name."""
-    return _is_comfys(func, "attention_pytorch")
-
-
-def torchs_order(device: torch.device) -> tuple[str, ...]:
-    """The kernels of torch that ComfyUI's PyTorch attention would try, in its order, whatever ComfyUI was started with;
-    none where that function is not torch's own."""
-    import comfy.ops
-
-    if not isinstance(F.scaled_dot_product_attention, types.BuiltinFunctionType) or getattr(
-        comfy.ops.scaled_dot_product_attention, "__globals__", None
-    ) is not vars(comfy.ops):
-        return ()  # another node has put its own in that place
-    order = getattr(comfy.ops, "SDPA_BACKEND_PRIORITY", None)
-    if device.type == "cpu" or order is None:
-        return TORCHS
-    return tuple(_NAMES.get(kernel.name, kernel.name) for kernel in order)
-
-
 def is_sparse(override: Any) -> bool:
     """Whether another node's attention override says by its name, or by that of its module, that it is sparse."""
     override = getattr(override, "func", override)  # functools.partial
@@ -159,7 +181,7 @@ def is_sparse(override: Any) -> bool:
 
 
 def may_join(call: Call) -> bool:
-    """Whether JointCall.attend may take the place of this call: ComfyUI's PyTorch attention, without a mask."""
+    """Whether JointCall.attend may take the place of this call: the program's PyTorch attention, without a mask."""
     return call.mask is None and call.is_torchs
 
 
@@ -184,7 +206,7 @@ def attend_sampled(joint: JointCall, call: Call, q: Tensor, k: Tensor, v: Tensor
         joint.tell_sampled(plan, call.name)
     around = joint.around(plan, start, call.length)
     if joint.own:
-        say_once(why_not_kept(call.by_head(q), call.by_head(k), call.mask is not None, torchs))
+        joint.tell_not_own(why_not_kept(call.by_head(q), call.by_head(k), call.mask is not None, torchs))
     index = around.index(plan, start)
     k, v = call.take(k, index), call.take(v, index)
     if call.mask is not None:

@@ -161,6 +161,10 @@ class JointCall:
         if isinstance(plan, MultiresPlan):
             self._say(NOT_MULTIRES, why)
 
+    def tell_not_own(self, reason: str) -> None:
+        """To be called where queries were to keep their own tokens, and cannot."""
+        self._say(reason, "")
+
     def _kernel(self, q: Tensor) -> str | None:
         key = q.dtype, q.shape[-1]
         if key not in self._chosen:  # torch is asked once a call and not once a layer

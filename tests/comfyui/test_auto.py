@@ -191,7 +191,7 @@ def test_the_models_own_block_is_timed(sd15, tome, comfy_nodes, monkeypatch):
 @pytest.fixture
 def judged_dit(comfy_nodes, monkeypatch):
     """judged_dit(pays): transformers are measured, with this outcome. Returns the names that were asked for."""
-    dit = pack_module("dit")
+    dit = pack_module("dit_call")
     asked = []
 
     def give(pays):
@@ -224,7 +224,7 @@ def test_transformers_are_measured_too(tome, judged_dit, name, caplog):
 
 def test_a_measurement_does_not_change_the_draws(tome, comfy_nodes, monkeypatch):
     """The picture of the call that measures is that of the calls after it."""
-    dit = pack_module("dit")
+    dit = pack_module("dit_call")
     given = {"method": "multires", "ratio": 0.75, "seed": 3, "min_tokens": 0}
     expected = dit_host.call(tome(dit_host.small("flux"), **given, levels="0"), "flux")
     monkeypatch.setattr(pack_module("dit_auto"), "measures", lambda config, grid, device: True)
@@ -241,7 +241,7 @@ def test_a_measurement_does_not_change_the_draws(tome, comfy_nodes, monkeypatch)
 
 def test_what_a_transformers_layer_is_measured_on(tome, comfy_nodes, monkeypatch):
     """One row of its own tokens, both ways, with everything that the real call has."""
-    dit = pack_module("dit")
+    dit = pack_module("dit_call")
     seen = []
 
     def compared(full, merged, device):

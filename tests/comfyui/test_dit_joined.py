@@ -24,7 +24,7 @@ def comfy(comfy_nodes):
 
 def joint_module():
     """shared_tome.attention.sequence, under the name that ComfyUI loaded it by."""
-    return sys.modules[host.pack_module("dit").JointCall.__module__]
+    return sys.modules[host.pack_module("dit_call").JointCall.__module__]
 
 
 @pytest.fixture

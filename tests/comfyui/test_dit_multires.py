@@ -28,7 +28,7 @@ class Ran(list):
 @pytest.fixture
 def ran(monkeypatch):
     """(tokens of the row, where the image begins, layer) of each attention at three resolutions; `masks` of each."""
-    sequence = sys.modules[host.pack_module("dit").JointCall.__module__]
+    sequence = sys.modules[host.pack_module("dit_call").JointCall.__module__]
     seen, real = Ran(), sequence.kernels.attend_multires
 
     def spy(q, k, v, tiles, drawn, counts, layer, scale, mask=None):

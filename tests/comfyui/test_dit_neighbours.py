@@ -94,7 +94,7 @@ def test_heads_too_wide_for_it_are_left_to_it(dit, tome, sage, caplog, method):
 @pytest.mark.parametrize("levels", ["0", "auto"])
 def test_pytorchs_attention_steps_in_where_that_pays(tome, sage, caplog, monkeypatch, levels):
     """Where it was measured, or where the user names the levels, which are merged whatever it costs."""
-    module, asked = host.pack_module("dit"), []
+    module, asked = host.pack_module("dit_call"), []
 
     def known_or_measured(key, device, measure):
         asked.append(key)
@@ -115,7 +115,7 @@ def test_pytorchs_attention_steps_in_where_that_pays(tome, sage, caplog, monkeyp
 
 
 def test_what_is_measured_is_the_chosen_attention_against_what_would_take_its_place(tome, sage, monkeypatch):
-    module, seen = host.pack_module("dit"), []
+    module, seen = host.pack_module("dit_call"), []
     monkeypatch.setattr(module, "known_or_measured", lambda key, device, measure: measure())
     monkeypatch.setattr(host.pack_module("dit_auto"), "may_measure", lambda device: True)
     calls = sage()
