@@ -1,4 +1,5 @@
-"""ToMe in Forge and reForge: the patches of ComfyUI's node, put into a clone of the pass's U-Net.
+"""ToMe in Forge and reForge: the patches of ComfyUI's node, put into a clone of the pass's U-Net. Transformers:
+forge_dit.py.
 
 Their U-Net carries ComfyUI's attn1 patches but no wrappers around `apply_model`; the one hook that sees each call
 with its transformer_options is `model_function_wrapper`. It takes a single function, so one that stands there
@@ -31,6 +32,7 @@ from ..shared_tome.hooks.parts import AtSdpa, Wide, Widening
 from ..shared_tome.inspect.record import CallRecord
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
+from . import forge_dit
 from .block import NO_WEIGHTS, is_taken
 from .hooks import COMPILED, NotServed, is_compiled, served_blocks
 from .notes import Notes
@@ -51,22 +53,26 @@ def patch(sd_model: Any, sampling: Sampling, called: Callable[[], None] = lambda
 
     called: told after each call of the model.
 
-    Raises NotServed: the model has no self-attention that takes patches (Flux and other transformers), or is compiled.
+    Raises NotServed: the model is a transformer that ToMe does not know here, or not with these options, or compiled.
     """
     unet = sd_model.forge_objects.unet.clone()
-    diffusion_model = unet.model.diffusion_model
-    if next(served_blocks(diffusion_model), None) is None:
-        raise NotServed(
-            f"{type(sd_model).__name__} ({type(diffusion_model).__name__}) is not served in this program: its "
-            "attention takes no patches. ToMe merges models with a U-Net here (SD 1.x, 2.x, SDXL); nothing is merged"
-        )
+    base, facts = unet.model, None
+    if next(served_blocks(base.diffusion_model), None) is None:
+        facts = forge_dit.facts_of(sd_model, base.diffusion_model)
+        forge_dit.check(facts, sampling.config)
     # reForge compiles the module itself; Forge Neo's own extension does so within each call of apply_model.
-    if is_compiled(diffusion_model) or hasattr(unet.model, _COMPILE_CONFIG):
+    if is_compiled(base.diffusion_model) or hasattr(base, _COMPILE_CONFIG):
         raise NotServed(COMPILED)
     inner = _without_ours(unet.model_options.get(_WRAPPER))
     sampling.another_model()
-    unet.set_model_unet_function_wrapper(_wrapper(unet.model, sampling, inner, called))
+    merged = _UNet(base.diffusion_model, sampling) if facts is None else forge_dit.Merged(base, facts, sampling)
+    unet.set_model_unet_function_wrapper(_wrapper(base, merged, inner, called))
     sd_model.forge_objects.unet = unet
+
+
+def takes_multires(sd_model: Any) -> bool:
+    """Whether `auto` stands for multires on this model."""
+    return is_forge(sd_model) and forge_dit.takes_multires(sd_model.forge_objects.unet)
 
 
 def unpatch(sd_model: Any) -> None:
@@ -99,14 +105,12 @@ def _percent_to_sigma(model: Any) -> Callable[[float], float] | None:
     return None
 
 
-def _wrapper(model: Any, sampling: Sampling, inner: Callable | None, called: Callable[[], None]) -> Callable:
+def _wrapper(model: Any, merged: Callable[..., Tensor], inner: Callable | None, called: Callable[[], None]) -> Callable:
     """A plain function, because clone() copies objects deeply and would part them from the sampling's state.
 
-    model: what the U-Net's patcher holds.
+    model: what the U-Net's patcher holds. merged: see _UNet.
     """
-    diffusion_model, percent_to_sigma = model.diffusion_model, _percent_to_sigma(model)
-    met: dict[tuple, bool] = {}
-    wide: dict[tuple, bool] = {}
+    percent_to_sigma = _percent_to_sigma(model)
     table: list[Tensor] = []  # asked for where there is a schedule
 
     def progress(level: Tensor) -> float:
@@ -120,29 +124,42 @@ def _wrapper(model: Any, sampling: Sampling, inner: Callable | None, called: Cal
                 return inner(apply_model, args)
             return apply_model(args["input"], args["timestep"], **args["c"])
 
-        x = args["input"]  # (B, C, H, W): whole batches of images, prompts and negative prompts one after another
-        rows = tuple(row % len(sampling.seeds) for row in range(x.shape[0]))
-        tells = percent_to_sigma is not None
-        far = functools.partial(progress, args["timestep"]) if tells else None
-        call = sampling.call(x, rows, far) if x.dim() == 4 else None
-        if call is None:
-            out = run(args)
-        else:
-            told = sampling.told
-            own = OwnTokens(diffusion_model, x.device, met, sampling) if call.config.wants_heads else None
-            options = args["c"].get("transformer_options", {})
-            decisions = Decisions(call, log=sampling.decided)
-            ours = ForgeCall(call, options, x.shape[0], sampling.notes, told, own, wide, decisions)
-            with ours.hooks(diffusion_model):
-                out = run({**args, "c": {**args["c"], "transformer_options": ours.options}})
-            if isinstance(told, CallRecord):
-                told.end()
+        out = merged(args, run, None if percent_to_sigma is None else functools.partial(progress, args["timestep"]))
         called()
         return out
 
     tome_wrapper.inner = inner
     setattr(tome_wrapper, _MARK, True)
     return tome_wrapper
+
+
+class _UNet:
+    """Calls a U-Net with its layers merged, for one sampling pass."""
+
+    def __init__(self, diffusion_model: nn.Module, sampling: Sampling):
+        self._model, self._sampling = diffusion_model, sampling
+        self._met: dict[tuple, bool] = {}
+        self._wide: dict[tuple, bool] = {}
+
+    def __call__(self, args: dict[str, Any], run: Callable[[dict], Tensor], far: Callable[[], float] | None) -> Tensor:
+        """args: of the host's model_function_wrapper. run: calls the model with them. far: how far the sampler is."""
+        sampling = self._sampling
+        x = args["input"]  # (B, C, H, W): whole batches of images, prompts and negative prompts one after another
+        rows = tuple(row % len(sampling.seeds) for row in range(x.shape[0]))
+        call = sampling.call(x, rows, far) if x.dim() == 4 else None
+        if call is None:
+            return run(args)
+        told, own = sampling.told, None
+        if call.config.wants_heads:
+            own = OwnTokens(self._model, x.device, self._met, sampling)
+        options = args["c"].get("transformer_options", {})
+        decisions = Decisions(call, log=sampling.decided)
+        ours = ForgeCall(call, options, x.shape[0], sampling.notes, told, own, self._wide, decisions)
+        with ours.hooks(self._model):
+            out = run({**args, "c": {**args["c"], "transformer_options": ours.options}})
+        if isinstance(told, CallRecord):
+            told.end()
+        return out
 
 
 class OwnTokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..shared_tome import ToMeConfig
@@ -63,6 +63,12 @@ class Settings:
     config: ToMeConfig
     map: bool = False
 
+    def resolved(self, multires: bool) -> Settings:
+        """With a method in place of auto, see ToMeConfig.resolved."""
+        hires = self.config.replace(ratio=self.hires_ratio) if self.hires_ratio >= 0.0 else None
+        hires_ratio = self.hires_ratio if hires is None else hires.resolved(multires).ratio
+        return replace(self, config=self.config.resolved(multires), hires_ratio=hires_ratio)
+
     def for_pass(self, hires: bool) -> ToMeConfig:
         """The config of the first or of the hires pass."""
         if hires and self.hires_ratio >= 0.0:
@@ -97,8 +103,7 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
         raise ValueError(f"hires_ratio must be -1 (the same) or a number in 0 to 1, got {hires_ratio!r}")
     if wants_map not in (True, False):
         raise ValueError(f"map must be true or false, got {wants_map!r}")
-    config = ToMeConfig.from_widgets(**known).resolved(multires=False)  # this host's models are U-Nets
-    return Settings(True, float(hires_ratio), seed_rule, config, bool(wants_map))
+    return Settings(True, float(hires_ratio), seed_rule, ToMeConfig.from_widgets(**known), bool(wants_map))
 
 
 def named(values: Sequence[Any]) -> dict[str, Any]:

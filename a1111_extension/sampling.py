@@ -91,17 +91,40 @@ class Sampling:
         x: the latent [B, C, H, W]; rows: their images, where the caller knows better than the step. progress: how far
         the model is by its noise level, 0 to 1, asked only for a schedule; None: by steps.
         """
-        batch, full, device = x.shape[0], (x.shape[2], x.shape[3]), x.device
         if rows is None:
-            rows = self._rows.take(batch)  # even if not merged: the cursor has to move on
+            rows = self._rows.take(x.shape[0])  # even if not merged: the cursor has to move on
+        config = self.begin(x, rows, progress)
+        return None if config.ratio == 0.0 else self.call_on((x.shape[2], x.shape[3]), config, x, rows)
+
+    def begin(self, x: Tensor, rows: Rows, progress: Callable[[], float] | None = None) -> ToMeConfig:
+        """A call of the model begins: the config that holds in it. x: the latent [B, C, ..., H, W]; else: see call."""
         config = config_at(self.config, progress or (lambda: self._by_steps))
-        self.told = None if self.run is None else self._tell(self.run, config, full, rows)
-        if config.ratio == 0.0:
-            return None
+        self.told = None if self.run is None else self._tell(self.run, config, tuple(x.shape[-2:]), rows)
+        return config
+
+    def call_on(self, full: Grid, config: ToMeConfig, x: Tensor, rows: Rows) -> ModelCall:
+        """The state of a call whose tokens at level 0 lie on the grid `full`; else: see begin."""
+        batch, device = x.shape[0], x.device
         alike = batch % 2 == 0 and rows[: batch // 2] == rows[batch // 2 :]
         if alike and shares_match(config):  # tiles of one image have one number
             alike = same_halves(x)
         return ModelCall(config, full, device, seed=self._seed(rows, device), step=self.step, alike=alike)
+
+    def parts(self, batch: int) -> list[tuple[slice, Rows, CallTally | None]]:
+        """The rows of a batch that draw alike, with their images and whom to tell: all of them where the images have
+        one seed, else each image's own. The batch is whole batches of images one after another (Forge)."""
+        images = len(self.seeds)
+        rows = tuple(row % images for row in range(batch))
+        if len({self.seeds[row] for row in rows}) == 1:
+            return [(slice(None), rows, self.told)]
+        found = []
+        for image in range(min(images, batch)):
+            told = self.told if image == 0 else None  # all images' layers are merged alike: one tells for all
+            if isinstance(self.told, CallRecord):
+                told = CallRecord(self.told.run, self.step, [0], self.told.full, [image])
+            part = slice(image, None, images)
+            found.append((part, rows[part], told))
+        return found
 
     def tell_own(self, refused: str | None) -> None:
         """A layer's queries are to keep their own tokens. refused: why they cannot; None: they can."""

@@ -27,7 +27,8 @@ class _State:
     """What one processing object owns: its settings and, while it samples, its hooks."""
 
     def __init__(self, owner: Any, chosen: Settings):
-        self.owner, self.settings, self.notes = owner, chosen, Notes(owner)
+        self.owner, self.asked, self.notes = owner, chosen, Notes(owner)
+        self.settings = chosen.resolved(multires=False)  # until a pass's model is known
         self.attachment: hooks.Attachment | None = None
         self.sampling: Sampling | None = None
         self.patched: Any = None  # Forge: the sd_model whose U-Net was patched for this pass
@@ -40,6 +41,10 @@ class _State:
 
     def begin_pass(self, hires: bool) -> None:
         self.detach()
+        self.settings = self.asked.resolved(forge.takes_multires(self.owner.sd_model))
+        asked, config = self.asked.for_pass(hires), self.settings.for_pass(hires)
+        if (less := asked.why_less(config)) is not None:
+            self.notes.say(less)
         if hires:
             self.write()
         else:  # of the batch before

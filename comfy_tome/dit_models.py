@@ -1,72 +1,37 @@
-"""What ToMe knows of ComfyUI's transformers without a U-Net: one row of DIT_MODELS each.
+"""What ToMe knows of transformers without a U-Net in ComfyUI and Forge: one row of DIT_MODELS each.
 
-A row was written from the model's own forward (ComfyUI 0.30, comfy/ldm/<file of its class>). A model is known by its
-class's name, so a ComfyUI that lacks one loads all the same. A subclass may order its tokens anew, so it counts only
-where it is named or changes nothing that it inherits. To add a model, add its row: nothing else names one. What is
-left alone, and why: dit_refused.py.
+A row was written from the model's own forward (ComfyUI 0.30, comfy/ldm/<file of its class>; Forge f2.0.1 and Forge Neo,
+backend/nn). A model is known by its class's name, so a program that lacks one loads all the same. A subclass may order
+its tokens anew, so it counts only where it is named or changes nothing that it inherits. To add a model, add its row:
+nothing else names one. What is left alone, and why: dit_refused.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from ..shared_tome.core.grid import Grid
+from ..shared_tome import ToMeConfig
 from . import dit_tokens as of
-from .dit_tokens import Shape, Told
-
-
-def _one(model: Any) -> int:
-    return 1
-
-
-@dataclass(frozen=True)
-class DiTModel:
-    """A family of models with one order of tokens: [head, image, tail].
-
-    name: for people. classes: below comfy.ldm.
-    grid(model, latent's shape, told): the image's (rows, columns) or (frames, rows, columns); None where this call's
-        tokens do not lie on one.
-    head(model, told): how many tokens stand before the image's; None: as many as are left over.
-    tail(model, told, grid): how many stand after them; None: as many as are left over. At least one of the two.
-    numbered: the model tells the number of its block, and what runs without one (refiners) is to be left alone. Not of
-        models that have nothing of that kind: ComfyUI tells no numbers up to 0.3.64, of Cosmos-Predict2 up to 0.27.
-    alone(model, told): some layers attend without the text; how many tokens stand before the image's there.
-    others(model, told): lengths of attentions to other tokens (cross-attentions, refiners, sound), to be told from the
-        image's by their length alone.
-    calls(model): attention calls of one layer that want the same tokens.
-    parts: some layers call attention with a part of the queries and all keys, once or several times.
-    elsewhere(model, told, grid): queries of each layer that never come, because the model has them already or asks
-        another attention.
-    compiles: forward hands keywords that it does not know to its wrappers, which torch.compile can guard (unet.py).
-    silent(model, options): self-attentions to be served whose calls do not tell their options, so that no override
-        reaches them: they are met where they call torch (shared_tome/attention/sdpa.py). options: the call's.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    grid: Callable[[Any, Shape, Told], Grid | None]
-    head: Callable[[Any, Told], int] | None = None
-    tail: Callable[[Any, Told, Grid], int] | None = None
-    numbered: bool = False
-    alone: Callable[[Any, Told], int] | None = None
-    others: Callable[[Any, Told], tuple[int, ...]] | None = None
-    calls: Callable[[Any], int] = _one
-    parts: bool = False
-    elsewhere: Callable[[Any, Told, Grid], int] = of.nothing
-    compiles: bool = True
-    silent: Callable[[Any, dict[str, Any]], list[Any]] | None = None
-
+from .dit_row import DiTModel
 
 DIT_MODELS: tuple[DiTModel, ...] = (
-    DiTModel("Flux", ("flux.model.Flux",), of.image, head=of.prompt, tail=of.references),
+    DiTModel(
+        "Flux",
+        ("flux.model.Flux",),
+        of.image,
+        head=of.prompt,
+        tail=of.references,
+        forge=("flux.IntegratedFluxTransformer2DModel",),
+        blocks=("double_blocks", "single_blocks"),
+    ),
     DiTModel(
         "Chroma",
         ("chroma.model.Chroma", "chroma_radiance.model.ChromaRadiance"),
         of.image,
         head=of.prompt,
         tail=of.nothing,
+        forge=("chroma.IntegratedChromaTransformer2DModel",),
+        blocks=("double_blocks", "single_blocks"),
     ),
     DiTModel(
         "SD3",
@@ -76,6 +41,8 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         tail=of.nothing,
         alone=of.nothing,  # SD3.5 medium's second attention of a block
         compiles=False,
+        forge=("mmditx.MMDiTX",),
+        blocks=("joint_blocks",),
     ),
     DiTModel(
         "Qwen-Image",
@@ -83,6 +50,8 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         of.layers_of_images,
         head=of.prompt,
         tail=of.layers_of_references,
+        forge=("qwen.QwenImageTransformer2DModel",),
+        blocks=("transformer_blocks",),
     ),
     DiTModel(
         "Lumina2 and Z-Image",
@@ -90,6 +59,8 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         of.image,
         tail=of.padding,  # before the image: the prompt, filled up, and in omni models the references
         numbered=True,
+        forge=("lumina.NextDiT",),
+        blocks=("layers",),
     ),
     DiTModel(
         "OmniGen2",
@@ -117,6 +88,8 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         head=of.prompt,
         tail=of.krea_references,
         numbered=True,
+        forge=("krea.SingleStreamDiT",),
+        blocks=("blocks",),
     ),
     DiTModel(
         "Ideogram 4", ("ideogram4.model.Ideogram4Transformer2DModel",), of.pixels, head=of.prompt, tail=of.nothing
@@ -148,6 +121,8 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         tail=of.prompt,
         compiles=False,
         silent=lambda model, options: [layer.self_attention for layer in model.layers],
+        forge=("ernie.ErnieImageModel",),
+        blocks=("layers",),
     ),
     DiTModel(
         "PixelDiT and PiD",
@@ -156,6 +131,8 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         head=of.prompt_of_pixeldit,
         tail=of.nothing,
         alone=of.nothing,  # blocks of pixels, which attend patch by patch
+        forge=("pixeldit.model.PixDiT_T2I", "pixeldit.pid.PidNet"),
+        blocks=("patch_blocks", "pixel_blocks"),
     ),
     DiTModel("HunyuanVideo", ("hunyuan_video.model.HunyuanVideo",), of.video, tail=of.nothing, numbered=True),
     DiTModel(
@@ -164,6 +141,8 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         of.video,
         head=of.prepended_frame,
         others=of.prompts,
+        forge=("wan.WanModel",),
+        blocks=("blocks",),
     ),
     DiTModel(
         "Wan VACE, Camera, S2V and HuMo",
@@ -243,8 +222,10 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         ("cosmos.model.GeneralDIT", "cosmos.predict2.MiniTrainDIT", "anima.model.Anima"),
         lambda model, shape, told: of.patches(shape, model.patch_temporal, model.patch_spatial, model.patch_spatial),
         head=of.nothing,
-        tail=of.nothing,
+        tail=of.frames_of_references,
         others=of.prompts,
+        forge=("anima.Anima",),
+        blocks=("blocks",),
     ),
     DiTModel(
         "HiDream",
@@ -306,7 +287,9 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         silent=of.whole_attentions,
     ),
 )
-_BY_CLASS = {f"comfy.ldm.{name}": row for row in DIT_MODELS for name in row.classes}
+_BY_CLASS = {f"comfy.ldm.{name}": row for row in DIT_MODELS for name in row.classes} | {
+    f"backend.nn.{name}": row for row in DIT_MODELS for name in row.forge
+}
 SERVED = ", ".join(row.name for row in DIT_MODELS)
 
 
@@ -323,6 +306,17 @@ def dit_model(model: Any) -> DiTModel | None:
         if row is not None:
             changed = {name for own in kinds[:place] for name in vars(own) if hasattr(kind, name)}
             return None if changed - _OF_ANY_CLASS else row
+    return None
+
+
+def why_not(facts: DiTModel, config: ToMeConfig) -> str | None:
+    """Why a transformer is not merged with options that only a U-Net has; None: it is."""
+    for option in ("cross_attention", "mlp"):
+        if getattr(config, option):
+            return f"{option} needs a model with a U-Net; {facts.name} is served at its self-attention alone"
+    levels = config.level_set
+    if levels is not None and 0 not in levels:
+        return f"{facts.name} has one resolution, level 0; levels {config.levels!r} would merge nothing"
     return None
 
 

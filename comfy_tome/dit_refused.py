@@ -1,4 +1,4 @@
-"""Models of ComfyUI that ToMe does not serve, and why. What the node says, and the table of docs/models.md."""
+"""Models of ComfyUI and Forge that ToMe does not serve, and why: what is said, and the table of docs/models.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ _NO_GRID = "its tokens are a shape in space and lie on no grid of a picture or v
 
 @dataclass(frozen=True)
 class Refused:
-    """name: for people. classes: below comfy.ldm, or in another node's folder. reason: why ToMe leaves it alone."""
+    """name: for people. classes: below comfy.ldm, in another node's folder, or below backend.nn in Forge. reason: why
+    ToMe leaves it alone."""
 
     name: str
     classes: tuple[str, ...]
@@ -53,7 +54,23 @@ OF_NODES: tuple[Refused, ...] = (
         "its attentions do not get the options through which a node reaches them",
     ),
 )
-_ROWS = [(f".{name}", row) for row in (*REFUSED, *OF_NODES) for name in row.classes]
+# Of Forge Neo.
+OF_FORGE: tuple[Refused, ...] = (
+    Refused(
+        "Nunchaku's Flux (Forge Neo)",
+        ("svdq.SVDQFluxTransformer2DModel",),
+        "whole blocks run in Nunchaku's own kernels, where no attention is met",
+    ),
+    Refused(
+        "Nunchaku's Qwen-Image and Z-Image (Forge Neo)",
+        (
+            "svdq.NunchakuQwenImageTransformer2DModel",
+            "svdq.patch_nunchaku_zimage.<locals>.NunchakuZImage2DModel",
+        ),
+        "they run on a GPU with Nunchaku's own kernels alone, with which ToMe was not tried",
+    ),
+)
+_ROWS = [(f".{name}", row) for row in (*REFUSED, *OF_NODES, *OF_FORGE) for name in row.classes]
 
 
 def refused(model: Any) -> Refused | None:

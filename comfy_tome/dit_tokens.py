@@ -1,7 +1,7 @@
-"""Where the tokens of ComfyUI's transformers lie: what the rows of dit_models.py are put together from.
+"""Where the tokens of transformers lie: what the rows of dit_models.py are put together from.
 
-Each function was written from the model's own forward (ComfyUI 0.30, comfy/ldm). Those that give a grid take (model,
-latent's shape, told), those that count tokens (model, told) or (model, told, grid).
+Each function was written from the model's own forward (ComfyUI 0.30, comfy/ldm; Forge, backend/nn). Those that give a
+grid take (model, latent's shape, told), those that count tokens (model, told) or (model, told, grid).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def patches(shape: Shape, *patch: int) -> Grid:
 
 
 def image(model: Any, shape: Shape, told: Told) -> Grid:
-    return patches(shape, model.patch_size, model.patch_size)
+    side = getattr(model, "patch_size", 2)  # Forge's Flux and Chroma name none
+    return patches(shape, side, side)
 
 
 def video(model: Any, shape: Shape, told: Told) -> Grid:
@@ -86,7 +87,13 @@ def in_patches(latents: Any, *patch: int) -> int:
 
 def references(model: Any, told: Told, grid: Grid | None = None) -> int:
     """Reference latents (Flux Kontext, Qwen edit) are cut into patches as the image is."""
-    return in_patches(told.get("ref_latents"), model.patch_size, model.patch_size)
+    side = getattr(model, "patch_size", 2)
+    return in_patches(told.get("ref_latents"), side, side)
+
+
+def frames_of_references(model: Any, told: Told, grid: Grid) -> int:
+    """Forge Neo sets Anima's behind the picture, as further frames."""
+    return in_patches(told.get("ref_latents"), model.patch_temporal, model.patch_spatial, model.patch_spatial)
 
 
 def layers_of_references(model: Any, told: Told, grid: Grid) -> int:
@@ -94,8 +101,8 @@ def layers_of_references(model: Any, told: Told, grid: Grid) -> int:
 
 
 def krea_references(model: Any, told: Told, grid: Grid) -> int:
-    """Krea 2 takes them where a method is named, by a node or by the model."""
-    if told.get("ref_latents_method", model.default_ref_method) is None:
+    """Krea 2 takes them where a method is named, by a node or by the model; Forge Neo's takes them always."""
+    if told.get("ref_latents_method", getattr(model, "default_ref_method", "index")) is None:
         return 0
     return in_patches(told.get("ref_latents"), model.patch, model.patch)
 
@@ -125,7 +132,7 @@ def padding(model: Any, told: Told, grid: Grid) -> int:
 def prepended_frame(model: Any, told: Told) -> int:
     """Wan Fun's reference, [B, C, H, W], through a convolution of its own."""
     latent = told.get("reference_latent")
-    if model.ref_conv is None or latent is None:
+    if getattr(model, "ref_conv", None) is None or latent is None:  # Forge's has no such thing
         return 0
     return (latent.shape[-2] // model.patch_size[1]) * (latent.shape[-1] // model.patch_size[2])
 

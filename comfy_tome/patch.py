@@ -6,7 +6,7 @@ from typing import Any
 
 from ..shared_tome import ToMeConfig
 from ..shared_tome.inspect.reasons import why_no_step
-from .dit_models import SERVED, dit_model, unwrapped
+from .dit_models import SERVED, dit_model, unwrapped, why_not
 from .dit_patch import DiTPatch
 from .dit_refused import refused
 from .log import logger
@@ -77,15 +77,11 @@ def check_served(model: Any) -> bool:
 
 def check_dit_options(model: Any, config: ToMeConfig) -> None:
     """Raises ValueError for what only a U-Net has."""
-    name = dit_model(unwrapped(model.get_model_object("diffusion_model"))).name
-    for option in ("cross_attention", "mlp"):
-        if getattr(config, option):
-            raise ValueError(f"{option} needs a model with a U-Net; {name} is served at its self-attention alone")
-    levels = config.level_set
-    if levels is not None and 0 not in levels:
-        raise ValueError(f"{name} has one resolution, level 0; levels {config.levels!r} would merge nothing")
+    facts, levels = dit_model(unwrapped(model.get_model_object("diffusion_model"))), config.level_set
+    if (why := why_not(facts, config)) is not None:
+        raise ValueError(why)
     if levels is not None and levels != {0}:
-        logger.info("[ToMe] %s has one resolution: of levels %s only 0 exists", name, config.levels)
+        logger.info("[ToMe] %s has one resolution: of levels %s only 0 exists", facts.name, config.levels)
 
 
 def tell_levels(model: Any, config: ToMeConfig) -> None:

@@ -261,6 +261,10 @@ class CallTally:
         self._tally = tally
         self._numbers: dict[Grid, int] = {}
 
+    def lies_on(self, full: Grid) -> None:
+        """The grid from which levels are counted, where it is not the latent's own size."""
+        self.full = full
+
     def layer(
         self, where: str, grid: Grid, plan: Plan | None, part: int = 0, verdict: Verdict | Given | None = None
     ) -> int:

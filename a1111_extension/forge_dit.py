@@ -1,0 +1,304 @@
+"""ToMe in the transformers of Forge and Forge Neo, by the rows of ComfyUI's table (comfy_tome/dit_models.py).
+
+Their attentions take no patches. But every module of backend/nn calls its attention function by a name of its own. For
+the time of one call of the model that name is answered here (swap.py), and each attention goes the way that it goes in
+ComfyUI (comfy_tome/dit_call.py). Which block runs is known by hooks on the blocks. Images with seeds of their own are
+merged one by one, so that each draws what it draws alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..comfy_tome.dit_attention import Attentions, Call
+from ..comfy_tome.dit_call import TransformerCall
+from ..comfy_tome.dit_layout import Layout
+from ..comfy_tome.dit_models import DIT_MODELS, DiTModel, dit_model, unwrapped, why_not
+from ..comfy_tome.dit_refused import refused
+from ..shared_tome import ModelCall, ToMeConfig, kernels
+from ..shared_tome.attention.self_token import NO_LSE
+from ..shared_tome.attention.sequence import JointCall
+from ..shared_tome.inspect.reasons import why_not_served
+from ..shared_tome.inspect.record import CallRecord
+from ..shared_tome.inspect.report import CallTally
+from ..shared_tome.merging.plan import Plan
+from .hooks import NotServed
+from .sampling import Sampling
+from .swap import swapped
+
+FORGE = Attentions("backend.attention", "backend.operations")
+# By what name a module of backend/nn calls its attention; SD3's has a function of its own.
+_NAME = "attention_function"
+_OWN = {"backend.nn.mmditx": "attention"}
+SERVED = ", ".join(row.name for row in DIT_MODELS if row.forge)
+# What is said.
+NO_GRID = "an image whose tokens do not lie on one grid is left alone"
+NOT_MET = "no attention of the model came to ToMe: another extension has replaced them"
+OTHER_ROWS = "an attention whose rows are not the images' is left alone: another extension has changed them"
+
+
+def facts_of(sd_model: Any, model: nn.Module) -> DiTModel:
+    """The row of a diffusion model. Raises NotServed with the reason where it has none."""
+    model = unwrapped(model)
+    if (known := refused(model)) is not None:
+        raise NotServed(f"ToMe leaves {known.name} alone: {known.reason}; nothing is merged")
+    facts = dit_model(model)
+    if facts is None:
+        raise NotServed(
+            f"{type(sd_model).__name__} ({type(model).__name__}) is not served in this program. ToMe merges models "
+            f"with a U-Net here (SD 1.x, 2.x, SDXL) and {SERVED}; nothing is merged"
+        )
+    return facts
+
+
+def check(facts: DiTModel, config: ToMeConfig) -> None:
+    """Raises NotServed for options that only a U-Net has."""
+    if (why := why_not(facts, config)) is not None:
+        raise NotServed(f"{why}; nothing is merged")
+
+
+def takes_multires(patcher: Any) -> bool:
+    """Whether `auto` stands for multires on a patcher's model: a transformer, on a GPU, with PyTorch's attention."""
+    model, device = unwrapped(patcher.model.diffusion_model), getattr(patcher, "load_device", None)
+    if device is None or dit_model(model) is None or refused(model) is not None:
+        return False
+    return kernels.serves(torch.empty(0, device=device)) and bool(_order(functions_of(model), torch.device(device)))
+
+
+def functions_of(model: nn.Module) -> list[tuple[ModuleType, str]]:
+    """Where a model's attention functions are called: modules, and the name in each."""
+    names = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
+    modules = ((sys.modules.get(name), _OWN.get(name, _NAME)) for name in sorted(names) if name.startswith("backend."))
+    return [(module, name) for module, name in modules if callable(getattr(module, name, None))]
+
+
+def _handed(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """SD3's function is PyTorch's attention in the simplest form."""
+    own = _OWN.get(getattr(func, "__module__", None))
+    return FORGE.torchs if own is not None and getattr(func, "__name__", None) == own else func
+
+
+def _order(places: list[tuple[ModuleType, str]], device: torch.device) -> tuple[str, ...]:
+    """The kernels of torch that the attentions try, in their order; none where one of them is not PyTorch's."""
+    found = [getattr(module, name) for module, name in places]
+    found = [_handed(getattr(func, "original", func)) for func in found]
+    return FORGE.order(device) if found and all(map(FORGE.is_torchs, found)) else ()
+
+
+class Merged:
+    """Calls the model with its attentions merged, for one sampling pass. base: what the patcher holds."""
+
+    def __init__(self, base: Any, facts: DiTModel, sampling: Sampling):
+        self._model, self._facts, self._sampling = unwrapped(base.diffusion_model), facts, sampling
+        self._places = functions_of(self._model)
+        self._order: dict[torch.device, tuple[str, ...]] = {}
+
+    def __call__(self, args: dict[str, Any], run: Callable[[dict], Tensor], far: Callable[[], float] | None) -> Tensor:
+        """args: of the host's model_function_wrapper. run: calls the model with them. far: how far the sampler is."""
+        sampling, x = self._sampling, args["input"]  # (B, C, ..., H, W)
+        config = sampling.begin(x, tuple(row % len(sampling.seeds) for row in range(x.shape[0])), far)
+        if config.ratio == 0.0:
+            return run(args)
+        parts, block = sampling.parts(x.shape[0]), Block()
+        made = self._calls(args["c"], x, config.replace(levels="0"), parts, block)
+        if not made:
+            return run(args)
+        with swapped(self._places, Images(made, x.shape[0], block)), block.follow(self._model, self._facts.blocks):
+            out = run(args)
+        for (_, _, told), (_, call) in zip(parts, made, strict=True):
+            call.end()
+            if isinstance(told, CallRecord):
+                told.end()
+        return out
+
+    def _calls(
+        self,
+        c: dict[str, Any],
+        x: Tensor,
+        config: ToMeConfig,
+        parts: list[tuple[slice, tuple[int, ...], CallTally | None]],
+        block: Block,
+    ) -> list[tuple[slice, ForgeTransformerCall]]:
+        """What the images of a batch get, each with its rows; nothing where they are left alone."""
+        facts, told, notes = self._facts, self._sampling.told, self._sampling.notes
+        layout = Layout.of(facts, self._model, tuple(x.shape), _told(self._model, c))
+        if layout is None:
+            notes.say(NO_GRID, shown=False)
+            if told is not None:
+                told.left_alone(NO_GRID, facts.name)
+            return []
+        for _, _, of_part in parts:
+            if of_part is not None:
+                of_part.lies_on(layout.grid)
+        if x.device not in self._order:
+            self._order[x.device] = _order(self._places, x.device)
+        judges = self._sampling.config.levels == "auto"
+        made = []
+        for rows, images, of_part in parts:
+            call = self._sampling.call_on(layout.grid, config, x[rows], images)
+            if not call.serves(layout.grid):
+                if told is not None:
+                    told.lies_on(layout.grid)
+                    told.left_alone(why_not_served(config, layout.grid, layout.grid), facts.name, layout.grid)
+                return []
+            order = self._order[x.device]
+            walk = ForgeTransformerCall(call, facts, layout, order, self._sampling, block, of_part, judges)
+            made.append((rows, walk))
+        return made
+
+
+def _told(model: nn.Module, c: dict[str, Any]) -> dict[str, Any]:
+    """What a call is told beside its latent. Forge Neo hands reference latents to some models by a global, which their
+    own modules read."""
+    told = {name: value for name, value in c.items() if name != "transformer_options"}
+    shared = getattr(sys.modules.get(type(model).__module__), "dynamic_args", None)
+    if not told.get("ref_latents") and shared is not None:
+        told["ref_latents"] = getattr(shared, "ref_latents", None)
+    return told
+
+
+class Block:
+    """Which of a model's blocks this thread runs; told: as ComfyUI's models tell it, empty outside of all."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, Any] = {}
+
+    @contextmanager
+    def follow(self, model: nn.Module, lists: tuple[str, ...]) -> Iterator[None]:
+        """Hooks on the blocks in a model's lists, gone when the block ends in whatever way."""
+        handles: list[Any] = []
+        here = threading.get_ident()  # another thread's call of the same blocks has hooks of its own
+
+        def hook(module: nn.Module, told: dict[str, Any]) -> None:
+            def begin(*_: Any) -> None:
+                if threading.get_ident() == here:
+                    self.told = told
+
+            def end(*_: Any) -> None:
+                if threading.get_ident() == here:
+                    self.told = {}
+
+            handles.extend((module.register_forward_pre_hook(begin), module.register_forward_hook(end)))
+
+        try:
+            for name in lists:
+                kind = name.removesuffix("layers").removesuffix("blocks").rstrip("_")
+                for number, module in enumerate(getattr(model, name, ())):
+                    hook(module, {"block_type": kind, "block_index": number})
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class Images:
+    """Answers an attention function: the images' rows merged, each by its own call. batch: rows of the model's call."""
+
+    def __init__(self, calls: list[tuple[slice, ForgeTransformerCall]], batch: int, block: Block):
+        self._calls, self._batch, self._block = calls, batch, block
+
+    def __call__(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._block.told:  # a refiner, before or behind the blocks
+            return func(q, k, v, heads, *args, **kwargs)
+        handed = _handed(func)
+        if len(self._calls) == 1:
+            merged = self._calls[0][1].ready(None, handed, q, k, v, heads, args, kwargs)
+            return func(q, k, v, heads, *args, **kwargs) if merged is None else merged()
+        if q.shape[0] != self._batch:
+            self._calls[0][1].skip(OTHER_ROWS)
+            return func(q, k, v, heads, *args, **kwargs)
+        ready = []
+        for rows, call in self._calls:
+            some = tuple(self._rows(value, rows) for value in args)
+            named = {name: self._rows(value, rows) for name, value in kwargs.items()}
+            ready.append((rows, call.ready(None, handed, q[rows], k[rows], v[rows], heads, some, named)))
+        if any(merged is None for _, merged in ready):  # all images' layers are alike
+            return func(q, k, v, heads, *args, **kwargs)
+        out = None
+        for rows, merged in ready:
+            part = merged()
+            out = part.new_empty(self._batch, *part.shape[1:]) if out is None else out
+            out[rows] = part
+        return out
+
+    def _rows(self, value: Any, rows: slice) -> Any:
+        """A mask's rows [B, ..., L], where it has one for each; anything else itself."""
+        of_rows = isinstance(value, Tensor) and value.dim() > 2 and value.shape[0] == self._batch
+        return value[rows] if of_rows else value
+
+
+class ForgeTransformerCall(TransformerCall):
+    """The attentions of one image's rows, or of all where they draw alike."""
+
+    family, other = FORGE, "extension"
+
+    def __init__(
+        self,
+        call: ModelCall,
+        facts: DiTModel,
+        layout: Layout,
+        order: tuple[str, ...],
+        sampling: Sampling,
+        block: Block,
+        record: CallTally | None,
+        judges: bool,
+    ):
+        self._sampling, self._block = sampling, block
+        super().__init__(call, facts, layout, order, FORGE.order(call.seed.device), record, judges, sampling.decided)
+
+    def end(self) -> None:
+        """To be called after the model's call: says it where no attention came here."""
+        if not self._met:
+            self.leave(NOT_MET)
+
+    def say(self, message: str, detail: str = "") -> None:
+        self._sampling.notes.say(f"{message} ({detail})" if detail else message, shown=False)
+
+    def leave(self, reason: str, detail: str = "") -> None:
+        self.say(reason, detail)
+        if self._record is not None:
+            told = self._block.told
+            where = f"{told['block_type']} block {told['block_index']}".lstrip() if told else self.facts.name
+            self._record.left_alone(reason, where, self.layout.grid)
+
+    def block(self, call: Call) -> dict[str, Any]:
+        return self._block.told
+
+    def joins(self, order: tuple[str, ...]) -> JointCall:
+        config = self.call.config
+        return _Joint(config.weighs_keys, order, self.say, config.keeps_own, self._sampling.tell_own)
+
+
+class _Joint(JointCall):
+    """Tells whether queries keep their own tokens. found: called with why they cannot, None where they do."""
+
+    def __init__(
+        self,
+        weighs: bool,
+        order: tuple[str, ...],
+        say: Callable[[str, str], None],
+        own: bool,
+        found: Callable[[str | None], None],
+    ):
+        super().__init__(weighs, order, say, own)
+        self._found = found
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, *args: Any, **kwargs: Any
+    ) -> Tensor | None:
+        wanted = self.own
+        out = super().attend(q, k, v, start, plan, *args, **kwargs)
+        if wanted and (out is not None or not self.own):
+            self._found(None if out is not None else NO_LSE)
+        return out
+
+    def tell_not_own(self, reason: str) -> None:
+        self._found(reason)
