@@ -34,7 +34,22 @@ from .hooks import NotServed
 from .sampling import Sampling
 from .swap import swapped
 
-FORGE = Attentions("backend.attention", "backend.operations")
+
+class _Forge(Attentions):
+    @property
+    def module(self) -> ModuleType:
+        from backend import attention
+
+        return attention
+
+    @property
+    def operations(self) -> ModuleType:
+        from backend import operations
+
+        return operations
+
+
+FORGE = _Forge()
 # By what name a module of backend/nn calls its attention; SD3's has a function of its own.
 _NAME = "attention_function"
 _OWN = {"backend.nn.mmditx": "attention"}

@@ -9,11 +9,11 @@ with a mask.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,26 +39,30 @@ _NAMES = dict(zip(("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"),
 _SPARSE = {"sparse", "sparge", "radial", "sla", "vsa", "nabla"}
 
 
-@dataclass(frozen=True)
 class Attentions:
-    """A program's attention functions, which are called as ComfyUI's: (q, k, v, heads, mask, ...).
+    """A program's attention functions, which are called as ComfyUI's: (q, k, v, heads, mask, ...)."""
 
-    module: that they lie in. operations: the module with the program's own way to torch's attention, where it has one.
-    """
+    @property
+    def module(self) -> ModuleType:
+        """In which they lie."""
+        raise NotImplementedError
 
-    module: str
-    operations: str
+    @property
+    def operations(self) -> ModuleType:
+        """With the program's own way to torch's attention, where it has one."""
+        raise NotImplementedError
 
     @property
     def torchs(self) -> Callable[..., Tensor]:
         """The one that calls torch's attention."""
-        return importlib.import_module(self.module).attention_pytorch
+        return self.module.attention_pytorch
 
     def is_own(self, func: Any, name: str) -> bool:
         """Whether func is the program's own function of that name. An override gets it without its wrapper."""
-        own = getattr(importlib.import_module(self.module), name, None)
+        module = self.module
+        own = getattr(module, name, None)
         own = getattr(own, "__wrapped__", own)
-        return own is not None and own.__module__ == self.module and getattr(func, "__wrapped__", func) is own
+        return own is not None and own.__module__ == module.__name__ and getattr(func, "__wrapped__", func) is own
 
     def is_torchs(self, func: Any) -> bool:
         """Whether it is the one that calls torch's attention, and no function of the same name."""
@@ -67,7 +71,7 @@ class Attentions:
     def order(self, device: torch.device) -> tuple[str, ...]:
         """The kernels of torch that it would try, in its order, whatever the program was started with; none where that
         function is not torch's own."""
-        operations = importlib.import_module(self.operations)
+        operations = self.operations
         way = getattr(operations, "scaled_dot_product_attention", None)
         if not isinstance(F.scaled_dot_product_attention, types.BuiltinFunctionType) or (
             way is not None and getattr(way, "__globals__", None) is not vars(operations)
@@ -79,7 +83,21 @@ class Attentions:
         return tuple(_NAMES.get(kernel.name, kernel.name) for kernel in order)
 
 
-COMFYUI = Attentions("comfy.ldm.modules.attention", "comfy.ops")
+class _ComfyUI(Attentions):
+    @property
+    def module(self) -> ModuleType:
+        from comfy.ldm.modules import attention
+
+        return attention
+
+    @property
+    def operations(self) -> ModuleType:
+        import comfy.ops
+
+        return comfy.ops
+
+
+COMFYUI = _ComfyUI()
 
 
 @dataclass(frozen=True)

@@ -347,6 +347,14 @@ def test_own_tokens_and_what_is_told_of_them(flux_host, backend, lines, monkeypa
     torch.testing.assert_close(other[0], without[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_all_these_attentions_are_pytorchs(call_of, name):
+    """SD3's is by another name, and keeps own tokens as the others do."""
+    found = []
+    call_of(name, {}, own=found.append)
+    assert found == [True] * SMALL[name][4]
+
+
 # --- In the host ------------------------------------------------------------------------------------------------------
 
 
