@@ -204,10 +204,10 @@ class Block:
             handles.extend((module.register_forward_pre_hook(begin), module.register_forward_hook(end)))
 
         try:
-            for name in lists:
+            for name, _, part in (entry.partition(".") for entry in lists):
                 kind = name.removesuffix("layers").removesuffix("blocks").rstrip("_")
                 for number, module in enumerate(getattr(model, name, ())):
-                    hook(module, {"block_type": kind, "block_index": number})
+                    hook(getattr(module, part) if part else module, {"block_type": kind, "block_index": number})
             yield
         finally:
             for handle in handles:

@@ -89,7 +89,7 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         tail=of.krea_references,
         numbered=True,
         forge=("krea.SingleStreamDiT",),
-        blocks=("blocks",),
+        blocks=("blocks.attn",),  # with references it calls these alone
     ),
     DiTModel(
         "Ideogram 4", ("ideogram4.model.Ideogram4Transformer2DModel",), of.pixels, head=of.prompt, tail=of.nothing

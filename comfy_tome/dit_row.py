@@ -21,7 +21,7 @@ class DiTModel:
 
     name: for people. classes: below comfy.ldm.
     forge: its classes below backend.nn in Forge and Forge Neo; none: they do not have it. blocks: the lists of blocks
-        in these; what runs outside of blocks (refiners) is left alone there.
+        in these, or of a part of each ("list.part"); what runs outside (refiners) is left alone there.
     grid(model, latent's shape, told): the image's (rows, columns) or (frames, rows, columns); None where this call's
         tokens do not lie on one.
     head(model, told): how many tokens stand before the image's; None: as many as are left over.

@@ -29,16 +29,20 @@ def models() -> str:
     for row in rows:
         listed.setdefault(row["diffusion"], []).append(row["supported"])
 
-    def line(name: str, classes: Iterable[str], outcome: str) -> list[str]:
-        of_comfyui = [supported for kind in classes for supported in listed.get(kind, ())]
-        kinds = ", ".join(f"`{kind.rpartition('.')[2]}`" for kind in classes)
-        return [name, ", ".join(of_comfyui), kinds, outcome]
+    def names(classes: Iterable[str]) -> str:
+        return ", ".join(f"`{kind.rpartition('.')[2]}`" for kind in classes)
 
-    body = [line(_NAMES, [UNET], "served")]
+    def line(name: str, classes: Iterable[str], outcome: str, forge: Iterable[str] = ()) -> list[str]:
+        of_comfyui = [supported for kind in classes for supported in listed.get(kind, ())]
+        return [name, ", ".join(of_comfyui), names(classes), outcome, names(forge)]
+
+    body = [line(_NAMES, [UNET], "served", ["IntegratedUNet2DConditionModel"])]
     for row in pack_module("comfy_tome.dit_models").DIT_MODELS:
-        body.append(line(row.name, row.classes, "served" if row.compiles else "served, not under `TorchCompileModel`"))
+        outcome = "served" if row.compiles else "served, not under `TorchCompileModel`"
+        body.append(line(row.name, row.classes, outcome, row.forge))
     left_alone = pack_module("comfy_tome.dit_refused")
     for row in (*left_alone.REFUSED, *left_alone.OF_NODES):
         body.append(line(row.name, row.classes, f"not served: {row.reason}"))
-    head = ["model", "in ComfyUI's `supported_models`", "diffusion model", "ToMe"]
+    body += [line(row.name, (), f"left alone: {row.reason}", row.classes) for row in left_alone.OF_FORGE]
+    head = ["model", "in ComfyUI's `supported_models`", "diffusion model", "ToMe", "in Forge and Forge Neo"]
     return markdown(head, body) + f"\nComfyUI {rows[0]['comfyui']}.\n"

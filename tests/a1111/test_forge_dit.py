@@ -26,6 +26,7 @@ SMALL = {
     "NextDiT": ("lumina", PICTURE, (8, 12), 20 + 4, 2),
     "WanModel": ("wan", VIDEO, (3, 4, 6), 0, 2),
     "MMDiTX": ("mmditx", PICTURE, (8, 12), 7, 3),
+    "SingleStreamDiT": ("krea", PICTURE, (8, 12), 7, 2),
 }
 
 
@@ -33,7 +34,7 @@ SMALL = {
 def backend():
     """The modules of forge/backend by their last name."""
     sys.path.insert(0, str(Path(__file__).parent / "forge"))
-    names = ("args", "attention", "operations", "nn.flux", "nn.lumina", "nn.wan", "nn.mmditx")
+    names = ("args", "attention", "operations", "nn.flux", "nn.lumina", "nn.wan", "nn.mmditx", "nn.krea")
     yield types.SimpleNamespace(
         **{name.rpartition(".")[2]: importlib.import_module(f"backend.{name}") for name in names}
     )
@@ -52,7 +53,7 @@ def clean(backend):
 
 
 def _places(backend):
-    modules = (backend.flux, backend.lumina, backend.wan)
+    modules = (backend.flux, backend.lumina, backend.wan, backend.krea)
     return [*((module, "attention_function") for module in modules), (backend.mmditx, "attention")]
 
 
@@ -201,14 +202,21 @@ def test_seeds_draw_apart(call_of, tome, layers):
     assert len(layers) == 6 and not torch.equal(layers[0][0].index, layers[1][0].index)
 
 
-@pytest.mark.parametrize("by", ["keyword", "Forge Neo's global"])
-def test_references_stay(backend, call_of, layers, by):
+@pytest.mark.parametrize(
+    ("name", "by"),
+    [
+        ("IntegratedFluxTransformer2DModel", "keyword"),
+        ("IntegratedFluxTransformer2DModel", "Forge Neo's global"),
+        ("SingleStreamDiT", "keyword"),
+    ],
+)
+def test_references_stay(backend, call_of, layers, name, by):
     refs = [torch.ones(1, 4, 10, 13), torch.ones(1, 4, 8, 8)]
     told = {"ref_latents": refs} if by == "keyword" else {}
     if by != "keyword":
         backend.args.dynamic_args.ref_latents = refs
-    call_of("IntegratedFluxTransformer2DModel", {}, **told)
-    assert [(start, k.shape[2]) for _, _, _, k, _, start, _ in layers] == [(7, 7 + 96 + 35 + 16)] * 3
+    call_of(name, {}, **told)
+    assert [(start, k.shape[2]) for _, _, _, k, _, start, _ in layers] == [(7, 7 + 96 + 35 + 16)] * SMALL[name][4]
 
 
 def test_a_mask_over_the_keys(backend, call_of, layers):
@@ -309,7 +317,7 @@ def test_what_another_extension_puts_there_meanwhile_stays(tome, backend, monkey
 
 
 def _use(monkeypatch, backend, function):
-    for module in (backend.attention, backend.flux, backend.lumina, backend.wan):
+    for module in (backend.attention, backend.flux, backend.lumina, backend.wan, backend.krea):
         monkeypatch.setattr(module, "attention_function", function)
 
 

@@ -38,11 +38,14 @@ sys.path.insert(0, str(ROOT))
 from installer import link
 
 HELPER = '''
+import sys
+
 from modules import scripts
 
 
 class Helper(scripts.Script):
-    """Arguments: [fail, couple]. Tells in the picture's text how many hooks are on the U-Net before a generation.
+    """Arguments: [fail, couple]. Tells in the picture's text how many hooks are on the model before a generation,
+    whether it is a transformer, and whether a function of the host's is still ToMe's.
 
     couple: replaces each attn2.forward by one that goes by the number of tokens, and tells those that it cannot place.
     """
@@ -62,6 +65,9 @@ class Helper(scripts.Script):
         unet = self._unet(p)
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules())
         p.extra_generation_params["Hooks before"] = hooks  # the API tells no comments
+        p.extra_generation_params["Transformer"] = not hasattr(unet, "middle_block")
+        functions = [getattr(module, "attention_function", None) for module in list(sys.modules.values())]
+        p.extra_generation_params["Swapped before"] = any(type(one).__name__ == "Swapped" for one in functions)
 
     def process_before_every_sampling(self, p, fail=False, couple=False, *args, **kwargs):
         unet = self._unet(p)
@@ -77,7 +83,8 @@ class Helper(scripts.Script):
                 handle.remove()
                 raise RuntimeError("the U-Net fails, as the test asked")
 
-        handle = unet.middle_block[0].register_forward_pre_hook(stop)
+        blocks = (getattr(unet, name, None) for name in ("middle_block", "single_blocks", "transformer_blocks"))
+        handle = next(filter(None, blocks))[0].register_forward_pre_hook(stop)
 
     def _couple(self, p, unet):
         height, width = p.height // 8, p.width // 8
@@ -309,6 +316,7 @@ class List:
         self.forge = (folder / "modules_forge").is_dir()
         self.make = server.make
         self.source = Image.fromarray(before["plain"].astype(np.uint8))
+        self.transformer = "Transformer: True" in self.make().text
 
     def _plain(self, what: str) -> None:
         reply = self.make()
@@ -316,6 +324,8 @@ class List:
         hooks = re.search(r"Hooks before: (\d+)", reply.text)
         if not self.forge and (hooks is None or hooks[1] != "0"):
             raise Failed(f"hooks are left after {what}: {hooks and hooks[1]}")
+        if "Swapped before: False" not in reply.text:
+            raise Failed(f"a function of the host's is ToMe's after {what}")
 
     def check_off(self) -> str:
         """Off and ratio 0: bit-equal to no extension at all"""
@@ -328,7 +338,7 @@ class List:
     def check_methods(self) -> str:
         """Each method changes the picture, repeats bit for bit, and is gone after"""
         found = []
-        for method in METHODS:
+        for method in (*METHODS, "multires") if self.transformer else METHODS:
             tome = {**ON, "method": method}
             image = self.make(tome).image
             other(image, self.before["plain"], method)
@@ -550,6 +560,8 @@ class List:
 
     def check_couple(self) -> str:
         """A cross-attention that another extension replaced sees all tokens, with the option cross_attention too"""
+        if self.transformer:
+            raise Skipped("a transformer has no such layer")
         for method in ("merge", "prune"):
             tome = {**ON, "method": method, "cross_attention": True}
             before = len(self.server.said)
