@@ -34,7 +34,7 @@ def models() -> str:
 
     def line(name: str, classes: Iterable[str], outcome: str, forge: Iterable[str] = ()) -> list[str]:
         of_comfyui = [supported for kind in classes for supported in listed.get(kind, ())]
-        return [name, ", ".join(of_comfyui), names(classes), outcome, names(forge)]
+        return [name, ", ".join(of_comfyui), names(classes), names(forge), outcome]
 
     body = [line(_NAMES, [UNET], "served", ["IntegratedUNet2DConditionModel"])]
     for row in pack_module("comfy_tome.dit_models").DIT_MODELS:
@@ -44,5 +44,5 @@ def models() -> str:
     for row in (*left_alone.REFUSED, *left_alone.OF_NODES):
         body.append(line(row.name, row.classes, f"not served: {row.reason}"))
     body += [line(row.name, (), f"left alone: {row.reason}", row.classes) for row in left_alone.OF_FORGE]
-    head = ["model", "in ComfyUI's `supported_models`", "diffusion model", "ToMe", "in Forge and Forge Neo"]
+    head = ["model", "in ComfyUI's `supported_models`", "diffusion model", "in Forge and Forge Neo", "ToMe"]
     return markdown(head, body) + f"\nComfyUI {rows[0]['comfyui']}.\n"
