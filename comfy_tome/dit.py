@@ -24,6 +24,7 @@ from .dit_call import TransformerCall
 from .dit_layout import Layout
 from .dit_models import DiTModel
 from .dit_silent import NOT_TORCHS, met_at_torch
+from .graphs import outside
 from .log import leave_alone, say_once
 from .model_call import DIFFUSION_MODEL, KEY, call_key
 from .outcome import NOT_MET, Outcome
@@ -40,7 +41,8 @@ class DiTCall(TransformerCall):
     """The override of one call of the model, and the options that carry it.
 
     compiled: whether torch.compile runs the model. guarded: whether its graph depends on `key`, which comes as the
-    keyword `tome`; wrappers and models of other nodes may not take that.
+    keyword `tome`; wrappers and models of other nodes may not take that. outside: whether the attentions run outside of
+    the graph (graphs.py).
     """
 
     def __init__(
@@ -68,8 +70,9 @@ class DiTCall(TransformerCall):
         # The seed is a tensor and so one of its inputs.
         by = [getattr(func, "__name__", func) for func in (self._chosen.host, self._behind)]
         self.key = repr((call_key(call), layout, order, instead, judges, self._sparse, by))
-        self.guarded = compiled and facts.compiles
-        self.options = {**options, OVERRIDE: self.attention}
+        self.guarded, self.outside = compiled and facts.compiles, compiled and not facts.compiles
+        self._entry = outside(self.attention) if self.outside else self.attention
+        self.options = {**options, OVERRIDE: self._entry}
         if self.guarded:
             wrappers = dict(options.get("wrappers", {}))
             wrappers[DIFFUSION_MODEL] = {**wrappers.get(DIFFUSION_MODEL, {}), KEY: [self._check_key]}
@@ -116,7 +119,7 @@ class DiTCall(TransformerCall):
     def hooks(self, model: Any) -> AbstractContextManager[None]:
         """What the model's attentions need that do not tell their options (DiTModel.silent)."""
         modules = () if self.facts.silent is None else self.facts.silent(model, self.options)
-        return met_at_torch(modules, self.attention, self.call.config.kind.matches, lambda: self.skip(NOT_TORCHS))
+        return met_at_torch(modules, self._entry, self.call.config.kind.matches, lambda: self.skip(NOT_TORCHS))
 
     def say(self, message: str, detail: str = "") -> None:
         say_once(message, detail)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from .dit import DiTCall
 from .dit_layout import Layout
 from .dit_models import dit_model, unwrapped
 from .dit_tokens import Told
+from .graphs import COMPARES_MODES, WithToMe
 from .log import leave_alone, say_once
 from .model_call import Answered, draw_of, find_options, halves_alike, put_options
 from .outcome import ANSWERED, Outcome, outcome_of, tokens_of
@@ -49,14 +51,14 @@ class DiTPatch:
             patch = self._patch(config, base, x, options, told, record, outcome, compiled, chosen)
             if patch is None:
                 return executor(x, t, *args, **kwargs)
-            if compiled:
-                outcome.merged(patch.layout.grid)  # compiled layers tell nothing of themselves
-                outcome.decided.all_merged(config)
             if patch.guarded:
+                outcome.merged(patch.layout.grid)  # layers inside a graph tell nothing of themselves
+                outcome.decided.all_merged(config)
                 kwargs["tome"] = patch.key
             answered = None if compiled else Answered(patch.options)
             args, kwargs = put_options(args, kwargs, answered.options if answered is not None else patch.options)
-            with patch.hooks(model), chosen.followed():
+            graph = WithToMe() if patch.outside else nullcontext()
+            with patch.hooks(model), chosen.followed(), graph:
                 out = executor(x, t, *args, **kwargs)
             if answered:
                 outcome.left_alone(ANSWERED)
@@ -93,8 +95,8 @@ class DiTPatch:
             return None
         if record is not None:
             record.lies_on(layout.grid)
-        if not facts.compiles and COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}):
-            reason = "under torch.compile this model is left alone: it would not notice ToMe"
+        reason = None if facts.compiles or not compiled else _why_unnoticed(base, options)
+        if reason is not None:
             leave_alone(record, reason, facts.name, grid=layout.grid, outcome=outcome)
             return None
         step, alike = draw_of(options, x.device, base), halves_alike(options, x, config)
@@ -107,6 +109,16 @@ class DiTPatch:
             return None
         record = None if record is None or record.run.compiled else record
         return DiTCall(call, facts, layout, options, record, self.judges, outcome, compiled, chosen)
+
+
+def _why_unnoticed(base: Any, options: dict[str, Any]) -> str | None:
+    """Why a compiled model that takes no keyword is left alone, or None (graphs.py)."""
+    if COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}) and not COMPARES_MODES:
+        return "under torch.compile this model is left alone: it would not notice ToMe"
+    told = getattr(getattr(base, "current_patcher", None), "model_options", {}).get("torch_compile_kwargs", {})
+    if told.get("fullgraph"):
+        return "under torch.compile with fullgraph this model is left alone: its attentions run outside of the graph"
+    return None
 
 
 def _prompt(args: tuple) -> Told:

@@ -35,7 +35,8 @@ class DiTModel:
     parts: some layers call attention with a part of the queries and all keys, once or several times.
     elsewhere(model, told, grid): queries of each layer that never come, because the model has them already or asks
         another attention.
-    compiles: forward hands keywords that it does not know to its wrappers, which torch.compile can guard (unet.py).
+    compiles: forward hands keywords that it does not know to its wrappers, which torch.compile can guard (unet.py); of
+        the others see graphs.py.
     silent(model, options): self-attentions to be served whose calls do not tell their options, so that no override
         reaches them: they are met where they call torch (shared_tome/attention/sdpa.py). options: the call's.
     """

@@ -38,8 +38,7 @@ def models() -> str:
 
     body = [line(_NAMES, [UNET], "served", ["IntegratedUNet2DConditionModel"])]
     for row in pack_module("comfy_tome.dit_models").DIT_MODELS:
-        outcome = "served" if row.compiles else "served, not under `TorchCompileModel`"
-        body.append(line(row.name, row.classes, outcome, row.forge))
+        body.append(line(row.name, row.classes, "served", row.forge))
     left_alone = pack_module("comfy_tome.dit_refused")
     for row in (*left_alone.REFUSED, *left_alone.OF_NODES):
         body.append(line(row.name, row.classes, f"not served: {row.reason}"))

@@ -65,11 +65,61 @@ def test_seed_and_step_need_no_new_graph(tome, compiled):
     same(other, sample(tome(model, seed=2), "flux", steps=3))
 
 
-@pytest.mark.parametrize("tome_first", [True, False], ids=["tome first", "compile first"])
-def test_a_model_that_runs_no_wrappers_is_left_alone(tome, compiled, caplog, tome_first):
-    model = dit_host.small("sd3")
-    both = compiled(tome(model)) if tome_first else tome(compiled(model))
+# Models that hand their wrappers no keyword. Deep enough that blocks which are alike share a graph.
+WITHOUT_KEYWORD = {
+    "sd3": {
+        "depth": 4,
+        "x_block_self_attn_layers": [],
+        "context_embedder_config": {
+            "target": "torch.nn.Linear",
+            "params": {"in_features": 48, "out_features": 256},
+        },
+    },
+    "hidream": {},
+    "stable_audio": {"depth": 3},
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_KEYWORD)
+def test_a_model_that_takes_no_keyword(tome, compiled, name):
+    """In both orders of the nodes. Another seed, step or ratio needs no new graph. Without ToMe nothing is left."""
+    model = dit_host.small(name, **WITHOUT_KEYWORD[name])
+    plain, plain_compiled = call(model, name), call(compiled(model), name)
+    same(plain_compiled, plain)
+    graphs = []
+    for seed, ratio, sigma in ((0, 0.5, 0.7), (3, 0.5, 0.7), (3, 0.75, 0.3)):
+        options = {"seed": seed, "ratio": ratio}
+        eager = call(tome(model, **options), name, sigma=sigma)
+        assert (eager - plain).norm() / plain.norm() > 1e-3
+        same(call(compiled(tome(model, **options)), name, sigma=sigma), eager)
+        same(call(tome(compiled(model), **options), name, sigma=sigma), eager)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1]
+    assert torch.equal(call(compiled(model), name), plain_compiled)
+
+
+def test_a_schedule_holds_in_such_a_model(tome, compiled):
+    """start and end by noise: each call takes the graph with ToMe or the one without."""
+    name, model = "stable_audio", dit_host.small("stable_audio")
+    plain, patched = call(compiled(model), name), tome(model, start=0.72)  # between the two noise levels
+    both = compiled(patched)
+    for sigma in (0.3, 0.7, 0.3):
+        eager = call(patched, name, sigma=sigma)
+        same(call(both, name, sigma=sigma), eager)
+        merged = not torch.equal(call(both, name, sigma=sigma), plain)
+        assert merged is ((eager - plain).norm() / plain.norm() > 1e-3).item() is (sigma < 0.5)
+
+
+def test_what_such_a_model_is_told_of(tome, compiled, caplog, monkeypatch):
+    """The layers tell what they did. A torch that does not compare modes: nothing is merged, and one line says so."""
+    name, model = "stable_audio", dit_host.small("stable_audio")
     host.forget_log()
+    for _ in range(2):
+        with caplog.at_level(logging.INFO, logger="ToMe"):
+            call(compiled(tome(model)), name)
+    assert not [line for line in caplog.messages if "left alone" in line]
+    monkeypatch.setattr(host.pack_module("dit_patch"), "COMPARES_MODES", False)
     with caplog.at_level(logging.INFO, logger="ToMe"):
-        same(call(both, "sd3"), call(model, "sd3"))
-    assert "[ToMe] under torch.compile this model is left alone: it would not notice ToMe (SD3)" in caplog.messages
+        same(call(compiled(tome(model)), name), call(model, name))
+    says = "[ToMe] under torch.compile this model is left alone: it would not notice ToMe (Stable Audio)"
+    assert says in caplog.messages

@@ -279,7 +279,7 @@ def test_wan_causal_frame_by_frame(dit, tome, method, merged_layers):
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_compiles_hands_its_wrappers_a_keyword(dit, tome, monkeypatch, name):
-    """The keyword is what a compiled graph notices (test_dit_compile.py); who takes none is left alone there."""
+    """The keyword is what a compiled graph notices (test_dit_compile.py); there too who takes none."""
     dit_call, model = host.pack_module("dit").DiTCall, tome(dit(name))
     expected, seen, real = call(model, name), [], dit_call._check_key
 
