@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,3 +124,17 @@ def test_what_such_a_model_is_told_of(tome, compiled, caplog, monkeypatch):
         same(call(compiled(tome(model)), name), call(model, name))
     says = "[ToMe] under torch.compile this model is left alone: it would not notice ToMe (Stable Audio)"
     assert says in caplog.messages
+
+
+def test_with_fullgraph_such_a_model_is_left_alone(tome, caplog, monkeypatch):
+    model, told = dit_host.small("sd3"), {"torch_compile_kwargs": {"fullgraph": True}}
+    patcher = SimpleNamespace(model_options=told, is_dynamic=lambda: False)
+    monkeypatch.setattr(model.model, "current_patcher", patcher)
+    monkeypatch.setattr(host.pack_module("dit_patch"), "is_compiled", lambda *_: True)
+    host.forget_log()
+    with caplog.at_level(logging.INFO, logger="ToMe"):
+        assert torch.equal(call(tome(model), "sd3"), call(model, "sd3"))
+    says = "under torch.compile with fullgraph this model is left alone: its attentions run outside of the graph"
+    assert f"[ToMe] {says} (SD3)" in caplog.messages
+    told["torch_compile_kwargs"]["fullgraph"] = False
+    assert not torch.equal(call(tome(model), "sd3"), call(model, "sd3"))
