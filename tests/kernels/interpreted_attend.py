@@ -155,7 +155,7 @@ def test_in_a_diffusers_unet(launched, monkeypatch, processor):
     )  # fmt: skip
     unet = unet.half().eval()
     unet.set_attn_processor(getattr(attention_processor, processor)())
-    x, text = torch.randn(2, 4, 8, 8).half(), torch.randn(2, 5, 16).half()
+    x, text = torch.randn(1, 4, 8, 8).half(), torch.randn(1, 5, 16).half()
     pipe = SimpleNamespace(unet=unet, scheduler=None)
     apply_patch(pipe, config=ToMeConfig(method="merge", ratio=0.5, min_tokens=0, levels="0"))
     launched.clear()
