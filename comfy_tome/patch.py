@@ -13,7 +13,7 @@ from .log import logger
 from .mergers import merger_in
 from .model_call import APPLY_MODEL, DIFFUSION_MODEL, KEY
 from .outcome import OUTER_SAMPLE, OutcomePatch
-from .shown import show_on_node
+from .shown import mark_on_node, show_on_node
 from .unet import UNetPatch
 from .unet_model import layers_of
 
@@ -32,6 +32,7 @@ def apply_to_model(model: Any, config: ToMeConfig, node: str | None = None, olde
             f"this model is already merged by {merger}; ToMe cannot stand after it. Remove one of the two nodes."
         )
     has_unet = check_served(model)
+    mark_on_node(node, has_unet)
     if not has_unet:
         check_dit_options(model, config)
     else:

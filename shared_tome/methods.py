@@ -91,6 +91,10 @@ CUSTOM = "Custom"
 LEVELS = ("auto", "0", "0,1", "0,1,2", "0,1,2,3", "1", "1,2", "1,2,3", "2", "2,3", "3")
 
 
+UNET_ALONE = ("levels", "cross_attention", "mlp")
+"""Options that have no meaning for a transformer: it has one resolution and is served at its self-attention."""
+
+
 def idle_options(method: str) -> tuple[str, ...]:
     """The names of the widgets that change nothing with a method, whatever the model; for AUTO with both that it may
     stand for."""

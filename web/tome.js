@@ -84,8 +84,10 @@ function addFold(node, widgets, defaults, { more, fewer, help, idle }) {
     button.label = node.showAdvanced ? fewer : changed ? `${more} (${changed})` : more;
     return onDrawForeground?.apply(this, args);
   };
+  let model = null; // what the server told of the model at the last run: see ofModel
   const show = () => {
-    const without = idle[widgets.get("method")?.value] ?? [];
+    const method = widgets.get("method")?.value;
+    const without = [...(idle[model?.means?.[method] ?? method] ?? []), ...(model?.idle ?? [])];
     for (const { name, value } of widgets.values()) {
       // What was switched on and would be refused stays, so that it can be switched off.
       const switchedOn = value === true && defaults.get(name) === false;
@@ -94,6 +96,16 @@ function addFold(node, widgets, defaults, { more, fewer, help, idle }) {
     node.setDirtyCanvas?.(true, true);
   };
   for (const widget of widgets.values()) afterChange(widget, show);
+  const mark = (told) => {
+    model = told;
+    show();
+  };
+  ofModel.set(node, mark);
+  const { onConnectionsChange } = node;
+  node.onConnectionsChange = function (...args) {
+    mark(null); // maybe another model
+    return onConnectionsChange?.apply(this, args);
+  };
   node.setSize([node.size[0], tall(node)]);
   node.onConfigure = function (data, ...args) {
     onConfigure?.call(this, data, ...args);
@@ -160,12 +172,26 @@ async function ownTexts() {
   }
 }
 
+// By node: takes what has no meaning for its model (idle), and what a method means there (means).
+const ofModel = new WeakMap();
+
+// A node by its id in the prompt: of nested graphs the ids of all levels, with colons between.
+function nodeOf(id) {
+  let node = null, graph = app.graph;
+  for (const part of String(id).split(":")) {
+    node = graph?.nodes?.find((one) => String(one.id) === part);
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
 let texts = null;
 let defaults = new Map();
 
 app.registerExtension({
   name: "ToMe.Presets",
   setup() {
+    api.addEventListener("tome.model", ({ detail }) => ofModel.get(nodeOf(detail.node))?.(detail));
     // After the page's own listener, which shows the line.
     api.addEventListener("progress_text", () =>
       queueMicrotask(() => {

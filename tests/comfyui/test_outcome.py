@@ -264,6 +264,20 @@ def test_the_node_tells_why_nothing_was_merged(sd15, on_node, shown, said, optio
     assert options.get("ratio") == 0.0 or said() == [f"[ToMe] {line}"]  # ratio 0 is how ToMe is switched off
 
 
+@pytest.mark.parametrize("kind", ["unet", "transformer", "no page"])
+def test_the_page_is_told_what_the_model_does_not_look_at(sd15, on_node, shown, kind):
+    sent = []
+    shown.server.send_sync = lambda self, event, data, page: sent.append((event, data, page))
+    if kind == "no page":
+        shown.server.client_id = None
+    on_node(dit_host.small("flux") if kind == "transformer" else sd15)
+    told = {
+        "unet": {"node": "12", "idle": [], "means": {"auto": "sample"}},
+        "transformer": {"node": "12", "idle": ["levels", "cross_attention", "mlp"], "means": {}},
+    }
+    assert sent == ([("tome.model", told[kind], "me")] if kind in told else [])
+
+
 def test_a_measured_step_tells_its_factor(comfy_nodes):
     outcome = sys.modules[comfy_nodes["ToMe"].__module__.rpartition(".")[0] + ".outcome"].Outcome()
     outcome.asked = True

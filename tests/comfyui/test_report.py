@@ -70,7 +70,9 @@ def test_text_reads_well(sd15, tome, record, report):
         "\n"
         "Left alone:\n"
         "- level 2 (8x8), 64 tokens, 4 layers: fewer than min tokens 100 (input block 5, middle block 0, output block "
-        "0, 1)"
+        "0, 1)\n"
+        "\n"
+        "Decisions: +32x32 +32x32/32/1 +16x16/64/2"
     )
 
 

@@ -427,6 +427,9 @@ def test_the_node_tells_what_happened(nodes_2, visit, tmp_path):
     told_at_the_end = "Decisions: sample +64x64 +64x64/"
     assert line.startswith("3 of 3 sizes merged (64x64, 32x32, 16x16 tokens). More: ToMe Report. " + told_at_the_end)
     page.page.get_by_text(line[:20]).first.wait_for()
+    idle = page.client.node("ToMe")["input"]["required"]["ratio"][1]["tome_folded"]["idle"]
+    greyed = "return node.widgets.filter((w) => w.disabled).map((w) => w.name).sort()"
+    assert page.ask(greyed, "ToMe") == sorted(idle["sample"]) != sorted(idle["auto"]), "what auto means on a U-Net"
     after = page.page.evaluate("app.graph.serialize()")["nodes"]
     assert [node.get("widgets_values") for node in after] == [node.get("widgets_values") for node in before]
     asked = page.page.evaluate("app.graphToPrompt()")["output"]
@@ -437,6 +440,30 @@ def test_the_node_tells_what_happened(nodes_2, visit, tmp_path):
     assert "make a larger picture, or lower min tokens" in page.ask(told, "ToMe")
     if not nodes_2:  # all of the line has room
         page.wait("app.graph.nodes.find((n) => n.type === 'ToMe').size[1] > 300")
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2"])
+def test_what_the_model_does_not_look_at_is_greyed(nodes_2, visit, tmp_path):
+    """A transformer, as the server tells it at a run; with another model nothing is known until the next run."""
+    page = visit({"Comfy.VueNodes.Enabled": nodes_2})
+    load(page, tmp_path)
+    idle = page.client.node("ToMe")["input"]["required"]["ratio"][1]["tome_folded"]["idle"]
+    greyed = "return node.widgets.filter((w) => w.disabled).map((w) => w.name).sort()"
+    told = "{ node: String(node.id), idle: ['levels', 'cross_attention', 'mlp'], means: {} }"
+    page.ask(
+        f"return import('/scripts/api.js').then(({{ api }}) => {{ api.dispatchEvent(new CustomEvent('tome.model', "
+        f"{{ detail: {told} }})) }})",
+        "ToMe",
+    )
+    assert page.ask(greyed, "ToMe") == sorted({*idle["auto"], "levels", "cross_attention", "mlp"})
+    page.set_value("ToMe", "method", "merge")
+    assert page.ask(greyed, "ToMe") == sorted({*idle["merge"], "levels", "cross_attention", "mlp"})
+    if nodes_2:  # the control cannot be changed there
+        page.page.get_by_test_id("advanced-inputs-button").first.click()
+        label = page.page.locator("[data-node-id]").get_by_text("Levels", exact=True).first
+        label.wait_for()
+    page.ask("node.disconnectInput(0)", "ToMe")
+    assert page.ask(greyed, "ToMe") == sorted(idle["merge"])
 
 
 VERSION = re.search('^version = "(.+)"', (REPO / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
