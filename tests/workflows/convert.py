@@ -60,7 +60,7 @@ def widget_names(known: dict[str, Any]) -> list[tuple[str, bool]]:
     """The entries of widgets_values that the page makes for a node, and whether an older file may lack them."""
     names = []
     for name, (kind, options, required) in specs(known).items():
-        if not is_widget(kind, options):
+        if not is_widget(kind, options) or options.get("hidden"):
             continue
         names.append((name, not required))
         if options.get("control_after_generate", kind == "INT" and name in ("seed", "noise_seed")):
@@ -77,6 +77,8 @@ def _widgets(node: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
         raise Mismatch(f"{node['type']} has widgets {[name for name, _ in names]}, the file {len(values)} values")
     all_specs = specs(known)
     inputs = {name: all_specs[name][1]["default"] for name, _ in lacking if name in all_specs}
+    if node["type"] == "ToMe":  # web/tome.js keeps it there
+        inputs["version"] = node["properties"].get("tome_version", "")
     for (name, _), value in zip(names, values, strict=False):
         if name == "control_after_generate" and value not in CONTROLS:
             raise Mismatch(f"{node['type']}: control_after_generate {value!r}")
