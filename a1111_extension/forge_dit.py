@@ -56,7 +56,7 @@ _OWN = {"backend.nn.mmditx": "attention"}
 SERVED = ", ".join(row.name for row in DIT_MODELS if row.forge)
 # What is said.
 NO_GRID = "an image whose tokens do not lie on one grid is left alone"
-NOT_MET = "no attention of the model came to ToMe: another extension has replaced them"
+NOT_MET = "no attention of the model came to ToMe: another extension has replaced them, or cuts the picture into tiles"
 OTHER_ROWS = "an attention whose rows are not the images' is left alone: another extension has changed them"
 
 

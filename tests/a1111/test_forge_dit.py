@@ -177,6 +177,12 @@ def test_what_runs_outside_of_the_blocks_or_looks_at_others_sees_all(call_of, se
     assert seen == [(72, 36), (72, 7)] * 2
 
 
+def test_rows_outside_of_the_blocks_are_nobodys(call_of, lines):
+    """Krea 2 fuses the layers of its prompt, a row for each token."""
+    call_of("SingleStreamDiT", {}, (5, 6))
+    assert not lines
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_odd_sizes(call_of, layers, name):
     latent = (*SMALL[name][1][:-2], 15, 25)
@@ -429,6 +435,20 @@ def test_another_extension_that_replaces_the_attentions_is_told(flux_host, lines
     assert any("another extension has replaced them" in text for text in p.comments)
 
 
+def test_an_extension_that_cuts_the_picture_into_tiles_is_told(flux_host, lines):
+    """Its wrapper runs the model on parts of the latent."""
+
+    def tiles(apply_model, args):
+        halves = args["input"].chunk(2, dim=-1)
+        return torch.cat([apply_model(half, args["timestep"], **args["c"]) for half in halves], dim=-1)
+
+    flux_host.shared.sd_model.original.unet.set_model_unet_function_wrapper(tiles)
+    plain, _ = flux_host.generate()
+    found, p = flux_host.generate(ON)
+    assert (plain[0] == found[0]).all() and not p.extra_generation_params
+    assert any("or cuts the picture into tiles" in text for text in p.comments)
+
+
 def test_a_batch_in_the_host(flux_host):
     four, _ = flux_host.generate(ON, seeds=(5, 6, 7, 8), batch_size=4)
     for seed, image in zip((5, 6, 7, 8), four, strict=True):
@@ -436,10 +456,13 @@ def test_a_batch_in_the_host(flux_host):
         assert (alone[0] - image).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("method", ["sample", "multires", "merge"])
-def test_a_map_of_each_image(flux_host, method):
+@pytest.mark.parametrize(
+    "values",
+    [{"method": "sample"}, {"method": "multires"}, {"method": "merge"}, {"method": "merge", "share_match": True}],
+)
+def test_a_map_of_each_image(flux_host, values):
     """The map of an image of a batch is that of the image alone."""
-    args = [{**ON[0], "method": method, "map": True}]
+    args = [{**ON[0], **values, "map": True}]
     images, p = flux_host.generate(args, seeds=(5, 6), batch_size=2)
     maps = p.processed.images[3:]
     assert len(maps) == 2

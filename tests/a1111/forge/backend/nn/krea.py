@@ -37,7 +37,8 @@ class SingleStreamDiT(nn.Module):
         self.txtfusion, self.blocks = SingleStreamBlock(), nn.ModuleList([SingleStreamBlock(), SingleStreamBlock()])
 
     def forward(self, x, timesteps, context, ref_latents=None, transformer_options=None, **kwargs):
-        text, image = self.txtfusion(self.txtmlp(context)), into_patches(x)
+        text, image = self.txtmlp(context), into_patches(x)
+        text = self.txtfusion(text.flatten(0, 1)[:, None]).view_as(text)  # each of the prompt's tokens a row
         tokens = image.shape[1]
         for ref in ref_latents or ():
             image = torch.cat((image, into_patches(ref).expand(len(x), -1, -1)), dim=1)
