@@ -113,7 +113,7 @@ class Merged:
 
     def __init__(self, base: Any, facts: DiTModel, sampling: Sampling):
         self._model, self._facts, self._sampling = unwrapped(base.diffusion_model), facts, sampling
-        self._places = functions_of(self._model)
+        self._places, self._judges = functions_of(self._model), sampling.config.levels == "auto"
         self._order: dict[torch.device, tuple[str, ...]] = {}
 
     def __call__(self, args: dict[str, Any], run: Callable[[dict], Tensor], far: Callable[[], float] | None) -> Tensor:
@@ -123,7 +123,8 @@ class Merged:
         if config.ratio == 0.0:
             return run(args)
         parts, block = sampling.parts(x.shape[0]), Block()
-        made = self._calls(args["c"], x, config.replace(levels="0"), parts, block)
+        config = config if self._judges else config.replace(levels="0")  # a transformer has one resolution
+        made = self._calls(args["c"], x, config, parts, block)
         if not made:
             return run(args)
         with swapped(self._places, Images(made, x.shape[0], block)), block.follow(self._model, self._facts.blocks):
@@ -155,7 +156,6 @@ class Merged:
                 of_part.lies_on(layout.grid)
         if x.device not in self._order:
             self._order[x.device] = _order(self._places, x.device)
-        judges = self._sampling.config.levels == "auto"
         made = []
         for rows, images, of_part in parts:
             call = self._sampling.call_on(layout.grid, config, x[rows], images)
@@ -165,7 +165,7 @@ class Merged:
                     told.left_alone(why_not_served(config, layout.grid, layout.grid), facts.name, layout.grid)
                 return []
             order = self._order[x.device]
-            walk = ForgeTransformerCall(call, facts, layout, order, self._sampling, block, of_part, judges)
+            walk = ForgeTransformerCall(call, facts, layout, order, self._sampling, block, of_part, self._judges)
             made.append((rows, walk))
         return made
 

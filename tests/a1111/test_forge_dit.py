@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from shared_tome.methods import AUTO_MOST
 
+from .host import VERSION
 from .test_forge import _hooks, _Loaded
 
 METHODS = ("sample", "multires", "merge", "merge_queries", "merge_keys", "downsample", "prune")
@@ -357,7 +358,7 @@ def test_own_tokens_and_what_is_told_of_them(flux_host, backend, lines, monkeypa
     _use(monkeypatch, backend, backend.attention.attention_sage)
     other, p = flux_host.generate(ON)
     assert p.extra_generation_params["ToMe own token"] is False
-    assert sum("queries do not keep their own tokens" in line for line in lines) == 1
+    assert sum("own token has no effect" in line for line in lines) == 1
     torch.testing.assert_close(other[0], without[0], atol=1e-4, rtol=1e-4)
 
 
@@ -390,7 +391,17 @@ def test_the_line_and_the_text(flux_host, lines):
         "(12x12): 144 to 72 tokens in 3 layers, in 3 of 3 steps"
     )
     assert f"[ToMe] {line}" in lines and f"ToMe: {line}" in p.comments
-    assert p.extra_generation_params == {"ToMe ratio": 0.5, "ToMe method": "sample", "ToMe min tokens": 0}
+    decided = {"ToMe decisions": "+12x12/32/2/256 +8x8/32/2/256", "ToMe version": VERSION}
+    assert p.extra_generation_params == {"ToMe ratio": 0.5, "ToMe method": "sample", "ToMe min tokens": 0, **decided}
+
+
+@pytest.mark.parametrize("sign", "+-")
+def test_decisions_that_are_set(flux_host, sign):
+    plain, _ = flux_host.generate()
+    merged, _ = flux_host.generate(ON)
+    found, p = flux_host.generate([{**ON[0], "decisions": f"{sign}8x8/32/2/256"}])
+    assert (found[0] == (merged if sign == "+" else plain)[0]).all()
+    assert (plain[0] != merged[0]).any() and bool(p.extra_generation_params) == (sign == "+")
 
 
 def test_the_schedule_goes_by_the_noise_level(flux_host, lines):
@@ -501,7 +512,8 @@ def test_levels_auto_measures_each_layer(flux_host, tome, lines, monkeypatch, pa
         asked.append(key)
         return module.Verdict(100.0, 40.0 if pays else 99.0, 5.0)
 
-    monkeypatch.setattr(module, "measures", lambda config, grid, device: config.levels == "auto")
+    decisions = sys.modules[module.DiTDecisions.__module__]
+    monkeypatch.setattr(decisions, "measures", lambda config, grid, device: config.levels == "auto")
     monkeypatch.setattr(module, "known_or_measured", known_or_measured)
     plain, _ = flux_host.generate()
     found, p = flux_host.generate(ON)
