@@ -86,7 +86,7 @@ def _place(key: tuple[str, float | None]) -> tuple:
 @functools.lru_cache(maxsize=64)
 def parse(text: str) -> Decided:
     """The text's meaning. Raises ValueError naming the word that has none."""
-    words = text.replace(",", " ").replace(";", " ").split()
+    words = text.replace(",", " ").replace(";", " ").replace("\u00d7", "x").split()  # as some fonts and pages show it
     method = words.pop(0) if words and words[0] in METHODS else None
     merged: dict[tuple[str, float | None], bool] = {}
     for word in words:
