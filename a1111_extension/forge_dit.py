@@ -55,16 +55,16 @@ _NAME = "attention_function"
 _OWN = {"backend.nn.mmditx": "attention"}
 SERVED = ", ".join(row.name for row in DIT_MODELS if row.forge)
 # What is said.
-NO_GRID = "an image whose tokens do not lie on one grid is left alone"
-NOT_MET = "no attention of the model came to ToMe: another extension has replaced them, or cuts the picture into tiles"
-OTHER_ROWS = "an attention whose rows are not the images' is left alone: another extension has changed them"
+NO_GRID = "ToMe skips an image whose tokens do not lie on one grid"
+NOT_MET = "no attention of the model reached ToMe: another extension has replaced them, or cuts the picture into tiles"
+OTHER_ROWS = "ToMe skips an attention whose rows are not the images': another extension has changed them"
 
 
 def facts_of(sd_model: Any, model: nn.Module) -> DiTModel:
     """The row of a diffusion model. Raises NotServed with the reason where it has none."""
     model = unwrapped(model)
     if (known := refused(model)) is not None:
-        raise NotServed(f"ToMe leaves {known.name} alone: {known.reason}; nothing is merged")
+        raise NotServed(f"ToMe does not serve {known.name}: {known.reason}; nothing is merged")
     facts = dit_model(model)
     if facts is None:
         raise NotServed(

@@ -30,7 +30,7 @@ from .model_call import DIFFUSION_MODEL, KEY, call_key
 from .outcome import NOT_MET, Outcome
 
 # What the log says.
-_SPARSE = "attentions that another node's sparse attention computes are left alone; ToMe merges those that it declines"
+_SPARSE = "ToMe skips attentions that another node's sparse attention computes, and merges those that it declines"
 _GETS_MERGED = (
     "another node's attention gets the merged tokens; if that attention is sparse, use one of the two nodes, because "
     "sparse attention needs all tokens in their places"

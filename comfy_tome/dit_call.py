@@ -177,7 +177,7 @@ class TransformerCall:
         start = self.layout.start(length, options.get("img_slice"))
         if start is None and length > self.layout.tokens and length not in self.layout.others:
             self.skip(
-                "an attention whose tokens are not its text, its image and its references is left alone: another "
+                "ToMe skips an attention whose tokens are not its text, its image and its references: another "
                 f"{self.other} has added some",
                 f"{length} tokens for {self.layout}",
             )
@@ -185,12 +185,12 @@ class TransformerCall:
             return None
         self._met = True
         if length in self.layout.others:
-            self.skip("an image of as many tokens as its prompt is left alone: self- and cross-attention look alike")
+            self.skip("ToMe skips an image of as many tokens as its prompt: self- and cross-attention look alike")
             return None
         if part and self.call.config.kind.queries:
             self.skip(
-                "attentions that take a part of the queries each (guides of LTXV, HiDream-O1, later frames of Wan "
-                "CausalAR) are left alone, because this method merges queries"
+                "ToMe skips attentions that take a part of the queries each (guides of LTXV, HiDream-O1, later frames of "
+                "Wan CausalAR), because this method merges queries"
             )
             return None
         return start
@@ -198,7 +198,7 @@ class TransformerCall:
     def _prepare(self, start: int, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Plan, Call, JointCall] | None:
         """The plan of this layer, and what _fitting says; None where it is left alone."""
         if call.mask is not None and (call.mask.dim() < 2 or call.mask.shape[-1] != call.length):
-            self.skip("an attention whose mask is not one over its keys is left alone")
+            self.skip("ToMe skips an attention whose mask is not one over its keys")
             return None
         verdict = self._verdict(call, q, k, v, start)
         if verdict is not None and not verdict.pays():
@@ -255,7 +255,7 @@ class TransformerCall:
             return call.by_torch(), self._instead
         other = call.name if call.override is None else "another node's attention"
         self.skip(
-            "an attention is left alone where keys need weights (text beside the image, or an uneven ratio) and so "
+            "ToMe skips an attention where keys need weights (text beside the image, or an uneven ratio) and so "
             f"heads of {_width(call)} channels: {other} may not take them"
         )
         return None

@@ -114,10 +114,10 @@ class DiTPatch:
 def _why_unnoticed(base: Any, options: dict[str, Any]) -> str | None:
     """Why a compiled model that takes no keyword is left alone, or None (graphs.py)."""
     if COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}) and not COMPARES_MODES:
-        return "under torch.compile this model is left alone: it would not notice ToMe"
+        return "ToMe skips this model under torch.compile: the compiled graph would not notice ToMe"
     told = getattr(getattr(base, "current_patcher", None), "model_options", {}).get("torch_compile_kwargs", {})
     if told.get("fullgraph"):
-        return "under torch.compile with fullgraph this model is left alone: its attentions run outside of the graph"
+        return "ToMe skips this model under torch.compile with fullgraph: its attentions run outside of the graph"
     return None
 
 

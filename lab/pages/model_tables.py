@@ -42,6 +42,6 @@ def models() -> str:
     left_alone = pack_module("comfy_tome.dit_refused")
     for row in (*left_alone.REFUSED, *left_alone.OF_NODES):
         body.append(line(row.name, row.classes, f"not served: {row.reason}"))
-    body += [line(row.name, (), f"left alone: {row.reason}", row.classes) for row in left_alone.OF_FORGE]
+    body += [line(row.name, (), f"not served: {row.reason}", row.classes) for row in left_alone.OF_FORGE]
     head = ["model", "in ComfyUI's `supported_models`", "diffusion model", "in Forge and Forge Neo", "ToMe"]
     return markdown(head, body) + f"\nComfyUI {rows[0]['comfyui']}.\n"

@@ -215,8 +215,8 @@ def test_guides_of_a_strength_other_than_1(dit, tome, comfy_nodes, caplog, metho
     if method in ("merge", "merge_queries", "prune"):
         assert torch.equal(merged, plain) and dit_host.lengths(after) == dit_host.lengths(before)
         reason = (
-            "attentions that take a part of the queries each (guides of LTXV, HiDream-O1, later frames of Wan "
-            "CausalAR) are left alone, because this method merges queries"
+            "ToMe skips attentions that take a part of the queries each (guides of LTXV, HiDream-O1, later frames of "
+            "Wan CausalAR), because this method merges queries"
         )
         assert said == nothing(reason, "LTXV")
         assert told.merged_steps == 0 and [layer.reason for layer in told.layers] == [reason]
@@ -292,7 +292,7 @@ def test_a_mask_not_over_keys_is_left_alone(dit, tome, caplog):
     with caplog.at_level(logging.INFO, logger="ToMe"):
         merged = call(model, "flux", attention_mask=mask)
     assert torch.equal(merged, call(dit("flux"), "flux", attention_mask=mask))
-    assert log(caplog) == nothing("an attention whose mask is not one over its keys is left alone", "Flux")
+    assert log(caplog) == nothing("ToMe skips an attention whose mask is not one over its keys", "Flux")
 
 
 def with_override(model, called):
@@ -336,7 +336,7 @@ def test_another_override_with_no_room_for_weights(dit, tome, caplog, method):
         left = call(tome(with_override(wide, called), method=method), "flux")
     assert torch.equal(left, call(wide, "flux")) and len(called) == 2
     assert log(caplog) == nothing(
-        "an attention is left alone where keys need weights (text beside the image, or an uneven ratio) and so heads "
+        "ToMe skips an attention where keys need weights (text beside the image, or an uneven ratio) and so heads "
         "of 136 channels: another node's attention may not take them",
         "Flux",
     )

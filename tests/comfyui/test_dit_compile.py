@@ -122,7 +122,7 @@ def test_what_such_a_model_is_told_of(tome, compiled, caplog, monkeypatch):
     monkeypatch.setattr(host.pack_module("dit_patch"), "COMPARES_MODES", False)
     with caplog.at_level(logging.INFO, logger="ToMe"):
         same(call(compiled(tome(model)), name), call(model, name))
-    says = "[ToMe] under torch.compile this model is left alone: it would not notice ToMe (Stable Audio)"
+    says = "[ToMe] ToMe skips this model under torch.compile: the compiled graph would not notice ToMe (Stable Audio)"
     assert says in caplog.messages
 
 
@@ -134,7 +134,7 @@ def test_with_fullgraph_such_a_model_is_left_alone(tome, caplog, monkeypatch):
     host.forget_log()
     with caplog.at_level(logging.INFO, logger="ToMe"):
         assert torch.equal(call(tome(model), "sd3"), call(model, "sd3"))
-    says = "under torch.compile with fullgraph this model is left alone: its attentions run outside of the graph"
+    says = "ToMe skips this model under torch.compile with fullgraph: its attentions run outside of the graph"
     assert f"[ToMe] {says} (SD3)" in caplog.messages
     told["torch_compile_kwargs"]["fullgraph"] = False
     assert not torch.equal(call(tome(model), "sd3"), call(model, "sd3"))

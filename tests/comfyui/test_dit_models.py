@@ -189,7 +189,7 @@ def test_ltx2_with_sound_as_long_as_its_video(dit, tome, caplog):
     host.forget_log()
     with caplog.at_level(logging.INFO, logger="ToMe"):
         assert torch.equal(call(tome(dit("ltx2")), "ltx2", **given), call(dit("ltx2"), "ltx2", **given))
-    reason = "an image of as many tokens as its prompt is left alone: self- and cross-attention look alike"
+    reason = "ToMe skips an image of as many tokens as its prompt: self- and cross-attention look alike"
     assert log(caplog)[0] == f"[ToMe] {reason} (LTX-2)"
 
 

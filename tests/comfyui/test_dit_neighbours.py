@@ -85,7 +85,7 @@ def test_heads_too_wide_for_it_are_left_to_it(dit, tome, sage, caplog, method):
         left = call(tome(wide, method=method, levels="auto"), "flux")
     assert torch.equal(left, plain) and calls == 2 * [(103, 103, 128)]
     assert log(caplog) == nothing(
-        "an attention is left alone where keys need weights (text beside the image, or an uneven ratio) and so heads "
+        "ToMe skips an attention where keys need weights (text beside the image, or an uneven ratio) and so heads "
         "of 136 channels: attention_sage may not take them",
         "Flux",
     )
@@ -154,7 +154,7 @@ def with_override(model, override):
     return model
 
 
-SPARSE = "attentions that another node's sparse attention computes are left alone; ToMe merges those that it declines"
+SPARSE = "ToMe skips attentions that another node's sparse attention computes, and merges those that it declines"
 
 
 @pytest.mark.parametrize("tome_first", [True, False], ids=["tome first", "sparse first"])

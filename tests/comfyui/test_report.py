@@ -162,7 +162,7 @@ def test_a_mask_that_is_not_over_the_keys(comfy_nodes, tome, record, report):
 
     optimized_attention(q, q, q, 2, mask=torch.zeros(24, 1), transformer_options=told)
     (layer,) = run.tally.layers()
-    assert layer.reason == "an attention whose mask is not one over its keys is left alone" and layer.before == 24
+    assert layer.reason == "ToMe skips an attention whose mask is not one over its keys" and layer.before == 24
 
 
 def test_nothing_recorded_is_said(sd15, tome, record, report):
