@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..shared_tome.attention.combine import TORCHS
-from ..shared_tome.autotune.detached import about_model, run_bare
+from ..shared_tome.autotune.detached import about_model, run_detached
 from ..shared_tome.core.grid import Grid
 from ..shared_tome.hooks import engine
 from ..shared_tome.hooks.engine import Given, MergedBlock, Pass
@@ -23,25 +23,25 @@ from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
 
 if TYPE_CHECKING:
-    from .hooks import Attachment
+    from .hooks import PassAttachment
 
 NO_WEIGHTS = "the active attention optimization takes no weights of keys; proportional attention is off"
 
 
 @dataclass(eq=False)
-class Call(engine.Call):
-    """One call of the model. told: where somebody wants a report or a map."""
+class WebUICall(engine.HookedCall):
+    """One call of the model. call_tally: where somebody wants a report or a map."""
 
-    told: CallTally | None = None
+    call_tally: CallTally | None = None
 
 
-class Block(MergedBlock):
+class WebUIBlock(MergedBlock):
     """The hooks of one transformer block."""
 
-    owner: Attachment
+    owner: PassAttachment
     NO_WEIGHTS = NO_WEIGHTS
 
-    def __init__(self, owner: Attachment, block: nn.Module, name: str):
+    def __init__(self, owner: PassAttachment, block: nn.Module, name: str):
         super().__init__(owner)
         self.where, self.part = block_place(name)
         self.heads = getattr(block.attn1, "heads", None)
@@ -81,13 +81,15 @@ class Block(MergedBlock):
 
     def leave(self, reason: str, grid: Grid | None = None) -> None:
         self.say(reason)
-        if self.owner.call.told is not None:
-            self.owner.call.told.left_alone(reason.partition(";")[0], self.where, grid, self.part)
+        if self.owner.call.call_tally is not None:
+            self.owner.call.call_tally.left_alone(reason.partition(";")[0], self.where, grid, self.part)
 
     def leave_unserved(self, grid: Grid) -> None:
         call = self.owner.call
-        if call.told is not None:
-            call.told.left_alone(why_not_served(call.model.config, grid, call.model.full), self.where, grid, self.part)
+        if call.call_tally is not None:
+            call.call_tally.left_alone(
+                why_not_served(call.model.config, grid, call.model.full), self.where, grid, self.part
+            )
 
     def why_left(self, name: str, module: nn.Module, x: Any, kwargs: dict[str, Any], plan: Plan) -> str | None:
         return why_left_whole(name, x, plan.batch, plan.tokens, is_taken(module))
@@ -95,15 +97,15 @@ class Block(MergedBlock):
     def why_attention_left(self, attn1: nn.Module, given: Given) -> str | None:
         return why_left_whole("attn1", given.x, *given.x.shape[:2], is_taken(attn1))
 
-    def why_not_paid(self, now: Pass, attn1: nn.Module, x: Tensor, grid: Grid, own: bool) -> str | None:
+    def why_not_paid(self, now: Pass, attn1: nn.Module, x: Tensor, grid: Grid, keeps_self: bool) -> str | None:
         decisions, about = self.owner.call.decisions, functools.partial(about_model, attn1, x.device)
-        kernels = TORCHS if own else ()
-        now.verdict = decisions.verdict(x, grid, self.heads, kernels=kernels, block=self._run_bare, about=about)
-        return decisions.why_not_paid(now.verdict)
+        kernels = TORCHS if keeps_self else ()
+        now.decision = decisions.decision(x, grid, self.heads, kernels=kernels, block=self._run_detached, about=about)
+        return decisions.why_not_paid(now.decision)
 
     def tell(self, now: Pass, grid: Grid, plan: Plan | None) -> None:
-        if self.owner.call.told is not None:
-            self.owner.call.told.layer(self.where, grid, plan, self.part, now.verdict)
+        if self.owner.call.call_tally is not None:
+            self.owner.call.call_tally.layer(self.where, grid, plan, self.part, now.decision)
 
     def widened_input(self, now: Pass, attn1: nn.Module, d: int) -> Tensor:
         # The sdp code takes the head size from x's channels: it gets a stand-in of that shape (no memory), and
@@ -118,10 +120,10 @@ class Block(MergedBlock):
         query, now.query = now.query, None
         return (query,)
 
-    def _run_bare(self, x: Tensor) -> Callable[[], Any] | None:
+    def _run_detached(self, x: Tensor) -> Callable[[], Any] | None:
         """What runs this block by itself, to be timed."""
         block = self._block()
-        return None if block is None else run_bare(block, x)
+        return None if block is None else run_detached(block, x)
 
 
 def block_place(name: str) -> tuple[str, int]:

@@ -27,7 +27,7 @@ from ..shared_tome.core.grid import grid_of
 from ..shared_tome.core.groups import spread_rows
 from ..shared_tome.core.progress import percent_of_level, percent_table
 from ..shared_tome.hooks import guard
-from ..shared_tome.hooks.heads import GIVEN, PROJECTIONS, meets_at_sdpa, stand_in, why_not_own, width
+from ..shared_tome.hooks.heads import GIVEN, PROJECTIONS, meets_at_sdpa, stand_in, why_no_self_token, width
 from ..shared_tome.hooks.parts import AtSdpa, Wide, Widening
 from ..shared_tome.inspect.record import CallRecord
 from ..shared_tome.inspect.report import CallTally
@@ -149,20 +149,20 @@ class _UNet:
         call = sampling.call(x, rows, far) if x.dim() == 4 else None
         if call is None:
             return run(args)
-        told, own = sampling.told, None
+        call_tally, self_tokens = sampling.call_tally, None
         if call.config.wants_heads:
-            own = OwnTokens(self._model, x.device, self._met, sampling)
+            self_tokens = SelfTokens(self._model, x.device, self._met, sampling)
         options = args["c"].get("transformer_options", {})
         decisions = Decisions(call, log=sampling.decided)
-        ours = ForgeCall(call, options, x.shape[0], sampling.notes, told, own, self._wide, decisions)
+        ours = ForgeCall(call, options, x.shape[0], sampling.notes, call_tally, self_tokens, self._wide, decisions)
         with ours.hooks(self._model):
             out = run({**args, "c": {**args["c"], "transformer_options": ours.options}})
-        if isinstance(told, CallRecord):
-            told.end()
+        if isinstance(call_tally, CallRecord):
+            call_tally.end()
         return out
 
 
-class OwnTokens:
+class SelfTokens:
     """Whether the queries of a model's layers can keep their own tokens: where all meet at torch's attention.
 
     met: what heads.meets_at_sdpa answered, remembered for a sampling pass.
@@ -180,15 +180,15 @@ class OwnTokens:
             weight = getattr(block.attn1.to_q, "weight", None)
             d = getattr(block.attn1.to_q, "out_features", 0 if weight is None else weight.shape[0]) // heads
             # The precision is the host's affair, and known only where its attention runs.
-            reason = why_not_own(
+            reason = why_no_self_token(
                 lambda b=block, h=heads, n=d: self._meets(b, h, n), d, self._device, torch.float32, multires
             )
             if reason is not None:
-                self._sampling.tell_own(reason)
+                self._sampling.tell_self_token(reason)
                 return None
-        self._sampling.tell_own(None)
-        own = self._sampling.config.keeps_own
-        return JointCall(True, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), own)
+        self._sampling.tell_self_token(None)
+        self_tokens = self._sampling.config.keeps_self
+        return JointCall(True, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), self_tokens)
 
     def say(self, message: str) -> None:
         """Tell once, in the log."""
@@ -229,8 +229,8 @@ def _heads(block: nn.Module) -> int:
 class ForgeCall(PatchedCall, AtSdpa):
     """ComfyUI's patches where the grid is not told and the attention cannot be overridden.
 
-    notes: where to tell what is left alone. told, own: of the call, where there is one. wide: what takes_wider
-    answered, remembered for a sampling pass.
+    notes: where to tell what is left alone. call_tally, self_tokens: of the call, where there is one. wide: what
+    takes_wider answered, remembered for a sampling pass.
     """
 
     def __init__(
@@ -239,13 +239,13 @@ class ForgeCall(PatchedCall, AtSdpa):
         options: dict[str, Any],
         batch: int,
         notes: Notes,
-        told: CallTally | None = None,
-        own: OwnTokens | None = None,
+        call_tally: CallTally | None = None,
+        self_tokens: SelfTokens | None = None,
         wide: dict[tuple, bool] | None = None,
         decisions: Decisions | None = None,
     ):
         decisions = Decisions(call) if decisions is None else decisions
-        super().__init__(call, options, decisions, None if own is None else own.joint(), told)
+        super().__init__(call, options, decisions, None if self_tokens is None else self_tokens.joint(), call_tally)
         self._notes, self._batch = notes, batch
         self._wide = {} if wide is None else wide
         self._taken: frozenset[str] = frozenset()  # of the block that runs now: see is_taken
@@ -287,7 +287,7 @@ class ForgeCall(PatchedCall, AtSdpa):
         return [block.register_forward_pre_hook(begin), block.register_forward_hook(end)] if found else []
 
     def meeting(self) -> tuple[JointCall | None, Plan | None, Tensor | None]:
-        return self._joint, self._pending_own, None
+        return self._joint, self._pending_self_token, None
 
     @property
     def pending(self) -> Tensor | None:

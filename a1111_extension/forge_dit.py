@@ -289,7 +289,7 @@ class ForgeTransformerCall(TransformerCall):
 
     def joins(self, order: tuple[str, ...]) -> JointCall:
         config = self.call.config
-        return _Joint(config.weighs_keys, order, self.say, config.keeps_own, self._sampling.tell_own)
+        return _Joint(config.weighs_keys, order, self.say, config.keeps_self, self._sampling.tell_self_token)
 
 
 class _Joint(JointCall):

@@ -24,11 +24,11 @@ from ..shared_tome.hooks.heads import served_blocks
 from ..shared_tome.hooks.trials import Trials
 from ..shared_tome.inspect.record import CallRecord
 from ..shared_tome.inspect.report import CallTally
-from .block import Block, Call, plain_forward
+from .block import WebUIBlock, WebUICall, plain_forward
 from .sampling import Sampling
 
 # Those whose hooks are on a model. Not a registry to work with: it only serves to take off what a crash left on.
-_attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
+_attached: weakref.WeakSet[PassAttachment] = weakref.WeakSet()
 
 
 COMPILED = (
@@ -51,7 +51,7 @@ def detach_all() -> None:
         attachment.detach()
 
 
-class Attachment:
+class PassAttachment:
     """The hooks of one sampling pass on one diffusion model. `detach` may be called at any time, and twice.
 
     called: told after each call of the model. Raises NotServed.
@@ -61,12 +61,12 @@ class Attachment:
         self.sampling = sampling
         self._called = called
         self.model: nn.Module | None = None
-        self.call: Call | None = None
-        self._told: CallTally | None = None  # the call's, which may be told although nothing is merged
+        self.call: WebUICall | None = None
+        self._call_tally: CallTally | None = None  # the call's, which may be told although nothing is merged
         # The active optimization cannot change in a pass.
         self.trials = Trials(lambda attn1: (plain_forward(attn1),), lambda attn1: (plain_forward(attn1), {}))
         self._hooks = BlockHooks()
-        self._blocks: list[Block] = []
+        self._blocks: list[WebUIBlock] = []
         self._handles: list[Any] = []
         self.attach(model)
 
@@ -89,7 +89,7 @@ class Attachment:
                 model.register_forward_hook(self._after_model),
             ]
             names = {module: name for name, module in model.named_modules()}
-            self._blocks = [Block(self, block, names[block]) for block in blocks]
+            self._blocks = [WebUIBlock(self, block, names[block]) for block in blocks]
             self._hooks.on(self._hook)
         except BaseException:
             self.detach()
@@ -103,10 +103,10 @@ class Attachment:
             handle.remove()
         self._handles.clear()
         self._blocks = []
-        self.model = self.call = self._told = None
+        self.model = self.call = self._call_tally = None
         _attached.discard(self)
 
-    def _hook(self) -> Iterator[tuple[Block, Callable[[], list[Any]]]]:
+    def _hook(self) -> Iterator[tuple[WebUIBlock, Callable[[], list[Any]]]]:
         """The blocks, and what puts their hooks on."""
         for block in self._blocks:
             yield block, block.hook
@@ -120,41 +120,43 @@ class Attachment:
         """The pass's options."""
         return self.sampling.config
 
-    def tell_own(self, refused: str | None) -> None:
+    def tell_self_token(self, refused: str | None) -> None:
         """Why the queries of a layer cannot keep their own tokens, or None."""
-        self.sampling.tell_own(refused)
+        self.sampling.tell_self_token(refused)
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("x")
-        self.call = self._told = None
+        self.call = self._call_tally = None
         leave_left_modes()
         if not isinstance(x, Tensor) or x.dim() != 4:  # (B, C, H, W)
             return
         time = args[1] if len(args) > 1 else kwargs.get("timesteps")
         progress = None if time is None else functools.partial(percent_of_time, time)
         call = self.sampling.call(x, progress=progress)
-        self._told = self.sampling.told
+        self._call_tally = self.sampling.call_tally
         if call is None:
             return
         kind = (call.full, call.config.ratio, x.dtype)
-        if self._told is None and self._hooks.is_idle(kind):
+        if self._call_tally is None and self._hooks.is_idle(kind):
             self._hooks.off()
             return
         # A report wants to know of every layer.
-        self._hooks.on(self._hook, kind if self._told is None else None)
+        self._hooks.on(self._hook, kind if self._call_tally is None else None)
         decisions = Decisions(call, log=self.sampling.decided)
-        self.call = Call(call, decisions, x.shape[0], self._joint(call), kind, told=self._told)
+        self.call = WebUICall(call, decisions, x.shape[0], self._joint(call), kind, call_tally=self._call_tally)
 
     def _joint(self, call: ModelCall) -> JointCall | None:
         """What lets queries keep their own tokens, None where they shall not."""
         if not call.config.wants_heads:
             return None
-        return JointCall(True, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), call.config.keeps_own)
+        return JointCall(
+            True, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), call.config.keeps_self
+        )
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
-        call, told, self.call, self._told = self.call, self._told, None, None
-        if isinstance(told, CallRecord):
-            told.end()
+        call, call_tally, self.call, self._call_tally = self.call, self._call_tally, None, None
+        if isinstance(call_tally, CallRecord):
+            call_tally.end()
         if call is not None:
-            self._hooks.judge(call.kind, call.judged)
+            self._hooks.remember(call.kind, call.layers_seen)
         self._called()

@@ -17,14 +17,14 @@ LABELS = {
     for widget in WIDGETS
     if widget.name not in _SILENT
 }
-_TOLD = [widget for widget in WIDGETS if widget.name in LABELS]
+_TEXTS = [widget for widget in WIDGETS if widget.name in LABELS]
 
 
 def write(
     parameters: dict[str, Any],
     settings: Settings,
     merged: Mapping[bool, bool] | None = None,
-    kept_own: bool | None = None,
+    kept_self_token: bool | None = None,
     decisions: str | None = None,
 ) -> None:
     """Put ToMe's options into p.extra_generation_params: ratio, method, all that is not the default, and its version.
@@ -32,20 +32,20 @@ def write(
     Args:
         merged: by whether it is the hires pass, whether a pass merged anything; one that is not there is not known yet.
             The text tells ratio 0 of a pass that merged nothing, and nothing of ToMe where none did.
-        kept_own: whether queries kept their own tokens; None: not known. Where none could, the picture is the one
-            without the option.
+        kept_self_token: whether queries kept their own tokens; None: not known. Where none could, the picture is the
+            one without the option.
         decisions: what autotune decided of its layers; None: not known.
     """
-    told = _told(settings, merged or {}, kept_own, decisions)
+    texts = _texts(settings, merged or {}, kept_self_token, decisions)
     for label in (*LABELS.values(), VERSION):
-        if label in told:
-            parameters[label] = told[label]
+        if label in texts:
+            parameters[label] = texts[label]
         else:
             parameters.pop(label, None)
 
 
-def _told(
-    settings: Settings, merged: Mapping[bool, bool], kept_own: bool | None, decisions: str | None
+def _texts(
+    settings: Settings, merged: Mapping[bool, bool], kept_self_token: bool | None, decisions: str | None
 ) -> dict[str, Any]:
     if settings.is_off or (merged and not any(merged.values())):
         return {}
@@ -54,16 +54,16 @@ def _told(
         values.update(ratio=0.0, hires_ratio=settings.for_pass(True).ratio)
     if merged.get(True) is False:
         values["hires_ratio"] = 0.0
-    if kept_own is not None:
-        values["own_token"] = kept_own
+    if kept_self_token is not None:
+        values["own_token"] = kept_self_token
     if decisions is not None:
         values["decisions"] = decisions
-    told = {
+    texts = {
         LABELS[widget.name]: values[widget.name]
-        for widget in _TOLD
+        for widget in _TEXTS
         if widget.name in _ALWAYS or values[widget.name] != widget.default
     }
-    return {**told, VERSION: version()}
+    return {**texts, VERSION: version()}
 
 
 def erase(parameters: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ def erase(parameters: dict[str, Any]) -> None:
 def values_of(settings: Settings) -> dict[str, Any]:
     """Settings as named values."""
     values: dict[str, Any] = {"enabled": settings.enabled}
-    for widget in _TOLD:
+    for widget in _TEXTS:
         name, _, part = widget.name.rpartition("_")
         if hasattr(settings.config, widget.name):
             values[widget.name] = getattr(settings.config, widget.name)
@@ -100,7 +100,7 @@ def _read(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]
     if LABELS["ratio"] not in parameters:
         return None
     given = {name: parameters[label] for name, label in LABELS.items() if label in parameters}
-    parsed = {widget.name: _parsed(given[widget.name], widget.default) for widget in _TOLD if widget.name in given}
+    parsed = {widget.name: _parsed(given[widget.name], widget.default) for widget in _TEXTS if widget.name in given}
     return fit({"enabled": True, **parsed})
 
 

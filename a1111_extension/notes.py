@@ -44,6 +44,6 @@ class Notes:
         if comment is not None:
             comment(f"ToMe: {message}")
 
-    def told(self, reason: str) -> bool:
+    def has_said(self, reason: str) -> bool:
         """Whether a line that was logged begins with this reason."""
         return any(message.startswith(reason) for message in self._said)

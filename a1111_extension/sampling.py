@@ -28,10 +28,10 @@ class Sampling:
         config: of this pass, with its schedule.
         seeds: one a image.
         report: whether layers are counted, keep_choices: whether what they chose is kept too, for a map.
-        own_found: called with whether a layer's queries can keep their own tokens, where they are to.
+        self_token_found: called with whether a layer's queries can keep their own tokens, where they are to.
     Attributes:
         run: what was counted and kept, None where neither is asked for.
-        told: what the layers of the call that was begun last are told to, None where nothing is.
+        call_tally: what the layers of the call that was begun last are told to, None where nothing is.
         decided: what autotune decided of them.
     """
 
@@ -43,7 +43,7 @@ class Sampling:
         *,
         report: bool = False,
         keep_choices: bool = False,
-        own_found: Callable[[bool], None] | None = None,
+        self_token_found: Callable[[bool], None] | None = None,
     ):
         self.config, self.notes = config, notes
         self.seeds = tuple(fold_seed(int(seed)) for seed in seeds) or (0,)
@@ -52,10 +52,10 @@ class Sampling:
         self._tensors: dict[tuple[Rows, torch.device], Tensor] = {}
         self.run = Run(config) if report or keep_choices else None
         self.decided = DecisionLog() if self.run is None else self.run.tally.decided
-        self.told: CallTally | None = None
+        self.call_tally: CallTally | None = None
         self._keep_choices = keep_choices
-        self._told: set[tuple[float, Grid, int]] = set()
-        self._own_found = own_found
+        self._reported: set[tuple[float, Grid, int]] = set()
+        self._self_token_found = self_token_found
         if self.run is not None:
             self.run.images = len(self.seeds)
 
@@ -99,7 +99,7 @@ class Sampling:
     def begin(self, x: Tensor, rows: Rows, progress: Callable[[], float] | None = None) -> ToMeConfig:
         """A call of the model begins: the config that holds in it. x: the latent [B, C, ..., H, W]; else: see call."""
         config = config_at(self.config, progress or (lambda: self._by_steps))
-        self.told = None if self.run is None else self._tell(self.run, config, tuple(x.shape[-2:]), rows)
+        self.call_tally = None if self.run is None else self._tell(self.run, config, tuple(x.shape[-2:]), rows)
         return config
 
     def call_on(self, full: Grid, config: ToMeConfig, x: Tensor, rows: Rows) -> ModelCall:
@@ -116,33 +116,35 @@ class Sampling:
         images = len(self.seeds)
         rows = tuple(row % images for row in range(batch))
         if len({self.seeds[row] for row in rows}) == 1:
-            return [(slice(None), rows, self.told)]
+            return [(slice(None), rows, self.call_tally)]
         found = []
         for image in range(min(images, batch)):
-            told = self.told if image == 0 else None  # all images' layers are merged alike: one tells for all
-            if isinstance(self.told, CallRecord):
-                told = CallRecord(self.told.run, self.step, [0], self.told.full, [image])
+            call_tally = (
+                self.call_tally if image == 0 else None
+            )  # all images' layers are merged alike: one tells for all
+            if isinstance(self.call_tally, CallRecord):
+                call_tally = CallRecord(self.call_tally.run, self.step, [0], self.call_tally.full, [image])
             part = slice(image, None, images)
-            found.append((part, rows[part], told))
+            found.append((part, rows[part], call_tally))
         return found
 
-    def tell_own(self, refused: str | None) -> None:
+    def tell_self_token(self, refused: str | None) -> None:
         """A layer's queries are to keep their own tokens. refused: why they cannot; None: they can."""
         if refused is not None:
             self.notes.say(refused, shown=False)  # by default they are to: not a line under every picture
-        if self._own_found is not None and self.config.method != "multires":  # which has them anyway
-            self._own_found(refused is None)
+        if self._self_token_found is not None and self.config.method != "multires":  # which has them anyway
+            self._self_token_found(refused is None)
 
     def another_model(self) -> None:
         """The calls to come are of another model: its layers are to be told too."""
-        self._told.clear()
+        self._reported.clear()
 
     def _tell(self, run: Run, config: ToMeConfig, full: Grid, rows: Rows) -> CallTally | None:
         run.tally.call(self.step, config.ratio)
         if not self._keep_choices:  # calls that are alike do the same: a report costs next to nothing
             kind = (config.ratio, full, len(rows))
-            known = kind in self._told
-            self._told.add(kind)
+            known = kind in self._reported
+            self._reported.add(kind)
             return None if known or config.ratio == 0.0 else CallTally(run.tally, full)
         run.note(self.step, StepFacts(config, full, full, self.seeds))
         first: dict[int, int] = {}  # of each image's rows: that of its first prompt

@@ -29,7 +29,7 @@ class _State:
     def __init__(self, owner: Any, chosen: Settings):
         self.owner, self.asked, self.notes = owner, chosen, Notes(owner)
         self.settings = chosen.resolved(multires=False)  # until a pass's model is known
-        self.attachment: hooks.Attachment | None = None
+        self.attachment: hooks.PassAttachment | None = None
         self.sampling: Sampling | None = None
         self.patched: Any = None  # Forge: the sd_model whose U-Net was patched for this pass
         self.nearly_over = False  # whether this pass is in its last two steps
@@ -58,14 +58,16 @@ class _State:
         if self.nearly_over:
             self.write()
 
-    def own_found(self, can: bool) -> None:
+    def self_token_found(self, can: bool) -> None:
         """One layer that keeps them makes another picture. At once: the host may save one before the hires pass."""
         if can not in self._own:
             self._own.add(can)
-            infotext.write(self.owner.extra_generation_params, self.settings, None, self.kept_own, self.decisions)
+            infotext.write(
+                self.owner.extra_generation_params, self.settings, None, self.kept_self_token, self.decisions
+            )
 
     @property
-    def kept_own(self) -> bool | None:
+    def kept_self_token(self) -> bool | None:
         return True in self._own if self._own else None
 
     @property
@@ -80,8 +82,8 @@ class _State:
 
     def write(self) -> None:
         """Make the picture's text claim what the passes did, and no more."""
-        told = self.merged(), self.kept_own, self.decisions
-        infotext.write(self.owner.extra_generation_params, self.settings, *told)
+        has_said = self.merged(), self.kept_self_token, self.decisions
+        infotext.write(self.owner.extra_generation_params, self.settings, *has_said)
 
     def detach(self) -> None:
         attachment, self.attachment = self.attachment, None
@@ -150,7 +152,7 @@ class ToMeScript(scripts.Script):
                     state.notes,
                     report=True,  # costs next to nothing, and tells why where nothing is merged
                     keep_choices=state.settings.map,
-                    own_found=state.own_found,
+                    self_token_found=state.self_token_found,
                 )
                 self._start(p, state, sampling)
                 state.runs[hires] = sampling.run
@@ -172,7 +174,7 @@ class ToMeScript(scripts.Script):
             forge.patch(p.sd_model, sampling, state.called)
             state.patched = p.sd_model
         else:
-            state.attachment = hooks.Attachment(_diffusion_model(p.sd_model), sampling, state.called)
+            state.attachment = hooks.PassAttachment(_diffusion_model(p.sd_model), sampling, state.called)
 
     def post_sample(self, p: Any, ps: Any, *args: Any) -> None:
         _detach(p)
@@ -180,8 +182,8 @@ class ToMeScript(scripts.Script):
         if state is None or not state.settings.enabled:
             return
         merged = state.merged()
-        told = merged or {False: False}, state.kept_own, state.decisions
-        infotext.write(p.extra_generation_params, state.settings, *told)
+        has_said = merged or {False: False}, state.kept_self_token, state.decisions
+        infotext.write(p.extra_generation_params, state.settings, *has_said)
         if not merged and not state.settings.is_off:
             state.notes.say("nothing was merged: the ratio is 0 in each pass that was run")
         for run in state.runs.values():
@@ -195,7 +197,7 @@ class ToMeScript(scripts.Script):
         if state.report != settings.NO_REPORT:
             # The picture's text, where it has the line, stands under the picture too.
             state.notes.say(line, shown=nothing or state.report == settings.LOG_REPORT)
-        elif nothing and unmerged and all(state.notes.told(layer.reason) for layer in unmerged):
+        elif nothing and unmerged and all(state.notes.has_said(layer.reason) for layer in unmerged):
             state.notes.show(line)  # the log has the reasons already
         elif nothing:
             state.notes.say(line)

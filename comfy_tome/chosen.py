@@ -26,8 +26,8 @@ OVERRIDE = "optimized_attention_override"
 INSIDE = "_inside_attn_wrapper"  # by which ComfyUI's attentions know that the override was asked
 _BACKEND = "comfy.model_patcher", "ModelPatcher.set_model_optimized_attention."
 _LOST = (
-    "under torch.compile ToMe cannot use the attention that the weights of some layers prefer, because ComfyUI does not "
-    "pass it to an override"
+    "under torch.compile ToMe cannot use the attention that the weights of some layers prefer, because ComfyUI does "
+    "not pass it to an override"
 )
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..shared_tome.autotune.layer import Verdict
-from ..shared_tome.vit.autotune import by_pixels, verdict_of
-from ..shared_tome.vit.hooks import Attachment
+from ..shared_tome.autotune.layer import Decision
+from ..shared_tome.vit.autotune import by_pixels, decision_of
+from ..shared_tome.vit.hooks import VitAttachment
 from ..shared_tome.vit.options import SCHEDULES, Options
 from ..shared_tome.vit.towers import Tower, find_tower
 from .log import say_once
@@ -29,19 +29,19 @@ class MergedVision:
         self._model, self._tower, self._options = model, tower, options
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        verdict = self._verdict(args, kwargs)
-        if verdict is not None and not verdict.pays():
-            say_once(verdict.reason, type(self._model).__name__)
+        decision = self._decision(args, kwargs)
+        if decision is not None and not decision.pays():
+            say_once(decision.reason, type(self._model).__name__)
             return self._model(*args, **kwargs)
         return self._merged(*args, **kwargs)
 
-    def _verdict(self, args: tuple, kwargs: dict[str, Any]) -> Verdict | None:
+    def _decision(self, args: tuple, kwargs: dict[str, Any]) -> Decision | None:
         """What is known of the times of this encoder's calls."""
         pixels, on = by_pixels(args, kwargs)
-        return verdict_of(self._model, self._tower, self._options, pixels, on)
+        return decision_of(self._model, self._tower, self._options, pixels, on)
 
     def _merged(self, *args: Any, **kwargs: Any) -> Any:
-        attachment = Attachment(self._tower, self._options, thread=threading.get_ident())
+        attachment = VitAttachment(self._tower, self._options, thread=threading.get_ident())
         try:
             return self._model(*args, **kwargs)
         finally:

@@ -19,7 +19,7 @@ from ..shared_tome import ModelCall
 from ..shared_tome.inspect.reasons import NO_WHOLE_TOKEN
 from ..shared_tome.inspect.report import CallTally
 from .chosen import INSIDE, OVERRIDE, Chosen, backend_behind
-from .dit_attention import COMFYUI, Call
+from .dit_attention import COMFYUI, AttentionCall
 from .dit_call import TransformerCall
 from .dit_layout import Layout
 from .dit_models import DiTModel
@@ -52,7 +52,7 @@ class DiTCall(TransformerCall):
         layout: Layout,
         options: dict[str, Any],
         record: CallTally | None = None,
-        judges: bool = False,
+        by_times: bool = False,
         outcome: Outcome | None = None,
         compiled: bool = False,
         chosen: Chosen | None = None,
@@ -65,11 +65,11 @@ class DiTCall(TransformerCall):
         order = self._chosen.kernels(call.seed.device, declined=True)
         # Of PyTorch's attention where it steps in for another (_fitting).
         instead = () if self._override is not None else COMFYUI.order(call.seed.device)
-        super().__init__(call, facts, layout, order, instead, record, judges, self._outcome.decided)
+        super().__init__(call, facts, layout, order, instead, record, by_times, self._outcome.decided)
         # What is done must stand in a guard of its own, as in unet.py: all that a compiled graph takes for granted.
         # The seed is a tensor and so one of its inputs.
         by = [getattr(func, "__name__", func) for func in (self._chosen.host, self._behind)]
-        self.key = repr((call_key(call), layout, order, instead, judges, self._sparse, by))
+        self.key = repr((call_key(call), layout, order, instead, by_times, self._sparse, by))
         self.guarded, self.outside = compiled and facts.compiles, compiled and not facts.compiles
         self._entry = outside(self.attention) if self.outside else self.attention
         self.options = {**options, OVERRIDE: self._entry}
@@ -112,7 +112,7 @@ class DiTCall(TransformerCall):
             kwargs.pop(INSIDE, None)
             kwargs["transformer_options"] = {**kwargs["transformer_options"], OVERRIDE: dense}
         out = self._override(functools.partial(dense, func), q, k, v, heads, *args, **kwargs)
-        if not declined and self._start(q, v, Call.of(func, q, k, heads, args, kwargs)) is not None:
+        if not declined and self._start(q, v, AttentionCall.of(func, q, k, heads, args, kwargs)) is not None:
             self.skip(_SPARSE)
         return out
 
@@ -130,7 +130,7 @@ class DiTCall(TransformerCall):
     def leave_whole(self) -> None:
         self._outcome.left_alone(NO_WHOLE_TOKEN, self.facts.name, self.layout.grid)
 
-    def tell_merged(self, call: Call, by: Call) -> None:
+    def tell_merged(self, call: AttentionCall, by: AttentionCall) -> None:
         self._outcome.merged(self.layout.grid)
         if self._sparse:
             say_once(_SPARSE, self.facts.name)

@@ -1,6 +1,6 @@
 """One attention call of a transformer in ComfyUI or Forge, and the ways to weigh its keys.
 
-"joined": keys of one weight in a call of their own, joined by log-sum-exps (shared_tome/attention/sequence.py). It
+"joined": keys of one weight in a call of their own, combined by log-sum-exp (shared_tome/attention/sequence.py). It
 takes the place of the program's PyTorch attention where that is what would run, and on the same kernel. "channels": the
 weights as further channels of the heads, which any attention function takes: those of other nodes and packages, calls
 with a mask.
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..shared_tome import kernels
 from ..shared_tome.attention.bias import minds_scale
 from ..shared_tome.attention.combine import KERNELS, TORCHS
-from ..shared_tome.attention.self_token import why_not_kept
+from ..shared_tome.attention.self_token import why_no_self_token_here
 from ..shared_tome.attention.sequence import JointCall, image_bias, merge_image, take_heads, unmerge_image
 from ..shared_tome.core.channels import extra_channels
 from ..shared_tome.merging.plan import Plan
@@ -101,7 +101,7 @@ COMFYUI = _ComfyUI()
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """One call of an attention function, and how its tensors lie: [B, H, L, d] where split, else [B, L, H * d].
 
     override: another node's, called with func as its first argument. length: of the keys. family: of the functions.
@@ -127,7 +127,7 @@ class Call:
         kwargs: dict[str, Any],
         override: Any = None,
         family: Attentions = COMFYUI,
-    ) -> Call:
+    ) -> AttentionCall:
         """From what optimized_attention(q, k, v, heads, mask, attn_precision, ...) is called with."""
         kwargs = {**kwargs, **dict(zip(("mask", "attn_precision"), args, strict=False))}
         split = bool(kwargs.get("skip_reshape"))
@@ -159,11 +159,11 @@ class Call:
         first = (self.func,) if self.override is None else (self.override, self.func)
         return first[0](*first[1:], q, k, v, self.heads, **{**self.kwargs, **kwargs})
 
-    def by_torch(self) -> Call:
+    def by_torch(self) -> AttentionCall:
         """The call of the program's PyTorch attention in place of this one."""
         return dataclasses.replace(self, func=self.family.torchs)
 
-    def replace(self, **kwargs: Any) -> Call:
+    def replace(self, **kwargs: Any) -> AttentionCall:
         """The call with other keywords."""
         return dataclasses.replace(self, kwargs={**self.kwargs, **kwargs})
 
@@ -171,7 +171,7 @@ class Call:
         """Without a variant of the second layout, [B, L, H, d] (SD3's values)."""
         return x if self.split else x.flatten(2)
 
-    def flattened(self) -> Call:
+    def flattened(self) -> AttentionCall:
         """The call on what `flat` gives. Both are off where they are not named, and Forge does not know the second."""
         off = {name: False for name in ("skip_reshape", "skip_output_reshape") if name in self.kwargs}
         return dataclasses.replace(self.replace(**off), split=False)
@@ -198,13 +198,13 @@ def is_sparse(override: Any) -> bool:
     return not _SPARSE.isdisjoint(word.lower() for word in words)
 
 
-def may_join(call: Call) -> bool:
+def may_combine(call: AttentionCall) -> bool:
     """Whether JointCall.attend may take the place of this call: the program's PyTorch attention, without a mask."""
     return call.mask is None and call.is_torchs
 
 
 def attend_joint(
-    joint: JointCall, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan
+    joint: JointCall, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan
 ) -> Tensor | None:
     """JointCall.attend in place of this call of PyTorch's attention: its outcome as the host wants it, or None."""
     heads = (call.by_head(x) for x in (q, k, v))
@@ -214,7 +214,9 @@ def attend_joint(
     return out.transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out.flatten(2)
 
 
-def attend_sampled(joint: JointCall, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
+def attend_sampled(
+    joint: JointCall, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan
+) -> Tensor:
     """Keys and values from some of the image's tokens, the same for all rows, and all others: no unmerge."""
     torchs = bool(joint.kernels) and call.is_torchs
     out = attend_joint(joint, call, q, k, v, start, plan) if torchs else None
@@ -223,8 +225,8 @@ def attend_sampled(joint: JointCall, call: Call, q: Tensor, k: Tensor, v: Tensor
     if not torchs:
         joint.tell_sampled(plan, call.name)
     around = joint.around(plan, start, call.length)
-    if joint.own:
-        joint.tell_not_own(why_not_kept(call.by_head(q), call.by_head(k), call.mask is not None, torchs))
+    if joint.keeps_self:
+        joint.tell_not_own(why_no_self_token_here(call.by_head(q), call.by_head(k), call.mask is not None, torchs))
     index = around.index(plan, start)
     k, v = call.take(k, index), call.take(v, index)
     if call.mask is not None:
@@ -233,7 +235,7 @@ def attend_sampled(joint: JointCall, call: Call, q: Tensor, k: Tensor, v: Tensor
 
 
 def attend_merged(
-    joint: JointCall, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, kind: Method
+    joint: JointCall, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, kind: Method
 ) -> Tensor:
     """Methods that match: the image's part of queries, keys and values merged; the queries' outcome unmerged."""
     flat = call.flattened()
@@ -248,16 +250,16 @@ def attend_merged(
     return out.unflatten(-1, (call.heads, -1)).transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out
 
 
-def attend_weighed(call: Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, joins: bool) -> Tensor:
+def attend_weighed(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, combines: bool) -> Tensor:
     """The attention with bias [b, K] added to its logits, without a mask, which would be slow (attention.py).
 
-    joins: whether kernels of ours may take the place of torch's.
+    combines: whether kernels of ours may take the place of torch's.
     """
     if bias is None:
         return call.run(q, k, v)
     heads, kwargs, d = call.heads, dict(call.kwargs), call.d
     scale = kwargs.pop("scale", None) or d**-0.5
-    if joins and may_join(call):
+    if combines and may_combine(call):
         by_head = [call.by_head(x) for x in (q, k, v)]  # (B, H, L, d)
         if kernels.can_attend(*by_head, bias):
             made = kernels.attend(*by_head, bias, scale)
@@ -283,7 +285,7 @@ def attend_weighed(call: Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | N
     return out.unflatten(-1, (heads, width))[..., :d].flatten(2)  # (B, L, H * d)
 
 
-def fits_weights(call: Call) -> bool:
+def fits_weights(call: AttentionCall) -> bool:
     """Whether the attention takes the wider heads by which attend_weighed weighs keys."""
     return call.takes_any_size or call.d + extra_channels(call.d) <= SAFE_SIZES[-1]
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from ..shared_tome import ToMeConfig
 from ..shared_tome.autotune.decision_log import DecisionLog
 from ..shared_tome.autotune.layer import may_measure, measures
-from ..shared_tome.autotune.verdict import Given, Verdict
+from ..shared_tome.autotune.paying import Decision, Given
 from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.core.grid import Grid
 from ..shared_tome.decided import layer_name
-from .dit_attention import Call, fits_weights
+from .dit_attention import AttentionCall, fits_weights
 from .dit_layout import Layout
 
 # Text and reference tokens of two calls that differ by less count as equally many where a layer is judged.
@@ -26,9 +26,11 @@ class DiTDecisions:
     def __init__(self, config: ToMeConfig, layout: Layout, log: DecisionLog):
         self._config, self._layout, self._log = config, layout, log
         self._set = config.decided if config.decisions else None
-        self._known: dict[tuple, Verdict | Given | None] = {}  # by the layer's shape
+        self._known: dict[tuple, Decision | Given | None] = {}  # by the layer's shape
 
-    def verdict(self, call: Call, k: Tensor, judge: Callable[[tuple], Verdict | None]) -> Verdict | Given | None:
+    def decision(
+        self, call: AttentionCall, k: Tensor, judge: Callable[[tuple], Decision | None]
+    ) -> Decision | Given | None:
         """What is set of a layer, or what judge(shape) measured at its first use; None where nothing is."""
         shape = self._shape(call, k)
         if is_compiling():
@@ -45,8 +47,8 @@ class DiTDecisions:
                 self._log.made_layer(self._config, *layer, found, found is None or found.pays(), others)
         return self._known[shape]
 
-    def known(self, call: Call, k: Tensor) -> Verdict | Given | None:
-        """What `verdict` found of such a layer."""
+    def known(self, call: AttentionCall, k: Tensor) -> Decision | Given | None:
+        """What `decision` found of such a layer."""
         shape = self._shape(call, k)
         return self._given(shape) or self._known.get(shape)
 
@@ -54,7 +56,7 @@ class DiTDecisions:
         merged = None if self._set is None else self._set.of(layer_name(*_parts(shape)), self._config.ratio)
         return None if merged is None else Given(merged)
 
-    def _shape(self, call: Call, k: Tensor) -> tuple:
+    def _shape(self, call: AttentionCall, k: Tensor) -> tuple:
         """All of a layer that its times depend on, beside the options."""
         others = -(-(call.length - self._layout.tokens) // _OTHERS)
         return (self._layout.grid, others, call.heads, k.shape[1 if call.split else 2], call.d, k.dtype, call.split)

@@ -18,12 +18,12 @@ from ..shared_tome import ModelCall
 from ..shared_tome.attention.sequence import JointCall
 from ..shared_tome.autotune.decision_log import DecisionLog
 from ..shared_tome.autotune.layer import known_or_measured, name_of
+from ..shared_tome.autotune.paying import Decision, Given
 from ..shared_tome.autotune.timing import compared
-from ..shared_tome.autotune.verdict import Given, Verdict
 from ..shared_tome.core.channels import extra_channels
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
-from .dit_attention import COMFYUI, Attentions, Call, attend_merged, attend_sampled, fits_weights
+from .dit_attention import COMFYUI, AttentionCall, Attentions, attend_merged, attend_sampled, fits_weights
 from .dit_auto import DiTDecisions
 from .dit_layout import Layout
 from .dit_models import DiTModel
@@ -33,7 +33,7 @@ class TransformerCall:
     """One call of the model.
 
     order: the kernels of torch that the attention tries; instead: those of PyTorch's attention where that takes the
-    place of another. record: where somebody wants a report or a map. judges: a layer is merged only where that was
+    place of another. record: where somebody wants a report or a map. by_times: a layer is merged only where that was
     measured to be faster, levels "auto" (autotune/layer.py). decided: where that is told.
     """
 
@@ -48,13 +48,13 @@ class TransformerCall:
         order: tuple[str, ...],
         instead: tuple[str, ...] = (),
         record: CallTally | None = None,
-        judges: bool = False,
+        by_times: bool = False,
         decided: DecisionLog | None = None,
     ):
         self.call, self.facts, self.layout = call, facts, layout
-        self._record, self._judges = record, judges
+        self._record, self._by_times = record, by_times
         self._decisions = DiTDecisions(call.config, layout, DecisionLog() if decided is None else decided)
-        self._joint, self._instead = self.joins(order), self.joins(instead)
+        self._joint, self._instead = self.combines(order), self.combines(instead)
         self._met, self._served = False, 0
         self._plan: Plan | None = None
         self._queries = 0  # that a layer has brought so far, where they come in parts
@@ -72,7 +72,7 @@ class TransformerCall:
     def leave_whole(self) -> None:
         """The ratio takes away no whole token of a layer."""
 
-    def tell_merged(self, call: Call, by: Call) -> None:
+    def tell_merged(self, call: AttentionCall, by: AttentionCall) -> None:
         """A layer is merged. by: the call by the attention that does it."""
         if by.func is not call.func:
             self.say(
@@ -80,14 +80,14 @@ class TransformerCall:
                 f"or an uneven ratio) and so heads of {_width(call)} channels"
             )
 
-    def block(self, call: Call) -> dict[str, Any]:
+    def block(self, call: AttentionCall) -> dict[str, Any]:
         """What is told of the block that runs: its `block_index` and `block_type`, as transformer_options have them."""
         return call.kwargs.get("transformer_options") or {}
 
-    def joins(self, order: tuple[str, ...]) -> JointCall:
+    def combines(self, order: tuple[str, ...]) -> JointCall:
         """What attentions by these kernels share."""
         config = self.call.config
-        return JointCall(config.weighs_keys, order, self.say, config.keeps_own)
+        return JointCall(config.weighs_keys, order, self.say, config.keeps_self)
 
     # --- The walk -----------------------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class TransformerCall:
         self, override: Any, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, args: tuple, kwargs: dict[str, Any]
     ) -> Callable[[], Tensor] | None:
         """What computes the same attention merged, or None where it is left alone."""
-        call = Call.of(func, q, k, heads, args, kwargs, override, self.family)
+        call = AttentionCall.of(func, q, k, heads, args, kwargs, override, self.family)
         start = self._start(q, v, call)
         found = None if start is None else self._prepare(start, q, k, v, call)
         if found is None:
@@ -120,39 +120,41 @@ class TransformerCall:
 
         return merged
 
-    def _serve(self, plan: Plan, call: Call, joint: JointCall, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    def _serve(
+        self, plan: Plan, call: AttentionCall, joint: JointCall, q: Tensor, k: Tensor, v: Tensor, start: int
+    ) -> Tensor:
         """The attention with the image's tokens merged, by what _prepare says."""
         kind = self.call.config.kind
         if kind.matches:
             return attend_merged(joint, call, q, k, v, start, plan, kind)
         return attend_sampled(joint, call, q, k, v, start, plan)
 
-    def _verdict(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int) -> Verdict | Given | None:
+    def _decision(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, start: int) -> Decision | Given | None:
         """What was measured of this layer, or is set; None where nothing is.
 
         Measured on its first row's own tokens: what is decided must not depend on how many rows a call has, nor on a
         few words more in the prompt.
         """
         part = q.shape[2 if call.split else 1] != call.length - self.layout.elsewhere
-        if not self._judges or self.call.config.kind.matches or call.mask is not None or part:
+        if not self._by_times or self.call.config.kind.matches or call.mask is not None or part:
             return None
-        return self._decisions.verdict(call, k, lambda shape: self._judge(call, q[:1], k[:1], v[:1], start, shape))
+        return self._decisions.decision(call, k, lambda shape: self._time(call, q[:1], k[:1], v[:1], start, shape))
 
-    def _judge(self, call: Call, q: Tensor, k: Tensor, v: Tensor, start: int, shape: tuple) -> Verdict | None:
+    def _time(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, start: int, shape: tuple) -> Decision | None:
         """The times of a layer of this shape, or None. q, k, v: of one row."""
         config, device = self.call.config, q.device
         torchs = self._joint.kernels or self._instead.kernels
-        how = f"proportional {config.proportional}", f"own {config.keeps_own}"
+        how = f"proportional {config.proportional}", f"own {config.keeps_self}"
         by = [name_of(func, device) for func in (call.func, call.override) if func is not None]
         how = (*how, f"shares {config.whole:.3f} {config.half:.3f}") if config.shares_by_hand else how
         names = [self.facts.name, *by, *torchs, *map(str, shape), config.method, f"{config.ratio:.4f}", *how]
 
-        def measure() -> Verdict:
+        def measure() -> Decision:
             plain, grid = [call.plain(x) for x in (q, k, v)], self.layout.grid
             plan = ModelCall(config, grid, device).plan(plain[0].new_empty(1, self.layout.tokens, 1), grid)
             fitting = None if plan is None else self._fitting(call, start, plan, True)
             if fitting is None:
-                return Verdict(0.0, 0.0, 0.0)
+                return Decision(0.0, 0.0, 0.0)
             try:
                 return compared(lambda: call.run(q, k, v), lambda: self._serve(plan, *fitting, *plain, start), device)
             finally:  # the draws that were timed are not this call's
@@ -161,7 +163,7 @@ class TransformerCall:
 
         return known_or_measured(", ".join(names), device, measure)
 
-    def _start(self, q: Tensor, v: Tensor, call: Call) -> int | None:
+    def _start(self, q: Tensor, v: Tensor, call: AttentionCall) -> int | None:
         """Where the image's tokens begin; None for an attention that is none of ours."""
         options, length = self.block(call), call.length
         if self.facts.numbered and "block_index" not in options:
@@ -189,23 +191,25 @@ class TransformerCall:
             return None
         if part and self.call.config.kind.queries:
             self.skip(
-                "ToMe skips attentions that take a part of the queries each (guides of LTXV, HiDream-O1, later frames of "
-                "Wan CausalAR), because this method merges queries"
+                "ToMe skips attentions that take a part of the queries each (guides of LTXV, HiDream-O1, later frames "
+                "of Wan CausalAR), because this method merges queries"
             )
             return None
         return start
 
-    def _prepare(self, start: int, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Plan, Call, JointCall] | None:
+    def _prepare(
+        self, start: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> tuple[Plan, AttentionCall, JointCall] | None:
         """The plan of this layer, and what _fitting says; None where it is left alone."""
         if call.mask is not None and (call.mask.dim() < 2 or call.mask.shape[-1] != call.length):
             self.skip("ToMe skips an attention whose mask is not one over its keys")
             return None
-        verdict = self._verdict(call, q, k, v, start)
-        if verdict is not None and not verdict.pays():
-            self.skip(verdict.reason)
+        decision = self._decision(call, q, k, v, start)
+        if decision is not None and not decision.pays():
+            self.skip(decision.reason)
             return None
         # Measured to be faster merged, or to be merged whatever it costs.
-        paid = not self._judges or self._decisions.known(call, k) is not None
+        paid = not self._by_times or self._decisions.known(call, k) is not None
         matches = self.call.config.kind.matches
         if matches and self._fitting(call, start, None, paid) is None:
             return None
@@ -228,7 +232,7 @@ class TransformerCall:
                 self._record.count(self.layout.grid)
         return None if fitting is None else (plan, *fitting)
 
-    def _is_first(self, q: Tensor, call: Call) -> bool:
+    def _is_first(self, q: Tensor, call: AttentionCall) -> bool:
         """Whether this is the first attention of a layer: the others want the same tokens."""
         count, self._queries = self._queries, self._queries + q.shape[2 if call.split else 1]
         if self._queries < call.length - self.layout.elsewhere:
@@ -238,7 +242,9 @@ class TransformerCall:
             self._served += 1
         return count == 0 and (self._served - 1) % self.layout.together == 0
 
-    def _fitting(self, call: Call, start: int, plan: Plan | None, paid: bool) -> tuple[Call, JointCall] | None:
+    def _fitting(
+        self, call: AttentionCall, start: int, plan: Plan | None, paid: bool
+    ) -> tuple[AttentionCall, JointCall] | None:
         """The call by an attention that takes its keys' weights, and how they are joined; None: it is left alone.
 
         The attention that the user has chosen does it wherever it can.
@@ -260,7 +266,7 @@ class TransformerCall:
         )
         return None
 
-    def _name(self, call: Call) -> str:
+    def _name(self, call: AttentionCall) -> str:
         """The block as the log names it."""
         options = self.block(call)
         if "block_index" not in options:
@@ -273,6 +279,6 @@ class TransformerCall:
         self.leave(reason, detail)
 
 
-def _width(call: Call) -> int:
+def _width(call: AttentionCall) -> int:
     """Channels of the heads that carry weights."""
     return call.d + extra_channels(call.d)

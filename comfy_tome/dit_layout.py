@@ -8,7 +8,7 @@ from typing import Any
 
 from ..shared_tome.core.grid import Grid
 from .dit_models import DiTModel
-from .dit_tokens import Told, latent_shape
+from .dit_tokens import CallArguments, latent_shape
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,21 @@ class Layout:
         return math.prod(self.grid)
 
     @classmethod
-    def of(cls, facts: DiTModel, model: Any, shape: tuple[int, ...], told: Told) -> Layout | None:
+    def of(cls, facts: DiTModel, model: Any, shape: tuple[int, ...], arguments: CallArguments) -> Layout | None:
         """The layout of a call, or None where its image tokens do not lie on a grid. shape: of the latent, as it
         comes to apply_model."""
-        grid = facts.grid(model, latent_shape(shape, told), told)
+        grid = facts.grid(model, latent_shape(shape, arguments), arguments)
         if grid is None:
             return None
         return cls(
             grid,
-            None if facts.head is None else facts.head(model, told),
-            None if facts.tail is None else facts.tail(model, told, grid),
-            None if facts.alone is None else facts.alone(model, told),
-            () if facts.others is None else facts.others(model, told),
+            None if facts.head is None else facts.head(model, arguments),
+            None if facts.tail is None else facts.tail(model, arguments, grid),
+            None if facts.alone is None else facts.alone(model, arguments),
+            () if facts.others is None else facts.others(model, arguments),
             facts.calls(model),
             facts.parts,
-            facts.elsewhere(model, told, grid),
+            facts.elsewhere(model, arguments, grid),
         )
 
     def start(self, length: int, img_slice: list[int] | None = None) -> int | None:

@@ -37,7 +37,7 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         "SD3",
         ("modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",),
         of.image,
-        head=lambda model, told: model.register_length + of.prompt(model, told),
+        head=lambda model, arguments: model.register_length + of.prompt(model, arguments),
         tail=of.nothing,
         alone=of.nothing,  # SD3.5 medium's second attention of a block
         compiles=False,
@@ -66,7 +66,7 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         "OmniGen2",
         ("omnigen.omnigen2.OmniGen2Transformer2DModel",),
         of.image,
-        head=lambda model, told: sum(of.refined(model, told)),
+        head=lambda model, arguments: sum(of.refined(model, arguments)),
         tail=of.nothing,
         others=of.refined,
         compiles=False,
@@ -75,7 +75,7 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         "Boogu",
         ("boogu.model.BooguTransformer2DModel",),
         of.image,
-        head=lambda model, told: sum(of.refined(model, told)),
+        head=lambda model, arguments: sum(of.refined(model, arguments)),
         tail=of.nothing,
         alone=of.references,  # without any the two layers that refine the noise look the same
         others=of.refined,
@@ -84,7 +84,7 @@ DIT_MODELS: tuple[DiTModel, ...] = (
     DiTModel(
         "Krea 2",
         ("krea2.model.SingleStreamDiT",),
-        lambda model, shape, told: of.patches(shape, model.patch, model.patch),
+        lambda model, shape, arguments: of.patches(shape, model.patch, model.patch),
         head=of.prompt,
         tail=of.krea_references,
         numbered=True,
@@ -108,8 +108,8 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         ("joyimage.model.JoyImageTransformer3DModel",),
         of.video,
         head=of.nothing,
-        tail=lambda model, told, grid: (
-            of.in_patches(told.get("ref_latents"), *model.patch_size) + of.prompt(model, told)
+        tail=lambda model, arguments, grid: (
+            of.in_patches(arguments.get("ref_latents"), *model.patch_size) + of.prompt(model, arguments)
         ),
         numbered=True,
     ),
@@ -197,7 +197,7 @@ DIT_MODELS: tuple[DiTModel, ...] = (
     DiTModel(
         "CogVideoX",
         ("cogvideo.model.CogVideoXTransformer3DModel",),
-        lambda model, shape, told: of.patches(shape, model.patch_size_t or 1, model.patch_size, model.patch_size),
+        lambda model, shape, arguments: of.patches(shape, model.patch_size_t or 1, model.patch_size, model.patch_size),
         head=of.prompt,
         tail=of.nothing,
     ),
@@ -215,12 +215,14 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         ("minimax.model.MiniMaxH3Model",),
         of.video,
         tail=of.nothing,  # before the video: prompt, references, sound
-        others=lambda model, told: (of.prompt(model, told),),
+        others=lambda model, arguments: (of.prompt(model, arguments),),
     ),
     DiTModel(
         "Cosmos, Cosmos-Predict2 and Anima",
         ("cosmos.model.GeneralDIT", "cosmos.predict2.MiniTrainDIT", "anima.model.Anima"),
-        lambda model, shape, told: of.patches(shape, model.patch_temporal, model.patch_spatial, model.patch_spatial),
+        lambda model, shape, arguments: of.patches(
+            shape, model.patch_temporal, model.patch_spatial, model.patch_spatial
+        ),
         head=of.nothing,
         tail=of.frames_of_references,
         others=of.prompts,
@@ -241,13 +243,15 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         head=of.ids,
         tail=of.patches_of_references,
         parts=True,
-        elsewhere=lambda model, told, grid: told.get("ar_len", 0),  # the prompt, causal and kept from step to step
+        elsewhere=lambda model, arguments, grid: arguments.get(
+            "ar_len", 0
+        ),  # the prompt, causal and kept from step to step
     ),
     DiTModel(
         "AuraFlow",
         ("aura.mmdit.MMDiT",),
         of.image,
-        head=lambda model, told: model.register_tokens.shape[1] + of.prompt(model, told),
+        head=lambda model, arguments: model.register_tokens.shape[1] + of.prompt(model, arguments),
         tail=of.nothing,
     ),
     DiTModel(
@@ -271,7 +275,7 @@ DIT_MODELS: tuple[DiTModel, ...] = (
     DiTModel(
         "Stable Audio",
         ("audio.dit.AudioDiffusionTransformer",),
-        lambda model, shape, told: (1, shape[-1] // model.patch_size),
+        lambda model, shape, arguments: (1, shape[-1] // model.patch_size),
         tail=of.nothing,  # before the sound: memory tokens and conditioning
         others=of.prompts,
         compiles=False,
@@ -280,7 +284,7 @@ DIT_MODELS: tuple[DiTModel, ...] = (
     DiTModel(
         "ACE-Step 1.5",
         ("ace.ace_step15.AceStepConditionGenerationModel",),
-        lambda model, shape, told: (1, -(-shape[-1] // model.decoder.patch_size)),
+        lambda model, shape, arguments: (1, -(-shape[-1] // model.decoder.patch_size)),
         head=of.nothing,
         tail=of.nothing,
         compiles=False,

@@ -13,7 +13,7 @@ from .chosen import Chosen
 from .dit import DiTCall
 from .dit_layout import Layout
 from .dit_models import dit_model, unwrapped
-from .dit_tokens import Told
+from .dit_tokens import CallArguments
 from .graphs import COMPARES_MODES, WithToMe
 from .log import leave_alone, say_once
 from .model_call import Answered, draw_of, find_options, halves_alike, put_options
@@ -29,8 +29,8 @@ class DiTPatch:
     """The wrapper around `apply_model`. Holds the config alone; safe to share between clones and threads."""
 
     def __init__(self, config: ToMeConfig):
-        self.judges = config.levels == "auto"
-        self.config = config if self.judges else config.replace(levels="0")  # a transformer has one resolution
+        self.by_times = config.levels == "auto"
+        self.config = config if self.by_times else config.replace(levels="0")  # a transformer has one resolution
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         args, options = find_options(args, kwargs)
@@ -47,8 +47,8 @@ class DiTPatch:
             outcome.decided.resolve(self.config, asked)
             if record is not None:
                 record.run.tally.decided = outcome.decided
-            told = {**kwargs, **_prompt(args), "transformer_options": options}
-            patch = self._patch(config, base, x, options, told, record, outcome, compiled, chosen)
+            arguments = {**kwargs, **_prompt(args), "transformer_options": options}
+            patch = self._patch(config, base, x, options, arguments, record, outcome, compiled, chosen)
             if patch is None:
                 return executor(x, t, *args, **kwargs)
             if patch.guarded:
@@ -74,7 +74,7 @@ class DiTPatch:
         base: Any,
         x: Tensor,
         options: dict[str, Any],
-        told: Told,
+        arguments: CallArguments,
         record: CallRecord | None,
         outcome: Outcome,
         compiled: bool,
@@ -88,7 +88,7 @@ class DiTPatch:
         if facts is None:
             leave_alone(record, _UNKNOWN, type(model).__name__, outcome=outcome)
             return None
-        layout = Layout.of(facts, model, x.shape, told)
+        layout = Layout.of(facts, model, x.shape, arguments)
         if layout is None:
             reason = "ToMe skips an image whose tokens do not lie on one grid"
             leave_alone(record, reason, facts.name, outcome=outcome)
@@ -108,19 +108,19 @@ class DiTPatch:
                 record.left_alone(reason, facts.name, layout.grid)
             return None
         record = None if record is None or record.run.compiled else record
-        return DiTCall(call, facts, layout, options, record, self.judges, outcome, compiled, chosen)
+        return DiTCall(call, facts, layout, options, record, self.by_times, outcome, compiled, chosen)
 
 
 def _why_unnoticed(base: Any, options: dict[str, Any]) -> str | None:
     """Why a compiled model that takes no keyword is left alone, or None (graphs.py)."""
     if COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}) and not COMPARES_MODES:
         return "ToMe skips this model under torch.compile: the compiled graph would not notice ToMe"
-    told = getattr(getattr(base, "current_patcher", None), "model_options", {}).get("torch_compile_kwargs", {})
-    if told.get("fullgraph"):
+    arguments = getattr(getattr(base, "current_patcher", None), "model_options", {}).get("torch_compile_kwargs", {})
+    if arguments.get("fullgraph"):
         return "ToMe skips this model under torch.compile with fullgraph: its attentions run outside of the graph"
     return None
 
 
-def _prompt(args: tuple) -> Told:
+def _prompt(args: tuple) -> CallArguments:
     """apply_model's c_crossattn, where it comes by place."""
     return {"c_crossattn": args[1]} if len(args) > 1 else {}

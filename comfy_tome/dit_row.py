@@ -8,7 +8,7 @@ from typing import Any
 
 from ..shared_tome.core.grid import Grid
 from . import dit_tokens as of
-from .dit_tokens import Shape, Told
+from .dit_tokens import CallArguments, Shape
 
 
 def _one(model: Any) -> int:
@@ -43,15 +43,15 @@ class DiTModel:
 
     name: str
     classes: tuple[str, ...]
-    grid: Callable[[Any, Shape, Told], Grid | None]
-    head: Callable[[Any, Told], int] | None = None
-    tail: Callable[[Any, Told, Grid], int] | None = None
+    grid: Callable[[Any, Shape, CallArguments], Grid | None]
+    head: Callable[[Any, CallArguments], int] | None = None
+    tail: Callable[[Any, CallArguments, Grid], int] | None = None
     numbered: bool = False
-    alone: Callable[[Any, Told], int] | None = None
-    others: Callable[[Any, Told], tuple[int, ...]] | None = None
+    alone: Callable[[Any, CallArguments], int] | None = None
+    others: Callable[[Any, CallArguments], tuple[int, ...]] | None = None
     calls: Callable[[Any], int] = _one
     parts: bool = False
-    elsewhere: Callable[[Any, Told, Grid], int] = of.nothing
+    elsewhere: Callable[[Any, CallArguments, Grid], int] = of.nothing
     compiles: bool = True
     silent: Callable[[Any, dict[str, Any]], list[Any]] | None = None
     forge: tuple[str, ...] = ()

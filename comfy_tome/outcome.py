@@ -102,14 +102,14 @@ class Outcome:
             return NOT_MET
         return self._left() + what_to_change(self._reasons)
 
-    def told(self, decided: DecisionLog | None = None, older: str | None = None) -> str:
+    def as_text(self, decided: DecisionLog | None = None, older: str | None = None) -> str:
         """What happened, for the node: "2 of 3 sizes merged (...)", or why nothing was merged. At the end, where people
         copy it from, what was decided; decided: where that is of several samplings. older: see OutcomePatch."""
         why = self.line()
         found = [f"{NOTHING}: {why}" if why is not None else self._sizes_told(), *self.decided.notes()]
         found += [older, None if why is not None else "More: ToMe Report"]
         decided = self.decided if decided is None else decided
-        found += [decided.told if why is None or decided.leaves_alone else None]
+        found += [decided.as_text if why is None or decided.leaves_alone else None]
         return ". ".join(filter(None, found))
 
     def _sizes_told(self) -> str:
@@ -214,7 +214,7 @@ class OutcomePatch:
                 options[_OUTCOME] = outer
         if len(sigmas) > 1:
             self._decided.add(outcome.decided)
-            show_on_node(self.node, outcome.told(self._decided, self.older))
+            show_on_node(self.node, outcome.as_text(self._decided, self.older))
             for note in outcome.decided.notes():
                 say_once(note)
         line = outcome.line()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
+from ..shared_tome.inspect.drawing import SHOWS
 from ..shared_tome.inspect.maps import draw_maps
-from ..shared_tome.inspect.overlay import SHOWS
 from ..shared_tome.inspect.report import Report
 from .log import logger
 from .measure import measure

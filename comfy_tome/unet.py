@@ -21,7 +21,7 @@ from ..shared_tome.attention.bias import attend_tokens, minds_scale
 from ..shared_tome.attention.self_token import NOT_KEPT
 from ..shared_tome.attention.sequence import NOT_MULTIRES, JointCall
 from ..shared_tome.autotune.decisions import Decisions, why_layers_left_alone
-from ..shared_tome.autotune.layer import Attention, Verdict
+from ..shared_tome.autotune.layer import Attention, Decision
 from ..shared_tome.autotune.step import why_left_alone
 from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.core.grid import grid_at
@@ -29,7 +29,7 @@ from ..shared_tome.inspect.reasons import NO_WHOLE_TOKEN, why_not_served
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
 from .chosen import OVERRIDE, Chosen
-from .dit_attention import Call, attend_joint, may_join
+from .dit_attention import AttentionCall, attend_joint, may_combine
 from .log import leave_alone, say_once
 from .model_call import (
     DIFFUSION_MODEL,
@@ -45,7 +45,7 @@ from .model_call import (
 from .outcome import ANSWERED, Outcome, outcome_of, tokens_of
 from .record import begin, is_compiled
 from .schedule import config_now
-from .unet_auto import about_model, verdict_on_step
+from .unet_auto import about_model, decision_on_step
 from .unet_call import PatchedCall, block_name, parts_of
 from .unet_model import dtype_of, layers_of, replaced_layers, run_block
 
@@ -98,21 +98,21 @@ class UNetPatch:
         host = chosen.host, chosen.kernels(x.device), about
         if record is None and not compiled and _leaves_alone(outcome, config, full, x.device, *layers, *host):
             return executor(x, t, *args, **kwargs)
-        told = None if record is None or record.run.compiled else record
+        recorded = None if record is None or record.run.compiled else record
         unpaid, paid = None, log.step(config, full)
         if paid is None and not compiled and base is not model:
-            paid = _verdict_on_step(base, x, t, args, kwargs, config, chosen, *host)
+            paid = _decision_on_step(base, x, t, args, kwargs, config, chosen, *host)
         if paid is not None and not paid.pays():
             unpaid = why_left_alone(paid)
-        elif isinstance(paid, Verdict) and paid.merged_us > 0.0:  # else no merged step was run
+        elif isinstance(paid, Decision) and paid.merged_us > 0.0:  # else no merged step was run
             outcome.measured(paid.full_us / paid.merged_us)
         log.made_step(config, full, paid, unpaid is None)
-        if unpaid is not None and told is None:
+        if unpaid is not None and recorded is None:
             leave_alone(None, unpaid, f"{x.shape[-2]}x{x.shape[-1]}", "nothing is merged", outcome=outcome)
             return executor(x, t, *args, **kwargs)
         step, alike = draw_of(options, x.device, sampled), halves_alike(options, x, config)
         call = ModelCall(config, full, x.device, step=step, alike=alike)
-        patch = UNetCall(call, options, told, chosen, layers if compiled else None, model, unpaid, outcome, about)
+        patch = UNetCall(call, options, recorded, chosen, layers if compiled else None, model, unpaid, outcome, about)
         if compiled:
             # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
             # transformer_options, so without this a compiled model would keep the patches it first saw.
@@ -153,7 +153,7 @@ def _leaves_alone(
     return reasons is not None
 
 
-def _verdict_on_step(
+def _decision_on_step(
     base: Any,
     x: Tensor,
     t: Tensor,
@@ -164,7 +164,7 @@ def _verdict_on_step(
     attention: Attention,
     kernels: tuple[str, ...],
     about: str,
-) -> Verdict | None:
+) -> Decision | None:
     """What is known of the times of whole steps, or None. base: the model that apply_model is of."""
 
     def merged(options: dict[str, Any], run: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
@@ -173,7 +173,7 @@ def _verdict_on_step(
         with patch.mlp_hooks(base.diffusion_model), chosen.followed():
             return run(patch.options, {})
 
-    return verdict_on_step(base, x, t, args, kwargs, config, merged, chosen, kernels, about)
+    return decision_on_step(base, x, t, args, kwargs, config, merged, chosen, kernels, about)
 
 
 class UNetCall(PatchedCall):
@@ -205,7 +205,7 @@ class UNetCall(PatchedCall):
         # Nothing to measure with: nothing to join with either (a test's call, not a host's).
         attention = None if chosen is None else chosen.host
         kernels = () if chosen is None else chosen.kernels(call.seed.device)
-        joint = None if chosen is None else _own_tokens(call, kernels)
+        joint = None if chosen is None else _self_tokens(call, kernels)
         replaced = replaced_layers(model, parts_of(call))
         decisions = Decisions(call, about, self._outcome.decided)
         super().__init__(call, options, decisions, joint, record, replaced, attention, kernels)
@@ -266,11 +266,11 @@ class UNetCall(PatchedCall):
             others = None
             say_once(_DENSE)
         bias, self._pending = self._pending, None
-        plan, self._pending_own = self._pending_own, None
+        plan, self._pending_self_token = self._pending_self_token, None
         is_torchs = False
         if bias is not None or plan is not None:
-            call = Call.of(func, q, k, heads, args, kwargs)
-            is_torchs = bool(self._kernels) and may_join(call)
+            call = AttentionCall.of(func, q, k, heads, args, kwargs)
+            is_torchs = bool(self._kernels) and may_combine(call)
         if plan is not None:
             if is_torchs:
                 out = attend_joint(self._joint, call, q, k, v, 0, plan)
@@ -310,7 +310,7 @@ class UNetCall(PatchedCall):
         leave_alone(self._record, reason, block_name(extra_options), detail, grid, place, self._outcome)
 
 
-def _own_tokens(call: ModelCall, kernels: tuple[str, ...]) -> JointCall | None:
+def _self_tokens(call: ModelCall, kernels: tuple[str, ...]) -> JointCall | None:
     """What lets queries keep their own tokens; None where they shall not, or another's attention would run."""
     config = call.config
     if not config.wants_heads:
@@ -318,7 +318,7 @@ def _own_tokens(call: ModelCall, kernels: tuple[str, ...]) -> JointCall | None:
     if not kernels:
         say_once(_why_sampled(config))
         return None
-    return JointCall(True, kernels, say_once, config.keeps_own)
+    return JointCall(True, kernels, say_once, config.keeps_self)
 
 
 def _why_sampled(config: ToMeConfig) -> str:

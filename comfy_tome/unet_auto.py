@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from ..shared_tome import ToMeConfig
-from ..shared_tome.autotune.layer import Verdict
-from ..shared_tome.autotune.step import is_judged, rows_of, verdict_of
+from ..shared_tome.autotune.layer import Decision
+from ..shared_tome.autotune.step import decision_of, is_timed, rows_of
 from ..shared_tome.autotune.store import NotNow
 from ..shared_tome.hooks.guard import is_replaced
 from .chosen import Chosen
@@ -27,7 +27,7 @@ _STEP = ("sample_sigmas", "sigmas")
 _CONTROL = 2
 
 
-def verdict_on_step(
+def decision_on_step(
     base_model: Any,
     x: Tensor,
     t: Tensor,
@@ -38,15 +38,15 @@ def verdict_on_step(
     chosen: Chosen,
     kernels: tuple[str, ...],
     about: str,
-) -> Verdict | None:
+) -> Decision | None:
     """What is known of the times of a model's steps; None: not measured, or not to be.
 
     Args:
         base_model: comfy.model_base.BaseModel; x, t, args, kwargs: of its apply_model, whose first row is what is run.
-        config: how it is merged. chosen: its attention. kernels: see layer.verdict_on. about: from about_model.
+        config: how it is merged. chosen: its attention. kernels: see layer.decision_on. about: from about_model.
         merged: merged(options, run) calls run(options, more) with ToMe's options and further arguments.
     """
-    if not is_judged(config, x.device) or chosen.override is not None:
+    if not is_timed(config, x.device) or chosen.override is not None:
         return None  # a step by another attention than the picture's tells nothing
 
     def both() -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -65,7 +65,7 @@ def verdict_on_step(
         return lambda: run(plain, {}), lambda: merged(plain, run)
 
     model, grid = base_model.diffusion_model, tuple(x.shape[-2:])
-    return verdict_of(model, dtype_of(base_model), x.device, grid, config, both, chosen.host, kernels, about)
+    return decision_of(model, dtype_of(base_model), x.device, grid, config, both, chosen.host, kernels, about)
 
 
 # Walking through a model takes longer than a step may. A fact about a model, not state of a call.

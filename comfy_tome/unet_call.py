@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..shared_tome import ModelCall
 from ..shared_tome.attention.sequence import JointCall
 from ..shared_tome.autotune.decisions import Decisions
-from ..shared_tome.autotune.layer import Attention, Verdict
+from ..shared_tome.autotune.layer import Attention, Decision
 from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.hooks.guard import why_left_whole
 from ..shared_tome.hooks.parts import AroundParts
@@ -51,7 +51,9 @@ class PatchedCall(AroundParts):
         taken = options.get("patches_replace", {})
         self._replaced = {*replaced, *((part, at) for part in parts_of(call) for at in taken.get(part, ()))}
         self._pending: Tensor | None = None
-        self._pending_own: Plan | None = None  # the layer's, whose keys and values are taken behind their projections
+        self._pending_self_token: Plan | None = (
+            None  # the layer's, whose keys and values are taken behind their projections
+        )
         self._block_plan: Plan | None = None
         self._block: dict[str, Any] = {}  # extra_options of the block that the plan is of
         self._open: dict[str, Plan] = {}
@@ -100,28 +102,28 @@ class PatchedCall(AroundParts):
 
     def before_attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple:
         """attn1_patch: q, k, v [B, N, C] before their projections."""
-        self._block_plan = self._pending = self._pending_own = None
+        self._block_plan = self._pending = self._pending_self_token = None
         grid = self._grid(q, k, v, extra_options)
         if grid is None:
             return q, k, v
-        layer = self.call.attention(q, k, v, grid, own=self._joint is not None)
+        layer = self.call.attention(q, k, v, grid, keeps_self=self._joint is not None)
         plan = None if layer is None else layer.plan
         if self._record is not None:
             place = extra_options.get("block_index", 0)
-            self._record.layer(block_name(extra_options), grid, plan, place, self._verdict(q, grid, extra_options))
+            self._record.layer(block_name(extra_options), grid, plan, place, self._decision(q, grid, extra_options))
         self.tell(grid, plan)
         if layer is None:
             return q, k, v
         if self.call.config.kind.matches:
             self._block_plan, self._block = plan, extra_options
         self._pending = layer.bias
-        self._pending_own = None if self._joint is None else plan
+        self._pending_self_token = None if self._joint is None else plan
         extra_options[KEY] = layer
         return layer.q, layer.k, layer.v
 
     def after_attention(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
         """attn1_output_patch: out [B, N or M, C], after the output projection, before the residual."""
-        self._pending = self._pending_own = None
+        self._pending = self._pending_self_token = None
         layer = extra_options.pop(KEY, None)
         return out if layer is None else layer.unmerge(out)
 
@@ -165,7 +167,7 @@ class PatchedCall(AroundParts):
             return None
         if self._is_left_whole("attn1", q, extra_options, grid):
             return None
-        unpaid = self._unpaid or self._decisions.why_not_paid(self._verdict(q, grid, extra_options))
+        unpaid = self._unpaid or self._decisions.why_not_paid(self._decision(q, grid, extra_options))
         if unpaid is not None:
             self.leave(unpaid, extra_options, f"{grid[0]}x{grid[1]} tokens", grid)
             return None
@@ -185,11 +187,11 @@ class PatchedCall(AroundParts):
             self.leave(reason, extra_options, grid=grid or tuple(shape[2:4]) or None)
         return reason is not None
 
-    def _verdict(self, q: Tensor, grid: tuple[int, int], extra_options: dict[str, Any]) -> Verdict | None:
+    def _decision(self, q: Tensor, grid: tuple[int, int], extra_options: dict[str, Any]) -> Decision | None:
         """What is known of a layer's times."""
         heads = extra_options.get("n_heads")
         block = None if is_compiling() else functools.partial(self.run_block, heads)
-        return self._decisions.verdict(q, grid, heads, self._host_attention, self._kernels, block)
+        return self._decisions.decision(q, grid, heads, self._host_attention, self._kernels, block)
 
     # --- The feed-forward layers, for the option mlp ------------------------------------------------------------------
 

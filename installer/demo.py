@@ -74,7 +74,7 @@ def run(host: Path, out: Path, checkpoint: Path | None) -> None:
             plan = _plan(client, checkpoint, on_cpu=device == "cpu")
             outcomes = _make(client, plan, tome)
         except PromptError as error:
-            raise SetupError(f"{error}\n{server.told()}", "If you did not cause this, report it.") from error
+            raise SetupError(f"{error}\n{server.log_end()}", "If you did not cause this, report it.") from error
     with stage("Comparing"):
         summary = report.summarise(outcomes, tome, plan.settings, plan.model, plan.pixels_a_token)
         summary.machine = report.machine(stats)

@@ -131,15 +131,15 @@ class ComfyServer:
             code = self.process.poll()
             if code is not None:
                 stopped = f"ComfyUI stopped while it started (exit code {code})."
-                raise SetupError(f"{stopped}\n{self.told()}", HINT)
+                raise SetupError(f"{stopped}\n{self.log_end()}", HINT)
             try:
                 client.get("/system_stats")
                 return
             except PromptError:
                 time.sleep(0.2)
-        raise SetupError(f"ComfyUI did not answer within {self.timeout:.0f} s.\n{self.told()}", HINT)
+        raise SetupError(f"ComfyUI did not answer within {self.timeout:.0f} s.\n{self.log_end()}", HINT)
 
-    def told(self) -> str:
+    def log_end(self) -> str:
         """The end of the log, for an error message."""
         return f"The end of {self.log}:\n" + "\n".join(f"  | {line}" for line in self.tail().splitlines())
 

@@ -270,14 +270,14 @@ class ToMeConfig:
         return self.method == "multires" and max(self.whole, self.half) >= 0.0
 
     @property
-    def keeps_own(self) -> bool:
+    def keeps_self(self) -> bool:
         """Whether each query is to have its own token among the drawn ones (core/self_token.py)."""
         return self.own_token and self.samples and self.weighs_keys
 
     @property
     def wants_heads(self) -> bool:
         """Whether the attention is to see the heads of all tokens (attention/sequence.py)."""
-        return self.keeps_own or self.method == "multires"
+        return self.keeps_self or self.method == "multires"
 
     @property
     def is_scheduled(self) -> bool:

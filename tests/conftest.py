@@ -29,7 +29,7 @@ LONGEST = (
     "comfyui/test_combined.py",
     "kernels/test_interpreted_multires.py",
     "kernels/test_interpreted_drawn.py",
-    "kernels/test_interpreted_own.py",
+    "kernels/test_interpreted_self_token.py",
     "kernels/test_interpreted.py",
     "comfyui/test_neighbours.py",
     "comfyui/test_two_devices.py",

@@ -52,7 +52,7 @@ class Run:
         self.held = False  # whether this step's attentions give what they gave before
         self.keeps = False  # whether they are exact and to be kept
         self._drawn: tuple[ModelCall | None, JointCall | None] = (None, None)  # of a step that is exact and drawn
-        self._apart = False
+        self._each_head = False
 
     def begin(self, full: Grid, device: torch.device, seed: Tensor, step: int, steps: int) -> None:
         config = self.variant.config
@@ -63,7 +63,7 @@ class Run:
         if now.ratio > 0.0:
             draw = step - since if _is_residual(hold) else 0 if self.variant.one_draw else step
             self.call = ModelCall(now, full, device, seed, draw)
-        self.joint = JointCall(True, TORCHS, _refused, now.keeps_own) if self.call and now.wants_heads else None
+        self.joint = JointCall(True, TORCHS, _refused, now.keeps_self) if self.call and now.wants_heads else None
         self.held = self.keeps = False
         if hold is not None:
             self.held = hold.between == "held" and since > 0
@@ -79,11 +79,11 @@ class Run:
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """In a step that is exact: what it would be drawn. The exact one counts as the step's full work."""
-        (self.call, self.joint), self._apart = self._drawn, True
+        (self.call, self.joint), self._each_head = self._drawn, True
         try:
             yield
         finally:
-            self.call, self.joint, self._apart = None, None, False
+            self.call, self.joint, self._each_head = None, None, False
 
     def attend_behind(self, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
         """q, k, v [B, H, L, d], the image from `start` on -> [B, L, H, d]; keys and values drawn here."""
@@ -97,7 +97,7 @@ class Run:
 
         tokens: of the unmerged layer, text included where the softmax has it; so are queries and keys.
         """
-        full, left = self.pictures * tokens * tokens * (not self._apart), self.pictures * queries * keys
+        full, left = self.pictures * tokens * tokens * (not self._each_head), self.pictures * queries * keys
         if self.variant.is_merged and serves_layer(self.variant.config, grid, self.full):
             self.work["full"] += full
             self.work["left"] += left
@@ -127,7 +127,7 @@ class MergedSelfAttention(nn.Module):
         tokens = x.shape[1]
         grid = grid_of(tokens, run.full)
         behind = run.joint is not None
-        layer = None if run.call is None else run.call.attention(x, x, x, grid, own=behind)
+        layer = None if run.call is None else run.call.attention(x, x, x, grid, keeps_self=behind)
         run.plan = None
         if layer is None:
             run.count(grid, tokens, tokens, tokens)
@@ -198,7 +198,7 @@ class MergedJointAttention(nn.Module):
             out = attend_tails(*given, text, run.full, work, run.variant.tail)
             return out.transpose(1, 2).flatten(2).to(dtype)
         if behind:
-            run.count(run.full, tokens, tokens, text + layer.plan.kept + run.call.config.keeps_own)
+            run.count(run.full, tokens, tokens, text + layer.plan.kept + run.call.config.keeps_self)
             out = run.attend_behind(*(x.transpose(1, 2) for x in (q, k, v)), text, layer.plan)
             return out.flatten(2).to(dtype)
         config = run.call.config

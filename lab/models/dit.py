@@ -60,11 +60,11 @@ class DiTConfig:
         return self.width // self.heads
 
 
-Turns = tuple[Tensor, Tensor]
+Rotations = tuple[Tensor, Tensor]
 """Cosines and sines [L, 1, d / 2] of each token's angles."""
 
 
-def rope_turns(text: int, grid: Grid, d: int, device: torch.device) -> Turns:
+def rope_rotations(text: int, grid: Grid, d: int, device: torch.device) -> Rotations:
     """Of ``text`` tokens, which stay as they are, and then those of a grid (rows, columns), row by row; float32.
 
     d: channels of a head. The first d / 4 pairs turn with the row, the others with the column; on a grid (frames, rows,
@@ -80,9 +80,9 @@ def rope_turns(text: int, grid: Grid, d: int, device: torch.device) -> Turns:
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, turns: Turns) -> Tensor:
+def rotate(x: Tensor, rotations: Rotations) -> Tensor:
     """x [B, L, H, d]: its pairs of neighbouring channels turned by each token's angles."""
-    cos, sin = turns
+    cos, sin = rotations
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, L, H, d / 2)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
@@ -169,12 +169,12 @@ class DoubleBlock(nn.Module):
         self.text, self.image = Stream(config), Stream(config)
         self.attention = JointAttention()
 
-    def forward(self, text: Tensor, image: Tensor, time: Tensor, turns: Turns) -> tuple[Tensor, Tensor]:
+    def forward(self, text: Tensor, image: Tensor, time: Tensor, rotations: Rotations) -> tuple[Tensor, Tensor]:
         count = text.shape[1]
         by_text, by_image = self.text.modulation(time), self.image.modulation(time)
         asked = zip(self.text.ask(text, by_text), self.image.ask(image, by_image), strict=True)
         q, k, v = (torch.cat(both, dim=1) for both in asked)  # (B, L, H, d)
-        out = self.attention(rotate(q, turns), rotate(k, turns), v, count)  # (B, L, width)
+        out = self.attention(rotate(q, rotations), rotate(k, rotations), v, count)  # (B, L, width)
         return self.text.answer(text, out[:, :count], by_text), self.image.answer(image, out[:, count:], by_image)
 
 
@@ -191,11 +191,11 @@ class SingleBlock(nn.Module):
         self.out = nn.Linear(5 * width, width)
         self.attention = JointAttention()
 
-    def forward(self, x: Tensor, text: int, time: Tensor, turns: Turns) -> Tensor:
+    def forward(self, x: Tensor, text: int, time: Tensor, rotations: Rotations) -> Tensor:
         shift, scale, gate = self.modulation(time)
         qkv, inner = self.into(modulated(x, shift, scale)).split(self.parts, dim=-1)
         q, k, v = self.heads(qkv)
-        attended = self.attention(rotate(q, turns), rotate(k, turns), v, text)
+        attended = self.attention(rotate(q, rotations), rotate(k, rotations), v, text)
         return x + gate * self.out(torch.cat((attended, F.gelu(inner, approximate="tanh")), dim=-1))
 
 
@@ -234,13 +234,13 @@ class DiT(nn.Module):
         """
         grid, count = self.grid(*x.shape[-2:]), context.shape[1]
         time = self.time_embed(timestep_embedding(timesteps, TIME_CHANNELS).to(x.dtype))  # (B, width)
-        turns = rope_turns(count, grid, self.config.head_channels, x.device)
+        rotations = rope_rotations(count, grid, self.config.head_channels, x.device)
         text, image = self.text_in(context.to(x.dtype)), self.image_in(to_patches(x, self.config.patch))
         for block in self.double_blocks:
-            text, image = block(text, image, time, turns)
+            text, image = block(text, image, time, rotations)
         both = torch.cat((text, image), dim=1)  # (B, L, width)
         for block in self.single_blocks:
-            both = block(both, count, time, turns)
+            both = block(both, count, time, rotations)
         out = self.out(modulated(both[:, count:], *self.last_modulation(time)))  # (B, N, C * p * p)
         return from_patches(out, grid, self.config.patch)
 

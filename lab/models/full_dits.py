@@ -113,7 +113,7 @@ def patcher(config: Any, device: torch.device, fill: Callable[[str, Tensor], Any
     return comfy.model_patcher.ModelPatcher(model.to(device), device, device)
 
 
-class Call:
+class ModelInputs:
     """One call of the model at one size, as the sampler makes it."""
 
     def __init__(self, name: str, size: str, device: torch.device):

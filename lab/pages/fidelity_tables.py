@@ -130,7 +130,7 @@ def preset_variant(name: str) -> str:
     config = ToMeConfig(**PRESETS[name].options).resolved(multires=False)  # the models of the page are U-Nets
     if config.method != "sample":
         return f"{config.method} {config.ratio:g}" + (f" from {config.start:g}" if config.start else "")
-    return sample_name(config.ratio, config.start, config.keeps_own)
+    return sample_name(config.ratio, config.start, config.keeps_self)
 
 
 WITHOUT_OWN = "*: measured without the own token."

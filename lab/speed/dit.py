@@ -18,7 +18,7 @@ import torch
 
 from installer import inprocess
 
-from ..models.full_dits import MODELS, BlockClock, Call, build, without_attention
+from ..models.full_dits import MODELS, BlockClock, ModelInputs, build, without_attention
 from ..timing import columns, spread, take_turns
 from .common import BACKENDS, DTYPES, Arguments, Job, run_jobs, start_comfyui
 from .hosts import choose_attention
@@ -58,7 +58,7 @@ def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iter
     """The rows of one model and size, all from the same rounds."""
     name, size = job["model"], job["size"]
     which, device = MODELS[name], model.load_device
-    call, clock, tokens = Call(name, size, device), BlockClock(model, name, device), which.tokens(size)
+    call, clock, tokens = ModelInputs(name, size, device), BlockClock(model, name, device), which.tokens(size)
     turns: dict[str, Callable[[], list[tuple[float, float]]]] = {}
     with choose_attention(job["backend"]):
         for each in names:

@@ -77,7 +77,7 @@ def jobs(case: Case) -> Iterator[Work]:
     yield from matching_jobs(case)
     y = take(case.x, case.index)
     yield both("gather", gather.launch_gather, take, y, case.groups)
-    yield from own_jobs(case)
+    yield from self_token_jobs(case)
     bias, d = case.sizes.log(), case.channels // case.heads
     if d == 64:
         # Merged tokens attend to each other, each weighing as many as it stands for; plain: by further channels.
@@ -127,8 +127,8 @@ def matching_jobs(case: Case) -> Iterator[Work]:
         # What match does: the same similarities, tallied, then the groups by the tally. What it counts in is not
         # cleared between calls, which index and groups do not show.
         tally = torch.empty((rows, nearest.TALLY), dtype=torch.int32, device=x.device)
-        heads = torch.zeros(mean.heads_like(rows, case.kept, dst.shape[1]), dtype=torch.int32, device=x.device)
-        tallied = partial(nearest.launch_nearest, x, src, dst, tally=tally, heads=heads)
+        heads = torch.zeros(mean.chains_like(rows, case.kept, dst.shape[1]), dtype=torch.int32, device=x.device)
+        tallied = partial(nearest.launch_nearest, x, src, dst, tally=tally, chains=heads)
         found = tallied()
         yield Work("nearest", tallied, variant="tallied")
         yield both("match", match.launch_match, matching.match, x, src, dst, goes)
@@ -148,33 +148,33 @@ def matching_jobs(case: Case) -> Iterator[Work]:
     )
 
 
-def own_jobs(case: Case) -> Iterator[Work]:
+def self_token_jobs(case: Case) -> Iterator[Work]:
     """A layer's keys are drawn by head, a quarter, and its queries take their own tokens among them, as
-    joint.attend_joined has it."""
+    joint.attend_combined has it."""
     from shared_tome.attention.combine import TORCHS, attend_with_lse, choose_kernel
-    from shared_tome.kernels.impl import own as own_kernel
+    from shared_tome.kernels.impl import self_token as self_token_kernel
     from shared_tome.kernels.impl.attend_drawn import launch_attend_drawn
-    from shared_tome.kernels.impl.turns import launch_turns
+    from shared_tome.kernels.impl.by_head import launch_take_by_head
 
     plan = case.call(ToMeConfig(ratio=0.75, min_tokens=0, own_token=True)).plan(case.x, case.grid)
     q, k, v = case.split_heads(case.x)
-    yield both("turns", launch_turns, own.take_turns, k, v, plan.turns)
+    yield both("turns", launch_take_by_head, own.take_by_head, k, v, plan.head_draws)
     kernel, scale = choose_kernel(TORCHS, q.device, q.dtype, q.shape[-1]), q.shape[-1] ** -0.5
-    drawn, weight = own.take_turns(k, v, plan.turns), math.log(plan.tokens / plan.kept)
-    rest = (plan.turns, plan.runs, scale, weight)
+    drawn, weight = own.take_by_head(k, v, plan.head_draws), math.log(plan.tokens / plan.kept)
+    rest = (plan.head_draws, plan.runs, scale, weight)
     given = (q, k, v, *attend_with_lse(q, *drawn, kernel), *rest)
-    yield both("own", own_kernel.launch_own, own.keep_own, *given)
+    yield both("own", self_token_kernel.launch_self_token, own.add_self_token, *given)
     if q.shape[-1] != 64:
         return
 
     def behind() -> Tensor:
         """Torch's own attention, and behind it what `own` does."""
-        return own.keep_own(q, k, v, *attend_with_lse(q, *drawn, kernel), *rest)
+        return own.add_self_token(q, k, v, *attend_with_lse(q, *drawn, kernel), *rest)
 
     for variant, keys in (("", drawn), ("listed", None)):
 
         def launch(keys: Any = keys) -> Tensor:
-            return launch_attend_drawn(q, k, v, keys, plan.turns, plan.runs, 0, scale, weight)
+            return launch_attend_drawn(q, k, v, keys, plan.head_draws, plan.runs, 0, scale, weight)
 
         yield Work("attend_drawn", launch, None if variant else behind, variant)
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from shared_tome.merging.plan import MergePlan, Plan
-from shared_tome.vit.hooks import Attachment, Call, attach
+from shared_tome.vit.hooks import VitAttachment, VitCall, attach
 from shared_tome.vit.options import Options
 
 SEED = 505
 
 
-class RandomPruning(Attachment):
+class RandomPruning(VitAttachment):
     """Random patches go and leave nothing behind."""
 
     def begin(self, x: Tensor) -> None:
@@ -49,7 +49,7 @@ class Pruning(RandomPruning):
         return metric[:, prefix:, 0]
 
 
-class SlicedCall(Call):
+class SlicedCall(VitCall):
     """Takes the first tokens and forgets the others."""
 
     def merge(self, x: Tensor, goes: int) -> Tensor | None:
@@ -58,7 +58,7 @@ class SlicedCall(Call):
         return x[:, : x.shape[1] - goes] if goes > 0 else None
 
 
-class Sliced(Attachment):
+class Sliced(VitAttachment):
     """As many tokens fewer at no cost: how fast any method could be. Its outputs mean nothing."""
 
     call_type = SlicedCall
@@ -67,9 +67,9 @@ class Sliced(Attachment):
         return k
 
 
-METHODS: dict[str, type[Attachment]] = {
-    "bipartite": Attachment,
-    "bipartite, unweighted": Attachment,
+METHODS: dict[str, type[VitAttachment]] = {
+    "bipartite": VitAttachment,
+    "bipartite, unweighted": VitAttachment,
     "pruning by attention": Pruning,
     "random pruning": RandomPruning,
     "limit": Sliced,

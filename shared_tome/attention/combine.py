@@ -1,4 +1,4 @@
-"""Attention to keys that do not all count alike, in several calls, joined as one softmax would.
+"""Attention to keys that do not all count alike, in several calls, combined as one softmax would.
 
 Keys of one weight go into a call of their own. A call's outcome o and the logarithm l of its sum of exponentials are
 all that is needed to join it with the others: the softmax over all keys is sum(o_i w_i exp(l_i)) / sum(w_i exp(l_i)).

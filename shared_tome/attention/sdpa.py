@@ -28,7 +28,7 @@ _SDPA = F.scaled_dot_product_attention
 _MODULE_CALL = nn.Module._wrapped_call_impl.__code__
 # handler(attention, q, k, v): attention(q, k, v, bias=None) is what the host meant to do.
 Handler = Callable[..., Tensor]
-# What adapters say where attend_own's missed() is called.
+# What adapters say where attend_with_self_token's missed() is called.
 NOT_AS_TRIED = "ToMe skipped this attention: it behaved differently from its trial run."
 
 
@@ -132,7 +132,7 @@ def attend_sampled(
     return attention(q, take_heads(k, index), take_heads(v, index), bias=around.bias)
 
 
-def attend_own(
+def attend_with_self_token(
     joint: JointCall | None,
     plan: Plan | None,
     missed: Callable[[], None],

@@ -9,7 +9,7 @@ NOT_KEPT = "own token has no effect: another attention than PyTorch's is in use"
 NO_LSE = "own token has no effect: this PyTorch gives no log-sum-exp of its attention here"
 
 
-def why_not_kept(q: Tensor, k: Tensor, masked: bool, torchs: bool) -> str:
+def why_no_self_token_here(q: Tensor, k: Tensor, masked: bool, torchs: bool) -> str:
     """What to say where JointCall.attend keeps no own tokens. q, k: [B, H, ., d]; torchs: by PyTorch's attention."""
     if masked:
         return "own token has no effect under a mask"

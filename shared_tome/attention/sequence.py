@@ -5,7 +5,7 @@ tokens (JointCall); those that match merge the image's part of a row and bring i
 
 In one softmax with text, each image token that stands for n counts n times (Bolya et al., arXiv 2210.09461, section
 3), or the text would win: log(n) is added to its logits, by a kernel of ours (kernels.attend), by parts of one weight
-joined by their log-sum-exps (combine.py) or, wherever neither can be, by further channels of the heads
+combined by their log-sum-exp (combine.py) or, wherever neither can be, by further channels of the heads
 (core/channels.py).
 """
 
@@ -27,10 +27,10 @@ from ..merging.plan import MultiresPlan, Plan, SamplePlan
 from .combine import Part, attend_in_parts, attend_in_parts_with_lse, choose_kernel
 from .multires import NOT_MULTIRES, MultiresCall
 
-# Kernels of torch in whose place one call of ours is faster than theirs joined (docs/kernels.md).
+# Kernels of torch in whose place one call of ours is faster than theirs combined (docs/kernels.md).
 _SLOWER = ("flash", "efficient")
 # Heads at which the kernel that has own tokens in it is faster than cuDNN's and `own` behind it.
-_OWN_HEADS = 64
+_SELF_TOKEN_HEADS = 64
 # Keys that count several times stand as often among those that count once where that makes so few: it saves a call.
 _FEW = 256
 
@@ -51,12 +51,13 @@ class Around:
     ones: Tensor | None
 
     @classmethod
-    def of(cls, plan: Plan, start: int, length: int, weighs: bool, own: bool = False) -> Around:
-        """weighs: whether a key that stands for several tokens counts as many. own: beside it the query's own token."""
+    def of(cls, plan: Plan, start: int, length: int, weighs: bool, keeps_self: bool = False) -> Around:
+        """weighs: whether a key that stands for several tokens counts as many. keeps_self: beside it the query's own
+        token."""
         index = torch.arange(length, device=plan.device)
         before, after = index[:start], index[start + plan.tokens :]
         alike = plan.even and length == plan.tokens  # alone and alike: softmax takes no notice
-        if not weighs or (alike and not own):
+        if not weighs or (alike and not keeps_self):
             return cls(before, after, None, None, None)
         small, longer = divmod(plan.tokens, plan.kept)
         if alike:
@@ -88,13 +89,13 @@ class JointCall:
         weighs: whether a key that stands for several tokens counts as many.
         kernels: those that the host would try, in its order (combine.choose_kernel). None of them: nothing is joined.
         say: called as say(message, detail) where a kernel refuses.
-        own: whether each of the image's queries keeps its own token (core/self_token.py), where keys weigh and are
-            joined.
+        keeps_self: whether each of the image's queries keeps its own token (core/self_token.py), where keys weigh and
+            are joined.
     """
 
-    def __init__(self, weighs: bool, kernels: Sequence[str], say: Callable[[str, str], None], own: bool = False):
+    def __init__(self, weighs: bool, kernels: Sequence[str], say: Callable[[str, str], None], keeps_self: bool = False):
         self.weighs, self.kernels, self._say = weighs, tuple(kernels), say
-        self.own = own and weighs
+        self.keeps_self = keeps_self and weighs
         self._around: dict[tuple[int, int], Around] = {}
         self._chosen: dict[tuple[torch.dtype, int], str | None] = {}
         self.multires = MultiresCall(say)
@@ -102,7 +103,7 @@ class JointCall:
     def around(self, plan: Plan, start: int, length: int) -> Around:
         """For a row of `length` tokens whose image begins at `start`; plan: of a method that matches nothing."""
         if (start, length) not in self._around:
-            self._around[start, length] = Around.of(plan, start, length, self.weighs, self.own)
+            self._around[start, length] = Around.of(plan, start, length, self.weighs, self.keeps_self)
         return self._around[start, length]
 
     def attend(
@@ -121,7 +122,7 @@ class JointCall:
             q, k, v: [B, H, L, d] of all tokens. scale: of the logits; None: d ** -0.5.
             mask: see masks.mask_by_head; for plans of three resolutions alone.
         Returns:
-            [B, L, H, d], or None where it cannot be done in joined parts, or need not be.
+            [B, L, H, d], or None where it cannot be done in combined parts, or need not be.
         """
         if not self.kernels:
             return None
@@ -132,27 +133,27 @@ class JointCall:
         if mask is not None:
             return None
         around = self.around(plan, start, k.shape[2])
-        if around.sizes is None or not _can_join(q, k, v):
+        if around.sizes is None or not _can_combine(q, k, v):
             return None
         kernel = self._kernel(q)
         if kernel is None:
             return None
         out = None
-        if self.own:
-            if kernel in _SLOWER or q.shape[-1] == _OWN_HEADS:
+        if self.keeps_self:
+            if kernel in _SLOWER or q.shape[-1] == _SELF_TOKEN_HEADS:
                 out = _attend_drawn_at_once(q, k, v, start, plan, around, scale)
         elif kernel in _SLOWER and kernels.attends(q.shape[-1], q.dtype):
             out = _attend_at_once(q, k, v, start, plan, around, scale)
         if out is not None:
             return out
         try:
-            return attend_joined(q, k, v, start, plan, around, kernel, scale, self.own)
+            return attend_combined(q, k, v, start, plan, around, kernel, scale, self.keeps_self)
         except RuntimeError as error:  # what a kernel refuses on some machine; the wider heads go everywhere
             if is_out_of_memory(error):
                 raise
             reason = str(error).strip().partition("\n")[0]
             self._say(f"the {kernel} kernel cannot combine attentions here; ToMe widens heads instead", reason)
-            self.own = False
+            self.keeps_self = False
             self.kernels = ()
             return None
 
@@ -177,7 +178,7 @@ def _are_alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
 
 
-def _can_join(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def _can_combine(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels that tell their log-sum-exp take these, and no gradient is lost by it."""
     if any(x.stride(-1) != 1 for x in (q, k, v)) or not _are_alike(q, k, v):
         return False
@@ -206,12 +207,12 @@ def _attend_drawn_at_once(
         return None
     drawn = None
     if not kernels.pays_to_list(plan.kept):
-        drawn = kernels.take_turns(*(_image_of(x, start, plan) for x in (k, v)), plan.turns)
-    out = kernels.attend_drawn(q, k, v, drawn, plan.turns, plan.runs, start, scale, around.sizes[0][1])
+        drawn = kernels.take_by_head(*(_image_of(x, start, plan) for x in (k, v)), plan.head_draws)
+    out = kernels.attend_drawn(q, k, v, drawn, plan.head_draws, plan.runs, start, scale, around.sizes[0][1])
     return out.transpose(1, 2)
 
 
-def attend_joined(
+def attend_combined(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -220,12 +221,14 @@ def attend_joined(
     around: Around,
     kernel: str,
     scale: float | None = None,
-    own: bool = False,
+    keeps_self: bool = False,
 ) -> Tensor | None:
     """JointCall.attend by one kernel; None where a part is not as it wants it: cuDNN takes no single key."""
     end = start + plan.tokens
-    apart = own and isinstance(plan, SamplePlan)
-    index, chosen_of = (plan.turns, kernels.take_turns) if apart else (plan.choice, _take_both)  # (T, b, M) or (b, M)
+    each_head = keeps_self and isinstance(plan, SamplePlan)
+    index, chosen_of = (
+        (plan.head_draws, kernels.take_by_head) if each_head else (plan.choice, _take_both)
+    )  # (T, b, M) or (b, M)
     image = [_image_of(x, start, plan) for x in (k, v)]
     parts: list[Part] = []
     for places, weight in around.sizes:
@@ -243,12 +246,12 @@ def attend_joined(
         parts.append((*others, 0.0))
     if any(part[0].shape[2] < (2 if kernel == "cudnn" else 1) for part in parts):
         return None
-    if not apart:
+    if not each_head:
         return attend_in_parts(q, parts, kernel, scale)
     out, lse = attend_in_parts_with_lse(q, parts, kernel, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     of_q, of_out, of_lse = (_image_of(x, start, plan) for x in (q, out, lse))
-    kept = kernels.keep_own(of_q, *image, of_out, of_lse, plan.turns, plan.runs, scale, parts[0][2])
+    kept = kernels.add_self_token(of_q, *image, of_out, of_lse, plan.head_draws, plan.runs, scale, parts[0][2])
     out, kept = out.transpose(1, 2), kept.transpose(1, 2)  # (B, ., H, d)
     if kept.shape != out.shape:
         kept = torch.cat((out[:, :start], kept, out[:, end:]), dim=1)

@@ -1,2 +1,2 @@
-"""Whether merging pays on this device: what was measured (verdict), how (timing), in which surroundings (surroundings)
+"""Whether merging pays on this device: what was measured (paying), how (timing), in which surroundings (surroundings)
 and where it is kept (store)."""

@@ -8,7 +8,7 @@ from ..config import ToMeConfig
 from ..core.grid import Grid
 from ..decided import ALL, Decided, layer_name, ratio_name, step_name
 from ..methods import AUTO
-from .verdict import Given, Verdict
+from .paying import Decision, Given
 
 
 class DecisionLog:
@@ -47,8 +47,8 @@ class DecisionLog:
         """What is given of layers on a grid. others: see decided.layer_name."""
         return self.given(config, layer_name(grid, channels, heads, others)) if config.decisions else None
 
-    def made_step(self, config: ToMeConfig, full: Grid, found: Verdict | Given | None, merged: bool) -> None:
-        """Whole steps were decided: found by a verdict, or None where nothing was measured."""
+    def made_step(self, config: ToMeConfig, full: Grid, found: Decision | Given | None, merged: bool) -> None:
+        """Whole steps were decided: found by a decision, or None where nothing was measured."""
         self._note(config, step_name(full), found, merged)
 
     def made_layer(
@@ -57,7 +57,7 @@ class DecisionLog:
         grid: Grid,
         channels: int,
         heads: int | None,
-        found: Verdict | Given | None,
+        found: Decision | Given | None,
         merged: bool,
         others: int = 0,
     ) -> None:
@@ -73,7 +73,7 @@ class DecisionLog:
                 found = self.given(config, name)
                 self._note(config, name, found, found is None or found.merged)
 
-    def _note(self, config: ToMeConfig, name: str, found: Verdict | Given | None, merged: bool) -> bool:
+    def _note(self, config: ToMeConfig, name: str, found: Decision | Given | None, merged: bool) -> bool:
         if config.levels != "auto":  # named levels are merged whatever they cost
             return False
         key = name, ratio_name(config.ratio)

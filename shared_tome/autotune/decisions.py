@@ -13,8 +13,8 @@ from ..core.grid import Grid, grid_at
 from ..core.schedule import serves_layer
 from ..merging.call import ModelCall
 from .decision_log import DecisionLog
-from .layer import Attention, Block, known_on, measures, verdict_on
-from .verdict import Given, Verdict
+from .layer import Attention, BlockMaker, decision_on, known_on, measures
+from .paying import Decision, Given
 
 
 class Decisions:
@@ -27,45 +27,45 @@ class Decisions:
     def __init__(self, call: ModelCall, about: str = "", log: DecisionLog | None = None):
         self.call, self.about = call, about
         self._log = DecisionLog() if log is None else log
-        self._verdicts: dict[tuple, Verdict | Given | None] = {}  # by _kind
+        self._decided: dict[tuple, Decision | Given | None] = {}  # by _kind
         self._waits = True
 
-    def verdict(
+    def decision(
         self,
         x: Tensor,
         grid: Grid,
         heads: int | None,
         attention: Attention | None = None,
         kernels: tuple[str, ...] = (),
-        block: Block | None = None,
+        block: BlockMaker | None = None,
         about: Callable[[], str] | None = None,
-    ) -> Verdict | Given | None:
+    ) -> Decision | Given | None:
         """What a layer on this grid takes whole and merged, measured at its first use (layer.py); None: not measured.
         Where the option `decisions` names such layers: what it says.
 
         x: its tokens [B, N, C]; heads: None where the host does not tell; attention: the host's; kernels, block: see
-        layer.verdict_on; about: tells what else this layer's times depend on. Inside a compiled graph only what
+        layer.decision_on; about: tells what else this layer's times depend on. Inside a compiled graph only what
         `look_ahead` measured.
         """
         key = _kind(grid, x.shape[2], heads, x.dtype, kernels)
-        if key not in self._verdicts and is_compiling():
+        if key not in self._decided and is_compiling():
             return self._log.layer(self.call.config, grid, x.shape[2], heads)
-        if key not in self._verdicts:
+        if key not in self._decided:
             known = self._log.layer(self.call.config, grid, x.shape[2], heads)
             if known is None and heads and measures(self.call.config, grid, x.device):
                 given = (grid, x.shape[2], heads, x.dtype, x.device, self.call.config, attention, kernels)
-                known = verdict_on(*given, block, self.about if about is None else about())
+                known = decision_on(*given, block, self.about if about is None else about())
             self._keep(key, known)
-        return self._verdicts[key]
+        return self._decided[key]
 
-    def _keep(self, key: tuple, found: Verdict | Given | None) -> None:
-        self._verdicts[key] = found
+    def _keep(self, key: tuple, found: Decision | Given | None) -> None:
+        self._decided[key] = found
         grid, channels, heads, *_ = key
         merged = self.why_not_paid(found) is None
         self._log.made_layer(self.call.config, grid, channels, heads, found, merged)
 
-    def why_not_paid(self, found: Verdict | Given | None) -> str | None:
-        """Why a layer of this verdict is left alone although the options would have it merged, or None."""
+    def why_not_paid(self, found: Decision | Given | None) -> str | None:
+        """Why a layer of this decision is left alone although the options would have it merged, or None."""
         return None if found is None or found.pays(self._waits) else found.reason
 
     def look_ahead(
@@ -82,19 +82,19 @@ class Decisions:
             known = self._log.layer(config, grid, channels, heads)
             if known is None and measures(config, grid, device):
                 given = (grid, channels, heads, dtype, device, config, attention, kernels)
-                known = verdict_on(*given, None, self.about)
+                known = decision_on(*given, None, self.about)
             self._keep(_kind(grid, channels, heads, dtype, kernels), known)
 
     def known(
         self, grid: Grid, channels: int, heads: int | None, dtype: torch.dtype, kernels: tuple[str, ...] = ()
-    ) -> Verdict | Given | None:
-        """What `verdict` or `look_ahead` found of such layers in this call."""
-        return self._verdicts.get(_kind(grid, channels, heads, dtype, kernels))
+    ) -> Decision | Given | None:
+        """What `decision` or `look_ahead` found of such layers in this call."""
+        return self._decided.get(_kind(grid, channels, heads, dtype, kernels))
 
     @property
     def unpaid(self) -> tuple[tuple, ...]:
         """The kinds of layers that `look_ahead` found not to pay: a compiled graph depends on them."""
-        return tuple(key for key, found in self._verdicts.items() if self.why_not_paid(found) is not None)
+        return tuple(key for key, found in self._decided.items() if self.why_not_paid(found) is not None)
 
 
 def why_layers_left_alone(
@@ -111,10 +111,10 @@ def why_layers_left_alone(
     """Why each grid's layers were found not to pay, where it is known before a call that none of these layers will be
     merged: the host need not be patched for it, and no ModelCall made, which asks the GPU for a few things. Else None.
 
-    layers: (level, channels, heads). The rest as for Decisions and its verdict.
+    layers: (level, channels, heads). The rest as for Decisions and its decision.
     """
     log = DecisionLog() if log is None else log
-    found: dict[tuple, Verdict | Given] = {}
+    found: dict[tuple, Decision | Given] = {}
     for grid, channels, heads in _served_layers(config, full, layers):
         known = log.layer(config, grid, channels, heads)
         if known is None and measures(config, grid, device):

@@ -25,7 +25,7 @@ _HOOKS = (
 _PROMPT = 77  # tokens
 
 
-def run_bare(block: nn.Module, x: Tensor) -> Callable[[], Any] | None:
+def run_detached(block: nn.Module, x: Tensor) -> Callable[[], Any] | None:
     """What runs a copy of a block on tokens x [B, N, C] and a prompt of zeros: without hooks, and with weights of its
     own, since some hosts write a LoRA into them on the way.
 
@@ -34,7 +34,7 @@ def run_bare(block: nn.Module, x: Tensor) -> Callable[[], Any] | None:
     """
     try:
         width = block.attn2.to_k.in_features
-        made = _bare(block, _cloned)
+        made = _detached(block, _cloned)
         names = inspect.signature(type(block).forward).parameters
         name = "encoder_hidden_states" if "encoder_hidden_states" in names else "context"
         context = {name: x.new_zeros(x.shape[0], _PROMPT, width)}
@@ -51,7 +51,7 @@ def run_bare(block: nn.Module, x: Tensor) -> Callable[[], Any] | None:
     return run if isinstance(out, Tensor) and out.shape == x.shape else None
 
 
-def bare_model(model: nn.Module) -> nn.Module | None:
+def detached_model(model: nn.Module) -> nn.Module | None:
     """A copy of a whole model without hooks, which shares its parameters and buffers; for hosts that write into none.
 
     None where something else stands in the place of a module's forward, or where one that is not diffusers' own does an
@@ -64,7 +64,7 @@ def bare_model(model: nn.Module) -> nn.Module | None:
         if getattr(module, "_compiled_call_impl", None) is not None:
             return None
     try:
-        return _bare(model, lambda x: x)
+        return _detached(model, lambda x: x)
     except ValueError:
         return None
 
@@ -96,7 +96,7 @@ def _code(made: Any) -> str:
     return f"{made.__module__}.{getattr(made, '__qualname__', type(made).__qualname__)}"
 
 
-def _bare(module: nn.Module, taken: Callable[[Tensor], Tensor]) -> nn.Module:
+def _detached(module: nn.Module, taken: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy without hooks; taken: what it gets for a parameter or buffer. Raises ValueError for another's forward."""
     if is_replaced(module):
         raise ValueError(f"{type(module).__name__} has a forward of its own")
@@ -104,7 +104,7 @@ def _bare(module: nn.Module, taken: Callable[[Tensor], Tensor]) -> nn.Module:
     state = made.__dict__
     state.pop("forward", None)  # the class's own, put back by a host: it is bound to the module copied from
     state["_modules"] = {
-        name: child if child is None else _bare(child, taken) for name, child in module._modules.items()
+        name: child if child is None else _detached(child, taken) for name, child in module._modules.items()
     }
     for kind in ("_parameters", "_buffers"):
         state[kind] = {name: x if x is None else taken(x) for name, x in module.__dict__[kind].items()}

@@ -28,9 +28,9 @@ from ..core.failures import is_out_of_memory
 from ..core.grid import Grid
 from ..merging.call import ModelCall
 from . import timing
-from .store import BETWEEN, verdicts_of
+from .paying import Decision
+from .store import BETWEEN, store_of
 from .surroundings import surroundings
-from .verdict import Verdict
 
 log = logging.getLogger("ToMe")
 
@@ -46,17 +46,17 @@ _SWITCHES = {1: "flash", 2: "mem_efficient", 3: "cudnn"}  # torch.backends.cuda.
 # attention(q, k, v, heads, scale=None): [B, N, H * d], [B, M, H * d] twice -> [B, N, H * d]
 Attention = Callable[..., Tensor]
 # Of tokens x [B, N, C] that may be written to: what runs the host's own block on them, or None where there is none.
-Block = Callable[[Tensor], "Callable[[], Any] | None"]
+BlockMaker = Callable[[Tensor], "Callable[[], Any] | None"]
 
 
-def ways(config: ToMeConfig, keeps_own: bool) -> list[str]:
+def ways(config: ToMeConfig, keeps_self: bool) -> list[str]:
     """The options that a layer's times depend on, in words."""
     how = [config.method, f"{config.ratio:.4f}"]
     if config.kind.matches:
         how += ["x".join(map(str, config.stride)), config.partition, config.reduce, f"share {config.share_match}"]
     if config.shares_by_hand:
         how.append(f"shares {config.whole:.3f} {config.half:.3f}")
-    return [*how, f"proportional {config.proportional}", *(["own"] if keeps_own else [])]
+    return [*how, f"proportional {config.proportional}", *(["own"] if keeps_self else [])]
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Case:
     about: str = ""
 
     @property
-    def keeps_own(self) -> bool:
-        return bool(self.kernels) and self.config.keeps_own
+    def keeps_self(self) -> bool:
+        return bool(self.kernels) and self.config.keeps_self
 
     @property
     def sees_heads(self) -> bool:
@@ -90,7 +90,7 @@ class Case:
         """What tells it from other layers on one device."""
         grid = "x".join(map(str, self.grid))
         shape = [grid, f"{self.channels}/{self.heads}", str(self.dtype).removeprefix("torch.")]
-        how = ways(self.config, self.keeps_own)
+        how = ways(self.config, self.keeps_self)
         about = [self.about] if self.about else []
         return ", ".join([*shape, " ".join([self.attention, *self.kernels]), *about, *how])
 
@@ -105,7 +105,7 @@ def may_measure(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get(SWITCH, "1") != "0"
 
 
-def verdict_on(
+def decision_on(
     grid: Grid,
     channels: int,
     heads: int,
@@ -114,9 +114,9 @@ def verdict_on(
     config: ToMeConfig,
     attention: Attention | None = None,
     kernels: tuple[str, ...] = (),
-    block: Block | None = None,
+    block: BlockMaker | None = None,
     about: str = "",
-) -> Verdict | None:
+) -> Decision | None:
     """What is known of a layer's times on a device, or None where nothing is or can be measured.
 
     attention: the host's (None: torch's). kernels: those of torch's that it tries, in its order, where queries can keep
@@ -138,10 +138,10 @@ def known_on(
     attention: Attention | None = None,
     kernels: tuple[str, ...] = (),
     about: str = "",
-) -> Verdict | None:
-    """verdict_on, in its block, of what has been measured before; measures nothing."""
+) -> Decision | None:
+    """decision_on, in its block, of what has been measured before; measures nothing."""
     case = _case(grid, channels, heads, dtype, config, name_of(attention, device), kernels, about)
-    return verdicts_of(device).known(_full_key(case.key, device))
+    return store_of(device).known(_full_key(case.key, device))
 
 
 def name_of(attention: Attention | None, device: torch.device) -> str:
@@ -188,24 +188,24 @@ def _full_key(key: str, device: torch.device) -> str:
     return f"{key}{BETWEEN}{surroundings(device)}"
 
 
-def known_or_measured(key: str, device: torch.device, measure: Callable[[], Verdict]) -> Verdict | None:
-    """The verdict of a name on a device. None where it cannot be measured."""
+def known_or_measured(key: str, device: torch.device, measure: Callable[[], Decision]) -> Decision | None:
+    """The decision of a name on a device. None where it cannot be measured."""
 
-    def measured() -> Verdict:
-        verdict = measure()
+    def measured() -> Decision:
+        decision = measure()
         log.info(
             "[ToMe] %s: %s, measured on %s: %.0f us whole, %.0f merged, %.0f more of the processor; its block: %.0f us "
             "and %.0f of the processor",
             key,
-            "pays" if verdict.pays() else "does not pay",
+            "pays" if decision.pays() else "does not pay",
             torch.cuda.get_device_name(device),
-            *asdict(verdict).values(),
+            *asdict(decision).values(),
         )
-        return verdict
+        return decision
 
     # While a CUDA graph is captured nothing can be measured, nor may a layer be merged whose warm-up was not.
     captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return None if captures else verdicts_of(device).get(_full_key(key, device), measured)
+    return None if captures else store_of(device).get(_full_key(key, device), measured)
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None) -> Tensor:
@@ -216,8 +216,8 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | 
 
 @torch.no_grad()
 def measure(
-    case: Case, device: torch.device, attention: Attention | None = None, block: Block | None = None
-) -> Verdict:
+    case: Case, device: torch.device, attention: Attention | None = None, block: BlockMaker | None = None
+) -> Decision:
     """Times of a layer on made-up tokens, projections included, and of its block."""
     run = torch_attention if attention is None else attention
     generator = torch.Generator(device).manual_seed(0)
@@ -233,10 +233,10 @@ def measure(
         q, k, v = (F.linear(x, weight) for _ in range(3))
         return F.linear(run(q, k, v, case.heads), weight)
 
-    joint = JointCall(True, case.kernels, lambda *_: None, case.keeps_own) if case.sees_heads else None
+    joint = JointCall(True, case.kernels, lambda *_: None, case.keeps_self) if case.sees_heads else None
 
     def merged() -> Tensor:
-        layer = call.attention(x, x, x, case.grid, own=joint is not None)
+        layer = call.attention(x, x, x, case.grid, keeps_self=joint is not None)
         if layer is None:  # the ratio takes away no whole token
             return full()
         q, k, v = (F.linear(part, weight) for part in (layer.q, layer.k, layer.v))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..config import ToMeConfig
 from ..core.grid import Grid
 from . import timing
-from .layer import ROWS, Attention, Verdict, known_or_measured, may_measure, name_of, ways
-from .verdict import Given
+from .layer import ROWS, Attention, Decision, known_or_measured, may_measure, name_of, ways
+from .paying import Given
 
 # A step that takes longer, in seconds, keeps a GPU busy whatever the processor does (docs/speed.md).
 LONG = 0.3
@@ -28,12 +28,12 @@ _ROUNDS = 4
 _sizes: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
-def is_judged(config: ToMeConfig, device: torch.device) -> bool:
+def is_timed(config: ToMeConfig, device: torch.device) -> bool:
     """Whether whole steps are measured at all: with levels "auto" on a GPU."""
     return config.levels == "auto" and may_measure(device)
 
 
-def verdict_of(
+def decision_of(
     model: nn.Module,
     dtype: torch.dtype,
     device: torch.device,
@@ -43,7 +43,7 @@ def verdict_of(
     attention: Attention | None = None,
     kernels: tuple[str, ...] = (),
     about: str = "",
-) -> Verdict | None:
+) -> Decision | None:
     """What is known of the times of a model's steps, microseconds of one; None where they cannot be measured.
 
     A step longer than LONG pays, and none that is merged is run: its time is 0.
@@ -52,14 +52,14 @@ def verdict_of(
         dtype: what the model computes in, whatever it is given. grid: the latent's. config: how it is merged.
         both: gives what runs a step whole and one that is merged; may raise, which is logged once, and store.NotNow
             where another call of the same model may do.
-        attention, kernels, about: see layer.verdict_on.
+        attention, kernels, about: see layer.decision_on.
     """
     if model not in _sizes:
         _sizes[model] = sum(parameter.numel() for parameter in model.parameters())
     what = f"a step of {type(model).__name__} of {_sizes[model]} parameters"
     key = _key(what, grid, dtype, " ".join([name_of(attention, device), *kernels]), about, config)
 
-    def measure() -> Verdict:
+    def measure() -> Decision:
         with torch.no_grad():
             return _compared(*both(), device)
 
@@ -73,14 +73,14 @@ def _key(what: str, grid: Grid, dtype: torch.dtype, attention: str, about: str, 
     more = [f"from {config.min_tokens} tokens"]
     more += [name for name in ("cross_attention", "mlp") if getattr(config, name)]
     shape = ["x".join(map(str, grid)), str(dtype).removeprefix("torch.")]
-    return ", ".join([what, *shape, attention, *([about] if about else []), *ways(config, config.keeps_own), *more])
+    return ", ".join([what, *shape, attention, *([about] if about else []), *ways(config, config.keeps_self), *more])
 
 
-def why_left_alone(verdict: Verdict | Given) -> str:
+def why_left_alone(decision: Decision | Given) -> str:
     """Why nothing is merged, for people."""
-    if isinstance(verdict, Given):
-        return verdict.reason
-    whole, merged = verdict.full_us / 1e3, verdict.merged_us / 1e3
+    if isinstance(decision, Given):
+        return decision.reason
+    whole, merged = decision.full_us / 1e3, decision.merged_us / 1e3
     return f"merging does not pay here: a step takes {whole:.1f} ms without and {merged:.1f} ms with it"
 
 
@@ -99,17 +99,17 @@ def rows_of(given: Any, batch: int) -> Any:
     return given
 
 
-def _compared(whole: Callable[[], Any], merged: Callable[[], Any], device: torch.device) -> Verdict:
+def _compared(whole: Callable[[], Any], merged: Callable[[], Any], device: torch.device) -> Decision:
     """Both take turns. Of the whole step the least time, since what disturbs a processor only adds to it; of the merged
     one the median: where it waits for the processor it must pay with what disturbs it, too."""
     whole()  # kernels are chosen, compiled and loaded
     first = timing.seconds(whole, device)
     if first > LONG:
-        return Verdict(1e6 * first, 0.0, 0.0)
+        return Decision(1e6 * first, 0.0, 0.0)
     for _ in range(2):
         merged()  # and layers measured
     times: tuple[list[float], list[float]] = [first], []
     for _ in range(_ROUNDS):
         for call, taken in zip((merged, whole), times[::-1], strict=True):
             taken.append(timing.seconds(call, device))
-    return Verdict(1e6 * min(times[0]), 1e6 * statistics.median(times[1]), 0.0)
+    return Decision(1e6 * min(times[0]), 1e6 * statistics.median(times[1]), 0.0)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from ..core.failures import is_out_of_memory
-from .verdict import Verdict
+from .paying import Decision
 
 try:
     import fcntl
@@ -39,7 +39,7 @@ MOST = 1000  # verdicts that a file keeps, the newest
 RETRY, PATIENCE = 60.0, 2.0
 # Bytes of a file that we wrote; a larger one is not read.
 _LARGEST = 2**24
-# Between what is measured and its surroundings in a verdict's name.
+# Between what is measured and its surroundings in a decision's name.
 BETWEEN = " | "
 
 
@@ -47,8 +47,8 @@ class NotNow(Exception):
     """What was to be measured cannot be run as it is at this moment: nothing follows from it for later."""
 
 
-class Verdicts:
-    """Safe to use from several threads and processes, which all get the same verdict of a name.
+class DecisionStore:
+    """Safe to use from several threads and processes, which all get the same decision of a name.
 
     path: None keeps them in memory alone.
     """
@@ -57,11 +57,11 @@ class Verdicts:
         self.path = path
         self._lock = threading.RLock()  # around what is known
         self._measuring = threading.RLock()  # measurements side by side would disturb each other
-        self._known: dict[str, Verdict] | None = None
+        self._known: dict[str, Decision] | None = None
         self._again: dict[str, float] = {}  # when what failed is tried again, by the monotonic clock
         self._said: set[str] = set()
 
-    def get(self, key: str, measured: Callable[[], Verdict]) -> Verdict | None:
+    def get(self, key: str, measured: Callable[[], Decision]) -> Decision | None:
         """What is known of a layer; what is not is measured, by one thread at a time, and kept.
 
         None where measuring fails, which is said once. It is not tried again in this process; where memory ran out or
@@ -81,7 +81,7 @@ class Verdicts:
                 return None
             return self._keep(key, made)
 
-    def known(self, key: str) -> Verdict | None:
+    def known(self, key: str) -> Decision | None:
         """What is known of a layer, measured by this process or an earlier one."""
         with self._lock:
             if self._known is None:
@@ -92,7 +92,7 @@ class Verdicts:
         """Whether it failed and is not yet to be tried again."""
         return time.monotonic() < self._again.get(key, 0.0)
 
-    def _known_since(self, key: str) -> Verdict | None:
+    def _known_since(self, key: str) -> Decision | None:
         """The same, with what other processes have written by now."""
         with self._lock:
             self._known = {**(self._known or {}), **self._read()}
@@ -104,8 +104,8 @@ class Verdicts:
         what, when = key.partition(BETWEEN)[0], "; it is tried again later" if passes else ""
         self._say(f"{what}: not measured ({type(error).__name__}: {error}), so merged{when}")
 
-    def _keep(self, key: str, made: Verdict) -> Verdict:
-        """Write it, with what others have written since. Where another process was first, its verdict holds."""
+    def _keep(self, key: str, made: Decision) -> Decision:
+        """Write it, with what others have written since. Where another process was first, its decision holds."""
         with self._lock:
             try:
                 with contextlib.nullcontext(False) if self.path is None else _alone(self.path) as alone:
@@ -119,7 +119,7 @@ class Verdicts:
                 self.path = None
             return self._known[key]
 
-    def _read(self) -> dict[str, Verdict]:
+    def _read(self) -> dict[str, Decision]:
         try:
             if self.path is None or not self.path.is_file():
                 return {}
@@ -128,10 +128,10 @@ class Verdicts:
             held = json.loads(self.path.read_text(encoding="utf-8"))
             if held["form"] != FORM:
                 return {}
-            found = {key: Verdict(**numbers) for key, numbers in held["layers"].items()}
-            for verdict in found.values():
-                if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in asdict(verdict).values()):
-                    raise ValueError(f"a time that is none: {verdict}")
+            found = {key: Decision(**numbers) for key, numbers in held["layers"].items()}
+            for decision in found.values():
+                if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in asdict(decision).values()):
+                    raise ValueError(f"a time that is none: {decision}")
             return found
         except OSError as error:
             self._say(f"{self.path} cannot be read ({error}); its layers are measured anew")
@@ -139,8 +139,8 @@ class Verdicts:
             self._say(f"{self.path} is damaged ({type(error).__name__}: {error}) and is written anew")
         return {}
 
-    def _write(self, verdicts: dict[str, Verdict]) -> None:
-        newest = dict(list(verdicts.items())[-MOST:])
+    def _write(self, decided: dict[str, Decision]) -> None:
+        newest = dict(list(decided.items())[-MOST:])
         text = json.dumps({"form": FORM, "layers": {key: asdict(one) for key, one in newest.items()}}, indent=1)
         made = self.path.with_name(f"{self.path.name}.{os.getpid()}-{id(self):x}.tmp")
         try:
@@ -222,15 +222,15 @@ def _expanded(name: str) -> Path | None:
 
 
 # One for each device of this process; a measurement's outcome is a fact about the machine, not state of a call.
-_verdicts: dict[str, Verdicts] = {}
+_decided: dict[str, DecisionStore] = {}
 _lock = threading.Lock()
 
 
-def verdicts_of(device: torch.device) -> Verdicts:
+def store_of(device: torch.device) -> DecisionStore:
     """The verdicts of a device, read the first time."""
     name = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     with _lock:
-        if name not in _verdicts:
+        if name not in _decided:
             base = folder()
             if base is None and os.environ.get(FOLDER) != "":
                 log.warning(
@@ -239,5 +239,5 @@ def verdicts_of(device: torch.device) -> Verdicts:
                     FOLDER,
                 )
             file = "".join(c if c.isalnum() or c in ".+-" else "_" for c in name) + ".json"
-            _verdicts[name] = Verdicts(None if base is None else base / file)
-        return _verdicts[name]
+            _decided[name] = DecisionStore(None if base is None else base / file)
+        return _decided[name]

@@ -1,6 +1,6 @@
 """What every time on a device depends on beside what is timed: the versions of what runs there and torch's switches.
 
-With it in a verdict's name, another version or switch is another measurement and nothing has to be deleted by hand.
+With it in a decision's name, another version or switch is another measurement and nothing has to be deleted by hand.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def surroundings(device: torch.device) -> str:
     """In words. torch's own version and the device's name are not in it: each has a file of its own (store.py)."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     switches = (
-        _told(lambda: matmul.allow_tf32),
-        _told(lambda: cudnn.allow_tf32),
-        _told(lambda: matmul.allow_fp16_accumulation),
-        _told(lambda: cudnn.benchmark),
+        _is_on(lambda: matmul.allow_tf32),
+        _is_on(lambda: cudnn.allow_tf32),
+        _is_on(lambda: matmul.allow_fp16_accumulation),
+        _is_on(lambda: cudnn.benchmark),
         torch.are_deterministic_algorithms_enabled(),
         _autocast(device),
     )
@@ -75,7 +75,7 @@ def _versions() -> str:
     return ", ".join(words)
 
 
-def _told(switch: Callable[[], Any]) -> bool:
+def _is_on(switch: Callable[[], Any]) -> bool:
     """A switch of torch's; False where this version has none, or will not tell it beside a newer one."""
     try:
         return bool(switch())

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .verdict import Verdict
+from .paying import Decision
 
 _REPEATS, _ROUNDS = 16, 5  # 16: about as many layers as share a draw or a split (call.py)
 _CALLS = 2  # of a step, which follow each other as a sampler's do
@@ -17,10 +17,10 @@ _CALLS = 2  # of a step, which follow each other as a sampler's do
 
 def compared(
     full: Callable[[], Any], merged: Callable[[], Any], device: torch.device, repeats: int = _REPEATS
-) -> Verdict:
-    """The verdict of a layer, or of more than one, run whole and merged."""
+) -> Decision:
+    """The decision of a layer, or of more than one, run whole and merged."""
     whole, less = times_of(full, device, repeats), times_of(merged, device, repeats)
-    return Verdict(whole[0], less[0], max(0.0, less[1] - whole[1]))
+    return Decision(whole[0], less[0], max(0.0, less[1] - whole[1]))
 
 
 def times_of(call: Callable[[], Any], device: torch.device, repeats: int = _REPEATS) -> tuple[float, float]:

@@ -5,9 +5,9 @@ each query, and to let the token that stands for its run count once less:
 
     (exp(s) o + exp(q k_own) v_own - exp(q k_drawn) v_drawn) / (exp(s) + exp(q k_own) - exp(q k_drawn))
 
-A query whose own token is the drawn one gets o, bit for bit. As all tokens' keys are there, heads draw apart: head h
-takes what layer and step would draw h turns later. Their errors differ then, and what comes behind them takes the mean
-(docs/quality.md).
+A query whose own token is the drawn one gets o, bit for bit. As all tokens' keys are there, each head draws for itself:
+head h takes what layer and step would draw h turns later. Their errors differ then, and what comes behind them takes
+the mean (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ def by_head(index: Tensor, batch: int, heads: int) -> Tensor:
     return spread_rows(index.transpose(0, 1), batch)
 
 
-def take_turns(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def take_by_head(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens of k and v [B, H, L, d] by index [T, b, K], head h by its lists h % T -> [B, H, K, d] twice."""
-    return _take_turns(k, index), _take_turns(v, index)
+    return _take_by_head(k, index), _take_by_head(v, index)
 
 
-def _take_turns(x: Tensor, index: Tensor) -> Tensor:
+def _take_by_head(x: Tensor, index: Tensor) -> Tensor:
     """The same of one."""
     return x.gather(2, by_head(index, *x.shape[:2])[..., None].expand(-1, -1, -1, x.shape[3]))
 
 
-def keep_own(
+def add_self_token(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    turns: Tensor,
+    head_draws: Tensor,
     runs: Tensor,
     scale: float,
     weight: float = 0.0,
@@ -53,16 +53,16 @@ def keep_own(
     Args:
         q, k, v: [B, H, N, d] of all tokens. out: [B, H, N, d] and lse: [B, H, N], natural logarithm, of the attention
             to those that were drawn, each weighing as many as it stands for, and to whatever else shares the softmax.
-        turns: [T, b, M] int64, the drawn tokens, in head h those of the list h % T. runs: [N] int64, the place in such
-            a list of the one that stands for each token. scale: of the logits.
+        head_draws: [T, b, M] int64, the drawn tokens, in head h those of the list h % T. runs: [N] int64, the place in
+            such a list of the one that stands for each token. scale: of the logits.
         weight: what lse lacks, where the attention was told of no weights.
     Returns:
         [B, H, N, d] in out's dtype.
     """
-    owner = by_head(turns.index_select(2, runs), q.shape[0], q.shape[1])  # (B, H, N)
+    owner = by_head(head_draws.index_select(2, runs), q.shape[0], q.shape[1])  # (B, H, N)
     stands = owner == torch.arange(q.shape[2], device=q.device)  # for itself; what cancels would leave its rounding
     # In passes over whole rows: a gather by an index that is the same for all channels takes a CPU ten times as long.
-    drawn_k, drawn_v = (_take_turns(x, turns).index_select(2, runs).float() for x in (k, v))
+    drawn_k, drawn_v = (_take_by_head(x, head_draws).index_select(2, runs).float() for x in (k, v))
     q, lse = q.float(), lse.float() + weight
     own, drawn = (
         (torch.linalg.vecdot(q, x) * scale - lse).masked_fill(stands, -torch.inf) for x in (k.float(), drawn_k)
@@ -80,7 +80,7 @@ def attend_drawn(
     k: Tensor,
     v: Tensor,
     drawn: tuple[Tensor, Tensor] | None,
-    turns: Tensor,
+    head_draws: Tensor,
     runs: Tensor,
     start: int,
     scale: float,
@@ -91,17 +91,17 @@ def attend_drawn(
 
     Args:
         q, k, v: [B, H, L, d] of all tokens; the image's N begin at `start`. drawn: take_turns of the image's k and
-            v by `turns`; None: taken here. turns, runs, scale: as in keep_own.
+            v by `head_draws`; None: taken here. head_draws, runs, scale: as in add_self_token.
         weight: the logarithm of what each drawn key counts; a key beside the image's counts once.
     Returns:
         [B, H, L, d].
     """
     image = slice(start, start + runs.shape[0])
-    drawn = drawn or take_turns(k[:, :, image], v[:, :, image], turns)
+    drawn = drawn or take_by_head(k[:, :, image], v[:, :, image], head_draws)
     beside = [[x[:, :, :start], x[:, :, image.stop :]] for x in (k, v)]
     keys, values = (torch.cat((x, *y), 2).float() for x, y in zip(drawn, beside, strict=True))
     count = torch.full((keys.shape[2],), 0.0, device=q.device)
-    count[: turns.shape[2]] = weight
+    count[: head_draws.shape[2]] = weight
     out, lse = [], []
     for part in q.float().split(max(1, _SCORES // (q.shape[0] * q.shape[1] * keys.shape[2])), 2):
         logits = part @ keys.transpose(-1, -2) * scale + count
@@ -109,5 +109,5 @@ def attend_drawn(
         lse.append(logits.logsumexp(-1))
     out, lse = torch.cat(out, 2), torch.cat(lse, 2)
     parts = (x[:, :, image] for x in (q, k, v, out, lse))
-    out[:, :, image] = keep_own(*parts, turns, runs, scale)
+    out[:, :, image] = add_self_token(*parts, head_draws, runs, scale)
     return out.to(q.dtype)

@@ -11,7 +11,7 @@ from ..core.curve import is_compiling
 
 
 @dataclass
-class Judged:
+class LayersSeen:
     """What became of the layers of one call. unpaid: served ones where merging does not pay; others: all but those and
     the ones that are not served; alone, busy: the blocks of the former two and of the others."""
 
@@ -56,12 +56,12 @@ class BlockHooks:
         """Merging is to do nothing in calls of this kind."""
         self._idle.add(kind)
 
-    def judge(self, kind: Hashable, judged: Judged) -> None:
+    def remember(self, kind: Hashable, layers_seen: LayersSeen) -> None:
         """Remember what became of a whole call."""
-        if judged.pays_nowhere:
+        if layers_seen.pays_nowhere:
             self.rest(kind)
         elif not is_compiling():
-            self._alone[kind] = frozenset((self._alone.get(kind, frozenset()) | judged.alone) - judged.busy)
+            self._alone[kind] = frozenset((self._alone.get(kind, frozenset()) | layers_seen.alone) - layers_seen.busy)
 
     def on(
         self,

@@ -17,7 +17,7 @@ from ..core.grid import Grid, grid_of
 from ..core.groups import spread_rows
 from ..merging.call import MergedAttention, ModelCall
 from ..merging.plan import Plan
-from .blocks import Judged
+from .blocks import LayersSeen
 from .heads import is_met, may_meet
 from .parts import AroundParts, AtSdpa, Wide, Widening, argument, with_tokens
 from .trials import kind_of
@@ -32,26 +32,26 @@ class Pass:
 
     metric: Tensor | None = None
     layer: MergedAttention | None = None
-    own: Plan | None = None  # the layer's, whose keys and values are taken where they meet the queries
+    drawn_plan: Plan | None = None  # the layer's, whose keys and values are taken where they meet the queries
     plan: Plan | None = None  # the block's match, for attn2, ff, and attn1's queries alone
     open: dict[str, Plan] = field(default_factory=dict)
     bias: Tensor | None = None  # [b, M], of keys that get it where they meet the queries
     wide: Wide | None = None  # of keys that get it in wider heads
     query: Tensor | None = None  # what to_q gets in the place of attn1's input
-    verdict: Any = None  # what is known of the layer's times
+    decision: Any = None  # what is known of the layer's times
 
 
 @dataclass(eq=False)
-class Call:
+class HookedCall:
     """One call of the model. decisions: what tells its policy which layers pay. joint: what lets queries keep their own
-    tokens, None where they shall not. kind, judged: see blocks.BlockHooks."""
+    tokens, None where they shall not. kind, layers_seen: see blocks.BlockHooks."""
 
     model: ModelCall
     decisions: Any
     batch: int
     joint: JointCall | None = None
     kind: tuple = ()
-    judged: Judged = field(default_factory=Judged)
+    layers_seen: LayersSeen = field(default_factory=LayersSeen)
     passes: dict[MergedBlock, Pass] = field(default_factory=dict)
 
 
@@ -84,8 +84,8 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
     """The hooks of one transformer block. It holds nothing of a call: see Pass.
 
     owner: what holds the hooks of the model, with its options (`config`), this thread's call (`call`), what its
-    attention codes do (`trials`), `say`, which tells a line once, and `tell_own`, which is told why the queries of a
-    layer cannot keep their own tokens, or None.
+    attention codes do (`trials`), `say`, which tells a line once, and `tell_self_token`, which is told why the queries
+    of a layer cannot keep their own tokens, or None.
     NO_WEIGHTS: said where an attention code takes no wider heads.
     """
 
@@ -153,17 +153,17 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         """Why an attn1 on a grid that is served is left alone, or None; asked before its times are."""
         return None
 
-    def keeps_own(self, attn1: nn.Module, given: Given) -> bool:
+    def keeps_self(self, attn1: nn.Module, given: Given) -> bool:
         """Whether the queries of this call of a layer meet all keys: for their own tokens, or three resolutions."""
         heads, owner = getattr(attn1, "heads", None), self.owner
         if owner.call.joint is None or not heads:
             return False
         multires = owner.call.model.config.method == "multires"
-        reason = owner.trials.why_not_own(attn1, kind_of(attn1, heads, given.x), multires)
-        owner.tell_own(reason)
+        reason = owner.trials.why_no_self_token(attn1, kind_of(attn1, heads, given.x), multires)
+        owner.tell_self_token(reason)
         return reason is None
 
-    def why_not_paid(self, now: Pass, attn1: nn.Module, x: Tensor, grid: Grid, own: bool) -> str | None:
+    def why_not_paid(self, now: Pass, attn1: nn.Module, x: Tensor, grid: Grid, keeps_self: bool) -> str | None:
         """Why merging does not pay in a layer, or None."""
         raise NotImplementedError
 
@@ -188,7 +188,7 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         x, context = argument(args, kwargs, 0, name), argument(args, kwargs, 1, context_name)
         given = Given(args, kwargs, name, context_name, x, context, context is None or context is x)
         call = self.owner.call
-        call.judged.begin(self)
+        call.layers_seen.begin(self)
         if not self.is_served(now, given):
             return None
         grid = grid_of(x.shape[1], call.model.full)
@@ -196,31 +196,31 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
             self.leave(self.off_grid(x))
             return None
         if not call.model.serves(grid):
-            call.judged.leave(self)
+            call.layers_seen.leave(self)
             self.leave_unserved(grid)
             return None
         reason = self.why_attention_left(attn1, given)
         if reason is not None:
             self.leave(reason, grid)
             return None
-        own = self.keeps_own(attn1, given)
-        unpaid = self.why_not_paid(now, attn1, x, grid, own)
+        keeps_self = self.keeps_self(attn1, given)
+        unpaid = self.why_not_paid(now, attn1, x, grid, keeps_self)
         if unpaid is not None:
             self.leave(f"{unpaid}; ToMe skips layers of {x.shape[1]} tokens", grid)
-            call.judged.leave(self, unpaid=True)
+            call.layers_seen.leave(self, unpaid=True)
             return None
-        return self.merge_attention(now, attn1, given, grid, own)
+        return self.merge_attention(now, attn1, given, grid, keeps_self)
 
-    def merge_attention(self, now: Pass, attn1: nn.Module, given: Given, grid: Grid, own: bool) -> tuple | None:
+    def merge_attention(self, now: Pass, attn1: nn.Module, given: Given, grid: Grid, keeps_self: bool) -> tuple | None:
         """What attn1 is given instead, (args, kwargs), or None."""
         call, x = self.owner.call.model, given.x
-        layer = call.attention(x, x, x, grid, metric=now.metric, own=own)
+        layer = call.attention(x, x, x, grid, metric=now.metric, keeps_self=keeps_self)
         self.tell(now, grid, None if layer is None else layer.plan)
         if layer is None:
             return None
         now.layer = layer
-        if own:
-            now.own = layer.plan
+        if keeps_self:
+            now.drawn_plan = layer.plan
             return None  # attn1 gets all tokens; some of their keys are taken where they meet the queries
         now.plan = layer.plan if call.config.kind.matches else None
         return given.replaced(self._weigh(now, attn1), layer.k)
@@ -246,7 +246,7 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         now = self.now
         if now is None:
             return None
-        layer, now.layer, now.own, now.bias, now.wide, now.query = now.layer, None, None, None, None, None
+        layer, now.layer, now.drawn_plan, now.bias, now.wide, now.query = now.layer, None, None, None, None, None
         if layer is None:  # queries alone may be merged, as those of attn2
             return self._after_part("attn1", attn1, args, out)
         return self.unmerge(layer.plan, out) if layer.merges_queries else None
@@ -255,7 +255,7 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
 
     def meeting(self) -> tuple[JointCall | None, Plan | None, Tensor | None]:
         now = self.now
-        return (None, None, None) if now is None else (self.owner.call.joint, now.own, now.bias)
+        return (None, None, None) if now is None else (self.owner.call.joint, now.drawn_plan, now.bias)
 
     def wide(self) -> Wide | None:
         now = self.now

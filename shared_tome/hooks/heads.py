@@ -155,7 +155,7 @@ def meets_at_sdpa(
     return plain and all(x.shape == expected.shape for x in given) and torch.equal(given[2].to(dtype), expected)
 
 
-def why_not_own(
+def why_no_self_token(
     meets: Callable[[], bool], d: int, device: torch.device, dtype: torch.dtype, multires: bool = False
 ) -> str | None:
     """Why the queries of a layer with heads of d channels cannot keep their own tokens (core/self_token.py), or have
@@ -180,7 +180,7 @@ def may_meet(config: ToMeConfig) -> bool:
 
 
 def is_met(config: ToMeConfig, d: int, x: Tensor, meets: Callable[[], bool]) -> bool:
-    """Whether such a kernel takes the heads of a layer that is given x. meets: as in why_not_own."""
+    """Whether such a kernel takes the heads of a layer that is given x. meets: as in why_no_self_token."""
     return may_meet(config) and kernels.attends(d, trial_dtype(x)) and kernels.serves(x) and meets()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention.sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_own, attend_weighed
+from ..attention.sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_weighed, attend_with_self_token
 from ..attention.sequence import JointCall
 from ..merging.plan import Plan
 from .heads import PROJECTIONS, narrow, widen_key, widen_query, widen_value
@@ -93,13 +93,13 @@ class AtSdpa:
 
     def _begin(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
         _, plan, bias = self.meeting()
-        return self._attend_own if plan is not None else self._attend_weighed if bias is not None else None
+        return self._attend_with_self_token if plan is not None else self._attend_weighed if bias is not None else None
 
     # Both ask anew: an interrupt can leave the mode on that calls them.
-    def _attend_own(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend_with_self_token(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, H, N, d] -> [B, H, N, d]."""
         joint, plan, _ = self.meeting()
-        return attend_own(joint, plan, self._missed, attention, q, k, v)
+        return attend_with_self_token(joint, plan, self._missed, attention, q, k, v)
 
     def _attend_weighed(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, H, N, d], k and v [B, H, M, d] -> [B, H, N, d]."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .heads import find_rule, head_size, meets_at_sdpa, trial_dtype, why_not_own
+from .heads import find_rule, head_size, meets_at_sdpa, trial_dtype, why_no_self_token
 
 # Of a layer in a call: the channels of a head, the device, and a dtype to try its code in.
 Kind = tuple[int, torch.device, torch.dtype]
@@ -50,7 +50,7 @@ class Trials:
             self._meets[key] = meets_at_sdpa(forward, *kind, **more)
         return self._meets[key]
 
-    def why_not_own(self, attn1: nn.Module, kind: Kind, multires: bool) -> str | None:
-        """See heads.why_not_own."""
+    def why_no_self_token(self, attn1: nn.Module, kind: Kind, multires: bool) -> str | None:
+        """See heads.why_no_self_token."""
         d, device, dtype = kind
-        return why_not_own(lambda: self.meets(attn1, kind), d, device, dtype, multires)
+        return why_no_self_token(lambda: self.meets(attn1, kind), d, device, dtype, multires)

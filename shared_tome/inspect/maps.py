@@ -1,4 +1,4 @@
-"""From a recorded run and the picture that it made to a map (overlay.py draws it)."""
+"""From a recorded run and the picture that it made to a map (drawing.py draws it)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..core.noise import fold_seed
 from ..core.resolutions import HALVED, QUARTERED, WHOLE, resolution_of_tokens
 from ..merging.match import match_tokens
 from ..methods import MAX_LEVEL
+from .drawing import coverage, draw_map, draw_seen, owners, token_at
 from .legend import draw_legend
-from .overlay import coverage, draw_map, draw_seen, owners, token_at
 from .reasons import counted, why_not_served
 from .record import Run, StepFacts
 from .report import Layer
@@ -30,7 +30,7 @@ class NoMap(Exception):
 
 @dataclass(frozen=True)
 class Chosen:
-    """One layer in one step. owner: [images or 1, N], see overlay.owners; where: its block, or "".
+    """One layer in one step. owner: [images or 1, N], see drawing.owners; where: its block, or "".
 
     seen: of multires, what Run.owner has in its place; None for all that draws or matches alike for all queries.
     """
@@ -65,7 +65,7 @@ class Chosen:
         return f"level {self.level} ({grid}), layer {self.layer}{where}, step {self.step}{of}"
 
     def of_query(self, row: int, token: int, head: int) -> tuple[Tensor, tuple[str, ...]]:
-        """What a query token saw: how dark each token is [N] (overlay.draw_seen), and what the legend says.
+        """What a query token saw: how dark each token is [N] (drawing.draw_seen), and what the legend says.
 
         row: of the images. head: -1 is the mean of all. Raises NoMap where there is no such head.
         """

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autotune.layer import Verdict
+from ..autotune.layer import Decision
 from ..config import ToMeConfig
 from ..core.grid import Grid
 from ..merging.plan import MultiresPlan, Plan
@@ -123,8 +123,8 @@ class CallRecord(CallTally):
             self.run.note(self.step, dataclasses.replace(facts, full=full))
         self.full = full
 
-    def layer(self, where: str, grid: Grid, plan: Plan | None, part: int = 0, verdict: Verdict | None = None) -> int:
-        number = super().layer(where, grid, plan, part, verdict)
+    def layer(self, where: str, grid: Grid, plan: Plan | None, part: int = 0, decision: Decision | None = None) -> int:
+        number = super().layer(where, grid, plan, part, decision)
         if plan is not None and self.run.config.kind.matches and self._rows is not None:
             self._plans.append((grid, number, plan))
         if isinstance(plan, MultiresPlan):

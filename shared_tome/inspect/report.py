@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..autotune.decision_log import DecisionLog
-from ..autotune.verdict import Given, Verdict
+from ..autotune.paying import Decision, Given
 from ..config import ToMeConfig
 from ..core.grid import Grid, level_of
 from ..merging.plan import Plan
@@ -266,17 +266,17 @@ class CallTally:
         self.full = full
 
     def layer(
-        self, where: str, grid: Grid, plan: Plan | None, part: int = 0, verdict: Verdict | Given | None = None
+        self, where: str, grid: Grid, plan: Plan | None, part: int = 0, decision: Decision | Given | None = None
     ) -> int:
         """The next layer on a grid, and its number, which counts as ModelCall does.
 
-        plan: None where nothing is to go. verdict: what was measured of it.
+        plan: None where nothing is to go. decision: what was measured of it.
         """
         number = self.count(grid)
         if plan is None:
             self.left_alone(NO_WHOLE_TOKEN, where, grid, part)
         else:
-            saves, kept, before = None if verdict is None else verdict.saves_us, plan.kept, math.prod(grid)
+            saves, kept, before = None if decision is None else decision.saves_us, plan.kept, math.prod(grid)
             level = level_of(grid, self.full)
             layer = Layer(where, part, level, grid, number, before, (kept, kept), 1, saves_us=saves)
             self._tally.add(layer, self.step)

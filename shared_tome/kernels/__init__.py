@@ -9,6 +9,7 @@ one custom operator, so it breaks no graph and no new seed or step needs another
 # ruff: noqa: F401  (these are the names behind the front door)
 
 from .heads import (
+    add_self_token,
     attend,
     attend_drawn,
     attend_multires,
@@ -21,9 +22,8 @@ from .heads import (
     extend_key,
     extend_query,
     extend_value,
-    keep_own,
     pays_to_list,
-    take_turns,
+    take_by_head,
     takes_multires,
 )
 from .switch import ready, serves, use, version

@@ -82,7 +82,7 @@ def attend_drawn(
     k: Tensor,
     v: Tensor,
     drawn: tuple[Tensor, Tensor] | None,
-    turns: Tensor,
+    head_draws: Tensor,
     runs: Tensor,
     start: int,
     scale: float,
@@ -93,43 +93,43 @@ def attend_drawn(
     drawn: take_turns of the image's keys and values, None where they are to be looked up here: see pays_to_list.
     """
     if attends_drawn(q, k, v, scale):
-        return operator("attend_drawn")(q, k, v, *(drawn or (None, None)), turns, runs, start, scale, weight)
-    return self_token.attend_drawn(q, k, v, drawn, turns, runs, start, scale, weight)
+        return operator("attend_drawn")(q, k, v, *(drawn or (None, None)), head_draws, runs, start, scale, weight)
+    return self_token.attend_drawn(q, k, v, drawn, head_draws, runs, start, scale, weight)
 
 
 def pays_to_list(kept: int) -> bool:
     """Whether attend_drawn is faster, all told, if it looks the drawn keys up in their list, `kept` of them.
 
-    It takes the processor half (36 us against as much and 46 for `turns` before it, on an H100's host), but keys that
-    do not lie together take the GPU longer, up to a fifth of the attention.
+    It takes the processor half (36 us against as much and 46 for `head_draws` before it, on an H100's host), but keys
+    that do not lie together take the GPU longer, up to a fifth of the attention.
     """
     return kept <= _LISTED
 
 
-def take_turns(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def take_by_head(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """self_token.take_turns: k and v [B, H, L, d] and index [T, b, K] -> [B, H, K, d] twice in one launch."""
     able = k.shape == v.shape and k.dtype == v.dtype and k.dtype in _DTYPES and index.numel() > 0
     if able and not is_compiling() and serves(k, v, index):  # compiled, torch fuses it
         return operator("turns")(k, v, index)
-    return self_token.take_turns(k, v, index)
+    return self_token.take_by_head(k, v, index)
 
 
-def keep_own(
+def add_self_token(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    turns: Tensor,
+    head_draws: Tensor,
     runs: Tensor,
     scale: float,
     weight: float = 0.0,
 ) -> Tensor:
-    """self_token.keep_own in one launch."""
+    """self_token.add_self_token in one launch."""
     able = q.shape == k.shape == v.shape == out.shape and all(x.dtype == q.dtype for x in (k, v, out))
     able = able and q.dtype in _DTYPES and q.numel() > 0 and not is_compiling()  # compiled, torch fuses it
-    run = operator("own") if able and serves(q, k, v, out, turns, runs) else self_token.keep_own
-    return run(q, k, v, out, lse, turns, runs, scale, weight)
+    run = operator("own") if able and serves(q, k, v, out, head_draws, runs) else self_token.add_self_token
+    return run(q, k, v, out, lse, head_draws, runs, scale, weight)
 
 
 def takes_multires(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> bool:

@@ -26,8 +26,8 @@ from .plan import Plan
 _DRAWN_FIRST, _DRAWN_THEN = 16, 64
 # Layers whose src and dst are split in one go.
 _SPLIT_AT_ONCE = 16
-# Different draws that heads have at most, where they draw apart.
-_TURNS = 16
+# Different draws that heads have at most, where each draws for itself.
+_HEAD_DRAWS = 16
 
 
 def _check_tokens(grid: Grid, **given: Tensor) -> None:
@@ -132,10 +132,10 @@ class ModelCall:
         return sampled(batch, grid, self.config, kept, draw, self.seed, self.step, layer)
 
     def _draw(self, grid: Grid, kept: int, layer: int) -> Tensor:
-        """The tokens of a layer, [T, b, kept]: its own choice and what heads that draw apart take."""
+        """The tokens of a layer, [T, b, kept]: its own choice and what heads that draw for themselves take."""
         tokens = math.prod(grid)
         # Heads that draw apart want the turns after the layer's own, as many as a run has.
-        turns = min(_TURNS, -(-tokens // kept)) if self.config.keeps_own else 1
+        head_draws = min(_HEAD_DRAWS, -(-tokens // kept)) if self.config.keeps_self else 1
         if tokens % kept == 0:  # each run's walk begins again after as many layers as it has tokens
             layers = tokens // kept
             first, place = 0, layer % layers
@@ -144,20 +144,20 @@ class ModelCall:
             place = (layer - first) % layers
             first = layer - place
         if grid not in self._drawn or self._drawn[grid][0] != first:
-            count = layers + turns - 1
+            count = layers + head_draws - 1
             order = self._orders[grid] if grid in self._orders else curve_order(grid, self.seed.device)
             self._drawn[grid] = first, kernels.draw(order, kept, self.seed, self.step, first, count)
-        return self._drawn[grid][1].narrow(0, place, turns)
+        return self._drawn[grid][1].narrow(0, place, head_draws)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, metric: Tensor | None = None, own: bool = False
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, metric: Tensor | None = None, keeps_self: bool = False
     ) -> MergedAttention | None:
         """What the next self-attention layer on this grid is to be given, or None where it is left alone.
 
         q, k, v: [B, N, C], before or after their projections; pass the same tensor where they are the same.
-        metric: [B, N, D], what similarity is measured on; None: q. own: k and v stay whole, for an adapter that samples
-        behind the projections because queries keep their own tokens (attention/sequence.py, with the outcome's plan).
-        Raises ValueError where one of them does not have the grid's tokens.
+        metric: [B, N, D], what similarity is measured on; None: q. keeps_self: k and v stay whole, for an adapter that
+        samples behind the projections because queries keep their own tokens (attention/sequence.py, with the outcome's
+        plan). Raises ValueError where one of them does not have the grid's tokens.
         """
         if self.serves(grid):
             _check_tokens(grid, q=q, k=k, v=v)
@@ -165,7 +165,7 @@ class ModelCall:
         if plan is None:
             return None
         kind = self.config.kind
-        if own:
+        if keeps_self:
             bias = plan.key_bias() if self.config.weighs_keys else None
             return MergedAttention(plan, q, k, v, bias, merges_queries=False)
         merged = {id(q): plan.merge(q)} if kind.queries else {}

@@ -149,15 +149,15 @@ class MergePlan(Plan):
 class SamplePlan(Plan):
     """One token of each run; groups and sizes are worked out only when asked for.
 
-    turns: [T, b, M], the choice and what comes after it in the walk, for heads that draw apart
+    head_draws: [T, b, M], the choice and what comes after it in the walk, for heads that draw for themselves
     (attention/self_token.py).
     """
 
     is_identity = False
 
-    def __init__(self, batch: int, grid: Grid, turns: Tensor):
-        self._begin(batch, grid, turns.shape[2], turns.device)
-        self._turns = turns
+    def __init__(self, batch: int, grid: Grid, head_draws: Tensor):
+        self._begin(batch, grid, head_draws.shape[2], head_draws.device)
+        self._head_draws = head_draws
 
     def _begin(self, batch: int, grid: Grid, kept: int, device: torch.device) -> None:
         Plan.__init__(self, batch, math.prod(grid), kept, device)
@@ -165,8 +165,8 @@ class SamplePlan(Plan):
         self._first = 0  # the place of the choice in turns
 
     @property
-    def turns(self) -> Tensor:
-        return self._turns
+    def head_draws(self) -> Tensor:
+        return self._head_draws
 
     def from_head(self, head: int) -> SamplePlan:
         """The same for an attention that has a model's heads from that one on."""
@@ -176,11 +176,11 @@ class SamplePlan(Plan):
         return plan
 
     def _roll(self, head: int) -> None:
-        self._turns = self._turns.roll(-head, 0)
+        self._head_draws = self._head_draws.roll(-head, 0)
 
     @property
     def choice(self) -> Tensor:
-        return self.turns[self._first % len(self.turns)]
+        return self.head_draws[self._first % len(self.head_draws)]
 
     @property
     def groups(self) -> Tensor:
@@ -188,7 +188,7 @@ class SamplePlan(Plan):
 
     @property
     def runs(self) -> Tensor:
-        """[N]: the place in `choice`, and in each of `turns`, of the token that stands for each."""
+        """[N]: the place in `choice`, and in each of `head_draws`, of the token that stands for each."""
         return run_of_token(self.grid, self.kept, self.device)
 
     @property
@@ -237,7 +237,7 @@ class MultiresPlan(SamplePlan):
         self.shares, self.seed, self.step, self.layer = shares, seed, step, layer
 
     @property
-    def turns(self) -> Tensor:
+    def head_draws(self) -> Tensor:
         if self._drawn is None:
             self._drawn = self._draw()
         return self._drawn

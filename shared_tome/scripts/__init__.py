@@ -18,7 +18,7 @@ from torch import nn
 from ..autotune.decision_log import together
 from ..config import ToMeConfig
 from ..hooks.served import find_served, served_as
-from .hooks import Attachment, served_blocks
+from .hooks import UNetAttachment, served_blocks
 from .joint import JointAttachment
 from .parallel import why_not_parallel
 from .rows import REFUSED, ROWS, TRANSFORMERS
@@ -95,7 +95,7 @@ def apply_patch(
     first = None
     for denoiser in denoisers:
         pipe = model if model is not denoiser else None
-        kind = JointAttachment if served_as(denoiser, ROWS) is not None else Attachment
+        kind = JointAttachment if served_as(denoiser, ROWS) is not None else UNetAttachment
         attachment = kind(denoiser, config, pipe, merge_attn)
         first = first or attachment
         attachment.speak_as(first)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.combine import TORCHS
-from ..autotune.detached import about_model, run_bare
+from ..autotune.detached import about_model, run_detached
 from ..core.curve import is_compiling
 from ..core.grid import Grid
 from ..hooks import engine
@@ -29,7 +29,7 @@ from . import base
 from .outcome import CallOutcome
 
 if TYPE_CHECKING:
-    from .hooks import Attachment
+    from .hooks import UNetAttachment
 
 
 @dataclass(eq=False)
@@ -40,20 +40,20 @@ class BlockPass(Pass):
 
 
 @dataclass(eq=False)
-class Call(engine.Call):
-    """One call of the model. keeps_own: by what of a layer decides."""
+class ScriptCall(engine.HookedCall):
+    """One call of the model. keeps_self: by what of a layer decides."""
 
     outcome: CallOutcome = field(default_factory=CallOutcome)
-    keeps_own: dict[tuple, bool] = field(default_factory=dict)
+    keeps_self: dict[tuple, bool] = field(default_factory=dict)
 
 
-class Block(MergedBlock):
+class ScriptBlock(MergedBlock):
     """The hooks of one transformer block. Holds no state of a call and no module."""
 
-    owner: Attachment
+    owner: UNetAttachment
     NO_WEIGHTS = "this attention processor takes no weights of keys; proportional attention is off"
 
-    def __init__(self, owner: Attachment):
+    def __init__(self, owner: UNetAttachment):
         super().__init__(owner)
         self._hooked: list[weakref.ref] = []  # the projections that carry their hooks
         self._projection_handles: list[Any] = []
@@ -94,22 +94,22 @@ class Block(MergedBlock):
     def leave_unserved(self, grid: Grid) -> None:
         self.owner.call.outcome.leave(self.owner.call.model, grid)
 
-    def keeps_own(self, attn1: nn.Module, given: Given) -> bool:
+    def keeps_self(self, attn1: nn.Module, given: Given) -> bool:
         call = self.owner.call
         if call.joint is None or not self.owner.merge_attn or not given.is_itself or is_fused(attn1):
             return False
         d = head_size(attn1, attn1.heads, given.x)
         key = (type(attn1), type(getattr(attn1, "processor", None)), attn1.heads, d, given.x.shape[1], given.x.dtype)
-        if key not in call.keeps_own:  # asked once a call and not once a layer
-            call.keeps_own[key] = not base.compiles() and super().keeps_own(attn1, given)
-        return call.keeps_own[key]
+        if key not in call.keeps_self:  # asked once a call and not once a layer
+            call.keeps_self[key] = not base.compiles() and super().keeps_self(attn1, given)
+        return call.keeps_self[key]
 
-    def why_not_paid(self, now: Pass, attn1: nn.Module, x: Tensor, grid: Grid, own: bool) -> str | None:
-        block = None if is_compiling() else functools.partial(run_bare, now.block)
-        about, kernels = functools.partial(about_model, now.block, x.device), TORCHS if own else ()
+    def why_not_paid(self, now: Pass, attn1: nn.Module, x: Tensor, grid: Grid, keeps_self: bool) -> str | None:
+        block = None if is_compiling() else functools.partial(run_detached, now.block)
+        about, kernels = functools.partial(about_model, now.block, x.device), TORCHS if keeps_self else ()
         decisions = self.owner.call.decisions
         return decisions.why_not_paid(
-            decisions.verdict(x, grid, attn1.heads, kernels=kernels, block=block, about=about)
+            decisions.decision(x, grid, attn1.heads, kernels=kernels, block=block, about=about)
         )
 
     def tell(self, now: Pass, grid: Grid, plan: Plan | None) -> None:
@@ -119,13 +119,13 @@ class Block(MergedBlock):
         else:
             outcome.merged = True
 
-    def merge_attention(self, now: Pass, attn1: nn.Module, given: Given, grid: Grid, own: bool) -> tuple | None:
+    def merge_attention(self, now: Pass, attn1: nn.Module, given: Given, grid: Grid, keeps_self: bool) -> tuple | None:
         call = self.owner.call.model
         kind = call.config.kind
         if self.owner.merge_attn and given.is_itself:
-            if not self._can_merge_keys(attn1, given, kind, own):
+            if not self._can_merge_keys(attn1, given, kind, keeps_self):
                 return None
-            made = super().merge_attention(now, attn1, given, grid, own)
+            made = super().merge_attention(now, attn1, given, grid, keeps_self)
             if made is not None and kind.keys != kind.queries:
                 self._watch_keys(attn1, now.layer.k.shape[1])
             return made
@@ -144,7 +144,7 @@ class Block(MergedBlock):
         now.open["attn1"] = now.plan  # keys of its own (the block only attends to a prompt): queries alone
         return with_tokens(given.args, given.kwargs, given.name, now.plan.merge(given.x))
 
-    def _can_merge_keys(self, attn1: nn.Module, given: Given, kind: Any, own: bool) -> bool:
+    def _can_merge_keys(self, attn1: nn.Module, given: Given, kind: Any, keeps_self: bool) -> bool:
         if kind.keys and argument(given.args, given.kwargs, 2, "attention_mask", "mask") is not None:
             self.say("ToMe skips a self-attention with a mask")
             return False
@@ -154,7 +154,7 @@ class Block(MergedBlock):
                 "method merge"
             )
             return False
-        if not own and kind.keys != kind.queries and not self.owner.takes_keys.get(code_of(attn1), True):
+        if not keeps_self and kind.keys != kind.queries and not self.owner.takes_keys.get(code_of(attn1), True):
             what = type(getattr(attn1, "processor", None) or attn1).__name__
             self.say(f"ToMe skips the self-attention of {what}, which makes its keys itself; choose method merge")
             return False
@@ -246,13 +246,13 @@ def code_of(attention: nn.Module) -> tuple:
     """What decides how a layer attends: its forward, its processor with that one's settings, and torch's function,
     which may have been replaced."""
     processor = getattr(attention, "processor", None)
-    told: Any = ()
+    state: Any = ()
     if processor is not None and _is_diffusers(processor):
         simple = (bool, int, float, str)
-        told = tuple((key, x) for key, x in getattr(processor, "__dict__", {}).items() if isinstance(x, simple))
+        state = tuple((key, x) for key, x in getattr(processor, "__dict__", {}).items() if isinstance(x, simple))
     elif hasattr(processor, "__weakref__"):
-        told = weakref.ref(processor)
-    return type(attention).forward, type(processor), told, F.scaled_dot_product_attention
+        state = weakref.ref(processor)
+    return type(attention).forward, type(processor), state, F.scaled_dot_product_attention
 
 
 @functools.lru_cache(maxsize=64)

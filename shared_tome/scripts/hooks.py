@@ -19,9 +19,9 @@ from ..attention.combine import TORCHS
 from ..attention.sdpa import leave_left_modes
 from ..attention.sequence import JointCall
 from ..autotune.decisions import Decisions
-from ..autotune.detached import about_model, bare_model
-from ..autotune.layer import Verdict
-from ..autotune.step import is_judged, rows_of, verdict_of, why_left_alone
+from ..autotune.detached import about_model, detached_model
+from ..autotune.layer import Decision
+from ..autotune.step import decision_of, is_timed, rows_of, why_left_alone
 from ..autotune.store import RETRY
 from ..config import ToMeConfig
 from ..core.grid import Grid
@@ -30,7 +30,7 @@ from ..hooks.heads import served_blocks as blocks_with
 from ..hooks.parts import argument
 from ..merging.call import ModelCall
 from . import base
-from .block import Block, Call, ScriptTrials
+from .block import ScriptBlock, ScriptCall, ScriptTrials
 
 # Around the taking off and putting on of blocks' hooks: a model may be at work in several threads.
 _hooking = threading.Lock()
@@ -41,17 +41,19 @@ def served_blocks(model: nn.Module) -> Iterator[nn.Module]:
     return blocks_with(model, "heads")
 
 
-class Attachment(base.BaseAttachment):
-    """On a U-Net. merge_attn: whether attn1 is merged at all. judges: whether its whole steps are judged, too."""
+class UNetAttachment(base.BaseAttachment):
+    """On a U-Net. merge_attn: whether attn1 is merged at all. times_steps: whether its whole steps are judged, too."""
 
-    def __init__(self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True, judges: bool = True):
+    def __init__(
+        self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True, times_steps: bool = True
+    ):
         super().__init__(config.resolved(multires=False), pipe)
         self.decided.resolve(config, self.config)
-        self.merge_attn, self._judges = merge_attn, judges
-        self._judged: dict[tuple, float] = {}  # when a kind of steps is asked about again, by the monotonic clock
+        self.merge_attn, self._times_steps = merge_attn, times_steps
+        self._timed_until: dict[tuple, float] = {}  # when a kind of steps is asked about again, by the monotonic clock
         self.trials = ScriptTrials()
         self.takes_keys: dict[tuple, bool] = {}  # by attention code: whether it makes its keys from the given context
-        self._blocks = [Block(self) for _ in served_blocks(model)]
+        self._blocks = [ScriptBlock(self) for _ in served_blocks(model)]
         self._hooks = BlockHooks()
         if not (merge_attn or config.cross_attention or config.mlp):
             self.say("nothing is merged: attention, cross-attention and MLP are all off")
@@ -65,7 +67,7 @@ class Attachment(base.BaseAttachment):
         super().detach(model)
         self._hooks.off()
 
-    def _hook(self, model: nn.Module) -> Iterator[tuple[Block, Callable[[], list[Any]]]]:
+    def _hook(self, model: nn.Module) -> Iterator[tuple[ScriptBlock, Callable[[], list[Any]]]]:
         """The blocks, and what puts their hooks on."""
         for hooked, block in zip(self._blocks, served_blocks(model), strict=True):
             yield hooked, functools.partial(hooked.hook, block)
@@ -81,7 +83,7 @@ class Attachment(base.BaseAttachment):
         config, grid = self.config_now(timestep), (x.shape[2], x.shape[3])
         kind = (grid, config.ratio, x.dtype, x.device)
         if config.ratio > 0.0 and not self._hooks.is_idle(kind):
-            self._judge_step(module, args, kwargs, config, kind, x.shape[0])
+            self._time_step(module, args, kwargs, config, kind, x.shape[0])
         idle = self._hooks.is_idle(kind)
         # What does nothing takes the processor time: the GPU is asked for nothing, and the blocks' hooks go.
         call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x)
@@ -90,54 +92,54 @@ class Attachment(base.BaseAttachment):
             if idle and alone:
                 self._hooks.off()
             elif call is not None and not idle:
-                self.call = Call(call, Decisions(call, log=self.decided), x.shape[0], self._joint(call), kind)
+                self.call = ScriptCall(call, Decisions(call, log=self.decided), x.shape[0], self._joint(call), kind)
                 self._hooks.on(lambda: self._hook(module), kind, alone)
 
-    def _judge_step(
+    def _time_step(
         self, model: nn.Module, args: tuple, kwargs: dict[str, Any], config: ToMeConfig, kind: tuple, batch: int
     ) -> None:
         """Whether merging pays in whole steps of this kind, asked once of each; again where it is not known."""
-        known = time.monotonic() < self._judged.get(kind, 0.0)
-        if not self._judges or known:
+        known = time.monotonic() < self._timed_until.get(kind, 0.0)
+        if not self._times_steps or known:
             return
         given = self.decided.step(config, kind[0])
         if given is None and (base.captures(kind[-1]) or base.compiles()):
             return
         whole = config.replace(start=0.0, end=1.0)  # whatever its place in the schedule
-        verdict = given or self._verdict(model, args, kwargs, whole, kind[0], batch)
-        self._judged[kind] = time.monotonic() + RETRY if verdict is None else math.inf
-        pays = verdict is None or verdict.pays()
-        self.decided.made_step(whole, kind[0], verdict, pays)
+        decision = given or self._decision(model, args, kwargs, whole, kind[0], batch)
+        self._timed_until[kind] = time.monotonic() + RETRY if decision is None else math.inf
+        pays = decision is None or decision.pays()
+        self.decided.made_step(whole, kind[0], decision, pays)
         if not pays:
-            self.say(f"{why_left_alone(verdict)}; nothing is merged")
+            self.say(f"{why_left_alone(decision)}; nothing is merged")
             self._hooks.rest(kind)
 
-    def _verdict(
+    def _decision(
         self, model: nn.Module, args: tuple, kwargs: dict[str, Any], config: ToMeConfig, grid: Grid, batch: int
-    ) -> Verdict | None:
+    ) -> Decision | None:
         """What is known of the times of a model's steps, whatever their place in the schedule (autotune/step.py); None:
         not measured, or not to be. Copies without foreign hooks are run, so that nobody else sees a call more.
 
         args, kwargs: of a call, whose first row is what is run; batch: its rows. grid: the latent's.
         """
         x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        if not is_judged(config, x.device) or model.training:
+        if not is_timed(config, x.device) or model.training:
             return None
-        whole, merged = bare_model(model), bare_model(model)
+        whole, merged = detached_model(model), detached_model(model)
         if whole is None or merged is None:
             return None
 
         def both() -> tuple[Callable[[], Any], Callable[[], Any]]:
-            Attachment(merged, config, self.steps.pipe, self.merge_attn, judges=False).speak_as(self)
+            UNetAttachment(merged, config, self.steps.pipe, self.merge_attn, times_steps=False).speak_as(self)
             given, named = rows_of((args, kwargs), batch)
             return lambda: whole(*given, **named), lambda: merged(*given, **named)
 
-        return verdict_of(model, x.dtype, x.device, grid, config, both, about=about_model(model, x.device))
+        return decision_of(model, x.dtype, x.device, grid, config, both, about=about_model(model, x.device))
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         call, self.call = self.call, None
         if call is not None and out is not None:  # None: the call ended in an exception
-            self._hooks.judge(call.kind, call.judged)
+            self._hooks.remember(call.kind, call.layers_seen)
             if not base.compiles():
                 self._outcome.end_call(call.kind, call.outcome)
 
@@ -150,9 +152,9 @@ class Attachment(base.BaseAttachment):
             what = "own token has no effect" if own else "sample takes the place of multires"
             self.say(f"under torch.compile {what}")
             return None
-        return JointCall(True, TORCHS, self._say_why, call.config.keeps_own)
+        return JointCall(True, TORCHS, self._say_why, call.config.keeps_self)
 
-    def tell_own(self, refused: str | None) -> None:
+    def tell_self_token(self, refused: str | None) -> None:
         """Why the queries of a layer cannot keep their own tokens, if they cannot."""
         if refused is not None:
             self.say(refused)

@@ -35,7 +35,7 @@ from .rows import ROWS, Place, attentions_of
 
 
 @dataclass(eq=False)
-class _Call:
+class _TransformerCall:
     """One call of the model. grid: the image's; head, tail: tokens before and behind it; groups: its rows by what a
     mask hides of these, None where no mask is known; shard: this process's part, where several share the call."""
 
@@ -77,19 +77,21 @@ class JointAttachment(BaseAttachment):
         if reason is not None:
             self.say(f"{reason}; nothing is merged")
             return
-        told = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        place = self.row.place(model, told, self._grid_of)
+        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        place = self.row.place(model, arguments, self._grid_of)
         grid, x = place.grid, place.latent
         if math.prod(grid) == 0:
             self.say("ToMe skips image tokens that are not rows of one image")
             return
-        timestep = told.get(self.row.timestep)
+        timestep = arguments.get(self.row.timestep)
         call = self.model_call(self.config_now(timestep, kernels.serves(x)), grid, timestep, x)
         if call is not None:
-            joint = JointCall(call.config.weighs_keys, TORCHS, self._say_why, call.config.keeps_own)
+            joint = JointCall(call.config.weighs_keys, TORCHS, self._say_why, call.config.keeps_self)
             decisions = JointDecisions(call, grid, type(model).__name__, self.decided)
             groups, shard = self._groups_of(place), Shard.of(model, place)
-            self.call = _Call(call, joint, grid, x.shape[0], place.head, place.tail, decisions, groups, shard)
+            self.call = _TransformerCall(
+                call, joint, grid, x.shape[0], place.head, place.tail, decisions, groups, shard
+            )
 
     def _after_model(self, model: nn.Module, args: tuple, out: Any) -> None:
         call, self.call = self.call, None
@@ -178,7 +180,7 @@ class JointAttachment(BaseAttachment):
         return self._planned(attention, q, k, v, start, plan)
 
     def _tell_masked(self) -> None:
-        if self.call.joint.own:
+        if self.call.joint.keeps_self:
             self.say("own token has no effect under a mask")
 
     def _planned(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:

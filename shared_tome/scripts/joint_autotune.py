@@ -13,8 +13,8 @@ from ..attention.sdpa import HostAttention, attend_sampled
 from ..attention.sequence import JointCall
 from ..autotune.decision_log import DecisionLog
 from ..autotune.layer import known_or_measured, measures, name_of, ways
+from ..autotune.paying import Decision, Given
 from ..autotune.timing import compared
-from ..autotune.verdict import Given, Verdict
 from ..core.curve import is_compiling
 from ..core.grid import Grid
 from ..merging.call import ModelCall
@@ -31,7 +31,7 @@ class JointDecisions:
     grid: Grid
     model: str
     log: DecisionLog = field(default_factory=DecisionLog)
-    _known: dict[tuple, Verdict | Given | None] = field(default_factory=dict)
+    _known: dict[tuple, Decision | Given | None] = field(default_factory=dict)
 
     def why_not_paid(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int) -> str | None:
         """Why an attention is left alone because of its times, or None. q, k, v: [B, H, L, d]; the image begins at
@@ -54,7 +54,7 @@ class JointDecisions:
                     name_of(None, q.device),
                     *TORCHS,
                     *map(str, shape),
-                    *ways(config, config.keeps_own),
+                    *ways(config, config.keeps_self),
                 ]
                 timed = self._timed(attention, q[:1], k[:1], v[:1], start)
                 known = known_or_measured(", ".join(names), q.device, timed)
@@ -68,15 +68,15 @@ class JointDecisions:
         """How many tokens the image has."""
         return math.prod(self.grid)
 
-    def _timed(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int) -> Callable[[], Verdict]:
+    def _timed(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int) -> Callable[[], Decision]:
         """What measures one row. Its draws are its own: those of the call stay what they are."""
 
-        def measure() -> Verdict:
+        def measure() -> Decision:
             config = self.call.config
             plan = ModelCall(config, self.grid, q.device).plan(q.new_empty(1, self.call_tokens, 1), self.grid)
             if plan is None:
-                return Verdict(0.0, 0.0, 0.0)
-            joint = JointCall(config.weighs_keys, TORCHS, lambda *_: None, config.keeps_own)
+                return Decision(0.0, 0.0, 0.0)
+            joint = JointCall(config.weighs_keys, TORCHS, lambda *_: None, config.keeps_self)
             return compared(
                 lambda: attention(q, k, v), lambda: attend_sampled(joint, attention, q, k, v, start, plan), q.device
             )

@@ -107,16 +107,16 @@ def attend_padded(
     splits: whether rows may run after each other. tell_masked: called where the mask stays.
     """
     whole = attention.mask.dtype is torch.bool and attention.mask.shape[-2] == 1
-    bare = HostAttention(attention.func, attention.options, None)
+    unmasked = HostAttention(attention.func, attention.options, None)
     if all(group.kept is None for group in groups):
-        return attend(bare, q, k, v, start, plan)
+        return attend(unmasked, q, k, v, start, plan)
     if not whole or (len(groups) > 1 and not splits):
         tell_masked()
         return attend(UnderMask(attention, start, plan.tokens), q, k, v, start, plan)
     out = torch.zeros_like(q)
     for group in groups:
         given = [_taken(x if group.rows is None else x[group.rows], group.kept) for x in (q, k, v)]
-        made = attend(bare, *given, group.start, plan)
+        made = attend(unmasked, *given, group.start, plan)
         if group.rows is None:
             _put(out, group.kept, made)
         else:

@@ -19,7 +19,7 @@ from ..core.grid import Grid
 from .steps import Clock
 
 # A call's arguments by name.
-Told = dict[str, Any]
+CallArguments = dict[str, Any]
 # of_ids(ids): the grid of position ids and how many tokens stand behind it, kept for the next call (joint.py).
 OfIds = Callable[[Tensor], tuple[Grid, int]]
 
@@ -53,7 +53,7 @@ class Row:
     place(model, told, of_ids): see Place. timestep: its argument's name; clock: how pipelines make it.
     """
 
-    place: Callable[[Any, Told, OfIds], Place]
+    place: Callable[[Any, CallArguments, OfIds], Place]
     lists: tuple[str, ...] = ("transformer_blocks", "single_transformer_blocks")
     attentions: tuple[str, ...] = ("attn",)
     timestep: str = "timestep"
@@ -64,90 +64,90 @@ def _patches(sizes: tuple[int, ...], *patch: int) -> Grid:
     return tuple(size // side for size, side in zip(sizes[-len(patch) :], patch, strict=True))
 
 
-def _text(told: Told) -> int:
-    return told["encoder_hidden_states"].shape[1]
+def _text(arguments: CallArguments) -> int:
+    return arguments["encoder_hidden_states"].shape[1]
 
 
-def _flux(model: Any, told: Told, of_ids: OfIds) -> Place:
+def _flux(model: Any, arguments: CallArguments, of_ids: OfIds) -> Place:
     """The text, the image, and references behind it (Kontext)."""
-    grid, reference = of_ids(told["img_ids"])
-    return Place(grid, told["hidden_states"], _text(told), reference)
+    grid, reference = of_ids(arguments["img_ids"])
+    return Place(grid, arguments["hidden_states"], _text(arguments), reference)
 
 
-def _chroma(model: Any, told: Told, of_ids: OfIds) -> Place:
-    grid, reference = of_ids(told["img_ids"])
-    return Place(grid, told["hidden_states"], _text(told), reference, told.get("attention_mask"))
+def _chroma(model: Any, arguments: CallArguments, of_ids: OfIds) -> Place:
+    grid, reference = of_ids(arguments["img_ids"])
+    return Place(grid, arguments["hidden_states"], _text(arguments), reference, arguments.get("attention_mask"))
 
 
-def _sd3(model: Any, told: Told, of_ids: OfIds) -> Place:
+def _sd3(model: Any, arguments: CallArguments, of_ids: OfIds) -> Place:
     """The image, and the text behind it; a second attention of some blocks is to the image alone."""
-    x, patch = told["hidden_states"], model.config.patch_size
-    return Place(_patches(x.shape, patch, patch), x, tail=_text(told))
+    x, patch = arguments["hidden_states"], model.config.patch_size
+    return Place(_patches(x.shape, patch, patch), x, tail=_text(arguments))
 
 
-def _image(model: Any, told: Told, of_ids: OfIds) -> Place:
+def _image(model: Any, arguments: CallArguments, of_ids: OfIds) -> Place:
     """The image alone: the text has an attention of its own."""
-    x, patch = told["hidden_states"], model.config.patch_size
+    x, patch = arguments["hidden_states"], model.config.patch_size
     return Place(_patches(x.shape, patch, patch), x)
 
 
-def _aura_flow(model: Any, told: Told, of_ids: OfIds) -> Place:
+def _aura_flow(model: Any, arguments: CallArguments, of_ids: OfIds) -> Place:
     """Registers, the text, the image."""
-    x, patch = told["hidden_states"], model.config.patch_size
-    return Place(_patches(x.shape, patch, patch), x, model.register_tokens.shape[1] + _text(told))
+    x, patch = arguments["hidden_states"], model.config.patch_size
+    return Place(_patches(x.shape, patch, patch), x, model.register_tokens.shape[1] + _text(arguments))
 
 
-def _qwen(model: Any, told: Told, of_ids: OfIds) -> Place:
+def _qwen(model: Any, arguments: CallArguments, of_ids: OfIds) -> Place:
     """The text, the image, and references behind it (Edit). Layers of one image (Layered) are its frames; behind them
     stands the image that they are made from."""
-    x, shapes = told["hidden_states"], told.get("img_shapes") or [(0, 0, 0)]
+    x, shapes = arguments["hidden_states"], arguments.get("img_shapes") or [(0, 0, 0)]
     shapes = shapes[0] if isinstance(shapes[0], list) else shapes[:1]
     images = len(shapes) - 1 if model.config.use_layer3d_rope else 1
     frames, rows, columns = shapes[0]
     is_whole = sum(map(math.prod, shapes)) == x.shape[1] and len(set(shapes[:images])) == 1
     grid = (frames * images, rows, columns) if is_whole else (0, 0)
     grid = grid[1:] if grid[0] == 1 else grid
-    return Place(grid, x, _text(told), x.shape[1] - math.prod(grid), told.get("encoder_hidden_states_mask"))
+    return Place(grid, x, _text(arguments), x.shape[1] - math.prod(grid), arguments.get("encoder_hidden_states_mask"))
 
 
-def _wan(model: Any, told: Told, of_ids: OfIds) -> Place:
-    x = told["hidden_states"]
+def _wan(model: Any, arguments: CallArguments, of_ids: OfIds) -> Place:
+    x = arguments["hidden_states"]
     return Place(_patches(x.shape, *model.config.patch_size), x)
 
 
-def _hunyuan_video(model: Any, told: Told, of_ids: OfIds) -> Place:
+def _hunyuan_video(model: Any, arguments: CallArguments, of_ids: OfIds) -> Place:
     """The video, and the text behind it, whose first tokens count, as many as its mask has."""
-    x, config = told["hidden_states"], model.config
+    x, config = arguments["hidden_states"], model.config
     grid = _patches(x.shape, config.patch_size_t, config.patch_size, config.patch_size)
 
     def valid(mask: Tensor, beside: int) -> Tensor:
         return torch.arange(beside) < mask.sum(1, dtype=torch.int64)[:, None]
 
-    return Place(grid, x, tail=_text(told), mask=told["encoder_attention_mask"], valid=valid)
+    return Place(grid, x, tail=_text(arguments), mask=arguments["encoder_attention_mask"], valid=valid)
 
 
-def _ltx(model: Any, told: Told, of_ids: OfIds) -> Place:
+def _ltx(model: Any, arguments: CallArguments, of_ids: OfIds) -> Place:
     """Where the pipeline tells coordinates instead, further frames may stand among the video's."""
-    x = told["hidden_states"]
-    grid = tuple(int(told.get(name) or 0) for name in ("num_frames", "height", "width"))
-    is_whole = told.get("video_coords") is None and math.prod(grid) == x.shape[1]
+    x = arguments["hidden_states"]
+    grid = tuple(int(arguments.get(name) or 0) for name in ("num_frames", "height", "width"))
+    is_whole = arguments.get("video_coords") is None and math.prod(grid) == x.shape[1]
     return Place(grid if is_whole else (0, 0), x)
 
 
-def _cogvideox(model: Any, told: Told, of_ids: OfIds) -> Place:
+def _cogvideox(model: Any, arguments: CallArguments, of_ids: OfIds) -> Place:
     """The text, and the video, [B, frames, C, rows, columns]."""
-    x, config = told["hidden_states"], model.config
+    x, config = arguments["hidden_states"], model.config
     frames = x.shape[1] // (config.patch_size_t or 1)
-    return Place((frames, *_patches(x.shape, config.patch_size, config.patch_size)), x, _text(told))
+    return Place((frames, *_patches(x.shape, config.patch_size, config.patch_size)), x, _text(arguments))
 
 
-def _z_image(model: Any, told: Told, of_ids: OfIds) -> Place:
+def _z_image(model: Any, arguments: CallArguments, of_ids: OfIds) -> Place:
     """The image, what fills it up, the caption, what fills it up; behind these, padding to the longest of the batch."""
-    images, captions = told["x"], told["cap_feats"]
+    images, captions = arguments["x"], arguments["cap_feats"]
     if isinstance(images[0], list) or len({x.shape for x in images}) > 1:  # omni: several images a row
         return Place((0, 0), images[0] if isinstance(images[0], Tensor) else images[0][-1])
-    side = told.get("patch_size", 2)
-    grid = _patches(images[0].shape, told.get("f_patch_size", 1), side, side)
+    side = arguments.get("patch_size", 2)
+    grid = _patches(images[0].shape, arguments.get("f_patch_size", 1), side, side)
     filled = -math.prod(grid) % _MULTIPLE
     lengths = torch.tensor([filled + len(caption) + -len(caption) % _MULTIPLE for caption in captions])
     grid = grid[1:] if grid[0] == 1 else grid

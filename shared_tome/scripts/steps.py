@@ -49,7 +49,7 @@ class Steps:
 
     def _timesteps(self, timestep: Any) -> Tensor | None:
         """All timesteps of this run, falling, rounded as the one that the model gets, or None."""
-        found = self._told()
+        found = self._of_scheduler()
         if found is None:
             return None
         rounds = isinstance(timestep, Tensor) and timestep.is_floating_point()
@@ -79,9 +79,9 @@ class Steps:
 
     def tells(self, timestep: Any) -> bool:
         """Whether a pipeline tells the steps, so that a call need not be counted."""
-        return timestep is not None and self._told() is not None
+        return timestep is not None and self._of_scheduler() is not None
 
-    def _told(self) -> Tensor | None:
+    def _of_scheduler(self) -> Tensor | None:
         """All timesteps of this run as the pipeline's scheduler has them, or None."""
         scheduler = getattr(self.pipe, "scheduler", None)
         found = getattr(scheduler, "timesteps", None)
@@ -132,7 +132,7 @@ class Steps:
         if shift is not None:
             exact = self._on_scheduler(now)
             if is_known:
-                exact = self._told().cpu()[(known.cpu() - now).abs().argmin()]
+                exact = self._of_scheduler().cpu()[(known.cpu() - now).abs().argmin()]
             return percent_of_flow(float(exact) / scheduler.config.num_train_timesteps, shift)
         if is_known and not hasattr(scheduler, "alphas_cumprod"):
             return int((known.cpu() > now).sum()) / len(known)

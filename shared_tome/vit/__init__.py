@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .autotune import Judge
+from .autotune import AutoPause
 from .hooks import NAME, attach, detach
 from .options import Options
 
@@ -75,7 +75,7 @@ def apply_patch(
     """
     tower, attachment = attach(model, Options(r, ratio, schedule, proportional, restore, trace))
     if auto:
-        Judge(model, tower, attachment)
+        AutoPause(model, tower, attachment)
     return model
 
 

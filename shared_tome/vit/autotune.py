@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..autotune import timing
-from ..autotune.detached import about_model, bare_model
+from ..autotune.detached import about_model, detached_model
 from ..autotune.layer import known_or_measured, may_measure, name_of
+from ..autotune.paying import Decision
 from ..autotune.store import NotNow
-from ..autotune.verdict import Verdict
 from ..core.curve import is_compiling
-from .hooks import Attachment
+from .hooks import VitAttachment
 from .options import Options
 from .towers import Tower, find_tower
 
@@ -29,14 +29,14 @@ log = logging.getLogger("ToMe")
 _about: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, str]] = weakref.WeakKeyDictionary()
 
 
-def verdict_of(
+def decision_of(
     model: nn.Module,
     tower: Tower,
     options: Options,
     pixels: Any,
     on: Callable[[Callable[..., Any]], Callable[[Tensor], Any]],
-    kind: type[Attachment] = Attachment,
-) -> Verdict | None:
+    kind: type[VitAttachment] = VitAttachment,
+) -> Decision | None:
     """What is known of the times of a model's calls, measured at the first of a shape; None: not measured.
 
     Args:
@@ -47,8 +47,8 @@ def verdict_of(
     if not isinstance(pixels, Tensor) or pixels.dim() != 4 or is_compiling() or not may_measure(pixels.device):
         return None
 
-    def measure() -> Verdict:
-        whole, merged = bare_model(model), bare_model(model)
+    def measure() -> Decision:
+        whole, merged = detached_model(model), detached_model(model)
         if whole is None or merged is None:
             raise NotNow("another package replaces a module's forward")
         kind(find_tower(merged), options)
@@ -89,10 +89,10 @@ def by_pixels(
     return kwargs.get(name), lambda model: lambda pixels: model(**{**kwargs, name: pixels})
 
 
-class Judge:
+class AutoPause:
     """Hooks around a patched model's calls, which pause its merging where it does not pay. Not in training."""
 
-    def __init__(self, model: nn.Module, tower: Tower, attachment: Attachment):
+    def __init__(self, model: nn.Module, tower: Tower, attachment: VitAttachment):
         self._tower, self._attachment = tower, attachment
         self._said: set[str] = set()
         attachment.handles += [
@@ -106,12 +106,12 @@ class Judge:
             return
         pixels, on = by_pixels(args, kwargs, ("pixel_values", "x"))
         options, kind = self._attachment.options, type(self._attachment)
-        verdict = verdict_of(model, self._tower, options, pixels, on, kind)
-        if verdict is None or verdict.pays():
+        decision = decision_of(model, self._tower, options, pixels, on, kind)
+        if decision is None or decision.pays():
             return
-        if verdict.reason not in self._said:
-            self._said.add(verdict.reason)
-            log.info("[ToMe] %s (%s)", verdict.reason, type(model).__name__)
+        if decision.reason not in self._said:
+            self._said.add(decision.reason)
+            log.info("[ToMe] %s (%s)", decision.reason, type(model).__name__)
         self._attachment.pause(True)
 
     def _after(self, model: nn.Module, args: tuple, out: Any) -> None:

@@ -23,18 +23,18 @@ from ..merging.match import match_tokens
 from ..merging.plan import Plan
 from .options import Options
 from .padding import Padding
-from .places import mean_turns
+from .places import mean_rotations
 from .towers import Tower, find_tower, reads_between
 
 NAME = "_shared_tome_vit"  # the attribute of a patched model that keeps its attachment
 
 
-class Call:
+class VitCall:
     """One call of a tower: what its tokens stand for by now."""
 
-    def __init__(self, owner: Attachment, per_block: tuple[int, ...], first: int):
+    def __init__(self, owner: VitAttachment, per_block: tuple[int, ...], first: int):
         self.owner, self.per_block, self.prefix, self.first = owner, per_block, owner.prefix, first
-        self.follows = owner.options.trace or owner.options.restore != "none" or owner.turns
+        self.follows = owner.options.trace or owner.options.restore != "none" or owner.rotates
         self.sizes: Tensor | None = None  # [B, M]; None: all 1
         self.padding: Padding | None = None
         self.bias: Tensor | None = None  # [B, M], their logarithm
@@ -85,23 +85,23 @@ def _config(goes: int, count: int) -> ToMeConfig:
     return ToMeConfig(ratio=(goes + 0.5) / count, method="merge", partition="alternate", min_tokens=0)
 
 
-class Attachment:
+class VitAttachment:
     """The hooks on one tower, and the calls under way: one a thread. Other ways to merge are subclasses.
 
     thread: merge this thread's calls alone (None: every thread's). handles: of all hooks, to which more may be added.
     """
 
-    call_type = Call
+    call_type = VitCall
 
     def __init__(self, tower: Tower, options: Options, thread: int | None = None):
         self.options, self.thread = options, thread
-        self.depth, self.prefix, self.turns = len(tower.blocks), tower.prefix, tower.turns
+        self.depth, self.prefix, self.rotates = len(tower.blocks), tower.prefix, tower.rotates
         self.last: tuple[Tensor, Tensor, tuple[int, ...], tuple[Tensor, ...]] | None = None
-        self._calls: dict[int, Call] = {}
+        self._calls: dict[int, VitCall] = {}
         self._paused: set[int] = set()  # threads
         self.handles: list[Any] = []
         for place, block in enumerate(tower.blocks):
-            self.handles += _Block(self, place).hook(block, tower)
+            self.handles += _VitBlock(self, place).hook(block, tower)
 
     def detach(self) -> None:
         """Take all hooks off."""
@@ -116,7 +116,7 @@ class Attachment:
         (self._paused.add if pauses else self._paused.discard)(threading.get_ident())
 
     @property
-    def call(self) -> Call | None:
+    def call(self) -> VitCall | None:
         """This thread's call."""
         return self._calls.get(threading.get_ident())
 
@@ -156,10 +156,10 @@ class Attachment:
             self.last = (steps[-1], sizes, tuple(call.counts), steps)
 
 
-class _Block:
+class _VitBlock:
     """The hooks of one block. Holds no state of a call and no module."""
 
-    def __init__(self, owner: Attachment, place: int):
+    def __init__(self, owner: VitAttachment, place: int):
         self.owner, self.place = owner, place
 
     def hook(self, block: nn.Module, tower: Tower) -> list[Any]:
@@ -175,7 +175,7 @@ class _Block:
             handles.append(attention.register_forward_pre_hook(self._give_attention, with_kwargs=True))
         else:
             handles += SdpaHooks(attention, self._before_attention).handles
-        if tower.turns:
+        if tower.rotates:
             handles.append(attention.register_forward_pre_hook(self._turn, with_kwargs=True))
         return handles
 
@@ -192,7 +192,7 @@ class _Block:
             return (out, *args[1:]), kwargs
         return args, {**kwargs, _name(kwargs): out}
 
-    def _wants_attention(self, call: Call | None) -> bool:
+    def _wants_attention(self, call: VitCall | None) -> bool:
         if call is None or call.per_block[self.place] > 0:
             return call is not None
         return call.sizes is not None and (self.owner.options.proportional or call.padding is not None)
@@ -219,8 +219,8 @@ class _Block:
             return None
         x = args[0] if args else kwargs[_name(kwargs)]
         prefix = self.owner.prefix
-        turns = mean_turns(kwargs["position_embeddings"], call.sources, prefix, x.shape[1] - prefix)
-        return args, {**kwargs, "position_embeddings": turns}
+        rotations = mean_rotations(kwargs["position_embeddings"], call.sources, prefix, x.shape[1] - prefix)
+        return args, {**kwargs, "position_embeddings": rotations}
 
     def _give_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """ComfyUI: attention(x, mask, optimized_attention), the last called as f(q, k, v, heads, mask)."""
@@ -288,7 +288,9 @@ class _Block:
         return (shown, *out[1:]) if isinstance(out, tuple) else shown
 
 
-def attach(model: nn.Module, options: Options, kind: type[Attachment] = Attachment) -> tuple[Tower, Attachment]:
+def attach(
+    model: nn.Module, options: Options, kind: type[VitAttachment] = VitAttachment
+) -> tuple[Tower, VitAttachment]:
     """Hook a model, in place of what was on it. kind: a subclass that measures or matches in its own way."""
     tower = find_tower(model)
     options.check(len(tower.blocks))

@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 
-def mean_turns(turns: tuple[Tensor, Tensor], sources: Tensor, prefix: int, count: int) -> tuple[Tensor, Tensor]:
+def mean_rotations(rotations: tuple[Tensor, Tensor], sources: Tensor, prefix: int, count: int) -> tuple[Tensor, Tensor]:
     """The mean turn of the patches that each merged token stands for.
 
     A turned key is linear in the cosine and the sine of its angles. So a merged token of equal patches gets the mean of
     their turned keys, which is what merging makes of tokens everywhere else.
 
     Args:
-        turns: cosines and sines [N, d] of the patches. sources: [B, prefix + N], which merged token each went into; the
-            first `prefix` tokens stay in place and do not turn. count: M, how many merged patches there are.
+        rotations: cosines and sines [N, d] of the patches. sources: [B, prefix + N], which merged token each went into;
+            the first `prefix` tokens stay in place and do not turn. count: M, how many merged patches there are.
     Returns:
         both [B, 1, M, d].
     """
     index = sources[:, prefix:] - prefix  # (B, N)
     sizes = torch.zeros(len(index), count, device=index.device)
     sizes = sizes.scatter_add(1, index, torch.ones_like(index, dtype=sizes.dtype))
-    return tuple(_mean(x, index, sizes)[:, None] for x in turns)
+    return tuple(_mean(x, index, sizes)[:, None] for x in rotations)
 
 
 def _mean(x: Tensor, index: Tensor, sizes: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ _LAYERS |= {
     name: ("attention", "norm2", "drop_path") for name in ("Dinov2Layer", "Dinov2WithRegistersLayer", "DINOv3ViTLayer")
 }
 # Those that turn queries and keys by their place.
-_TURNING = ("DINOv3ViTLayer",)
+_ROTATING = ("DINOv3ViTLayer",)
 
 # Models that read the tokens between the blocks, or have a part that does.
 _READERS = (
@@ -58,7 +58,7 @@ class Tower:
 
     attention, norm, tail: names of the attention, of the norm before the MLP, and of the last module of the MLP's
     branch. prefix: how many tokens stand before the patches. explicit: the host hands the attention function to the
-    attention (ComfyUI). turns: it turns queries and keys by their place.
+    attention (ComfyUI). rotates: it turns queries and keys by their place.
     """
 
     blocks: list[nn.Module]
@@ -67,7 +67,7 @@ class Tower:
     tail: str
     prefix: int
     explicit: bool = False
-    turns: bool = False
+    rotates: bool = False
 
 
 def find_tower(model: nn.Module) -> Tower:
@@ -122,7 +122,7 @@ def _clip_tower(model: nn.Module) -> Tower | None:
     if kernel != "sdpa":
         raise ValueError(f"ToMe needs attn_implementation='sdpa', this model has {kernel!r}")
     explicit = "optimized_attention" in inspect.signature(type(attention).forward).parameters
-    return Tower(layers, *parts, _prefix_of(embedding), explicit, name in _TURNING)
+    return Tower(layers, *parts, _prefix_of(embedding), explicit, name in _ROTATING)
 
 
 def _prefix_of(embedding: nn.Module) -> int:

@@ -16,13 +16,13 @@ ON = [{"ratio": 0.5, "min_tokens": 0}]
 def lines(tome, monkeypatch):
     """What the log gets; level 0 (16x16) does not pay on this made-up GPU."""
     decisions = tome.core.autotune.decisions
-    verdict = decisions.Verdict
+    decision = decisions.Decision
 
-    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
-        return verdict(100.0, 99.0, 5.0) if grid == (16, 16) else verdict(80.0, 30.0, 20.0)
+    def decision_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
+        return decision(100.0, 99.0, 5.0) if grid == (16, 16) else decision(80.0, 30.0, 20.0)
 
     monkeypatch.setattr(decisions, "measures", lambda config, grid, device: config.levels == "auto")
-    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "decision_on", decision_on)
     found = []
     monkeypatch.setattr(tome.notes.logger, "info", lambda text, *args: found.append(text % args if args else text))
     return found
@@ -46,15 +46,15 @@ def test_the_models_own_block_is_timed_by_itself(host, tome, monkeypatch):
     decisions = tome.core.autotune.decisions
     ran, found = [], []
 
-    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
+    def decision_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
         x = torch.randn(2, grid[0] * grid[1], channels, dtype=dtype)
         count = len(ran)
         assert block(x)().shape == x.shape and len(ran) == count
         found.append(grid)
-        return decisions.Verdict(100.0, 50.0, 10.0, 900.0, 895.0)
+        return decisions.Decision(100.0, 50.0, 10.0, 900.0, 895.0)
 
     monkeypatch.setattr(decisions, "measures", lambda config, grid, device: True)
-    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "decision_on", decision_on)
     plain, _ = host.generate()
     for module in host.shared.sd_model.model.diffusion_model.modules():
         if hasattr(module, "attn1") and hasattr(module, "ff"):
@@ -69,10 +69,10 @@ def test_where_nothing_pays_the_blocks_hooks_go(host, tome, lines, monkeypatch, 
     decisions = tome.core.autotune.decisions
     hooks = []
 
-    def verdict_on(grid, *args, **kwargs):
-        return decisions.Verdict(80.0, 30.0 if pays else 79.0, 20.0)
+    def decision_on(grid, *args, **kwargs):
+        return decisions.Decision(80.0, 30.0 if pays else 79.0, 20.0)
 
-    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "decision_on", decision_on)
     unet = host.shared.sd_model.model.diffusion_model
     plain = host.generate([])[0]
     handle = unet.register_forward_hook(lambda module, *_: hooks.append(models.count_hooks(module)))
@@ -89,7 +89,7 @@ def test_where_nothing_pays_the_text_claims_nothing(host, lines, monkeypatch, re
     decisions = sys.modules[
         next(name for name in sys.modules if name.endswith("sd_webui_tome.shared_tome.autotune.decisions"))
     ]
-    monkeypatch.setattr(decisions, "verdict_on", lambda *args, **kwargs: decisions.Verdict(80.0, 79.0, 20.0))
+    monkeypatch.setattr(decisions, "decision_on", lambda *args, **kwargs: decisions.Decision(80.0, 79.0, 20.0))
     host.opts.data["tome_report"] = report
     _, p = host.generate(ON)
     assert not p.extra_generation_params

@@ -63,7 +63,7 @@ def test_a_text_makes_the_same_picture_on_another_gpu(any_host, tome, gpu, hires
 def test_the_decisions_of_a_moving_ratio_are_told_for_each(host, tome, gpu, monkeypatch):
     layer = part("layer")
     monkeypatch.setattr(
-        layer, "measure", lambda case, *_: layer.Verdict(80.0, 40.0 if case.config.ratio > 0.4 else 79.0, 0.0)
+        layer, "measure", lambda case, *_: layer.Decision(80.0, 40.0 if case.config.ratio > 0.4 else 79.0, 0.0)
     )
     options = {**ON, "ratio_end": 0.25}
     made, p = host.generate([options], steps=4)
@@ -72,7 +72,7 @@ def test_the_decisions_of_a_moving_ratio_are_told_for_each(host, tome, gpu, monk
         "-16x16/32/2@0.3 -16x16/32/2@0.35 +16x16/32/2@0.45 +16x16/32/2@0.5 "
         "-8x8/64/2@0.3 -8x8/64/2@0.35 +8x8/64/2@0.45 +8x8/64/2@0.5"
     )
-    monkeypatch.setattr(layer, "measure", lambda case, *_: layer.Verdict(80.0, 40.0, 0.0))
+    monkeypatch.setattr(layer, "measure", lambda case, *_: layer.Decision(80.0, 40.0, 0.0))
     gpu.another()
     assert not same(made, host.generate([options], steps=4)[0])
     gpu.another()
@@ -139,7 +139,7 @@ def test_a_layer_that_is_decided_otherwise_in_the_midst_of_a_run_is_said(host, g
         calls.append(case.grid)
         if calls == [(16, 16)]:
             raise torch.OutOfMemoryError if hasattr(torch, "OutOfMemoryError") else torch.cuda.OutOfMemoryError
-        return layer.Verdict(80.0, 79.0 if case.grid == (16, 16) else 40.0, 0.0)
+        return layer.Decision(80.0, 79.0 if case.grid == (16, 16) else 40.0, 0.0)
 
     monkeypatch.setattr(store, "RETRY", 0.0)
     monkeypatch.setattr(layer, "measure", measure)

@@ -87,7 +87,7 @@ def call_of(tome, backend):
         sampling = None
         if values is not None:
             config = tome.core.ToMeConfig(**{"min_tokens": 0, "ratio": 0.5, "method": "sample", **values})
-            sampling = tome.sampling.Sampling(config, seeds, tome.notes.Notes(), report=True, own_found=own)
+            sampling = tome.sampling.Sampling(config, seeds, tome.notes.Notes(), report=True, self_token_found=own)
             tome.forge.patch(loaded, sampling)
         shape = latent or SMALL[name][1]
         x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
@@ -510,7 +510,7 @@ def test_levels_auto_measures_each_layer(flux_host, tome, lines, monkeypatch, pa
 
     def known_or_measured(key, device, measure):
         asked.append(key)
-        return module.Verdict(100.0, 40.0 if pays else 99.0, 5.0)
+        return module.Decision(100.0, 40.0 if pays else 99.0, 5.0)
 
     decisions = sys.modules[module.DiTDecisions.__module__]
     monkeypatch.setattr(decisions, "measures", lambda config, grid, device: config.levels == "auto")

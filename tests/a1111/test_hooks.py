@@ -14,7 +14,7 @@ CELL = 8  # channels a head
 def _attach(tome, model, seeds=(1,), **options):
     config = tome.core.ToMeConfig(**{"ratio": 0.5, "min_tokens": 0, "own_token": False, **options})
     sampling = tome.sampling.Sampling(config, seeds, tome.notes.Notes())
-    return tome.hooks.Attachment(model, sampling)
+    return tome.hooks.PassAttachment(model, sampling)
 
 
 def _unet(seed=0, **more):
@@ -309,7 +309,7 @@ class _Notes(list):
 def _attach_told(tome, model, **options):
     config = tome.core.ToMeConfig(**{"ratio": 0.5, "min_tokens": 0, "own_token": False, **options})
     notes = _Notes()
-    return tome.hooks.Attachment(model, tome.sampling.Sampling(config, (1,), notes)), notes
+    return tome.hooks.PassAttachment(model, tome.sampling.Sampling(config, (1,), notes)), notes
 
 
 def _replace(module, seen):

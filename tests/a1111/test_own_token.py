@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from support.own_weights import attended
+from support.self_token_weights import attended
 from torch.overrides import _get_current_function_mode_stack
 
 from . import models, variants
@@ -24,7 +24,7 @@ ON = {"ratio": 0.5, "min_tokens": 0, "own_token": True}
 
 def _attach(tome, model, seeds=(1,), **options):
     config = tome.core.ToMeConfig(**{"ratio": 0.75, "min_tokens": 0, "own_token": True, **options})
-    return tome.hooks.Attachment(model, tome.sampling.Sampling(config, seeds, tome.notes.Notes()))
+    return tome.hooks.PassAttachment(model, tome.sampling.Sampling(config, seeds, tome.notes.Notes()))
 
 
 def _use(monkeypatch, forward):

@@ -9,7 +9,7 @@ from .host import FIRST, VERSION
 
 
 @pytest.fixture
-def keeps_own(monkeypatch):
+def keeps_self(monkeypatch):
     """An attention that keeps own tokens, as the presets want: else a picture's text tells that they were not kept."""
     from ldm.modules.attention import CrossAttention
 
@@ -87,7 +87,7 @@ def test_events_end(panel):
     assert controls["ratio"].choose(0.5) == 1
 
 
-def test_a_pasted_text_shows_its_preset(host, panel, tome, keeps_own):
+def test_a_pasted_text_shows_its_preset(host, panel, tome, keeps_self):
     preset, controls = panel
     *fields, _ = _script(host).infotext_fields
     read = dict(zip(("enabled", *tome.infotext.LABELS), fields, strict=True))
@@ -111,13 +111,13 @@ def test_the_panel_starts_with_the_settings_preset(host):
 
 
 @pytest.mark.parametrize("name", ["Quality", "Balanced", "Fast"])
-def test_a_request_may_name_a_preset(host, tome, name, keeps_own):
+def test_a_request_may_name_a_preset(host, tome, name, keeps_self):
     _, p = host.generate([{"preset": name, "min_tokens": 0}], steps=8)
     chosen = tome.options.settings_from(tome.infotext.read(p.extra_generation_params))
     assert chosen.config.preset == name
 
 
-def test_what_is_named_beside_a_preset_wins(host, keeps_own):
+def test_what_is_named_beside_a_preset_wins(host, keeps_self):
     _, p = host.generate([{"preset": "Fast", "ratio": 0.5, "min_tokens": 0}], steps=8)
     assert p.extra_generation_params == {
         "ToMe ratio": 0.5, "ToMe method": "sample", "ToMe start": 0.1, "ToMe min tokens": 0,
@@ -125,7 +125,7 @@ def test_what_is_named_beside_a_preset_wins(host, keeps_own):
     }  # fmt: skip
 
 
-def test_a_preset_wins_over_the_settings(host, keeps_own):
+def test_a_preset_wins_over_the_settings(host, keeps_self):
     host.opts.data.update(tome_ratio=0.25, tome_method="merge", tome_min_tokens=256)
     host.start()
     _, p = host.generate([{"preset": "Balanced"}])

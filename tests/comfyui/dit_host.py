@@ -487,12 +487,12 @@ def sample(model: Any, name: str, *, steps: int = 2, seed: int = 1, cfg: float =
     )[0]["samples"]
 
 
-def bare(
+def attention_alone(
     grid: tuple[int, ...],
     head: int = 0,
     tail: int | None = 0,
     override: Any = None,
-    judges: bool = False,
+    by_times: bool = False,
     layout: Any = None,
     **values: Any,
 ) -> Any:
@@ -508,6 +508,6 @@ def bare(
     options = {} if override is None else {"optimized_attention_override": override}
     made = dit.ModelCall(config, grid, torch.device("cpu"))
     layout = dit.Layout(grid, head, tail) if layout is None else layout
-    patch = dit.DiTCall(made, table.DIT_MODELS[0], layout, options, judges=judges)
+    patch = dit.DiTCall(made, table.DIT_MODELS[0], layout, options, by_times=by_times)
     told = {**patch.options, "block_index": 0}
     return lambda q, k, v, heads, **kwargs: optimized_attention(q, k, v, heads, transformer_options=told, **kwargs)

@@ -19,17 +19,17 @@ DRAWN = {"own_token": False}  # keys before their projections, where they are co
 
 
 @pytest.fixture
-def judged(comfy_nodes, monkeypatch):
+def decided(comfy_nodes, monkeypatch):
     """Level 0 (32x32) does not pay, level 1 does. Returns what was asked for."""
     decisions = sys.modules[pack_module("unet").Decisions.__module__]
-    verdict, asked = decisions.Verdict, []
+    decision, asked = decisions.Decision, []
 
-    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
+    def decision_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
         asked.append((grid, channels, heads, dtype, attention.__name__))
-        return verdict(100.0, 99.0, 5.0) if grid == (32, 32) else verdict(80.0, 30.0, 20.0)
+        return decision(100.0, 99.0, 5.0) if grid == (32, 32) else decision(80.0, 30.0, 20.0)
 
     monkeypatch.setattr(decisions, "measures", lambda config, grid, device: config.levels == "auto")
-    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "decision_on", decision_on)
     monkeypatch.setattr(decisions, "known_on", lambda *facts: None)
     return asked
 
@@ -42,7 +42,7 @@ def merged_grids(model, steps=2):
     return made, {block: next(iter(count)) for block, count in keys.items()}
 
 
-def test_what_does_not_pay_is_left_alone(sd15, tome, judged, caplog):
+def test_what_does_not_pay_is_left_alone(sd15, tome, decided, caplog):
     forget_log()
     with caplog.at_level(logging.INFO, "ToMe"):
         _, keys = merged_grids(tome(sd15, min_tokens=100, **DRAWN))
@@ -52,17 +52,17 @@ def test_what_does_not_pay_is_left_alone(sd15, tome, judged, caplog):
         "[ToMe] merging does not pay here: it saves 1 of 100 us and takes the processor 5 us longer "
         "(input block 1, 32x32 tokens)"
     ]
-    assert {(grid, name) for grid, _, _, _, name in judged} == {
+    assert {(grid, name) for grid, _, _, _, name in decided} == {
         ((32, 32), "attention_pytorch"), ((16, 16), "attention_pytorch")
     }  # fmt: skip
 
 
-def test_named_levels_are_merged_whatever_they_cost(sd15, tome, judged):
+def test_named_levels_are_merged_whatever_they_cost(sd15, tome, decided):
     _, keys = merged_grids(tome(sd15, min_tokens=100, levels="0,1", **DRAWN))
-    assert keys["input_blocks.1.1"] == 512 and not judged
+    assert keys["input_blocks.1.1"] == 512 and not decided
 
 
-def test_where_nothing_pays_the_picture_is_the_unmerged_one(sd15, tome, judged):
+def test_where_nothing_pays_the_picture_is_the_unmerged_one(sd15, tome, decided):
     plain = sample(sd15, steps=2)
     assert torch.equal(sample(tome(sd15, min_tokens=1000), steps=2), plain)
     assert not torch.equal(sample(tome(sd15, min_tokens=1000, levels="0"), steps=2), plain)
@@ -77,10 +77,10 @@ def test_a_model_of_which_nothing_pays_is_not_patched_once_that_is_known(sd15, t
     pays = {(32, 32): False, (16, 16): False}
     kept, made = {}, []
 
-    def verdict_on(grid, *facts):
+    def decision_on(grid, *facts):
         assert facts[-1].startswith("weights float32")
-        verdict = decisions.Verdict(100.0, 30.0 if pays[grid] else 99.0, 5.0)
-        return kept.setdefault((grid, *facts[:3], bool(facts[6])), verdict)
+        decision = decisions.Decision(100.0, 30.0 if pays[grid] else 99.0, 5.0)
+        return kept.setdefault((grid, *facts[:3], bool(facts[6])), decision)
 
     def known_on(grid, *facts):
         return kept.get((grid, *facts[:3], bool(facts[6])))
@@ -93,7 +93,7 @@ def test_a_model_of_which_nothing_pays_is_not_patched_once_that_is_known(sd15, t
             made.append(1)
             super().__init__(*given)
 
-    for name, value in (("measures", measures), ("verdict_on", verdict_on), ("known_on", known_on)):
+    for name, value in (("measures", measures), ("decision_on", decision_on), ("known_on", known_on)):
         monkeypatch.setattr(decisions, name, value)
     monkeypatch.setattr(unet, "UNetCall", Counted)
     plain = sample(sd15, steps=3)
@@ -128,7 +128,7 @@ def test_two_levels_of_one_width_are_both_looked_at(sd15):
     assert len({width for _, width, _ in found}) < len({level for level, *_ in found})
 
 
-def test_the_report_says_what_each_layer_saves(sd15, tome, judged, comfy_nodes):
+def test_the_report_says_what_each_layer_saves(sd15, tome, decided, comfy_nodes):
     model, kept = comfy_nodes["ToMeRecord"].execute(model=tome(sd15, min_tokens=100)).result
     sample(model, steps=2)
     out = comfy_nodes["ToMeReport"].execute(record=kept, after=None, measure_time=False)
@@ -143,7 +143,7 @@ def test_the_report_says_what_each_layer_saves(sd15, tome, judged, comfy_nodes):
     assert {layer["saves_us"] for layer in data["layers"]} == {50.0, None}
 
 
-def test_a_compiled_model_is_measured_before_its_graph_runs(comfy_nodes, tome, judged):
+def test_a_compiled_model_is_measured_before_its_graph_runs(comfy_nodes, tome, decided):
     torch._dynamo.reset()
     model = short_unet()
     compiled = run_node(comfy_nodes["TorchCompileModel"], model=tome(model, min_tokens=100, **DRAWN), backend="eager")
@@ -152,10 +152,10 @@ def test_a_compiled_model_is_measured_before_its_graph_runs(comfy_nodes, tome, j
     torch._dynamo.reset()
     levels = tome(model, min_tokens=100, levels="1", **DRAWN)
     assert (made - sample(levels, steps=1)).norm() / made.norm() < 1e-4
-    assert sorted({(grid, heads > 0) for grid, _, heads, _, _ in judged}) == [((16, 16), True), ((32, 32), True)]
+    assert sorted({(grid, heads > 0) for grid, _, heads, _, _ in decided}) == [((16, 16), True), ((32, 32), True)]
 
 
-def test_a_compiled_model_of_which_nothing_pays_says_so(comfy_nodes, tome, judged, caplog):
+def test_a_compiled_model_of_which_nothing_pays_says_so(comfy_nodes, tome, decided, caplog):
     """Its layers tell nothing themselves: what was measured ahead is what the line goes by."""
     torch._dynamo.reset()
     compiled = run_node(comfy_nodes["TorchCompileModel"], model=tome(least_unet(), min_tokens=1000), backend="eager")
@@ -172,15 +172,15 @@ def test_the_models_own_block_is_timed(sd15, tome, comfy_nodes, monkeypatch):
     decisions = sys.modules[unet.Decisions.__module__]
     runs = []
 
-    def verdict_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
+    def decision_on(grid, channels, heads, dtype, device, config, attention=None, kernels=(), block=None, about=""):
         x = torch.randn(2, grid[0] * grid[1], channels, dtype=dtype)
         before, run = x.clone(), block(x)
         runs.append((grid, run().shape == before.shape))
         assert block(torch.randn(2, 4, channels + 8)) is None
-        return decisions.Verdict(100.0, 50.0, 10.0, 900.0, 895.0)
+        return decisions.Decision(100.0, 50.0, 10.0, 900.0, 895.0)
 
     monkeypatch.setattr(decisions, "measures", lambda config, grid, device: True)
-    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "decision_on", decision_on)
     monkeypatch.setattr(decisions, "known_on", lambda *facts: None)
     plain = sample(sd15, steps=1)
     assert torch.equal(sample(tome(sd15, min_tokens=100), steps=1), plain)
@@ -189,15 +189,15 @@ def test_the_models_own_block_is_timed(sd15, tome, comfy_nodes, monkeypatch):
 
 
 @pytest.fixture
-def judged_dit(comfy_nodes, monkeypatch):
-    """judged_dit(pays): transformers are measured, with this outcome. Returns the names that were asked for."""
+def decided_dit(comfy_nodes, monkeypatch):
+    """decided_dit(pays): transformers are measured, with this outcome. Returns the names that were asked for."""
     dit = pack_module("dit_call")
     asked = []
 
     def give(pays):
         def known_or_measured(key, device, measure):
             asked.append(key)
-            return dit.Verdict(100.0, 40.0 if pays else 99.0, 5.0)
+            return dit.Decision(100.0, 40.0 if pays else 99.0, 5.0)
 
         monkeypatch.setattr(pack_module("dit_auto"), "measures", lambda config, grid, device: config.levels == "auto")
         monkeypatch.setattr(dit, "known_or_measured", known_or_measured)
@@ -207,16 +207,16 @@ def judged_dit(comfy_nodes, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
-def test_transformers_are_measured_too(tome, judged_dit, name, caplog):
+def test_transformers_are_measured_too(tome, decided_dit, name, caplog):
     forget_log()
     model = dit_host.small(name)
     plain, merged = (dit_host.sample(one, name, steps=2) for one in (model, tome(model, levels="0")))
-    asked = judged_dit(pays=False)
+    asked = decided_dit(pays=False)
     with caplog.at_level(logging.INFO, "ToMe"):
         assert torch.equal(dit_host.sample(tome(model), name, steps=2), plain)
     assert "merging does not pay here: it saves 1 of 100 us" in caplog.text
     assert torch.equal(dit_host.sample(tome(model, levels="0"), name, steps=2), merged)
-    judged_dit(pays=True)
+    decided_dit(pays=True)
     assert torch.equal(dit_host.sample(tome(model), name, steps=2), merged)
     assert not torch.equal(merged, plain)
     assert all(key.startswith(tuple("FWf")) and "sample, 0.5000" in key for key in asked)
@@ -233,7 +233,7 @@ def test_a_measurement_does_not_change_the_draws(tome, comfy_nodes, monkeypatch)
 
     def compared(full, merged, device):
         timed.append(merged())
-        return dit.Verdict(100.0, 40.0, 5.0)
+        return dit.Decision(100.0, 40.0, 5.0)
 
     monkeypatch.setattr(dit, "compared", compared)
     assert torch.equal(dit_host.call(tome(dit_host.small("flux"), **given), "flux"), expected) and timed
@@ -246,7 +246,7 @@ def test_what_a_transformers_layer_is_measured_on(tome, comfy_nodes, monkeypatch
 
     def compared(full, merged, device):
         seen.append((full(), merged()))
-        return dit.Verdict(100.0, 40.0, 5.0)
+        return dit.Decision(100.0, 40.0, 5.0)
 
     monkeypatch.setattr(pack_module("dit_auto"), "measures", lambda config, grid, device: True)
     monkeypatch.setattr(dit, "known_or_measured", lambda key, device, measure: measure())

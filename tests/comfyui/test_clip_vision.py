@@ -121,7 +121,7 @@ def test_equals_the_same_tower_in_transformers(merge, name):
     missing = other.load_state_dict(weights, strict=False).missing_keys
     assert all("head" in key for key in missing), missing
     options = vit.Options(ratio=0.6, restore="all")
-    attachment = vit.Attachment(vit.find_tower(other), options)
+    attachment = vit.VitAttachment(vit.find_tower(other), options)
     pixels = comfy.clip_model.clip_preprocess(image(), size=40, mean=plain.image_mean, std=plain.image_std)
     with torch.no_grad():
         theirs = other(pixel_values=pixels, output_hidden_states=True)
@@ -218,11 +218,11 @@ def test_what_is_not_served_is_told(merge):
 @pytest.mark.parametrize("name", ["clip", "siglip2"])
 def test_on_a_gpu_it_is_left_alone_where_merging_does_not_pay(merge, monkeypatch, tmp_path, caplog, name, pays):
     """Measured on one picture of the batch, both ways, once for each set of options; others' hooks see no call more."""
-    auto, seen, ran = sys.modules[pack_module("clip_vision").verdict_of.__module__], [], []
+    auto, seen, ran = sys.modules[pack_module("clip_vision").decision_of.__module__], [], []
 
     def compared(full, merged, device, repeats):
         seen.append((full(), merged()))
-        return auto.Verdict(100.0, 40.0 if pays else 99.0, 5.0)
+        return auto.Decision(100.0, 40.0 if pays else 99.0, 5.0)
 
     plain = encoder(name)
     plain.model.register_forward_pre_hook(lambda *_: ran.append(1))

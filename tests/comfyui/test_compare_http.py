@@ -45,7 +45,7 @@ def started(server) -> list[list[str]]:
         def stop(self):
             pass
 
-        told = staticmethod(comfy.told)
+        log_end = staticmethod(comfy.log_end)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(installed, "ComfyServer", Shared)

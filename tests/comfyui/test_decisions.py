@@ -26,16 +26,16 @@ def gpu(comfy_nodes, monkeypatch, tmp_path):
     host.forget_log()
     decisions, unet_auto = sys.modules[pack_module("unet").Decisions.__module__], pack_module("unet_auto")
     layer = sys.modules[decisions.measures.__module__]
-    store, step_auto = (sys.modules[one.__module__] for one in (layer.verdicts_of, unet_auto.verdict_of))
+    store, step_auto = (sys.modules[one.__module__] for one in (layer.store_of, unet_auto.decision_of))
     gpu = MadeUpTimes(monkeypatch, tmp_path, store, layer, decisions)
     gpu.step = 60.0
-    monkeypatch.setattr(unet_auto, "is_judged", lambda config, device: config.levels == "auto")
-    monkeypatch.setattr(step_auto, "_compared", lambda *_: layer.Verdict(1e5, 1e3 * gpu.step, 0.0))
+    monkeypatch.setattr(unet_auto, "is_timed", lambda config, device: config.levels == "auto")
+    monkeypatch.setattr(step_auto, "_compared", lambda *_: layer.Decision(1e5, 1e3 * gpu.step, 0.0))
     # Transformers: each attention takes as long as it is said to.
     gpu.attention = True
     monkeypatch.setattr(pack_module("dit_auto"), "measures", lambda config, grid, device: config.levels == "auto")
     monkeypatch.setattr(
-        pack_module("dit"), "compared", lambda *_: layer.Verdict(80.0, 40.0 if gpu.attention else 79.0, 0.0)
+        pack_module("dit"), "compared", lambda *_: layer.Decision(80.0, 40.0 if gpu.attention else 79.0, 0.0)
     )
     gpu.another(x32x32=False)
     return gpu

@@ -233,14 +233,14 @@ def test_guides_of_a_strength_other_than_1(dit, tome, comfy_nodes, caplog, metho
 def test_a_part_of_the_queries_without_a_mask_keeps_no_own_tokens(dit, tome, caplog):
     """Own tokens need all queries; the keys that a part of the queries gets are the same."""
     layout = host.pack_module("dit").Layout((8, 12), 0, None, parts=True)
-    attend = dit_host.bare(layout.grid, 0, None, layout=layout, ratio=0.75, own_token=True, method="sample")
+    attend = dit_host.attention_alone(layout.grid, 0, None, layout=layout, ratio=0.75, own_token=True, method="sample")
     q, k, v = (torch.randn(2, 96, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
     host.forget_log()
     with caplog.at_level(logging.INFO, logger="ToMe"), watch() as seen:
         parts = [attend(q[:, :60], k, v, 2), attend(q[:, 60:], k, v, 2)]
     assert log(caplog) == ["[ToMe] own token has no effect where an attention takes a part of the queries alone"]
     assert dit_host.lengths(seen) == [(60, 24), (36, 24)]
-    attend = dit_host.bare(layout.grid, 0, None, layout=layout, ratio=0.75, own_token=False, method="sample")
+    attend = dit_host.attention_alone(layout.grid, 0, None, layout=layout, ratio=0.75, own_token=False, method="sample")
     assert torch.allclose(torch.cat(parts, 1), attend(q, k, v, 2), atol=1e-5)
 
 

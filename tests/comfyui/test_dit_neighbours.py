@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from . import dit_host, host
-from .dit_host import bare, call
+from .dit_host import attention_alone, call
 from .test_dit import log, nothing
 from .test_dit_weights import HEADS, alike, full, same
 
@@ -98,7 +98,7 @@ def test_pytorchs_attention_steps_in_where_that_pays(tome, sage, caplog, monkeyp
 
     def known_or_measured(key, device, measure):
         asked.append(key)
-        return module.Verdict(100.0, 40.0, 5.0)
+        return module.Decision(100.0, 40.0, 5.0)
 
     monkeypatch.setattr(module, "known_or_measured", known_or_measured)
     monkeypatch.setattr(host.pack_module("dit_auto"), "may_measure", lambda device: True)
@@ -123,7 +123,7 @@ def test_what_is_measured_is_the_chosen_attention_against_what_would_take_its_pl
     def compared(whole, merged, device):
         calls.clear()
         seen.append((whole(), list(calls), merged(), list(calls)))
-        return module.Verdict(100.0, 99.0, 5.0)
+        return module.Decision(100.0, 99.0, 5.0)
 
     monkeypatch.setattr(module, "compared", compared)
     wide = dit_host.small("flux", hidden_size=256, axes_dim=[32, 48, 48])
@@ -245,7 +245,7 @@ def test_weights_are_right_whether_an_attention_minds_scale_or_not(comfy_nodes, 
     monkeypatch.setattr(host.pack_module("chosen").Chosen, "kernels", lambda *_, **__: ())
     k, v = (alike((8, 12), "sample", 0.75, 5, 0, seed=seed) for seed in (0, 1))
     q = torch.randn(k.shape, generator=torch.Generator().manual_seed(2))
-    same(bare((8, 12), 5, 0, method="sample", ratio=0.75)(q, k, v, HEADS), full(q, k, v))
+    same(attention_alone((8, 12), 5, 0, method="sample", ratio=0.75)(q, k, v, HEADS), full(q, k, v))
 
 
 def swap(model, kind):

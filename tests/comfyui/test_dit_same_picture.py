@@ -61,7 +61,7 @@ def test_each_layer_chooses_anew(comfy_nodes):
     """The same keys in four layers of one call: each run of four gives each of its tokens once."""
     q, k, v = (torch.randn(1, 5 + 96, 64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1, 2))
     with watch() as seen:
-        run = dit_host.bare((8, 12), 5, 0, method="sample", ratio=0.75)
+        run = dit_host.attention_alone((8, 12), 5, 0, method="sample", ratio=0.75)
         for _ in range(4):
             run(q, k, v, 4)
     chosen = [one.k[0, 0, 5:, 0].tolist() for one in seen]

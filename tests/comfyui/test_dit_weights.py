@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from shared_tome import ToMeConfig, match_tokens
 
-from .dit_host import bare, kept
+from .dit_host import attention_alone, kept
 
 HEADS, D = 4, 16
 AROUND = [(5, 3), (7, 0), (0, 4), (0, 0)]
@@ -64,9 +64,9 @@ def test_sampling(grid, ratio, head, tail):
     k, v = (alike(grid, "sample", ratio, head, tail, seed=seed) for seed in (0, 1))
     q = torch.randn(k.shape, generator=torch.Generator().manual_seed(2)) * 2
     for own in (False, True):
-        run = bare(grid, head, tail, method="sample", ratio=ratio, own_token=own)
+        run = attention_alone(grid, head, tail, method="sample", ratio=ratio, own_token=own)
         same(run(q, k, v, HEADS), full(q, k, v))
-    plain = bare(grid, head, tail, method="sample", ratio=ratio, proportional=False)(q, k, v, HEADS)
+    plain = attention_alone(grid, head, tail, method="sample", ratio=ratio, proportional=False)(q, k, v, HEADS)
     count = math.prod(grid)
     if head + tail or count % kept(count, ratio):
         assert (plain - full(q, k, v)).abs().max() > 1e-2  # the counterpart: without its weights it is another
@@ -79,7 +79,7 @@ def test_sampling(grid, ratio, head, tail):
 def test_other_methods(grid, method, head, tail, layout):
     q, k, v = (alike(grid, method, 0.5, head, tail, seed=seed) for seed in (0, 1, 2))
     # More than half of the tokens of the odd grid are in whole cells, three of four of which can go.
-    run = bare(grid, head, tail, method=method, ratio=0.5)
+    run = attention_alone(grid, head, tail, method=method, ratio=0.5)
     if layout == "flat":
         same(run(q, k, v, HEADS), full(q, k, v))
     else:
@@ -97,7 +97,7 @@ def test_layouts_and_grouped_heads(method, kv_heads, layout, own):
     k, v = (alike(grid, method, 0.75, head, tail, heads=kv_heads, seed=seed) for seed in (0, 1))
     q = alike(grid, method, 0.75, head, tail, seed=2)
     grouped = {"enable_gqa": True} if kv_heads < HEADS else {}
-    run = bare(grid, head, tail, method=method, ratio=0.75, own_token=own)
+    run = attention_alone(grid, head, tail, method=method, ratio=0.75, own_token=own)
     expected = full(q, k, v, kv_heads=kv_heads)
     if layout == "flat":
         return same(run(q, k, v, HEADS, **grouped), expected)
@@ -136,7 +136,7 @@ def test_masks(method, kind):
     mask = masks(k.shape[1], head)[kind]
     wide = mask if mask.dim() == 4 else mask[:, None] if mask.dim() == 3 else mask
     wide = wide if wide.dtype == torch.bool else wide.double()
-    run = bare(grid, head, tail, method=method, ratio=0.75)
+    run = attention_alone(grid, head, tail, method=method, ratio=0.75)
     same(run(q, k, v, HEADS, mask=mask), full(q, k, v, wide))
 
 
@@ -146,7 +146,7 @@ def test_masks_of_merged_queries():
     q, k, v = (alike(grid, "merge", 0.75, head, tail, seed=seed) for seed in (0, 1, 2))
     mask = torch.zeros(1, 1, k.shape[1], k.shape[1])
     mask[:, :, head : head + 48, : head - 1] = -torch.inf  # the upper half: whole cells
-    run = bare(grid, head, tail, method="merge", ratio=0.75)
+    run = attention_alone(grid, head, tail, method="merge", ratio=0.75)
     same(run(q, k, v, HEADS, mask=mask), full(q, k, v, mask.double()))
 
 
@@ -156,7 +156,7 @@ def test_a_scale_of_the_models_own(scale, other):
     grid, head = (8, 12), 5
     k, v = (alike(grid, "sample", 0.75, head, 0, seed=seed) for seed in (0, 1))
     q = torch.randn(k.shape, generator=torch.Generator().manual_seed(2))
-    run = bare(grid, head, 0, blind if other else None, method="sample", ratio=0.75)
+    run = attention_alone(grid, head, 0, blind if other else None, method="sample", ratio=0.75)
     same(run(q, k, v, HEADS, scale=scale), full(q, k, v, scale=scale))
 
 
@@ -172,7 +172,7 @@ def test_through_another_override(method, layout):
     grid, head, tail = (8, 12), 5, 3
     k, v = (alike(grid, method, 0.75, head, tail, seed=seed) for seed in (0, 1))
     q = torch.randn(k.shape, generator=torch.Generator().manual_seed(2))
-    run = bare(grid, head, tail, blind, method=method, ratio=0.75)
+    run = attention_alone(grid, head, tail, blind, method=method, ratio=0.75)
     if layout == "flat":
         same(run(q, k, v, HEADS), full(q, k, v))
     else:
@@ -187,5 +187,5 @@ def test_half_precision(dtype):
     q = torch.randn(k.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     truth = full(q, k, v)
     own = F.scaled_dot_product_attention(split(q), split(k), split(v)).transpose(1, 2).flatten(2)
-    ours = bare(grid, head, 0, method="sample", ratio=0.75)(q, k, v, HEADS)
+    ours = attention_alone(grid, head, 0, method="sample", ratio=0.75)(q, k, v, HEADS)
     assert (ours.double() - truth).abs().max() <= 2 * (own.double() - truth).abs().max()

@@ -216,7 +216,7 @@ def test_what_sparse_attention_gives_to_tomes_function_has_the_calls_options(new
 
     monkeypatch.setattr(attention, "optimized_attention", asked(spy))
     q, k, v = torch.randn(3, 2, 103, 64)
-    dit_host.bare((8, 12), 7, 0, override=sparse, method="merge_keys")(q, k, v, 2)
+    dit_host.attention_alone((8, 12), 7, 0, override=sparse, method="merge_keys")(q, k, v, 2)
     (told,) = seen
     assert told[INSIDE] and told["transformer_options"][OVERRIDE].__name__ == "attention"
 

@@ -283,7 +283,9 @@ def test_a_measured_step_tells_its_factor(comfy_nodes):
     outcome.asked = True
     outcome.merged((64, 64))
     outcome.measured(1.4249)
-    assert outcome.told() == "1 of 1 size merged (64x64 tokens), a step was measured 1.42x as fast. More: ToMe Report"
+    assert (
+        outcome.as_text() == "1 of 1 size merged (64x64 tokens), a step was measured 1.42x as fast. More: ToMe Report"
+    )
 
 
 @pytest.mark.parametrize("lacks", ["a page", "the function", "a server"])

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from support.own_weights import attended
+from support.self_token_weights import attended
 
 from . import dit_host
 from .host import forget_log, least_unet, run_node, sample, tokens, watch
@@ -27,7 +27,7 @@ def test_against_float64(sd15, tome, monkeypatch, ratio):
     attention = unet.UNetCall.attention
 
     def spied(self, func, q, k, v, heads, *args, **kwargs):
-        plan = self._pending_own
+        plan = self._pending_self_token
         out = attention(self, func, q, k, v, heads, *args, **kwargs)
         if plan is not None:
             seen.append((out, reference(q, k, v, heads, plan)))

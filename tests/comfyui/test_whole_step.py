@@ -24,37 +24,37 @@ OPTIONS = {"min_tokens": 50, "ratio": 0.5, "method": "merge"}
 
 
 @pytest.fixture
-def judged(comfy_nodes, monkeypatch, tmp_path):
+def decided(comfy_nodes, monkeypatch, tmp_path):
     """A GPU, on which a step takes 100 ms, and one that is merged that of `merged`; what was run, and its names."""
     forget_log()
     unet_auto = pack_module("unet_auto")
-    step_auto = sys.modules[unet_auto.verdict_of.__module__]
-    store = sys.modules[sys.modules[step_auto.known_or_measured.__module__].verdicts_of.__module__]
+    step_auto = sys.modules[unet_auto.decision_of.__module__]
+    store = sys.modules[sys.modules[step_auto.known_or_measured.__module__].store_of.__module__]
     known = MadeUpGPU(monkeypatch, tmp_path, store)
     found = {"merged": 99.0, "outs": [], "keys": known.keys, "known": known}
 
     def compared(whole, merged, device):
         found["outs"].append((whole(), merged()))
-        return step_auto.Verdict(1e5, 1e3 * found["merged"], 0.0)
+        return step_auto.Decision(1e5, 1e3 * found["merged"], 0.0)
 
-    monkeypatch.setattr(unet_auto, "is_judged", lambda config, device: config.levels == "auto")
+    monkeypatch.setattr(unet_auto, "is_timed", lambda config, device: config.levels == "auto")
     monkeypatch.setattr(step_auto, "_compared", compared)
     return found
 
 
 @pytest.mark.parametrize("options", [{}, {"mlp": True, "cross_attention": True}, {"method": "sample", "ratio": 0.75}])
 @pytest.mark.parametrize("merged", [99.0, 60.0])
-def test_the_first_call_is_run_both_ways(sd15, tome, judged, caplog, options, merged):
-    judged["merged"], options = merged, {**OPTIONS, **options}
+def test_the_first_call_is_run_both_ways(sd15, tome, decided, caplog, options, merged):
+    decided["merged"], options = merged, {**OPTIONS, **options}
     plain, expected = sample(sd15, steps=2), sample(tome(sd15, **options, levels="0,1"), steps=2)
     with caplog.at_level(logging.INFO, "ToMe"):
         assert torch.equal(sample(tome(sd15, **options), steps=2), expected if merged < 97 else plain)
-    ((whole, less),) = judged["outs"]
+    ((whole, less),) = decided["outs"]
     assert whole.shape == less.shape and len(whole) == 2 and torch.equal(whole[0], whole[1])
     assert not torch.equal(whole, less) and whole.isfinite().all()
     assert (
-        len(judged["keys"]) == 2
-        and "a step of UNetModel of " in judged["keys"][0]
+        len(decided["keys"]) == 2
+        and "a step of UNetModel of " in decided["keys"][0]
         and "not measured" not in caplog.text
     )
     said = [line for line in caplog.messages if "a step takes" in line]
@@ -64,12 +64,12 @@ def test_the_first_call_is_run_both_ways(sd15, tome, judged, caplog, options, me
     assert not [module for module in sd15.model.diffusion_model.modules() if module._forward_pre_hooks]
 
 
-def test_named_levels_are_not_judged(sd15, tome, judged):
+def test_named_levels_are_not_judged(sd15, tome, decided):
     assert not torch.equal(sample(tome(sd15, **OPTIONS, levels="0"), steps=1), sample(sd15, steps=1))
-    assert not judged["keys"]
+    assert not decided["keys"]
 
 
-def test_the_report_says_it_of_each_layer(sd15, tome, judged, comfy_nodes):
+def test_the_report_says_it_of_each_layer(sd15, tome, decided, comfy_nodes):
     plain = sample(sd15, steps=2)
     model, kept = comfy_nodes["ToMeRecord"].execute(model=tome(sd15, **OPTIONS)).result
     assert torch.equal(sample(model, steps=2), plain)
@@ -78,7 +78,7 @@ def test_the_report_says_it_of_each_layer(sd15, tome, judged, comfy_nodes):
     assert "a step takes 100.0 ms without and 99.0 ms with it" in text and data["layers"]
 
 
-def test_other_nodes_do_not_see_it(sd15, tome, judged):
+def test_other_nodes_do_not_see_it(sd15, tome, decided):
     """Their patches and wrappers run in the picture's own steps alone, whatever is found."""
     seen = []
     model = sd15.clone()
@@ -88,22 +88,22 @@ def test_other_nodes_do_not_see_it(sd15, tome, judged):
     )
     sample(model, steps=2)
     before, seen[:] = list(seen), []
-    for judged["merged"] in (99.0, 60.0):
-        judged["known"].clear()
+    for decided["merged"] in (99.0, 60.0):
+        decided["known"].clear()
         sample(tome(model, **OPTIONS), steps=2)
         assert seen == before
         seen.clear()
-    assert len(judged["outs"]) == 2
+    assert len(decided["outs"]) == 2
 
 
-def test_not_judged_under_another_nodes_attention(sd15, tome, judged):
+def test_not_judged_under_another_nodes_attention(sd15, tome, decided):
     model = sd15.clone()
     model.model_options["transformer_options"]["optimized_attention_override"] = lambda func, *a, **k: func(*a, **k)
     expected = sample(tome(model, **OPTIONS, levels="0,1"), steps=1)
-    assert torch.equal(sample(tome(model, **OPTIONS), steps=1), expected) and not judged["keys"]
+    assert torch.equal(sample(tome(model, **OPTIONS), steps=1), expected) and not decided["keys"]
 
 
-def test_run_where_comfyui_has_put_a_classs_own_forward_back(sd15, tome, judged):
+def test_run_where_comfyui_has_put_a_classs_own_forward_back(sd15, tome, decided):
     """It does when it takes an object patch off."""
     block = next(m for m in sd15.model.diffusion_model.modules() if hasattr(m, "attn1"))
     block.ff.forward = block.ff.forward
@@ -111,11 +111,11 @@ def test_run_where_comfyui_has_put_a_classs_own_forward_back(sd15, tome, judged)
         sample(tome(sd15, **OPTIONS), steps=1)
     finally:
         del block.ff.forward
-    assert judged["outs"]
+    assert decided["outs"]
 
 
 @pytest.mark.parametrize("what", ["forward", "hook", "call"])
-def test_not_run_where_another_node_works_on_the_model_itself(sd15, tome, judged, caplog, what):
+def test_not_run_where_another_node_works_on_the_model_itself(sd15, tome, decided, caplog, what):
     base = sd15.model
     block = next(m for m in base.diffusion_model.modules() if hasattr(m, "attn1"))
     expected = sample(tome(sd15, **OPTIONS, levels="0,1"), steps=1)
@@ -132,7 +132,7 @@ def test_not_run_where_another_node_works_on_the_model_itself(sd15, tome, judged
             owner.__dict__.pop(name, None)
         if handle is not None:
             handle.remove()
-    assert not judged["outs"] and "not measured (NotNow: another node" in caplog.text
+    assert not decided["outs"] and "not measured (NotNow: another node" in caplog.text
 
 
 @pytest.fixture
@@ -140,8 +140,8 @@ def gpu(comfy_nodes, monkeypatch, tmp_path):
     """A made-up GPU whose steps are really timed and whose verdicts are really kept; layers are not measured."""
     forget_log()
     unet_auto = pack_module("unet_auto")
-    step_auto = sys.modules[unet_auto.verdict_of.__module__]
-    store = sys.modules[sys.modules[step_auto.known_or_measured.__module__].verdicts_of.__module__]
+    step_auto = sys.modules[unet_auto.decision_of.__module__]
+    store = sys.modules[sys.modules[step_auto.known_or_measured.__module__].store_of.__module__]
     monkeypatch.setattr(step_auto, "may_measure", lambda device: True)
     monkeypatch.setattr(step_auto, "LONG", 0.0)  # one step is enough, and it pays
     return MadeUpGPU(monkeypatch, tmp_path, store)
@@ -207,7 +207,7 @@ def test_a_later_process_measures_nothing(sd15, tome, gpu):
 
 def test_a_step_short_of_memory_is_no_decision(sd15, tome, gpu, monkeypatch, caplog):
     """Merged for now, as where nothing is known; the next time that it is asked for it is measured."""
-    step_auto = sys.modules[pack_module("unet_auto").verdict_of.__module__]
+    step_auto = sys.modules[pack_module("unet_auto").decision_of.__module__]
     real = step_auto._compared
 
     def full(*_):
@@ -218,6 +218,6 @@ def test_a_step_short_of_memory_is_no_decision(sd15, tome, gpu, monkeypatch, cap
     assert torch.equal(sample(tome(sd15, **OPTIONS), steps=1), expected)
     assert "CUDA out of memory), so merged; it is tried again later" in caplog.text
     monkeypatch.setattr(step_auto, "_compared", real)
-    monkeypatch.setattr(sys.modules[step_auto.known_or_measured.__module__].verdicts_of(sd15.load_device), "_again", {})
+    monkeypatch.setattr(sys.modules[step_auto.known_or_measured.__module__].store_of(sd15.load_device), "_again", {})
     sample(tome(sd15, **OPTIONS), steps=1)
     assert len(gpu.kept) == 1

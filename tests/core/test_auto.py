@@ -20,13 +20,13 @@ from shared_tome.attention.sequence import JointCall
 from shared_tome.autotune import decisions, store, surroundings, timing
 from shared_tome.autotune import layer as auto
 from shared_tome.autotune.layer import Case
-from shared_tome.autotune.store import Verdicts
-from shared_tome.autotune.verdict import Verdict
+from shared_tome.autotune.paying import Decision
+from shared_tome.autotune.store import DecisionStore
 
 from .helpers import config, tokens
 
 GRID = (6, 8)
-PAYS, COSTS = Verdict(100.0, 60.0, 10.0), Verdict(100.0, 98.0, 10.0)
+PAYS, COSTS = Decision(100.0, 60.0, 10.0), Decision(100.0, 98.0, 10.0)
 
 
 def case(**changes):
@@ -45,9 +45,9 @@ def case(**changes):
     ],
 )
 def test_what_pays(full, merged, cpu, eager, compiled):
-    verdict = Verdict(full, merged, cpu)
-    assert (verdict.pays(), verdict.pays(waits=False)) == (eager, compiled)
-    assert f"saves {full - merged:.0f} of {full:.0f} us" in verdict.reason
+    decision = Decision(full, merged, cpu)
+    assert (decision.pays(), decision.pays(waits=False)) == (eager, compiled)
+    assert f"saves {full - merged:.0f} of {full:.0f} us" in decision.reason
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,10 @@ def test_what_pays(full, merged, cpu, eager, compiled):
 )
 def test_a_block_that_waits_for_the_processor_gains_nothing(block, block_cpu, eager):
     """Merged it takes the processor 10 us more: too long where the GPU is done with the unmerged one by then."""
-    verdict = Verdict(100.0, 60.0, 10.0, block, block_cpu)
-    assert (verdict.pays(), verdict.pays(waits=False)) == (eager, True)
-    assert eager or f"a block takes the processor {block_cpu} us and the GPU {block}" in verdict.reason
-    assert "saves -20 of 100 us" in Verdict(100.0, 120.0, 10.0, block, block_cpu).reason
+    decision = Decision(100.0, 60.0, 10.0, block, block_cpu)
+    assert (decision.pays(), decision.pays(waits=False)) == (eager, True)
+    assert eager or f"a block takes the processor {block_cpu} us and the GPU {block}" in decision.reason
+    assert "saves -20 of 100 us" in Decision(100.0, 120.0, 10.0, block, block_cpu).reason
 
 
 def test_the_block_is_timed_on_tokens_of_its_own(monkeypatch):
@@ -72,30 +72,30 @@ def test_the_block_is_timed_on_tokens_of_its_own(monkeypatch):
         return lambda: x.add_(1)
 
     ours = case(dtype=torch.float32)
-    assert auto.measure(ours, torch.device("cpu"), None, block) == Verdict(100.0, 60.0, 5.0, 900.0, 400.0)
+    assert auto.measure(ours, torch.device("cpu"), None, block) == Decision(100.0, 60.0, 5.0, 900.0, 400.0)
     assert given[0].shape == (2, 48, 16)
     times = iter([(100.0, 20.0), (60.0, 25.0)])
-    assert auto.measure(ours, torch.device("cpu"), None, lambda x: None) == Verdict(100.0, 60.0, 5.0)
+    assert auto.measure(ours, torch.device("cpu"), None, lambda x: None) == Decision(100.0, 60.0, 5.0)
 
 
 def test_it_is_measured_once_and_kept(tmp_path):
     path = tmp_path / "folder" / "gpu.json"
     calls = []
 
-    def measured(verdict):
-        calls.append(verdict)
-        return verdict
+    def measured(decision):
+        calls.append(decision)
+        return decision
 
-    first = Verdicts(path)
+    first = DecisionStore(path)
     assert first.get("a", lambda: measured(PAYS)) == PAYS
     assert first.get("a", lambda: measured(COSTS)) == PAYS
-    assert Verdicts(path).get("a", lambda: measured(COSTS)) == PAYS
+    assert DecisionStore(path).get("a", lambda: measured(COSTS)) == PAYS
     assert len(calls) == 1
     assert not list(path.parent.glob("*.tmp"))
 
 
 def test_two_processes_share_the_file(tmp_path):
-    one, other = (Verdicts(tmp_path / "gpu.json") for _ in range(2))
+    one, other = (DecisionStore(tmp_path / "gpu.json") for _ in range(2))
     one.get("a", lambda: PAYS)
     other.get("b", lambda: COSTS)
     one.get("c", lambda: PAYS)
@@ -123,22 +123,22 @@ def test_a_damaged_file_is_ignored_and_rewritten(tmp_path, caplog, text):
     path = tmp_path / "gpu.json"
     path.write_text(text)
     with caplog.at_level(logging.WARNING, "ToMe"):
-        assert Verdicts(path).get("a", lambda: COSTS) == COSTS
+        assert DecisionStore(path).get("a", lambda: COSTS) == COSTS
     assert "is damaged" in caplog.text
-    assert Verdicts(path).get("a", lambda: PAYS) == COSTS
+    assert DecisionStore(path).get("a", lambda: PAYS) == COSTS
 
 
 def test_a_file_of_another_form_is_rewritten(tmp_path, caplog):
     path = tmp_path / "gpu.json"
     path.write_text('{"form": 99, "layers": {"a": {"full_us": 1, "merged_us": 2, "cpu_us": 0}}}')
-    assert Verdicts(path).get("a", lambda: PAYS) == PAYS
+    assert DecisionStore(path).get("a", lambda: PAYS) == PAYS
     assert json.loads(path.read_text())["form"] == store.FORM
     assert not caplog.text
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    kept = Verdicts(tmp_path / "file" / "gpu.json")
+    kept = DecisionStore(tmp_path / "file" / "gpu.json")
     assert kept.get("a", lambda: PAYS) == PAYS
     assert kept.get("b", lambda: COSTS) == COSTS
     assert kept.get("a", lambda: COSTS) == PAYS
@@ -146,13 +146,13 @@ def test_a_folder_that_cannot_be_written(tmp_path, caplog):
 
 
 def test_nothing_to_keep():
-    kept = Verdicts(None)
+    kept = DecisionStore(None)
     assert kept.get("a", lambda: PAYS) == PAYS
     assert kept.get("a", lambda: COSTS) == PAYS
 
 
 def test_what_cannot_be_measured_is_merged(tmp_path, caplog, monkeypatch):
-    kept, tries = Verdicts(tmp_path / "gpu.json"), []
+    kept, tries = DecisionStore(tmp_path / "gpu.json"), []
 
     def fails():
         tries.append(1)
@@ -164,17 +164,17 @@ def test_what_cannot_be_measured_is_merged(tmp_path, caplog, monkeypatch):
     assert not kept.path.exists()
     call, x = ModelCall(config(), GRID, torch.device("cpu")), tokens(2, GRID, 16)
     layers = decisions.Decisions(call)
-    monkeypatch.setattr(auto, "verdicts_of", lambda device: kept)
+    monkeypatch.setattr(auto, "store_of", lambda device: kept)
     monkeypatch.setattr(auto, "measure", lambda *_: fails())
     monkeypatch.setattr("shared_tome.autotune.decisions.measures", lambda *_: True)
-    assert layers.why_not_paid(layers.verdict(x, GRID, 2)) is None and len(tries) == 2
-    monkeypatch.setattr(decisions, "verdict_on", lambda *_: COSTS)
+    assert layers.why_not_paid(layers.decision(x, GRID, 2)) is None and len(tries) == 2
+    monkeypatch.setattr(decisions, "decision_on", lambda *_: COSTS)
     layers = decisions.Decisions(call)
-    assert layers.why_not_paid(layers.verdict(x, GRID, 2)) == COSTS.reason  # the counterpart
+    assert layers.why_not_paid(layers.decision(x, GRID, 2)) == COSTS.reason  # the counterpart
 
 
 def test_threads_measure_once():
-    kept, calls, together = Verdicts(None), [], threading.Barrier(4)
+    kept, calls, together = DecisionStore(None), [], threading.Barrier(4)
 
     def measured():
         calls.append(1)
@@ -218,14 +218,14 @@ def test_own_tokens_tell_layers_apart():
     """Only where the options keep them and the adapter can."""
     keeps, without = (config(method="sample", own_token=own) for own in (True, False))
     plain = case(config=without)
-    assert case(config=keeps).key == plain.key and not case(config=keeps).keeps_own
+    assert case(config=keeps).key == plain.key and not case(config=keeps).keeps_self
     flash = case(config=without, kernels=("flash",))
     for same in (case(config=keeps.replace(proportional=False), kernels=("flash",)), flash):
-        assert not same.keeps_own and "own" not in same.key
+        assert not same.keeps_self and "own" not in same.key
     merges = [case(config=config(own_token=own), kernels=("flash",)).key for own in (True, False)]
     assert merges[0] == merges[1]  # merge keeps none
     own = case(config=keeps, kernels=("flash",))
-    assert own.keeps_own and own.key == flash.key + ", own"
+    assert own.keeps_self and own.key == flash.key + ", own"
 
 
 def test_the_order_of_kernels_tells_layers_apart():
@@ -289,7 +289,7 @@ def test_both_ways_are_run(monkeypatch, method, ratio):
 
     state = torch.get_rng_state()
     ours = case(config=config(method=method, ratio=ratio), dtype=torch.float32)
-    assert auto.measure(ours, torch.device("cpu"), attention) == Verdict(100.0, 60.0, 5.0)
+    assert auto.measure(ours, torch.device("cpu"), attention) == Decision(100.0, 60.0, 5.0)
     assert torch.equal(state, torch.get_rng_state())
     assert [out.shape for out in outputs] == [(2, 48, 16)] * 2
     (full, _, heads), (queries, keys, _) = asked
@@ -317,14 +317,14 @@ def test_both_ways_are_run_with_own_tokens(monkeypatch, ratio, joins):
     attend = JointCall.attend
 
     def spied(self, q, k, v, start, plan, scale=None):
-        joined.append((q.shape, k.shape, v.shape, start, plan.kept, self.own))
+        joined.append((q.shape, k.shape, v.shape, start, plan.kept, self.keeps_self))
         return attend(self, q, k, v, start, plan, scale) if joins else None
 
     monkeypatch.setattr(timing, "times_of", times_of)
     monkeypatch.setattr(JointCall, "attend", spied)
     options = config(method="sample", ratio=ratio, own_token=True)
     ours = case(config=options, dtype=torch.float32, kernels=("flash",))
-    assert auto.measure(ours, torch.device("cpu"), attention) == Verdict(100.0, 60.0, 5.0)
+    assert auto.measure(ours, torch.device("cpu"), attention) == Decision(100.0, 60.0, 5.0)
     kept = 48 - int(48 * ratio)
     if kept == 48:  # nothing is drawn: the layer is whole both times
         assert not joined and asked == [48, 48]
@@ -338,27 +338,27 @@ def test_how_many_steps_and_rows_there_are_changes_nothing(monkeypatch):
     """A picture in a batch, or with its rows on two GPUs, is the one that it is alone."""
     seen = []
     monkeypatch.setattr(auto, "measure", lambda case, *_: seen.append(case) or PAYS)
-    kept = Verdicts(None)
-    monkeypatch.setattr(auto, "verdicts_of", lambda device: kept)
+    kept = DecisionStore(None)
+    monkeypatch.setattr(auto, "store_of", lambda device: kept)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     ours, cpu = config(start=0.4, min_tokens=100, seed=3), torch.device("cpu")
     for options in (ours, ours.replace(start=0.0, seed=1)):
-        assert auto.verdict_on((64, 64), 640, 10, torch.float16, cpu, options) == PAYS
+        assert auto.decision_on((64, 64), 640, 10, torch.float16, cpu, options) == PAYS
     (only,) = seen
     assert only.config == config(min_tokens=0)
 
 
 @pytest.fixture
-def judged(monkeypatch):
-    """Measuring on the CPU, with a verdict of the test's choice by channels."""
+def decided(monkeypatch):
+    """Measuring on the CPU, with a decision of the test's choice by channels."""
     asked = []
 
-    def verdict_on(grid, channels, heads, dtype, device, ours, attention=None, kernels=(), block=None, about=""):
+    def decision_on(grid, channels, heads, dtype, device, ours, attention=None, kernels=(), block=None, about=""):
         asked.append((grid, channels, heads, dtype, attention, kernels))
         return {16: PAYS, 8: COSTS}.get(channels)
 
     monkeypatch.setattr(decisions, "measures", lambda ours, grid, device: ours.levels == "auto")
-    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "decision_on", decision_on)
     return asked
 
 
@@ -367,42 +367,42 @@ def made(about="", **options):
     return decisions.Decisions(ModelCall(config(**options), GRID, torch.device("cpu")), about)
 
 
-def test_a_call_asks_once_a_shape(judged):
+def test_a_call_asks_once_a_shape(decided):
     layers = made()
     paid, unpaid, unknown = (tokens(2, GRID, channels) for channels in (16, 8, 4))
     for _ in range(2):
-        assert layers.why_not_paid(layers.verdict(paid, GRID, 2)) is None
-        assert layers.why_not_paid(layers.verdict(unpaid, GRID, 2)) == COSTS.reason
-        assert layers.why_not_paid(layers.verdict(unknown, GRID, 2)) is None
-    assert len(judged) == 3
-    assert layers.verdict(tokens(2, GRID, 12), GRID, None) is None  # a host that tells no heads
+        assert layers.why_not_paid(layers.decision(paid, GRID, 2)) is None
+        assert layers.why_not_paid(layers.decision(unpaid, GRID, 2)) == COSTS.reason
+        assert layers.why_not_paid(layers.decision(unknown, GRID, 2)) is None
+    assert len(decided) == 3
+    assert layers.decision(tokens(2, GRID, 12), GRID, None) is None  # a host that tells no heads
     named = made(levels="0")
-    assert named.verdict(unpaid, GRID, 2) is None
-    assert len(judged) == 3
+    assert named.decision(unpaid, GRID, 2) is None
+    assert len(decided) == 3
 
 
-def test_a_call_hands_the_kernels_on(judged):
+def test_a_call_hands_the_kernels_on(decided):
     layers = made()
-    layers.verdict(tokens(2, GRID, 16), GRID, 2, None, ("flash",))
+    layers.decision(tokens(2, GRID, 16), GRID, 2, None, ("flash",))
     layers.look_ahead([(0, 8, 2)], torch.float32, None, ("cudnn",))
-    assert [one[5] for one in judged] == [("flash",), ("cudnn",)]
+    assert [one[5] for one in decided] == [("flash",), ("cudnn",)]
 
 
-def test_a_compiled_graph_is_looked_ahead_of(judged):
+def test_a_compiled_graph_is_looked_ahead_of(decided):
     """Nothing can be measured in it; launches are not waited for there."""
     ahead = made("weights float32", min_tokens=20)
     ahead.look_ahead([(0, 8, 2), (0, 16, 2), (1, 8, 2)], torch.float32)
-    assert [one[:2] for one in judged] == [(GRID, 8), (GRID, 16)]  # level 1 has 12 tokens
+    assert [one[:2] for one in decided] == [(GRID, 8), (GRID, 16)]  # level 1 has 12 tokens
     assert ahead.unpaid == ((GRID, 8, 2, torch.float32, ()),)
 
     def layer(x, layers):
-        return x if layers.why_not_paid(layers.verdict(x, GRID, 2)) is None else -x
+        return x if layers.why_not_paid(layers.decision(x, GRID, 2)) is None else -x
 
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     for channels, kept in ((16, True), (8, False), (4, True)):
         x = tokens(2, GRID, channels)
         assert torch.equal(compiled(x, ahead), x if kept else -x)
-    assert len(judged) == 2
+    assert len(decided) == 2
     torch._dynamo.reset()
 
 
@@ -410,18 +410,18 @@ def test_layers_of_other_heads_or_kernels_are_others(monkeypatch):
     """Also where grid and channels are the same."""
     asked = []
 
-    def verdict_on(grid, channels, heads, dtype, device, ours, attention, kernels, block=None, about=""):
+    def decision_on(grid, channels, heads, dtype, device, ours, attention, kernels, block=None, about=""):
         asked.append((heads, dtype, kernels, about))
         return PAYS if heads == 2 and not kernels else COSTS
 
     monkeypatch.setattr(decisions, "measures", lambda *_: True)
-    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "decision_on", decision_on)
     ours, x = made("fp8"), tokens(2, GRID, 16)
     for _ in range(2):
-        assert ours.verdict(x, GRID, 2) == PAYS
-        assert ours.verdict(x, GRID, 4) == COSTS
-        assert ours.verdict(x, GRID, 2, None, ("flash",), about=lambda: "fp16") == COSTS
-        assert ours.verdict(x.half(), GRID, 2) == PAYS
+        assert ours.decision(x, GRID, 2) == PAYS
+        assert ours.decision(x, GRID, 4) == COSTS
+        assert ours.decision(x, GRID, 2, None, ("flash",), about=lambda: "fp16") == COSTS
+        assert ours.decision(x.half(), GRID, 2) == PAYS
     single, half, flash = torch.float32, torch.float16, ("flash",)
     assert asked == [(2, single, (), "fp8"), (4, single, (), "fp8"), (2, single, flash, "fp16"), (2, half, (), "fp8")]
 
@@ -435,11 +435,11 @@ def gpu(monkeypatch, tmp_path):
 
 def ask(**changes):
     given = {"grid": GRID, "channels": 16, "heads": 2, "dtype": torch.float16, "config": config(), **changes}
-    return auto.verdict_on(device=torch.device("cpu"), **given)
+    return auto.decision_on(device=torch.device("cpu"), **given)
 
 
 def test_a_layer_by_itself_is_not_one_in_its_block(gpu):
-    """A compiled model is measured before there are blocks; a verdict with its block's times is another."""
+    """A compiled model is measured before there are blocks; a decision with its block's times is another."""
     ask()
     assert auto.known_on(GRID, 16, 2, torch.float16, torch.device("cpu"), config()) is None
     ask(block=lambda x: None)
@@ -503,7 +503,7 @@ def test_another_source_is_another_version(tmp_path):
     """Of kernels and of the rule alike, told without anybody counting it up."""
     core = Path(surroundings.__file__).parents[1]
     shutil.copytree(core, tmp_path / "shared_tome", ignore=shutil.ignore_patterns("__pycache__"))
-    files = [f"shared_tome/{name}" for name in ("kernels/impl/mean.py", "autotune/verdict.py", "step_auto.py")]
+    files = [f"shared_tome/{name}" for name in ("kernels/impl/mean.py", "autotune/paying.py", "step_auto.py")]
     command = [sys.executable, "-c", SOURCES, *files]
     said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
     where, found = zip(*map(str.split, said.splitlines()), strict=True)

@@ -18,8 +18,8 @@ def test_tokens_that_are_not_the_grids_are_refused(method, count, which, own):
     given = {name: torch.randn(1, count if name == which else 64, 8) for name in ("q", "k", "v", "metric")}
     call = ModelCall(config(method=method, levels="0"), (8, 8), torch.device("cpu"))
     with pytest.raises(ValueError, match=f"a grid of 8x8 has 64 tokens, the {which} has {count}"):
-        call.attention(**given, grid=(8, 8), own=own)
+        call.attention(**given, grid=(8, 8), keeps_self=own)
     with pytest.raises(ValueError, match=f"the metric has {count}"):
         call.plan(given[which], (8, 8))
     small = ModelCall(config(method=method, levels="0", min_tokens=65), (8, 8), torch.device("cpu"))
-    assert small.attention(**given, grid=(8, 8), own=own) is None  # not served: nobody looks at them
+    assert small.attention(**given, grid=(8, 8), keeps_self=own) is None  # not served: nobody looks at them

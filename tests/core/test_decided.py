@@ -9,7 +9,7 @@ import pytest
 
 from shared_tome import ToMeConfig
 from shared_tome.autotune.decision_log import DecisionLog, together
-from shared_tome.autotune.verdict import Given
+from shared_tome.autotune.paying import Given
 from shared_tome.changes import CHANGES, COMFYUI, SCRIPTS, WEBUI, version, why_another_picture
 from shared_tome.decided import parse
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared_tome.autotune import detached as bare
+from shared_tome.autotune import detached
 from shared_tome.core.failures import is_out_of_memory
 from shared_tome.hooks import heads
 
@@ -63,5 +63,5 @@ class Block(nn.Module):
 
 def test_a_block_that_has_no_room_is_not_one_that_does_not_run_by_itself():
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        bare.run_bare(Block(torch.cuda.OutOfMemoryError("CUDA out of memory")), torch.zeros(1, 4, 4))
-    assert bare.run_bare(Block(TypeError("more arguments")), torch.zeros(1, 4, 4)) is None
+        detached.run_detached(Block(torch.cuda.OutOfMemoryError("CUDA out of memory")), torch.zeros(1, 4, 4))
+    assert detached.run_detached(Block(TypeError("more arguments")), torch.zeros(1, 4, 4)) is None

@@ -86,7 +86,7 @@ def test_its_sample_is_drawn_only_where_it_is_needed(monkeypatch):
     expected = [plan_of(sampled) for _ in range(3)]
     drawn.clear()
     for number in (2, 0, 1):
-        assert torch.equal(plans[number].turns, expected[number].turns)
+        assert torch.equal(plans[number].head_draws, expected[number].head_draws)
         assert torch.equal(plans[number].index, expected[number].index)
     assert [given[2] for given in drawn] == [2, 0, 1], "each once"
 
@@ -267,7 +267,7 @@ def test_measured_times_depend_on_shares_by_hand():
 @pytest.mark.parametrize("multires", [False, True])
 def test_auto_is_resolved_by_the_model(multires):
     ours = config(method="auto", ratio=0.6)
-    assert ours.samples and ours.keeps_own and ours.kind is config(method="sample").kind
+    assert ours.samples and ours.keeps_self and ours.kind is config(method="sample").kind
     assert ours.resolved(multires) == ours.replace(method="multires" if multires else "sample")
     named = config(method="merge")
     assert named.resolved(multires) is named

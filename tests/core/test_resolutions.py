@@ -130,7 +130,7 @@ def test_the_middle_by_default_and_pixels_that_are_not_there():
 def test_the_legend_says_what_was_seen(monkeypatch):
     said = []
     monkeypatch.setattr(
-        "shared_tome.inspect.overlay.draw_legend", lambda image, lines, keys=(): said.append((lines, keys)) or image
+        "shared_tome.inspect.drawing.draw_legend", lambda image, lines, keys=(): said.append((lines, keys)) or image
     )
     run, q, k = recorded((12, 16))
     draw(run, legend=True, x=0, y=0, head=1)

@@ -138,8 +138,8 @@ def test_few_draws_serve_many_layers(monkeypatch, ratio, draws, own):
     monkeypatch.undo()
     choices = [match_tokens(x, grid, ours, seed=5, step=3, layer=layer).choice for layer in range(94)]
     for layer, plan in enumerate(plans):
-        assert torch.equal(plan.choice, choices[layer]) and len(plan.turns) == (4 if own else 1)
-        assert all(map(torch.equal, plan.turns, choices[layer:]))
+        assert torch.equal(plan.choice, choices[layer]) and len(plan.head_draws) == (4 if own else 1)
+        assert all(map(torch.equal, plan.head_draws, choices[layer:]))
     more = 3 if own else 0  # heads take what comes behind the layer's own
     assert drawn == [(first, layers + more) for first, layers in draws]
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from shared_tome.autotune import store
-from shared_tome.autotune.store import NotNow, Verdicts
-from shared_tome.autotune.verdict import Verdict
+from shared_tome.autotune.paying import Decision
+from shared_tome.autotune.store import DecisionStore, NotNow
 
-PAYS, COSTS = Verdict(100.0, 60.0, 10.0), Verdict(100.0, 98.0, 10.0)
+PAYS, COSTS = Decision(100.0, 60.0, 10.0), Decision(100.0, 98.0, 10.0)
 ROOT = Path(__file__).resolve().parents[2]
 OUT_OF_MEMORY = [
     torch.cuda.OutOfMemoryError("CUDA out of memory"),
@@ -56,16 +56,16 @@ def raises(error):
 def test_a_damaged_file_counts_as_none(tmp_path, caplog, text):
     path = tmp_path / "gpu.json"
     path.write_text(text.replace("FORM", str(store.FORM)), encoding="utf-8")
-    kept = Verdicts(path)
+    kept = DecisionStore(path)
     assert kept.known("k") is None and kept.get("k", lambda: PAYS) == PAYS
     assert caplog.text.count("is damaged") == 1
-    assert layers(path).keys() == {"k"} and Verdicts(path).known("k") == PAYS
+    assert layers(path).keys() == {"k"} and DecisionStore(path).known("k") == PAYS
 
 
 def test_bytes_that_are_no_text(tmp_path, caplog):
     path = tmp_path / "gpu.json"
     path.write_bytes(b"\xff\xfe\x00{")
-    assert Verdicts(path).get("k", lambda: PAYS) == PAYS and "is damaged" in caplog.text
+    assert DecisionStore(path).get("k", lambda: PAYS) == PAYS and "is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["folder", "file is a folder", "nothing may be opened"])
@@ -84,7 +84,7 @@ def test_a_store_that_cannot_be_used_costs_no_picture(tmp_path, monkeypatch, cap
 
         for owner, name in ((Path, "is_file"), (os, "open")):
             monkeypatch.setattr(owner, name, denied)
-    kept = Verdicts(path)
+    kept = DecisionStore(path)
     for _ in range(2):
         assert kept.get("a", lambda: PAYS) == PAYS and kept.get("b", lambda: COSTS) == COSTS
     assert caplog.text.count("cannot be kept") == 1
@@ -93,7 +93,7 @@ def test_a_store_that_cannot_be_used_costs_no_picture(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("step", ["write_text", "replace"])
 def test_nothing_stays_where_writing_fails(tmp_path, monkeypatch, caplog, step):
-    kept = Verdicts(tmp_path / "gpu.json")
+    kept = DecisionStore(tmp_path / "gpu.json")
     kept.get("a", lambda: PAYS)
     before = kept.path.read_bytes()
 
@@ -113,17 +113,17 @@ def test_nothing_stays_where_writing_fails(tmp_path, monkeypatch, caplog, step):
 PROCESS = """
 import sys, time
 from pathlib import Path
-from shared_tome.autotune.store import Verdicts
-from shared_tome.autotune.verdict import Verdict
+from shared_tome.autotune.store import DecisionStore
+from shared_tome.autotune.paying import Decision
 name, path, go = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-kept = Verdicts(path)
+kept = DecisionStore(path)
 kept.known("x")
 print("ready", flush=True)
 while not go.exists():
     time.sleep(0.001)
 for number in range(40):
-    kept.get(f"{name} {number}", lambda: Verdict(number, number, 0.0))
-mine = kept.get("shared", lambda: time.sleep(0.3) or Verdict(100.0, float(ord(name)), 0.0))
+    kept.get(f"{name} {number}", lambda: Decision(number, number, 0.0))
+mine = kept.get("shared", lambda: time.sleep(0.3) or Decision(100.0, float(ord(name)), 0.0))
 print(mine.merged_us, flush=True)
 """
 
@@ -146,13 +146,13 @@ def test_processes_that_write_at_once_lose_nothing_and_agree(tmp_path):
 
 def test_the_first_of_two_processes_is_right(tmp_path):
     """Both measured at the same time, and what they found scatters."""
-    one, other = (Verdicts(tmp_path / "gpu.json") for _ in range(2))
+    one, other = (DecisionStore(tmp_path / "gpu.json") for _ in range(2))
     assert one.get("a", lambda: other.get("a", lambda: COSTS) and PAYS) == COSTS
     assert one.known("a") == other.known("a") == COSTS
 
 
 def test_what_another_process_has_measured_by_now_is_not_measured_again(tmp_path):
-    one, other = (Verdicts(tmp_path / "gpu.json") for _ in range(2))
+    one, other = (DecisionStore(tmp_path / "gpu.json") for _ in range(2))
     assert one.known("a") is None
     other.get("a", lambda: COSTS)
     assert one.get("a", raises(AssertionError("measured again"))) == COSTS
@@ -160,14 +160,14 @@ def test_what_another_process_has_measured_by_now_is_not_measured_again(tmp_path
 
 def test_a_process_decides_by_what_it_wrote(tmp_path):
     """To the digit: it would decide otherwise than those that read."""
-    kept = Verdicts(tmp_path / "gpu.json")
-    assert kept.get("a", lambda: Verdict(100.0, 96.999, 1 / 3)) == Verdict(100.0, 97.0, 0.33)
-    assert Verdicts(kept.path).known("a") == kept.known("a")
+    kept = DecisionStore(tmp_path / "gpu.json")
+    assert kept.get("a", lambda: Decision(100.0, 96.999, 1 / 3)) == Decision(100.0, 97.0, 0.33)
+    assert DecisionStore(kept.path).known("a") == kept.known("a")
 
 
 def test_nobody_waits_for_a_measurement_who_does_not_need_it(tmp_path):
     """Neither threads that ask for what is known nor processes that write."""
-    kept, other = (Verdicts(tmp_path / "gpu.json") for _ in range(2))
+    kept, other = (DecisionStore(tmp_path / "gpu.json") for _ in range(2))
     kept.get("known", lambda: PAYS)
     found = []
 
@@ -185,7 +185,7 @@ def test_nobody_waits_for_a_measurement_who_does_not_need_it(tmp_path):
 def test_another_process_that_never_lets_go(tmp_path, monkeypatch):
     """Stopped in the midst of writing: the picture goes on, and what was measured is written the next time."""
     monkeypatch.setattr(store, "PATIENCE", 0.05)
-    kept = Verdicts(tmp_path / "gpu.json")
+    kept = DecisionStore(tmp_path / "gpu.json")
     with store._alone(kept.path) as alone:
         assert alone and kept.get("a", lambda: PAYS) == PAYS
         assert not kept.path.exists()
@@ -198,7 +198,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(store.fcntl or store.msvcrt, "flock" if store.fcntl else "locking", none)
-    kept = Verdicts(tmp_path / "gpu.json")
+    kept = DecisionStore(tmp_path / "gpu.json")
     kept.get("a", lambda: PAYS)
     assert layers(kept.path).keys() == {"a"}
 
@@ -206,13 +206,13 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 def test_it_does_not_grow_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "MOST", 5)
     for number in range(9):
-        Verdicts(tmp_path / "gpu.json").get(str(number), lambda: PAYS)
+        DecisionStore(tmp_path / "gpu.json").get(str(number), lambda: PAYS)
     assert list(layers(tmp_path / "gpu.json")) == ["4", "5", "6", "7", "8"]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
 def test_short_of_memory_is_no_verdict(tmp_path, monkeypatch, caplog, error):
-    kept, now = Verdicts(tmp_path / "gpu.json"), [100.0]
+    kept, now = DecisionStore(tmp_path / "gpu.json"), [100.0]
     monkeypatch.setattr(store.time, "monotonic", lambda: now[0])
     assert kept.get("a | with Triton", raises(error)) is None
     assert "a: not measured" in caplog.text and "tried again later" in caplog.text and "Triton" not in caplog.text
@@ -222,7 +222,7 @@ def test_short_of_memory_is_no_verdict(tmp_path, monkeypatch, caplog, error):
 
 
 def test_a_model_that_cannot_be_run_now_may_be_later(monkeypatch):
-    kept, now = Verdicts(None), [100.0]
+    kept, now = DecisionStore(None), [100.0]
     monkeypatch.setattr(store.time, "monotonic", lambda: now[0])
     assert kept.get("a", raises(NotNow("another node works on it"))) is None
     now[0] += store.RETRY
@@ -230,8 +230,8 @@ def test_a_model_that_cannot_be_run_now_may_be_later(monkeypatch):
 
 
 def test_a_failure_of_its_own_is_remembered(tmp_path, monkeypatch, caplog):
-    kept, now, tries, read = Verdicts(tmp_path / "gpu.json"), [100.0], [], Verdicts._read
-    monkeypatch.setattr(Verdicts, "_read", lambda self: tries.append("read") or read(self))
+    kept, now, tries, read = DecisionStore(tmp_path / "gpu.json"), [100.0], [], DecisionStore._read
+    monkeypatch.setattr(DecisionStore, "_read", lambda self: tries.append("read") or read(self))
     monkeypatch.setattr(store.time, "monotonic", lambda: now[0])
 
     def fails():
@@ -261,15 +261,15 @@ def test_a_user_without_a_home(monkeypatch, caplog, named):
     """As in containers and services: nothing is kept, and that is said once."""
     monkeypatch.setattr(os.path, "expanduser", lambda name: name)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GPU")
-    monkeypatch.setattr(store, "_verdicts", {})
+    monkeypatch.setattr(store, "_decided", {})
     for name in (store.FOLDER, "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
     if named is not None:
         monkeypatch.setenv(store.FOLDER, named)
     with caplog.at_level(logging.WARNING, "ToMe"):
         for _ in range(2):
-            assert store.verdicts_of(torch.device("cuda")).path is None
+            assert store.store_of(torch.device("cuda")).path is None
     assert caplog.text.count("has no home folder") == 1
-    monkeypatch.setattr(store, "_verdicts", {})
+    monkeypatch.setattr(store, "_decided", {})
     monkeypatch.setenv(store.FOLDER, "")  # asked for
-    assert store.verdicts_of(torch.device("cuda")).path is None and caplog.text.count("has no home folder") == 1
+    assert store.store_of(torch.device("cuda")).path is None and caplog.text.count("has no home folder") == 1

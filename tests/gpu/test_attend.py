@@ -83,7 +83,7 @@ def test_in_a_captured_graph():
 
 @pytest.mark.parametrize("kernel", ["flash", "efficient", "cudnn"])
 def test_image_beside_text(kernel):
-    """At once where torch's kernel would be slower, in joined parts else; both against float64."""
+    """At once where torch's kernel would be slower, in combined parts else; both against float64."""
     call = ModelCall(ToMeConfig(ratio=0.75, min_tokens=0), (32, 32), torch.device("cuda"))
     q, k, v = drawn(2, 3, 77 + 1024, 77 + 1024, 128, torch.bfloat16, "cuda")
     plan = call.plan(k[:, 0, 77:], (32, 32))

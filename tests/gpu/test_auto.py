@@ -12,7 +12,7 @@ from shared_tome import ModelCall, ToMeConfig
 from shared_tome.autotune import layer as auto
 from shared_tome.autotune import store
 from shared_tome.autotune.decisions import Decisions
-from shared_tome.autotune.verdict import Verdict
+from shared_tome.autotune.paying import Decision
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,20 +24,20 @@ LAYER = {"grid": (64, 64), "channels": 640, "heads": 10, "dtype": torch.float16}
 @pytest.fixture
 def kept(monkeypatch, tmp_path):
     monkeypatch.setenv(store.FOLDER, str(tmp_path))
-    monkeypatch.setattr(store, "_verdicts", {})
+    monkeypatch.setattr(store, "_decided", {})
     monkeypatch.delenv(auto.SWITCH, raising=False)
     return tmp_path
 
 
-def measured(**changes) -> Verdict:
-    return auto.verdict_on(**{**LAYER, "device": torch.device("cuda"), "config": ToMeConfig(), **changes})
+def measured(**changes) -> Decision:
+    return auto.decision_on(**{**LAYER, "device": torch.device("cuda"), "config": ToMeConfig(), **changes})
 
 
 def test_times_are_those_of_a_graph(kept):
     """Without the gaps between launches: within a factor of two of what the same calls take as a CUDA graph."""
     case = auto.Case((96, 96), 640, 10, torch.float16, ToMeConfig(min_tokens=0))
-    verdict = auto.measure(case, torch.device("cuda"))
-    assert verdict.pays() and verdict.merged_us < 0.6 * verdict.full_us
+    decision = auto.measure(case, torch.device("cuda"))
+    assert decision.pays() and decision.merged_us < 0.6 * decision.full_us
     x = torch.randn(2, 9216, 640, device="cuda", dtype=torch.float16)
     weight = torch.randn(640, 640, device="cuda", dtype=torch.float16) * 0.04
 
@@ -57,7 +57,7 @@ def test_times_are_those_of_a_graph(kept):
     graph.replay()
     torch.cuda.synchronize()
     taken = 1e5 * (time.perf_counter() - start)
-    assert taken / 2 < verdict.full_us < taken * 2
+    assert taken / 2 < decision.full_us < taken * 2
 
 
 def test_it_is_kept_and_said(kept, caplog):
@@ -81,13 +81,13 @@ def test_what_loses_is_left_alone(kept):
     call = ModelCall(ToMeConfig(method="merge", ratio=0.5, min_tokens=0), (64, 64), torch.device("cuda"))
     layers = Decisions(call)
     x = torch.randn(2, 4096, 640, device="cuda", dtype=torch.float16)
-    assert "does not pay" in layers.why_not_paid(layers.verdict(x, (64, 64), 10, free))
+    assert "does not pay" in layers.why_not_paid(layers.decision(x, (64, 64), 10, free))
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(kept):
     layers = Decisions(ModelCall(ToMeConfig(min_tokens=0), (64, 64), torch.device("cuda")))
     x = torch.randn(2, 4096, 640, device="cuda", dtype=torch.float16)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        assert layers.verdict(x, (64, 64), 10) is None
+        assert layers.decision(x, (64, 64), 10) is None
         x.add(1)
     assert not list(kept.iterdir())

@@ -148,7 +148,7 @@ def call_and_plan(grid, ratio=0.77, seed=3, step=2, batch=2):
 def test_a_models_attention_goes_by_the_kernel(grid, before):
     """The way of a host: plan, JointCall, front door. Within half precision of the specification; no word said."""
     said, plan = [], call_and_plan(grid)
-    joint = JointCall(True, TORCHS, lambda *words: said.append(words), own=True)
+    joint = JointCall(True, TORCHS, lambda *words: said.append(words), keeps_self=True)
     length = before + math.prod(grid)
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
@@ -189,7 +189,7 @@ def test_one_compiled_graph_for_all_seeds_and_steps():
 @pytest.mark.parametrize(("dtype", "d"), [(torch.float32, 64), (torch.float16, 320)])
 def test_what_no_kernel_takes_is_sampled_and_said(dtype, d):
     said, plan = [], call_and_plan((24, 32))
-    joint = JointCall(True, TORCHS, lambda *words: said.append(words), own=True)
+    joint = JointCall(True, TORCHS, lambda *words: said.append(words), keeps_self=True)
     q = torch.randn(2, 3, 768, d, device="cuda", dtype=dtype)
     joint.attend(q, q, q, 0, plan)
     assert said and said[0][0] == NO_KERNEL and f"{d} channels" in said[0][1]

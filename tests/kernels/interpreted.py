@@ -358,8 +358,8 @@ def test_a_kernel_that_breaks_is_said_once(monkeypatch, caplog):
             kernels.extend_value(x[None])
             attention.attend(*3 * [torch.zeros(1, 1, 3, 64, dtype=torch.float16)], torch.zeros(1, 3))
             head, zero = x[:, None], torch.zeros(1, 1, 63, dtype=torch.int64)
-            kernels.take_turns(head, head, zero)
-            kernels.keep_own(head, head, head, head, torch.zeros(2, 1, 63), zero, zero[0, 0], 0.25)
+            kernels.take_by_head(head, head, zero)
+            kernels.add_self_token(head, head, head, head, torch.zeros(2, 1, 63), zero, zero[0, 0], 0.25)
             heads = torch.zeros(1, 1, 63, 64, dtype=torch.float16)
             if kernels.attends_drawn(heads, heads, heads, 0.1):  # not asked for again
                 drawn = kernels.attend_drawn(*3 * [heads], None, zero, zero[0, 0], 0, 0.1, 0.0)

@@ -125,7 +125,7 @@ def test_at_a_hosts_call(launched, options):
 def test_image_beside_text_at_once(launched, monkeypatch, kernel):
     """As by wider heads; cuDNN's parts joined are faster and stay."""
     monkeypatch.setattr(joint, "choose_kernel", lambda *_: kernel)
-    monkeypatch.setattr(joint, "attend_joined", lambda *_: None)
+    monkeypatch.setattr(joint, "attend_combined", lambda *_: None)
     call = ModelCall(ToMeConfig(ratio=0.75, min_tokens=0), (8, 8), torch.device("cpu"))
     q, k, v = drawn(2, 2, 70, 70, 64, torch.float16)
     plan = call.plan(k[:, 0, 6:], (8, 8))

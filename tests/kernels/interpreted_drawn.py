@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from support.own_weights import attended as truth
+from support.self_token_weights import attended as truth
 
 from shared_tome import ToMeConfig, kernels, match_tokens
 from shared_tome.attention import sequence as joint
@@ -19,7 +19,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
 from shared_tome.kernels.impl.attend_drawn import launch_attend_drawn
 
 from .interpreted import Launches
-from .interpreted_own import HEADS, LAYOUTS, draw, drawn
+from .interpreted_self_token import HEADS, LAYOUTS, draw, drawn
 
 HALF = [torch.float16, torch.bfloat16]
 TILES = (16, 16, 4, 2)
@@ -39,9 +39,9 @@ def made(plan, d, dtype, around=(0, 0), layout="tokens first"):
 
 def given(q, k, v, plan, start=0, scale=None, listed=False):
     """The arguments of launch_attend_drawn."""
-    drawn = kernels.take_turns(*(x[:, :, start : start + plan.tokens] for x in (k, v)), plan.turns)
+    drawn = kernels.take_by_head(*(x[:, :, start : start + plan.tokens] for x in (k, v)), plan.head_draws)
     weight, scale = math.log(plan.tokens / plan.kept), scale or q.shape[-1] ** -0.5
-    return (q, k, v, None if listed else drawn, plan.turns, plan.runs, start, scale, weight)
+    return (q, k, v, None if listed else drawn, plan.head_draws, plan.runs, start, scale, weight)
 
 
 def near(got, expected, roundings=2):
@@ -78,7 +78,7 @@ def test_equal_up_to_rounding(grid, ratio, rows, d, around, tiles, dtype, monkey
         assert got.shape == q.shape and got.dtype == dtype and near(got, expected)
     assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
     assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
-    assert len(plan.turns) > 1 and plan.even
+    assert len(plan.head_draws) > 1 and plan.even
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -110,7 +110,7 @@ def test_who_stands_for_itself_gets_no_key_twice():
     q, k, v = made(plan, 64, torch.float16)
     arguments = given(q, k, v, plan)
     nothing = launch_attend_drawn(q, k + torch.nan, v + torch.nan, *arguments[3:], TILES)  # but the drawn ones
-    stands = by_head(plan.turns[..., plan.runs], 4, HEADS) == torch.arange(48)
+    stands = by_head(plan.head_draws[..., plan.runs], 4, HEADS) == torch.arange(48)
     assert 0 < stands.float().mean() < 0.5
     assert torch.equal(nothing[stands], launch_attend_drawn(*arguments, TILES)[stands])
     assert nothing[~stands].isnan().all()  # the counterpart
@@ -160,18 +160,18 @@ def test_when_it_is_taken(monkeypatch, kernel, d, ratio, at_once, around, listed
     """And both ways give the same up to rounding, in one launch or two."""
     monkeypatch.setattr(kernels.heads, "_LISTED", listed)  # of twelve keys
     monkeypatch.setattr(joint, "choose_kernel", lambda *_: kernel)
-    real = joint.attend_joined
-    monkeypatch.setattr(joint, "attend_joined", lambda *given: real(*given[:6], "cpu", *given[7:]))
+    real = joint.attend_combined
+    monkeypatch.setattr(joint, "attend_combined", lambda *given: real(*given[:6], "cpu", *given[7:]))
     plan = drawn((6, 8), ratio, batch=2)
     q, k, v = made(plan, d, torch.float16, around)
-    shared = joint.JointCall(True, (kernel,), never, own=True)
+    shared = joint.JointCall(True, (kernel,), never, keeps_self=True)
     expected = shared.attend(q.float(), k.float(), v.float(), around[0], plan)  # which no kernel of ours takes
     with Launches(monkeypatch) as launches:
         got = shared.attend(q, k, v, around[0], plan)
     ours = [name for name in launches.names if name.endswith("_kernel")]
     assert ("_attend_drawn_kernel" in ours) == at_once and got.is_contiguous() and got.shape == expected.shape
     if at_once:
-        assert ours == [*(["_turns_kernel"] if listed == 11 else []), "_attend_drawn_kernel"]
+        assert ours == [*(["_take_by_head_kernel"] if listed == 11 else []), "_attend_drawn_kernel"]
         assert [name for name in launches.names if name not in (*ours, "alias")] == []
     assert near(got, expected.double(), 4)
 
@@ -183,10 +183,10 @@ def never(*said):
 def test_not_for_other_plans(monkeypatch):
     """downsample has no runs."""
     monkeypatch.setattr(joint, "choose_kernel", lambda *_: "flash")
-    monkeypatch.setattr(joint, "attend_joined", lambda *given: "joined")
+    monkeypatch.setattr(joint, "attend_combined", lambda *given: "joined")
     plan = match_tokens(draw(2, 64, 1, seed=0), (8, 8), ToMeConfig(method="downsample", ratio=0.75, min_tokens=0))
     q = draw(2, HEADS, 70, 64, seed=0).half()
-    assert joint.JointCall(True, ("flash",), never, own=True).attend(q, q, q, 6, plan) == "joined"
+    assert joint.JointCall(True, ("flash",), never, keeps_self=True).attend(q, q, q, 6, plan) == "joined"
 
 
 def test_where_it_fails_the_other_way_is_taken(monkeypatch, caplog):
@@ -196,13 +196,13 @@ def test_where_it_fails_the_other_way_is_taken(monkeypatch, caplog):
         launched.append(1)
         raise RuntimeError("too little shared memory")
 
-    joined, real = [], joint.attend_joined
-    monkeypatch.setattr(joint, "attend_joined", lambda *given: joined.append(len(launched)) or real(*given))
+    joined, real = [], joint.attend_combined
+    monkeypatch.setattr(joint, "attend_combined", lambda *given: joined.append(len(launched)) or real(*given))
     monkeypatch.setattr(ops, "_broken", set())
     monkeypatch.setitem(ops.LAUNCH, "attend_drawn", fail)
     plan = drawn((6, 8), 0.75, batch=2)
     q, k, v = made(plan, 64, torch.float16)
-    shared = joint.JointCall(True, ("flash",), never, own=True)
+    shared = joint.JointCall(True, ("flash",), never, keeps_self=True)
     first, second = (shared.attend(q, k, v, 0, plan) for _ in range(2))
     assert launched == joined == [1] and caplog.text.count("the attend_drawn kernel does not run on cpu") == 1
     expected = truth(q, k, v, plan).transpose(1, 2)

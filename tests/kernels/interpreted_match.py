@@ -17,7 +17,7 @@ from shared_tome.core.sampling import kept_count, walk_rows, walk_table
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
 from shared_tome.kernels.impl.match import launch_match
-from shared_tome.kernels.impl.mean import heads_like
+from shared_tome.kernels.impl.mean import chains_like
 from shared_tome.kernels.impl.nearest import Config, launch_nearest
 
 from .interpreted import CONFIG, DTYPES, assert_sizes, members, seeds, select, tokens
@@ -216,7 +216,7 @@ def test_match_of_many_src_in_one_launch(dtype):
     for goes in (10, 3000, 8990) if dtype == torch.float16 else (3000,):
         tally = torch.zeros(rows, TALLY, dtype=torch.int64)
         tally.scatter_add_(1, code >> 8, torch.ones_like(code)).scatter_add_(1, code + COARSE, torch.ones_like(code))
-        heads = torch.zeros(heads_like(rows, count - goes + dst_count, dst_count), dtype=torch.int32)
+        heads = torch.zeros(chains_like(rows, count - goes + dst_count, dst_count), dtype=torch.int32)
         index, groups, _ = launch_grouped(similarity, target, src, dst, goes, tally.int(), heads)
         stays = torch.zeros(rows, count, dtype=torch.bool)
         order = code.argsort(dim=1, stable=True)[:, : count - goes]

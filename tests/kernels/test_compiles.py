@@ -104,16 +104,16 @@ def test_match(compiled, counts, first, dtype):
 @pytest.mark.parametrize(("dtype", "d"), [(torch.float16, 40), (torch.bfloat16, 64), (torch.float32, 160)])
 def test_own(compiled, dtype, d):
     """Alone, and in a row with text before it, with one choice of tokens and with several."""
-    from shared_tome.kernels.impl.own import launch_own
-    from shared_tome.kernels.impl.turns import launch_turns
+    from shared_tome.kernels.impl.by_head import launch_take_by_head
+    from shared_tome.kernels.impl.self_token import launch_self_token
 
     q, k, v, out = (torch.empty(2, 77 + 35, 3, d, dtype=dtype).transpose(1, 2)[:, :, 77:] for _ in range(4))
     lse = torch.empty(2, 3, 35)
     for rows in (1, 2):
-        turns, runs = torch.zeros(4, rows, 9, dtype=torch.int64), torch.zeros(35, dtype=torch.int64)
-        assert launch_own(q, k, v, out, lse, turns, runs, d**-0.5).shape == (2, 3, 35, d)
-        assert [x.shape for x in launch_turns(k, v, turns)] == [(2, 3, 9, d)] * 2
-    assert compiled == ["_own_kernel", "_turns_kernel"] * 2
+        head_draws, runs = torch.zeros(4, rows, 9, dtype=torch.int64), torch.zeros(35, dtype=torch.int64)
+        assert launch_self_token(q, k, v, out, lse, head_draws, runs, d**-0.5).shape == (2, 3, 35, d)
+        assert [x.shape for x in launch_take_by_head(k, v, head_draws)] == [(2, 3, 9, d)] * 2
+    assert compiled == ["_self_token_kernel", "_take_by_head_kernel"] * 2
 
 
 @pytest.mark.parametrize(("dtype", "d"), [(torch.float16, 64), (torch.bfloat16, 128)])
@@ -122,9 +122,9 @@ def test_attend_drawn(compiled, dtype, d, text, listed):
     from shared_tome.kernels.impl.attend_drawn import launch_attend_drawn
 
     q, k, v = (torch.empty(2, text + 36, 3, d, dtype=dtype).transpose(1, 2) for _ in range(3))
-    turns, runs = torch.zeros(4, 2, 9, dtype=torch.int64), torch.zeros(36, dtype=torch.int64)
+    head_draws, runs = torch.zeros(4, 2, 9, dtype=torch.int64), torch.zeros(36, dtype=torch.int64)
     drawn = None if listed else (torch.empty(2, 3, 9, d, dtype=dtype),) * 2
-    assert launch_attend_drawn(q, k, v, drawn, turns, runs, text, d**-0.5, 1.4).shape == q.shape
+    assert launch_attend_drawn(q, k, v, drawn, head_draws, runs, text, d**-0.5, 1.4).shape == q.shape
     assert compiled == ["_attend_drawn_kernel"]
 
 
@@ -146,12 +146,12 @@ def test_attention_fits_into_shared_memory(compiled, monkeypatch, capability, ro
 
     monkeypatch.setattr(attend, "shared_memory", lambda device: room)
     compiled.capability = capability
-    turns, runs = torch.zeros(4, 1, 9, dtype=torch.int64), torch.zeros(30000, dtype=torch.int64)
+    head_draws, runs = torch.zeros(4, 1, 9, dtype=torch.int64), torch.zeros(30000, dtype=torch.int64)
     for dtype, d, tokens in ((torch.float16, 64, 15000), (torch.bfloat16, 128, 30000)):
         q, k, v = (torch.empty(2, tokens, 3, d, dtype=dtype).transpose(1, 2) for _ in range(3))
         drawn = (torch.empty(2, 3, 9, d, dtype=dtype),) * 2
         attend.launch_attend(q, k, v, torch.zeros(1, tokens), d**-0.5)
-        attend_drawn.launch_attend_drawn(q, k, v, drawn, turns, runs[:tokens], 0, d**-0.5, 1.4)
+        attend_drawn.launch_attend_drawn(q, k, v, drawn, head_draws, runs[:tokens], 0, d**-0.5, 1.4)
     assert len(compiled) == 4 and 0 < max(compiled.shared) <= room
     # The counterpart: what larger cards take does not fit into the smaller ones'.
     assert (max(compiled.shared) > 99 * 1024) == (room > 99 * 1024)

@@ -10,7 +10,7 @@ import shared_tome
 from shared_tome import ToMeConfig, decisions_of
 from shared_tome.autotune import decisions, layer, store
 from shared_tome.autotune import step as step_auto
-from shared_tome.autotune.verdict import Verdict
+from shared_tome.autotune.paying import Decision
 from shared_tome.scripts import joint_autotune
 
 from . import models
@@ -26,9 +26,9 @@ def gpu(monkeypatch, tmp_path):
     gpu = MadeUpTimes(monkeypatch, tmp_path, store, layer, decisions)
     gpu.step, gpu.attention = 60.0, True
     monkeypatch.setattr(step_auto, "may_measure", lambda device: True)
-    monkeypatch.setattr(step_auto, "_compared", lambda *_: Verdict(1e5, 1e3 * gpu.step, 0.0))
+    monkeypatch.setattr(step_auto, "_compared", lambda *_: Decision(1e5, 1e3 * gpu.step, 0.0))
     monkeypatch.setattr(joint_autotune, "measures", lambda config, grid, device: config.levels == "auto")
-    monkeypatch.setattr(joint_autotune, "compared", lambda *_: Verdict(80.0, 40.0 if gpu.attention else 79.0, 0.0))
+    monkeypatch.setattr(joint_autotune, "compared", lambda *_: Decision(80.0, 40.0 if gpu.attention else 79.0, 0.0))
     gpu.another(x16x20=False)
     return gpu
 

@@ -18,15 +18,15 @@ MODEL_HOOKS = 2
 
 
 @pytest.fixture
-def judged(monkeypatch):
+def decided(monkeypatch):
     """Layers with as many tokens or more pay."""
     least = [10**9]
 
-    def verdict_on(grid, *_):
-        return decisions.Verdict(100.0, 40.0 if grid[0] * grid[1] >= least[0] else 99.0, 5.0)
+    def decision_on(grid, *_):
+        return decisions.Decision(100.0, 40.0 if grid[0] * grid[1] >= least[0] else 99.0, 5.0)
 
     monkeypatch.setattr(decisions, "measures", lambda *_: True)
-    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "decision_on", decision_on)
     return least
 
 
@@ -36,7 +36,7 @@ def config(**options):
 
 @pytest.mark.parametrize("name", models.UNETS)
 @pytest.mark.parametrize("options", [{}, {"own_token": True}, {"method": "merge", "mlp": True}])
-def test_hooks_go_after_the_first_call_and_come_back(judged, name, options):
+def test_hooks_go_after_the_first_call_and_come_back(decided, name, options):
     unet = models.UNETS[name]()
     plain, large = models.run(unet), models.run(unet, 32, 32)
     shared_tome.apply_patch(unet, config=config(**options))
@@ -44,7 +44,7 @@ def test_hooks_go_after_the_first_call_and_come_back(judged, name, options):
     assert torch.equal(models.run(unet), plain) and models.count_hooks(unet) == on
     for _ in range(2):
         assert torch.equal(models.run(unet), plain) and models.count_hooks(unet) == MODEL_HOOKS
-    judged[0] = 32 * 32 if name == "sd15" else 16 * 16
+    decided[0] = 32 * 32 if name == "sd15" else 16 * 16
     merged = models.run(unet, 32, 32)  # another size, which pays
     assert not torch.equal(merged, large) and models.count_hooks(unet) >= on
     assert torch.equal(models.run(unet), plain) and torch.equal(models.run(unet, 32, 32), merged)
@@ -53,10 +53,10 @@ def test_hooks_go_after_the_first_call_and_come_back(judged, name, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"ratio": 0.4}, {"method": "merge", "cross_attention": True}])
-def test_blocks_of_levels_that_do_not_pay_lose_theirs(judged, options):
+def test_blocks_of_levels_that_do_not_pay_lose_theirs(decided, options):
     """And have them again in calls of a size of which more levels pay."""
     unet, fresh = models.sd15(), models.sd15()
-    judged[0] = 256
+    decided[0] = 256
     for one in (unet, fresh):
         shared_tome.apply_patch(one, config=config(**options))
     on = models.count_hooks(unet)
@@ -71,10 +71,10 @@ def test_blocks_of_levels_that_do_not_pay_lose_theirs(judged, options):
     assert models.count_hooks(unet) == 0
 
 
-def test_a_block_that_was_not_reached_keeps_its_hooks(judged):
+def test_a_block_that_was_not_reached_keeps_its_hooks(decided):
     """Others leave blocks out in some steps: nothing is known of those."""
     unet, fresh = models.sd15(), models.sd15()
-    judged[0] = 256
+    decided[0] = 256
     for one in (unet, fresh):
         shared_tome.apply_patch(one, config=config())
     block = next(m for m in unet.modules() if hasattr(m, "attn1"))
@@ -87,7 +87,7 @@ def test_a_block_that_was_not_reached_keeps_its_hooks(judged):
     assert torch.equal(models.run(unet), models.run(fresh)) and calls
 
 
-def test_a_schedule_is_judged_by_its_ratios(judged):
+def test_a_schedule_is_judged_by_its_ratios(decided):
     """A ratio of 0 in the first steps is no judgement."""
     unet = models.sd15()
     shared_tome.apply_patch(unet, config=config(start=0.5))
@@ -101,10 +101,10 @@ def test_a_schedule_is_judged_by_its_ratios(judged):
 
 
 @pytest.mark.parametrize("least", [32 * 32, 16 * 16])
-def test_another_thread_at_work_keeps_its_hooks(judged, least):
+def test_another_thread_at_work_keeps_its_hooks(decided, least):
     """One thread finds that nothing pays at its size, or less, while another is in the midst of a call that does."""
     unet = models.sd15()
-    judged[0] = least
+    decided[0] = least
     shared_tome.apply_patch(unet, config=config())
     expected = models.run(unet, 32, 32)
     models.run(unet)  # the small size is known now
@@ -127,14 +127,14 @@ def test_another_thread_at_work_keeps_its_hooks(judged, least):
     assert torch.equal(made[0], expected)
 
 
-def test_a_copy_of_the_model_has_hooks_of_its_own(judged):
+def test_a_copy_of_the_model_has_hooks_of_its_own(decided):
     unet = models.sd15()
     plain = models.run(unet)
     shared_tome.apply_patch(unet, config=config())
     for _ in range(2):
         models.run(unet)
     twin = copy.deepcopy(unet)
-    judged[0] = 0
+    decided[0] = 0
     for _ in range(2):
         assert torch.equal(models.run(twin), plain)  # judged already, as the original
     assert not torch.equal(models.run(twin, 32, 32), models.run(models.sd15(), 32, 32))

@@ -7,7 +7,7 @@ import torch
 
 import shared_tome
 from shared_tome import kernels
-from shared_tome.autotune.verdict import Verdict
+from shared_tome.autotune.paying import Decision
 from shared_tome.scripts import joint_autotune
 
 from . import models
@@ -74,7 +74,7 @@ def timed(monkeypatch):
     def give(pays):
         def compared(full, merged, device):
             found["rows"].append((full(), merged()))
-            return Verdict(100.0, 40.0 if pays else 99.0, 5.0)
+            return Decision(100.0, 40.0 if pays else 99.0, 5.0)
 
         def known_or_measured(key, device, measure):
             found["names"].append(key)

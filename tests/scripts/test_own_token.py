@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.own_weights import attended
+from support.self_token_weights import attended
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import shared_tome
@@ -322,7 +322,7 @@ def test_whether_it_pays_is_measured_with_them(monkeypatch):
 
     asked = []
     monkeypatch.setattr(decisions, "measures", lambda *_: True)
-    monkeypatch.setattr(decisions, "verdict_on", lambda *args: asked.append(args[7]))
+    monkeypatch.setattr(decisions, "decision_on", lambda *args: asked.append(args[7]))
     unet = models.sd15()
     for own in (True, False):
         shared_tome.apply_patch(unet, config=config(own_token=own))

@@ -155,7 +155,7 @@ def test_layers_that_do_not_pay_are_left_alone(monkeypatch, caplog):
     unet = models.sd15()
     before = models.run(unet)
     monkeypatch.setattr(decisions, "measures", lambda config, grid, device: config.levels == "auto")
-    monkeypatch.setattr(decisions, "verdict_on", lambda *_: decisions.Verdict(100.0, 99.0, 5.0))
+    monkeypatch.setattr(decisions, "decision_on", lambda *_: decisions.Decision(100.0, 99.0, 5.0))
     shared_tome.apply_patch(unet, config=config())
     assert torch.equal(models.run(unet), before)
     assert "does not pay here: it saves 1 of 100 us" in caplog.text
@@ -170,16 +170,16 @@ def test_the_models_own_block_is_timed_by_itself(monkeypatch):
     unet = models.sd15()
     before, ran, found = models.run(unet), [], []
 
-    def verdict_on(grid, channels, heads, dtype, device, ours, attention, kernels, block, about):
+    def decision_on(grid, channels, heads, dtype, device, ours, attention, kernels, block, about):
         x = torch.randn(2, grid[0] * grid[1], channels)
         count = len(ran)
         run = block(x)
         assert run().shape == run().shape == x.shape and len(ran) == count
         found.append(channels)
-        return decisions.Verdict(100.0, 50.0, 10.0, 900.0, 895.0)  # the processor is what a merged block waits for
+        return decisions.Decision(100.0, 50.0, 10.0, 900.0, 895.0)  # the processor is what a merged block waits for
 
     monkeypatch.setattr(decisions, "measures", lambda config, grid, device: True)
-    monkeypatch.setattr(decisions, "verdict_on", verdict_on)
+    monkeypatch.setattr(decisions, "decision_on", decision_on)
     for block in served_blocks(unet):
         block.ff.register_forward_pre_hook(lambda *_: ran.append(1))
     shared_tome.apply_patch(unet, config=config())

@@ -14,8 +14,8 @@ import shared_tome
 from shared_tome import ToMeConfig
 from shared_tome.autotune import step as step_auto
 from shared_tome.autotune import store, timing
-from shared_tome.autotune.detached import about_model, bare_model
-from shared_tome.autotune.verdict import Verdict
+from shared_tome.autotune.detached import about_model, detached_model
+from shared_tome.autotune.paying import Decision
 from shared_tome.scripts import hooks as script_hooks
 
 from . import models
@@ -25,14 +25,14 @@ OPTIONS = {"min_tokens": 0, "ratio": 0.5, "method": "merge"}
 
 
 @pytest.fixture
-def judged(monkeypatch, tmp_path):
+def decided(monkeypatch, tmp_path):
     """A GPU, on which a step takes 100 ms, and one that is merged that of `merged`; what was run, and its names."""
     known = MadeUpGPU(monkeypatch, tmp_path, store)
     found = {"merged": 99.0, "outs": [], "keys": known.keys}
 
     def compared(whole, merged, device):
         found["outs"].append((whole().sample, merged().sample))
-        return Verdict(1e5, 1e3 * found["merged"], 0.0)
+        return Decision(1e5, 1e3 * found["merged"], 0.0)
 
     monkeypatch.setattr(step_auto, "may_measure", lambda device: True)
     monkeypatch.setattr(step_auto, "_compared", compared)
@@ -46,8 +46,8 @@ def patched(unet, **options):
 
 @pytest.mark.parametrize("name", models.UNETS)
 @pytest.mark.parametrize("merged", [99.0, 60.0])
-def test_the_first_call_is_run_both_ways(judged, caplog, name, merged):
-    unet, judged["merged"] = models.UNETS[name](), merged
+def test_the_first_call_is_run_both_ways(decided, caplog, name, merged):
+    unet, decided["merged"] = models.UNETS[name](), merged
     plain, hooks = models.run(unet), models.count_hooks(unet)
     expected = models.run(patched(models.UNETS[name](), levels="0,1,2"))
     patched(unet)
@@ -55,7 +55,7 @@ def test_the_first_call_is_run_both_ways(judged, caplog, name, merged):
     with caplog.at_level(logging.INFO, "ToMe"):
         for _ in range(2):
             assert torch.equal(models.run(unet), expected if merged < 97 else plain)
-    (whole, less), (key,) = judged["outs"][0], judged["keys"]
+    (whole, less), (key,) = decided["outs"][0], decided["keys"]
     # The first row as a picture with guidance; that the rows are alike shows in the outcome.
     alone = models.run(models.UNETS[name](), batch=2)[:1]
     assert whole.shape == plain.shape and torch.equal(whole[0], whole[1]) and whole.shape == less.shape
@@ -69,35 +69,35 @@ def test_the_first_call_is_run_both_ways(judged, caplog, name, merged):
     assert models.count_hooks(unet) == hooks
 
 
-def test_what_is_known_of_one_batch_holds_for_another(judged):
+def test_what_is_known_of_one_batch_holds_for_another(decided):
     unet = patched(models.sd15())
     for batch in (1, 2, 4):
         models.run(unet, batch=batch)
     shared_tome.remove_patch(unet)
     models.run(patched(unet), batch=4)
-    assert len(judged["keys"]) == 2 and len(set(judged["keys"])) == 1 and len(judged["outs"]) == 1
+    assert len(decided["keys"]) == 2 and len(set(decided["keys"])) == 1 and len(decided["outs"]) == 1
 
 
-def test_each_size_and_way_is_judged_by_itself(judged):
+def test_each_size_and_way_is_judged_by_itself(decided):
     unet = models.sd15()
     for options in ({}, {"mlp": True}, {"ratio": 0.25}, {"method": "sample"}, {"method": "sample", "own_token": False}):
         models.run(patched(unet, **options))
         models.run(unet, 8, 8)
-    assert len(set(judged["keys"])) == len(judged["keys"]) == 10
+    assert len(set(decided["keys"])) == len(decided["keys"]) == 10
 
 
-def test_a_schedule_is_judged_by_the_ratios_that_it_has(judged):
+def test_a_schedule_is_judged_by_the_ratios_that_it_has(decided):
     unet = patched(models.sd15(), start=0.5, ratio=0.25, ratio_end=0.5)
     for timestep in (900, 499, 300, 100, 1, 900, 499):
         models.run(unet, timestep=timestep)
-    ratios = [part for key in judged["keys"] for part in key.split(", ") if part.startswith("0.")]
+    ratios = [part for key in decided["keys"] for part in key.split(", ") if part.startswith("0.")]
     assert ratios[0] == "0.2500" and ratios[-1] == "0.5000"
-    assert 2 < len(set(ratios)) == len(ratios) == len(judged["keys"])
-    assert all(not torch.equal(*outs) for outs in judged["outs"])
+    assert 2 < len(set(ratios)) == len(ratios) == len(decided["keys"])
+    assert all(not torch.equal(*outs) for outs in decided["outs"])
 
 
 @pytest.mark.parametrize("what", ["levels", "training", "another's forward", "another's attention", "tomesd's call"])
-def test_not_judged(judged, what):
+def test_not_judged(decided, what):
     unet = models.sd15()
     block = next(script_hooks.served_blocks(unet))
     options = {"levels": "0"} if what == "levels" else {}
@@ -117,17 +117,17 @@ def test_not_judged(judged, what):
     else:
         patched(unet, **options)
     plain = models.run(models.sd15())
-    assert not torch.equal(models.run(unet), plain) and not judged["keys"]
+    assert not torch.equal(models.run(unet), plain) and not decided["keys"]
 
 
-def test_attention_codes_and_weights_are_part_of_a_steps_name(judged):
+def test_attention_codes_and_weights_are_part_of_a_steps_name(decided):
     from diffusers.models.attention_processor import AttnProcessor
 
     unet = models.sd15()
     models.run(patched(unet))
     unet.set_attn_processor(AttnProcessor())
     models.run(patched(unet))
-    first, second = judged["keys"]
+    first, second = decided["keys"]
     assert "attention_processor.AttnProcessor2_0, weights float32" in first
     assert "attention_processor.AttnProcessor, weights float32" in second
 
@@ -145,7 +145,7 @@ def test_what_a_models_times_depend_on():
     assert about_model(unet, cpu) == plain.replace("float32", "float16 float32")
 
 
-def test_a_step_short_of_memory_is_asked_about_again(judged, monkeypatch, caplog):
+def test_a_step_short_of_memory_is_asked_about_again(decided, monkeypatch, caplog):
     compared, now = step_auto._compared, [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
 
@@ -156,14 +156,14 @@ def test_a_step_short_of_memory_is_asked_about_again(judged, monkeypatch, caplog
     unet, plain = patched(models.sd15()), models.run(models.sd15())
     merged = models.run(unet)
     assert torch.equal(models.run(unet), merged) and not torch.equal(merged, plain)
-    assert "it is tried again later" in caplog.text and len(judged["keys"]) == 1
+    assert "it is tried again later" in caplog.text and len(decided["keys"]) == 1
     monkeypatch.setattr(step_auto, "_compared", compared)
     now[0] += store.RETRY
-    assert torch.equal(models.run(unet), plain) and len(judged["outs"]) == 1
-    assert torch.equal(models.run(unet), plain) and len(judged["keys"]) == 2
+    assert torch.equal(models.run(unet), plain) and len(decided["outs"]) == 1
+    assert torch.equal(models.run(unet), plain) and len(decided["keys"]) == 2
 
 
-def test_nobody_else_sees_it(judged):
+def test_nobody_else_sees_it(decided):
     """Hooks of others run as often as without; the weights are the same ones, and no copy of the model is kept."""
     unet, ran = models.sd15(), []
     for module in (unet, unet.conv_in, next(script_hooks.served_blocks(unet)).ff):
@@ -171,15 +171,15 @@ def test_nobody_else_sees_it(judged):
     weights = [weight.clone() for weight in unet.parameters()]
     random = torch.get_rng_state()
     models.run(patched(unet))
-    assert len(ran) == 3 and judged["outs"] and torch.equal(torch.get_rng_state(), random)
+    assert len(ran) == 3 and decided["outs"] and torch.equal(torch.get_rng_state(), random)
     assert all(map(torch.equal, unet.parameters(), weights))
     twin = copy.deepcopy(unet)
-    assert torch.equal(models.run(twin), models.run(unet)) and len(judged["outs"]) == 1
+    assert torch.equal(models.run(twin), models.run(unet)) and len(decided["outs"]) == 1
 
 
 def test_a_copy_of_a_model_shares_its_weights_alone():
     unet = patched(models.sd15())
-    made = bare_model(unet)
+    made = detached_model(unet)
     assert models.count_hooks(made) == 0 < models.count_hooks(unet)
     assert [id(x) for x in made.parameters()] == [id(x) for x in unet.parameters()]
     assert not {id(module) for module in made.modules()} & {id(module) for module in unet.modules()}
@@ -191,16 +191,16 @@ def test_a_copy_of_a_model_shares_its_weights_alone():
 def test_both_take_turns_and_the_least_counts_of_the_whole_one(monkeypatch):
     calls, clock = [], iter([30.0, 20.0, 10.0, 25.0, 20.0, 19.0, 18.0, 17.0, 16.0])
     monkeypatch.setattr(timing, "seconds", lambda call, device: call() or next(clock) * 1e-3)
-    verdict = step_auto._compared(lambda: calls.append("w"), lambda: calls.append("m"), torch.device("cpu"))
+    decision = step_auto._compared(lambda: calls.append("w"), lambda: calls.append("m"), torch.device("cpu"))
     assert "".join(calls) == "wwmm" + "mw" * 4
-    assert (verdict.full_us, verdict.merged_us) == (10e3, 19.5e3) and not verdict.pays()
+    assert (decision.full_us, decision.merged_us) == (10e3, 19.5e3) and not decision.pays()
 
 
 def test_a_long_step_pays_and_is_not_run_merged(monkeypatch):
     calls, clock = [], iter([0.5])
     monkeypatch.setattr(timing, "seconds", lambda call, device: call() or next(clock))
-    verdict = step_auto._compared(lambda: calls.append("w"), lambda: calls.append("m"), torch.device("cpu"))
-    assert "".join(calls) == "ww" and verdict.pays() and verdict.full_us == 5e5
+    decision = step_auto._compared(lambda: calls.append("w"), lambda: calls.append("m"), torch.device("cpu"))
+    assert "".join(calls) == "ww" and decision.pays() and decision.full_us == 5e5
 
 
 def test_a_call_is_timed_among_others():

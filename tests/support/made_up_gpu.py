@@ -15,16 +15,16 @@ class MadeUpGPU:
 
     def __init__(self, monkeypatch: Any, folder: Path, store: Any):
         self.keys: list[str] = []
-        self._folder, self._store, get = folder, store, store.Verdicts.get
+        self._folder, self._store, get = folder, store, store.DecisionStore.get
 
-        def asked(verdicts: Any, key: str, measured: Any) -> Any:
+        def asked(decided: Any, key: str, measured: Any) -> Any:
             self.keys.append(key)
-            return get(verdicts, key, measured)
+            return get(decided, key, measured)
 
         monkeypatch.setenv(store.FOLDER, str(folder))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "made-up GPU")
-        monkeypatch.setattr(store, "_verdicts", {})
-        monkeypatch.setattr(store.Verdicts, "get", asked)
+        monkeypatch.setattr(store, "_decided", {})
+        monkeypatch.setattr(store.DecisionStore, "get", asked)
 
     @property
     def kept(self) -> dict[str, dict[str, float]]:
@@ -34,7 +34,7 @@ class MadeUpGPU:
 
     def forget(self) -> None:
         """As in another process: what is known is read again."""
-        self._store._verdicts.clear()
+        self._store._decided.clear()
 
     def clear(self) -> None:
         """Nothing is known."""
@@ -55,7 +55,7 @@ class MadeUpTimes(MadeUpGPU):
         self.pays: dict[tuple[int, ...], bool] = {}
 
         def measure(case: Any, *_: Any) -> Any:
-            return layer.Verdict(80.0, 40.0 if self.pays.get(case.grid, True) else 79.0, 0.0)
+            return layer.Decision(80.0, 40.0 if self.pays.get(case.grid, True) else 79.0, 0.0)
 
         monkeypatch.setattr(layer, "measure", measure)
         monkeypatch.setattr(decisions, "measures", lambda config, grid, device: config.levels == "auto")

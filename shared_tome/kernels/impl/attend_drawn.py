@@ -35,7 +35,7 @@ def _attend_drawn_kernel(
     start,
     image,
     kept,
-    turns,
+    head_draws,
     rows,
     scale,
     share,
@@ -72,7 +72,7 @@ def _attend_drawn_kernel(
     query = tl.load(q + batch * q0 + head * q1 + far * q2 + channel[None, :], mask=mask, other=0.0)
     k += batch * k0 + head * k1
     v += batch * v0 + head * v1
-    drawn += ((head % turns) * rows + batch % rows) * kept
+    drawn += ((head % head_draws) * rows + batch % rows) * kept
     image_k, image_v = k + start * k2, v + start * v2
     # Its own key, once, and once less the one that stands for its run; both are one where it stands for itself.
     place = token - start
@@ -122,7 +122,7 @@ def launch_attend_drawn(
     k: Tensor,
     v: Tensor,
     drawn: tuple[Tensor, Tensor] | None,
-    turns: Tensor,
+    head_draws: Tensor,
     runs: Tensor,
     start: int,
     scale: float,
@@ -132,7 +132,7 @@ def launch_attend_drawn(
     """As self_token.attend_drawn; the result lies in memory as [B, L, H, d]."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, d = q.shape
-    check_rows(turns.shape[1], batch)
+    check_rows(head_draws.shape[1], batch)
     made = torch.empty((batch, tokens, heads, d), dtype=q.dtype, device=q.device)
     block = block_of(d)
     rows, keys, warps, stages = config or (NARROW if is_narrow(block, q.device) else _CONFIG)
@@ -143,16 +143,16 @@ def launch_attend_drawn(
         v,
         drawn_k,
         drawn_v,
-        turns.contiguous(),
+        head_draws.contiguous(),
         runs,
         made,
         heads,
         tokens,
         start,
         runs.shape[0],
-        turns.shape[2],
-        turns.shape[0],
-        turns.shape[1],
+        head_draws.shape[2],
+        head_draws.shape[0],
+        head_draws.shape[1],
         scale * LOG2_E,
         math.exp(-weight),
         weight * LOG2_E,

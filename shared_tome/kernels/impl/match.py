@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .compiler import power_of_two, tl, triton
-from .mean import LANES, heads_like, join
+from .mean import LANES, chains_like, join
 from .nearest import COARSE, TALLY, Config, launch_nearest, ordered
 
 # src of a program, dst of a program, src that it counts at a time, warps. On an H100 at 4,096, 16,384, 65,536 tokens:
@@ -48,7 +48,7 @@ def _match_kernel(
     index,
     groups,
     sizes,
-    heads,
+    chains,
     following,
     src_count,
     dst_count,
@@ -62,13 +62,13 @@ def _match_kernel(
 ):
     """The first programs of a row: SRC of its src each; the others: DST of its dst each.
 
-    sizes, heads, following: see mean.join; the former two zero before.
+    sizes, chains, following: see mean.join; the former two zero before.
     """
     row = tl.program_id(1).to(tl.int64)
     tokens, kept = src_count + dst_count, stay + dst_count
     index += row * kept
     sizes += row * (kept + dst_count * LANES)
-    heads += row * (kept + dst_count * LANES)
+    chains += row * (kept + dst_count * LANES)
     groups += row * tokens
     following += row * tokens
     src += (row % list_rows) * src_count
@@ -116,7 +116,7 @@ def _match_kernel(
         place = _seat(tl.where(stays, place, stay + partner), stay, SECOND)
         tl.store(index + place, token, mask=stays)
         tl.store(groups + token, place.to(tl.int64), mask=valid)
-        join(sizes, heads, following, place, token, joins, valid, kept, dst_count, LANES)
+        join(sizes, chains, following, place, token, joins, valid, kept, dst_count, LANES)
 
 
 def launch_match(
@@ -138,10 +138,10 @@ def launch_match(
     """
     rows, kept = metric.shape[0], src.shape[1] - goes + dst.shape[1]
     tally = torch.empty((rows, TALLY), dtype=torch.int32, device=metric.device)
-    heads = torch.empty(heads_like(rows, kept, dst.shape[1]), dtype=torch.int32, device=metric.device)
-    similarity, target = launch_nearest(metric, src, dst, first, config, alone=alone, tally=tally, heads=heads)
-    index, groups, following = launch_grouped(similarity, target, src, dst, goes, tally, heads, first, tiles)
-    return index, groups, heads, following
+    chains = torch.empty(chains_like(rows, kept, dst.shape[1]), dtype=torch.int32, device=metric.device)
+    similarity, target = launch_nearest(metric, src, dst, first, config, alone=alone, tally=tally, chains=chains)
+    index, groups, following = launch_grouped(similarity, target, src, dst, goes, tally, chains, first, tiles)
+    return index, groups, chains, following
 
 
 def launch_grouped(
@@ -151,11 +151,11 @@ def launch_grouped(
     dst: Tensor,
     goes: int,
     tally: Tensor,
-    heads: Tensor,
+    chains: Tensor,
     first: int = 0,
     tiles: Tiles = _TILES,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """index [B, M], groups [B, N], following [B, N] and, into heads (mean.heads_like) of zeros, sizes and chains.
+    """index [B, M], groups [B, N], following [B, N] and, into heads (mean.chains_like) of zeros, sizes and chains.
 
     similarity, target: [B, S] and tally: [B, TALLY], from launch_nearest.
     """
@@ -175,8 +175,8 @@ def launch_grouped(
         tally,
         index,
         groups,
-        heads.view(torch.float32),
-        heads,
+        chains.view(torch.float32),
+        chains,
         following,
         src_count,
         dst_count,

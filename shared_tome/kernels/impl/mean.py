@@ -29,21 +29,21 @@ _TOKENS = 128
 
 
 @triton.jit
-def join(sizes, heads, following, place, token, joins, valid, kept, taking, LANES: tl.constexpr):
+def join(sizes, chains, following, place, token, joins, valid, kept, taking, LANES: tl.constexpr):
     """Count tokens in their groups' sizes, and put those that join into one of their groups' chains.
 
-    sizes, heads, following: a row of them, see heads_like. place: the tokens' groups.
+    sizes, chains, following: a row of them, see chains_like. place: the tokens' groups.
     """
     # Sums of ones are exact in any order.
     count = tl.atomic_add(sizes + place, valid.to(tl.float32), mask=valid, sem="relaxed")
     lane = kept + (place - (kept - taking)) * LANES + tl.where(valid, count, 0.0).to(tl.int32) % LANES
-    before = tl.atomic_xchg(heads + lane, (token + 1).to(tl.int32), mask=joins, sem="relaxed")
+    before = tl.atomic_xchg(chains + lane, (token + 1).to(tl.int32), mask=joins, sem="relaxed")
     tl.store(following + token, before, mask=joins)
 
 
 @triton.jit(do_not_specialize=["tokens", "kept", "taking"])
 def _links_kernel(
-    index, groups, sizes, heads, following, tokens, kept, taking, LANES: tl.constexpr, BLOCK: tl.constexpr
+    index, groups, sizes, chains, following, tokens, kept, taking, LANES: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program: BLOCK tokens of one row."""
     row = tl.program_id(1).to(tl.int64)
@@ -53,7 +53,7 @@ def _links_kernel(
     own = tl.load(index + row * kept + group, mask=valid, other=0)
     joins = valid & (own != token)
     at = row * (kept + taking * LANES)
-    join(sizes + at, heads + at, following + row * tokens, group, token, joins, valid, kept, taking, LANES)
+    join(sizes + at, chains + at, following + row * tokens, group, token, joins, valid, kept, taking, LANES)
 
 
 @triton.jit(do_not_specialize=["tokens", "kept", "taking"])
@@ -61,7 +61,7 @@ def _mean_kernel(
     x,
     index,
     sizes,
-    heads,
+    chains,
     following,
     out,
     bias,
@@ -105,7 +105,7 @@ def _mean_kernel(
         at = alone + tl.program_id(0)
         width = kept + taking.to(tl.int64) * LANES
         # Lanes come first, so that a thread has all of a channel's and adds them up by itself.
-        member = tl.load(heads + row * width + kept + tl.program_id(0) * LANES + tl.arange(0, LANES))
+        member = tl.load(chains + row * width + kept + tl.program_id(0) * LANES + tl.arange(0, LANES))
         size = tl.load(sizes + row * width + at)
         raw = tl.load(source + tl.load(index + at) * token_stride, mask=fits, other=0.0)
         target = out + at.to(tl.int64) * channels + channel
@@ -154,8 +154,8 @@ def _members(source, following, member, token_stride, fits):
     return value.to(tl.float32), tl.load(following + token, mask=here, other=0)
 
 
-def heads_like(rows: int, kept: int, taking: int) -> tuple[int, int]:
-    """The shape of a plan's `heads`, int32: a row has the sizes [M], as the bits of float32, and for each of its last
+def chains_like(rows: int, kept: int, taking: int) -> tuple[int, int]:
+    """The shape of a plan's `chains`, int32: a row has the sizes [M], as the bits of float32, and for each of its last
     `taking` merged tokens, which alone may stand for others, the heads of its chains [taking, LANES].
 
     A chain holds tokens other than the group's own, by their numbers plus one; after each comes that at its place in
@@ -165,18 +165,18 @@ def heads_like(rows: int, kept: int, taking: int) -> tuple[int, int]:
 
 
 def launch_links(index: Tensor, groups: Tensor, taking: int) -> tuple[Tensor, Tensor]:
-    """heads and following [b, N] int32, see heads_like. index: [b, M], groups: [b, N]."""
+    """heads and following [b, N] int32, see chains_like. index: [b, M], groups: [b, N]."""
     rows, tokens = groups.shape
     kept = index.shape[1]
     # One allocation and one launch for both: a float32 zero has the bits of an int32 zero.
-    heads = torch.zeros(heads_like(rows, kept, taking), dtype=torch.int32, device=groups.device)
+    chains = torch.zeros(chains_like(rows, kept, taking), dtype=torch.int32, device=groups.device)
     following = torch.empty((rows, tokens), dtype=torch.int32, device=groups.device)
     block = min(_TOKENS, power_of_two(tokens))
     _links_kernel[(-(-tokens // block), rows)](
         index.contiguous(),
         groups.contiguous(),
-        heads.view(torch.float32),
-        heads,
+        chains.view(torch.float32),
+        chains,
         following,
         tokens,
         kept,
@@ -185,11 +185,11 @@ def launch_links(index: Tensor, groups: Tensor, taking: int) -> tuple[Tensor, Te
         BLOCK=block,
         num_warps=4,
     )
-    return heads, following
+    return chains, following
 
 
 def launch_mean(
-    x: Tensor, index: Tensor, groups: Tensor, heads: Tensor, following: Tensor, blocks: tuple[int, ...] = _BLOCKS
+    x: Tensor, index: Tensor, groups: Tensor, chains: Tensor, following: Tensor, blocks: tuple[int, ...] = _BLOCKS
 ) -> tuple[Tensor, Tensor]:
     """x [B, N, C] -> [B, M, C] in its dtype, and log(sizes) [b, M] float32.
 
@@ -198,7 +198,7 @@ def launch_mean(
     batch, tokens, channels = x.shape
     check_rows(index.shape[0], batch)
     kept = index.shape[1]
-    taking = (heads.shape[1] - kept) // LANES
+    taking = (chains.shape[1] - kept) // LANES
     copies = min(_COPIES, power_of_two(kept))
     # Of the sizes of a block that with the fewest channels that are none.
     block = min((min(b, power_of_two(channels)) for b in blocks), key=lambda b: -(-channels // b) * b)
@@ -207,8 +207,8 @@ def launch_mean(
     _mean_kernel[(taking - (taking - kept) // copies, -(-channels // block), batch)](
         x,
         index.contiguous(),
-        heads.view(torch.float32),
-        heads,
+        chains.view(torch.float32),
+        chains,
         following,
         out,
         bias,

@@ -223,7 +223,7 @@ def launch_nearest(
     *,
     alone: int = 0,
     tally: Tensor | None = None,
-    heads: Tensor | None = None,
+    chains: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """similarity [B, S] in metric's dtype and target [B, S], a position in dst.
 
@@ -231,7 +231,7 @@ def launch_nearest(
         metric: [B, N, C], src: [b, S], dst: [b, D].
         first: how many dst at the front take nobody. alone: how many src at the front are similar to nothing (-inf).
         tally: [B, TALLY] int32, cleared and filled with the counts of the similarities; a dtype of 16 bits only.
-        heads: an int32 tensor of any shape that is cleared, or None.
+        chains: an int32 tensor of any shape that is cleared, or None.
     """
     config = config or config_for(metric)
     if metric.stride(2) != 1:
@@ -267,8 +267,8 @@ def launch_nearest(
         arrived.numel(),
         arrived if tally is None else tally,
         0 if tally is None else tally.numel(),
-        arrived if heads is None else heads,
-        0 if heads is None else heads.numel(),
+        arrived if chains is None else chains,
+        0 if chains is None else chains.numel(),
         WIDTH=width,
         ROWS=rows,
         BLOCK=block,

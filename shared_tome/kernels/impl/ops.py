@@ -18,18 +18,18 @@ from ...core.partition import partition
 from ..names import NAMESPACE, SELECTED, log
 from .attend import launch_attend
 from .attend_drawn import launch_attend_drawn
+from .by_head import launch_take_by_head
 from .compiler import VERSION as VERSION
 from .draw import launch_draw
 from .gather import launch_gather
 from .match import launch_match
-from .mean import heads_like, launch_links, launch_mean
+from .mean import chains_like, launch_links, launch_mean
 from .multires import launch_multires
 from .multires_choose import launch_choose
 from .nearest import launch_nearest
-from .own import launch_own
 from .select import launch_select
+from .self_token import launch_self_token
 from .split import launch_split
-from .turns import launch_turns
 from .widen import KEY, QUERY, launch_widen, launch_widen_one
 
 # Called where nothing is traced; each runs what stands in LAUNCH, or plain torch.
@@ -170,29 +170,29 @@ def _fake_match(metric, src, dst, goes, alone, first):
 
 def _plain_links(index, grouped, taking):
     _broken.add(("mean", index.device))  # without chains there is no mean by them
-    heads, following = _fake_links(index, grouped, taking)
-    heads[:, : index.shape[1]] = groups.group_counts(grouped, index.shape[1]).view(torch.int32)
-    return heads, following
+    chains, following = _fake_links(index, grouped, taking)
+    chains[:, : index.shape[1]] = groups.group_counts(grouped, index.shape[1]).view(torch.int32)
+    return chains, following
 
 
 @partial(_operator, "(Tensor index, Tensor groups, int taking) -> (Tensor, Tensor)", launch_links, _plain_links)
 def _fake_links(index, grouped, taking):
-    heads = index.new_empty(heads_like(*index.shape, taking), dtype=torch.int32)
-    return heads, index.new_empty(grouped.shape, dtype=torch.int32)
+    chains = index.new_empty(chains_like(*index.shape, taking), dtype=torch.int32)
+    return chains, index.new_empty(grouped.shape, dtype=torch.int32)
 
 
-def _plain_mean(x, index, grouped, heads, following):
-    sizes = heads[:, : index.shape[1]].view(torch.float32)
+def _plain_mean(x, index, grouped, chains, following):
+    sizes = chains[:, : index.shape[1]].view(torch.float32)
     return groups.group_mean(x, grouped, sizes), sizes.log()
 
 
 @partial(
     _operator,
-    "(Tensor x, Tensor index, Tensor groups, Tensor heads, Tensor following) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor index, Tensor groups, Tensor chains, Tensor following) -> (Tensor, Tensor)",
     launch_mean,
     _plain_mean,
 )
-def _fake_mean(x, index, grouped, heads, following):
+def _fake_mean(x, index, grouped, chains, following):
     out = x.new_empty((x.shape[0], index.shape[1], x.shape[2]))
     return out, index.new_empty(index.shape, dtype=torch.float32)
 
@@ -278,24 +278,26 @@ def _plain_multires(q, k, v, mask, *given):
     return _tokens_first(multires.attend_multires(q, k, v, *_cut(*given[:-2]), *given[-2:], mask))
 
 
-@partial(_operator, "(Tensor k, Tensor v, Tensor index) -> (Tensor, Tensor)", launch_turns, self_token.take_turns)
-def _fake_turns(k, v, index):
+@partial(
+    _operator, "(Tensor k, Tensor v, Tensor index) -> (Tensor, Tensor)", launch_take_by_head, self_token.take_by_head
+)
+def _fake_take_by_head(k, v, index):
     return tuple(x.new_empty((*x.shape[:2], index.shape[2], x.shape[3])) for x in (k, v))
 
 
 @partial(
     _operator,
-    "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor turns, Tensor runs, float scale, "
+    "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor head_draws, Tensor runs, float scale, "
     "float weight) -> Tensor",
-    launch_own,
-    self_token.keep_own,
+    launch_self_token,
+    self_token.add_self_token,
 )
-def _fake_own(q, k, v, out, *given):
+def _fake_self_token(q, k, v, out, *given):
     return _fake_attend(out)
 
 
 _operator(
-    "(Tensor q, Tensor k, Tensor v, Tensor? drawn_k, Tensor? drawn_v, Tensor turns, Tensor runs, SymInt start, "
+    "(Tensor q, Tensor k, Tensor v, Tensor? drawn_k, Tensor? drawn_v, Tensor head_draws, Tensor runs, SymInt start, "
     "float scale, float weight) -> Tensor",
     _launch_attend_drawn,
     _plain_attend_drawn,

@@ -118,8 +118,8 @@ def test_own_tokens_beside_text(ratio, dtype):
     every = torch.arange(64) + TEXT
     for row in range(2):
         outs = []
-        for head in range(2):  # they draw apart
-            (index,) = plan.turns[head]
+        for head in range(2):  # each draws for itself
+            (index,) = plan.head_draws[head]
             stands = index[plan.groups[row]] + TEXT
             weight = torch.zeros(TEXT + 64, TEXT + 64, dtype=torch.float64)
             weight[:, :TEXT] = 1.0

@@ -12,7 +12,7 @@ from small_dit import PICTURES, SIZE, SMALL, TEXT, normal, with_weights
 
 from lab.fidelity.methods import CATALOGUE, UNMERGED
 from lab.models import diffusion, samplers
-from lab.models.dit import DiT, DiTConfig, JointAttention, from_patches, rope_turns, rotate, to_patches
+from lab.models.dit import DiT, DiTConfig, JointAttention, from_patches, rope_rotations, rotate, to_patches
 from lab.models.model import SIGMAS_KEY, TOKENS_KEY, ClassModel, load_model, save_model
 from lab.models.sets import SETS
 from lab.models.train import CONFIGS
@@ -50,7 +50,7 @@ def test_the_network_is_what_its_papers_write():
     network = with_weights(DiT(SMALL)).double()
     weights = network.state_dict()
     x, text, times = normal(1, 3, 8, 8).double(), normal(1, TEXT, 8, seed=1).double(), torch.tensor([300.0])
-    turns = rope_turns(TEXT, (4, 4), 16, x.device)
+    rotations = rope_rotations(TEXT, (4, 4), 16, x.device)
 
     def linear(name: str, y: torch.Tensor) -> torch.Tensor:
         return y @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
@@ -68,7 +68,7 @@ def test_the_network_is_what_its_papers_write():
         return [q * weights[f"{name}.q_norm.scale"], k * weights[f"{name}.k_norm.scale"], v]
 
     def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k = (rotate(part[None], turns)[0].double() for part in (q, k))
+        q, k = (rotate(part[None], rotations)[0].double() for part in (q, k))
         shares = (torch.einsum("qhd,khd->hqk", q, k) / 4).softmax(-1)
         return torch.einsum("hqk,khd->qhd", shares, v).flatten(1)
 
@@ -104,7 +104,7 @@ def test_a_fresh_network_predicts_zero():
 
 def test_rotation_is_that_of_a_slow_reference():
     x, d = normal(2, 3 + 2 * 4, 2, 8, dtype=torch.float64), 8
-    found = rotate(x, rope_turns(3, (2, 4), d, x.device))
+    found = rotate(x, rope_rotations(3, (2, 4), d, x.device))
     expected = x.clone()
     for token in range(8):
         place = (token // 4, token % 4)
@@ -118,7 +118,9 @@ def test_rotation_is_that_of_a_slow_reference():
 
 
 def test_rotated_tokens_see_their_distance_alone():
-    q, k = (rotate(normal(1, 1, 1, 16, seed=s).expand(1, 36, 1, 16), rope_turns(0, (6, 6), 16, "cpu")) for s in (0, 1))
+    q, k = (
+        rotate(normal(1, 1, 1, 16, seed=s).expand(1, 36, 1, 16), rope_rotations(0, (6, 6), 16, "cpu")) for s in (0, 1)
+    )
     logits = (q[0, :, 0] @ k[0, :, 0].T).reshape(6, 6, 6, 6)
     torch.testing.assert_close(logits[1, 1, 3, 2], logits[2, 3, 4, 4], atol=1e-4, rtol=0)
     assert (logits[1, 1, 3, 2] - logits[1, 1, 2, 3]).abs() > 1e-3

@@ -318,7 +318,7 @@ WRITTEN_OUT = [
 ]
 
 
-def keeping_own(x, index, groups, sizes, q, attn, at):
+def keeping_self(x, index, groups, sizes, q, attn, at):
     """One head's output [N, d] where each query has its own token, which its run's then no longer stands for."""
     weight = torch.zeros(256, 256).index_add(1, index, sizes[None].expand(256, -1))
     every = torch.arange(256)
@@ -352,8 +352,8 @@ def test_a_hooked_layer_is_attention_among_the_merged_tokens(bench, options):
                 for part, layer in ((queries, attn.to_q), (tokens, attn.to_k), (tokens, attn.to_v))
             )
             if config.own_token:
-                drawn = plan.turns[head % len(plan.turns), 0]  # heads draw apart
-                heads.append(keeping_own(x[row], drawn, groups, sizes, q, attn, at))
+                drawn = plan.head_draws[head % len(plan.head_draws), 0]  # each head draws for itself
+                heads.append(keeping_self(x[row], drawn, groups, sizes, q, attn, at))
                 continue
             heads.append((q @ k.T / 4 + sizes.log()).softmax(-1) @ v)
         expected = torch.cat(heads, dim=-1) @ attn.to_out[0].weight.T + attn.to_out[0].bias
@@ -367,7 +367,7 @@ def test_own_tokens_go_through_the_core_or_not_at_all(bench, monkeypatch):
     variant = CATALOGUE.variants["sample 0.75, own token kept"]
     asked = []
     attend = JointCall.attend
-    monkeypatch.setattr(JointCall, "attend", lambda self, *a: asked.append(self.own) or attend(self, *a))
+    monkeypatch.setattr(JointCall, "attend", lambda self, *a: asked.append(self.keeps_self) or attend(self, *a))
     _, run = bench.pictures(variant, "ddim2")
     assert asked == [True] * 2 * BLOCKS[0]
     _, drawn = bench.pictures(CATALOGUE.variants["sample 0.75"], "ddim2")

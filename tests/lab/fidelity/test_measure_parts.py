@@ -191,7 +191,7 @@ def test_own_tokens_are_kept_where_the_name_says_so_whatever_the_default(monkeyp
     found = methods.catalogue().variants
     assert sum(variant.config.own_token for variant in found.values()) == len(methods.OWN_KEY) + 1  # one with one draw
     for name, variant in found.items():
-        assert variant.config.own_token == variant.config.keeps_own == name.endswith(", own token kept"), name
+        assert variant.config.own_token == variant.config.keeps_self == name.endswith(", own token kept"), name
         assert ("own_token=True" in describe(variant)) == variant.config.own_token
         assert "own_token=False" not in describe(variant)
 

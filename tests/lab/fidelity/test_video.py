@@ -16,7 +16,7 @@ from lab.fidelity.methods import CATALOGUE, Variant
 from lab.fidelity.metrics import flicker, motion, psnr
 from lab.models.data import make_bank
 from lab.models.data_moving import FRAMES, MOVING
-from lab.models.dit import DiT, DiTConfig, rope_turns, rotate
+from lab.models.dit import DiT, DiTConfig, rope_rotations, rotate
 from lab.models.train import CONFIGS, main
 from shared_tome import ToMeConfig
 
@@ -40,8 +40,10 @@ def test_every_class_moves_evenly_and_depends_on_its_seed():
 def test_a_videos_places_turn_by_frame_row_and_column():
     """The product of a query and a key of equal content depends on the difference of their places alone."""
     grid = (3, 4, 5)
-    turns = rope_turns(2, grid, 32, torch.device("cpu"))
-    q, k = (rotate(normal(1, 1, 1, 32, seed=s).expand(1, 2 + math.prod(grid), 1, 32), turns)[0, 2:, 0] for s in (0, 1))
+    rotations = rope_rotations(2, grid, 32, torch.device("cpu"))
+    q, k = (
+        rotate(normal(1, 1, 1, 32, seed=s).expand(1, 2 + math.prod(grid), 1, 32), rotations)[0, 2:, 0] for s in (0, 1)
+    )
     scores = (q @ k.T).view(*grid, *grid)
     torch.testing.assert_close(scores[0, 1, 2, 1, 2, 4], scores[1, 2, 0, 2, 3, 2], atol=1e-4, rtol=0)
     there = [scores[0, 0, 0, t, r, c].item() for t, r, c in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]

@@ -1,4 +1,4 @@
-"""Attention in parts, joined by log-sum-exps, is one softmax over all keys with their weights."""
+"""Attention in parts, combined by log-sum-exp, is one softmax over all keys with their weights."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shared_tome import ToMeConfig, match_tokens
+from shared_tome.inspect.drawing import coverage, draw_map, owners
 from shared_tome.inspect.legend import draw_legend
-from shared_tome.inspect.overlay import coverage, draw_map, owners
 
 GREY = torch.full((64, 64, 3), 0.5)
 

@@ -59,7 +59,7 @@ def test_keys_of_one_weight_are_a_part(name, ratio, reference, parts, joined, by
 def call_of(call, shared):
     """Of two rows of a model whose image has a grid of (6, 10), with text before it."""
     decisions = script_joint.JointDecisions(call, (6, 10), "Flux")
-    return script_joint._Call(call, shared, (6, 10), 2, TEXT, 0, decisions)
+    return script_joint._TransformerCall(call, shared, (6, 10), 2, TEXT, 0, decisions)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -16,7 +16,7 @@ _CONFIG = (2048, 4)
 
 
 @triton.jit(do_not_specialize=["count"])
-def _turns_kernel(
+def _take_by_head_kernel(
     k,
     v,
     index,
@@ -24,7 +24,7 @@ def _turns_kernel(
     value,
     heads,
     count,
-    turns,
+    head_draws,
     index_rows,
     k0,
     k1,
@@ -41,7 +41,7 @@ def _turns_kernel(
     head = (tl.program_id(0) % heads).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = row < count
-    drawn = index + ((head % turns) * index_rows + batch % index_rows) * count
+    drawn = index + ((head % head_draws) * index_rows + batch % index_rows) * count
     token = tl.load(drawn + row, mask=valid, other=0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     mask = valid[:, None] & (channel < HEAD)[None, :]
@@ -54,17 +54,19 @@ def _turns_kernel(
     tl.store(value + target, of_value, mask=mask)
 
 
-def launch_turns(k: Tensor, v: Tensor, index: Tensor, config: tuple[int, int] = _CONFIG) -> tuple[Tensor, Tensor]:
+def launch_take_by_head(
+    k: Tensor, v: Tensor, index: Tensor, config: tuple[int, int] = _CONFIG
+) -> tuple[Tensor, Tensor]:
     """k and v [B, H, L, d] and index [T, b, K] -> [B, H, K, d] twice: head h by the lists h % T, row i by the list
     i % b."""
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     batch, heads, _, d = k.shape
-    turns, rows, count = index.shape
+    head_draws, rows, count = index.shape
     check_rows(rows, batch)
     key, value = (torch.empty((batch, heads, count, d), dtype=x.dtype, device=x.device) for x in (k, v))
     block = power_of_two(d)
     tile = max(1, config[0] // block)
-    _turns_kernel[(batch * heads, -(-count // tile))](
+    _take_by_head_kernel[(batch * heads, -(-count // tile))](
         k,
         v,
         index.contiguous(),
@@ -72,7 +74,7 @@ def launch_turns(k: Tensor, v: Tensor, index: Tensor, config: tuple[int, int] = 
         value,
         heads,
         count,
-        turns,
+        head_draws,
         rows,
         *k.stride()[:3],
         *v.stride()[:3],

@@ -13,15 +13,15 @@ from .attention import attention
 def counts(plan, heads: int, start: int = 0, length: int | None = None, own: bool = True) -> Tensor:
     """[B, H, L, L] float64: how often each query (third) counts each key (last).
 
-    plan: of `sample`; heads draw apart as it has turns. start, length: where the image begins among how many tokens,
-    the others count once. own: whether each of the image's queries has its own token.
+    plan: of `sample`; each head draws for itself as it has turns. start, length: where the image begins among how many
+    tokens, the others count once. own: whether each of the image's queries has its own token.
     """
     length = plan.tokens if length is None else length
     weight = torch.ones(plan.batch, heads, length, length, dtype=torch.float64)
     image = torch.arange(plan.tokens) + start
     weight[..., image] = 0.0
     for row, head in itertools.product(range(plan.batch), range(heads)):
-        turn = plan.turns[head % len(plan.turns)]
+        turn = plan.head_draws[head % len(plan.head_draws)]
         index = turn[row % len(turn)]
         weight[row, head, :, index + start] = plan.sizes[row].double()
         if own:

@@ -22,7 +22,7 @@ SHOWS = {
 }
 _COLOURS = 24
 _ALIKE = 0.12  # colours of neighbours are at least this far apart in OKLab, where that can be had
-_TURNS = 6  # of mending neighbours that are alike; more gain nothing
+_PASSES = 6  # of mending neighbours that are alike; more gain nothing
 _DARK = 0.05
 _QUERY = (0.42, 0.78, 0.55)  # the legend's green
 
@@ -244,7 +244,7 @@ def _colours(owner: Tensor) -> Tensor:
     low, high = pair // len(names), pair % len(names)
     colour = mix(names) % _COLOURS
     order = mix(names[:, None] * _COLOURS + torch.arange(_COLOURS)) / 2**32  # (G, P): which to try first
-    for _ in range(_TURNS):
+    for _ in range(_PASSES):
         clash = high[alike[colour[low], colour[high]]].unique()
         if len(clash) == 0:
             break

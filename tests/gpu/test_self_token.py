@@ -10,7 +10,7 @@ import torch
 from shared_tome import ModelCall, ToMeConfig, kernels
 from shared_tome.attention.combine import KERNELS, attend_with_lse, choose_kernel
 from shared_tome.attention.sequence import JointCall
-from shared_tome.core.self_token import _take_turns, by_head, keep_own
+from shared_tome.core.self_token import _take_by_head, add_self_token, by_head
 
 from .helpers import captured, launches
 
@@ -41,7 +41,7 @@ def drawn(grid, batch=2, ratio=0.75, seed=3, step=2, rows=1):
     seed = torch.arange(rows, device="cuda") + seed if rows > 1 else torch.tensor(seed, device="cuda")
     call = ModelCall(CONFIG.replace(ratio=ratio), grid, CUDA, seed, torch.tensor(step, device="cuda"))
     x = torch.empty(batch, grid[0] * grid[1], 1, device="cuda")
-    return call.attention(x, x, x, grid, own=True).plan
+    return call.attention(x, x, x, grid, keeps_self=True).plan
 
 
 def made(plan, heads, d, dtype, around=(0, 0)):
@@ -57,7 +57,7 @@ def truth(q, k, v, plan, start=0):
     image = torch.arange(plan.tokens, device="cuda") + start
     for row in range(q.shape[0]):
         weights = []  # (L, L), by turn
-        for turn in plan.turns:
+        for turn in plan.head_draws:
             owner = turn[row % len(turn)][plan.groups[row]] + start  # (N,)
             counts = torch.ones(length, dtype=torch.float64, device="cuda")
             counts[image] = 0.0
@@ -90,16 +90,16 @@ def test_three_ways(grid, heads, d, dtype, rows):
     """Kernel, the same dtype in plain torch, float64; all from the same attention to the drawn tokens."""
     plan = drawn(grid, batch=4, rows=rows)
     q, k, v = made(plan, heads, d, dtype)
-    key, value = (_take_turns(x, plan.turns) for x in (k, v))
-    assert all(map(torch.equal, kernels.take_turns(k, v, plan.turns), (key, value)))
+    key, value = (_take_by_head(x, plan.head_draws) for x in (k, v))
+    assert all(map(torch.equal, kernels.take_by_head(k, v, plan.head_draws), (key, value)))
     logits = q.double() @ key.double().transpose(-1, -2) * d**-0.5 + plan.sizes[:, None, None].double().log()
     exact, lse = logits.softmax(-1) @ value.double(), logits.logsumexp(-1)
     out = exact.to(dtype)
     del logits
     weight = math.log(plan.tokens / plan.kept) if plan.even else 0.0  # in two places
-    given = (q, k, v, out, lse.float() - weight, plan.turns, plan.runs, d**-0.5, weight)
-    kernel, plain = kernels.keep_own(*given), keep_own(*given)
-    place = by_head(plan.turns.index_select(2, plan.runs), 4, heads)[..., None].expand(k.shape)
+    given = (q, k, v, out, lse.float() - weight, plan.head_draws, plan.runs, d**-0.5, weight)
+    kernel, plain = kernels.add_self_token(*given), add_self_token(*given)
+    place = by_head(plan.head_draws.index_select(2, plan.runs), 4, heads)[..., None].expand(k.shape)
     own = ((q.double() * k.double()).sum(-1) * d**-0.5 - lse).exp()[..., None]
     other = ((q.double() * k.double().gather(2, place)).sum(-1) * d**-0.5 - lse).exp()[..., None]
     expected = (exact + own * v.double() - other * v.double().gather(2, place)) / (1 + own - other)
@@ -119,11 +119,11 @@ def test_a_whole_layer_against_float64(kernel, grid, heads, d, dtype, around, ra
     plan = drawn(grid, ratio=ratio, rows=2)
     q, k, v = made(plan, heads, d, dtype, around)
     with torch.inference_mode():
-        out = JointCall(True, (kernel,), never, own=True).attend(q, k, v, around[0], plan)
+        out = JointCall(True, (kernel,), never, keeps_self=True).attend(q, k, v, around[0], plan)
     assert out.dtype == dtype and out.is_contiguous()
     # As test_joined for each part, and one more for what is added behind them.
     assert error(out, truth(q, k, v, plan, around[0])) < 5 * torch.finfo(dtype).eps
-    joint = JointCall(True, (kernel,), never, own=True)
+    joint = JointCall(True, (kernel,), never, keeps_self=True)
     assert torch.equal(out, joint.attend(q, k, v, around[0], plan))
 
 
@@ -136,7 +136,7 @@ def test_extreme_logits(kernel, dtype, above):
     plan = drawn((8, 8))
     q = torch.eye(64, device="cuda", dtype=dtype).expand(2, 3, -1, -1).contiguous()
     k, v = (q * above).contiguous(), made(plan, 3, 64, dtype)[2]
-    out = JointCall(True, (kernel,), never, own=True).attend(q, k, v, 0, plan, 1.0)
+    out = JointCall(True, (kernel,), never, keeps_self=True).attend(q, k, v, 0, plan, 1.0)
     assert error(out, truth(q * 8.0, k, v, plan)) < 3 * torch.finfo(dtype).eps
     if above > 0:
         assert error(out, v.transpose(1, 2).double()) < 2 * torch.finfo(dtype).eps
@@ -150,9 +150,9 @@ def test_a_layer_adds_two_launches(kernel, grid, heads, d):
         pytest.skip(f"this GPU or torch has no {kernel} kernel for heads of {d}")
     plan = drawn(grid)
     q, k, v = made(plan, heads, d, torch.float16)
-    key, value = (_take_turns(x, plan.turns) for x in (k, v))
-    assert all(map(torch.equal, kernels.take_turns(k, v, plan.turns), (key, value)))
-    joint = JointCall(True, (kernel,), never, own=True)
+    key, value = (_take_by_head(x, plan.head_draws) for x in (k, v))
+    assert all(map(torch.equal, kernels.take_by_head(k, v, plan.head_draws), (key, value)))
+    joint = JointCall(True, (kernel,), never, keeps_self=True)
     attention = launches(lambda: attend_with_lse(q, key, value, kernel))
     found = launches(lambda: joint.attend(q, k, v, 0, plan))
     assert attention > 0 and (
@@ -170,8 +170,8 @@ def test_a_graph_follows_the_step_and_the_seed():
 
     def run():
         call = ModelCall(CONFIG, grid, CUDA, seed, step)
-        joint = JointCall(True, order, never, own=True)
-        return [joint.attend(q, k, v, 0, call.attention(x, x, x, grid, own=True).plan) for _ in range(3)]
+        joint = JointCall(True, order, never, keeps_self=True)
+        return [joint.attend(q, k, v, 0, call.attention(x, x, x, grid, keeps_self=True).plan) for _ in range(3)]
 
     graph, replayed = captured(run)
     before = None
@@ -195,8 +195,8 @@ def test_one_compiled_graph(around):
     def layer(q, k, v, seed, step):
         call = ModelCall(CONFIG, grid, q.device, seed, step)
         image = k[:, :, around[0] :].transpose(1, 2).flatten(2)
-        plan = call.attention(image, image, image, grid, own=True).plan
-        return JointCall(True, KERNELS, never, own=True).attend(q, k, v, around[0], plan)
+        plan = call.attention(image, image, image, grid, keeps_self=True).plan
+        return JointCall(True, KERNELS, never, keeps_self=True).attend(q, k, v, around[0], plan)
 
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=counter)

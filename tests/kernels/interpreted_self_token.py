@@ -1,4 +1,4 @@
-"""The kernels of own tokens in Triton's interpreter, against plain torch. Started by test_interpreted_own.py."""
+"""The kernels of own tokens in Triton's interpreter, against plain torch. Started by test_interpreted_self_token.py."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 from shared_tome import ModelCall, ToMeConfig, kernels
 from shared_tome.attention.sequence import JointCall
-from shared_tome.core.self_token import _take_turns, by_head, keep_own
+from shared_tome.core.self_token import _take_by_head, add_self_token, by_head
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
-from shared_tome.kernels.impl.own import launch_own
-from shared_tome.kernels.impl.turns import launch_turns
+from shared_tome.kernels.impl.by_head import launch_take_by_head
+from shared_tome.kernels.impl.self_token import launch_self_token
 
 from .interpreted import Launches
 
@@ -48,7 +48,7 @@ LAYOUTS = {
 
 
 def drawn(grid, ratio, rows=1, batch=4):
-    """A plan whose heads draw apart."""
+    """A plan whose each head draws for itself."""
     seeds = torch.arange(rows) if rows > 1 else torch.tensor(7)
     call = ModelCall(ToMeConfig(ratio=ratio, min_tokens=0, own_token=True), grid, torch.device("cpu"), seeds)
     with kernels.use("reference"):  # interpreted_match.py tests the drawing, which takes the interpreter seconds
@@ -56,14 +56,14 @@ def drawn(grid, ratio, rows=1, batch=4):
 
 
 def made(grid, ratio, rows, d, dtype, layout="tokens first", batch=4):
-    """q, k, v, out, lse, turns, runs as attend_joined has them: lse in float32, of the drawn keys' weights."""
+    """q, k, v, out, lse, turns, runs as attend_combined has them: lse in float32, of the drawn keys' weights."""
     plan = drawn(grid, ratio, rows, batch)
     q, k, v = (LAYOUTS[layout](draw(batch, HEADS, plan.tokens, d, seed=seed).to(dtype)) for seed in range(3))
-    place = by_head(plan.turns, batch, HEADS)[..., None].expand(-1, -1, -1, d)
+    place = by_head(plan.head_draws, batch, HEADS)[..., None].expand(-1, -1, -1, d)
     keys, values = (x.float().gather(2, place) for x in (k, v))
     logits = q.float() @ keys.transpose(-1, -2) * d**-0.5 + plan.sizes[:, None, None].log()
     out, lse = (logits.softmax(-1) @ values).to(dtype), logits.logsumexp(-1)
-    return q, k, v, out, lse, plan.turns, plan.runs
+    return q, k, v, out, lse, plan.head_draws, plan.runs
 
 
 def close(made, expected):
@@ -80,13 +80,13 @@ def close(made, expected):
 )
 def test_equal_up_to_rounding(grid, ratio, rows, d, dtype):
     given = made(grid, ratio, rows, d, dtype)
-    *_, turns, runs = given
-    assert len(turns) > 1 and turns.shape[1] == rows and runs.shape == (grid[0] * grid[1],)
+    *_, head_draws, runs = given
+    assert len(head_draws) > 1 and head_draws.shape[1] == rows and runs.shape == (grid[0] * grid[1],)
     before = [x.clone() for x in given]
-    got, expected = launch_own(*given, d**-0.5), keep_own(*given, d**-0.5)
+    got, expected = launch_self_token(*given, d**-0.5), add_self_token(*given, d**-0.5)
     if (grid, d, dtype) == ((5, 7), 40, torch.float16):  # once: what the logarithm lacks comes apart
         lighter = (*given[:4], given[4] - 0.75, *given[5:], d**-0.5, 0.75)
-        for of in (launch_own, keep_own):
+        for of in (launch_self_token, add_self_token):
             close(of(*lighter), expected)
     close(got, expected)
     assert got.transpose(1, 2).is_contiguous()
@@ -102,25 +102,25 @@ def test_equal_up_to_rounding(grid, ratio, rows, d, dtype):
     ],
 )
 def test_tokens_by_head_are_those_of_plain_torch(grid, ratio, rows, layout, dtype, d):
-    turns = drawn(grid, ratio, rows).turns
+    head_draws = drawn(grid, ratio, rows).head_draws
     x = LAYOUTS[layout](draw(4, HEADS, grid[0] * grid[1], d, seed=1).to(dtype))
-    expected = _take_turns(x, turns)
-    one = _take_turns(x, turns[:1])  # both heads by the only list
-    assert len(turns) > 1 and torch.equal(expected[:, 0], one[:, 0]) and not torch.equal(expected, one)
-    for made in (launch_turns(x, -x, turns), kernels.take_turns(x, -x, turns)):
+    expected = _take_by_head(x, head_draws)
+    one = _take_by_head(x, head_draws[:1])  # both heads by the only list
+    assert len(head_draws) > 1 and torch.equal(expected[:, 0], one[:, 0]) and not torch.equal(expected, one)
+    for made in (launch_take_by_head(x, -x, head_draws), kernels.take_by_head(x, -x, head_draws)):
         assert torch.equal(made[0], expected) and torch.equal(made[1], -expected)
-    assert torch.equal(kernels.take_turns(x, x[..., :d], turns[:1])[1], one)
-    assert [made.shape for made in kernels.switch.load()._fake_turns(x, x, turns)] == [expected.shape] * 2
+    assert torch.equal(kernels.take_by_head(x, x[..., :d], head_draws[:1])[1], one)
+    assert [made.shape for made in kernels.switch.load()._fake_take_by_head(x, x, head_draws)] == [expected.shape] * 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_who_stands_for_itself_keeps_its_output_bit_for_bit(dtype, rows):
-    q, k, v, out, lse, turns, runs = made((5, 7), 0.75, rows, 40, dtype)
-    stands = by_head(turns.index_select(2, runs), 4, HEADS) == torch.arange(35)
+    q, k, v, out, lse, head_draws, runs = made((5, 7), 0.75, rows, 40, dtype)
+    stands = by_head(head_draws.index_select(2, runs), 4, HEADS) == torch.arange(35)
     assert 0 < stands.float().mean() < 0.5
-    for run in (launch_own, keep_own):
-        got = run(q, k, v, out, lse, turns, runs, 40**-0.5)
+    for run in (launch_self_token, add_self_token):
+        got = run(q, k, v, out, lse, head_draws, runs, 40**-0.5)
         assert torch.equal(got[stands], out[stands])
         assert (got[~stands] != out[~stands]).any(-1).all()
 
@@ -135,7 +135,7 @@ def test_who_stands_for_itself_keeps_its_output_bit_for_bit(dtype, rows):
 )
 def test_memory_order_changes_nothing(layout, heads_first, lse_layout):
     q, k, v, out, lse, *drawn = made((5, 7), 0.6, 2, 24, torch.float32, layout)
-    expected = keep_own(*(x.contiguous() for x in (q, k, v, out, lse)), *drawn, 24**-0.5)
+    expected = add_self_token(*(x.contiguous() for x in (q, k, v, out, lse)), *drawn, 24**-0.5)
     if not heads_first:
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
     lse = {
@@ -144,7 +144,7 @@ def test_memory_order_changes_nothing(layout, heads_first, lse_layout):
         "tokens first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
         "of longer rows": lambda x: torch.nn.functional.pad(x, (6, 3), value=torch.nan)[..., 6:41],
     }[lse_layout](lse)
-    close(launch_own(q, k, v, out, lse, *drawn, 24**-0.5), expected)
+    close(launch_self_token(q, k, v, out, lse, *drawn, 24**-0.5), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,10 +155,10 @@ def test_extreme_logits(above, dtype):
     alone = q.clone()  # each token's key resembles its own query alone
     basis = torch.eye(64)[:16].expand(4, HEADS, -1, -1)
     alone, k = basis.to(dtype), (basis * above).to(dtype)
-    keys, values = (_take_turns(x, lists[0]).float() for x in (k, v))
+    keys, values = (_take_by_head(x, lists[0]).float() for x in (k, v))
     logits = alone.float() @ keys.transpose(-1, -2) + math.log(4.0)
     out, lse = (logits.softmax(-1) @ values).to(dtype), logits.logsumexp(-1)
-    got, expected = (run(alone, k, v, out, lse, *lists, 1.0) for run in (launch_own, keep_own))
+    got, expected = (run(alone, k, v, out, lse, *lists, 1.0) for run in (launch_self_token, add_self_token))
     close(got, expected)
     if above > 0:
         close(got, v)
@@ -167,48 +167,48 @@ def test_extreme_logits(above, dtype):
 def test_a_plan_for_other_rows_is_refused():
     q, k, v, out, lse, _, runs = made((5, 7), 0.75, 1, 8, torch.float32)
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
-        launch_own(q, k, v, out, lse, torch.zeros(1, 3, 9, dtype=torch.int64), runs, 1.0)
+        launch_self_token(q, k, v, out, lse, torch.zeros(1, 3, 9, dtype=torch.int64), runs, 1.0)
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
-        launch_turns(k, v, torch.zeros(2, 3, 5, dtype=torch.int64))
+        launch_take_by_head(k, v, torch.zeros(2, 3, 5, dtype=torch.int64))
 
 
 def test_what_serves(monkeypatch):
     """The kernel where it can be, plain torch for gradients, float64 and queries of another dtype."""
     ops = kernels.switch.load()
     given, launched = made((5, 7), 0.75, 1, 8, torch.float32), []
-    monkeypatch.setitem(ops.LAUNCH, "own", lambda *x: launched.append(1) or launch_own(*x))
-    close(kernels.keep_own(*given, 8**-0.5), keep_own(*given, 8**-0.5))
+    monkeypatch.setitem(ops.LAUNCH, "own", lambda *x: launched.append(1) or launch_self_token(*x))
+    close(kernels.add_self_token(*given, 8**-0.5), add_self_token(*given, 8**-0.5))
     assert launched == [1]
     double = [x.double() for x in given[:5]]
     for q, k, v, out, lse in (double, (given[0].half(), *given[1:5]), (given[0].clone().requires_grad_(), *given[1:5])):
-        kernels.keep_own(q, k, v, out, lse, *given[5:], 8**-0.5)
+        kernels.add_self_token(q, k, v, out, lse, *given[5:], 8**-0.5)
     assert launched == [1]
 
 
 def test_the_fake_has_the_kernels_shape_and_strides():
     ops, given = kernels.switch.load(), made((5, 7), 0.75, 1, 8, torch.float32)
-    fake, real = ops._fake_own(*given, 8**-0.5, 0.0), launch_own(*given, 8**-0.5)
+    fake, real = ops._fake_self_token(*given, 8**-0.5, 0.0), launch_self_token(*given, 8**-0.5)
     assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 
 @pytest.mark.parametrize("config", [(64, 1), (512, 2), (8192, 8)])
 def test_tiles_change_nothing(config):
     given = made((5, 7), 0.75, 1, 40, torch.float32)
-    turns = drawn((5, 7), 0.75).turns
-    for x, taken in zip(given[1:3], launch_turns(*given[1:3], turns, config), strict=True):
-        assert torch.equal(taken, _take_turns(x, turns))
-    close(launch_own(*given, 40**-0.5, config=config), keep_own(*given, 40**-0.5))
+    head_draws = drawn((5, 7), 0.75).head_draws
+    for x, taken in zip(given[1:3], launch_take_by_head(*given[1:3], head_draws, config), strict=True):
+        assert torch.equal(taken, _take_by_head(x, head_draws))
+    close(launch_self_token(*given, 40**-0.5, config=config), add_self_token(*given, 40**-0.5))
 
 
 def test_a_layer_adds_two_launches(monkeypatch):
     """Keys and values, and the kernel."""
     q, k, v, *_ = made((8, 8), 0.75, 1, 40, torch.float16)
     plan = drawn((8, 8), 0.75)
-    joint = JointCall(True, ("flash",), lambda *_: None, own=True)
+    joint = JointCall(True, ("flash",), lambda *_: None, keeps_self=True)
     joint.attend(q, k, v, 0, plan)  # what all layers share
     with Launches(monkeypatch) as launches:
         joint.attend(q, k, v, 0, plan)
     views = {"alias"}
     attention = [name for name in launches.names if "attention" in name]
     ours = sorted(name for name in launches.names if "attention" not in name and name not in views)
-    assert len(attention) == 1 and ours == ["_own_kernel", "_turns_kernel"]
+    assert len(attention) == 1 and ours == ["_self_token_kernel", "_take_by_head_kernel"]

@@ -1,4 +1,5 @@
-"""Keys weighed in parts joined by log-sum-exps: where it is done, and that it gives what channels of the heads give."""
+"""Keys weighed in parts combined by log-sum-exp: where it is done, and that it gives what channels of the heads
+give."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from . import dit_host, host
-from .dit_host import bare, kept
+from .dit_host import attention_alone, kept
 from .test_dit_weights import AROUND, HEADS, D, alike, full, same, split
 
 # What joins the parts, by whether queries keep their own tokens.
-JOINING = {False: "attend_in_parts", True: "attend_in_parts_with_lse"}
+COMBINING = {False: "attend_in_parts", True: "attend_in_parts_with_lse"}
 
 
 @pytest.fixture(autouse=True)
@@ -73,12 +74,12 @@ def test_joined_gives_what_channels_give(grid, method, ratio, head, tail, batch,
         q, k, v = (q, k, v) if layout == "heads inside" else (x.contiguous() for x in (q, k, v))
         told = {"skip_reshape": True, "skip_output_reshape": layout == "split out"}
     before = [x.clone() for x in (q, k, v)]
-    ours = bare(grid, head, tail, method=method, ratio=ratio)(q, k, v, HEADS, **told)
+    ours = attention_alone(grid, head, tail, method=method, ratio=ratio)(q, k, v, HEADS, **told)
     weighed = head + tail > 0 or math.prod(grid) % kept(math.prod(grid), ratio) > 0
     assert len(joined) == weighed
     assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True))
     by_channels()
-    same(ours, bare(grid, head, tail, method=method, ratio=ratio)(q, k, v, HEADS, **told))
+    same(ours, attention_alone(grid, head, tail, method=method, ratio=ratio)(q, k, v, HEADS, **told))
     assert len(joined) == weighed
 
 
@@ -96,7 +97,7 @@ def test_joined_gives_what_channels_give(grid, method, ratio, head, tail, batch,
 )
 def test_keys_of_one_weight_are_a_part(grid, ratio, head, parts, joined):
     q, k, v = tokens(math.prod(grid) + head)
-    bare(grid, head, 0, method="sample", ratio=ratio)(q, k, v, HEADS)
+    attention_alone(grid, head, 0, method="sample", ratio=ratio)(q, k, v, HEADS)
     assert joined == [parts]
 
 
@@ -104,7 +105,7 @@ def test_cudnn_gets_no_part_of_one_key(monkeypatch):
     monkeypatch.setattr(joint_module(), "choose_kernel", lambda *args: "cudnn")
     grid = (7, 9)
     k, v = (alike(grid, "sample", 0.5, 0, 0, seed=seed) for seed in (0, 1))
-    run = bare(grid, method="sample", ratio=0.5)
+    run = attention_alone(grid, method="sample", ratio=0.5)
     same(run(k, k, v, HEADS), full(k, k, v))  # by channels: there is no cuDNN here
 
 
@@ -114,10 +115,10 @@ def test_joined_in_half_precision(grid, method, ratio, dtype, joined, by_channel
     """No further from float64 than each part's own rounding."""
     head, tail = 5, 3
     q, k, v = tokens(math.prod(grid) + head + tail, dtype=dtype)
-    ours = bare(grid, head, tail, method=method, ratio=ratio)(q, k, v, HEADS)
+    ours = attention_alone(grid, head, tail, method=method, ratio=ratio)(q, k, v, HEADS)
     assert joined and ours.dtype == dtype
     by_channels()
-    run = bare(grid, head, tail, method=method, ratio=ratio)
+    run = attention_alone(grid, head, tail, method=method, ratio=ratio)
     truth = run(*(x.double() for x in (q, k, v)), HEADS)
     channels = run(q, k, v, HEADS)
     error, other = (float((x.double() - truth).norm() / truth.norm()) for x in (ours, channels))
@@ -133,7 +134,7 @@ def attend_once(*, override=None, grad=False, kv_heads=HEADS, **values):
     told = {"enable_gqa": True} if kv_heads < HEADS else {}
     if values.pop("masked", False):
         told["mask"] = torch.zeros(1, 1, 1, q.shape[1])
-    run = bare(grid, head, 0, override, **{"method": "sample", "ratio": 0.75, **values})
+    run = attention_alone(grid, head, 0, override, **{"method": "sample", "ratio": 0.75, **values})
     with torch.set_grad_enabled(grad):
         out = run(q.requires_grad_(grad), k, v, HEADS, **told)
     assert out.shape == q.shape
@@ -195,17 +196,17 @@ def test_where_pytorchs_attention_steps_in_it_is_joined(joined, monkeypatch, d):
 
     monkeypatch.setattr(attention, "optimized_attention", attention.wrap_attn(attention_sage))
     q, k, v = tokens(96 + 5, d=d)
-    ours = bare((8, 12), 5, 0, method="sample", ratio=0.75)(q, k, v, HEADS)
+    ours = attention_alone((8, 12), 5, 0, method="sample", ratio=0.75)(q, k, v, HEADS)
     assert (called, joined) == (([64], []) if d == D else ([], [[24, 5]]))
     monkeypatch.undo()
-    same(ours, bare((8, 12), 5, 0, method="sample", ratio=0.75)(q, k, v, HEADS))
+    same(ours, attention_alone((8, 12), 5, 0, method="sample", ratio=0.75)(q, k, v, HEADS))
 
 
 # Not: like Wan, with the video alone; heads that share their keys, or a mask, go by channels alone.
-NOT_JOINED = ("camera", "vace", "ltxv", "omnigen", "boogu", "hidream_o1", "lens")
+NOT_COMBINED = ("camera", "vace", "ltxv", "omnigen", "boogu", "hidream_o1", "lens")
 
 
-@pytest.mark.parametrize("name", [name for name in dit_host.SMALL if name not in NOT_JOINED])
+@pytest.mark.parametrize("name", [name for name in dit_host.SMALL if name not in NOT_COMBINED])
 @pytest.mark.parametrize("ratio", [0.75, 0.6])
 def test_whole_models_are_the_same_either_way(name, ratio, tome, joined, by_channels):
     model = tome(dit_host.small(name), ratio=ratio, own_token=False)
@@ -228,8 +229,8 @@ def test_one_graph_under_compile(joined):
         targets.extend(str(node.target) for node in graph.graph.nodes)
         return graph
 
-    eager = bare(grid, head, 0, method="sample", ratio=0.75)(q, k, v, HEADS)
-    run = bare(grid, head, 0, method="sample", ratio=0.75)
+    eager = attention_alone(grid, head, 0, method="sample", ratio=0.75)(q, k, v, HEADS)
+    run = attention_alone(grid, head, 0, method="sample", ratio=0.75)
     torch._dynamo.reset()
     with torch.no_grad():
         same(torch.compile(lambda q, k, v: run(q, k, v, HEADS), backend=backend)(q, k, v), eager)
@@ -271,15 +272,15 @@ def test_a_kernel_that_refuses_is_left_for_wider_heads(own, by_channels, monkeyp
         tried.append(args)
         raise RuntimeError("not on this device\nand more")
 
-    monkeypatch.setattr(joint_module(), JOINING[own], refuse)
+    monkeypatch.setattr(joint_module(), COMBINING[own], refuse)
     q, k, v = tokens(96 + 5)
-    attend = bare((8, 12), 5, 0, ratio=0.75, own_token=own)
+    attend = attention_alone((8, 12), 5, 0, ratio=0.75, own_token=own)
     host.forget_log()
     with caplog.at_level("INFO"):
         ours = [attend(q, k, v, HEADS) for _ in range(2)]
     assert len(tried) == 1 and "not on this device" in caplog.text
     by_channels()
-    attend = bare((8, 12), 5, 0, ratio=0.75)
+    attend = attention_alone((8, 12), 5, 0, ratio=0.75)
     for out in ours:
         same(out, attend(q, k, v, HEADS))
 
@@ -289,6 +290,6 @@ def test_no_memory_is_not_taken_for_a_refusal(own, monkeypatch):
     def full_up(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(joint_module(), JOINING[own], full_up)
+    monkeypatch.setattr(joint_module(), COMBINING[own], full_up)
     with pytest.raises(torch.cuda.OutOfMemoryError):  # ComfyUI frees memory and tries again
-        bare((8, 12), 5, 0, ratio=0.75, own_token=own)(*tokens(96 + 5), HEADS)
+        attention_alone((8, 12), 5, 0, ratio=0.75, own_token=own)(*tokens(96 + 5), HEADS)

@@ -10,7 +10,7 @@ MARGIN = 0.03
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What was measured, microseconds of one layer: on the GPU whole and merged, and what merging takes the
     processor longer, which counts where steps wait for it.
 
@@ -52,9 +52,9 @@ class Verdict:
             f"{self.cpu_us:.0f} us longer"
         )
 
-    def rounded(self) -> Verdict:
+    def rounded(self) -> Decision:
         """As a file has it: the process that measured and those that read the file must decide alike."""
-        return Verdict(**{name: round(float(x), 2) for name, x in asdict(self).items()})
+        return Decision(**{name: round(float(x), 2) for name, x in asdict(self).items()})
 
 
 AS_SET = "the decisions that are set leave it alone"
@@ -62,7 +62,7 @@ AS_SET = "the decisions that are set leave it alone"
 
 @dataclass(frozen=True)
 class Given:
-    """In a verdict's place where the option `decisions` says what is done, and nothing is measured."""
+    """In a decision's place where the option `decisions` says what is done, and nothing is measured."""
 
     merged: bool
     reason: str = AS_SET

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.attention import attention
-from support.own_weights import counts
+from support.self_token_weights import counts
 
 from shared_tome import ModelCall, ToMeConfig, kernels, match_tokens
 from shared_tome.attention.combine import attend_in_parts
@@ -37,11 +37,11 @@ CASES = {
 }
 
 
-def drawn_apart(grid, ratio, batch=2, seed=3, step=4) -> SamplePlan:
+def drawn_for_each_head(grid, ratio, batch=2, seed=3, step=4) -> SamplePlan:
     """As hosts draw: other tokens for other heads."""
     call = ModelCall(config(method="sample", ratio=ratio, own_token=True), grid, torch.device("cpu"), seed, step)
     plan = call.plan(tokens(batch, grid, 1), grid)
-    assert isinstance(plan, SamplePlan) and len(plan.turns) == min(16, -(-plan.tokens // plan.kept)) > 1
+    assert isinstance(plan, SamplePlan) and len(plan.head_draws) == min(16, -(-plan.tokens // plan.kept)) > 1
     return plan
 
 
@@ -71,7 +71,7 @@ def never(*said):
 
 
 def joint(own=True):
-    return JointCall(True, ("flash",), never, own=own)
+    return JointCall(True, ("flash",), never, keeps_self=own)
 
 
 def error(out, expected):
@@ -81,7 +81,7 @@ def error(out, expected):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("around", [(0, 0), (7, 0), (0, 5), (3, 6)], ids=["alone", "text before", "behind", "both"])
-@pytest.mark.parametrize(("draws", "scale"), [(drawn, None), (drawn_apart, None), (drawn_apart, 0.4)])
+@pytest.mark.parametrize(("draws", "scale"), [(drawn, None), (drawn_for_each_head, None), (drawn_for_each_head, 0.4)])
 def test_against_float64(case, around, draws, scale):
     plan = draws(*CASES[case])
     q, k, v = made(plan, around)
@@ -106,13 +106,13 @@ def test_half_precision(ratio, around):
     assert error(out, truth(q, k, v, counts(plan, HEADS, around[0], q.shape[2]))) < ROUNDINGS[torch.bfloat16]
 
 
-@pytest.mark.parametrize("draws", [drawn, drawn_apart])
+@pytest.mark.parametrize("draws", [drawn, drawn_for_each_head])
 @pytest.mark.parametrize("around", [(0, 0), (4, 3)])
 @pytest.mark.parametrize("ratio", [0.75, 0.6])
 def test_several_choices_in_a_batch(ratio, around, draws):
     """Two pictures, prompted and unprompted: row i has the choice i % 2."""
     plan = draws((8, 8), ratio, batch=4, seed=torch.tensor([3, 8]))
-    assert plan.choice.shape[0] == plan.turns.shape[1] == 2 and not torch.equal(*plan.choice)
+    assert plan.choice.shape[0] == plan.head_draws.shape[1] == 2 and not torch.equal(*plan.choice)
     q, k, v = made(plan, around)
     out = joint().attend(q, k, v, around[0], plan)
     assert error(out, truth(q, k, v, counts(plan, HEADS, around[0], q.shape[2]))) < ROUNDINGS[torch.float32]
@@ -186,30 +186,30 @@ def test_nothing_to_weigh_against():
     """Where keys do not weigh, a query keeps nothing; nor where no kernel tells its log-sum-exp."""
     plan = drawn((8, 8), 0.75)
     given = (*made(plan), 0, plan)
-    assert not JointCall(False, ("flash",), never, own=True).own
-    assert JointCall(False, ("flash",), never, own=True).attend(*given) is None
-    assert JointCall(True, (), never, own=True).attend(*given) is None
+    assert not JointCall(False, ("flash",), never, keeps_self=True).keeps_self
+    assert JointCall(False, ("flash",), never, keeps_self=True).attend(*given) is None
+    assert JointCall(True, (), never, keeps_self=True).attend(*given) is None
 
 
 def test_other_plans_are_joined_without(monkeypatch):
     """downsample has no runs: beside text its keys weigh, and no query keeps its own."""
     plan = match_tokens(tokens(2, (8, 8), 1), (8, 8), config(method="downsample", ratio=0.75))
     given = (*made(plan, (3, 0)), 3, plan)
-    monkeypatch.setattr("shared_tome.kernels.keep_own", never)
+    monkeypatch.setattr("shared_tome.kernels.add_self_token", never)
     assert torch.equal(joint(own=True).attend(*given), joint(own=False).attend(*given))
 
 
 def test_a_kernel_that_refuses_ends_it_for_the_call(monkeypatch):
     plan, said = drawn((8, 8), 0.75), []
-    call = JointCall(True, ("flash",), lambda *words: said.append(words), own=True)
+    call = JointCall(True, ("flash",), lambda *words: said.append(words), keeps_self=True)
 
     def refuse(*given):
         raise RuntimeError("no such kernel\nand more")
 
-    monkeypatch.setattr("shared_tome.kernels.keep_own", refuse)
+    monkeypatch.setattr("shared_tome.kernels.add_self_token", refuse)
     for _ in range(2):
         assert call.attend(*made(plan), 0, plan) is None
-    assert len(said) == 1 and said[0][1] == "no such kernel" and not call.own and not call.kernels
+    assert len(said) == 1 and said[0][1] == "no such kernel" and not call.keeps_self and not call.kernels
 
 
 @pytest.mark.parametrize("around", [(0, 0), (3, 4)])
@@ -224,7 +224,7 @@ def test_one_compiled_graph(ratio, around):
     def layer(q, k, v, seed, step):
         call = ModelCall(options, (8, 8), q.device, seed, step)
         image = k[:, :, around[0] : around[0] + 64].transpose(1, 2).flatten(2)
-        plan = call.attention(image, image, image, (8, 8), own=True).plan
+        plan = call.attention(image, image, image, (8, 8), keeps_self=True).plan
         return joint().attend(q, k, v, around[0], plan)
 
     torch._dynamo.reset()
@@ -242,15 +242,15 @@ def test_a_call_leaves_keys_whole_for_own_tokens():
     x = tokens(2, (8, 8), 16)
     for ratio, has_bias in ((0.75, False), (0.6, True)):
         call = ModelCall(config(method="sample", ratio=ratio, own_token=True), (8, 8), x.device)
-        layer = call.attention(x, x, x, (8, 8), own=True)
+        layer = call.attention(x, x, x, (8, 8), keeps_self=True)
         assert layer.q is x and layer.k is x and layer.v is x and layer.unmerge(x) is x
         assert (layer.bias is not None) == has_bias and layer.plan.kept == 64 - int(64 * ratio)
 
 
 @pytest.mark.parametrize("changes", [{}, {"proportional": False}, {"method": "downsample"}, {"method": "merge"}])
 def test_which_configs_keep_own(changes):
-    assert ToMeConfig(own_token=True, **changes).keeps_own == (not changes)
-    assert not ToMeConfig(own_token=False, **changes).keeps_own
+    assert ToMeConfig(own_token=True, **changes).keeps_self == (not changes)
+    assert not ToMeConfig(own_token=False, **changes).keeps_self
 
 
 def test_heads_take_what_later_layers_would():
@@ -260,12 +260,14 @@ def test_heads_take_what_later_layers_would():
     x = tokens(2, (8, 8), 1)
     ours, theirs = ([one.plan(x, (8, 8)) for _ in range(22)] for one in (call, plain))  # more than one draw has
     for layer, plan in enumerate(ours):
-        assert torch.equal(plan.choice, theirs[layer].choice) and len(theirs[layer].turns) == 1
+        assert torch.equal(plan.choice, theirs[layer].choice) and len(theirs[layer].head_draws) == 1
         for head in range(min(4, 22 - layer)):
-            assert torch.equal(plan.turns[head], theirs[layer + head].choice)
-        assert torch.equal(plan.turns.sort(0).values, ours[0].turns.sort(0).values)  # all four tokens of each cell
+            assert torch.equal(plan.head_draws[head], theirs[layer + head].choice)
+        assert torch.equal(
+            plan.head_draws.sort(0).values, ours[0].head_draws.sort(0).values
+        )  # all four tokens of each cell
     long = ModelCall(config(method="sample", ratio=63 / 64, own_token=True), (16, 16), torch.device("cpu"))
-    assert len(long.plan(tokens(1, (16, 16), 1), (16, 16)).turns) == 16  # of 64
+    assert len(long.plan(tokens(1, (16, 16), 1), (16, 16)).head_draws) == 16  # of 64
 
 
 def test_lists_by_head():
@@ -276,9 +278,9 @@ def test_lists_by_head():
         assert torch.equal(found[row, head], index[head % 2, row % 3])
     x = torch.randn(6, 5, 12, 4)
     expected = x.gather(2, found[..., None].expand(-1, -1, -1, 4))
-    assert all(map(torch.equal, kernels.take_turns(x, -x, index), (expected, -expected)))
+    assert all(map(torch.equal, kernels.take_by_head(x, -x, index), (expected, -expected)))
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
-        kernels.take_turns(x[:4], x[:4], index)
+        kernels.take_by_head(x[:4], x[:4], index)
 
 
 sides = st.one_of(st.just(1), st.integers(1, 24))
@@ -292,7 +294,7 @@ def test_the_owner_is_the_token_that_stands_for_each(grid, ratio, rows):
     plan = match_tokens(x, grid, config(method="sample", ratio=ratio), seed=seed)
     if plan.is_identity:
         return
-    (owner,) = plan.turns.index_select(2, plan.runs)
+    (owner,) = plan.head_draws.index_select(2, plan.runs)
     assert owner.shape == (rows, math.prod(grid)) and owner.dtype == torch.int64
     assert torch.equal(owner.repeat(4 // rows, 1), plan.index.gather(1, plan.groups))
     assert torch.equal(owner.gather(1, plan.choice), plan.choice)  # who stands for others stands for itself
@@ -301,4 +303,4 @@ def test_the_owner_is_the_token_that_stands_for_each(grid, ratio, rows):
 def test_a_plan_for_other_rows_is_refused():
     q, k, v = made(drawn((4, 4), 0.75, batch=4))
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 4"):
-        kernels.keep_own(q, k, v, q, q[..., 0], torch.zeros(1, 3, 4).long(), torch.zeros(16).long(), 1.0)
+        kernels.add_self_token(q, k, v, q, q[..., 0], torch.zeros(1, 3, 4).long(), torch.zeros(16).long(), 1.0)

@@ -1,6 +1,6 @@
 """Each query's own token put in among sampled keys, in one launch.
 
-The specification is self_token.keep_own, about twenty launches.
+The specification is self_token.add_self_token, about twenty launches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _CONFIG = (2048, 4)
 
 
 @triton.jit
-def _own_kernel(
+def _self_token_kernel(
     q,
     k,
     v,
@@ -31,7 +31,7 @@ def _own_kernel(
     scale,
     weight,
     rows,
-    turns,
+    head_draws,
     q0,
     q1,
     q2,
@@ -59,63 +59,63 @@ def _own_kernel(
     token = token.to(tl.int64)
     channel = tl.arange(0, BLOCK)
     mask = valid[:, None] & (channel < HEAD)[None, :]
-    drawn += ((head % turns) * rows + batch % rows) * kept
+    drawn += ((head % head_draws) * rows + batch % rows) * kept
     drawn = tl.load(drawn + tl.load(runs + token, mask=valid, other=0), mask=valid, other=0).to(tl.int64)
     key, value = k + batch * k0 + head * k1, v + batch * v0 + head * v1
     at = q + batch * q0 + head * q1 + token * q2
     query = tl.load(at[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32) * scale
-    key_own = tl.load(key + (token * k2)[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    key_self = tl.load(key + (token * k2)[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     key_drawn = tl.load(key + (drawn * k2)[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     total = tl.load(lse + batch * lse0 + head * lse1 + token * lse2, mask=valid, other=0.0).to(tl.float32) + weight
-    own = tl.sum(query * key_own, 1) - total
+    own = tl.sum(query * key_self, 1) - total
     other = tl.sum(query * key_drawn, 1) - total
     top = tl.maximum(own, 0.0)
     rest, own, other = tl.exp(-top), tl.exp(own - top), tl.exp(other - top)
-    value_own = tl.load(value + (token * v2)[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    value_self = tl.load(value + (token * v2)[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     value_drawn = tl.load(value + (drawn * v2)[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     at = out + batch * out0 + head * out1 + token * out2
     before = tl.load(at[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    mixed = rest[:, None] * before + own[:, None] * value_own - other[:, None] * value_drawn
+    mixed = rest[:, None] * before + own[:, None] * value_self - other[:, None] * value_drawn
     mixed = tl.where((drawn == token)[:, None], before, mixed / (rest + own - other)[:, None])
     target = made + ((batch * tokens + token) * heads + head) * HEAD
     tl.store(target[:, None] + channel[None, :], mixed, mask=mask)
 
 
-def launch_own(
+def launch_self_token(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    turns: Tensor,
+    head_draws: Tensor,
     runs: Tensor,
     scale: float,
     weight: float = 0.0,
     config: tuple[int, int] = _CONFIG,
 ) -> Tensor:
-    """As self_token.keep_own; the result lies in memory as [B, N, H, d]."""
+    """As self_token.add_self_token; the result lies in memory as [B, N, H, d]."""
     q, k, v, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out))
     batch, heads, tokens, d = q.shape
-    check_rows(turns.shape[1], batch)
+    check_rows(head_draws.shape[1], batch)
     made = torch.empty((batch, tokens, heads, d), dtype=out.dtype, device=out.device)
     block = power_of_two(d)
     tile = max(1, config[0] // block)
-    _own_kernel[(batch * heads, -(-tokens // tile))](
+    _self_token_kernel[(batch * heads, -(-tokens // tile))](
         q,
         k,
         v,
         out,
         lse,
-        turns.contiguous(),
+        head_draws.contiguous(),
         runs,
         made,
         heads,
         tokens,
-        turns.shape[2],
+        head_draws.shape[2],
         scale,
         weight,
-        turns.shape[1],
-        turns.shape[0],
+        head_draws.shape[1],
+        head_draws.shape[0],
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared_tome.autotune.detached import run_bare
+from shared_tome.autotune.detached import run_detached
 
 diffusers = pytest.importorskip("diffusers.models.attention", reason="the blocks are diffusers'")
 X = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0))
@@ -20,7 +20,7 @@ def block():
 
 def test_it_does_what_the_block_does(block):
     expected = block(X, encoder_hidden_states=torch.zeros(2, 77, 24))
-    assert torch.equal(run_bare(block, X)(), expected)
+    assert torch.equal(run_detached(block, X)(), expected)
 
 
 def test_hooks_of_others_do_not_run_and_stay_where_they_are(block):
@@ -28,7 +28,7 @@ def test_hooks_of_others_do_not_run_and_stay_where_they_are(block):
     for module in block.modules():
         module.register_forward_pre_hook(lambda *_: ran.append(1))
         module.register_forward_hook(lambda *_: ran.append(2))
-    run_bare(block, X)()
+    run_detached(block, X)()
     assert not ran
     block(X, encoder_hidden_states=torch.zeros(2, 77, 24))
     assert ran
@@ -45,7 +45,7 @@ def test_a_forward_that_writes_into_its_weights_does_not_reach_the_models(block)
 
     block.attn2.to_q.__class__ = Writes
     kept = {name: value.clone() for name, value in block.state_dict().items()}
-    assert run_bare(block, X)().isfinite().all()
+    assert run_detached(block, X)().isfinite().all()
     assert all(torch.equal(value, kept[name]) for name, value in block.state_dict().items())
 
 
@@ -53,7 +53,7 @@ def test_the_classs_own_forward_put_back_is_no_replacement(block):
     """ComfyUI leaves it on a module whose object patch it takes off. The copy must not run the original's weights."""
     expected = block(X, encoder_hidden_states=torch.zeros(2, 77, 24))
     block.attn1.to_k.forward = block.attn1.to_k.forward
-    run = run_bare(block, X)
+    run = run_detached(block, X)
     with torch.no_grad():
         block.attn1.to_k.weight.zero_()
     assert torch.equal(run(), expected)
@@ -75,4 +75,4 @@ def test_what_is_not_understood_is_not_timed(block, what):
                 return torch.cat((hidden_states, hidden_states))
 
         block.__class__ = Doubles
-    assert run_bare(block, X) is None
+    assert run_detached(block, X) is None

@@ -1,5 +1,0 @@
-"""Starts interpreted_own.py."""
-
-from .interpreter import suite
-
-test_interpreted_own = suite("interpreted_own.py")
