@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..comfy_tome.dit_attention import Attentions, Call
+from ..comfy_tome.dit_attention import AttentionCall, Attentions
 from ..comfy_tome.dit_call import TransformerCall
 from ..comfy_tome.dit_layout import Layout
 from ..comfy_tome.dit_models import DIT_MODELS, DiTModel, dit_model, unwrapped, why_not
@@ -144,7 +144,7 @@ class Merged:
         block: Block,
     ) -> list[tuple[slice, ForgeTransformerCall]]:
         """What the images of a batch get, each with its rows; nothing where they are left alone."""
-        facts, told, notes = self._facts, self._sampling.told, self._sampling.notes
+        facts, told, notes = self._facts, self._sampling.call_tally, self._sampling.notes
         layout = Layout.of(facts, self._model, tuple(x.shape), _told(self._model, c))
         if layout is None:
             notes.say(NO_GRID, shown=False)
@@ -284,7 +284,7 @@ class ForgeTransformerCall(TransformerCall):
             where = f"{told['block_type']} block {told['block_index']}".lstrip() if told else self.facts.name
             self._record.left_alone(reason, where, self.layout.grid)
 
-    def block(self, call: Call) -> dict[str, Any]:
+    def block(self, call: AttentionCall) -> dict[str, Any]:
         return self._block.told
 
     def joins(self, order: tuple[str, ...]) -> JointCall:

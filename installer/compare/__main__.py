@@ -88,7 +88,7 @@ def _generate(host: Path, out: Path, request: Request, journal: Journal) -> None
             Session(client, request, journal, out, comfy.log).run(stats)
         except PromptError as error:
             hint = "" if own else "A workflow finds its models in the ComfyUI that --comfyui names."
-            raise SetupError(f"{error}\n{comfy.told()}", hint) from error
+            raise SetupError(f"{error}\n{comfy.log_end()}", hint) from error
     finally:
         comfy.stop()
 

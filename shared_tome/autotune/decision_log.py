@@ -109,7 +109,7 @@ class DecisionLog:
         return not all(list(self._made.values()))
 
     @property
-    def told(self) -> str:
+    def as_text(self) -> str:
         """The text as the end of a line, or ""."""
         return "" if not self.text else f"Decisions{' (as set)' if self.follows else ''}: {self.text}"
 

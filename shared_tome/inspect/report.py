@@ -243,10 +243,8 @@ class Tally:
             notes = (*notes, f"another node answered {unanswered} of {asked} without the model")
         if layers and all(layer.reason for layer in layers):
             merged = 0
-        decided = self.decided
-        notes = (*notes, *decided.notes())
-        known = (self.config, steps, self.of_steps, merged, self._calls, layers, time, notes)
-        return Report(*known, decided.text, decided.follows)
+        told = time, (*notes, *self.decided.notes()), self.decided.text, self.decided.follows
+        return Report(self.config, steps, self.of_steps, merged, self._calls, layers, *told)
 
 
 class CallTally:

@@ -86,7 +86,7 @@ def test_a_log_tells_what_a_text_takes():
     log.made_step(config, LATENT, None, True)
     log.made_layer(config, (64, 48), 640, 8, None, False)
     log.made_layer(config, LATENT, 320, 8, None, True)
-    assert log.text == "sample +128x96 +128x96/320/8 -64x48/640/8" and log.told == f"Decisions: {log.text}"
+    assert log.text == "sample +128x96 +128x96/320/8 -64x48/640/8" and log.as_text == f"Decisions: {log.text}"
     assert log.leaves_alone and log.notes() == []
     other = ToMeConfig(ratio=0.25)
     log.made_layer(other, LATENT, 320, 8, None, False)
@@ -102,7 +102,7 @@ def test_named_levels_are_no_decision():
     log = DecisionLog()
     log.made_layer(ToMeConfig(levels="0"), LATENT, 320, 8, None, True)
     log.all_merged(ToMeConfig(levels="0"))
-    assert log.text == "" == log.told
+    assert log.text == "" == log.as_text
 
 
 # --- versions ---------------------------------------------------------------------------------------------------------

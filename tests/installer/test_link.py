@@ -97,10 +97,10 @@ def test_remove_takes_out_what_was_put_in(place, host, repository, copy):
 def test_never_touches_a_folder_of_the_users(place, host, repository):
     place.mkdir()
     (place / "mine.txt").write_text("mine")
-    for attempt in (link.add, link.remove):
-        with pytest.raises(SetupError, match="not ours"):
+    for attempt, why in ((link.add, "is not from ToMe"), (link.remove, "was not put there by ToMe")):
+        with pytest.raises(SetupError, match=why):
             attempt(place.parent.parent, host, root=repository)
-    with pytest.raises(SetupError, match="not ours"):
+    with pytest.raises(SetupError, match="is not from ToMe"):
         link.add(place.parent.parent, host, copy=True, root=repository)
     assert (place / "mine.txt").read_text() == "mine"
 
