@@ -110,7 +110,7 @@ def take_by_head(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """self_token.take_turns: k and v [B, H, L, d] and index [T, b, K] -> [B, H, K, d] twice in one launch."""
     able = k.shape == v.shape and k.dtype == v.dtype and k.dtype in _DTYPES and index.numel() > 0
     if able and not is_compiling() and serves(k, v, index):  # compiled, torch fuses it
-        return operator("turns")(k, v, index)
+        return operator("take_by_head")(k, v, index)
     return self_token.take_by_head(k, v, index)
 
 
@@ -128,7 +128,7 @@ def add_self_token(
     """self_token.add_self_token in one launch."""
     able = q.shape == k.shape == v.shape == out.shape and all(x.dtype == q.dtype for x in (k, v, out))
     able = able and q.dtype in _DTYPES and q.numel() > 0 and not is_compiling()  # compiled, torch fuses it
-    run = operator("own") if able and serves(q, k, v, out, head_draws, runs) else self_token.add_self_token
+    run = operator("self_token") if able and serves(q, k, v, out, head_draws, runs) else self_token.add_self_token
     return run(q, k, v, out, lse, head_draws, runs, scale, weight)
 
 

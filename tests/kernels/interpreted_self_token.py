@@ -176,7 +176,7 @@ def test_what_serves(monkeypatch):
     """The kernel where it can be, plain torch for gradients, float64 and queries of another dtype."""
     ops = kernels.switch.load()
     given, launched = made((5, 7), 0.75, 1, 8, torch.float32), []
-    monkeypatch.setitem(ops.LAUNCH, "own", lambda *x: launched.append(1) or launch_self_token(*x))
+    monkeypatch.setitem(ops.LAUNCH, "self_token", lambda *x: launched.append(1) or launch_self_token(*x))
     close(kernels.add_self_token(*given, 8**-0.5), add_self_token(*given, 8**-0.5))
     assert launched == [1]
     double = [x.double() for x in given[:5]]
