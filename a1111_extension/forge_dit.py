@@ -287,7 +287,7 @@ class ForgeTransformerCall(TransformerCall):
     def block(self, call: AttentionCall) -> dict[str, Any]:
         return self._block.told
 
-    def joins(self, order: tuple[str, ...]) -> JointCall:
+    def combines(self, order: tuple[str, ...]) -> JointCall:
         config = self.call.config
         return _Joint(config.weighs_keys, order, self.say, config.keeps_self, self._sampling.tell_self_token)
 
@@ -309,9 +309,9 @@ class _Joint(JointCall):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, *args: Any, **kwargs: Any
     ) -> Tensor | None:
-        wanted = self.own
+        wanted = self.keeps_self
         out = super().attend(q, k, v, start, plan, *args, **kwargs)
-        if wanted and (out is not None or not self.own):
+        if wanted and (out is not None or not self.keeps_self):
             self._found(None if out is not None else NO_LSE)
         return out
 

@@ -345,7 +345,7 @@ def test_pytorchs_attention_steps_in_where_heads_do_not_fit(backend, call_of, li
     lines.clear()
     plain, _ = call_of("IntegratedFluxTransformer2DModel")
     unpaid, _ = call_of("IntegratedFluxTransformer2DModel", {"method": "merge"})
-    assert lines == [f"[ToMe] an attention is left alone {of_136}: attention_sage may not take them"]
+    assert lines == [f"[ToMe] ToMe skips an attention {of_136}: attention_sage may not take them"]
     assert torch.equal(unpaid, plain) and out.isfinite().all() and not torch.equal(out, plain)
 
 
@@ -559,5 +559,5 @@ def test_nunchakus_are_refused_with_the_reason(host, backend, lines, kind):
     made = type(kind.rpartition(".")[2], (base,), {"__module__": "backend.nn.svdq", "__qualname__": kind})
     host.shared.sd_model, host.forge = _Loaded(diffusion_model=made()), True
     found, p = host.generate(ON)
-    assert any("ToMe leaves Nunchaku's" in text and "own kernels" in text for text in p.comments)
+    assert any("ToMe does not serve Nunchaku's" in text and "own kernels" in text for text in p.comments)
     assert not p.extra_generation_params

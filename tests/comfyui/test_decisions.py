@@ -35,7 +35,7 @@ def gpu(comfy_nodes, monkeypatch, tmp_path):
     gpu.attention = True
     monkeypatch.setattr(pack_module("dit_auto"), "measures", lambda config, grid, device: config.levels == "auto")
     monkeypatch.setattr(
-        pack_module("dit"), "compared", lambda *_: layer.Decision(80.0, 40.0 if gpu.attention else 79.0, 0.0)
+        pack_module("dit_call"), "compared", lambda *_: layer.Decision(80.0, 40.0 if gpu.attention else 79.0, 0.0)
     )
     gpu.another(x32x32=False)
     return gpu

@@ -25,4 +25,4 @@ def test_rows_and_tokens_of_the_plan():
     assert why_left_whole("attn2", x, 2, 12) is None
     for rows, tokens in ((1, 12), (4, 12), (2, 6)):
         assert "a cross-attention whose rows or tokens" in why_left_whole("attn2", x, rows, tokens)
-    assert why_left_whole("ff", x, 2, 12, replaced=True).startswith("a feed-forward layer that another node")
+    assert why_left_whole("ff", x, 2, 12, replaced=True).startswith("ToMe skips a feed-forward layer that another node")

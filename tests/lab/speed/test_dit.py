@@ -31,7 +31,7 @@ class Watch(TorchDispatchMode):  # what reaches the kernel, whoever calls it
 for name in ("flux-tiny", "wan-tiny"):
     size = next(iter(dits.MODELS[name].latents))
     tokens = dits.MODELS[name].tokens(size)
-    model, call = dits.build(name, device, torch.float32), dits.Call(name, size, device)
+    model, call = dits.build(name, device, torch.float32), dits.ModelInputs(name, size, device)
     for variant in dit.VARIANTS:
         seen = []
         with Watch():
