@@ -32,6 +32,7 @@ def host_script() -> ModuleType:
     """tests/hosts/a1111.py, which knows how such a host is started."""
     spec = importlib.util.spec_from_file_location("tome_host_script", REPO / "tests" / "hosts" / "a1111.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses ask for their module
     spec.loader.exec_module(module)
     return module
 
