@@ -85,7 +85,9 @@ def one_layer(picture: np.ndarray, tome: Mapping[str, Any], side: int) -> tuple[
 
     small = Image.fromarray(picture).resize((side, side), Image.Resampling.BOX)
     metric = torch.from_numpy(np.asarray(small, dtype=np.float32) / 127.5 - 1.0).reshape(1, -1, 3)  # (1, N, 3)
-    plan = match_tokens(metric, (side, side), ToMeConfig.from_widgets(**tome), step=0, layer=0)
+    options = {widget.name for widget in ToMeConfig.widgets()}  # the node has its version beside them
+    config = ToMeConfig.from_widgets(**{name: value for name, value in tome.items() if name in options})
+    plan = match_tokens(metric, (side, side), config, step=0, layer=0)
     kept = np.zeros(side * side, bool)
     kept[plan.index[0].numpy()] = True
     return plan.groups[0].numpy().reshape(side, side), kept.reshape(side, side)

@@ -12,7 +12,7 @@ from PIL import Image
 from .host import REPO
 
 sys.path.insert(0, str(REPO))
-from installer import workflow
+from installer import report, workflow
 from installer.client import PromptError
 
 pytestmark = pytest.mark.slow
@@ -40,6 +40,8 @@ def test_demo_workflow_makes_a_picture_near_the_unmerged_one(client):
     merged = picture(client, tome_values(client))
     assert (merged != plain).any()
     assert np.abs(merged - plain).mean() < 8  # of 255; another seed is some 60 away
+    groups, kept = report.one_layer(merged.astype(np.uint8), tome_values(client), 64)  # the demo's map
+    assert groups.shape == (64, 64) and kept.sum() == 64 * 64 // 4
     again = picture(client, tome_values(client, ratio=0.5))
     assert (again != merged).any()
     assert (picture(client, tome_values(client, ratio=0.0)) == plain).all()
