@@ -145,8 +145,7 @@ class _UNet:
         """args: of the host's model_function_wrapper. run: calls the model with them. far: how far the sampler is."""
         sampling = self._sampling
         x = args["input"]  # (B, C, H, W): whole batches of images, prompts and negative prompts one after another
-        rows = tuple(row % len(sampling.seeds) for row in range(x.shape[0]))
-        call = sampling.call(x, rows, far) if x.dim() == 4 else None
+        call = sampling.call(x, sampling.images_of(x.shape[0]), far) if x.dim() == 4 else None
         if call is None:
             return run(args)
         call_tally, self_tokens = sampling.call_tally, None
@@ -187,8 +186,8 @@ class SelfTokens:
                 self._sampling.tell_self_token(reason)
                 return None
         self._sampling.tell_self_token(None)
-        self_tokens = self._sampling.config.keeps_self
-        return JointCall(True, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), self_tokens)
+        keeps_self = self._sampling.config.keeps_self
+        return JointCall(True, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), keeps_self)
 
     def say(self, message: str) -> None:
         """Tell once, in the log."""

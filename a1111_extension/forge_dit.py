@@ -9,9 +9,8 @@ merged one by one, so that each draws what it draws alone.
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +25,7 @@ from ..comfy_tome.dit_refused import refused
 from ..shared_tome import ModelCall, ToMeConfig, kernels
 from ..shared_tome.attention.self_token import NO_LSE
 from ..shared_tome.attention.sequence import JointCall
+from ..shared_tome.hooks.running import follow_modules
 from ..shared_tome.inspect.reasons import why_not_served
 from ..shared_tome.inspect.record import CallRecord
 from ..shared_tome.inspect.report import CallTally
@@ -113,17 +113,17 @@ class Merged:
 
     def __init__(self, base: Any, facts: DiTModel, sampling: Sampling):
         self._model, self._facts, self._sampling = unwrapped(base.diffusion_model), facts, sampling
-        self._places, self._judges = functions_of(self._model), sampling.config.levels == "auto"
+        self._places, self._by_times = functions_of(self._model), sampling.config.levels == "auto"
         self._order: dict[torch.device, tuple[str, ...]] = {}
 
     def __call__(self, args: dict[str, Any], run: Callable[[dict], Tensor], far: Callable[[], float] | None) -> Tensor:
         """args: of the host's model_function_wrapper. run: calls the model with them. far: how far the sampler is."""
         sampling, x = self._sampling, args["input"]  # (B, C, ..., H, W)
-        config = sampling.begin(x, tuple(row % len(sampling.seeds) for row in range(x.shape[0])), far)
+        config = sampling.begin(x, sampling.images_of(x.shape[0]), far)
         if config.ratio == 0.0:
             return run(args)
         parts, block = sampling.parts(x.shape[0]), Block()
-        config = config if self._judges else config.replace(levels="0")  # a transformer has one resolution
+        config = config if self._by_times else config.replace(levels="0")  # a transformer has one resolution
         made = self._calls(args["c"], x, config, parts, block)
         if not made:
             return run(args)
@@ -165,7 +165,7 @@ class Merged:
                     told.left_alone(why_not_served(config, layout.grid, layout.grid), facts.name, layout.grid)
                 return []
             order = self._order[x.device]
-            walk = ForgeTransformerCall(call, facts, layout, order, self._sampling, block, of_part, self._judges)
+            walk = ForgeTransformerCall(call, facts, layout, order, self._sampling, block, of_part, self._by_times)
             made.append((rows, walk))
         return made
 
@@ -184,34 +184,20 @@ class Block:
     """Which of a model's blocks this thread runs; told: as ComfyUI's models tell it, empty outside of all."""
 
     def __init__(self) -> None:
-        self.told: dict[str, Any] = {}
+        self._running: list[dict[str, Any]] = []
 
-    @contextmanager
-    def follow(self, model: nn.Module, lists: tuple[str, ...]) -> Iterator[None]:
-        """Hooks on the blocks in a model's lists, gone when the block ends in whatever way."""
-        handles: list[Any] = []
-        here = threading.get_ident()  # another thread's call of the same blocks has hooks of its own
+    @property
+    def told(self) -> dict[str, Any]:
+        return self._running[-1] if self._running else {}
 
-        def hook(module: nn.Module, told: dict[str, Any]) -> None:
-            def begin(*_: Any) -> None:
-                if threading.get_ident() == here:
-                    self.told = told
-
-            def end(*_: Any) -> None:
-                if threading.get_ident() == here:
-                    self.told = {}
-
-            handles.extend((module.register_forward_pre_hook(begin), module.register_forward_hook(end)))
-
-        try:
-            for name, _, part in (entry.partition(".") for entry in lists):
-                kind = name.removesuffix("layers").removesuffix("blocks").rstrip("_")
-                for number, module in enumerate(getattr(model, name, ())):
-                    hook(getattr(module, part) if part else module, {"block_type": kind, "block_index": number})
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def follow(self, model: nn.Module, lists: tuple[str, ...]) -> AbstractContextManager[None]:
+        """Around the model's call. lists: of its blocks, see DiTModel."""
+        blocks = {}
+        for name, _, part in (entry.partition(".") for entry in lists):
+            kind = name.removesuffix("layers").removesuffix("blocks").rstrip("_")
+            for number, module in enumerate(getattr(model, name, ())):
+                blocks[getattr(module, part) if part else module] = {"block_type": kind, "block_index": number}
+        return follow_modules(blocks, self._running)
 
 
 class Images:
@@ -264,10 +250,10 @@ class ForgeTransformerCall(TransformerCall):
         sampling: Sampling,
         block: Block,
         record: CallTally | None,
-        judges: bool,
+        by_times: bool,
     ):
         self._sampling, self._block = sampling, block
-        super().__init__(call, facts, layout, order, FORGE.order(call.seed.device), record, judges, sampling.decided)
+        super().__init__(call, facts, layout, order, FORGE.order(call.seed.device), record, by_times, sampling.decided)
 
     def end(self) -> None:
         """To be called after the model's call: says it where no attention came here."""
@@ -280,9 +266,7 @@ class ForgeTransformerCall(TransformerCall):
     def leave(self, reason: str, detail: str = "") -> None:
         self.say(reason, detail)
         if self._record is not None:
-            told = self._block.told
-            where = f"{told['block_type']} block {told['block_index']}".lstrip() if told else self.facts.name
-            self._record.left_alone(reason, where, self.layout.grid)
+            self._record.left_alone(reason, self.block_name(self._block.told), self.layout.grid)
 
     def block(self, call: AttentionCall) -> dict[str, Any]:
         return self._block.told
@@ -300,10 +284,10 @@ class _Joint(JointCall):
         weighs: bool,
         order: tuple[str, ...],
         say: Callable[[str, str], None],
-        own: bool,
+        keeps_self: bool,
         found: Callable[[str | None], None],
     ):
-        super().__init__(weighs, order, say, own)
+        super().__init__(weighs, order, say, keeps_self)
         self._found = found
 
     def attend(

@@ -110,18 +110,20 @@ class Sampling:
             alike = same_halves(x)
         return ModelCall(config, full, device, seed=self._seed(rows, device), step=self.step, alike=alike)
 
+    def images_of(self, batch: int) -> Rows:
+        """The image of each row where a batch is whole batches of images one after another (Forge)."""
+        return tuple(row % len(self.seeds) for row in range(batch))
+
     def parts(self, batch: int) -> list[tuple[slice, Rows, CallTally | None]]:
         """The rows of a batch that draw alike, with their images and whom to tell: all of them where the images have
-        one seed, else each image's own. The batch is whole batches of images one after another (Forge)."""
-        images = len(self.seeds)
-        rows = tuple(row % images for row in range(batch))
+        one seed, else each image's own. The batch: see images_of."""
+        images, rows = len(self.seeds), self.images_of(batch)
         if len({self.seeds[row] for row in rows}) == 1:
             return [(slice(None), rows, self.call_tally)]
         found = []
         for image in range(min(images, batch)):
-            call_tally = (
-                self.call_tally if image == 0 else None
-            )  # all images' layers are merged alike: one tells for all
+            # All images' layers are merged alike: one tells for all.
+            call_tally = self.call_tally if image == 0 else None
             if isinstance(self.call_tally, CallRecord):
                 call_tally = CallRecord(self.call_tally.run, self.step, [0], self.call_tally.full, [image])
             part = slice(image, None, images)

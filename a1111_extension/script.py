@@ -82,8 +82,8 @@ class _State:
 
     def write(self) -> None:
         """Make the picture's text claim what the passes did, and no more."""
-        has_said = self.merged(), self.kept_self_token, self.decisions
-        infotext.write(self.owner.extra_generation_params, self.settings, *has_said)
+        done = self.merged(), self.kept_self_token, self.decisions
+        infotext.write(self.owner.extra_generation_params, self.settings, *done)
 
     def detach(self) -> None:
         attachment, self.attachment = self.attachment, None
@@ -182,8 +182,8 @@ class ToMeScript(scripts.Script):
         if state is None or not state.settings.enabled:
             return
         merged = state.merged()
-        has_said = merged or {False: False}, state.kept_self_token, state.decisions
-        infotext.write(p.extra_generation_params, state.settings, *has_said)
+        done = merged or {False: False}, state.kept_self_token, state.decisions
+        infotext.write(p.extra_generation_params, state.settings, *done)
         if not merged and not state.settings.is_off:
             state.notes.say("nothing was merged: the ratio is 0 in each pass that was run")
         for run in state.runs.values():

@@ -9,16 +9,16 @@ comfy_extras/nodes_sparse_attention.py. Older ones have overrides alone.)
 
 from __future__ import annotations
 
-import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..shared_tome.hooks.running import follow_modules
 from .dit_attention import COMFYUI, is_sparse
 from .log import say_once
 
@@ -79,27 +79,9 @@ class Chosen:
             return ()
         return COMFYUI.order(device) if COMFYUI.is_torchs(backend_behind(self.override) or self.host) else ()
 
-    @contextmanager
-    def followed(self) -> Iterator[None]:
+    def followed(self) -> AbstractContextManager[None]:
         """Around the model's call: func knows which layer runs, where layers prefer different functions."""
-        handles, here = [], threading.get_ident()  # another thread's call of the same modules has hooks of its own
-
-        def begin(module: nn.Module, *_: Any) -> None:
-            if threading.get_ident() == here:
-                self._running.append(self._preferred[module])
-
-        def end(*_: Any) -> None:
-            if threading.get_ident() == here:
-                self._running.pop()
-
-        try:
-            for module in self._preferred if self._by_layer else ():
-                handles.append(module.register_forward_pre_hook(begin))
-                handles.append(module.register_forward_hook(end))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return follow_modules(self._preferred if self._by_layer else {}, self._running)
 
 
 def _started_with() -> Callable[..., Tensor]:

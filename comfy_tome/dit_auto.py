@@ -12,7 +12,6 @@ from ..shared_tome.autotune.layer import may_measure, measures
 from ..shared_tome.autotune.paying import Decision, Given
 from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.core.grid import Grid
-from ..shared_tome.decided import layer_name
 from .dit_attention import AttentionCall, fits_weights
 from .dit_layout import Layout
 
@@ -25,7 +24,6 @@ class DiTDecisions:
 
     def __init__(self, config: ToMeConfig, layout: Layout, log: DecisionLog):
         self._config, self._layout, self._log = config, layout, log
-        self._set = config.decided if config.decisions else None
         self._known: dict[tuple, Decision | Given | None] = {}  # by the layer's shape
 
     def decision(
@@ -53,8 +51,7 @@ class DiTDecisions:
         return self._given(shape) or self._known.get(shape)
 
     def _given(self, shape: tuple) -> Given | None:
-        merged = None if self._set is None else self._set.of(layer_name(*_parts(shape)), self._config.ratio)
-        return None if merged is None else Given(merged)
+        return self._log.layer(self._config, *_parts(shape))
 
     def _shape(self, call: AttentionCall, k: Tensor) -> tuple:
         """All of a layer that its times depend on, beside the options."""

@@ -227,7 +227,7 @@ class TransformerCall:
         fitting = None if plan is None else self._fitting(call, start, plan, paid)
         if first and self._record is not None:
             if plan is None or fitting is not None:
-                self._record.layer(self._name(call), self.layout.grid, plan)
+                self._record.layer(self.block_name(self.block(call)), self.layout.grid, plan)
             else:
                 self._record.count(self.layout.grid)
         return None if fitting is None else (plan, *fitting)
@@ -266,12 +266,11 @@ class TransformerCall:
         )
         return None
 
-    def _name(self, call: AttentionCall) -> str:
-        """The block as the log names it."""
-        options = self.block(call)
-        if "block_index" not in options:
+    def block_name(self, block: dict[str, Any]) -> str:
+        """The block as the log names it, by what is told of it."""
+        if "block_index" not in block:
             return self.facts.name
-        return f"{options.get('block_type', '')} block {options['block_index']}".lstrip()
+        return f"{block.get('block_type', '')} block {block['block_index']}".lstrip()
 
     def skip(self, reason: str, detail: str = "") -> None:
         """A layer that was met is left alone. detail: for the log alone."""

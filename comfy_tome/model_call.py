@@ -111,24 +111,19 @@ def draw_of(options: dict[str, Any], device: torch.device, base: Any) -> Tensor 
     return place_of(levels, level) if table is None else _draws(levels, table).number(level)
 
 
-def progress_of(options: dict[str, Any], base: Any) -> float:
-    """How far the model is by its noise level, 0 to 1. Synchronises.
+def progress_of(options: dict[str, Any], base: Any) -> tuple[float, bool]:
+    """How far the model is by its noise level, 0 to 1, and whether the level is one of the sampler's own, not one
+    between two steps. Synchronises.
 
     The percent whose `percent_to_sigma` is the present level; by steps where a model has no such function.
     """
     levels, level = _levels(options, torch.device("cpu"))
     if levels is None:
-        return 0.0
-    table = _table_of(base)
+        return 0.0, False
+    at_a_step, table = bool((levels == level).any()), _table_of(base)
     if table is not None:
-        return percent_of_level(level, table)
-    return int(place_of(levels, level)) / max(1, len(levels) - 1)
-
-
-def is_at_a_step(options: dict[str, Any]) -> bool:
-    """Whether the present level is one of the sampler's own, not one between two steps. Synchronises."""
-    levels, level = _levels(options, torch.device("cpu"))
-    return levels is not None and bool((levels == level).any())
+        return percent_of_level(level, table), at_a_step
+    return int(place_of(levels, level)) / max(1, len(levels) - 1), at_a_step
 
 
 def _levels(options: dict[str, Any], device: torch.device) -> tuple[Tensor | None, Tensor | None]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..shared_tome import ToMeConfig
 from ..shared_tome.core.schedule import config_at, is_settled
-from .model_call import is_at_a_step, progress_of
+from .model_call import progress_of
 from .outcome import Outcome
 
 
@@ -21,8 +21,8 @@ def config_now(config: ToMeConfig, options: dict[str, Any], base: Any, outcome: 
     """
 
     def ask() -> float:
-        progress = progress_of(options, base)
-        if outcome.falls and is_at_a_step(options):
+        progress, at_a_step = progress_of(options, base)
+        if outcome.falls and at_a_step:
             outcome.passed = progress
         return progress
 

@@ -51,9 +51,8 @@ class PatchedCall(AroundParts):
         taken = options.get("patches_replace", {})
         self._replaced = {*replaced, *((part, at) for part in parts_of(call) for at in taken.get(part, ()))}
         self._pending: Tensor | None = None
-        self._pending_self_token: Plan | None = (
-            None  # the layer's, whose keys and values are taken behind their projections
-        )
+        # The layer's, whose keys and values are taken behind their projections.
+        self._pending_self_token: Plan | None = None
         self._block_plan: Plan | None = None
         self._block: dict[str, Any] = {}  # extra_options of the block that the plan is of
         self._open: dict[str, Plan] = {}
