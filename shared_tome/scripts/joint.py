@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import weakref
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,7 @@ class JointAttachment(BaseAttachment):
         self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._grid: tuple[weakref.ref, Grid, int] | None = None
         self._groups: tuple[weakref.ref, tuple[int, ...], tuple[Group, ...] | None] | None = None
+        self._agreed: dict[Hashable, bool] = {}  # by the processes that share the model: a fact about them
         if not merge_attn:
             self.say("nothing is merged: attention is off")
             return
@@ -87,8 +89,8 @@ class JointAttachment(BaseAttachment):
         call = self.model_call(self.config_now(timestep, kernels.serves(x)), grid, timestep, x)
         if call is not None:
             joint = JointCall(call.config.weighs_keys, TORCHS, self._say_why, call.config.keeps_self)
-            decisions = JointDecisions(call, grid, type(model).__name__, self.decided)
-            groups, shard = self._groups_of(place), Shard.of(model, place)
+            groups, shard = self._groups_of(place), Shard.of(model, place, self._agreed)
+            decisions = JointDecisions(call, grid, type(model).__name__, shard, self.decided)
             self.call = _TransformerCall(
                 call, joint, grid, x.shape[0], place.head, place.tail, decisions, groups, shard
             )
@@ -157,9 +159,8 @@ class JointAttachment(BaseAttachment):
         if is_masked and not is_padded and not self._serves_mask(attention, q, k, v, start):
             self.say("ToMe skips an attention with a mask")
             return attention(q, k, v)
-        # On several GPUs each process would decide by its own times, and they must do the same.
-        asks = call.shard is None and call.model.serves(call.grid)
-        unpaid = call.decisions.why_not_paid(attention, q, k, v, start) if asks else None
+        serves = call.model.serves(call.grid)
+        unpaid = call.decisions.why_not_paid(attention, q, k, v, start) if serves else None
         if unpaid is not None:
             self.say(f"{unpaid}; ToMe skips attentions of {length} tokens")
             call.outcome.leave(call.model, call.grid, unpaid)

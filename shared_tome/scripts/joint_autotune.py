@@ -13,11 +13,12 @@ from ..attention.sdpa import HostAttention, attend_sampled
 from ..attention.sequence import JointCall
 from ..autotune.decision_log import DecisionLog
 from ..autotune.layer import known_or_measured, measures, name_of, ways
-from ..autotune.paying import Decision, Given
+from ..autotune.paying import Decision
 from ..autotune.timing import compared
 from ..core.curve import is_compiling
 from ..core.grid import Grid
 from ..merging.call import ModelCall
+from .parallel import Shard
 
 # Text and reference tokens of two calls that differ by less count as equally many.
 _OTHERS = 256
@@ -25,13 +26,15 @@ _OTHERS = 256
 
 @dataclass(eq=False)
 class JointDecisions:
-    """Of one call of a transformer, owned by it. model: its class's name. log: what is told of them."""
+    """Of one call of a transformer, owned by it. model: its class's name. shard: this process's part, where several
+    share the call. log: what is told of them."""
 
     call: ModelCall
     grid: Grid
     model: str
+    shard: Shard | None = None
     log: DecisionLog = field(default_factory=DecisionLog)
-    _known: dict[tuple, Decision | Given | None] = field(default_factory=dict)
+    _unpaid: dict[tuple, str | None] = field(default_factory=dict)
 
     def why_not_paid(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int) -> str | None:
         """Why an attention is left alone because of its times, or None. q, k, v: [B, H, L, d]; the image begins at
@@ -43,10 +46,11 @@ class JointDecisions:
         config = self.call.config
         if config.kind.matches or attention.mask is not None or is_compiling():
             return None
-        layer = self.grid, q.shape[1] * q.shape[3], q.shape[1]
+        heads = q.shape[1] if self.shard is None else self.shard.heads
+        layer = self.grid, heads * q.shape[3], heads
         others = -(-(q.shape[2] - self.call_tokens) // _OTHERS)
         shape = (self.grid, others, q.shape[1], q.shape[3], q.dtype)
-        if shape not in self._known:
+        if shape not in self._unpaid:
             known = self.log.layer(config, *layer, others * _OTHERS)
             if known is None and measures(config, self.grid, q.device):
                 names = [
@@ -58,10 +62,12 @@ class JointDecisions:
                 ]
                 timed = self._timed(attention, q[:1], k[:1], v[:1], start)
                 known = known_or_measured(", ".join(names), q.device, timed)
-            self._known[shape] = known
-            self.log.made_layer(config, *layer, known, known is None or known.pays(), others * _OTHERS)
-        found = self._known[shape]
-        return None if found is None or found.pays() else found.reason
+            why = None if known is None or known.pays() else known.reason
+            if self.shard is not None:
+                why = self.shard.agree((shape, *layer, *ways(config, config.keeps_self)), why, q.device)
+            self._unpaid[shape] = why
+            self.log.made_layer(config, *layer, known, why is None, others * _OTHERS)
+        return self._unpaid[shape]
 
     @property
     def call_tokens(self) -> int:

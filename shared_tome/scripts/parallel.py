@@ -8,6 +8,7 @@ there, each head draws what it draws there, and similarity is measured on the ke
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,22 +38,28 @@ def why_not_parallel(model: nn.Module) -> str | None:
     return None
 
 
+ELSEWHERE = "merging does not pay in another of the processes that share the model"
+
+
 @dataclass(eq=False)
 class Shard:
     """One process's part of the attentions of a call.
 
     group, rank, count: of the processes that share it. order: [L], where each token that the attention has stands in
-    one process's; None: in its place. heads: of the layer that runs now, in all processes together.
+    one process's; None: in its place. places: its inverse. agreed: what was decided together of layers, for all calls
+    of the model. heads: of the layer that runs now, in all processes together.
     """
 
     group: Any
     rank: int
     count: int
     order: Tensor | None
+    places: Tensor | None
+    agreed: dict[Hashable, bool]
     heads: int = 0
 
     @classmethod
-    def of(cls, model: nn.Module, place: Place) -> Shard | None:
+    def of(cls, model: nn.Module, place: Place, agreed: dict[Hashable, bool]) -> Shard | None:
         """None where one process has it all. The text before the image, and the image with what is behind it, are each
         cut by the number of processes."""
         context = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
@@ -61,18 +68,32 @@ class Shard:
         every = torch.arange(place.head + math.prod(place.grid) + place.tail, device=place.latent.device)
         parts = [part.tensor_split(context.ulysses_degree) for part in (every[: place.head], every[place.head :])]
         order = None if place.head == 0 else torch.cat([x for pair in zip(*parts, strict=True) for x in pair])
-        return cls(context._ulysses_mesh.get_group(), context._ulysses_local_rank, context.ulysses_degree, order)
+        places = None if order is None else order.argsort()
+        group = context._ulysses_mesh.get_group()
+        return cls(group, context._ulysses_local_rank, context.ulysses_degree, order, places, agreed)
 
     def attend(self, attend: Handler, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """attend, in the order of one process; q, k, v: [B, h, L, d] of this process's heads."""
-        if self.order is None or k.shape[2] != len(self.order) or q.shape[2] != len(self.order):
+        places = self.places
+        if places is None or k.shape[2] != len(places) or q.shape[2] != len(places):
             return attend(attention, q, k, v)
-        places = self.order.argsort()
         q, k, v = (x.index_select(2, places) for x in (q, k, v))
         mask = attention.mask
         if mask is not None and mask.shape[-1] == len(places):
             mask = mask.index_select(-1, places)
         return attend(HostAttention(attention.func, attention.options, mask), q, k, v).index_select(2, self.order)
+
+    def agree(self, layer: Hashable, why: str | None, device: torch.device) -> str | None:
+        """Why a layer is left alone, or None, the same in all processes: where one leaves it alone, all do.
+
+        layer: what tells it from others; all processes meet the layers in the same order. why: this process's own
+        reason or None. Waits for the device, once for a layer.
+        """
+        if layer not in self.agreed:
+            pays = torch.tensor(int(why is None), device=device)
+            torch.distributed.all_reduce(pays, torch.distributed.ReduceOp.MIN, self.group)
+            self.agreed[layer] = bool(pays)
+        return None if self.agreed[layer] else why or ELSEWHERE
 
     def mean(self, k: Tensor) -> Tensor:
         """k [B, h, N, d] averaged over all processes' heads: [B, N, d], the same in each process."""

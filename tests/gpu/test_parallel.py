@@ -79,8 +79,9 @@ def measure(rank, name, device, side):
             weight.data.normal_(0.0, weight[0].numel() ** -0.5)  # attention shows in the output
         elif weight_name.endswith("norm_q.weight"):
             weight.data *= 3  # and tells tokens apart
-    two = sharing(one)
-    two.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
+    two, timed = sharing(one), sharing(one)
+    for model in (two, timed):
+        model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
     arguments = told(kind, side, lambda *shape: torch.randn(shape, generator=generator).to(**on))
     chosen, plan = [], ModelCall.plan
 
@@ -102,6 +103,8 @@ def measure(rank, name, device, side):
     merged, choices = run(one)
     merged_two, choices_two = run(two)
     again, _ = run(two)
+    shared_tome.apply_patch(timed, config=ToMeConfig(**{**options, "min_tokens": 0, "levels": "auto"}))
+    decided, _ = run(timed)
     ModelCall.plan = plan
     scale = plain.abs().mean()
 
@@ -117,6 +120,7 @@ def measure(rank, name, device, side):
         "choices": choices_two,
         "of one": choices,
         "said": sorted(two._shared_tome._said),
+        "decided": (timed._shared_tome.decided.as_text, decided.cpu()),
     }
 
 
@@ -145,6 +149,8 @@ def check(first, second, dtype):
     assert first["merged"] < tolerance and first["moved"] > 5 * tolerance
     assert first["repeats"] and second["repeats"]
     assert torch.equal(first["picture"], second["picture"])
+    texts, pictures = zip(first["decided"], second["decided"], strict=True)
+    assert texts[0] == texts[1] and torch.equal(*pictures), "both decide alike what pays"
     assert len(first["choices"]) == len(first["of one"]) > 1
     for found in (first, second):
         assert all(map(torch.equal, found["choices"], first["of one"])), "the choices of one GPU"

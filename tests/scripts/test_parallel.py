@@ -10,6 +10,8 @@ import torch
 
 import shared_tome
 from shared_tome import ModelCall, ToMeConfig
+from shared_tome.autotune.paying import Decision
+from shared_tome.scripts import joint_autotune
 
 from . import dits, models
 from .dits import DITS
@@ -139,6 +141,26 @@ def measure(name):
     return found
 
 
+@torch.no_grad()
+def disagreeing(rank):
+    """By times that are made up, differing in the processes: merging the first kind of layer pays in both, then in the
+    first process alone. How far from the unmerged picture each is, and what was asked of the other process."""
+    found, asked, reduce = {}, [], torch.distributed.all_reduce
+    joint_autotune.measures = lambda *_: True
+    torch.distributed.all_reduce = lambda x, *more: (asked.append(int(x)), reduce(x, *more))
+    for name, pays in (("both", True), ("one", rank == 0)):
+        joint_autotune.known_or_measured = lambda *_, pays=pays: Decision(1000.0, 500.0 if pays else 1000.0, 0.0)
+        two = models.flux()
+        two.enable_parallelism(config=diffusers.ContextParallelConfig(**EVEN))
+        plain = run_flux(two, (6, 10), models.ALL, return_dict=False)[0]
+        shared_tome.apply_patch(two, config=config(own_token=False))
+        for _ in range(2):
+            moved = float((run_flux(two, (6, 10), models.ALL, return_dict=False)[0] - plain).abs().max())
+        found[name] = moved, asked[:], sorted(two._shared_tome._said), two._shared_tome.decided.as_text
+        asked.clear()
+    return found
+
+
 def refused():
     """What is said of other ways to share a model, before and after it is patched."""
     found = {}
@@ -177,9 +199,10 @@ def work(rank, store, results):
     torch._C._get_accelerator, torch.accelerator.device_count = lambda: torch.device("cpu"), lambda: 1
     torch.distributed.all_gather = gather
     made = {}
-    for name in (*CASES, "refused"):
+    others = {"refused": refused, "disagreeing": lambda: disagreeing(rank)}
+    for name in (*CASES, *others):
         try:
-            made[name] = refused() if name == "refused" else measure(name)
+            made[name] = others[name]() if name in others else measure(name)
         except Exception:
             made[name] = traceback.format_exc()
     results.put((rank, made))
@@ -211,6 +234,20 @@ def test_two_processes_make_the_picture_of_one(name, both):
         assert found["moved"] > 1e-3 and found["layers"] > 1
         assert found["same"], "the choices of one process"
         assert found["said"] == []
+
+
+def test_a_layer_is_merged_where_that_pays_in_both_processes(both):
+    for rank in (0, 1):
+        found = both[rank]["disagreeing"]
+        assert isinstance(found, dict), found
+        moved, asked, said, decided = found["both"]
+        assert moved > 1e-3 and asked == [1] and said == []
+        assert decided == "Decisions: +6x10/32/2/256"
+        moved, asked, said, decided = found["one"]
+        assert moved < 2e-5 and asked == [1 - rank]
+        why = "merging does not pay here" if rank else "merging does not pay in another of the processes that share"
+        assert len(said) == 1 and said[0].startswith(why)
+        assert decided == "Decisions: -6x10/32/2/256"
 
 
 def test_other_ways_to_share_a_model_are_refused_by_name(both):
