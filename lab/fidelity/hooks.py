@@ -126,6 +126,8 @@ class MergedSelfAttention(nn.Module):
         run, inner = self.run, self.inner
         tokens = x.shape[1]
         grid = grid_of(tokens, run.full)
+        if run.variant.tiles and grid == run.full:
+            return self._in_tiles(x, grid, run.variant.tiles)
         behind = run.joint is not None
         layer = None if run.call is None else run.call.attention(x, x, x, grid, keeps_self=behind)
         run.plan = None
@@ -145,6 +147,25 @@ class MergedSelfAttention(nn.Module):
         else:
             out = attend(q, k, v, layer.bias)  # (B, H, N or M, d)
         return layer.unmerge(self._out(out, x.dtype))  # (B, N, C)
+
+    def _in_tiles(self, x: Tensor, grid: Grid, tiles: int) -> Tensor:
+        """x [B, N, C] -> [B, N, C]. Raises ValueError where the grid has no such tiles."""
+        run, (batch, tokens, channels) = self.run, x.shape
+        height, width = (side // tiles for side in grid)
+        if (height * tiles, width * tiles) != grid:
+            raise ValueError(f"a grid of {grid} tokens cannot be cut into {tiles} x {tiles} tiles")
+        run.count(grid, tokens, tokens, tokens // tiles**2)
+        cut = (batch, tiles, height, tiles, width, channels)
+        queries = x.view(cut).transpose(2, 3).reshape(-1, height * width, channels)
+        keys = x.reshape(-1, height * width, channels) if run.variant.strips else queries
+        q, k, v = (
+            self._heads(project, y)
+            for project, y in zip(
+                (self.inner.to_q, self.inner.to_k, self.inner.to_v), (queries, keys, keys), strict=True
+            )
+        )
+        out = self._out(attend(q, k, v), x.dtype)
+        return out.view(batch, tiles, tiles, height, width, channels).transpose(2, 3).reshape(x.shape)
 
     def _heads(self, project: nn.Linear, x: Tensor) -> Tensor:
         """x [B, N, C] -> [B, H, N, d]."""
@@ -266,6 +287,8 @@ def check(network: UNet | DiT, variant: Variant) -> None:
             f"{variant.name!r} cannot be measured on a DiT: it has one level, no cross-attention, and merges around "
             "its attention alone"
         )
+    if variant.tiles and (isinstance(network, DiT) or variant.is_merged or variant.hold):
+        raise ValueError(f"{variant.name!r} cannot be measured: tiles are cut in a U-Net that nothing else changes")
     if variant.hold and (variant.reuse or variant.config.kind.matches and variant.is_merged):
         raise ValueError(f"{variant.name!r} cannot be measured: attentions are held alone, or with drawn keys")
 

@@ -17,7 +17,8 @@ class Variant:
     family: a line of the plots. timed: whether its step is timed. strict: in float32 whatever the others are in.
     tail: one of tails.MODES in place of the config's method, for transformers; its work is 1 - ratio.
     one_draw: the draws of the first step in all steps. steps: in place of the sampler's own (0: these).
-    reuse, hold: of outputs of earlier steps (reuse.py).
+    reuse, hold: of outputs of earlier steps (reuse.py). tiles: that many by that many tiles of the picture, each of
+    which attends to itself at level 0 (0: no tiles); strips: to as many keys in the order of the rows instead.
     """
 
     name: str
@@ -30,6 +31,8 @@ class Variant:
     steps: int = 0
     reuse: Reuse | None = None
     hold: Hold | None = None
+    tiles: int = 0
+    strips: bool = False
 
     @property
     def is_merged(self) -> bool:

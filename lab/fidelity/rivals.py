@@ -19,7 +19,9 @@ AGAIN = "unmerged again"
 """In other batches: how far rounding alone takes pictures, which are put together anew where a cache skips some."""
 TAILS = (0.84, 0.9, 0.77, 0.67)
 """Ratios of the pooled-tail rule."""
-SETS = ("presets", "steps", "caches", "hold", "tails", "combined")
+TILES = (8, 4, 2)
+"""A side, of HyperTile. ComfyUI's node (0.30.0) cuts the queries alone; as many keys follow the order of the rows."""
+SETS = ("presets", "steps", "caches", "hold", "tails", "combined", "tiles")
 
 
 def presets(transformer: bool) -> dict[str, ToMeConfig]:
@@ -56,6 +58,9 @@ def rivals(steps: int, transformer: bool, counts: Sequence[int] = (), sets: Iter
         for one in merged
     ]
     found["hold"] = holds(transformer)
+    if not transformer:
+        cut = [_choice(f"HyperTile {n}x{n}", "HyperTile", tiles=n) for n in TILES]
+        found["tiles"] = [*cut, *(replace(one, name=f"{one.name} in ComfyUI", strips=True) for one in cut)]
     if transformer:
         config = ToMeConfig(**BASE)
         tails = [_choice(f"mean tail {r:g}", "pooled tail", config.replace(ratio=r), tail="mean") for r in TAILS]

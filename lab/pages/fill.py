@@ -54,6 +54,7 @@ MAKERS: dict[str, Maker] = {
     **multires_tables.MAKERS,
     "rivals": frontier_tables.rivals,
     "held": frontier_tables.held,
+    "tiles": frontier_tables.tiles,
     "recipe": frontier_recipe.recipe,
     "when": frontier_recipe.when,
     "real_models": real_tables.real_models,

@@ -9,7 +9,7 @@ from shared_tome.methods import PRESETS
 
 from ..fidelity.methods import UNMERGED
 from ..fidelity.rivals import AGAIN
-from ..store import RESULTS, Row, markdown
+from ..store import RESULTS, Row, markdown, read
 from .fidelity_tables import CELLS, percent
 from .frontier_times import PLACES, Place, best, frontier_rows
 
@@ -81,6 +81,20 @@ def held(model: str = "dit", folder: Path = RESULTS / "fidelity", places: Sequen
     return f"{table}\n{about(rows, places)}\n"
 
 
+def tiles(model: str = "demo", folder: Path = RESULTS / "fidelity") -> str:
+    """HyperTile's tiles beside the presets, from tiles-MODEL.csv."""
+    rows = [row for row in read(folder / f"tiles-{model}.csv") if row["psnr"] != "inf"]
+    if not rows:
+        return ""
+    lines = [
+        [row["variant"], percent(row["attention"]), *(_cell(cell, row) for cell in CELL_NAMES)]
+        for row in sorted(rows, key=lambda row: -float(row["psnr"]))
+    ]
+    return (
+        f"{markdown(['what', 'attention', *(CELLS[cell][0] for cell in CELL_NAMES)], lines, left=1)}\n{about(rows)}\n"
+    )
+
+
 def at_time(rows: Sequence[Row], place: Place, time: float) -> float | None:
     """PSNR of whole outputs used again that take this time, None beyond what was measured."""
     known = {
@@ -99,13 +113,13 @@ def _cell(name: str, row: Row) -> str:
     return "-" if name == "fd_gap" and row[name] == "" else CELLS[name][1](row)
 
 
-def about(rows: Sequence[Row], places: Sequence[Place]) -> str:
+def about(rows: Sequence[Row], places: Sequence[Place] = ()) -> str:
     one = rows[0]
     again = next((row["psnr"] for row in rows if row["variant"] == AGAIN), "")
     rounding = f"; rounding alone: {float(again):.0f} dB" if again not in ("", "inf") else ""
     times = dict.fromkeys(place.source for place in places if place.source)
+    times = f" Times, in % of the unmerged generation's, from {'; '.join(times) or 'nothing yet'}." if places else ""
     return (
         f"{one['pictures']} pictures, {one['sampler']}, {one['precision']} precision, {one['device']}, torch "
-        f"{one['torch']}, {one['date']}, commit {one['commit'] or 'unknown'}, model {one['model']}{rounding}. Times, "
-        f"in % of the unmerged generation's, from {'; '.join(times) or 'nothing yet'}."
+        f"{one['torch']}, {one['date']}, commit {one['commit'] or 'unknown'}, model {one['model']}{rounding}.{times}"
     )

@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 
@@ -58,6 +58,43 @@ def unet_differences(demo: ModuleType) -> list[float]:
         error = (theirs(x, times, context) - expected).abs().max() / expected.abs().max()
         found.append(error.item())
     return found
+
+
+def tile_differences(demo: ModuleType) -> list[float]:
+    """Largest difference between the lab's HyperTile and ComfyUI's node of 4 x 4 tiles, then what tiles change, and how
+    far from them those are whose keys are cut too."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from comfy_extras.nodes_hypertile import HyperTile
+
+    from lab.fidelity.hooks import merged
+    from lab.fidelity.rivals import rivals
+    from lab.models.unet import UNet, UNetConfig
+
+    patches = {}
+    model = SimpleNamespace(
+        clone=lambda: model,
+        set_model_attn1_patch=lambda patch: patches.update(attn1_patch=[patch]),
+        set_model_attn1_output_patch=lambda patch: patches.update(attn1_output_patch=[patch]),
+    )
+    HyperTile.execute(model, 64, 2, 0, False)
+    config = UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(1, 1))
+    generator = torch.Generator().manual_seed(0)
+    ours = UNet(config).eval()
+    for parameter in ours.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.06
+    theirs = UNetModel(**demo.host_unet_config(asdict(config)), dtype=torch.float32).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(1, 3, 32, 32, generator=generator)
+    context, times = torch.randn(1, 4, config.context_dim, generator=generator), torch.tensor([500.0])
+    expected = theirs(x, times, context, transformer_options={"patches": patches})
+
+    def made(name: str) -> torch.Tensor:
+        with merged(ours, rivals(30, False)[name]) as run:
+            run.begin((32, 32), x.device, torch.zeros(1, dtype=torch.int64), 0, 30)
+            return ours(x, times, context)
+
+    outs = made("HyperTile 4x4 in ComfyUI"), ours(x, times, context), made("HyperTile 4x4")
+    return [((out - expected).abs().max() / expected.abs().max()).item() for out in outs]
 
 
 def sampled(nodes: ModuleType) -> dict:
@@ -116,7 +153,12 @@ def main() -> None:
     start_comfyui()
     with torch.inference_mode():
         nodes = load_demo()
-        found = {"unet": unet_differences(nodes.demo), "sampled": sampled(nodes), "told": told(nodes)}
+        found = {
+            "unet": unet_differences(nodes.demo),
+            "tiles": tile_differences(nodes.demo),
+            "sampled": sampled(nodes),
+            "told": told(nodes),
+        }
     print(json.dumps(found))
 
 

@@ -13,6 +13,12 @@ def test_our_unet_is_comfyuis(in_comfyui: dict) -> None:
     assert max(in_comfyui["unet"]) < 1e-4
 
 
+def test_hypertile_in_comfyui_cuts_the_queries_alone(in_comfyui: dict) -> None:
+    """So the lab measures it both ways (rivals.py). Should ComfyUI's node cut the keys too, docs/quality.md says so."""
+    alike, whole, tiles = in_comfyui["tiles"]
+    assert alike < 1e-5 and whole > 1e-4 and tiles > 1e-4
+
+
 def test_ksampler_paints_what_the_trainer_paints(in_comfyui: dict) -> None:
     found = in_comfyui["sampled"]
     assert max(found["difference"]) < 1e-3
