@@ -20,8 +20,9 @@ from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention.bias import attend_tokens, minds_scale
 from ..shared_tome.attention.self_token import NOT_KEPT
 from ..shared_tome.attention.sequence import NOT_MULTIRES, JointCall
-from ..shared_tome.autotune.decisions import Decisions, why_layers_left_alone
-from ..shared_tome.autotune.layer import Attention, Decision
+from ..shared_tome.autotune.decisions import Decisions
+from ..shared_tome.autotune.layer import Attention
+from ..shared_tome.autotune.paying import Decision, Judge
 from ..shared_tome.autotune.step import why_left_alone
 from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.core.grid import grid_at
@@ -45,7 +46,7 @@ from .model_call import (
 from .outcome import ANSWERED, Outcome, outcome_of, tokens_of
 from .record import begin, is_compiled
 from .schedule import config_now
-from .unet_auto import about_model, decision_on_step
+from .unet_auto import about_model, decision_on_step, leaves_layers_alone
 from .unet_call import PatchedCall, block_name, parts_of
 from .unet_model import dtype_of, layers_of, replaced_layers, run_block
 
@@ -96,12 +97,21 @@ class UNetPatch:
         about = "" if sampled is None else about_model(sampled)
         chosen = Chosen(options, model, compiled)
         host = chosen.host, chosen.kernels(x.device), about
-        if record is None and not compiled and _leaves_alone(outcome, config, full, x.device, *layers, *host):
+
+        def leaves_alone(judge: Judge) -> bool:
+            if record is not None or compiled:
+                return False
+            return leaves_layers_alone(outcome, config, full, x.device, *layers, *host, judge)
+
+        if leaves_alone(Judge(waits=False)):  # whatever its step takes
             return executor(x, t, *args, **kwargs)
-        recorded = None if record is None or record.run.compiled else record
         unpaid, paid = None, log.step(config, full)
         if paid is None and not compiled and base is not model:
             paid = _decision_on_step(base, x, t, args, kwargs, config, chosen, *host)
+        judge = Judge.of(paid)
+        if judge.waits and leaves_alone(judge):
+            return executor(x, t, *args, **kwargs)
+        recorded = None if record is None or record.run.compiled else record
         if paid is not None and not paid.pays():
             unpaid = why_left_alone(paid)
         elif isinstance(paid, Decision) and paid.merged_us > 0.0:  # else no merged step was run
@@ -112,7 +122,8 @@ class UNetPatch:
             return executor(x, t, *args, **kwargs)
         step, alike = draw_of(options, x.device, sampled), halves_alike(options, x, config)
         call = ModelCall(config, full, x.device, step=step, alike=alike)
-        patch = UNetCall(call, options, recorded, chosen, layers if compiled else None, model, unpaid, outcome, about)
+        ahead = layers if compiled else None
+        patch = UNetCall(call, options, recorded, chosen, ahead, model, unpaid, outcome, about, judge)
         if compiled:
             # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
             # transformer_options, so without this a compiled model would keep the patches it first saw.
@@ -126,31 +137,6 @@ class UNetPatch:
         if record is not None:
             record.end()
         return out
-
-
-def _leaves_alone(
-    outcome: Outcome,
-    config: ToMeConfig,
-    full: tuple[int, int],
-    device: torch.device,
-    layers: list[tuple[int, int, int]],
-    dtype: torch.dtype,
-    attention: Attention,
-    kernels: tuple[str, ...],
-    about: str,
-) -> bool:
-    """Whether no layer would be merged, by what is known of all of them: then the model runs as if ToMe were not there.
-    Its patches take the processor time, which shows where steps wait for it."""
-    if not layers:
-        return False  # not a U-Net as they are known
-    given = config, full, device, layers, dtype, attention, kernels, about
-    reasons = why_layers_left_alone(*given, outcome.decided)
-    for grid, reason in (reasons or {}).items():
-        leave_alone(None, reason, f"layers of {tokens_of(grid)}", grid=grid, outcome=outcome)
-    if reasons == {}:
-        for grid in sorted({grid_at(full, level) for level, _, _ in layers}, reverse=True):
-            outcome.left_alone(why_not_served(config, grid, full), tokens_of(grid), grid)
-    return reasons is not None
 
 
 def _decision_on_step(
@@ -167,9 +153,9 @@ def _decision_on_step(
 ) -> Decision | None:
     """What is known of the times of whole steps, or None. base: the model that apply_model is of."""
 
-    def merged(options: dict[str, Any], run: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
+    def merged(options: dict[str, Any], run: Callable[[dict[str, Any], dict[str, Any]], Any], judge: Judge) -> Any:
         call = ModelCall(config, tuple(x.shape[-2:]), x.device, step=draw_of(options, x.device, base))
-        patch = UNetCall(call, options, None, chosen, None, base.diffusion_model, about=about)
+        patch = _TriedCall(call, options, None, chosen, None, base.diffusion_model, about=about, judge=judge)
         with patch.mlp_hooks(base.diffusion_model), chosen.followed():
             return run(patch.options, {})
 
@@ -181,7 +167,7 @@ class UNetCall(PatchedCall):
 
     chosen, model, about: the host's attention, to measure with. layers: what Decisions.look_ahead wants to know of a
     compiled model; None: it is not compiled.
-    unpaid: why no layer is merged after all, for the record. outcome: the sampling's.
+    unpaid: why no layer is merged after all, for the record. outcome: the sampling's. judge: of its layers (Decisions).
     """
 
     say = staticmethod(say_once)
@@ -197,6 +183,7 @@ class UNetCall(PatchedCall):
         unpaid: str | None = None,
         outcome: Outcome | None = None,
         about: str = "",
+        judge: Judge | None = None,
     ):
         self._compiled, self._model = layers is not None, model
         self._outcome = Outcome() if outcome is None else outcome
@@ -207,7 +194,7 @@ class UNetCall(PatchedCall):
         kernels = () if chosen is None else chosen.kernels(call.seed.device)
         joint = None if chosen is None else _self_tokens(call, kernels)
         replaced = replaced_layers(model, parts_of(call))
-        decisions = Decisions(call, about, self._outcome.decided)
+        decisions = Decisions(call, about, self._outcome.decided, judge)
         super().__init__(call, options, decisions, joint, record, replaced, attention, kernels)
         self._unpaid = unpaid
         if layers is not None:
@@ -308,6 +295,13 @@ class UNetCall(PatchedCall):
     ) -> None:
         place = extra_options.get("block_index", 0)
         leave_alone(self._record, reason, block_name(extra_options), detail, grid, place, self._outcome)
+
+
+class _TriedCall(UNetCall):
+    """Of a step that is only tried: what becomes of its layers is told in the steps to come."""
+
+    def leave(self, *_: Any, **__: Any) -> None:
+        pass
 
 
 def _self_tokens(call: ModelCall, kernels: tuple[str, ...]) -> JointCall | None:

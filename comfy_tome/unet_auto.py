@@ -1,4 +1,4 @@
-"""Whether merging pays in a U-Net's whole step in ComfyUI (shared_tome/autotune/step.py).
+"""Whether merging pays in a U-Net's layers and whole step in ComfyUI (shared_tome/autotune/).
 
 What is run is the model's own call without a node's patches, wrappers or control networks, so nobody else sees a call
 more; where another node has replaced or hooked a part of the model itself, nothing is run.
@@ -10,15 +10,22 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..shared_tome import ToMeConfig
-from ..shared_tome.autotune.layer import Decision
+from ..shared_tome.autotune.decisions import why_layers_left_alone
+from ..shared_tome.autotune.layer import Attention
+from ..shared_tome.autotune.paying import Decision, Judge
 from ..shared_tome.autotune.step import decision_of, is_timed, rows_of
 from ..shared_tome.autotune.store import NotNow
+from ..shared_tome.core.grid import grid_at
 from ..shared_tome.hooks.guard import is_replaced
+from ..shared_tome.inspect.reasons import why_not_served
 from .chosen import Chosen
+from .log import leave_alone
 from .model_call import find_options, put_options
+from .outcome import Outcome, tokens_of
 from .unet_model import dtype_of
 
 # What of a call's options tells the step, and is no node's.
@@ -34,7 +41,7 @@ def decision_on_step(
     args: tuple,
     kwargs: dict[str, Any],
     config: ToMeConfig,
-    merged: Callable[[dict[str, Any], Callable[[dict[str, Any], dict[str, Any]], Any]], Any],
+    merged: Callable[[dict[str, Any], Callable[[dict[str, Any], dict[str, Any]], Any], Judge], Any],
     chosen: Chosen,
     kernels: tuple[str, ...],
     about: str,
@@ -44,12 +51,12 @@ def decision_on_step(
     Args:
         base_model: comfy.model_base.BaseModel; x, t, args, kwargs: of its apply_model, whose first row is what is run.
         config: how it is merged. chosen: its attention. kernels: see layer.decision_on. about: from about_model.
-        merged: merged(options, run) calls run(options, more) with ToMe's options and further arguments.
+        merged: merged(options, run, judge) calls run(options, more) with ToMe's options and further arguments.
     """
     if not is_timed(config, x.device) or chosen.override is not None:
         return None  # a step by another attention than the picture's tells nothing
 
-    def both() -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def both() -> tuple[Callable[[], Any], Callable[[Judge], Callable[[], Any]]]:
         _refuse_anothers(base_model)
         plain = {name: value for name, value in find_options(args, kwargs)[1].items() if name in _STEP}
         plain.update(chosen.options)
@@ -62,10 +69,39 @@ def decision_on_step(
             now, by_name = put_options(given, named, options)
             return base_model._apply_model(row, noise, *now, **by_name, **more)
 
-        return lambda: run(plain, {}), lambda: merged(plain, run)
+        return lambda: run(plain, {}), lambda judge: lambda: merged(plain, run, judge)
 
     model, grid = base_model.diffusion_model, tuple(x.shape[-2:])
     return decision_of(model, dtype_of(base_model), x.device, grid, config, both, chosen.host, kernels, about)
+
+
+def leaves_layers_alone(
+    outcome: Outcome,
+    config: ToMeConfig,
+    full: tuple[int, int],
+    device: torch.device,
+    layers: list[tuple[int, int, int]],
+    dtype: torch.dtype,
+    attention: Attention,
+    kernels: tuple[str, ...],
+    about: str,
+    judge: Judge,
+) -> bool:
+    """Whether no layer would be merged, by what is known of all of them: then the model runs as if ToMe were not there.
+    Its patches take the processor time, which shows where steps wait for it.
+
+    layers, dtype: see unet_model. judge: as for Decisions; the rest: see layer.decision_on.
+    """
+    if not layers:
+        return False  # not a U-Net as they are known
+    given = config, full, device, layers, dtype, attention, kernels, about
+    reasons = why_layers_left_alone(*given, outcome.decided, judge)
+    for grid, reason in (reasons or {}).items():
+        leave_alone(None, reason, f"layers of {tokens_of(grid)}", grid=grid, outcome=outcome)
+    if reasons == {}:
+        for grid in sorted({grid_at(full, level) for level, _, _ in layers}, reverse=True):
+            outcome.left_alone(why_not_served(config, grid, full), tokens_of(grid), grid)
+    return reasons is not None
 
 
 # Walking through a model takes longer than a step may. A fact about a model, not state of a call.

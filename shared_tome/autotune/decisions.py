@@ -14,21 +14,21 @@ from ..core.schedule import serves_layer
 from ..merging.call import ModelCall
 from .decision_log import DecisionLog
 from .layer import Attention, BlockMaker, decision_on, known_on, measures
-from .paying import Decision, Given
+from .paying import Decision, Given, Judge
 
 
 class Decisions:
     """Of one call, owned by its adapter.
 
     call: its options and grid. about: what else of the model its layers' times depend on, in words (layer.Case). log:
-    what is told of them, of the run; None: nobody asks.
+    what is told of them, of the run; None: nobody asks. judge: None: nothing is known of the call's whole step.
     """
 
-    def __init__(self, call: ModelCall, about: str = "", log: DecisionLog | None = None):
+    def __init__(self, call: ModelCall, about: str = "", log: DecisionLog | None = None, judge: Judge | None = None):
         self.call, self.about = call, about
         self._log = DecisionLog() if log is None else log
         self._decided: dict[tuple, Decision | Given | None] = {}  # by _kind
-        self._waits = True
+        self._judge = Judge() if judge is None else judge
 
     def decision(
         self,
@@ -60,13 +60,14 @@ class Decisions:
 
     def _keep(self, key: tuple, found: Decision | Given | None) -> None:
         self._decided[key] = found
+        self._judge.meet(found)
         grid, channels, heads, *_ = key
         merged = self.why_not_paid(found) is None
         self._log.made_layer(self.call.config, grid, channels, heads, found, merged)
 
     def why_not_paid(self, found: Decision | Given | None) -> str | None:
         """Why a layer of this decision is left alone although the options would have it merged, or None."""
-        return None if found is None or found.pays(self._waits) else found.reason
+        return self._judge.why_not_paid(found)
 
     def look_ahead(
         self,
@@ -76,7 +77,7 @@ class Decisions:
         kernels: tuple[str, ...] = (),
     ) -> None:
         """Measure before a compiled graph runs, in which nothing can be. layers: (level, channels, heads)."""
-        self._waits = False
+        self._judge = Judge(waits=False)
         config, device = self.call.config, self.call.seed.device
         for grid, channels, heads in _served_layers(config, self.call.full, layers):
             known = self._log.layer(config, grid, channels, heads)
@@ -107,19 +108,20 @@ def why_layers_left_alone(
     kernels: tuple[str, ...] = (),
     about: str = "",
     log: DecisionLog | None = None,
+    judge: Judge | None = None,
 ) -> dict[Grid, str] | None:
     """Why each grid's layers were found not to pay, where it is known before a call that none of these layers will be
     merged: the host need not be patched for it, and no ModelCall made, which asks the GPU for a few things. Else None.
 
     layers: (level, channels, heads). The rest as for Decisions and its decision.
     """
-    log = DecisionLog() if log is None else log
+    log, judge = DecisionLog() if log is None else log, Judge() if judge is None else judge
     found: dict[tuple, Decision | Given] = {}
     for grid, channels, heads in _served_layers(config, full, layers):
         known = log.layer(config, grid, channels, heads)
         if known is None and measures(config, grid, device):
             known = known_on(grid, channels, heads, dtype, device, config, attention, kernels, about)
-        if known is None or known.pays():
+        if judge.why_not_paid(known) is None:
             return None
         found[grid, channels, heads] = known
     for layer, known in found.items():

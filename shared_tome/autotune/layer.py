@@ -193,13 +193,16 @@ def known_or_measured(key: str, device: torch.device, measure: Callable[[], Deci
 
     def measured() -> Decision:
         decision = measure()
+        *times, busy = asdict(decision).values()
+        where_busy = "pays where the GPU is busy" if decision.pays(waits=False) else "does not pay"
         log.info(
             "[ToMe] %s: %s, measured on %s: %.0f us whole, %.0f merged, %.0f more of the processor; its block: %.0f us "
-            "and %.0f of the processor",
+            "and %.0f of the processor%s",
             key,
-            "pays" if decision.pays() else "does not pay",
+            "pays" if decision.pays() else where_busy,
             torch.cuda.get_device_name(device),
-            *asdict(decision).values(),
+            *times,
+            "; the GPU is busy all the time" if busy else "",
         )
         return decision
 

@@ -15,6 +15,7 @@ class Decision:
     processor longer, which counts where steps wait for it.
 
     block_us, block_cpu_us: the layer's whole block unmerged, of the GPU and of the processor; 0 where not known.
+    busy: of a step: its GPU has work however long merged layers take the processor, so that their time on it decides.
     """
 
     full_us: float
@@ -22,6 +23,7 @@ class Decision:
     cpu_us: float
     block_us: float = 0.0
     block_cpu_us: float = 0.0
+    busy: bool = False
 
     def pays(self, waits: bool = True) -> bool:
         """Whether the layer is to be merged. waits: for the processor, as steps without a compiled graph do."""
@@ -54,7 +56,7 @@ class Decision:
 
     def rounded(self) -> Decision:
         """As a file has it: the process that measured and those that read the file must decide alike."""
-        return Decision(**{name: round(float(x), 2) for name, x in asdict(self).items()})
+        return Decision(**{name: x if name == "busy" else round(float(x), 2) for name, x in asdict(self).items()})
 
 
 AS_SET = "the decisions that are set leave it alone"
@@ -67,6 +69,29 @@ class Given:
     merged: bool
     reason: str = AS_SET
     saves_us: float | None = None
+    busy: bool = False
 
     def pays(self, waits: bool = True) -> bool:
         return self.merged
+
+
+@dataclass
+class Judge:
+    """Judges the layers of a call or of more. waits: whether these are steps that wait for the processor. matters:
+    whether that decided about a layer that was met: it would save the GPU time."""
+
+    waits: bool = True
+    matters: bool = False
+
+    @classmethod
+    def of(cls, step: Decision | Given | None) -> Judge:
+        """As the decision of their whole step says; None: nothing is known of it."""
+        return cls(waits=step is None or not step.busy)
+
+    def why_not_paid(self, found: Decision | Given | None) -> str | None:
+        """Why a layer of this decision is left alone although the options would have it merged, or None."""
+        return None if found is None or found.pays(self.waits) else found.reason
+
+    def meet(self, found: Decision | Given | None) -> None:
+        """A layer was decided."""
+        self.matters |= found is not None and found.pays(waits=False) and not found.pays()

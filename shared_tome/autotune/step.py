@@ -1,7 +1,9 @@
 """Whether merging pays in a model's whole step on a GPU, measured at its first call (layer.py).
 
 A layer that saves the GPU time takes the processor some, and steps often wait for the processor alone: then nothing is
-gained, however much each layer saves. Python, the host's code and the machine decide, so a step is run both ways.
+gained, however much each layer saves. Python, the host's code and the machine decide, so a step is run both ways. Where
+large layers keep the GPU busy, the processor's time for the small ones does not show. So where that would decide about
+a layer, a third way counts: all layers merged that save the GPU time.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from ..config import ToMeConfig
 from ..core.grid import Grid
 from . import timing
 from .layer import ROWS, Attention, Decision, known_or_measured, may_measure, name_of, ways
-from .paying import Given
+from .paying import MARGIN, Given, Judge
 
 # A step that takes longer, in seconds, keeps a GPU busy whatever the processor does (docs/speed.md).
 LONG = 0.3
@@ -39,19 +41,19 @@ def decision_of(
     device: torch.device,
     grid: Grid,
     config: ToMeConfig,
-    both: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]],
+    both: Callable[[], tuple[Callable[[], Any], Callable[[Judge], Callable[[], Any]]]],
     attention: Attention | None = None,
     kernels: tuple[str, ...] = (),
     about: str = "",
 ) -> Decision | None:
     """What is known of the times of a model's steps, microseconds of one; None where they cannot be measured.
 
-    A step longer than LONG pays, and none that is merged is run: its time is 0.
+    A step longer than LONG pays and is busy, and none that is merged is run: its time is 0.
 
     Args:
         dtype: what the model computes in, whatever it is given. grid: the latent's. config: how it is merged.
-        both: gives what runs a step whole and one that is merged; may raise, which is logged once, and store.NotNow
-            where another call of the same model may do.
+        both: gives what runs a step whole, and what makes of a judge what runs one that is merged by it; may raise,
+            which is logged once, and store.NotNow where another call of the same model may do.
         attention, kernels, about: see layer.decision_on.
     """
     if model not in _sizes:
@@ -99,17 +101,27 @@ def rows_of(given: Any, batch: int) -> Any:
     return given
 
 
-def _compared(whole: Callable[[], Any], merged: Callable[[], Any], device: torch.device) -> Decision:
-    """Both take turns. Of the whole step the least time, since what disturbs a processor only adds to it; of the merged
+def _compared(whole: Callable[[], Any], merged: Callable[[Judge], Callable[[], Any]], device: torch.device) -> Decision:
+    """They take turns. Of the whole step the least time, since what disturbs a processor only adds to it; of a merged
     one the median: where it waits for the processor it must pay with what disturbs it, too."""
     whole()  # kernels are chosen, compiled and loaded
     first = timing.seconds(whole, device)
     if first > LONG:
-        return Decision(1e6 * first, 0.0, 0.0)
+        return Decision(1e6 * first, 0.0, 0.0, busy=True)
+    judge = Judge()
+    calls = [whole, merged(judge)]
     for _ in range(2):
-        merged()  # and layers measured
-    times: tuple[list[float], list[float]] = [first], []
+        calls[1]()  # and layers measured
+    if judge.matters:
+        calls.append(merged(Judge(waits=False)))
+        calls[2]()
+    times: list[list[float]] = [[first], *([] for _ in calls[1:])]
     for _ in range(_ROUNDS):
-        for call, taken in zip((merged, whole), times[::-1], strict=True):
+        for call, taken in reversed(list(zip(calls, times, strict=True))):
             taken.append(timing.seconds(call, device))
-    return Decision(1e6 * min(times[0]), 1e6 * statistics.median(times[1]), 0.0)
+    least, (waiting, *more) = 1e6 * min(times[0]), (1e6 * statistics.median(taken) for taken in times[1:])
+    found = Decision(least, waiting, 0.0)
+    # Merging more must save as much again as merging at all, since it costs likeness.
+    if more and (waiting if found.pays() else least) - more[0] > MARGIN * least:
+        return Decision(least, more[0], 0.0, busy=True)
+    return found

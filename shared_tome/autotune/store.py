@@ -33,7 +33,7 @@ log = logging.getLogger("ToMe")
 
 # The folder of the file; an empty name keeps nothing.
 FOLDER = "TOME_CACHE"
-FORM = 5  # of the file; one of another form is written anew
+FORM = 6  # of the file; one of another form is written anew
 MOST = 1000  # verdicts that a file keeps, the newest
 # Seconds until what failed for reasons of the moment is measured again; to wait for another process that writes.
 RETRY, PATIENCE = 60.0, 2.0

@@ -20,7 +20,7 @@ from ..attention.sdpa import leave_left_modes
 from ..attention.sequence import JointCall
 from ..autotune.decisions import Decisions
 from ..autotune.detached import about_model, detached_model
-from ..autotune.layer import Decision
+from ..autotune.paying import Decision, Judge
 from ..autotune.step import decision_of, is_timed, rows_of, why_left_alone
 from ..autotune.store import RETRY
 from ..config import ToMeConfig
@@ -42,14 +42,16 @@ def served_blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class UNetAttachment(base.BaseAttachment):
-    """On a U-Net. merge_attn: whether attn1 is merged at all. times_steps: whether its whole steps are judged, too."""
+    """On a U-Net. merge_attn: whether attn1 is merged at all. judge: of a copy's layers, whose steps are only tried;
+    None: its steps are judged, too."""
 
     def __init__(
-        self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True, times_steps: bool = True
+        self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True, judge: Judge | None = None
     ):
         super().__init__(config.resolved(multires=False), pipe)
         self.decided.resolve(config, self.config)
-        self.merge_attn, self._times_steps = merge_attn, times_steps
+        self.merge_attn, self._judge = merge_attn, judge
+        self._busy: set[tuple] = set()  # kinds of steps that do not wait for the processor
         self._timed_until: dict[tuple, float] = {}  # when a kind of steps is asked about again, by the monotonic clock
         self.trials = ScriptTrials()
         self.takes_keys: dict[tuple, bool] = {}  # by attention code: whether it makes its keys from the given context
@@ -67,6 +69,10 @@ class UNetAttachment(base.BaseAttachment):
         super().detach(model)
         self._hooks.off()
 
+    def _log(self, message: str) -> None:
+        if self._judge is None:  # else a step is tried: what becomes of the layers is told in the steps to come
+            super()._log(message)
+
     def _hook(self, model: nn.Module) -> Iterator[tuple[ScriptBlock, Callable[[], list[Any]]]]:
         """The blocks, and what puts their hooks on."""
         for hooked, block in zip(self._blocks, served_blocks(model), strict=True):
@@ -81,9 +87,11 @@ class UNetAttachment(base.BaseAttachment):
             return
         timestep = argument(args, kwargs, 1, "timestep", "timesteps", "t")
         config, grid = self.config_now(timestep), (x.shape[2], x.shape[3])
-        kind = (grid, config.ratio, x.dtype, x.device)
+        kind: tuple = (grid, config.ratio, x.dtype, x.device)
         if config.ratio > 0.0 and not self._hooks.is_idle(kind):
             self._time_step(module, args, kwargs, config, kind, x.shape[0])
+        waits = kind not in self._busy
+        kind = kind if waits else (*kind, "busy")  # layers of one kind are judged alike
         idle = self._hooks.is_idle(kind)
         # What does nothing takes the processor time: the GPU is asked for nothing, and the blocks' hooks go.
         call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x)
@@ -92,7 +100,8 @@ class UNetAttachment(base.BaseAttachment):
             if idle and alone:
                 self._hooks.off()
             elif call is not None and not idle:
-                self.call = ScriptCall(call, Decisions(call, log=self.decided), x.shape[0], self._joint(call), kind)
+                decisions = Decisions(call, log=self.decided, judge=self._judge or Judge(waits))
+                self.call = ScriptCall(call, decisions, x.shape[0], self._joint(call), kind)
                 self._hooks.on(lambda: self._hook(module), kind, alone)
 
     def _time_step(
@@ -100,7 +109,7 @@ class UNetAttachment(base.BaseAttachment):
     ) -> None:
         """Whether merging pays in whole steps of this kind, asked once of each; again where it is not known."""
         known = time.monotonic() < self._timed_until.get(kind, 0.0)
-        if not self._times_steps or known:
+        if self._judge is not None or known:
             return
         given = self.decided.step(config, kind[0])
         if given is None and (base.captures(kind[-1]) or base.compiles()):
@@ -109,6 +118,7 @@ class UNetAttachment(base.BaseAttachment):
         decision = given or self._decision(model, args, kwargs, whole, kind[0], batch)
         self._timed_until[kind] = time.monotonic() + RETRY if decision is None else math.inf
         pays = decision is None or decision.pays()
+        self._busy.update([kind] if decision is not None and decision.busy else [])
         self.decided.made_step(whole, kind[0], decision, pays)
         if not pays:
             self.say(f"{why_left_alone(decision)}; nothing is merged")
@@ -125,14 +135,19 @@ class UNetAttachment(base.BaseAttachment):
         x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         if not is_timed(config, x.device) or model.training:
             return None
-        whole, merged = detached_model(model), detached_model(model)
-        if whole is None or merged is None:
+        whole = detached_model(model)
+        if whole is None:
             return None
 
-        def both() -> tuple[Callable[[], Any], Callable[[], Any]]:
-            UNetAttachment(merged, config, self.steps.pipe, self.merge_attn, times_steps=False).speak_as(self)
+        def both() -> tuple[Callable[[], Any], Callable[[Judge], Callable[[], Any]]]:
             given, named = rows_of((args, kwargs), batch)
-            return lambda: whole(*given, **named), lambda: merged(*given, **named)
+
+            def merged(judge: Judge) -> Callable[[], Any]:
+                made = detached_model(model)  # which is whole's like
+                UNetAttachment(made, config, self.steps.pipe, self.merge_attn, judge)
+                return lambda: made(*given, **named)
+
+            return lambda: whole(*given, **named), merged
 
         return decision_of(model, x.dtype, x.device, grid, config, both, about=about_model(model, x.device))
 

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from support.made_up_gpu import MadeUpGPU
+from support.made_up_gpu import MadeUpGPU, MadeUpSteps
 
 from . import host
 from .host import forget_log, pack_module, small_unet
@@ -34,7 +34,7 @@ def decided(comfy_nodes, monkeypatch, tmp_path):
     found = {"merged": 99.0, "outs": [], "keys": known.keys, "known": known}
 
     def compared(whole, merged, device):
-        found["outs"].append((whole(), merged()))
+        found["outs"].append((whole(), merged(step_auto.Judge())()))
         return step_auto.Decision(1e5, 1e3 * found["merged"], 0.0)
 
     monkeypatch.setattr(unet_auto, "is_timed", lambda config, device: config.levels == "auto")
@@ -221,3 +221,69 @@ def test_a_step_short_of_memory_is_no_decision(sd15, tome, gpu, monkeypatch, cap
     monkeypatch.setattr(sys.modules[step_auto.known_or_measured.__module__].store_of(sd15.load_device), "_again", {})
     sample(tome(sd15, **OPTIONS), steps=1)
     assert len(gpu.kept) == 1
+
+
+LEVELS = {"min_tokens": 100, "ratio": 0.5, "method": "sample"}  # of 256x256 pixels: 32x32 and 16x16, three layers each
+SMALL, LARGE = "+32x32 +32x32/32/1 +16x16/64/2", "+32x32 +32x32/32/1 -16x16/64/2"
+MORE, LESS = "from 16x16", "from 32x32"
+
+
+@pytest.fixture
+def steps(comfy_nodes, monkeypatch, tmp_path):
+    """A slow processor: the blocks of 16x16 tokens take it longer than the GPU."""
+    forget_log()
+    decisions, unet_auto = sys.modules[pack_module("unet").Decisions.__module__], pack_module("unet_auto")
+    layer = sys.modules[decisions.measures.__module__]
+    store, step_auto = (sys.modules[one.__module__] for one in (layer.store_of, unet_auto.decision_of))
+    steps = MadeUpSteps(monkeypatch, tmp_path, store, layer, decisions, step_auto)
+    steps.waiting = {(16, 16)}
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("gpu_ms", "cpu_ms", "text", "ways"),
+    [
+        (200, 100, SMALL, [MORE, LESS, "whole"]),  # 200 ms, 185 with the large layers, 170 with all
+        (100, 81, LARGE, [MORE, LESS, "whole"]),  # 100, 85, 87 by the processor: it waits for the small ones
+        (100, 77, LARGE, [MORE, LESS, "whole"]),  # 100, 85, 83: too little for what they cost in likeness
+        (100, 95, SMALL.replace("+", "-"), [MORE, LESS, "whole"]),  # 100, 98, 101: nothing is gained
+        (500, 100, SMALL, []),  # long enough without a look
+        (500, 450, SMALL, []),
+    ],
+)
+def test_small_layers_are_merged_where_the_gpu_is_busy(sd15, tome, steps, caplog, gpu_ms, cpu_ms, text, ways):
+    steps.gpu_ms, steps.cpu_ms = gpu_ms, cpu_ms
+    expected = host.sample(tome(sd15, **LEVELS, decisions=text), steps=2)
+    assert not steps.keys
+    with caplog.at_level(logging.INFO, "ToMe"):
+        assert torch.equal(host.sample(tome(sd15, **LEVELS), steps=2), expected)
+    assert steps.ways == ["whole", *ways * 4]
+    waits = "a block takes the processor 50000 us and the GPU 40000, so its steps wait for the processor"
+    assert (waits in caplog.text) == (text == LARGE), "what was tried alone is not told"
+    steps.forget()
+    steps.ways.clear()
+    assert torch.equal(host.sample(tome(sd15, **LEVELS), steps=2), expected) and not steps.ways
+
+
+def test_a_third_way_is_run_only_where_it_differs(sd15, tome, steps):
+    """No layer's block waits for the processor, or those that do save the GPU nothing."""
+    for steps.waiting, small in ((set(), True), ({(16, 16)}, False)):
+        steps.another(x16x16=small)
+        steps.ways.clear()
+        host.sample(tome(sd15, **LEVELS), steps=1)
+        assert steps.ways == ["whole", *[MORE if small else LESS, "whole"] * 4]
+
+
+def test_layers_of_a_step_that_is_not_timed_are_judged_as_waiting(sd15, tome, steps):
+    model = sd15.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = lambda func, *a, **k: func(*a, **k)
+    expected = host.sample(tome(model, **LEVELS, decisions=LARGE), steps=1)
+    assert torch.equal(host.sample(tome(model, **LEVELS), steps=1), expected) and steps.keys and not steps.ways
+
+
+def test_known_layers_do_not_hide_that_a_step_is_busy(sd15, tome, steps):
+    """None of them pays beside a processor that is waited for, so that the model would not be patched at all."""
+    steps.waiting = {(32, 32), (16, 16)}
+    merged, expected = tome(sd15, **LEVELS), host.sample(tome(sd15, **LEVELS, decisions=SMALL), steps=1)
+    assert all(torch.equal(host.sample(merged, steps=1), expected) for _ in range(2))
+    assert steps.ways == ["whole", *[MORE, "whole", "whole"] * 4]

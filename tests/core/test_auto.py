@@ -20,7 +20,7 @@ from shared_tome.attention.sequence import JointCall
 from shared_tome.autotune import decisions, store, surroundings, timing
 from shared_tome.autotune import layer as auto
 from shared_tome.autotune.layer import Case
-from shared_tome.autotune.paying import Decision
+from shared_tome.autotune.paying import Decision, Given, Judge
 from shared_tome.autotune.store import DecisionStore
 
 from .helpers import config, tokens
@@ -62,6 +62,36 @@ def test_a_block_that_waits_for_the_processor_gains_nothing(block, block_cpu, ea
     assert "saves -20 of 100 us" in Decision(100.0, 120.0, 10.0, block, block_cpu).reason
 
 
+def test_a_judge_goes_by_what_its_steps_wait_for():
+    """And knows whether that decided about a layer that it met."""
+    waiting, paying, costly = Decision(100.0, 60.0, 50.0), PAYS, COSTS
+    for found, matters in ((None, False), (Given(False), False), (paying, False), (costly, False), (waiting, True)):
+        judge = Judge()
+        judge.meet(found)
+        assert judge.matters == matters
+        judge.meet(paying)
+        assert judge.matters == matters
+    assert Judge().why_not_paid(waiting) == waiting.reason and Judge(waits=False).why_not_paid(waiting) is None
+    assert [judge.why_not_paid(costly) for judge in (Judge(), Judge(waits=False))] == [costly.reason] * 2
+    assert [Judge.of(step).waits for step in (None, Given(True), PAYS, Decision(9.0, 1.0, 0.0, busy=True))] == [
+        True, True, True, False
+    ]  # fmt: skip
+
+
+def test_a_call_judges_as_its_step_says(monkeypatch, decided):
+    """Also where it is known before the call that nothing is merged."""
+    waiting, ours, cpu = Decision(100.0, 60.0, 50.0), config(), torch.device("cpu")
+    monkeypatch.setattr(decisions, "decision_on", lambda *_: waiting)
+    monkeypatch.setattr(decisions, "known_on", lambda *_: waiting)
+    for judge, why in ((None, waiting.reason), (Judge(), waiting.reason), (Judge(waits=False), None)):
+        layers = decisions.Decisions(ModelCall(ours, GRID, cpu), judge=judge)
+        assert layers.why_not_paid(layers.decision(tokens(2, GRID, 16), GRID, 2)) == why
+        given = ours, GRID, cpu, [(0, 16, 2)], torch.float32
+        found = decisions.why_layers_left_alone(*given, judge=judge)
+        assert found == (None if why is None else {GRID: why})
+        assert judge is None or judge.matters
+
+
 def test_the_block_is_timed_on_tokens_of_its_own(monkeypatch):
     times = iter([(100.0, 20.0), (60.0, 25.0), (900.0, 400.0)])
     monkeypatch.setattr(timing, "times_of", lambda call, device, *_: call() is not None and next(times))
@@ -92,6 +122,9 @@ def test_it_is_measured_once_and_kept(tmp_path):
     assert DecisionStore(path).get("a", lambda: measured(COSTS)) == PAYS
     assert len(calls) == 1
     assert not list(path.parent.glob("*.tmp"))
+    busy = Decision(100.0, 60.0, 0.0, busy=True)
+    first.get("b", lambda: busy)
+    assert DecisionStore(path).get("b", lambda: PAYS) == busy and '"busy": true' in path.read_text()
 
 
 def test_two_processes_share_the_file(tmp_path):
@@ -424,6 +457,21 @@ def test_layers_of_other_heads_or_kernels_are_others(monkeypatch):
         assert ours.decision(x.half(), GRID, 2) == PAYS
     single, half, flash = torch.float32, torch.float16, ("flash",)
     assert asked == [(2, single, (), "fp8"), (4, single, (), "fp8"), (2, single, flash, "fp16"), (2, half, (), "fp8")]
+
+
+def test_the_log_says_where_a_layer_pays(gpu, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "ToMe")
+    for found, said in (
+        (PAYS, "pays, measured"),
+        (COSTS, "does not pay, measured"),
+        (Decision(100.0, 60.0, 50.0), "pays where the GPU is busy, measured"),
+        (Decision(100.0, 60.0, 0.0, busy=True), "0 of the processor; the GPU is busy all the time"),
+    ):
+        gpu.clear()
+        caplog.clear()
+        monkeypatch.setattr(auto, "measure", lambda *_, found=found: found)
+        ask()
+        assert said in caplog.text
 
 
 @pytest.fixture

@@ -65,3 +65,43 @@ class MadeUpTimes(MadeUpGPU):
         self.clear()
         self.keys.clear()
         self.pays = {tuple(map(int, name[1:].split("x"))): did for name, did in pays.items()}
+
+
+class MadeUpSteps(MadeUpTimes):
+    """A GPU whose steps take the longer of its own time and the processor's, by the layers that are merged in them.
+
+    gpu_ms, cpu_ms: of an unmerged step; saves_ms, costs_ms: of one merged layer, on the GPU and of the processor.
+    waiting: grids of layers in whose blocks the processor takes longer than the GPU. ways: the steps that were timed,
+    by the smallest grid that was merged.
+    """
+
+    def __init__(self, monkeypatch: Any, folder: Path, store: Any, layer: Any, decisions: Any, step: Any):
+        super().__init__(monkeypatch, folder, store, layer, decisions)
+        self.gpu_ms, self.cpu_ms, self.saves_ms, self.costs_ms = 200.0, 100.0, 5.0, 1.0
+        self.waiting: set[tuple[int, ...]] = set()
+        self.ways: list[str] = []
+        self._merged: list[tuple[int, ...]] = []
+        attention = decisions.ModelCall.attention
+
+        def counted(call: Any, q: Any, k: Any, v: Any, grid: tuple[int, ...], **given: Any) -> Any:
+            made = attention(call, q, k, v, grid, **given)
+            self._merged += [] if made is None else [grid]
+            return made
+
+        def measure(case: Any, *_: Any) -> Any:
+            saves = 1e3 * self.saves_ms if self.pays.get(case.grid, True) else 0.0
+            block_cpu = 5e4 if case.grid in self.waiting else 1e3
+            return layer.Decision(2e4, 2e4 - saves, 1e3 * self.costs_ms, 4e4, block_cpu)
+
+        monkeypatch.setattr(decisions.ModelCall, "attention", counted)
+        monkeypatch.setattr(layer, "measure", measure)
+        monkeypatch.setattr(step, "may_measure", lambda device: True)
+        monkeypatch.setattr(step.timing, "seconds", self._seconds)
+
+    def _seconds(self, call: Any, device: Any) -> float:
+        self._merged.clear()
+        call()
+        count = len(self._merged)
+        least = min(self._merged, default=None)
+        self.ways.append("whole" if least is None else f"from {'x'.join(map(str, least))}")
+        return 1e-3 * max(self.gpu_ms - count * self.saves_ms, self.cpu_ms + count * self.costs_ms)
