@@ -103,7 +103,10 @@ def rows_of(given: Any, batch: int) -> Any:
 
 def _compared(whole: Callable[[], Any], merged: Callable[[Judge], Callable[[], Any]], device: torch.device) -> Decision:
     """They take turns. Of the whole step the least time, since what disturbs a processor only adds to it; of a merged
-    one the median: where it waits for the processor it must pay with what disturbs it, too."""
+    one the median: where it waits for the processor it must pay with what disturbs it, too.
+
+    merged: see decision_of. A second one is run, without regard to the processor, where that merges more layers.
+    """
     whole()  # kernels are chosen, compiled and loaded
     first = timing.seconds(whole, device)
     if first > LONG:
