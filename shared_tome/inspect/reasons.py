@@ -38,13 +38,15 @@ def what_to_change(reasons: Iterable[str]) -> str:
 
 def capped(config: ToMeConfig) -> str | None:
     """What to tell somebody who asked for more than the method can do, or None."""
-    if config.ratio <= config.ratio_cap:
+    asked, most = max(config.ratio, config.ratio_end), config.ratio_cap
+    if asked <= most:
         return None
-    stride = "x".join(map(str, config.stride))
-    return (
-        f"ratio {config.ratio:g} is more than method {config.method} can take at stride {stride}: "
-        f"{config.ratio_cap:g} is what it does"
-    )
+    at = ""
+    if config.kind.matches and config.partition == "alternate":
+        at = " with partition alternate"
+    elif not config.samples:
+        at = f" at stride {'x'.join(map(str, config.stride))}"
+    return f"ratio {asked:g} is more than method {config.method} can take{at}: {most:g} is what it does"
 
 
 def resolutions(config: ToMeConfig, choosing: float | None = None) -> list[str]:

@@ -173,6 +173,27 @@ def test_the_cap_is_said():
     assert report.to_dict()["capped"] and report.to_dict()["ratio_cap"] == 0.75
 
 
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"method": "sample"}, "ratio 1 is more than method sample can take: 0.984375 is what it does"),
+        ({"method": "multires"}, "ratio 1 is more than method multires can take: 0.9375 is what it does"),
+        (
+            {"method": "downsample"},
+            "ratio 1 is more than method downsample can take at stride 2x2: 0.75 is what it does",
+        ),
+        (
+            {"method": "merge", "partition": "alternate"},
+            "ratio 1 is more than method merge can take with partition alternate: 0.5 is what it does",
+        ),
+    ],
+    ids=str,
+)
+def test_what_sets_the_cap_is_said(options, what):
+    assert capped(ToMeConfig(ratio=1.0, **options)) == what
+    assert capped(ToMeConfig(ratio=0.25, ratio_end=1.0, **options)) == what  # a moving ratio comes there too
+
+
 def test_a_layer_from_which_nothing_goes():
     tally = Tally(ToMeConfig())
     call = CallTally(tally, FULL)
