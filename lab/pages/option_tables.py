@@ -37,15 +37,16 @@ def options() -> str:
 
 def presets() -> str:
     """The presets, what they do to the pictures of the quality lab's models and to the time of a run on the GPU."""
-    rows, steps, marked = [], read(FOLDER / "steps.csv"), False
+    rows, steps, marked, pictures = [], read(FOLDER / "steps.csv"), False, set()
     for name, preset in PRESETS.items():
         start = preset.options["start"]
         cells = [name, sets(preset.options), preset.summary]
         for model in ("demo", "lab"):
-            psnr = {row["variant"]: row["psnr"] for row in measured(model) if row["sampler"] == "ddim30"}
-            variant, mark = preset_measured(name, psnr)
+            found = {row["variant"]: row for row in measured(model) if row["sampler"] == "ddim30"}
+            variant, mark = preset_measured(name, found)
             marked = marked or bool(mark)
-            cells.append(f"{float(psnr[variant]):.1f} dB{mark}")
+            pictures.add(int(found[variant]["images"]))
+            cells.append(f"{float(found[variant]['psnr']):.1f} dB{mark}")
         for pixels in ("1024", "2048"):
             own = ", own token" if preset.options["own_token"] else ""
             method = ToMeConfig(**preset.options).resolved(multires=False).method
@@ -55,9 +56,11 @@ def presets() -> str:
                        and (row["model"], row["mode"], row["backend"]) == ("sd15", "graph", "cudnn")}  # fmt: skip
             cells.append(f"{1 / (start + (1 - start) / speedup[merged]):.2f}x")
         rows.append(cells)
-    head = ["preset", "sets", "", "PSNR, demo", "PSNR, lab", "SD 1.5 at 1024²", "at 2048²"]
+    head = ["preset", "sets", "for", "PSNR, demo", "PSNR, lab", "speed, SD 1.5 1024²", "speed, 2048²"]
+    count = " or ".join(map(str, sorted(pictures)))
     note = (
-        "PSNR to the unmerged picture on the two models of docs/quality.md; the mean step of a run on an "
+        f"PSNR: likeness to the unmerged picture, the mean of {count} pictures, on the two models of "
+        "docs/quality.md (charts and tables with EasyCache are of fewer pictures). Speed: the mean step of a run on an "
         f"{steps[0]['machine']}, as a CUDA graph, with the first steps that are left alone (docs/speed.md)."
     )
     return f"{markdown(head, rows)}\n{note}{f' {WITHOUT_OWN}' if marked else ''}\n"

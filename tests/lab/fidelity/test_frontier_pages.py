@@ -5,9 +5,20 @@ from __future__ import annotations
 import pytest
 
 from lab import store
-from lab.pages import frontier_main, frontier_plots, frontier_recipe, frontier_tables, frontier_times
+from lab.pages import (
+    fill,
+    frontier_main,
+    frontier_plots,
+    frontier_recipe,
+    frontier_tables,
+    frontier_times,
+    option_tables,
+)
+from lab.pages.fidelity_tables import preset_variant
 from lab.pages.frontier_recipe import fastest
 from lab.pages.frontier_times import PLACES, Place, best, frontier_rows
+from lab.store import RESULTS
+from shared_tome.methods import PRESETS
 
 ABOUT = {"machine": "a GPU", "driver": "1", "torch": "2", "date": "2026-01-01", "commit": "abc", "versions": "x 1"}
 SAME = {"sampler": "flow28", "pictures": 8, "precision": "half", "device": "a GPU", "model": "1234", **ABOUT}
@@ -214,6 +225,20 @@ def test_the_three_lines_have_the_files_numbers():
     assert f"{time:.0%}" in lines[2] and f"at {' and '.join(near)} dB on" in lines[0]
 
 
+def test_quality_says_how_far_the_same_rows_of_more_pictures_are():
+    """Two tables have the same choice, of 72 or 40 pictures and of more."""
+    more = {model: option_tables.measured(model) for model in ("demo", "lab")}
+    more |= {name: store.read(RESULTS / "fidelity" / f"multires-{name}.csv") for name in ("dit", "dit-fine")}
+    apart = []
+    for model, rows in more.items():
+        known = {row["variant"]: float(row["psnr"]) for row in rows if row["sampler"] in ("ddim30", "flow28")}
+        unet = {name: preset_variant(name) for name in PRESETS if model in ("demo", "lab")}
+        found = {unet.get(one["variant"], one["variant"]): float(one["psnr"]) for one in frontier_rows(model)[2:]}
+        apart += [abs(found[name] - known[name]) for name in found.keys() & known.keys()]
+    page = (fill.ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    assert f"differ from those of more pictures above by up to {max(apart):.1f} dB" in page and len(apart) > 10
+
+
 def test_readmes_chart_is_drawn_where_all_of_it_was_measured(results, tmp_path):
     pytest.importorskip("matplotlib", reason="only the plots need it")
     flux = ("dit", Place("flux", "2048²", folder=results))
@@ -236,10 +261,8 @@ def test_what_readmes_chart_shows_of_a_family():
 
 def test_every_model_and_family_is_known():
     from lab.fidelity.rivals import rivals
-    from lab.pages.fill import MAKERS
-    from shared_tome.methods import PRESETS
 
-    assert {"rivals", "held"} <= set(MAKERS) and set(PLACES) == {"demo", "lab", "dit", "dit-fine"}
+    assert {"rivals", "held"} <= set(fill.MAKERS) and set(PLACES) == {"demo", "lab", "dit", "dit-fine"}
     for transformer in (False, True):
         for variant in rivals(28, transformer).values():
             alone, _, preset = variant.family.rpartition(" + ")
