@@ -20,6 +20,7 @@ MODEL_NODE, TAKE_NODE, TAKE = "ToMeCompareModel", "ToMeCompareTake", "tome-compa
 TOME, CACHES = "ToMe", ("EasyCache", "LazyCache")
 # A node that takes a MODEL and gives nothing but these changes the model; any other one uses it.
 PARTS = {"MODEL", "CLIP", "VAE", "CLIP_VISION", "CONTROL_NET", "TOME_RECORD"}
+PARTS |= {"STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}  # a LoRA's trigger words and the like
 TEXTS = ("text", "prompt", "text_g", "text_l", "clip_l", "t5xxl")
 TO_PROMPT = ("positive", "conditioning", "guider", "cond1", "conditioning_1")
 FORM_HINT = "In ComfyUI's page: Workflow > Export (API)."
@@ -135,23 +136,32 @@ class Graph:
         self.workflow = {id: node for id, node in self.workflow.items() if id in kept}
 
     def _uses(self) -> Iterator[tuple[str, str]]:
-        for id, node in self.workflow.items():
-            if not set(self.known[node["class_type"]]["output"]) <= PARTS:
-                for name, _, _ in self.links(id):
-                    if self.wants(id, name) == "MODEL":
-                        yield id, name
+        """Not a node whose model comes through another use: what is put before that one is on it."""
+        takers = {
+            id: [name for name, _, _ in self.links(id) if self.wants(id, name) == "MODEL"] for id in self.workflow
+        }
+        users = {id for id, names in takers.items() if names and self._gives_more(id)}
+        for id in self.workflow:
+            for name in takers[id] if id in users else ():
+                if users.isdisjoint(self._way(id, name)):
+                    yield id, name
+
+    def _gives_more(self, id: str) -> bool:
+        """Whether a node gives more than the parts of a model."""
+        outputs = self.known[self.workflow[id]["class_type"]]["output"]
+        return any(isinstance(kind, str) and kind not in PARTS for kind in outputs)  # a list: choices
+
+    def _way(self, id: str, name: str) -> Iterator[str]:
+        """The nodes on a model's way to this input, from it upwards."""
+        link: list[Any] | None = self.workflow[id]["inputs"][name]
+        while link is not None:
+            id = link[0]
+            yield id
+            link = next((link for name, link, _ in self.links(id) if self.wants(id, name) == "MODEL"), None)
 
     def _tome_before(self, id: str, name: str) -> str | None:
         """The ToMe node on a model's way to this input."""
-        link = self.workflow[id]["inputs"][name]
-        while True:
-            id = link[0]
-            if self.workflow[id]["class_type"] == TOME:
-                return id
-            links = [link for name, link, _ in self.links(id) if self.wants(id, name) == "MODEL"]
-            if not links:
-                return None
-            link = links[0]
+        return next((one for one in self._way(id, name) if self.workflow[one]["class_type"] == TOME), None)
 
     def _values(self, tome: str | None) -> dict[str, Any]:
         if tome is None:

@@ -210,6 +210,34 @@ def test_only_the_pass_that_has_tome_gets_it_and_both_are_timed():
     assert base.workflow["latent"]["inputs"]["width"] == 640 and base.workflow["large"]["inputs"]["width"] == 1024
 
 
+LORAS = {
+    "LoraWithWords": node("model:MODEL clip:CLIP", "MODEL CLIP STRING"),
+    "SamplerNames": {**node("model:MODEL"), "output": ["MODEL", ["euler", "heun"]]},  # choices come as a list
+    "KSampler (with all)": node(SAMPLER, "MODEL LATENT"),
+}
+
+
+@pytest.mark.parametrize("kind", ["LoraWithWords", "SamplerNames"])
+def test_a_node_that_gives_words_beside_the_model_changes_the_model(kind):
+    flow = ready() | {"extra": {"class_type": kind, "inputs": {"model": ["model", 0]}}}
+    flow["sampler"]["inputs"]["model"] = ["extra", 0]
+    base = Graph(flow, KNOWN | LORAS)
+    assert base.uses == [("sampler", "model")]
+    made = base.with_variant(VARIANTS[-1], 5)
+    assert chain(made, "sampler") == ["ToMeCompareModel", "EasyCache", "ToMe", kind, "CheckpointLoaderSimple"]
+
+
+def test_a_sampler_that_hands_its_model_on_gets_tome_once():
+    flow = hires(["model", 0], ["sampler", 0])
+    flow["sampler"]["class_type"] = "KSampler (with all)"
+    flow["large"]["inputs"]["samples"] = ["sampler", 1]
+    base = Graph(flow, KNOWN | LORAS)
+    made = base.with_variant(VARIANTS[-1], 5)
+    assert Counter(one["class_type"] for one in made.values())["ToMe"] == 1
+    assert made["again"]["inputs"]["model"] == ["sampler", 0]
+    assert base.timed() == {"sampler", "large", "again", "picture"}
+
+
 def test_samplers_that_share_a_model_share_its_nodes():
     made = Graph(hires(["model", 0], ["model", 0]), KNOWN).with_variant(VARIANTS[-1], 5)
     assert Counter(one["class_type"] for one in made.values())["ToMe"] == 1
