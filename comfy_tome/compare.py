@@ -23,14 +23,19 @@ def check_alike(image: torch.Tensor, other: torch.Tensor) -> None:
         raise ValueError(f"ToMe Compare needs at least {WINDOW} pixels a side, got {image.shape[2]}x{image.shape[1]}")
 
 
+def as_shown(image: torch.Tensor) -> torch.Tensor:
+    """A picture as it is shown and saved: within 0 to 1, black where it is NaN (a VAE in float16 that overflows)."""
+    return image.nan_to_num(nan=0.0, posinf=1.0, neginf=0.0).clamp(0, 1)
+
+
 def measure(image: torch.Tensor, other: torch.Tensor) -> list[tuple[float, float, float, float]]:
     """(PSNR in dB, SSIM, mean and largest difference of 255) of each pair of pictures [B, H, W, C] of 0 to 1.
 
-    PSNR is SAME where the pictures are equal, and never more.
+    PSNR is SAME where the pictures are equal, and never more. See as_shown.
     """
     found = []
     for pair in zip(image, other, strict=True):  # one at a time: a video in float64 would need gigabytes
-        a, b = (one.detach().cpu().clamp(0, 1).movedim(-1, 0)[None].double() * PEAK for one in pair)  # (1, C, H, W)
+        a, b = (as_shown(one.detach().cpu()).movedim(-1, 0)[None].double() * PEAK for one in pair)  # (1, C, H, W)
         gap = (a - b).abs()
         found.append((min(SAME, psnr(a, b).item()), ssim(a, b).item(), gap.mean().item(), gap.max().item()))
     return found
@@ -93,5 +98,5 @@ class ToMeCompare(io.ComfyNode):
         logger.info("[ToMe] ToMe Compare: %s", text.partition("\n")[0])
         show_on_node(getattr(cls.hidden, "unique_id", None), text, everywhere=True)
         means: list[Any] = [fmean(values) for values in list(zip(*found, strict=True))[:2]]
-        drawn = difference(image, other.to(image.device), float(factor))
+        drawn = difference(as_shown(image), as_shown(other.to(image.device)), float(factor))
         return io.NodeOutput(drawn, text, *means, ui=ui.PreviewText(text))

@@ -67,6 +67,15 @@ def test_what_lies_out_of_the_range_is_clipped_as_a_saved_picture_is(compare):
     assert psnr == pytest.approx(0.0) and drawn.max() == 1 and math.isfinite(psnr)
 
 
+def test_a_picture_of_nan_is_black_as_it_is_saved(compare):
+    """As a VAE in float16 makes it where it overflows."""
+    image, broken = pictures(1), torch.full((1, 24, 40, 3), math.nan)
+    shown, text, *numbers = compare(image, broken)
+    black = compare(image, torch.zeros_like(image))
+    assert text == black[1] and text.startswith("PSNR ") and numbers == list(black[2:])
+    assert torch.equal(shown, black[0]) and compare(broken, broken)[1] == "the same"
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [
