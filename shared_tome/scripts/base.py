@@ -16,6 +16,7 @@ from ..config import ToMeConfig
 from ..core.curve import is_compiling
 from ..core.grid import Grid
 from ..core.schedule import config_at
+from ..inspect.reasons import capped
 from ..merging.call import ModelCall, same_halves, shares_match
 from .outcome import Outcome
 from .steps import Clock, Steps
@@ -34,6 +35,8 @@ class BaseAttachment:
         self._last_alike = False
         self.decided = DecisionLog()
         self._outcome = Outcome(config, self.steps, self._log)
+        if (cap := capped(config)) is not None:
+            self.say(cap)
 
     def detach(self, model: nn.Module) -> None:
         """Take all hooks off."""

@@ -1,4 +1,4 @@
-"""One line a run in which a script's model merged nothing: why."""
+"""One line a run in which a script's model merged nothing: why, and what to change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import ToMeConfig
 from ..core.grid import Grid
-from ..inspect.reasons import NO_WHOLE_TOKEN, why_no_step, why_not_served
+from ..inspect.reasons import NO_WHOLE_TOKEN, what_to_change, why_no_step, why_not_served
 from ..merging.call import ModelCall
 from .steps import Steps
 
@@ -28,7 +28,8 @@ class CallOutcome:
         self.left.setdefault(reason, {})[f"{grid[0]}x{grid[1]} tokens"] = None
 
     def __str__(self) -> str:
-        return "; ".join(f"{reason} ({', '.join(where)})" for reason, where in self.left.items())
+        reasons = "; ".join(f"{reason} ({', '.join(where)})" for reason, where in self.left.items())
+        return reasons + what_to_change(self.left)
 
 
 class Outcome:
@@ -82,7 +83,8 @@ class Outcome:
             self._tell(self._no_step())
 
     def _no_step(self) -> str:
-        return why_no_step(self._config, "the run")
+        why = why_no_step(self._config, "the run")
+        return why + what_to_change([why])
 
     def _is_new(self) -> bool:
         """Whether this is another run of a pipeline than the one before."""

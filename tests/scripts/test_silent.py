@@ -16,12 +16,16 @@ def config(**options):
     return shared_tome.ToMeConfig(**{"method": "sample", "ratio": 0.5, "min_tokens": 0, "levels": "0,1", **options})
 
 
+FEW = ". To change that: make a larger picture, or lower min tokens"
+LEVEL = ". To change that: set levels to auto"
+RATIO = ". To change that: raise the ratio"
+STEPS = ". To change that: lower start, raise end or take more steps"
 CASES = {
-    "few tokens": ({"min_tokens": 512}, r"fewer than min tokens 512 \(16x20 tokens, 8x10 tokens\)"),
-    "no such level": ({"levels": "2,3"}, r"its level is not one of levels 2,3 \(16x20 tokens, 8x10 tokens\)"),
-    "no whole token": ({"ratio": 0.003}, r"the ratio takes away no whole token \(16x20 tokens, 8x10 tokens\)"),
+    "few tokens": ({"min_tokens": 512}, rf"fewer than min tokens 512 \(16x20 tokens, 8x10 tokens\){FEW}"),
+    "no such level": ({"levels": "2,3"}, rf"its level is not one of levels 2,3 \(16x20 tokens, 8x10 tokens\){LEVEL}"),
+    "no whole token": ({"ratio": 0.003}, rf"the ratio takes away no whole token \(16x20 tokens, 8x10 tokens\){RATIO}"),
     "no ratio": ({"ratio": 0.0}, "ratio is 0"),
-    "no steps": ({"start": 0.5, "end": 0.5}, "no step of the run lies between start 0.5 and end 0.5"),
+    "no steps": ({"start": 0.5, "end": 0.5}, f"no step of the run lies between start 0.5 and end 0.5{STEPS}"),
 }
 
 
@@ -43,12 +47,25 @@ def test_a_unet_alone_says_it_once(name, caplog):
     assert re.fullmatch(rf"\[ToMe\] nothing is merged: {words}", lines(caplog)[0])
 
 
+def test_a_ratio_that_the_method_cannot_take_is_told_once(caplog):
+    """tomesd takes as much as it can there, and says nothing."""
+    unet = models.sd15()
+    shared_tome.apply_patch(unet, 0.9)
+    for timestep in (500, 400):
+        models.run(unet, timestep=timestep)
+    assert [record.getMessage() for record in caplog.records] == [
+        "[ToMe] ratio 0.9 is more than method merge can take at stride 2x2: 0.75 is what it does"
+    ]
+
+
 def test_sdxl_at_tomesds_defaults_says_that_it_has_no_such_level(caplog):
     unet = models.sdxl()
     before = models.run(unet)
     shared_tome.apply_patch(unet, 0.5)
     assert torch.equal(models.run(unet), before)
-    assert lines(caplog) == ["[ToMe] nothing is merged: its level is not one of levels 0 (8x10 tokens, 4x5 tokens)"]
+    assert lines(caplog) == [
+        "[ToMe] nothing is merged: its level is not one of levels 0 (8x10 tokens, 4x5 tokens)" + LEVEL
+    ]
 
 
 @pytest.mark.parametrize("options", [{"min_tokens": 4096}, {"start": 1.0}])
@@ -90,7 +107,7 @@ def test_a_run_that_begins_behind_the_end_says_it(caplog):
         return said
 
     shared_tome.apply_patch(pipe, config=config(end=0.4))
-    line = "[ToMe] nothing is merged: no step of the run lies between start 0 and end 0.4"
+    line = "[ToMe] nothing is merged: no step of the run lies between start 0 and end 0.4" + STEPS
     assert [run(strength) for strength in (1.0, 0.5, 0.5, 1.0, 0.5)] == [[], [line], [line], [], [line]]
     shared_tome.apply_patch(pipe, config=config(start=0.6))
     assert run(0.5) == []
@@ -102,7 +119,7 @@ def test_a_ratio_that_moves_from_zero_is_told_as_such(caplog):
     models.run(unet, timestep=999)
     shared_tome.remove_patch(unet)
     why = "the ratio is 0 at each step of the run: it moves from 0 to 0.5 between start 0 and end 1"
-    assert lines(caplog) == [f"[ToMe] nothing is merged: {why}"]
+    assert lines(caplog) == [f"[ToMe] nothing is merged: {why}. To change that: raise the ratios or take more steps"]
 
 
 def test_a_start_behind_the_last_step_of_a_unet_alone_is_told_at_the_end(caplog):
@@ -111,7 +128,7 @@ def test_a_start_behind_the_last_step_of_a_unet_alone_is_told_at_the_end(caplog)
     models.run(unet, timestep=500)
     assert not lines(caplog)
     shared_tome.remove_patch(unet)
-    assert lines(caplog) == ["[ToMe] nothing is merged: no step of the run lies between start 0.9 and end 1"]
+    assert lines(caplog) == ["[ToMe] nothing is merged: no step of the run lies between start 0.9 and end 1" + STEPS]
 
 
 @pytest.mark.parametrize(("make", "run"), [(models.flux, models.run_flux), (models.sd3, models.run_sd3)])
@@ -120,7 +137,7 @@ def test_a_transformer_says_it(make, run, caplog):
     before = run(model)
     shared_tome.apply_patch(model, config=config(min_tokens=1024))
     assert torch.equal(run(model), before) and torch.equal(run(model), before)
-    assert lines(caplog) == ["[ToMe] nothing is merged: fewer than min tokens 1024 (6x10 tokens)"]
+    assert lines(caplog) == ["[ToMe] nothing is merged: fewer than min tokens 1024 (6x10 tokens)" + FEW]
     caplog.clear()
     shared_tome.apply_patch(model, merge_attn=False)
     assert lines(caplog) == ["[ToMe] nothing is merged: attention is off"]
