@@ -20,6 +20,7 @@ from .journal import Journal
 from .plan import DEMO, FIRST, FLOOR, FLOOR_NAME, TIMED, UNMERGED, Job, Request, Variant
 
 SAME = schema.SAME
+UNKNOWN = "unknown"  # the model of a workflow whose loaders are not known
 
 
 def variants_of(journal: Journal) -> list[Variant]:
@@ -46,7 +47,11 @@ def summarise(out: Path, journal: Journal, request: Request) -> dict[str, Any]:
         for size in request.sizes
         for variant in (*variants, Variant(FLOOR_NAME, split=True))
     ]
-    model = DEMO if request.checkpoint is None and request.workflow is None else ", ".join(settings["model_files"])
+    model = (
+        DEMO
+        if request.checkpoint is None and request.workflow is None
+        else ", ".join(settings["model_files"]) or UNKNOWN
+    )
     return {
         "format": schema.FORMAT,
         "version": schema.VERSION,

@@ -31,6 +31,7 @@ RANGES = {
     "seconds": (1e-3, 1e5), "first_seconds": (1e-3, 1e5), "speedup": (0.01, 100), "peak_gib": (1e-3, 4096),
     "skipped": (0, 1), "psnr": (0, SAME), "ssim": (-1, 1), "lpips": (0, 5), "steps": (1, 10_000),
 }  # fmt: skip
+MEMORY = (0, 65_536)  # GiB of the device
 _VERSIONS = re.compile(r"\d+\.\d+[\w.+-]*")
 # A folder of somebody's, an address, or a name before an @.
 _PRIVATE = re.compile(r"[A-Za-z]:[\\/]|\\\\|(^|[\s\"'(=,])(~|\.{0,2})/\w|\w/\w[^ ]*/|://|\w@\w", re.ASCII)
@@ -75,10 +76,12 @@ def _values(found: dict[str, Any]) -> Iterator[str]:
     ):
         if not _VERSIONS.fullmatch(version):
             yield f"{where} is {version!r}, not a version"
-    if re.search(r"[\\/]", found["model"]["name"]):
+    if not found["model"]["name"].strip() or re.search(r"[\\/]", found["model"]["name"]):
         yield f"model.name is {found['model']['name']!r}: a file's name alone is wanted"
+    if not MEMORY[0] <= found["machine"]["memory_gib"] <= MEMORY[1]:
+        yield f"machine.memory_gib is {found['machine']['memory_gib']}, not in {MEMORY[0]} to {MEMORY[1]}"
     try:
-        datetime.date.fromisoformat(found["date"])
+        datetime.datetime.strptime(found["date"], "%Y-%m-%d")
     except ValueError:
         yield f"date is {found['date']!r}, not YYYY-MM-DD"
     if not 1 <= found["pictures"] <= 10_000:
@@ -93,7 +96,7 @@ def _values(found: dict[str, Any]) -> Iterator[str]:
     if not sizes:
         yield "results is empty"
     for number, row in enumerate(found["results"]):
-        if not re.fullmatch(r"\d+x\d+", row["size"]):
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", row["size"], re.ASCII):
             yield f"results[{number}].size is {row['size']!r}, not WIDTHxHEIGHT"
         for name, (low, high) in RANGES.items():
             value = row[name]

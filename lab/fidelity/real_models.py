@@ -49,8 +49,8 @@ def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
 def add_result(path: Path, into: Path = FILE) -> int:
     """Add a file's rows to the CSV; how many. Raises ValueError where the file is not right, or is in it already."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))  # pasted and saved on Windows
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is no JSON: {error}") from error
     rows, there = rows_of(found), store.Store(into, KEYS)
     if rows[0]["model"] == DEMO:

@@ -443,6 +443,13 @@ def test_numbers_from_made_up_generations(compared):
     assert all(path.is_file() for path in written) and json.loads(written[0].read_text(encoding="utf-8")) == found
 
 
+def test_a_workflow_whose_loaders_are_not_known_gives_a_result_that_is_taken(compared):
+    out, journal, request = compared
+    journal.settings["model_files"] = []
+    found = results.summarise(out, journal, request)
+    assert found["model"]["name"] == "unknown" and schema.problems(found) == []
+
+
 def test_the_persons_own_prompts_are_not_in_the_json(compared):
     out, journal, request = compared
     assert results.summarise(out, journal, request)["prompts"] == ["a cat"]

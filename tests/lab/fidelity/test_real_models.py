@@ -104,6 +104,10 @@ def test_the_same_result_is_not_taken_twice(given, tmp_path):
         (lambda f: f.update(tome="new"), "tome is 'new', not a version"),
         (lambda f: f["machine"].update(torch="nightly build"), "machine.torch is 'nightly build', not a version"),
         (lambda f: f.update(date="yesterday"), "date is 'yesterday'"),
+        (lambda f: f.update(date="20261201"), "date is '20261201', not YYYY-MM-DD"),
+        (lambda f: f["machine"].update(memory_gib=float("inf")), "machine.memory_gib is inf, not in 0 to 65536"),
+        (lambda f: f["results"][1].update(size="0x0"), "size is '0x0', not WIDTHxHEIGHT"),
+        (lambda f: f["model"].update(name=" "), "a file's name alone is wanted"),
         (lambda f: f["model"].update(name="sub/model.safetensors"), "a file's name alone is wanted"),
         (lambda f: f.update(notes=["failed: /home/ada/models/x"]), r"notes\[0\] holds a path or an address"),
         (lambda f: f.update(notes=["see C:\\Users\\ada"]), r"notes\[0\] holds a path"),
@@ -119,6 +123,22 @@ def test_what_is_not_right_is_refused_with_the_reason(change, words, given, tmp_
     with pytest.raises(ValueError, match=words):
         real_models.add_result(given(changed(change)), into)
     assert not into.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("[" * 100_000, "is no JSON"), ("", "is no JSON"), ("[]", "format is not")]
+)
+def test_a_file_that_is_no_result_is_told(text, words, tmp_path):
+    file = tmp_path / "compare.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=words):
+        real_models.add_result(file, tmp_path / "real.csv")
+
+
+def test_a_file_that_a_windows_editor_saved_is_taken(given, tmp_path):
+    file = given(FOUND)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert real_models.add_result(file, tmp_path / "real.csv") == 2
 
 
 def test_a_result_is_fine_as_the_command_writes_it():
