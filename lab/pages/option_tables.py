@@ -59,9 +59,9 @@ def presets() -> str:
     head = ["preset", "sets", "for", "PSNR, demo", "PSNR, lab", "speed, SD 1.5 1024²", "speed, 2048²"]
     count = " or ".join(map(str, sorted(pictures)))
     note = (
-        f"PSNR: likeness to the unmerged picture, the mean of {count} pictures, on the two models of "
-        "docs/quality.md (charts and tables with EasyCache are of fewer pictures). Speed: the mean step of a run on an "
-        f"{steps[0]['machine']}, as a CUDA graph, with the first steps that are left alone (docs/speed.md)."
+        f"PSNR: to the unmerged picture, the mean of {count} pictures, on two models (docs/quality.md; tables with "
+        f"EasyCache are of fewer). Speed: the mean step of a run on an {steps[0]['machine']}, as a CUDA graph, "
+        "unmerged first steps included (docs/speed.md)."
     )
     return f"{markdown(head, rows)}\n{note}{f' {WITHOUT_OWN}' if marked else ''}\n"
 
