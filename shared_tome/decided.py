@@ -20,6 +20,9 @@ ALL = "all"
 _WORD = re.compile(
     r"([+-])(all|\d{1,6}(?:x\d{1,6}){1,2}(?:/\d{1,6}/\d{1,6}(?:/\d{1,7})?)?)(?:@(0?\.\d{1,6}|[01]))?", re.ASCII
 )
+# What people copy: signs as some pages show them (times, minus, dash), and the line's own beginning.
+_SHOWN = str.maketrans({",": " ", ";": " ", "\u00d7": "x", "\u2212": "-", "\u2013": "-"})
+_LEAD = re.compile(r"^\s*Decisions(?: \(as set\))?:")
 _WANTED = (
     "words such as +128x128 (the steps of a latent of that size) and -64x64/640/8 (layers on that grid, with so many "
     "channels and heads), + for merged and - for left alone"
@@ -86,7 +89,7 @@ def _place(key: tuple[str, float | None]) -> tuple:
 @functools.lru_cache(maxsize=64)
 def parse(text: str) -> Decided:
     """The text's meaning. Raises ValueError naming the word that has none."""
-    words = text.replace(",", " ").replace(";", " ").replace("\u00d7", "x").split()  # as some fonts and pages show it
+    words = _LEAD.sub("", text.translate(_SHOWN), count=1).split() if text else []
     method = words.pop(0) if words and words[0] in METHODS else None
     merged: dict[tuple[str, float | None], bool] = {}
     for word in words:
