@@ -25,14 +25,14 @@ class Options:
         """Raises ValueError naming what is out of range for that many blocks."""
         if (self.r is None) == (self.ratio is None):
             raise ValueError(f"give r or ratio, one of the two, got r={self.r!r} and ratio={self.ratio!r}")
-        if self.ratio is not None and not 0.0 <= self.ratio < 1.0:
+        if self.ratio is not None and not (isinstance(self.ratio, int | float) and 0.0 <= self.ratio < 1.0):
             raise ValueError(f"ratio must lie in 0 to 1, without 1, got {self.ratio!r}")
         for name, choices in (("schedule", SCHEDULES), ("restore", RESTORES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.r is None:
             return
-        numbers = (self.r,) if isinstance(self.r, int) else tuple(self.r)
+        numbers = tuple(self.r) if isinstance(self.r, Sequence) else (self.r,)
         if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
             raise ValueError(f"r must be a whole number from 0 on, or a list of them, got {self.r!r}")
         if not isinstance(self.r, int) and len(numbers) != depth:

@@ -345,6 +345,8 @@ def test_threads_do_not_mix():
         ({"r": 1, "ratio": 0.5}, "r or ratio"),
         ({"ratio": 1.0}, "ratio must lie in 0 to 1"),
         ({"r": -1}, "from 0 on, or a list"),
+        ({"r": 1.5}, "from 0 on, or a list of them, got 1.5"),
+        ({"ratio": "0.5"}, "ratio must lie in 0 to 1, without 1, got '0.5'"),
         ({"r": [1, 2]}, "each of the 5 blocks, got 2"),
         ({"r": 1, "schedule": "rising"}, "constant, falling, got 'rising'"),
         ({"r": 1, "restore": "some"}, "last, all, none, got 'some'"),
