@@ -85,7 +85,7 @@ def jobs(case: Case) -> Iterator[Work]:
     # As attend_tokens hands them over: 8 heads in SD1.5, heads of 64 in SDXL.
     q, k, v = (y.unflatten(-1, (case.heads, -1)),) * 3
     given = (q, k, v, bias[:, :, None])
-    widened = partial(widen.launch_widen, *given, channels.extra_channels(d))
+    widened = partial(widen.launch_widen, *given)
     yield Work("widen", widened, partial(channels.extend_heads, *given))
 
 
@@ -171,10 +171,10 @@ def self_token_jobs(case: Case) -> Iterator[Work]:
         """Torch's own attention, and behind it what `own` does."""
         return own.add_self_token(q, k, v, *attend_with_lse(q, *drawn, kernel), *rest)
 
-    for variant, keys in (("", drawn), ("listed", None)):
+    for variant, keys in (("", drawn), ("listed", (None, None))):
 
         def launch(keys: Any = keys) -> Tensor:
-            return launch_attend_drawn(q, k, v, keys, plan.head_draws, plan.runs, 0, scale, weight)
+            return launch_attend_drawn(q, k, v, *keys, plan.head_draws, plan.runs, 0, scale, weight)
 
         yield Work("attend_drawn", launch, None if variant else behind, variant)
 

@@ -42,7 +42,7 @@ class MultiresCall:
         mask: Tensor | None = None,
     ) -> Tensor | None:
         """See sequence.JointCall.attend. None where a GPU has no kernel for it, since plain torch would be slow."""
-        if not _are_alike(q, k, v):
+        if not are_alike(q, k, v):
             self.say(NOT_MULTIRES, f"{q.shape[1]}x{q.shape[2]} queries, {k.shape[1]}x{k.shape[2]} keys")
             return None
         if mask is not None:
@@ -76,7 +76,7 @@ class MultiresCall:
     def serves_mask(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, start: int, grid: Grid) -> bool:
         """Whether `attend` takes a mask, with a plan on this grid."""
         mask = mask_by_head(mask)
-        if mask is None or not (_are_alike(q, k, v) and _may_attend(q, k, v, mask)):
+        if mask is None or not (are_alike(q, k, v) and _may_attend(q, k, v, mask)):
             return False
         return bool(self._masks.leaves_whole(mask, start, math.prod(grid)))
 
@@ -84,7 +84,7 @@ class MultiresCall:
         self.say(NO_KERNEL, f"heads of {q.shape[-1]} channels in {q.dtype} on {q.device.type}")
 
 
-def _are_alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def are_alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether all have one shape and dtype."""
     return q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
 

@@ -23,9 +23,10 @@ from .. import kernels
 from ..core.failures import is_out_of_memory
 from ..core.groups import spread_rows
 from ..core.sampling import run_lengths
+from ..core.self_token import image_of
 from ..merging.plan import MultiresPlan, Plan, SamplePlan
 from .combine import Part, attend_in_parts, attend_in_parts_with_lse, choose_kernel
-from .multires import NOT_MULTIRES, MultiresCall
+from .multires import NOT_MULTIRES, MultiresCall, are_alike
 
 # Kernels of torch in whose place one call of ours is faster than theirs combined (docs/kernels.md).
 _SLOWER = ("flash", "efficient")
@@ -173,14 +174,9 @@ class JointCall:
         return self._chosen[key]
 
 
-def _are_alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether all have one shape and dtype."""
-    return q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
-
-
 def _can_combine(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels that tell their log-sum-exp take these, and no gradient is lost by it."""
-    if any(x.stride(-1) != 1 for x in (q, k, v)) or not _are_alike(q, k, v):
+    if any(x.stride(-1) != 1 for x in (q, k, v)) or not are_alike(q, k, v):
         return False
     return not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
 
@@ -205,10 +201,7 @@ def _attend_drawn_at_once(
     alike = around.ones is None and len(around.sizes) == 1
     if not alike or not isinstance(plan, SamplePlan) or not kernels.attends_drawn(q, k, v, scale):
         return None
-    drawn = None
-    if not kernels.pays_to_list(plan.kept):
-        drawn = kernels.take_by_head(*(_image_of(x, start, plan) for x in (k, v)), plan.head_draws)
-    out = kernels.attend_drawn(q, k, v, drawn, plan.head_draws, plan.runs, start, scale, around.sizes[0][1])
+    out = kernels.attend_drawn(q, k, v, plan.head_draws, plan.runs, start, scale, around.sizes[0][1])
     return out.transpose(1, 2)
 
 
@@ -229,7 +222,7 @@ def attend_combined(
     index, chosen_of = (
         (plan.head_draws, kernels.take_by_head) if each_head else (plan.choice, _take_both)
     )  # (T, b, M) or (b, M)
-    image = [_image_of(x, start, plan) for x in (k, v)]
+    image = [image_of(x, start, plan.tokens) for x in (k, v)]
     parts: list[Part] = []
     for places, weight in around.sizes:
         chosen = index if places is None else index[..., places]
@@ -250,18 +243,12 @@ def attend_combined(
         return attend_in_parts(q, parts, kernel, scale)
     out, lse = attend_in_parts_with_lse(q, parts, kernel, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    of_q, of_out, of_lse = (_image_of(x, start, plan) for x in (q, out, lse))
+    of_q, of_out, of_lse = (image_of(x, start, plan.tokens) for x in (q, out, lse))
     kept = kernels.add_self_token(of_q, *image, of_out, of_lse, plan.head_draws, plan.runs, scale, parts[0][2])
     out, kept = out.transpose(1, 2), kept.transpose(1, 2)  # (B, ., H, d)
     if kept.shape != out.shape:
         kept = torch.cat((out[:, :start], kept, out[:, end:]), dim=1)
     return kept.contiguous()
-
-
-def _image_of(x: Tensor, start: int, plan: Plan) -> Tensor:
-    """The image's part of x [B, H, L, ...]; x itself where there is nothing else, since each view takes the processor a
-    few microseconds in each layer."""
-    return x if x.shape[2] == plan.tokens else x[:, :, start : start + plan.tokens]
 
 
 def _take_both(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

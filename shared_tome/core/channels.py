@@ -17,6 +17,8 @@ from .groups import spread_rows
 
 # Fast attention kernels want a head size that divides by 8.
 _ALIGN = 8
+# What extend_one is given.
+QUERY, KEY, VALUE = range(3)
 
 
 def extra_channels(d: int) -> int:
@@ -35,6 +37,13 @@ def extend_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor,
         channels are the attention's (v's further channels are zero).
     """
     return extend_query(q), extend_key(k, bias), extend_value(v)
+
+
+def extend_one(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+    """One of the three alone. kind: QUERY, KEY (with its bias) or VALUE."""
+    if kind == KEY:
+        return extend_key(x, bias)
+    return extend_query(x) if kind == QUERY else extend_value(x)
 
 
 def extend_query(q: Tensor) -> Tensor:

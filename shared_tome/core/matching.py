@@ -7,6 +7,7 @@ similar pairs merge. Never writes more than a chunk of the score matrix; one top
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,22 +19,6 @@ from .partition import cells_of, partition, split_off
 
 # Scores held at one time: 16M are 32 MiB in half precision.
 CHUNK = 2**24
-
-
-def match(
-    metric: Tensor, src: Tensor, dst: Tensor, goes: int, class_token: bool = False, distill_token: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Which tokens merge: a plan's index [B, M] and groups [B, N].
-
-    Args:
-        metric: [B, N, C], src: [b, S], dst: [b, D], ascending. goes: how many src go, 0 < goes <= S.
-        class_token, distill_token: see match_tokens.
-    """
-    similarity, target = nearest(metric, src, dst, distill_token)
-    if class_token:
-        similarity = keep_first(similarity)
-    index, groups = grouped(similarity, target, src, dst, goes, class_token)
-    return distill_second(index, groups, src.shape[1] - goes) if distill_token else (index, groups)
 
 
 @torch.no_grad()
@@ -103,6 +88,29 @@ def distill_second(index: Tensor, groups: Tensor, stay_count: int) -> tuple[Tens
     index = torch.cat((first, distill, stay, dst), dim=1)  # (B, M)
     shifted = groups + ((groups > 0) & (groups < stay_count)).long()
     return index, torch.where(groups == stay_count, 1, shifted)
+
+
+def match(
+    metric: Tensor,
+    src: Tensor,
+    dst: Tensor,
+    goes: int,
+    class_token: bool = False,
+    distill_token: bool = False,
+    find: Callable[..., tuple[Tensor, Tensor]] = nearest,
+    group: Callable[..., tuple[Tensor, Tensor]] = grouped,
+) -> tuple[Tensor, Tensor]:
+    """Which tokens merge: a plan's index [B, M] and groups [B, N].
+
+    Args:
+        metric: [B, N, C], src: [b, S], dst: [b, D], ascending. goes: how many src go, 0 < goes <= S.
+        class_token, distill_token: see match_tokens. find, group: or kernels in their place.
+    """
+    similarity, target = find(metric, src, dst, distill_token)
+    if class_token:
+        similarity = keep_first(similarity)
+    index, groups = group(similarity, target, src, dst, goes, class_token)
+    return distill_second(index, groups, src.shape[1] - goes) if distill_token else (index, groups)
 
 
 def downsample(grid: Grid, goes: int, config: ToMeConfig, device: torch.device) -> tuple[Tensor, Tensor, bool]:

@@ -37,6 +37,12 @@ def _take_by_head(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, by_head(index, *x.shape[:2])[..., None].expand(-1, -1, -1, x.shape[3]))
 
 
+def image_of(x: Tensor, start: int, tokens: int) -> Tensor:
+    """The image's part of x [B, H, L, ...]; x itself where there is nothing else, since each view takes the processor a
+    few microseconds in each layer."""
+    return x if x.shape[2] == tokens else x[:, :, start : start + tokens]
+
+
 def add_self_token(
     q: Tensor,
     k: Tensor,
@@ -79,7 +85,6 @@ def attend_drawn(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    drawn: tuple[Tensor, Tensor] | None,
     head_draws: Tensor,
     runs: Tensor,
     start: int,
@@ -90,14 +95,14 @@ def attend_drawn(
     token.
 
     Args:
-        q, k, v: [B, H, L, d] of all tokens; the image's N begin at `start`. drawn: take_turns of the image's k and
-            v by `head_draws`; None: taken here. head_draws, runs, scale: as in add_self_token.
+        q, k, v: [B, H, L, d] of all tokens; the image's N begin at `start`. head_draws, runs, scale: as in
+            add_self_token.
         weight: the logarithm of what each drawn key counts; a key beside the image's counts once.
     Returns:
         [B, H, L, d].
     """
     image = slice(start, start + runs.shape[0])
-    drawn = drawn or take_by_head(k[:, :, image], v[:, :, image], head_draws)
+    drawn = take_by_head(k[:, :, image], v[:, :, image], head_draws)
     beside = [[x[:, :, :start], x[:, :, image.stop :]] for x in (k, v)]
     keys, values = (torch.cat((x, *y), 2).float() for x, y in zip(drawn, beside, strict=True))
     count = torch.full((keys.shape[2],), 0.0, device=q.device)

@@ -22,7 +22,6 @@ from .heads import (
     extend_key,
     extend_query,
     extend_value,
-    pays_to_list,
     take_by_head,
     takes_multires,
 )

@@ -7,50 +7,51 @@ import torch
 from torch import Tensor
 
 from ..core import channels, multires, self_token
-from ..core.channels import extra_channels
+from ..core.channels import KEY, QUERY, VALUE
 from ..core.curve import is_compiling
 from ..core.multires import Counts, Drawn, Tiles
+from .names import DTYPES, HALF
 from .switch import load, operator, serves
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Heads that `attend` takes; programs on a grid's second axis; offsets within a head.
 _FULL_HEADS = (64, 128)
 _MOST_PROGRAMS, _FARTHEST = 65535, 2**31
 # Tiles that a program of `multires` holds while it chooses; channels of its heads.
 _MOST_TILES, _MOST_CHANNELS = 8192, 256
-# Keys up to which it costs little that they do not lie together: 18.6 us against 17.3 and 3.2 for `turns` at 256 keys,
-# 58 against 54 and 4.5 at 576, 145 against 130 and 6.0 at 1,024.
+# Drawn keys up to which `attend_drawn` looks them up in their list. That takes the processor half: 36 us against as
+# much and 46 for `take_by_head` before it, on an H100's host. But keys that do not lie together take the GPU longer:
+# 18.6 us against 17.3 and 3.2 for `take_by_head` at 256 keys, 58 against 54 and 4.5 at 576, 145 against 130 and 6.0 at
+# 1,024.
 _LISTED = 640
-_QUERY, _KEY, _VALUE = range(3)
 
 
 def extend_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """channels.extend_heads in one launch, for q, k and v of four dimensions."""
     fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
     if fits and _widens((q, k, v), bias):
-        return operator("widen")(q, k, v, bias, extra_channels(q.shape[-1]))
+        return operator("widen")(q, k, v, bias)
     return channels.extend_heads(q, k, v, bias)
 
 
 def extend_query(q: Tensor) -> Tensor:
     """q [..., N, d] -> [..., N, d + p], the part of extend_heads for hosts that project one at a time."""
-    return _extend_one(q, None, _QUERY) if _widens_one(q, None) else channels.extend_query(q)
+    return _extend_one(q, None, QUERY)
 
 
 def extend_key(k: Tensor, bias: Tensor) -> Tensor:
     """k [..., M, d] -> [..., M, d + p]; bias as in extend_heads."""
-    return _extend_one(k, bias, _KEY) if _widens_one(k, bias) else channels.extend_key(k, bias)
+    return _extend_one(k, bias, KEY)
 
 
 def extend_value(v: Tensor) -> Tensor:
     """v [..., M, d] -> [..., M, d + p]."""
-    return _extend_one(v, None, _VALUE) if _widens_one(v, None) else channels.extend_value(v)
+    return _extend_one(v, None, VALUE)
 
 
 def attends(d: int, dtype: torch.dtype) -> bool:
     """Whether `attend` is meant for heads of d channels: those that fill a size which the attention kernels have, so
     that further channels would double them."""
-    return d in _FULL_HEADS and dtype in (torch.float16, torch.bfloat16)
+    return d in _FULL_HEADS and dtype in HALF
 
 
 def can_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> bool:
@@ -73,42 +74,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
 def attends_drawn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     """Whether `attend_drawn` goes through a kernel for q, k, v [B, H, L, d] and logits of this scale."""
     able = q.shape == k.shape == v.shape and q.numel() > 0 and scale > 0.0
-    # Where it failed once, the way without it is faster than plain torch.
-    return able and _fits(q, k, v) and serves(q, k, v) and (is_compiling() or load().runs("attend_drawn", q.device))
+    return able and _fits(q, k, v) and _runs("attend_drawn", q, k, v)
 
 
 def attend_drawn(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    drawn: tuple[Tensor, Tensor] | None,
     head_draws: Tensor,
     runs: Tensor,
     start: int,
     scale: float,
     weight: float,
 ) -> Tensor:
-    """self_token.attend_drawn in one launch; by a kernel the result lies as [B, L, H, d].
-
-    drawn: take_turns of the image's keys and values, None where they are to be looked up here: see pays_to_list.
-    """
-    if attends_drawn(q, k, v, scale):
-        return operator("attend_drawn")(q, k, v, *(drawn or (None, None)), head_draws, runs, start, scale, weight)
-    return self_token.attend_drawn(q, k, v, drawn, head_draws, runs, start, scale, weight)
-
-
-def pays_to_list(kept: int) -> bool:
-    """Whether attend_drawn is faster, all told, if it looks the drawn keys up in their list, `kept` of them.
-
-    It takes the processor half (36 us against as much and 46 for `head_draws` before it, on an H100's host), but keys
-    that do not lie together take the GPU longer, up to a fifth of the attention.
-    """
-    return kept <= _LISTED
+    """self_token.attend_drawn in one launch, or in two where many keys are drawn; by a kernel the result lies as
+    [B, L, H, d]."""
+    if not attends_drawn(q, k, v, scale):
+        return self_token.attend_drawn(q, k, v, head_draws, runs, start, scale, weight)
+    drawn = None, None
+    if head_draws.shape[2] > _LISTED:
+        drawn = take_by_head(*(self_token.image_of(x, start, runs.shape[0]) for x in (k, v)), head_draws)
+    return operator("attend_drawn")(q, k, v, *drawn, head_draws, runs, start, scale, weight)
 
 
 def take_by_head(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """self_token.take_turns: k and v [B, H, L, d] and index [T, b, K] -> [B, H, K, d] twice in one launch."""
-    able = k.shape == v.shape and k.dtype == v.dtype and k.dtype in _DTYPES and index.numel() > 0
+    """self_token.take_by_head in one launch."""
+    able = k.shape == v.shape and k.dtype == v.dtype and k.dtype in DTYPES and index.numel() > 0
     if able and not is_compiling() and serves(k, v, index):  # compiled, torch fuses it
         return operator("take_by_head")(k, v, index)
     return self_token.take_by_head(k, v, index)
@@ -126,8 +117,8 @@ def add_self_token(
     weight: float = 0.0,
 ) -> Tensor:
     """self_token.add_self_token in one launch."""
-    able = q.shape == k.shape == v.shape == out.shape and all(x.dtype == q.dtype for x in (k, v, out))
-    able = able and q.dtype in _DTYPES and q.numel() > 0 and not is_compiling()  # compiled, torch fuses it
+    able = q.shape == k.shape == v.shape == out.shape and q.dtype == k.dtype == v.dtype == out.dtype
+    able = able and q.dtype in DTYPES and q.numel() > 0 and not is_compiling()  # compiled, torch fuses it
     run = operator("self_token") if able and serves(q, k, v, out, head_draws, runs) else self_token.add_self_token
     return run(q, k, v, out, lse, head_draws, runs, scale, weight)
 
@@ -135,11 +126,9 @@ def add_self_token(
 def takes_multires(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> bool:
     """Whether `attend_multires` may go through a kernel for heads q, k, v [B, H, L, d], whatever the tiles are."""
     able = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
-    able = able and q.dtype in (torch.float16, torch.bfloat16) and q.numel() > 0 and q.shape[3] <= _MOST_CHANNELS
-    able = able and q.shape[0] * q.shape[1] <= _MOST_PROGRAMS
-    able = able and (mask is None or (mask.dtype in (*_DTYPES, torch.bool) and serves(mask)))
-    able = able and all(x.shape[2] * x.stride(2) < _FARTHEST for x in (q, k, v)) and serves(q, k, v)
-    return able and (is_compiling() or load().runs("multires", q.device))  # as in attends_drawn
+    able = able and q.dtype in HALF and q.numel() > 0 and q.shape[3] <= _MOST_CHANNELS and _reaches(q, k, v)
+    able = able and (mask is None or (mask.dtype in (*DTYPES, torch.bool) and serves(mask)))
+    return able and _runs("multires", q, k, v)
 
 
 def attends_multires(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, mask: Tensor | None = None) -> bool:
@@ -162,6 +151,8 @@ def attend_multires(
     """multires.attend_multires in three launches; by a kernel the result lies as [B, L, H, d]."""
     if not attends_multires(q, k, v, tiles, mask):
         return multires.attend_multires(q, k, v, tiles, drawn, counts, layer, scale, mask)
+    if not is_compiling():
+        return operator("multires")(q, k, v, tiles, drawn, counts, layer, scale, mask)
     cut = (tiles.rows, drawn.table, tiles.image, tiles.size, tiles.queries, drawn.half.shape[1])
     return operator("multires")(q, k, v, mask, *cut, *counts, layer, scale)
 
@@ -170,29 +161,33 @@ def choose_multires(q: Tensor, k: Tensor, tiles: Tiles, counts: Counts, scale: f
     """The lists that attend_multires attends by, multires.choose of multires.scores; never to be traced."""
     if not attends_multires(q, k, k, tiles):
         return multires.choose(multires.scores(q, k, tiles, scale), tiles, counts)
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    return load().choose_multires(q, k, tiles, counts, scale)
+    return operator("choose_multires")(q, k, tiles, counts, scale)
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels that attend take heads q, k, v of such channels and so many tokens."""
-    if not attends(q.shape[-1], q.dtype) or not q.dtype == k.dtype == v.dtype:
-        return False
-    near = all(x.shape[2] * x.stride(2) < _FARTHEST for x in (k, v))
-    return near and q.shape[0] * q.shape[1] <= _MOST_PROGRAMS
+    return attends(q.shape[-1], q.dtype) and q.dtype == k.dtype == v.dtype and _reaches(k, v)
+
+
+def _reaches(*heads: Tensor) -> bool:
+    """Whether a GPU's grid has room for a program a head, and 32 bits for the places of a head's tokens."""
+    batch, count = heads[0].shape[:2]
+    return batch * count <= _MOST_PROGRAMS and all(x.shape[2] * x.stride(2) < _FARTHEST for x in heads)
+
+
+def _runs(name: str, *tensors: Tensor) -> bool:
+    """Whether a kernel may be used and has not failed here. Where it failed, another way is faster than plain torch."""
+    return serves(*tensors) and (is_compiling() or load().runs(name, tensors[0].device))
 
 
 def _extend_one(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
-    return operator("widen_one")(x, bias, extra_channels(x.shape[-1]), kind)
-
-
-def _widens_one(x: Tensor, bias: Tensor | None) -> bool:
-    return x.dim() == 4 and _widens((x,), bias)
+    extend = operator("widen_one") if x.dim() == 4 and _widens((x,), bias) else channels.extend_one
+    return extend(x, bias, kind)
 
 
 def _widens(heads: tuple[Tensor, ...], bias: Tensor | None) -> bool:
     dtype, given = heads[0].dtype, heads if bias is None else (*heads, bias)
     # Compiled, torch fuses it.
-    if is_compiling() or dtype not in _DTYPES or not all(x.numel() and x.dtype == dtype for x in heads):
+    if is_compiling() or dtype not in DTYPES or not all(x.numel() and x.dtype == dtype for x in heads):
         return False
     return serves(*given)

@@ -13,10 +13,9 @@ from ..core.curve import is_compiling
 from ..core.grid import Grid, split_frames
 from ..core.noise import key
 from ..core.partition import cells_of, partition
-from .names import SELECTED
+from .names import DTYPES, HALF, SELECTED
 from .switch import operator, serves
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Cells in a row of the grid that one program of `split` takes.
 _WIDEST = 4096
 # Bytes of a copy up to which a step is bound by its launches.
@@ -67,23 +66,16 @@ def match(
     the first is taken as a rule. In half precision three launches, for any number of tokens.
     """
     metric = metric.detach()  # nobody asks for a choice's gradient
-    half = metric.dtype in (torch.float16, torch.bfloat16)
-    if half and 0 < goes <= src.shape[1] and serves(metric, src, dst):
+    if metric.dtype in HALF and 0 < goes <= src.shape[1] and serves(metric, src, dst):
         index, groups, *chain = operator("match")(metric, src, dst, goes, int(class_token), int(distill_token))
         return index, groups, tuple(chain)
-    similarity, target = _nearest(metric, src, dst, distill_token)
-    if class_token:
-        similarity = matching.keep_first(similarity)
-    index, groups = _grouped(similarity, target, src, dst, goes, class_token)
-    if distill_token:
-        index, groups = matching.distill_second(index, groups, src.shape[1] - goes)
-    return index, groups, None
+    return *matching.match(metric, src, dst, goes, class_token, distill_token, _nearest, _grouped), None
 
 
 def _nearest(metric: Tensor, src: Tensor, dst: Tensor, distill_token: bool) -> tuple[Tensor, Tensor]:
     """matching.nearest, in two launches that write no score."""
     # On a GPU float32 stays with cuBLAS: without matrix units the kernel has nothing on it, and nobody has timed it.
-    known = metric.dtype in _DTYPES and not (metric.is_cuda and metric.dtype == torch.float32)
+    known = metric.dtype in DTYPES and not (metric.is_cuda and metric.dtype == torch.float32)
     if not known or src.shape[1] == 0 or not serves(metric, src, dst):
         return matching.nearest(metric, src, dst, distill_token)
     return operator("nearest")(metric, src, dst, int(distill_token))
@@ -93,7 +85,7 @@ def _grouped(
     similarity: Tensor, target: Tensor, src: Tensor, dst: Tensor, goes: int, in_order: bool
 ) -> tuple[Tensor, Tensor]:
     """matching.grouped in one launch, there always in_order. Of equal similarities at the edge the first stay."""
-    able = similarity.dtype in _DTYPES and goes < src.shape[1] <= SELECTED
+    able = similarity.dtype in DTYPES and goes < src.shape[1] <= SELECTED
     if not able or not serves(similarity, target, src, dst):
         return matching.grouped(similarity, target, src, dst, goes, in_order)
     return operator("select")(similarity, target, src, dst, goes)
@@ -111,7 +103,7 @@ def group_sizes(groups: Tensor, kept: int, chain: Chain | None) -> Tensor:
 
 def has_mean(x: Tensor, chain: Chain | None) -> bool:
     """Whether a mean of x goes through a kernel. Not in float64: its sums are finer than what the kernel adds up in."""
-    return chain is not None and x.dtype in _DTYPES and serves(x, chain[0])
+    return chain is not None and x.dtype in DTYPES and serves(x, chain[0])
 
 
 def mean(x: Tensor, index: Tensor, groups: Tensor, sizes: Tensor, chain: Chain | None) -> tuple[Tensor, Tensor | None]:
@@ -124,7 +116,7 @@ def mean(x: Tensor, index: Tensor, groups: Tensor, sizes: Tensor, chain: Chain |
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """groups.take: x [B, N, C] and index [b, K] -> [B, K, C] in one launch."""
-    able = not is_compiling() and x.dtype in _DTYPES and index.numel() > 0  # compiled, torch fuses it
+    able = not is_compiling() and x.dtype in DTYPES and index.numel() > 0  # compiled, torch fuses it
     if able and (index.shape[0] > 1 or pays_to_gather(x, index)) and serves(x, index):
         return operator("gather")(x, index)
     return grouping.take(x, index)

@@ -362,12 +362,13 @@ def test_a_kernel_that_breaks_is_said_once(monkeypatch, caplog):
             kernels.add_self_token(head, head, head, head, torch.zeros(2, 1, 63), zero, zero[0, 0], 0.25)
             heads = torch.zeros(1, 1, 63, 64, dtype=torch.float16)
             if kernels.attends_drawn(heads, heads, heads, 0.1):  # not asked for again
-                drawn = kernels.attend_drawn(*3 * [heads], None, zero, zero[0, 0], 0, 0.1, 0.0)
+                drawn = kernels.attend_drawn(*3 * [heads], zero, zero[0, 0], 0, 0.1, 0.0)
                 assert drawn.shape == heads.shape and drawn.transpose(1, 2).is_contiguous()
             match_tokens(x, (1, 63), CONFIG.replace(partition="alternate", ratio=0.3), class_token=True)
-            kernels.attend_multires(
-                *3 * [tiled], tiles, draw_keys(tiles, torch.tensor(5), 1), Counts(1, 0, 1, 0), 0, 0.3
-            )
+            keys, counts = draw_keys(tiles, torch.tensor(5), 1), Counts(1, 0, 1, 0)
+            if kernels.attends_multires(*3 * [tiled], tiles):  # nor is this
+                kernels.choose_multires(tiled, tiled, tiles, counts, 0.3)
+                kernels.attend_multires(*3 * [tiled], tiles, keys, counts, 0, 0.3)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == len(set(said)) and all("no compiler)" in line for line in said)
     assert ops._broken == {(name, torch.device("cpu")) for name in ops.LAUNCH}

@@ -52,7 +52,7 @@ def test_three_ways(grid, before, behind, queries, rows, heads, d, dtype, counts
     found = multires.scores(q, k, tiles, scale)
     lists = multires.choose(found, tiles, counts)
     if layout == "channels apart":
-        got = launch_multires(q, k, v, tiles, drawn, counts, 3, scale, SMALL)
+        got = launch_multires(q, k, v, tiles, drawn, counts, 3, scale, None, SMALL)
     else:
         chosen = launch_choose(q, k, tiles, counts, scale, SMALL)
         # The interpreter cuts bfloat16 off where a GPU rounds, so there the scores reached are compared.
@@ -64,7 +64,7 @@ def test_three_ways(grid, before, behind, queries, rows, heads, d, dtype, counts
         assert torch.equal(chosen.sort(-1).values, lists.sort(-1).values)
         torch.testing.assert_close(*reached, rtol=0.02, atol=0)
         lists = chosen
-        got = launch_attend(q, k, v, tiles, drawn, lists, counts, 3, scale, SMALL)
+        got = launch_attend(q, k, v, tiles, drawn, lists, counts, 3, scale, None, SMALL)
     same = multires.attend(q, k, v, tiles, drawn, lists, counts, 3, scale)
     exact = multires.attend(*(x.float() for x in (q, k, v)), tiles, drawn, lists, counts, 3, scale)
     assert got.shape == q.shape and got.dtype == dtype and got.transpose(1, 2).is_contiguous()
@@ -89,16 +89,16 @@ def test_a_mask(kind, grid, before, behind, queries, rows, heads, dtype, mask_dt
     mask = mask_of(kind, rows, heads, length, before, before + math.prod(grid), mask_dtype or torch.float32)
     drawn, scale = draw_keys(tiles, torch.arange(rows) + 5, 1), 0.3
     lists = multires.choose(multires.scores(q, k, tiles, scale), tiles, counts)
-    got = launch_attend(q, k, v, tiles, drawn, lists, counts, 3, scale, SMALL, mask)
+    got = launch_attend(q, k, v, tiles, drawn, lists, counts, 3, scale, mask, SMALL)
     exact = multires.attend(*(x.float() for x in (q, k, v)), tiles, drawn, lists, counts, 3, scale, mask)
     assert got.isfinite().all()
     assert (got.float() - exact).abs().max() < 2 * torch.finfo(dtype).eps * exact.abs().max()
-    none = launch_attend(q, k, v, tiles, drawn, lists, counts, 3, scale, SMALL)
+    none = launch_attend(q, k, v, tiles, drawn, lists, counts, 3, scale, None, SMALL)
     assert (none.float() - exact).abs().max() > 0.1, "the mask counts"
     if mask.shape[2] == 1:  # alike for all queries in memory, as models expand it
         spread = mask.expand(-1, -1, length, -1)
         for same in (spread, spread.contiguous()):
-            assert torch.equal(got, launch_attend(q, k, v, tiles, drawn, lists, counts, 3, scale, SMALL, same))
+            assert torch.equal(got, launch_attend(q, k, v, tiles, drawn, lists, counts, 3, scale, same, SMALL))
 
 
 def test_a_mask_of_zeros_is_none():
@@ -106,8 +106,8 @@ def test_a_mask_of_zeros_is_none():
     drawn, counts = draw_keys(tiles, torch.tensor(5), 1), Counts(4, 1, 2, 2)
     apart = torch.zeros(1, 1, 96, 96).mT[:, :, :1]  # its keys do not lie together
     for mask in (torch.zeros(1, 1, 1, 96), apart, torch.ones(1, 1, 1, 96).bool()):
-        got = launch_multires(q, k, v, tiles, drawn, counts, 3, 0.3, SMALL, mask)
-        expected = launch_multires(q, k, v, tiles, drawn, counts, 3, 0.3, SMALL)
+        got = launch_multires(q, k, v, tiles, drawn, counts, 3, 0.3, mask, SMALL)
+        expected = launch_multires(q, k, v, tiles, drawn, counts, 3, 0.3, None, SMALL)
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -117,7 +117,7 @@ def test_logits_of_any_size():
     q, k = q * 20, k * 20
     drawn, counts = draw_keys(tiles, torch.tensor(5), 1), Counts(2, 1, 2, 1)
     lists = multires.choose(multires.scores(q, k, tiles, 1.0), tiles, counts)
-    got = launch_attend(q, k, v, tiles, drawn, lists, counts, 0, 1.0, SMALL)
+    got = launch_attend(q, k, v, tiles, drawn, lists, counts, 0, 1.0, None, SMALL)
     exact = multires.attend(*(x.float() for x in (q, k, v)), tiles, drawn, lists, counts, 0, 1.0)
     assert (got.float() - exact).abs().max() < 4e-3 * exact.abs().max()
 
@@ -129,7 +129,7 @@ def test_equal_scores_and_a_batch_that_does_not_fit():
     assert chosen[0, 0].tolist() == [[0, 1, 2, 3], [2, 3, 0, 1]]
     drawn = draw_keys(tiles, torch.arange(2), 0)
     with pytest.raises(ValueError, match="a plan for 2 rows does not fit a batch of 1"):
-        launch_attend(q, k, v, tiles, drawn, chosen, Counts(2, 1, 2, 1), 0, 0.25, SMALL)
+        launch_attend(q, k, v, tiles, drawn, chosen, Counts(2, 1, 2, 1), 0, 0.25, None, SMALL)
 
 
 def test_what_the_launches_take(monkeypatch):

@@ -110,7 +110,6 @@ def test_tokens_by_head_are_those_of_plain_torch(grid, ratio, rows, layout, dtyp
     for made in (launch_take_by_head(x, -x, head_draws), kernels.take_by_head(x, -x, head_draws)):
         assert torch.equal(made[0], expected) and torch.equal(made[1], -expected)
     assert torch.equal(kernels.take_by_head(x, x[..., :d], head_draws[:1])[1], one)
-    assert [made.shape for made in kernels.switch.load()._fake_take_by_head(x, x, head_draws)] == [expected.shape] * 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -183,12 +182,6 @@ def test_what_serves(monkeypatch):
     for q, k, v, out, lse in (double, (given[0].half(), *given[1:5]), (given[0].clone().requires_grad_(), *given[1:5])):
         kernels.add_self_token(q, k, v, out, lse, *given[5:], 8**-0.5)
     assert launched == [1]
-
-
-def test_the_fake_has_the_kernels_shape_and_strides():
-    ops, given = kernels.switch.load(), made((5, 7), 0.75, 1, 8, torch.float32)
-    fake, real = ops._fake_self_token(*given, 8**-0.5, 0.0), launch_self_token(*given, 8**-0.5)
-    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 
 @pytest.mark.parametrize("config", [(64, 1), (512, 2), (8192, 8)])

@@ -123,8 +123,8 @@ def test_attend_drawn(compiled, dtype, d, text, listed):
 
     q, k, v = (torch.empty(2, text + 36, 3, d, dtype=dtype).transpose(1, 2) for _ in range(3))
     head_draws, runs = torch.zeros(4, 2, 9, dtype=torch.int64), torch.zeros(36, dtype=torch.int64)
-    drawn = None if listed else (torch.empty(2, 3, 9, d, dtype=dtype),) * 2
-    assert launch_attend_drawn(q, k, v, drawn, head_draws, runs, text, d**-0.5, 1.4).shape == q.shape
+    drawn = (None if listed else torch.empty(2, 3, 9, d, dtype=dtype),) * 2
+    assert launch_attend_drawn(q, k, v, *drawn, head_draws, runs, text, d**-0.5, 1.4).shape == q.shape
     assert compiled == ["_attend_drawn_kernel"]
 
 
@@ -151,7 +151,7 @@ def test_attention_fits_into_shared_memory(compiled, monkeypatch, capability, ro
         q, k, v = (torch.empty(2, tokens, 3, d, dtype=dtype).transpose(1, 2) for _ in range(3))
         drawn = (torch.empty(2, 3, 9, d, dtype=dtype),) * 2
         attend.launch_attend(q, k, v, torch.zeros(1, tokens), d**-0.5)
-        attend_drawn.launch_attend_drawn(q, k, v, drawn, head_draws, runs[:tokens], 0, d**-0.5, 1.4)
+        attend_drawn.launch_attend_drawn(q, k, v, *drawn, head_draws, runs[:tokens], 0, d**-0.5, 1.4)
     assert len(compiled) == 4 and 0 < max(compiled.shared) <= room
     # The counterpart: what larger cards take does not fit into the smaller ones'.
     assert (max(compiled.shared) > 99 * 1024) == (room > 99 * 1024)
@@ -220,5 +220,5 @@ def test_the_rest(compiled):
         src, dst = lists(47, 16)
         launch_select(torch.empty(2, 47, dtype=dtype), torch.zeros(2, 47, dtype=torch.int64), src, dst, 20)
         heads = torch.empty(2, 3, 63, 40, dtype=dtype)
-        launch_widen(heads, heads, heads, torch.empty(1, 1, 63), 8)
+        launch_widen(heads, heads, heads, torch.empty(1, 1, 63))
     assert len(set(compiled)) == 7

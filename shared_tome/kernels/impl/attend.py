@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core.groups import check_rows
-from .compiler import power_of_two, shared_memory, tl, triton
+from .compiler import heads_like, power_of_two, shared_memory, strides, tl, together, triton, widens
 
 Config = tuple[int, int, int, int]
 # By channels of a program's head: queries, keys of a block, warps, stages of the pipeline.
@@ -203,12 +203,10 @@ def _config_for(block: int, queries: int, device: torch.device) -> Config:
 
 def launch_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, config: Config | None = None) -> Tensor:
     """As channels.attend_wider with a bias; the result lies in memory as [B, N, H, d]."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = together(q, k, v)
     batch, heads, tokens, d = q.shape
     check_rows(bias.shape[0], batch)
-    bias = bias.float().contiguous()
-    made = torch.empty((batch, tokens, heads, d), dtype=q.dtype, device=q.device)
-    block = block_of(d)
+    bias, made, block = bias.float().contiguous(), heads_like(q), block_of(d)
     rows, keys, warps, stages = config or _config_for(block, batch * heads * tokens, q.device)
     _attend_kernel[(-(-tokens // rows), batch * heads)](
         q,
@@ -221,15 +219,13 @@ def launch_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, c
         k.shape[2],
         bias.shape[0],
         scale * LOG2_E,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
+        *strides(q, k, v),
         HEAD=d,
         BLOCK=block,
         ROWS=rows,
         KEYS=keys,
-        WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
+        WIDEN=widens(q),
         num_warps=warps,
         num_stages=stages,
     )
-    return made.transpose(1, 2)
+    return made

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ...core.groups import check_rows
 from .attend import LOG2_E, NARROW, Config, add_all_keys, block_of, is_narrow
-from .compiler import tl, triton
+from .compiler import heads_like, strides, tl, together, triton, widens
 
 # Queries, keys of a block, warps, stages of the pipeline. Of eight settings the fastest on an H100, or within 4% of it,
 # at heads of 64 from 1,024 to 16,384 tokens and of 128 from 4,608 to 32,760.
@@ -121,7 +120,8 @@ def launch_attend_drawn(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    drawn: tuple[Tensor, Tensor] | None,
+    drawn_k: Tensor | None,
+    drawn_v: Tensor | None,
     head_draws: Tensor,
     runs: Tensor,
     start: int,
@@ -129,20 +129,21 @@ def launch_attend_drawn(
     weight: float,
     config: Config | None = None,
 ) -> Tensor:
-    """As self_token.attend_drawn; the result lies in memory as [B, L, H, d]."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    """As self_token.attend_drawn; the result lies in memory as [B, L, H, d].
+
+    drawn_k, drawn_v: take_by_head of the image's keys and values by head_draws; None: looked up here, through the list.
+    """
+    q, k, v = together(q, k, v)
     batch, heads, tokens, d = q.shape
     check_rows(head_draws.shape[1], batch)
-    made = torch.empty((batch, tokens, heads, d), dtype=q.dtype, device=q.device)
-    block = block_of(d)
+    made, block, listed = heads_like(q), block_of(d), drawn_k is None
     rows, keys, warps, stages = config or (NARROW if is_narrow(block, q.device) else _CONFIG)
-    drawn_k, drawn_v = (k, v) if drawn is None else (x.contiguous() for x in drawn)
     _attend_drawn_kernel[(-(-tokens // rows), batch * heads)](
         q,
         k,
         v,
-        drawn_k,
-        drawn_v,
+        k if listed else drawn_k.contiguous(),
+        v if listed else drawn_v.contiguous(),
         head_draws.contiguous(),
         runs,
         made,
@@ -156,17 +157,15 @@ def launch_attend_drawn(
         scale * LOG2_E,
         math.exp(-weight),
         weight * LOG2_E,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
+        *strides(q, k, v),
         HEAD=d,
         BLOCK=block,
         ROWS=rows,
         KEYS=keys,
         ALONE=tokens == runs.shape[0],
-        LISTED=drawn is None,
-        WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
+        LISTED=listed,
+        WIDEN=widens(q),
         num_warps=warps,
         num_stages=stages,
     )
-    return made.transpose(1, 2)
+    return made

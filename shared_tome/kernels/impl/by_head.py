@@ -1,15 +1,14 @@
 """Some tokens' keys and values of each head, other ones for other heads, in one launch.
 
-The specification is self_token.take_turns.
+The specification is self_token.take_by_head.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...core.groups import check_rows
-from .compiler import power_of_two, tl, triton
+from .compiler import power_of_two, strides, tl, together, triton
 
 # Elements of a program, warps. Not tuned.
 _CONFIG = (2048, 4)
@@ -57,13 +56,12 @@ def _take_by_head_kernel(
 def launch_take_by_head(
     k: Tensor, v: Tensor, index: Tensor, config: tuple[int, int] = _CONFIG
 ) -> tuple[Tensor, Tensor]:
-    """k and v [B, H, L, d] and index [T, b, K] -> [B, H, K, d] twice: head h by the lists h % T, row i by the list
-    i % b."""
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    """As self_token.take_by_head."""
+    k, v = together(k, v)
     batch, heads, _, d = k.shape
     head_draws, rows, count = index.shape
     check_rows(rows, batch)
-    key, value = (torch.empty((batch, heads, count, d), dtype=x.dtype, device=x.device) for x in (k, v))
+    key, value = k.new_empty((batch, heads, count, d)), v.new_empty((batch, heads, count, d))
     block = power_of_two(d)
     tile = max(1, config[0] // block)
     _take_by_head_kernel[(batch * heads, -(-count // tile))](
@@ -76,8 +74,7 @@ def launch_take_by_head(
         count,
         head_draws,
         rows,
-        *k.stride()[:3],
-        *v.stride()[:3],
+        *strides(k, v),
         HEAD=d,
         BLOCK=block,
         ROWS=tile,

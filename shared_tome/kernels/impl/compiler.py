@@ -1,6 +1,6 @@
-"""The one place where triton is imported; loaded with the first kernel, never with the package.
+"""The one place where triton is imported, and what launchers share.
 
-By name, since the core's own imports are torch and Python alone.
+Loaded with the first kernel, never with the package. By name, since the core's own imports are torch and Python alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import functools
 from importlib import import_module
 
 import torch
+from torch import Tensor
 
 triton = import_module("triton")
 tl = import_module("triton.language")
@@ -28,7 +29,23 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def channel_block(channels: int, widest: int) -> int:
-    """How many channels a program takes: a power of two that divides them where one of at least 32 does."""
-    divisor = channels & -channels
-    return min(widest, divisor if divisor >= 32 else power_of_two(channels))
+def together(*heads: Tensor) -> list[Tensor]:
+    """Heads [B, H, N, d], copied where their channels do not lie together in memory."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in heads]
+
+
+def strides(*heads: Tensor) -> list[int]:
+    """From row to row, head to head and token to token, of each of these."""
+    return [step for x in heads for step in x.stride()[:3]]
+
+
+def heads_like(x: Tensor) -> Tensor:
+    """What an attention writes into, of x's shape [B, H, N, d] and dtype. It lies as [B, N, H, d], as the output
+    projection takes it."""
+    batch, heads, tokens, d = x.shape
+    return x.new_empty((batch, tokens, heads, d)).transpose(1, 2)
+
+
+def widens(x: Tensor) -> bool:
+    """Whether matrix products are to be in float32: the interpreter cannot multiply bfloat16."""
+    return x.dtype == torch.bfloat16 and not x.is_cuda

@@ -1,6 +1,6 @@
 """All random choices of a step's `sample` layers in one launch.
 
-The specification is sampling.walk_table and walk_rows, about 25 launches; equal bit for bit.
+The specification is sampling.draw, about 25 launches; equal bit for bit.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """All that becomes a plan in three launches: the nearest dst, the src that stay, everybody's group, sizes and chains.
 
-The specification is matching.nearest, matching._grouped and plan.group_counts. The similarities were tallied where
+The specification is matching.match and groups.group_counts. The similarities were tallied where
 they were written (nearest.py), so each program here looks its row's threshold up, in two steps of 256 counts. A
 program writes a tile of src; how many stay before it, it counts by itself. No program waits for another, and the order
 is the src's own, the same in every run. Whatever the count of src, it is one launch.
@@ -14,6 +14,7 @@ from torch import Tensor
 from .compiler import power_of_two, tl, triton
 from .mean import LANES, chains_like, join
 from .nearest import COARSE, TALLY, Config, launch_nearest, ordered
+from .select import empty_plan
 
 # src of a program, dst of a program, src that it counts at a time, warps. On an H100 at 4,096, 16,384, 65,536 tokens:
 # 6.1, 7.2 and 23.7 us; (1024, 1024, 4096, 4) takes 7.4, 19.2 and 68.1, (256, 256, 8192, 8) 4.9, 9.0 and 35.7.
@@ -161,10 +162,8 @@ def launch_grouped(
     """
     rows, src_count = similarity.shape
     dst_count = dst.shape[1]
-    stay, tokens = src_count - goes, src_count + dst_count
-    index = torch.empty((rows, stay + dst_count), dtype=torch.int64, device=src.device)
-    groups = torch.empty((rows, tokens), dtype=torch.int64, device=src.device)
-    following = torch.empty((rows, tokens), dtype=torch.int32, device=src.device)
+    index, groups = empty_plan(rows, src, dst, goes)
+    following = torch.empty(groups.shape, dtype=torch.int32, device=src.device)
     src_tile = min(tiles[0], power_of_two(src_count))
     dst_tile = min(tiles[1], power_of_two(dst_count))
     _match_kernel[(-(-src_count // src_tile) + -(-dst_count // dst_tile), rows)](
@@ -180,7 +179,7 @@ def launch_grouped(
         following,
         src_count,
         dst_count,
-        stay,
+        src_count - goes,
         src.shape[0],
         SECOND=bool(first),
         LANES=LANES,

@@ -1,6 +1,6 @@
 """Means of groups, bit-equal on repeat without a sort: chains of members, summed in whole numbers.
 
-The specification is plan.group_sum over the sizes. `links` deals the members of each group out to LANES chains, by an
+The specification is groups.group_mean. `links` deals the members of each group out to LANES chains, by an
 atomic count and an atomic exchange, so their order changes from run to run. `mean` walks a group's chains side by side
 and adds in 64-bit integers, where order does not matter: float16 in units of 2**-24, exactly; other dtypes in units of
 2**-40 of the largest member, finer than a float32 sum. It has read the sizes then, so it writes their logarithms for
@@ -191,7 +191,7 @@ def launch_links(index: Tensor, groups: Tensor, taking: int) -> tuple[Tensor, Te
 def launch_mean(
     x: Tensor, index: Tensor, groups: Tensor, chains: Tensor, following: Tensor, blocks: tuple[int, ...] = _BLOCKS
 ) -> tuple[Tensor, Tensor]:
-    """x [B, N, C] -> [B, M, C] in its dtype, and log(sizes) [b, M] float32.
+    """As groups.group_mean, and log(sizes) [b, M] float32.
 
     index, groups and what `launch_links` or `launch_match` made of them have b rows.
     """
@@ -202,7 +202,7 @@ def launch_mean(
     copies = min(_COPIES, power_of_two(kept))
     # Of the sizes of a block that with the fewest channels that are none.
     block = min((min(b, power_of_two(channels)) for b in blocks), key=lambda b: -(-channels // b) * b)
-    out = torch.empty((batch, kept, channels), dtype=x.dtype, device=x.device)
+    out = x.new_empty((batch, kept, channels))
     bias = torch.empty(index.shape, dtype=torch.float32, device=x.device)
     _mean_kernel[(taking - (taking - kept) // copies, -(-channels // block), batch)](
         x,

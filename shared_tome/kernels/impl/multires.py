@@ -13,7 +13,7 @@ from torch import Tensor
 from ...core.groups import check_rows
 from ...core.multires import LEAST, Counts, Drawn, Tiles, is_of_keys
 from .attend import LOG2_E
-from .compiler import power_of_two, tl, triton
+from .compiler import heads_like, power_of_two, strides, tl, together, triton, widens
 from .multires_choose import Config, config_for, launch_choose
 
 
@@ -225,8 +225,8 @@ def launch_attend(
     counts: Counts,
     layer: int,
     scale: float,
-    config: Config | None = None,
     mask: Tensor | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """As multires.attend; the result lies in memory as [B, L, H, d]. q, k, v, mask: the last axis together."""
     batch, heads, tokens, d = q.shape
@@ -237,8 +237,7 @@ def launch_attend(
         mask_strides = mask.stride()[:3]
     draws = drawn.half.shape[1]
     check_rows(draws, batch)
-    out = torch.empty((batch, tokens, heads, d), dtype=q.dtype, device=q.device)
-    rows = min(config.rows, tiles.queries)
+    out, rows = heads_like(q), min(config.rows, tiles.queries)
     _attend_kernel[(-(-tokens // rows) * batch * heads,)](
         q,
         k,
@@ -254,9 +253,7 @@ def launch_attend(
         draws,
         layer,
         scale * LOG2_E,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
+        *strides(q, k, v),
         *mask_strides,
         HEAD=d,
         BLOCK=max(16, power_of_two(d)),
@@ -265,7 +262,7 @@ def launch_attend(
         ROWS=rows,
         KEYS=config.keys,
         SAME=k.stride(2) == v.stride(2),
-        WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
+        WIDEN=widens(q),
         MASKED=mask is not None,
         OF_KEYS=of_keys,
         LEAST=LEAST,
@@ -274,7 +271,7 @@ def launch_attend(
         num_stages=config.stages,
         maxnreg=config.registers if of_keys else None,  # a mask of queries and keys is held in registers too
     )
-    return out.transpose(1, 2)
+    return out
 
 
 def launch_multires(
@@ -286,12 +283,12 @@ def launch_multires(
     counts: Counts,
     layer: int,
     scale: float,
-    config: Config | None = None,
     mask: Tensor | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """As multires.attend_multires; the result lies in memory as [B, L, H, d]."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = together(q, k, v)
     if mask is not None and mask.stride(-1) != 1:
         mask = mask.contiguous()
     lists = launch_choose(q, k, tiles, counts, scale, config)
-    return launch_attend(q, k, v, tiles, drawn, lists, counts, layer, scale, config, mask)
+    return launch_attend(q, k, v, tiles, drawn, lists, counts, layer, scale, mask, config)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core.multires import LEVELS, STEPS, Counts, Tiles
-from .compiler import power_of_two, shared_memory, tl, triton
+from .compiler import power_of_two, shared_memory, strides, tl, triton, widens
 
 
 class Config(NamedTuple):
@@ -208,7 +208,7 @@ def launch_choose(
             pooled,
             heads,
             cells,
-            *k.stride()[:3],
+            *strides(k),
             HEAD=d,
             BLOCK=block,
             CELL=tiles.size // 4,
@@ -229,7 +229,7 @@ def launch_choose(
         tiles.count,
         *counts,
         scale,
-        *q.stride()[:3],
+        *strides(q),
         HEAD=d,
         BLOCK=block,
         SIZE=tiles.size,
@@ -240,7 +240,7 @@ def launch_choose(
         AT_ONCE=min(together, max(1, config.held // held)),
         STEPS=STEPS,
         LEVELS=LEVELS,
-        WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
+        WIDEN=widens(q),
         num_warps=config.choosers,
     )
     return lists

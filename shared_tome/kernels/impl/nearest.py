@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .compiler import power_of_two, shared_memory, tl, triton
+from .compiler import power_of_two, shared_memory, tl, triton, widens
 from .unit import unit_kernel
 
 # A row's tally of 16-bit similarities: how many by their upper byte, then how many by all 16 bits.
@@ -300,7 +300,7 @@ def launch_nearest(
         SPLITS=splits,
         EXACT=metric.dtype == torch.float32,
         STAGES=config.stages,
-        WIDEN=metric.dtype == torch.bfloat16 and not metric.is_cuda,
+        WIDEN=widens(metric),
         COUNTS=tally is not None,
         num_warps=config.warps,
         num_stages=config.stages,

@@ -1,12 +1,11 @@
 """The src that stay and everybody's group, in one launch and without a sort: a bisection of the bits, a compaction.
 
-The specification is matching._grouped with in_order. One program a batch row holds all its src in registers and
+The specification is matching.grouped with in_order. One program a batch row holds all its src in registers and
 selects; others write the dst.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .compiler import power_of_two, tl, triton
@@ -67,6 +66,12 @@ def _select_kernel(
         tl.store(groups + token, tl.where(stays, place.to(tl.int64), partner + stay), mask=valid)
 
 
+def empty_plan(rows: int, src: Tensor, dst: Tensor, goes: int) -> tuple[Tensor, Tensor]:
+    """A plan's index [rows, M] and groups [rows, N], to be written into. src: [b, S], dst: [b, D]."""
+    tokens = src.shape[1] + dst.shape[1]
+    return src.new_empty((rows, tokens - goes)), src.new_empty((rows, tokens))
+
+
 def launch_select(
     similarity: Tensor, target: Tensor, src: Tensor, dst: Tensor, goes: int, warps: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -76,9 +81,7 @@ def launch_select(
     """
     rows, src_count = similarity.shape
     dst_count = dst.shape[1]
-    stay = src_count - goes
-    index = torch.empty((rows, stay + dst_count), dtype=torch.int64, device=src.device)
-    groups = torch.empty((rows, src_count + dst_count), dtype=torch.int64, device=src.device)
+    index, groups = empty_plan(rows, src, dst, goes)
     held = power_of_two(src_count)
     _select_kernel[(1 + -(-dst_count // _DST), rows)](
         similarity.contiguous(),
@@ -89,7 +92,7 @@ def launch_select(
         groups,
         src_count,
         dst_count,
-        stay,
+        src_count - goes,
         src.shape[0],
         BITS=8 * similarity.element_size(),
         SRC=held,

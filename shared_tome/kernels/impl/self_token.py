@@ -5,11 +5,10 @@ The specification is self_token.add_self_token, about twenty launches.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...core.groups import check_rows
-from .compiler import power_of_two, tl, triton
+from .compiler import heads_like, power_of_two, strides, tl, together, triton
 
 # Elements of a program, warps. Not tuned.
 _CONFIG = (2048, 4)
@@ -94,11 +93,10 @@ def launch_self_token(
     config: tuple[int, int] = _CONFIG,
 ) -> Tensor:
     """As self_token.add_self_token; the result lies in memory as [B, N, H, d]."""
-    q, k, v, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out))
+    q, k, v, out = together(q, k, v, out)
     batch, heads, tokens, d = q.shape
     check_rows(head_draws.shape[1], batch)
-    made = torch.empty((batch, tokens, heads, d), dtype=out.dtype, device=out.device)
-    block = power_of_two(d)
+    made, block = heads_like(out), power_of_two(d)
     tile = max(1, config[0] // block)
     _self_token_kernel[(batch * heads, -(-tokens // tile))](
         q,
@@ -116,14 +114,10 @@ def launch_self_token(
         weight,
         head_draws.shape[1],
         head_draws.shape[0],
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        *lse.stride(),
+        *strides(q, k, v, out, lse),
         HEAD=d,
         BLOCK=block,
         ROWS=tile,
         num_warps=config[1],
     )
-    return made.transpose(1, 2)
+    return made

@@ -1,18 +1,17 @@
 """Heads with the further channels of proportional attention, queries, keys and values in one launch.
 
-The specification is channels.extend_query, extend_key and extend_value, about a dozen launches.
+The specification is channels.extend_heads and extend_one, about a dozen launches.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ...core.channels import KEY, VALUE, extra_channels
 from .compiler import power_of_two, tl, triton
 
 # Elements of a program, warps. Not tuned.
 _CONFIG = (4096, 4)
-QUERY, KEY, VALUE = range(3)
 _KEY, _VALUE = tl.constexpr(KEY), tl.constexpr(VALUE)
 
 
@@ -108,24 +107,21 @@ def _widen_kernel(
         _widen(v, v_out, bias, k_outer, k_inner, v0, v1, v2, v3, b0, b1, b2, root, 2, HEAD, WIDE, ROWS, BLOCK)
 
 
-def launch_widen(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The three with `room` further channels: 1 and 1 in q; bias * sqrt(d) and its rounding error in k; zeros.
-
-    q: [B, ., ., d], k and v: [B, ., ., d], bias: broadcastable to k's first three dimensions.
-    """
-    return tuple(_launch((q, k, v), bias, room, 0))
+def launch_widen(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As channels.extend_heads, for heads of four dimensions whatever their order."""
+    return tuple(_launch((q, k, v), bias, 0))
 
 
-def launch_widen_one(x: Tensor, bias: Tensor | None, room: int, kind: int) -> Tensor:
-    """One of the three alone. kind: QUERY, KEY (with its bias) or VALUE."""
-    return _launch((x,), bias, room, kind)[0]
+def launch_widen_one(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+    """As channels.extend_one."""
+    return _launch((x,), bias, kind)[0]
 
 
-def _launch(parts: tuple[Tensor, ...], bias: Tensor | None, room: int, kind: int) -> list[Tensor]:
+def _launch(parts: tuple[Tensor, ...], bias: Tensor | None, kind: int) -> list[Tensor]:
     elements, warps = _CONFIG
     d = parts[0].shape[-1]
-    wide = d + room
-    made = [torch.empty((*x.shape[:-1], wide), dtype=x.dtype, device=x.device) for x in parts]
+    wide = d + extra_channels(d)
+    made = [x.new_empty((*x.shape[:-1], wide)) for x in parts]
     # One alone stands in every place; only its own is taken.
     q, k, v = parts * (3 // len(parts))
     if bias is None:
