@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
-from ..core import channels
 from ..core.channels import extra_channels
 
 
@@ -29,18 +28,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: f
     if bias is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return kernels.attend(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
-
-
-def attend_wider(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    scale: float,
-    attention: Callable[..., Tensor] = F.scaled_dot_product_attention,
-) -> Tensor:
-    """The same by further channels of the heads, whatever the kernel. attention: called with q, k, v and scale=."""
-    return channels.attend_wider(q, k, v, bias, scale, attention, kernels.extend_heads)
 
 
 def minds_scale(attention: Callable[..., Tensor]) -> bool:

@@ -90,21 +90,14 @@ def attend_in_parts(q: Tensor, parts: Sequence[Part], kernel: str, scale: float 
     Returns:
         [B, N, H, d], contiguous.
     """
-    return _attend_in_parts(q, parts, kernel, scale, False)[0].transpose(1, 2).contiguous()
+    return attend_in_parts_with_lse(q, parts, kernel, scale, whole=False)[0].transpose(1, 2).contiguous()
 
 
 def attend_in_parts_with_lse(
-    q: Tensor, parts: Sequence[Part], kernel: str, scale: float | None = None
+    q: Tensor, parts: Sequence[Part], kernel: str, scale: float | None = None, whole: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The same as [B, H, N, d], and the natural logarithm of each query's weighed sum of exponentials less the heaviest
-    part's weight, parts[0][2]; [B, H, N]."""
-    return _attend_in_parts(q, parts, kernel, scale, True)
-
-
-def _attend_in_parts(
-    q: Tensor, parts: Sequence[Part], kernel: str, scale: float | None, whole: bool
-) -> tuple[Tensor, Tensor]:
-    """whole: the logarithm is of all parts, or of all but one."""
+    part's weight, parts[0][2]; [B, H, N]. whole: the logarithm is of all parts, or of all but the last."""
     out, lse, heaviest = None, None, parts[0][2]
     for number, (k, v, weight) in enumerate(parts):
         part, part_lse = attend_with_lse(q, k, v, kernel, scale)

@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from .. import kernels
 from ..core.curve import is_compiling
 from ..merging.plan import Plan
-from .bias import attend_wider
 from .sequence import JointCall, take_heads
 
 _SDPA = F.scaled_dot_product_attention
@@ -98,9 +97,7 @@ class HostAttention:
             return self.func(q, k, v, attn_mask=self.mask, **self.options)
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         alone = self.is_plain and self.is_torchs_alone and is_torchs_sdpa()
-        if alone and kernels.can_attend(q, k, v, bias):
-            return kernels.attend(q, k, v, bias, scale)
-        return attend_wider(q, k, v, bias, scale, functools.partial(self.func, **self.options))
+        return kernels.attend(q, k, v, bias, scale, functools.partial(self.func, **self.options), alone)
 
 
 def is_torchs_sdpa() -> bool:
@@ -125,7 +122,7 @@ def attend_sampled(
         return out.transpose(1, 2)
     if mask is not None and not attention.cuts_mask:
         return attention(q, k, v)
-    if not attention.is_torchs_alone:
+    if not torchs:
         joint.tell_sampled(plan, attention.NOT_ALONE)
     around = joint.around(plan, start, k.shape[2])
     index = plan.choice if k.shape[2] == plan.tokens else around.index(plan, start)

@@ -3,7 +3,10 @@ by the specification in core/."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import channels, multires, self_token
@@ -60,15 +63,27 @@ def can_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> b
     return able and _fits(q, k, v) and serves(q, k, v, *([] if bias is None else [bias]))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    scale: float,
+    attention: Callable[..., Tensor] = F.scaled_dot_product_attention,
+    is_torchs: bool = True,
+) -> Tensor:
     """channels.attend_wider in one launch and without further channels.
 
-    q: [B, H, N, d], k and v: [B, H, M, d], bias: [b, M], scale: of the logits -> [B, H, N, d]; by a kernel it lies as
-    [B, N, H, d].
+    Args:
+        q: [B, H, N, d], k and v: [B, H, M, d], bias: [b, M], scale: of the logits.
+        attention: called as attention(q, k, v, scale=) with wider heads where no kernel serves. is_torchs: whether it
+            is torch's own, in whose place a kernel may go.
+    Returns:
+        [B, H, N, d]; by a kernel it lies as [B, N, H, d].
     """
-    if can_attend(q, k, v, bias):
+    if is_torchs and can_attend(q, k, v, bias):
         return operator("attend")(q, k, v, bias, scale)
-    return channels.attend_wider(q, k, v, bias, scale, extend=extend_heads)
+    return channels.attend_wider(q, k, v, bias, scale, attention, extend_heads)
 
 
 def attends_drawn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:

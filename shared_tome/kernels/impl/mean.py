@@ -201,7 +201,8 @@ def launch_mean(
     taking = (chains.shape[1] - kept) // LANES
     copies = min(_COPIES, power_of_two(kept))
     # Of the sizes of a block that with the fewest channels that are none.
-    block = min((min(b, power_of_two(channels)) for b in blocks), key=lambda b: -(-channels // b) * b)
+    widest = power_of_two(channels)
+    block = min((min(b, widest) for b in blocks), key=lambda b: -(-channels // b) * b)
     out = x.new_empty((batch, kept, channels))
     bias = torch.empty(index.shape, dtype=torch.float32, device=x.device)
     _mean_kernel[(taking - (taking - kept) // copies, -(-channels // block), batch)](
