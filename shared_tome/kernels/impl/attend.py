@@ -28,28 +28,11 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _add_keys(
-    query,
-    total,
-    top,
-    mass,
-    key,
-    value,
-    weights,
-    lighter,
-    listed,
-    k2,
-    v2,
-    first,
-    keys,
-    scale,
-    HEAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    WEIGHED: tl.constexpr,
-    LISTED: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    query, total, top, mass, key, value, weights, lighter, listed,
+    k2, v2, first, keys, scale,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr, WEIGHED: tl.constexpr,
+    LISTED: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     """KEYS keys from `first` on; exponents are powers of two, exp2 is the GPU's own.
 
     WHOLE: all of them are there. WEIGHED: each by its own of `weights`, natural logarithms; else all by -`lighter`, a
@@ -93,27 +76,11 @@ def _add_keys(
 
 @triton.jit
 def add_all_keys(
-    query,
-    total,
-    top,
-    mass,
-    key,
-    value,
-    weights,
-    lighter,
-    listed,
-    k2,
-    v2,
-    begin,
-    end,
-    scale,
-    HEAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
-    WEIGHED: tl.constexpr,
-    LISTED: tl.constexpr,
+    query, total, top, mass, key, value, weights, lighter, listed,
+    k2, v2, begin, end, scale,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WEIGHED: tl.constexpr, LISTED: tl.constexpr,
     WIDEN: tl.constexpr,
-):
+):  # fmt: skip
     """Keys from `begin` to `end`, as _add_keys has them.
 
     query: [ROWS, BLOCK]; total [ROWS, BLOCK], top and mass [ROWS]: the sum of the values, the greatest exponent and the
@@ -135,31 +102,10 @@ def add_all_keys(
 
 @triton.jit
 def _attend_kernel(
-    q,
-    k,
-    v,
-    bias,
-    out,
-    heads,
-    tokens,
-    keys,
-    bias_rows,
-    scale,
-    q0,
-    q1,
-    q2,
-    k0,
-    k1,
-    k2,
-    v0,
-    v1,
-    v2,
-    HEAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    q, k, v, bias, out, heads, tokens, keys, bias_rows, scale,
+    q0, q1, q2, k0, k1, k2, v0, v1, v2,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     """ROWS queries of one head of one batch row. out: [B, N, H, d] in memory."""
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
@@ -209,23 +155,9 @@ def launch_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, c
     bias, made, block = bias.float().contiguous(), heads_like(q), block_of(d)
     rows, keys, warps, stages = config or _config_for(block, batch * heads * tokens, q.device)
     _attend_kernel[(-(-tokens // rows), batch * heads)](
-        q,
-        k,
-        v,
-        bias,
-        made,
-        heads,
-        tokens,
-        k.shape[2],
-        bias.shape[0],
-        scale * LOG2_E,
+        q, k, v, bias, made, heads, tokens, k.shape[2], bias.shape[0], scale * LOG2_E,
         *strides(q, k, v),
-        HEAD=d,
-        BLOCK=block,
-        ROWS=rows,
-        KEYS=keys,
-        WIDEN=widens(q),
-        num_warps=warps,
-        num_stages=stages,
-    )
+        HEAD=d, BLOCK=block, ROWS=rows, KEYS=keys, WIDEN=widens(q),
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     return made

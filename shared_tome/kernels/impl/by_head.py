@@ -16,25 +16,10 @@ _CONFIG = (2048, 4)
 
 @triton.jit(do_not_specialize=["count"])
 def _take_by_head_kernel(
-    k,
-    v,
-    index,
-    key,
-    value,
-    heads,
-    count,
-    head_draws,
-    index_rows,
-    k0,
-    k1,
-    k2,
-    v0,
-    v1,
-    v2,
-    HEAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    k, v, index, key, value, heads, count, head_draws, index_rows,
+    k0, k1, k2, v0, v1, v2,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """ROWS of the tokens of one head of one batch row."""
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -65,19 +50,9 @@ def launch_take_by_head(
     block = power_of_two(d)
     tile = max(1, config[0] // block)
     _take_by_head_kernel[(batch * heads, -(-count // tile))](
-        k,
-        v,
-        index.contiguous(),
-        key,
-        value,
-        heads,
-        count,
-        head_draws,
-        rows,
+        k, v, index.contiguous(), key, value, heads, count, head_draws, rows,
         *strides(k, v),
-        HEAD=d,
-        BLOCK=block,
-        ROWS=tile,
+        HEAD=d, BLOCK=block, ROWS=tile,
         num_warps=config[1],
-    )
+    )  # fmt: skip
     return key, value

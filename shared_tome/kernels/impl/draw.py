@@ -18,21 +18,9 @@ _ELEMENTS = 256
 
 @triton.jit(do_not_specialize=["number", "layer", "tokens", "kept", "longest"])
 def _draw_kernel(
-    order,
-    seed,
-    step,
-    number,
-    out,
-    tokens,
-    kept,
-    longest,
-    layer,
-    rows,
-    HAS_STEP: tl.constexpr,
-    WIDE: tl.constexpr,
-    RUNS: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
+    order, seed, step, number, out, tokens, kept, longest, layer, rows,
+    HAS_STEP: tl.constexpr, WIDE: tl.constexpr, RUNS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
     """One program: RUNS runs of one layer and one row."""
     place, row = tl.program_id(1), tl.program_id(2)
     run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)  # (RUNS,)
@@ -87,20 +75,8 @@ def launch_draw(
     runs = max(1, min(elements // slots, power_of_two(kept)))
     out = torch.empty((count, rows, kept), dtype=torch.int64, device=seed.device)
     _draw_kernel[(-(-kept // runs), count, rows)](
-        order.contiguous(),
-        seed,
-        seed if step is None else step,
-        number,
-        out,
-        tokens,
-        kept,
-        longest,
-        layer,
-        rows,
-        HAS_STEP=step is not None,
-        WIDE=(kept + 1) * kept >= 2**31,
-        RUNS=runs,
-        SLOTS=slots,
+        order.contiguous(), seed, seed if step is None else step, number, out, tokens, kept, longest, layer, rows,
+        HAS_STEP=step is not None, WIDE=(kept + 1) * kept >= 2**31, RUNS=runs, SLOTS=slots,
         num_warps=4,
-    )
+    )  # fmt: skip
     return out

@@ -17,19 +17,9 @@ _CONFIG = (32, 256, 4)
 
 @triton.jit(do_not_specialize=["count"])
 def _gather_kernel(
-    x,
-    index,
-    out,
-    count,
-    channels,
-    batch_stride,
-    token_stride,
-    channel_stride,
-    index_rows,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-):
+    x, index, out, count, channels, batch_stride, token_stride, channel_stride, index_rows,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
     """One program: ROWS rows of one batch row, all channels."""
     batch = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -55,16 +45,8 @@ def launch_gather(x: Tensor, index: Tensor, config: tuple[int, int, int] = _CONF
     block = min(widest, divisor if divisor >= 32 else power_of_two(channels))
     out = x.new_empty((batch, count, channels))
     _gather_kernel[(-(-count // rows), batch)](
-        x,
-        index.contiguous(),
-        out,
-        count,
-        channels,
-        *x.stride(),
-        index.shape[0],
-        ROWS=rows,
-        BLOCK=block,
-        STEPS=-(-channels // block),
+        x, index.contiguous(), out, count, channels, *x.stride(), index.shape[0],
+        ROWS=rows, BLOCK=block, STEPS=-(-channels // block),
         num_warps=warps,
-    )
+    )  # fmt: skip
     return out

@@ -41,26 +41,9 @@ def _seat(place, stay, SECOND: tl.constexpr):
 
 @triton.jit(do_not_specialize=["src_count", "dst_count", "stay"])
 def _match_kernel(
-    similarity,
-    target,
-    src,
-    dst,
-    tally,
-    index,
-    groups,
-    sizes,
-    chains,
-    following,
-    src_count,
-    dst_count,
-    stay,
-    list_rows,
-    SECOND: tl.constexpr,
-    LANES: tl.constexpr,
-    SRC: tl.constexpr,
-    DST: tl.constexpr,
-    READ: tl.constexpr,
-):
+    similarity, target, src, dst, tally, index, groups, sizes, chains, following, src_count, dst_count, stay, list_rows,
+    SECOND: tl.constexpr, LANES: tl.constexpr, SRC: tl.constexpr, DST: tl.constexpr, READ: tl.constexpr,
+):  # fmt: skip
     """The first programs of a row: SRC of its src each; the others: DST of its dst each.
 
     sizes, chains, following: see mean.join; the former two zero before.
@@ -167,25 +150,9 @@ def launch_grouped(
     src_tile = min(tiles[0], power_of_two(src_count))
     dst_tile = min(tiles[1], power_of_two(dst_count))
     _match_kernel[(-(-src_count // src_tile) + -(-dst_count // dst_tile), rows)](
-        similarity,
-        target,
-        src.contiguous(),
-        dst.contiguous(),
-        tally,
-        index,
-        groups,
-        chains.view(torch.float32),
-        chains,
-        following,
-        src_count,
-        dst_count,
-        src_count - goes,
-        src.shape[0],
-        SECOND=bool(first),
-        LANES=LANES,
-        SRC=src_tile,
-        DST=dst_tile,
-        READ=tiles[2],
+        similarity, target, src.contiguous(), dst.contiguous(), tally, index, groups, chains.view(torch.float32),
+        chains, following, src_count, dst_count, src_count - goes, src.shape[0],
+        SECOND=bool(first), LANES=LANES, SRC=src_tile, DST=dst_tile, READ=tiles[2],
         num_warps=tiles[3],
-    )
+    )  # fmt: skip
     return index, groups, following

@@ -58,26 +58,10 @@ def _links_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "kept", "taking"])
 def _mean_kernel(
-    x,
-    index,
-    sizes,
-    chains,
-    following,
-    out,
-    bias,
-    tokens,
-    kept,
-    taking,
-    channels,
-    batch_stride,
-    token_stride,
-    channel_stride,
-    index_rows,
-    FIXED: tl.constexpr,
-    LANES: tl.constexpr,
-    COPIES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, index, sizes, chains, following, out, bias, tokens, kept, taking, channels,
+    batch_stride, token_stride, channel_stride, index_rows,
+    FIXED: tl.constexpr, LANES: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The first programs: BLOCK channels of one merged token that may stand for others; the rest: of COPIES others.
 
     FIXED: float16, whose values are whole multiples of 2**-24.
@@ -173,18 +157,10 @@ def launch_links(index: Tensor, groups: Tensor, taking: int) -> tuple[Tensor, Te
     following = torch.empty((rows, tokens), dtype=torch.int32, device=groups.device)
     block = min(_TOKENS, power_of_two(tokens))
     _links_kernel[(-(-tokens // block), rows)](
-        index.contiguous(),
-        groups.contiguous(),
-        chains.view(torch.float32),
-        chains,
-        following,
-        tokens,
-        kept,
-        taking,
-        LANES=LANES,
-        BLOCK=block,
+        index.contiguous(), groups.contiguous(), chains.view(torch.float32), chains, following, tokens, kept, taking,
+        LANES=LANES, BLOCK=block,
         num_warps=4,
-    )
+    )  # fmt: skip
     return chains, following
 
 
@@ -206,23 +182,9 @@ def launch_mean(
     out = x.new_empty((batch, kept, channels))
     bias = torch.empty(index.shape, dtype=torch.float32, device=x.device)
     _mean_kernel[(taking - (taking - kept) // copies, -(-channels // block), batch)](
-        x,
-        index.contiguous(),
-        chains.view(torch.float32),
-        chains,
-        following,
-        out,
-        bias,
-        tokens,
-        kept,
-        taking,
-        channels,
-        *x.stride(),
-        index.shape[0],
-        FIXED=x.dtype == torch.float16,
-        LANES=LANES,
-        COPIES=copies,
-        BLOCK=block,
+        x, index.contiguous(), chains.view(torch.float32), chains, following, out, bias, tokens, kept, taking, channels,
+        *x.stride(), index.shape[0],
+        FIXED=x.dtype == torch.float16, LANES=LANES, COPIES=copies, BLOCK=block,
         num_warps=max(1, block // _OF_WARP),
-    )
+    )  # fmt: skip
     return out, bias

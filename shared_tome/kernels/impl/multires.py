@@ -19,23 +19,10 @@ from .multires_choose import Config, config_for, launch_choose
 
 @triton.jit
 def _add_keys(
-    query,
-    total,
-    top,
-    mass,
-    key,
-    value,
-    token,
-    bias,
-    k2,
-    v2,
-    scale,
-    HEAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SAME: tl.constexpr,
-    WEIGHED: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    query, total, top, mass, key, value, token, bias,
+    k2, v2, scale,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, SAME: tl.constexpr, WEIGHED: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     """The keys `token` [KEYS]. bias: their weights' logarithm, to the base of two: one for all, or WEIGHED [1 or ROWS,
     KEYS]."""
     channel = tl.arange(0, BLOCK)
@@ -89,48 +76,12 @@ def _add_mask(
 
 @triton.jit(do_not_specialize=["image", "whole", "half", "beside_whole", "beside_half", "draws", "layer"])
 def _attend_kernel(
-    q,
-    k,
-    v,
-    out,
-    lists,
-    table,
-    seen,
-    heads,
-    tokens,
-    image,
-    whole,
-    half,
-    beside_whole,
-    beside_half,
-    draws,
-    layer,
-    scale,
-    q0,
-    q1,
-    q2,
-    k0,
-    k1,
-    k2,
-    v0,
-    v1,
-    v2,
-    m0,
-    m1,
-    m2,
-    HEAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SIZE: tl.constexpr,
-    QUERIES: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    SAME: tl.constexpr,
-    WIDEN: tl.constexpr,
-    MASKED: tl.constexpr,
-    OF_KEYS: tl.constexpr,
-    LEAST: tl.constexpr,
-    LOG2_E: tl.constexpr,
-):
+    q, k, v, out, lists, table, seen, heads, tokens, image, whole, half, beside_whole, beside_half, draws, layer, scale,
+    q0, q1, q2, k0, k1, k2, v0, v1, v2, m0, m1, m2,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, SAME: tl.constexpr, WIDEN: tl.constexpr, MASKED: tl.constexpr, OF_KEYS: tl.constexpr,
+    LEAST: tl.constexpr, LOG2_E: tl.constexpr,
+):  # fmt: skip
     """ROWS queries of one head of one batch row. out: [B, L, H, d] in memory. draws: rows of the step's draws.
 
     seen: where MASKED a mask [B, H, L, L] by its strides; OF_KEYS: alike for all queries.
@@ -239,38 +190,14 @@ def launch_attend(
     check_rows(draws, batch)
     out, rows = heads_like(q), min(config.rows, tiles.queries)
     _attend_kernel[(-(-tokens // rows) * batch * heads,)](
-        q,
-        k,
-        v,
-        out,
-        lists,
-        drawn.table,
-        mask,
-        heads,
-        tokens,
-        tiles.image,
-        *counts,
-        draws,
-        layer,
-        scale * LOG2_E,
-        *strides(q, k, v),
-        *mask_strides,
-        HEAD=d,
-        BLOCK=max(16, power_of_two(d)),
-        SIZE=tiles.size,
-        QUERIES=tiles.queries,
-        ROWS=rows,
-        KEYS=config.keys,
-        SAME=k.stride(2) == v.stride(2),
-        WIDEN=widens(q),
-        MASKED=mask is not None,
-        OF_KEYS=of_keys,
-        LEAST=LEAST,
+        q, k, v, out, lists, drawn.table, mask, heads, tokens, tiles.image, *counts, draws, layer, scale * LOG2_E,
+        *strides(q, k, v), *mask_strides,
+        HEAD=d, BLOCK=max(16, power_of_two(d)), SIZE=tiles.size, QUERIES=tiles.queries, ROWS=rows, KEYS=config.keys,
+        SAME=k.stride(2) == v.stride(2), WIDEN=widens(q), MASKED=mask is not None, OF_KEYS=of_keys, LEAST=LEAST,
         LOG2_E=LOG2_E,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        num_warps=config.warps, num_stages=config.stages,
         maxnreg=config.registers if of_keys else None,  # a mask of queries and keys is held in registers too
-    )
+    )  # fmt: skip
     return out
 
 

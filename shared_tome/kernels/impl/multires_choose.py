@@ -49,19 +49,9 @@ def config_for(d: int, device: torch.device) -> Config:
 
 @triton.jit
 def _pool_kernel(
-    k,
-    rows,
-    pooled,
-    heads,
-    cells,
-    k0,
-    k1,
-    k2,
-    HEAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CELL: tl.constexpr,
-    CELLS: tl.constexpr,
-):
+    k, rows, pooled, heads, cells, k0, k1, k2,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
     """CELLS means of CELL keys of one head. pooled: [B * H, cells, HEAD]."""
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
@@ -92,35 +82,12 @@ def _sum_cells(
 
 @triton.jit(do_not_specialize=["image", "count", "whole", "half", "beside_whole", "beside_half"])
 def _choose_kernel(
-    q,
-    pooled,
-    rows,
-    lists,
-    heads,
-    tokens,
-    query_tiles,
-    image,
-    count,
-    whole,
-    half,
-    beside_whole,
-    beside_half,
-    scale,
-    q0,
-    q1,
-    q2,
-    HEAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SIZE: tl.constexpr,
-    QUERIES: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    KEYS: tl.constexpr,
-    HELD: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    STEPS: tl.constexpr,
-    LEVELS: tl.constexpr,
+    q, pooled, rows, lists, heads, tokens, query_tiles, image, count, whole, half, beside_whole, beside_half, scale,
+    q0, q1, q2,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr, TOGETHER: tl.constexpr,
+    KEYS: tl.constexpr, HELD: tl.constexpr, AT_ONCE: tl.constexpr, STEPS: tl.constexpr, LEVELS: tl.constexpr,
     WIDEN: tl.constexpr,
-):
+):  # fmt: skip
     """The lists of TOGETHER query tiles of one head. lists: [B * H, query tiles, count] int16; first they hold scores.
 
     HELD: a power of two, count or more. Scores are float16.
@@ -203,44 +170,17 @@ def launch_choose(
     lists = torch.empty((batch, heads, tiles.query_tiles, tiles.count), dtype=torch.int16, device=q.device)
     if cells:
         _pool_kernel[(-(-cells // config.pool), batch * heads)](
-            k,
-            tiles.rows,
-            pooled,
-            heads,
-            cells,
-            *strides(k),
-            HEAD=d,
-            BLOCK=block,
-            CELL=tiles.size // 4,
-            CELLS=config.pool,
+            k, tiles.rows, pooled, heads, cells, *strides(k),
+            HEAD=d, BLOCK=block, CELL=tiles.size // 4, CELLS=config.pool,
             num_warps=4,
-        )
+        )  # fmt: skip
     together = max(1, config.asking // (tiles.queries // (tiles.size // 2)))
     held = power_of_two(tiles.count)
     _choose_kernel[(-(-tiles.query_tiles // together), batch * heads)](
-        q,
-        pooled,
-        tiles.rows,
-        lists,
-        heads,
-        tokens,
-        tiles.query_tiles,
-        tiles.image,
-        tiles.count,
-        *counts,
-        scale,
+        q, pooled, tiles.rows, lists, heads, tokens, tiles.query_tiles, tiles.image, tiles.count, *counts, scale,
         *strides(q),
-        HEAD=d,
-        BLOCK=block,
-        SIZE=tiles.size,
-        QUERIES=tiles.queries,
-        TOGETHER=together,
-        KEYS=config.asked,
-        HELD=held,
-        AT_ONCE=min(together, max(1, config.held // held)),
-        STEPS=STEPS,
-        LEVELS=LEVELS,
-        WIDEN=widens(q),
+        HEAD=d, BLOCK=block, SIZE=tiles.size, QUERIES=tiles.queries, TOGETHER=together, KEYS=config.asked, HELD=held,
+        AT_ONCE=min(together, max(1, config.held // held)), STEPS=STEPS, LEVELS=LEVELS, WIDEN=widens(q),
         num_warps=config.choosers,
-    )
+    )  # fmt: skip
     return lists

@@ -17,20 +17,9 @@ _DST = 1024
 
 @triton.jit(do_not_specialize=["src_count", "dst_count", "stay"])
 def _select_kernel(
-    similarity,
-    target,
-    src,
-    dst,
-    index,
-    groups,
-    src_count,
-    dst_count,
-    stay,
-    list_rows,
-    BITS: tl.constexpr,
-    SRC: tl.constexpr,
-    DST: tl.constexpr,
-):
+    similarity, target, src, dst, index, groups, src_count, dst_count, stay, list_rows,
+    BITS: tl.constexpr, SRC: tl.constexpr, DST: tl.constexpr,
+):  # fmt: skip
     """Program 0 of a row: all its src, at most SRC; the others: DST of its dst each."""
     row = tl.program_id(1).to(tl.int64)
     index += row * (stay + dst_count)
@@ -84,19 +73,9 @@ def launch_select(
     index, groups = empty_plan(rows, src, dst, goes)
     held = power_of_two(src_count)
     _select_kernel[(1 + -(-dst_count // _DST), rows)](
-        similarity.contiguous(),
-        target.contiguous(),
-        src.contiguous(),
-        dst.contiguous(),
-        index,
-        groups,
-        src_count,
-        dst_count,
-        src_count - goes,
-        src.shape[0],
-        BITS=8 * similarity.element_size(),
-        SRC=held,
-        DST=_DST,
+        similarity.contiguous(), target.contiguous(), src.contiguous(), dst.contiguous(), index, groups, src_count,
+        dst_count, src_count - goes, src.shape[0],
+        BITS=8 * similarity.element_size(), SRC=held, DST=_DST,
         num_warps=warps or max(4, min(32, held // 256)),
-    )
+    )  # fmt: skip
     return index, groups

@@ -16,40 +16,10 @@ _CONFIG = (2048, 4)
 
 @triton.jit
 def _self_token_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    drawn,
-    runs,
-    made,
-    heads,
-    tokens,
-    kept,
-    scale,
-    weight,
-    rows,
-    head_draws,
-    q0,
-    q1,
-    q2,
-    k0,
-    k1,
-    k2,
-    v0,
-    v1,
-    v2,
-    out0,
-    out1,
-    out2,
-    lse0,
-    lse1,
-    lse2,
-    HEAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    q, k, v, out, lse, drawn, runs, made, heads, tokens, kept, scale, weight, rows, head_draws,
+    q0, q1, q2, k0, k1, k2, v0, v1, v2, out0, out1, out2, lse0, lse1, lse2,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """ROWS tokens of one head of one batch row."""
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -99,25 +69,10 @@ def launch_self_token(
     made, block = heads_like(out), power_of_two(d)
     tile = max(1, config[0] // block)
     _self_token_kernel[(batch * heads, -(-tokens // tile))](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        head_draws.contiguous(),
-        runs,
-        made,
-        heads,
-        tokens,
-        head_draws.shape[2],
-        scale,
-        weight,
-        head_draws.shape[1],
-        head_draws.shape[0],
+        q, k, v, out, lse, head_draws.contiguous(), runs, made, heads, tokens, head_draws.shape[2], scale, weight,
+        head_draws.shape[1], head_draws.shape[0],
         *strides(q, k, v, out, lse),
-        HEAD=d,
-        BLOCK=block,
-        ROWS=tile,
+        HEAD=d, BLOCK=block, ROWS=tile,
         num_warps=config[1],
-    )
+    )  # fmt: skip
     return made

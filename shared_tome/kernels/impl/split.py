@@ -14,25 +14,10 @@ from .noise import FIRST, GOLDEN, SECOND, THIRD, fold, mix, times
 
 @triton.jit(do_not_specialize=["number", "layer", "columns"])
 def _split_kernel(
-    seed,
-    step,
-    number,
-    layer,
-    src,
-    dst,
-    frame_rows,
-    columns,
-    height,
-    width,
-    src_count,
-    dst_count,
-    rows,
-    HAS_STEP: tl.constexpr,
-    RANDOM: tl.constexpr,
-    CELL_HEIGHT: tl.constexpr,
-    CELL_WIDTH: tl.constexpr,
+    seed, step, number, layer, src, dst, frame_rows, columns, height, width, src_count, dst_count, rows,
+    HAS_STEP: tl.constexpr, RANDOM: tl.constexpr, CELL_HEIGHT: tl.constexpr, CELL_WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     """One program: one row of cells in one batch row of one layer; the last of a frame takes the lines below it too.
 
     A token's place among the src is its number less the dst before it, and those can be counted within the row of
@@ -101,24 +86,10 @@ def launch_split(
     src = torch.empty((count, seed.shape[0], src_count), dtype=torch.int64, device=seed.device)
     dst = torch.empty((count, seed.shape[0], dst_count), dtype=torch.int64, device=seed.device)
     _split_kernel[(frames * rows, seed.shape[0], count)](
-        seed,
-        seed if step is None else step,
-        number,
-        layer,
-        src,
-        dst,
-        rows,
-        columns,
-        height,
-        width,
-        src_count,
-        dst_count,
-        seed.shape[0],
-        HAS_STEP=step is not None,
-        RANDOM=random,
-        CELL_HEIGHT=cell_height,
-        CELL_WIDTH=cell_width,
+        seed, seed if step is None else step, number, layer, src, dst, rows, columns, height, width, src_count,
+        dst_count, seed.shape[0],
+        HAS_STEP=step is not None, RANDOM=random, CELL_HEIGHT=cell_height, CELL_WIDTH=cell_width,
         COLUMNS=power_of_two(columns),
         num_warps=1 if columns <= 64 else 4,
-    )
+    )  # fmt: skip
     return src, dst

@@ -19,27 +19,10 @@ def _clear(counts, size):
 
 @triton.jit(do_not_specialize=["dst_count", "arrived_size", "tally_size", "heads_size"])
 def unit_kernel(
-    metric,
-    dst,
-    unit,
-    dst_count,
-    padded,
-    channels,
-    batch_stride,
-    token_stride,
-    dst_rows,
-    first,
-    smallest,
-    arrived,
-    arrived_size,
-    tally,
-    tally_size,
-    heads,
-    heads_size,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    metric, dst, unit, dst_count, padded, channels,
+    batch_stride, token_stride, dst_rows, first, smallest, arrived, arrived_size, tally, tally_size, heads, heads_size,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Unit vectors of the dst, [B, padded, WIDTH]: one program ROWS of them. Also clears what others count in."""
     _clear(arrived, arrived_size)
     _clear(tally, tally_size)

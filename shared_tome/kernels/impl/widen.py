@@ -17,25 +17,10 @@ _KEY, _VALUE = tl.constexpr(KEY), tl.constexpr(VALUE)
 
 @triton.jit
 def _widen(
-    x,
-    out,
-    bias,
-    outer,
-    inner,
-    first_stride,
-    outer_stride,
-    inner_stride,
-    channel_stride,
-    bias_first,
-    bias_outer,
-    bias_inner,
-    root,
-    KIND: tl.constexpr,
-    HEAD: tl.constexpr,
-    WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, out, bias, outer, inner,
+    first_stride, outer_stride, inner_stride, channel_stride, bias_first, bias_outer, bias_inner, root,
+    KIND: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """ROWS heads of x [., outer, inner, HEAD] into out [., outer, inner, WIDE]."""
     first = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -64,39 +49,10 @@ def _widen(
 
 @triton.jit(do_not_specialize=["q_outer", "k_outer", "q_inner", "k_inner"])
 def _widen_kernel(
-    q,
-    k,
-    v,
-    q_out,
-    k_out,
-    v_out,
-    bias,
-    q_outer,
-    q_inner,
-    k_outer,
-    k_inner,
-    q0,
-    q1,
-    q2,
-    q3,
-    k0,
-    k1,
-    k2,
-    k3,
-    v0,
-    v1,
-    v2,
-    v3,
-    b0,
-    b1,
-    b2,
-    root,
-    FROM: tl.constexpr,
-    HEAD: tl.constexpr,
-    WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    q, k, v, q_out, k_out, v_out, bias, q_outer, q_inner, k_outer, k_inner,
+    q0, q1, q2, q3, k0, k1, k2, k3, v0, v1, v2, v3, b0, b1, b2, root,
+    FROM: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The third number of a program says whose heads it widens; FROM: where that begins, for one alone."""
     part = tl.program_id(2) + FROM
     if part == 0:
@@ -133,26 +89,10 @@ def _launch(parts: tuple[Tensor, ...], bias: Tensor | None, kind: int) -> list[T
     rows = max(1, elements // block)
     heads = max(x.shape[1] * x.shape[2] for x in parts)
     _widen_kernel[(-(-heads // rows), parts[0].shape[0], len(parts))](
-        q,
-        k,
-        v,
-        *made * (3 // len(parts)),
-        weight,
-        q.shape[1],
-        q.shape[2],
-        k.shape[1],
-        k.shape[2],
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *strides,
-        d**0.5,
-        FROM=kind,
-        HEAD=d,
-        WIDE=wide,
-        ROWS=rows,
-        BLOCK=block,
+        q, k, v, *made * (3 // len(parts)), weight, q.shape[1], q.shape[2], k.shape[1], k.shape[2],
+        *q.stride(), *k.stride(), *v.stride(), *strides, d**0.5,
+        FROM=kind, HEAD=d, WIDE=wide, ROWS=rows, BLOCK=block,
         num_warps=warps,
         enable_fp_fusion=False,  # the rounding error is that of the rounded product, as in plain torch
-    )
+    )  # fmt: skip
     return made
