@@ -158,17 +158,17 @@ def self_token_jobs(case: Case) -> Iterator[Work]:
 
     plan = case.call(ToMeConfig(ratio=0.75, min_tokens=0, own_token=True)).plan(case.x, case.grid)
     q, k, v = case.split_heads(case.x)
-    yield both("turns", launch_take_by_head, own.take_by_head, k, v, plan.head_draws)
+    yield both("take_by_head", launch_take_by_head, own.take_by_head, k, v, plan.head_draws)
     kernel, scale = choose_kernel(TORCHS, q.device, q.dtype, q.shape[-1]), q.shape[-1] ** -0.5
     drawn, weight = own.take_by_head(k, v, plan.head_draws), math.log(plan.tokens / plan.kept)
     rest = (plan.head_draws, plan.runs, scale, weight)
     given = (q, k, v, *attend_with_lse(q, *drawn, kernel), *rest)
-    yield both("own", self_token_kernel.launch_self_token, own.add_self_token, *given)
+    yield both("self_token", self_token_kernel.launch_self_token, own.add_self_token, *given)
     if q.shape[-1] != 64:
         return
 
     def behind() -> Tensor:
-        """Torch's own attention, and behind it what `own` does."""
+        """Torch's own attention, and behind it what `self_token` does."""
         return own.add_self_token(q, k, v, *attend_with_lse(q, *drawn, kernel), *rest)
 
     for variant, keys in (("", drawn), ("listed", (None, None))):

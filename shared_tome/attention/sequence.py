@@ -30,7 +30,7 @@ from .multires import NOT_MULTIRES, MultiresCall, are_alike
 
 # Kernels of torch in whose place one call of ours is faster than theirs combined (docs/kernels.md).
 _SLOWER = ("flash", "efficient")
-# Heads at which the kernel that has own tokens in it is faster than cuDNN's and `own` behind it.
+# Heads at which the kernel that has own tokens in it is faster than cuDNN's and `self_token` behind it.
 _SELF_TOKEN_HEADS = 64
 # Keys that count several times stand as often among those that count once where that makes so few: it saves a call.
 _FEW = 256

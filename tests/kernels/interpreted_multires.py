@@ -159,14 +159,22 @@ def test_where_it_fails_sample_is_taken(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_the_front_door_is_the_launches(rows):
-    """And the fake for tracing has their shape and strides."""
+def test_the_front_door_is_the_launches(rows, monkeypatch):
+    """And so is the operator that traced code meets; the fake for tracing has their shape and strides."""
     tiles, q, k, v = made((7, 10), 3, 23, 32, rows, 2, 24, torch.float16)
     drawn, counts = draw_keys(tiles, torch.arange(rows) + 5, 1), Counts(4, 1, 2, 2)
     got = kernels.attend_multires(q, k, v, tiles, drawn, counts, 3, 0.3)
     assert torch.equal(got, launch_multires(q, k, v, tiles, drawn, counts, 3, 0.3))
     fake = kernels.switch.load()._fake_attend(q)
     assert (fake.shape, fake.stride(), fake.dtype) == (got.shape, got.stride(), got.dtype)
+    mask = torch.linspace(-1.0, 1.0, q.shape[2]).expand(1, 1, 1, -1)
+    masked = kernels.attend_multires(q, k, v, tiles, drawn, counts, 3, 0.3, mask)
+    with monkeypatch.context() as patch:
+        for module in (kernels.heads, kernels.switch):
+            patch.setattr(module, "is_compiling", lambda: True)
+        assert torch.equal(got, kernels.attend_multires(q, k, v, tiles, drawn, counts, 3, 0.3))
+        assert torch.equal(masked, kernels.attend_multires(q, k, v, tiles, drawn, counts, 3, 0.3, mask))
+    assert not torch.equal(got, masked)
     with kernels.use("reference"):
         plain = kernels.attend_multires(q, k, v, tiles, drawn, counts, 3, 0.3)
     torch.testing.assert_close(got, plain, rtol=0, atol=4e-3)
