@@ -47,8 +47,13 @@ def runs(name: str, device: torch.device) -> bool:
     return (name, device) not in _broken
 
 
-def _kernel(name: str, launch: Callable, plain: Callable) -> None:
-    """Define one: `launch` runs it, `plain` is the specification. Both take the same, a tensor first."""
+def _kernel(schema: str, launch: Callable, plain: Callable, fake: Callable | None = None) -> None:
+    """Define one: `launch` runs it, `plain` is the specification. Both take the same, a tensor first.
+
+    schema: begins with its name. fake: gives shapes alone, for an operator of that schema; None: traced code never
+    meets the kernel.
+    """
+    name = schema.partition("(")[0]
 
     def run(first: Tensor, *given):
         if runs(name, first.device):
@@ -66,20 +71,19 @@ def _kernel(name: str, launch: Callable, plain: Callable) -> None:
         return plain(first, *given)
 
     DIRECT[name], LAUNCH[name] = run, launch
+    if fake is not None:
+        _operator(schema, run, fake)
+
+
+def _operator(schema: str, run: Callable, fake: Callable) -> None:
+    name, _, rest = schema.partition("(")
+    torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=f"({rest}").register_fake(fake)
 
 
 def _on_device_of(x: Tensor):
     """Triton launches on the current device."""
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
     return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
-
-
-def _operator(schema: str, fake: Callable, run: Callable | None = None) -> None:
-    """Make a kernel an operator of torch. schema: begins with the kernel's name. fake: gives shapes alone. run: None:
-    the kernel itself."""
-    name, _, rest = schema.partition("(")
-    run = run or DIRECT[name]
-    torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=f"({rest}").register_fake(fake)
 
 
 def _tokens_first(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -140,24 +144,6 @@ def _plain_choose(q, k, tiles, counts, scale):
     return multires.choose(multires.scores(q, k, tiles, scale), tiles, counts)
 
 
-_kernel("draw", launch_draw, _plain_draw)
-_kernel("split", launch_split, _plain_split)
-_kernel("nearest", launch_nearest, matching.nearest)
-_kernel("select", launch_select, _plain_select)
-_kernel("match", launch_match, _plain_match)
-_kernel("links", launch_links, _plain_links)
-_kernel("mean", launch_mean, _plain_mean)
-_kernel("gather", launch_gather, groups.take)
-_kernel("widen", launch_widen, channels.extend_heads)
-_kernel("widen_one", launch_widen_one, channels.extend_one)
-_kernel("attend", launch_attend, _tokens_first(channels.attend_wider))
-_kernel("attend_drawn", launch_attend_drawn, _tokens_first(_plain_attend_drawn))
-_kernel("take_by_head", launch_take_by_head, self_token.take_by_head)
-_kernel("self_token", launch_self_token, self_token.add_self_token)
-_kernel("multires", launch_multires, _tokens_first(multires.attend_multires))
-_kernel("choose_multires", _launch_choose, _plain_choose)
-
-
 def _fake_draw(order, seed, step, number, kept, layer, count):
     return order.new_empty((count, seed.numel(), kept))
 
@@ -204,38 +190,55 @@ def _multires(q, k, v, mask, rows, table, image, size, queries, draws, *counts_l
     return DIRECT["multires"](q, k, v, tiles, drawn, multires.Counts(*counts), layer, scale, mask)
 
 
-_operator(
+_kernel(
     "draw(Tensor order, Tensor seed, Tensor? step, SymInt number, SymInt kept, SymInt layer, SymInt count) -> Tensor",
-    _fake_draw,
-)
-_operator(
+    launch_draw, _plain_draw, _fake_draw,
+)  # fmt: skip
+_kernel(
     "split(Tensor seed, Tensor? step, SymInt number, SymInt layer, SymInt frames, SymInt height, SymInt width, "
     "SymInt cell_height, SymInt cell_width, bool random, SymInt count) -> (Tensor, Tensor)",
-    _fake_split,
-)
-_operator("nearest(Tensor metric, Tensor src, Tensor dst, SymInt first) -> (Tensor, Tensor)", _fake_nearest)
-_operator(
-    "select(Tensor similarity, Tensor target, Tensor src, Tensor dst, SymInt goes) -> (Tensor, Tensor)", _fake_select
-)
-_operator(
-    "match(Tensor metric, Tensor src, Tensor dst, SymInt goes, SymInt alone, SymInt first) -> (Tensor, Tensor, Tensor, "
-    "Tensor)",
-    _fake_match,
-)
-_operator("links(Tensor index, Tensor groups, int taking) -> (Tensor, Tensor)", _fake_links)
-_operator(
-    "mean(Tensor x, Tensor index, Tensor groups, Tensor chains, Tensor following) -> (Tensor, Tensor)", _fake_mean
-)
-_operator("attend(Tensor q, Tensor k, Tensor v, Tensor bias, float scale) -> Tensor", _fake_attend)
-_operator(
+    launch_split, _plain_split, _fake_split,
+)  # fmt: skip
+_kernel(
+    "nearest(Tensor metric, Tensor src, Tensor dst, SymInt first) -> (Tensor, Tensor)",
+    launch_nearest, matching.nearest, _fake_nearest,
+)  # fmt: skip
+_kernel(
+    "select(Tensor similarity, Tensor target, Tensor src, Tensor dst, SymInt goes) -> (Tensor, Tensor)",
+    launch_select, _plain_select, _fake_select,
+)  # fmt: skip
+_kernel(
+    "match(Tensor metric, Tensor src, Tensor dst, SymInt goes, SymInt alone, SymInt first) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    launch_match, _plain_match, _fake_match,
+)  # fmt: skip
+_kernel(
+    "links(Tensor index, Tensor groups, int taking) -> (Tensor, Tensor)",
+    launch_links, _plain_links, _fake_links,
+)  # fmt: skip
+_kernel(
+    "mean(Tensor x, Tensor index, Tensor groups, Tensor chains, Tensor following) -> (Tensor, Tensor)",
+    launch_mean, _plain_mean, _fake_mean,
+)  # fmt: skip
+_kernel("gather", launch_gather, groups.take)
+_kernel("widen", launch_widen, channels.extend_heads)
+_kernel("widen_one", launch_widen_one, channels.extend_one)
+_kernel("take_by_head", launch_take_by_head, self_token.take_by_head)
+_kernel("self_token", launch_self_token, self_token.add_self_token)
+_kernel(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor bias, float scale) -> Tensor",
+    launch_attend, _tokens_first(channels.attend_wider), _fake_attend,
+)  # fmt: skip
+_kernel(
     "attend_drawn(Tensor q, Tensor k, Tensor v, Tensor? drawn_k, Tensor? drawn_v, Tensor head_draws, Tensor runs, "
     "SymInt start, float scale, float weight) -> Tensor",
-    _fake_attend,
-)
+    launch_attend_drawn, _tokens_first(_plain_attend_drawn), _fake_attend,
+)  # fmt: skip
+_kernel("multires", launch_multires, _tokens_first(multires.attend_multires))
 _operator(
     "multires(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor rows, Tensor table, SymInt image, int size, "
     "int queries, SymInt draws, SymInt whole, SymInt half, SymInt beside_whole, SymInt beside_half, SymInt layer, "
     "float scale) -> Tensor",
-    _fake_attend,
-    _multires,
-)
+    _multires, _fake_attend,
+)  # fmt: skip
+_kernel("choose_multires", _launch_choose, _plain_choose)
