@@ -19,19 +19,29 @@ SETTINGS = {
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.RightSidePanel.IsOpen": False,
     "Comfy.VueNodes.Enabled": False,
+    "Comfy.Node.AlwaysShowAdvancedWidgets": False,
 }
+CLOSE_OTHERS = """(async ({ openWorkflows, activeWorkflow, closeWorkflow }) => {
+    for (const one of [...openWorkflows]) if (one.path !== activeWorkflow.path) await closeWorkflow(one);
+})(app.extensionManager.workflow)"""
 NODE = "const node = app.graph.nodes.find((node) => node.type === type); if (!node) throw Error(`no node ${type}`);"
 
 
 class ComfyPage:
     """One open page of the server behind `client`."""
 
-    def __init__(self, page: Any, client: ComfyClient, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, page: Any, client: ComfyClient, settings: Mapping[str, Any] = SETTINGS) -> None:
         self.page, self.client = page, client
-        client.request("/settings", {**SETTINGS, **(settings or {})})
+        client.request("/settings", dict(settings))
         page.goto(client.url)
         page.wait_for_function("window.app?.vueAppReady && app.extensionManager && !app.extensionManager.spinner")
         self.clear()
+
+    def renew(self) -> None:
+        """As it was opened: one empty workflow, and no node under the mouse."""
+        self.page.mouse.move(*self.empty_place())
+        self.clear()
+        self.page.evaluate(CLOSE_OTHERS)
 
     def wait(self, condition: str, argument: Any = None) -> None:
         """Until the JavaScript `condition` (an expression, or a function of `argument`) is true."""

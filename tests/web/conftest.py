@@ -16,6 +16,11 @@ from . import shots
 FAILED = pytest.StashKey[bool]()
 
 
+def failed(test: pytest.Item) -> bool:
+    """Whether it has."""
+    return test.stash.get(FAILED, False)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
@@ -37,24 +42,31 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.fixture
-def new_page(chromium, request, tmp_path) -> Iterator[Callable[..., Any]]:
-    """new_page(size=..., locale=...) opens one; all are closed after the test."""
-    pages: list[tuple[Any, list[str]]] = []
+def watch(request, tmp_path) -> Iterator[Callable[..., Any]]:
+    """watch(page) -> page. Where the test fails it is shown, with what it said. It is closed then, or if not kept."""
+    pages: list[tuple[Any, bool, list[str]]] = []
 
-    def make(**options: Any) -> Any:
-        page, said = browsers.new_page(chromium, **options), []
+    def add(page: Any, keep: bool = False) -> Any:
+        said: list[str] = []
         page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: said.append(str(error)))
-        pages.append((page, said))
+        pages.append((page, keep, said))
         return page
 
-    yield make
-    for number, (page, said) in enumerate(pages):
-        if request.node.stash.get(FAILED, False):
+    yield add
+    for number, (page, keep, said) in enumerate(pages):
+        if failed(request.node):
             picture = tmp_path / f"failed-{number}.png"
             page.screenshot(path=picture)
             print(f"the page when the test failed: {picture}", *said[-10:], sep="\n")
-        page.context.close()
+        if not keep or failed(request.node):
+            page.context.close()
+
+
+@pytest.fixture
+def new_page(chromium, watch) -> Callable[..., Any]:
+    """new_page(size=..., locale=...) opens one; all are closed after the test."""
+    return lambda **options: watch(browsers.new_page(chromium, **options))
 
 
 @pytest.fixture

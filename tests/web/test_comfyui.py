@@ -24,7 +24,9 @@ from installer import workflow
 from installer.client import ComfyClient
 from installer.server import ComfyServer
 
-from .comfy_page import ComfyPage
+from . import chromium as browsers
+from .comfy_page import SETTINGS, ComfyPage
+from .conftest import failed
 
 pytestmark = pytest.mark.slow
 
@@ -64,10 +66,42 @@ def client(chromium, base) -> Iterator[ComfyClient]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def opened(chromium) -> dict[Any, ComfyPage]:
+    """The pages that `visit` keeps, by what they were opened with."""
+    return {}
+
+
 @pytest.fixture
-def visit(client, new_page) -> Callable[..., ComfyPage]:
-    """visit(settings, locale=...) opens the page with an empty workflow."""
-    return lambda settings=None, **options: ComfyPage(new_page(size=SIZE, **options), client, settings)
+def visit(client, chromium, opened, watch, request) -> Iterator[Callable[..., ComfyPage]]:
+    """visit(settings, locale=...) opens the page with an empty workflow.
+
+    That takes a processor 8 s, so a page is kept for other tests: of English each, of other languages the last one.
+    """
+    used = set()
+
+    def visit(settings: dict[str, Any] | None = None, locale: str = "en-US") -> ComfyPage:
+        settings = {**SETTINGS, **(settings or {})}
+        key = locale, tuple(settings.items())
+        if key not in opened:
+            for other in [other for other in opened if other[0] != "en-US"]:
+                opened.pop(other).page.context.close()
+            opened[key] = ComfyPage(browsers.new_page(chromium, SIZE, locale), client, settings)
+        if key not in used:
+            watch(opened[key].page, keep=True)
+            used.add(key)
+        opened[key].renew()
+        return opened[key]
+
+    yield visit
+    for key in used if failed(request.node) else ():
+        del opened[key]  # which is closed
+
+
+@pytest.fixture(scope="module", params=LANGUAGES)
+def language(request) -> str:
+    """Each in turn, so that its tests share a page."""
+    return request.param
 
 
 def defaults(known: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +112,7 @@ def defaults(known: dict[str, Any]) -> dict[str, Any]:
 
 def prompt(client: ComfyClient, **tome: Any) -> workflow.Workflow:
     """The demo's workflow in API format, its picture saved; values of ToMe that are not named are the defaults."""
-    settings = workflow.Settings(steps=4, cfg=3.0, sampler="euler", scheduler="simple")
+    settings = workflow.Settings(steps=2, cfg=3.0, sampler="euler", scheduler="simple")
     values = {**workflow.defaults(client.node("ToMe")), **tome}
     made = workflow.demo_workflow(client.node("ToMeDemoModel"), SUBJECT, settings, values)
     made["show"] = {"class_type": "SaveImage", "inputs": {**made["show"]["inputs"], "filename_prefix": "tome"}}
@@ -218,7 +252,6 @@ def first_lines(page: Path) -> tuple[str, str]:
     return plain(heading.removeprefix("#")), plain(paragraph)
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
 def test_help_and_texts_in(language, visit, shoot):
     page = visit(locale=language)
     nodes = [file.stem for file in sorted(HELP.glob("*.md"))]
@@ -242,7 +275,6 @@ def test_help_and_texts_in(language, visit, shoot):
             assert labels(page, node)["preset"] == known.get("name", "Preset")
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
 def test_tooltip_in(language, visit):
     page = visit(locale=language)
     page.add("ToMe", 100, 100)
@@ -382,11 +414,8 @@ def test_an_open_node_is_saved_open(visit, tmp_path):
 
 def test_a_page_that_shows_all_advanced_widgets_has_no_button(visit):
     page = visit({"Comfy.Node.AlwaysShowAdvancedWidgets": True})
-    try:
-        page.add("ToMe", 100, 40)
-        assert page.in_sight("ToMe") == [*FIRST, *folded(page)]
-    finally:
-        page.client.request("/settings", {"Comfy.Node.AlwaysShowAdvancedWidgets": False})
+    page.add("ToMe", 100, 40)
+    assert page.in_sight("ToMe") == [*FIRST, *folded(page)]
 
 
 def test_nodes_2_has_its_own_button_alone(visit):
