@@ -28,7 +28,7 @@ def suite(file: str) -> Callable[[], None]:
     def test_kernels_in_the_interpreter():
         command = [sys.executable, "-m", "pytest", "-c", str(HERE.parent / "pytest.ini")]
         done = subprocess.run(
-            [*command, "-q", "-x", "-p", "no:cacheprovider", str(HERE / file)],
+            [*command, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", str(HERE / file)],
             env={**os.environ, "TRITON_INTERPRET": "1", "TOME_KERNELS": "1", "PYTHONPATH": str(HERE.parents[1])},
             cwd=HERE.parents[1],
             capture_output=True,
