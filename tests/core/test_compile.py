@@ -134,7 +134,7 @@ def test_a_moving_ratio(method):
     compiled = torch.compile(blocks, fullgraph=True, backend=backend)
     x = tokens(2, GRID, 8)
     for seed in (1, 2):
-        for step in range(20):
+        for step in range(0, 20, 3):
             now = config_at(ours, lambda step=step: step / 20)
             if now.ratio > 0.0:
                 call = ModelCall(now, GRID, x.device, seed=seed, step=torch.tensor(step))
