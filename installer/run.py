@@ -122,7 +122,9 @@ def test(arguments: Sequence[str], *, fast: bool = False, host: str | None = Non
     # In their order: sorted by their number of tests, the long ones of few would come last, alone.
     workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
     command = ["-m", "pytest", "-c", "tests/pytest.ini", *workers, *where, *arguments]
-    tested = _run(python, command, {"COMFYUI_DIR": str(folder), "OMP_NUM_THREADS": "1"})
+    # Many processes import ComfyUI: the first leaves the others its bytecode, whatever a container's image says.
+    extra = {"COMFYUI_DIR": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    tested = _run(python, command, extra)
     return linted or tested
 
 
