@@ -107,6 +107,10 @@ class WebUIBlock(MergedBlock):
         if self.owner.call.call_tally is not None:
             self.owner.call.call_tally.layer(self.where, grid, plan, self.part, now.decision)
 
+    def tell_exact(self, grid: Grid, reason: str) -> None:
+        if self.owner.call.call_tally is not None:
+            self.owner.call.call_tally.left_alone(reason, self.where, grid, self.part)
+
     def widened_input(self, now: Pass, attn1: nn.Module, d: int) -> Tensor:
         # The sdp code takes the head size from x's channels: it gets a stand-in of that shape (no memory), and
         # to_q gets the real one.

@@ -9,7 +9,7 @@ already is called by ours. Both programs put the unpatched U-Net back before eac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ from ..shared_tome.hooks.parts import AtSdpa, Wide, Widening
 from ..shared_tome.inspect.record import CallRecord
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
+from ..shared_tome.merging.residual import UNSEEN, ResidualCall, why_no_effect
 from . import forge_dit
 from .block import NO_WEIGHTS, is_taken
 from .hooks import COMPILED, NotServed, is_compiled, served_blocks
@@ -60,6 +61,8 @@ def patch(sd_model: Any, sampling: Sampling, called: Callable[[], None] = lambda
     if next(served_blocks(base.diffusion_model), None) is None:
         facts = forge_dit.facts_of(sd_model, base.diffusion_model)
         forge_dit.check(facts, sampling.config)
+        if (why := why_no_effect(sampling.config, transformer=True)) is not None:
+            sampling.notes.say(why, shown=False)
     # reForge compiles the module itself; Forge Neo's own extension does so within each call of apply_model.
     if is_compiled(base.diffusion_model) or hasattr(base, _COMPILE_CONFIG):
         raise NotServed(COMPILED)
@@ -145,15 +148,17 @@ class _UNet:
         """args: of the host's model_function_wrapper. run: calls the model with them. far: how far the sampler is."""
         sampling = self._sampling
         x = args["input"]  # (B, C, H, W): whole batches of images, prompts and negative prompts one after another
-        call = sampling.call(x, sampling.images_of(x.shape[0]), far) if x.dim() == 4 else None
+        parts = args["c"].get("transformer_options", {}).get("cond_or_uncond") or args.get("cond_or_uncond") or ()
+        call = sampling.call(x, sampling.images_of(x.shape[0]), far, parts) if x.dim() == 4 else None
         if call is None:
             return run(args)
         call_tally, self_tokens = sampling.call_tally, None
-        if call.config.wants_heads:
+        if call.config.wants_heads or sampling.residual is not None:
             self_tokens = SelfTokens(self._model, x.device, self._met, sampling)
         options = args["c"].get("transformer_options", {})
         decisions = Decisions(call, log=sampling.decided)
-        ours = ForgeCall(call, options, x.shape[0], sampling.notes, call_tally, self_tokens, self._wide, decisions)
+        given = call_tally, self_tokens, self._wide, decisions, sampling.residual
+        ours = ForgeCall(call, options, x.shape[0], sampling.notes, *given)
         with ours.hooks(self._model):
             out = run({**args, "c": {**args["c"], "transformer_options": ours.options}})
         if isinstance(call_tally, CallRecord):
@@ -186,8 +191,9 @@ class SelfTokens:
                 self._sampling.tell_self_token(reason)
                 return None
         self._sampling.tell_self_token(None)
-        keeps_self = self._sampling.config.keeps_self
-        return JointCall(True, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), keeps_self)
+        config = self._sampling.config
+        weighs = config.wants_heads or config.weighs_keys
+        return JointCall(weighs, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), config.keeps_self)
 
     def say(self, message: str) -> None:
         """Tell once, in the log."""
@@ -228,8 +234,8 @@ def _heads(block: nn.Module) -> int:
 class ForgeCall(PatchedCall, AtSdpa):
     """ComfyUI's patches where the grid is not told and the attention cannot be overridden.
 
-    notes: where to tell what is left alone. call_tally, self_tokens: of the call, where there is one. wide: what
-    takes_wider answered, remembered for a sampling pass.
+    notes: where to tell what is left alone. call_tally, self_tokens, residual: of the call, where there is one. wide:
+    what takes_wider answered, remembered for a sampling pass.
     """
 
     def __init__(
@@ -242,9 +248,13 @@ class ForgeCall(PatchedCall, AtSdpa):
         self_tokens: SelfTokens | None = None,
         wide: dict[tuple, bool] | None = None,
         decisions: Decisions | None = None,
+        residual: ResidualCall | None = None,
     ):
         decisions = Decisions(call) if decisions is None else decisions
-        super().__init__(call, options, decisions, None if self_tokens is None else self_tokens.joint(), call_tally)
+        joint = None if self_tokens is None else self_tokens.joint()
+        if residual is not None and joint is None:
+            residual.turn_off(UNSEEN)
+        super().__init__(call, options, decisions, joint, call_tally, residual=residual)
         self._notes, self._batch = notes, batch
         self._wide = {} if wide is None else wide
         self._taken: frozenset[str] = frozenset()  # of the block that runs now: see is_taken
@@ -287,6 +297,9 @@ class ForgeCall(PatchedCall, AtSdpa):
 
     def meeting(self) -> tuple[JointCall | None, Plan | None, Tensor | None]:
         return self._joint, self._pending_self_token, None
+
+    def keeping(self) -> tuple[ResidualCall, Hashable] | None:
+        return self._keeping
 
     @property
     def pending(self) -> Tensor | None:

@@ -143,14 +143,16 @@ class PassAttachment:
         # A report wants to know of every layer.
         self._hooks.on(self._hook, kind if self._call_tally is None else None)
         decisions = Decisions(call, log=self.sampling.decided)
-        self.call = WebUICall(call, decisions, x.shape[0], self._joint(call), kind, call_tally=self._call_tally)
+        given = call, decisions, x.shape[0], self._joint(call), self.sampling.residual, kind
+        self.call = WebUICall(*given, call_tally=self._call_tally)
 
     def _joint(self, call: ModelCall) -> JointCall | None:
         """What lets queries keep their own tokens, None where they shall not."""
-        if not call.config.wants_heads:
+        if not call.config.wants_heads and self.sampling.residual is None:
             return None
+        weighs = call.config.wants_heads or call.config.weighs_keys
         return JointCall(
-            True, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), call.config.keeps_self
+            weighs, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), call.config.keeps_self
         )
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:

@@ -44,7 +44,7 @@ _MAP = Widget(
     ),
 )
 # The order of the API's list: do not change it, add to its end. What ToMeConfig got after `map` was there:
-_LATER = ("own_token", "whole", "half", "decisions")
+_LATER = ("own_token", "whole", "half", "decisions", "exact_every")
 WIDGETS: tuple[Widget, ...] = (
     _OWN[0], _RATIO, *_OWN[1:], *(widget for widget in _OTHERS if widget.name not in _LATER), _MAP,
     *(widget for widget in _OTHERS if widget.name in _LATER),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..shared_tome.inspect.reasons import counted
 from ..shared_tome.inspect.record import CallRecord, Run, StepFacts
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.call import same_halves, shares_match
+from ..shared_tome.merging.residual import TWICE, ResidualCall, Residuals
 from .notes import Notes
 from .seeds import RowCursor, Rows, period, prompt_counts, rows_of_step
 
@@ -31,6 +32,7 @@ class Sampling:
         self_token_found: called with whether a layer's queries can keep their own tokens, where they are to.
     Attributes:
         run: what was counted and kept, None where neither is asked for.
+        residual: what has some steps exact in the call that was begun last, None where nothing has.
         call_tally: what the layers of the call that was begun last are told to, None where nothing is.
         decided: what autotune decided of them.
     """
@@ -52,9 +54,12 @@ class Sampling:
         self._tensors: dict[tuple[Rows, torch.device], Tensor] = {}
         self.run = Run(config) if report or keep_choices else None
         self.decided = DecisionLog() if self.run is None else self.run.tally.decided
+        self._residuals: Residuals | None = None  # of a U-Net that was met
+        self._evaluation = 0  # how often the sampler has asked
+        self.residual: ResidualCall | None = None
         self.call_tally: CallTally | None = None
         self._keep_choices = keep_choices
-        self._reported: set[tuple[float, Grid, int]] = set()
+        self._reported: set[tuple[float, Grid, int, bool]] = set()
         self._self_token_found = self_token_found
         if self.run is not None:
             self.run.images = len(self.seeds)
@@ -67,6 +72,7 @@ class Sampling:
                 stands still in samplers that call twice a step.
             rows: how many rows it made, cond: its conditioning, which tells the prompts of each image.
         """
+        self._evaluation += 1
         self.step, self._by_steps = step, min(step / max(1, total), 1.0 - 1e-6)
         if self.run is not None:
             self.run.tally.of_steps = total
@@ -84,21 +90,35 @@ class Sampling:
         self._rows.begin(found)
 
     def call(
-        self, x: Tensor, rows: Rows | None = None, progress: Callable[[], float] | None = None
+        self,
+        x: Tensor,
+        rows: Rows | None = None,
+        progress: Callable[[], float] | None = None,
+        names: Sequence[Hashable] = (),
     ) -> ModelCall | None:
         """The state of one call of the model, or None where nothing is merged now.
 
-        x: the latent [B, C, H, W]; rows: their images, where the caller knows better than the step. progress: how far
-        the model is by its noise level, 0 to 1, asked only for a schedule; None: by steps.
+        x: the latent [B, C, H, W]; rows: their images, where the caller knows better than the step, and then names: of
+        the parts of the batch (Residuals.call). progress: how far the model is by its noise level, 0 to 1, asked only
+        for a schedule; None: by steps.
         """
         if rows is None:
             rows = self._rows.take(x.shape[0])  # even if not merged: the cursor has to move on
-        config = self.begin(x, rows, progress)
+            names = () if self._rows.taken is None else (self._rows.taken,)
+        config = self.begin(x, rows, progress, names)
         return None if config.ratio == 0.0 else self.call_on((x.shape[2], x.shape[3]), config, x, rows)
 
-    def begin(self, x: Tensor, rows: Rows, progress: Callable[[], float] | None = None) -> ToMeConfig:
-        """A call of the model begins: the config that holds in it. x: the latent [B, C, ..., H, W]; else: see call."""
+    def begin(
+        self,
+        x: Tensor,
+        rows: Rows,
+        progress: Callable[[], float] | None = None,
+        names: Sequence[Hashable] | None = None,
+    ) -> ToMeConfig:
+        """A call of the model begins: the config that holds in it. x: the latent [B, C, ..., H, W]; names: None on a
+        transformer; else: see call."""
         config = config_at(self.config, progress or (lambda: self._by_steps))
+        self.residual = self._residual(config, names)
         self.call_tally = None if self.run is None else self._tell(self.run, config, tuple(x.shape[-2:]), rows)
         return config
 
@@ -108,7 +128,29 @@ class Sampling:
         alike = batch % 2 == 0 and rows[: batch // 2] == rows[batch // 2 :]
         if alike and shares_match(config):  # tiles of one image have one number
             alike = same_halves(x)
-        return ModelCall(config, full, device, seed=self._seed(rows, device), step=self.step, alike=alike)
+        draw = self.step if self.residual is None else self.residual.draw
+        return ModelCall(config, full, device, seed=self._seed(rows, device), step=draw, alike=alike)
+
+    def _residual(self, config: ToMeConfig, names: Sequence[Hashable] | None) -> ResidualCall | None:
+        if names is None or not config.exact_every:
+            return None
+        if self._residuals is None:
+            self._residuals = Residuals.of(config, lambda why: self.notes.say(why, shown=False))
+        if self._residuals is None:
+            return None
+        if config.ratio == 0.0:
+            self._residuals.forget()
+            return None
+        if not names:
+            self._residuals.turn_off(TWICE)
+            return None
+        step = self.step if self._evaluation else None
+        return self._residuals.call(step, self.step, self._evaluation, names, config.ratio)
+
+    def end(self) -> None:
+        """The pass is over, in whatever way."""
+        if self._residuals is not None:
+            self._residuals.end()
 
     def images_of(self, batch: int) -> Rows:
         """The image of each row where a batch is whole batches of images one after another (Forge)."""
@@ -132,23 +174,27 @@ class Sampling:
 
     def tell_self_token(self, refused: str | None) -> None:
         """A layer's queries are to keep their own tokens. refused: why they cannot; None: they can."""
-        if refused is not None:
+        if refused is not None and self.config.wants_heads:
             self.notes.say(refused, shown=False)  # by default they are to: not a line under every picture
-        if self._self_token_found is not None and self.config.method != "multires":  # which has them anyway
+        if self._self_token_found is not None and self.config.keeps_self and self.config.method != "multires":
             self._self_token_found(refused is None)
 
     def another_model(self) -> None:
         """The calls to come are of another model: its layers are to be told too."""
         self._reported.clear()
+        if self._residuals is not None:
+            self._residuals.forget()
 
     def _tell(self, run: Run, config: ToMeConfig, full: Grid, rows: Rows) -> CallTally | None:
-        run.tally.call(self.step, config.ratio)
+        exact, draw = (False, None) if self.residual is None else (self.residual.exact, self.residual.draw)
+        run.tally.call(self.step, 0.0 if exact else config.ratio)
         if not self._keep_choices:  # calls that are alike do the same: a report costs next to nothing
-            kind = (config.ratio, full, len(rows))
+            kind = (config.ratio, full, len(rows), exact)
             known = kind in self._reported
             self._reported.add(kind)
             return None if known or config.ratio == 0.0 else CallTally(run.tally, full)
-        run.note(self.step, StepFacts(config, full, full, self.seeds))
+        shown = config.replace(ratio=0.0) if exact else config
+        run.note(self.step, StepFacts(shown, full, full, self.seeds, draw))
         first: dict[int, int] = {}  # of each image's rows: that of its first prompt
         for row, image in enumerate(rows):
             first.setdefault(image, row)

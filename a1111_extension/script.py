@@ -87,6 +87,8 @@ class _State:
 
     def detach(self) -> None:
         attachment, self.attachment = self.attachment, None
+        if self.sampling is not None:
+            self.sampling.end()
         self.sampling = self.patched = None
         if attachment is not None:
             attachment.detach()

@@ -38,6 +38,8 @@ class RowCursor:
         self.images = images
         self._rows: Rows | None = None
         self._next = 0
+        # What the last call's rows are: the first and the one behind the last, of all rows; None: not announced.
+        self.taken: tuple[int, int, Rows] | None = None
 
     def begin(self, rows: Rows | None) -> None:
         """A new step with these rows; None: not known."""
@@ -47,10 +49,13 @@ class RowCursor:
         """The images of the next call's rows."""
         rows = self._rows
         if rows is not None and len(rows) == batch:
+            self.taken = 0, batch, rows
             return rows
         if rows is not None and self._next + batch <= len(rows):
             start, self._next = self._next, self._next + batch
+            self.taken = start, self._next, rows
             return rows[start : self._next]
+        self.taken = None
         # A call that the step did not announce: whole batches, image by image, are what there can be.
         return tuple(row % self.images for row in range(batch))
 

@@ -99,6 +99,17 @@ def step_of(options: dict[str, Any], device: torch.device) -> Tensor | int:
     return 0 if levels is None else place_of(levels, level)
 
 
+def place_now(options: dict[str, Any]) -> int | None:
+    """step_of as a number, None where no noise levels are told. Synchronises."""
+    levels, level = _levels(options, torch.device("cpu"))
+    return None if levels is None or len(levels) < 2 else int(place_of(levels, level))
+
+
+def level_now(options: dict[str, Any]) -> float:
+    """The present noise level. Synchronises."""
+    return float(options["sigmas"].flatten()[0])
+
+
 def draw_of(options: dict[str, Any], device: torch.device, base: Any) -> Tensor | int:
     """The number of this call's draw (progress.Draws), as a 0-d tensor on the device: no synchronisation.
 

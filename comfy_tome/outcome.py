@@ -18,9 +18,11 @@ from ..shared_tome.autotune.decision_log import DecisionLog
 from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.core.grid import Grid
 from ..shared_tome.inspect.reasons import counted, what_to_change, why_no_step
+from ..shared_tome.merging.residual import ALONE
 from .log import logger, say_once
 from .mergers import merger_in
 from .record import RECORD
+from .residuals import SamplingResiduals
 from .shown import show_on_node
 
 OUTER_SAMPLE = "outer_sample"  # comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
@@ -39,6 +41,7 @@ class Outcome:
 
     falls: whether a call's noise level is never above those of the steps before (never_rises).
     passed: the progress, 0 to 1, that no later call falls behind; -1: not known.
+    residuals: what exact steps leave for the others; None: the options do not ask for it.
     """
 
     def __init__(self, base: Any = None, what: str = "this sampling", falls: bool = False) -> None:
@@ -53,7 +56,9 @@ class Outcome:
         self._reasons: dict[str, dict[str, None]] = {}  # each with its places, in the order in which they came up
         self._sizes: dict[Grid, bool] = {}  # of layers that were met: whether any of them was merged
         self._speedup: float | None = None
+        self._exact: str | None = None  # what is said of layers that are whole in some steps by exact_every
         self.decided = DecisionLog()
+        self.residuals: SamplingResiduals | None = None
 
     @property
     def base(self) -> Any:
@@ -78,6 +83,11 @@ class Outcome:
             if grid is not None:
                 self._sizes[grid] = True
 
+    def exact(self, reason: str, grid: Grid) -> None:
+        """A layer on a grid is whole in this step, by exact_every."""
+        self._exact = reason
+        self._sizes.setdefault(grid, False)
+
     def left_alone(self, reason: str, where: str = "", grid: Grid | None = None) -> None:
         """A call or a layer is left alone. where: the layer, its grid, or the model. grid: of its tokens, if known."""
         if not is_compiling():
@@ -98,6 +108,8 @@ class Outcome:
         if self._skipped is not None and not self._reached:
             why = why_no_step(self._skipped, self._what)
             return why + what_to_change([why])
+        if self._exact is not None:
+            return ALONE
         if not self._reasons:
             return NOT_MET
         return self._left() + what_to_change(self._reasons)
@@ -119,6 +131,8 @@ class Outcome:
         text = "merged" if not merged else f"{len(merged)} of {counted(total, 'size')} merged"
         if merged:
             text += f" ({', '.join('x'.join(map(str, grid)) for grid in merged)} tokens)"
+        if self._exact is not None and merged:
+            text += f", {self._exact}"
         if self._speedup is not None:
             text += f", a step was measured {self._speedup:.2f}x as fast"
         if self._reasons:
@@ -176,6 +190,16 @@ def never_rises(sampler: Any, sigmas: Tensor) -> bool:
     return not more.get("s_churn") and bool((sigmas[1:] <= sigmas[:-1]).all())
 
 
+def around_prediction(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Around CFGGuider.predict_noise(x, timestep, model_options, seed): the sampler asks the model, in however many
+    calls."""
+    given = args[2] if len(args) > 2 else kwargs.get("model_options", {})
+    known = given.get("transformer_options", {}).get(_OUTCOME)
+    if known is not None and known.residuals is not None:
+        known.residuals.ask()
+    return executor(*args, **kwargs)
+
+
 class OutcomePatch:
     """The wrapper around CFGGuider.outer_sample. Safe to share between clones and threads.
 
@@ -205,9 +229,13 @@ class OutcomePatch:
         patcher = getattr(executor.class_obj, "model_patcher", None)
         outer = options.get(_OUTCOME)  # of the sampling that this one is inside of
         outcome = options[_OUTCOME] = Outcome(getattr(patcher, "model", None), falls=never_rises(sampler, sigmas))
+        if self.config.keeps_exact:
+            outcome.residuals = SamplingResiduals(self.config, sampler)
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
+            if outcome.residuals is not None:
+                outcome.residuals.end()
             if outer is None:
                 options.pop(_OUTCOME, None)
             else:

@@ -6,13 +6,15 @@ from typing import Any
 
 from ..shared_tome import ToMeConfig
 from ..shared_tome.inspect.reasons import why_no_step
+from ..shared_tome.merging.residual import why_no_effect
 from .dit_models import SERVED, dit_model, unwrapped, why_not
 from .dit_patch import DiTPatch
 from .dit_refused import refused
-from .log import logger
+from .log import logger, say_once
 from .mergers import merger_in
 from .model_call import APPLY_MODEL, DIFFUSION_MODEL, KEY
-from .outcome import OUTER_SAMPLE, OutcomePatch
+from .outcome import OUTER_SAMPLE, OutcomePatch, around_prediction
+from .residuals import PREDICT_NOISE
 from .shown import mark_on_node, show_on_node
 from .unet import UNetPatch
 from .unet_model import layers_of
@@ -50,6 +52,10 @@ def apply_to_model(model: Any, config: ToMeConfig, node: str | None = None, olde
         if has_unet:
             clone.add_wrapper_with_key(DIFFUSION_MODEL, KEY, patch.around_model)
         clone.add_wrapper_with_key(OUTER_SAMPLE, KEY, OutcomePatch(config, node, older))
+        if (why := why_no_effect(config, transformer=not has_unet)) is not None:
+            say_once(why)
+        elif config.keeps_exact:
+            clone.add_wrapper_with_key(PREDICT_NOISE, KEY, around_prediction)
         clone.set_attachments(KEY, config)
     return clone
 

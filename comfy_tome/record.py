@@ -97,12 +97,13 @@ def begin(
     kwargs: dict[str, Any],
     asked: ToMeConfig,
     now: ToMeConfig,
+    draw: Tensor | int | None = None,
 ) -> CallRecord | None:
     """The record of a call of apply_model, or of a U-Net itself; None where nobody asked for one (the rule, and then it
     costs nothing).
 
-    base: the model that is sampled. asked: the node's options; now: those of this step. Synchronises once, to know the
-    step.
+    base: the model that is sampled. asked: the node's options; now: those of this step. draw: the number of its draw,
+    where that is another step's. Synchronises once, to know the step.
     """
     args, options = find_options(args, kwargs)
     record = options.get(RECORD)
@@ -121,7 +122,8 @@ def begin(
     run.compiled = is_compiled(executor, options)
     if run.compiled:
         say_once(COMPILED)
-    run.note(step, StepFacts(now, latent, latent, draw=int(draw_of(options, x.device, base))))
+    draw = draw_of(options, x.device, base) if draw is None else draw
+    run.note(step, StepFacts(now, latent, latent, draw=int(draw)))
     whole = hasattr(executor.class_obj, "apply_model")  # else a node calls the U-Net itself
     if now.ratio > 0.0 and whole:
         _keep_call(run, base, (x, t, *args), kwargs, options, step, now.ratio)

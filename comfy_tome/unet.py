@@ -29,6 +29,7 @@ from ..shared_tome.core.grid import grid_at
 from ..shared_tome.inspect.reasons import NO_WHOLE_TOKEN, why_not_served
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
+from ..shared_tome.merging.residual import ResidualCall
 from .chosen import OVERRIDE, Chosen
 from .dit_attention import AttentionCall, attend_joint, may_combine
 from .log import leave_alone, say_once
@@ -45,6 +46,7 @@ from .model_call import (
 )
 from .outcome import ANSWERED, Outcome, outcome_of, tokens_of
 from .record import begin, is_compiled
+from .residuals import residual_of
 from .schedule import config_now
 from .unet_auto import about_model, decision_on_step, leaves_layers_alone
 from .unet_call import PatchedCall, block_name, parts_of
@@ -86,7 +88,11 @@ class UNetPatch:
         model, full = getattr(base, "diffusion_model", base), tuple(x.shape[-2:])
         sampled = outcome.base if base is model else base  # tells the noise levels
         config = config_now(self.config, options, sampled, outcome)
-        record, log = begin(executor, sampled, x, t, args, kwargs, self.config, config), outcome.decided
+        residual = residual_of(outcome.residuals, config, options, x, sampled, executor)
+        # A step that is exact counts as one at ratio 0.
+        told = config if residual is None or not residual.exact else config.replace(ratio=0.0)
+        draw = None if residual is None else residual.draw
+        record, log = begin(executor, sampled, x, t, args, kwargs, self.config, told, draw), outcome.decided
         log.resolve(self.asked, self.config)
         if record is not None:
             record.run.tally.decided = log
@@ -120,10 +126,10 @@ class UNetPatch:
         if unpaid is not None and recorded is None:
             leave_alone(None, unpaid, f"{x.shape[-2]}x{x.shape[-1]}", "nothing is merged", outcome=outcome)
             return executor(x, t, *args, **kwargs)
-        step, alike = draw_of(options, x.device, sampled), halves_alike(options, x, config)
+        step, alike = draw_of(options, x.device, sampled) if draw is None else draw, halves_alike(options, x, config)
         call = ModelCall(config, full, x.device, step=step, alike=alike)
-        ahead = layers if compiled else None
-        patch = UNetCall(call, options, recorded, chosen, ahead, model, unpaid, outcome, about, judge)
+        given = chosen, layers if compiled else None, model, unpaid, outcome, about, judge, residual
+        patch = UNetCall(call, options, recorded, *given)
         if compiled:
             # What is done must stand in a guard of its own: ComfyUI's compile node drops every guard on
             # transformer_options, so without this a compiled model would keep the patches it first saw.
@@ -184,6 +190,7 @@ class UNetCall(PatchedCall):
         outcome: Outcome | None = None,
         about: str = "",
         judge: Judge | None = None,
+        residual: ResidualCall | None = None,
     ):
         self._compiled, self._model = layers is not None, model
         self._outcome = Outcome() if outcome is None else outcome
@@ -195,7 +202,7 @@ class UNetCall(PatchedCall):
         joint = None if chosen is None else _self_tokens(call, kernels)
         replaced = replaced_layers(model, parts_of(call))
         decisions = Decisions(call, about, self._outcome.decided, judge)
-        super().__init__(call, options, decisions, joint, record, replaced, attention, kernels)
+        super().__init__(call, options, decisions, joint, record, replaced, attention, kernels, residual)
         self._unpaid = unpaid
         if layers is not None:
             self._decisions.look_ahead(*layers, attention, kernels)
@@ -222,7 +229,7 @@ class UNetCall(PatchedCall):
 
     def _patched(self, options: dict[str, Any]) -> dict[str, Any]:
         options = self.patched(options)
-        if self.call.config.weighs_keys or self._chosen.sparse:
+        if self.call.config.weighs_keys or self._chosen.sparse or self._residual is not None:
             options[OVERRIDE] = self.attention
         options = without_wrapper(options, DIFFUSION_MODEL)
         if self._compiled:
@@ -246,32 +253,56 @@ class UNetCall(PatchedCall):
         return super().after_attention(out, extra_options)
 
     def attention(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
-        """optimized_attention_override: adds the sizes to the logits; another node's override is called, not lost."""
+        """optimized_attention_override: what becomes of the layer that runs now; another node's override is called, not
+        lost."""
         func = self._chosen.func(func)
+        bias, self._pending = self._pending, None
+        plan, self._pending_self_token = self._pending_self_token, None
+        if self._keeping is None or plan is None:
+            return self._attend(bias, plan, func, q, k, v, heads, *args, **kwargs)
+        residual, layer = self._keeping
+        return residual.attend(
+            layer,
+            lambda: self._attend(bias, plan, func, q, k, v, heads, *args, **kwargs),
+            lambda: self._run(self._attention, func, q, k, v, heads, *args, **kwargs),
+        )
+
+    def _run(self, override: Any, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return func(*args, **kwargs) if override is None else override(func, *args, **kwargs)
+
+    def _attend(
+        self,
+        bias: Tensor | None,
+        plan: Plan | None,
+        func: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Adds the sizes to the logits. plan: of keys and values that are drawn here."""
         others = self._attention
         if self._is_merged and self._chosen.sparse:  # merged tokens are in no place
             others = None
             say_once(_DENSE)
-        bias, self._pending = self._pending, None
-        plan, self._pending_self_token = self._pending_self_token, None
         is_torchs = False
         if bias is not None or plan is not None:
             call = AttentionCall.of(func, q, k, heads, args, kwargs)
             is_torchs = bool(self._kernels) and may_combine(call)
         if plan is not None:
-            if is_torchs:
+            if is_torchs and self._joint is not None:
                 out = attend_joint(self._joint, call, q, k, v, 0, plan)
                 if out is not None:
                     return out
-            else:
+            elif self._joint is not None:
                 say_once(_why_sampled(self.call.config))
             k, v = (call.take(x, plan.choice[0]) for x in (k, v))  # what sampling before the projections gives
 
         def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
             named = kwargs if scale is None else {**kwargs, "scale": scale}
-            if others is None:
-                return func(q, k, v, heads, *args, **named)
-            return others(func, q, k, v, heads, *args, **named)
+            return self._run(others, func, q, k, v, heads, *args, **named)
 
         if bias is None or k.shape[1] != bias.shape[1]:
             return attention(q, k, v)
@@ -283,6 +314,9 @@ class UNetCall(PatchedCall):
             self._outcome.left_alone(NO_WHOLE_TOKEN, tokens_of(grid), grid)
         else:
             self._outcome.merged(grid)
+
+    def tell_exact(self, grid: tuple[int, int], reason: str) -> None:
+        self._outcome.exact(reason, grid)
 
     def leave_unserved(self, reason: str, grid: tuple[int, int]) -> None:
         self._outcome.left_alone(reason, tokens_of(grid), grid)

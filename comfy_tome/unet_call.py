@@ -24,6 +24,7 @@ from ..shared_tome.hooks.parts import AroundParts
 from ..shared_tome.inspect.reasons import why_not_served
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
+from ..shared_tome.merging.residual import ResidualCall
 from .model_call import KEY
 
 
@@ -45,8 +46,10 @@ class PatchedCall(AroundParts):
         replaced: Iterable[tuple] = (),
         attention: Attention | None = None,
         kernels: tuple[str, ...] = (),
+        residual: ResidualCall | None = None,
     ):
         self.call, self._decisions, self._joint, self._record = call, decisions, joint, record
+        self._residual, self._keeping = residual, None  # the second: (residual, name) of the layer that runs now
         self._host_attention, self._kernels = attention, kernels
         taken = options.get("patches_replace", {})
         self._replaced = {*replaced, *((part, at) for part in parts_of(call) for at in taken.get(part, ()))}
@@ -79,6 +82,9 @@ class PatchedCall(AroundParts):
     def tell(self, grid: tuple[int, int], plan: Plan | None) -> None:
         """A layer on a grid is merged by a plan; None: the ratio takes away no whole token."""
 
+    def tell_exact(self, grid: tuple[int, int], reason: str) -> None:
+        """A layer on a grid is whole in this step, as the option exact_every wants it."""
+
     def leave_unserved(self, reason: str, grid: tuple[int, int]) -> None:
         """The options leave out the layers on a grid."""
 
@@ -101,28 +107,40 @@ class PatchedCall(AroundParts):
 
     def before_attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple:
         """attn1_patch: q, k, v [B, N, C] before their projections."""
-        self._block_plan = self._pending = self._pending_self_token = None
+        self._block_plan = self._pending = self._pending_self_token = self._keeping = None
         grid = self._grid(q, k, v, extra_options)
         if grid is None:
             return q, k, v
-        layer = self.call.attention(q, k, v, grid, keeps_self=self._joint is not None)
-        plan = None if layer is None else layer.plan
-        if self._record is not None:
-            place = extra_options.get("block_index", 0)
-            self._record.layer(block_name(extra_options), grid, plan, place, self._decision(q, grid, extra_options))
-        self.tell(grid, plan)
+        residual = self._residual if self._residual is not None and self._residual.is_on else None
+        behind = self._joint is not None or residual is not None
+        layer = self.call.attention(q, k, v, grid, keeps_self=behind)
+        plan, place = None if layer is None else layer.plan, extra_options.get("block_index", 0)
+        name, exact = block_name(extra_options), False
+        if layer is not None and residual is not None:
+            self._keeping = residual, (name, place, grid)
+            exact = residual.begin(self._keeping[1], q)
+        if self._record is not None and exact:
+            self._record.left_alone(residual.told, name, grid, place)
+        elif self._record is not None:
+            self._record.layer(name, grid, plan, place, self._decision(q, grid, extra_options))
+        if exact:
+            self.tell_exact(grid, residual.told)
+        else:
+            self.tell(grid, plan)
         if layer is None:
             return q, k, v
         if self.call.config.kind.matches:
             self._block_plan, self._block = plan, extra_options
         self._pending = layer.bias
-        self._pending_self_token = None if self._joint is None else plan
+        self._pending_self_token = plan if behind else None
         extra_options[KEY] = layer
         return layer.q, layer.k, layer.v
 
     def after_attention(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
         """attn1_output_patch: out [B, N or M, C], after the output projection, before the residual."""
-        self._pending = self._pending_self_token = None
+        if self._keeping is not None:
+            self._keeping[0].end(self._keeping[1])
+        self._pending = self._pending_self_token = self._keeping = None
         layer = extra_options.pop(KEY, None)
         return out if layer is None else layer.unmerge(out)
 

@@ -91,8 +91,9 @@ CUSTOM = "Custom"
 LEVELS = ("auto", "0", "0,1", "0,1,2", "0,1,2,3", "1", "1,2", "1,2,3", "2", "2,3", "3")
 
 
-UNET_ALONE = ("levels", "cross_attention", "mlp")
-"""Options that have no meaning for a transformer: it has one resolution and is served at its self-attention."""
+UNET_ALONE = ("levels", "cross_attention", "mlp", "exact_every")
+"""Options that have no meaning for a transformer: it has one resolution, is served at its self-attention, and gained
+nothing by exact steps."""
 
 
 def idle_options(method: str) -> tuple[str, ...]:
@@ -113,4 +114,6 @@ def idle_options(method: str) -> tuple[str, ...]:
         idle.append("own_token")
     if method != "multires":
         idle += ["whole", "half"]
+    if method not in ("sample", "downsample"):
+        idle.append("exact_every")
     return tuple(idle)

@@ -115,6 +115,8 @@ def check_together(config: Any) -> None:
             f"whole and half are shares in 0 to 1 that add up to 1 at most, got whole {config.whole} and half "
             f"{config.half}"
         )
+    if config.exact_every == 1:
+        raise ValueError("exact_every must be 0 (off) or a whole number in 2 to 16, got 1: each step would be exact")
     if config.start > config.end:
         raise ValueError(f"start must not be after end, got start {config.start} and end {config.end}")
     if config.decided.merged and config.levels != "auto":

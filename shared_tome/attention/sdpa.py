@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from .. import kernels
 from ..core.curve import is_compiling
 from ..merging.plan import Plan
+from ..merging.residual import ResidualCall
 from .sequence import JointCall, take_heads
 
 _SDPA = F.scaled_dot_product_attention
@@ -137,10 +138,12 @@ def attend_with_self_token(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    keeping: tuple[ResidualCall, Hashable] | None = None,
 ) -> Tensor:
     """attend_sampled where the image is alone and the attention behaves as in its trial run (heads.meets_at_sdpa).
 
-    Elsewhere it calls missed() and all keys stay. q, k, v: [B, H, N, d] -> [B, H, N, d].
+    Elsewhere it calls missed() and all keys stay. q, k, v: [B, H, N, d] -> [B, H, N, d]. keeping: what has some steps
+    exact, and the layer's name.
     """
     if joint is None or plan is None or not attention.is_plain or not q.shape == k.shape == v.shape:
         missed()
@@ -148,7 +151,11 @@ def attend_with_self_token(
     if (q.shape[0], q.shape[2]) != (plan.batch, plan.tokens):
         missed()
         return attention(q, k, v)
-    return attend_sampled(joint, attention, q, k, v, 0, plan)
+    drawn = functools.partial(attend_sampled, joint, attention, q, k, v, 0, plan)
+    if keeping is None:
+        return drawn()
+    residual, layer = keeping
+    return residual.attend(layer, drawn, lambda: attention(q, k, v))
 
 
 def attend_weighed(

@@ -180,7 +180,9 @@ def _case(
     about: str,
 ) -> Case:
     """The layer, with the options alone that its times depend on."""
-    config = config.replace(start=0.0, end=1.0, ratio_end=-1.0, min_tokens=0, seed=0, cross_attention=False, mlp=False)
+    config = config.replace(
+        start=0.0, end=1.0, ratio_end=-1.0, min_tokens=0, seed=0, cross_attention=False, mlp=False, exact_every=0
+    )
     return Case(grid, channels, heads, dtype, config, attention, kernels, about)
 
 

@@ -7,6 +7,7 @@ queries, or by wider heads. attn2 and ff follow the block's match. Each host has
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..core.grid import Grid, grid_of
 from ..core.groups import spread_rows
 from ..merging.call import MergedAttention, ModelCall
 from ..merging.plan import Plan
+from ..merging.residual import UNSEEN, ResidualCall
 from .blocks import LayersSeen
 from .heads import is_met, may_meet
 from .parts import AroundParts, AtSdpa, Wide, Widening, argument, with_tokens
@@ -44,12 +46,14 @@ class Pass:
 @dataclass(eq=False)
 class HookedCall:
     """One call of the model. decisions: what tells its policy which layers pay. joint: what lets queries keep their own
-    tokens, None where they shall not. kind, layers_seen: see blocks.BlockHooks."""
+    tokens, None where they shall not. residual: what has some steps exact, None where nothing has. kind, layers_seen:
+    see blocks.BlockHooks."""
 
     model: ModelCall
     decisions: Any
     batch: int
     joint: JointCall | None = None
+    residual: ResidualCall | None = None
     kind: tuple = ()
     layers_seen: LayersSeen = field(default_factory=LayersSeen)
     passes: dict[MergedBlock, Pass] = field(default_factory=dict)
@@ -102,7 +106,7 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
             attn1.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             attn1.register_forward_hook(self._after_attention, prepend=True),
         ]
-        if (config.wants_heads or may_meet(config)) and getattr(attn1, "heads", None):
+        if (config.wants_heads or config.keeps_exact or may_meet(config)) and getattr(attn1, "heads", None):
             handles += self.hook_sdpa(attn1)
         for name, wanted in (("attn2", config.cross_attention), ("ff", config.mlp)):
             module = getattr(block, name, None)
@@ -170,6 +174,9 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
     def tell(self, now: Pass, grid: Grid, plan: Plan | None) -> None:
         """A layer is merged by a plan; None: the ratio takes away no whole token."""
 
+    def tell_exact(self, grid: Grid, reason: str) -> None:
+        """A layer is whole in this step, as the option exact_every wants it."""
+
     def takes_weights(self, attn1: nn.Module) -> bool:
         """Whether keys of a layer may get weights at all; if not, says why."""
         return True
@@ -203,8 +210,11 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         if reason is not None:
             self.leave(reason, grid)
             return None
-        keeps_self = self.keeps_self(attn1, given)
-        unpaid = self.why_not_paid(now, attn1, x, grid, keeps_self)
+        meets = self.keeps_self(attn1, given)
+        if self.residual is not None and not meets:
+            self.residual.turn_off(UNSEEN)
+        keeps_self = meets and (call.model.config.wants_heads or self.residual is not None)
+        unpaid = self.why_not_paid(now, attn1, x, grid, meets and call.model.config.wants_heads)
         if unpaid is not None:
             self.leave(f"{unpaid}; ToMe skips layers of {x.shape[1]} tokens", grid)
             call.layers_seen.leave(self, unpaid=True)
@@ -215,7 +225,10 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         """What attn1 is given instead, (args, kwargs), or None."""
         call, x = self.owner.call.model, given.x
         layer = call.attention(x, x, x, grid, metric=now.metric, keeps_self=keeps_self)
-        self.tell(now, grid, None if layer is None else layer.plan)
+        if layer is not None and self.residual is not None and self.residual.begin(self, x):
+            self.tell_exact(grid, self.residual.told)
+        else:
+            self.tell(now, grid, None if layer is None else layer.plan)
         if layer is None:
             return None
         now.layer = layer
@@ -246,6 +259,8 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         now = self.now
         if now is None:
             return None
+        if now.drawn_plan is not None and self.residual is not None:
+            self.residual.end(self)
         layer, now.layer, now.drawn_plan, now.bias, now.wide, now.query = now.layer, None, None, None, None, None
         if layer is None:  # queries alone may be merged, as those of attn2
             return self._after_part("attn1", attn1, args, out)
@@ -256,6 +271,16 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
     def meeting(self) -> tuple[JointCall | None, Plan | None, Tensor | None]:
         now = self.now
         return (None, None, None) if now is None else (self.owner.call.joint, now.drawn_plan, now.bias)
+
+    @property
+    def residual(self) -> ResidualCall | None:
+        """What has some steps exact, as long as it does."""
+        found = None if self.owner.call is None else self.owner.call.residual
+        return found if found is not None and found.is_on else None
+
+    def keeping(self) -> tuple[ResidualCall, Hashable] | None:
+        residual = self.residual
+        return None if residual is None else (residual, self)
 
     def wide(self) -> Wide | None:
         now = self.now

@@ -7,7 +7,7 @@ of a model gets hooks of its own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..attention.sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_weighed, attend_with_self_token
 from ..attention.sequence import JointCall
 from ..merging.plan import Plan
+from ..merging.residual import ResidualCall
 from .heads import PROJECTIONS, narrow, widen_key, widen_query, widen_value
 
 
@@ -87,6 +88,10 @@ class AtSdpa:
         bias [b, M] that they get; None for what is not to be done."""
         raise NotImplementedError
 
+    def keeping(self) -> tuple[ResidualCall, Hashable] | None:
+        """Of the layer that runs now: what has some steps exact, and the layer's name; None: nothing has."""
+        return None
+
     def hook_sdpa(self, attn1: nn.Module) -> list[Any]:
         """Register; returns the handles."""
         return SdpaHooks(attn1, self._begin, self._missed).handles
@@ -99,7 +104,7 @@ class AtSdpa:
     def _attend_with_self_token(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, H, N, d] -> [B, H, N, d]."""
         joint, plan, _ = self.meeting()
-        return attend_with_self_token(joint, plan, self._missed, attention, q, k, v)
+        return attend_with_self_token(joint, plan, self._missed, attention, q, k, v, self.keeping())
 
     def _attend_weighed(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, H, N, d], k and v [B, H, M, d] -> [B, H, N, d]."""

@@ -83,12 +83,14 @@ class BaseAttachment:
             self.say(less)
         return config_at(asked, lambda: self.steps.progress(timestep))
 
-    def model_call(self, config: ToMeConfig, grid: Grid, timestep: Any, x: Tensor) -> ModelCall | None:
+    def model_call(
+        self, config: ToMeConfig, grid: Grid, timestep: Any, x: Tensor, draw: Tensor | None = None
+    ) -> ModelCall | None:
         """The core's state for this call, or None where nothing is merged now.
 
-        config: from config_now; x: the latent, [B, ...].
+        config: from config_now; x: the latent, [B, ...]. draw: of another step, in the place of this one's.
         """
-        step = self.steps.step(timestep, x.device)
+        step = self.steps.step(timestep, x.device) if draw is None else draw
         if config.ratio > 0.0:
             self._outcome.reach(not (compiles() or captures(x.device)))
             return ModelCall(config, grid, x.device, step=step, alike=self._alike(config, x))

@@ -119,6 +119,9 @@ class ScriptBlock(MergedBlock):
         else:
             outcome.merged = True
 
+    def tell_exact(self, grid: Grid, reason: str) -> None:
+        self.owner.call.outcome.merged = True  # in the steps behind
+
     def merge_attention(self, now: Pass, attn1: nn.Module, given: Given, grid: Grid, keeps_self: bool) -> tuple | None:
         call = self.owner.call.model
         kind = call.config.kind

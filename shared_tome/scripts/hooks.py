@@ -29,8 +29,10 @@ from ..hooks.blocks import BlockHooks
 from ..hooks.heads import served_blocks as blocks_with
 from ..hooks.parts import argument
 from ..merging.call import ModelCall
+from ..merging.residual import ResidualCall, why_no_effect
 from . import base
 from .block import ScriptBlock, ScriptCall, ScriptTrials
+from .residuals import RunResiduals
 
 # Around the taking off and putting on of blocks' hooks: a model may be at work in several threads.
 _hooking = threading.Lock()
@@ -57,6 +59,9 @@ class UNetAttachment(base.BaseAttachment):
         self.takes_keys: dict[tuple, bool] = {}  # by attention code: whether it makes its keys from the given context
         self._blocks = [ScriptBlock(self) for _ in served_blocks(model)]
         self._hooks = BlockHooks()
+        self._residuals = RunResiduals(self.steps, self.say)
+        if (why := why_no_effect(self.config)) is not None:
+            self.say(why)
         if not (merge_attn or config.cross_attention or config.mlp):
             self.say("nothing is merged: attention, cross-attention and MLP are all off")
         self._handles += [
@@ -68,6 +73,7 @@ class UNetAttachment(base.BaseAttachment):
     def detach(self, model: nn.Module) -> None:
         super().detach(model)
         self._hooks.off()
+        self._residuals.end()
 
     def _log(self, message: str) -> None:
         if self._judge is None:  # else a step is tried: what becomes of the layers is told in the steps to come
@@ -94,14 +100,18 @@ class UNetAttachment(base.BaseAttachment):
         kind = kind if waits else (*kind, "busy")  # layers of one kind are judged alike
         idle = self._hooks.is_idle(kind)
         # What does nothing takes the processor time: the GPU is asked for nothing, and the blocks' hooks go.
-        call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x)
+        prompt = argument(args, kwargs, 2, "encoder_hidden_states", "context")
+        residual = self._residuals.call(config, timestep, x, prompt)
+        draw = None if residual is None else residual.draw
+        call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x, draw)
         with _hooking:
             alone = not self._calls  # another thread may be in the midst of a call
             if idle and alone:
                 self._hooks.off()
             elif call is not None and not idle:
                 decisions = Decisions(call, log=self.decided, judge=self._judge or Judge(waits))
-                self.call = ScriptCall(call, decisions, x.shape[0], self._joint(call), kind)
+                joint = self._joint(call, residual)
+                self.call = ScriptCall(call, decisions, x.shape[0], joint, residual, kind)
                 self._hooks.on(lambda: self._hook(module), kind, alone)
 
     def _time_step(
@@ -114,7 +124,7 @@ class UNetAttachment(base.BaseAttachment):
         given = self.decided.step(config, kind[0])
         if given is None and (base.captures(kind[-1]) or base.compiles()):
             return
-        whole = config.replace(start=0.0, end=1.0)  # whatever its place in the schedule
+        whole = config.replace(start=0.0, end=1.0, exact_every=0)  # whatever its place in the schedule
         decision = given or self._decision(model, args, kwargs, whole, kind[0], batch)
         self._timed_until[kind] = time.monotonic() + RETRY if decision is None else math.inf
         pays = decision is None or decision.pays()
@@ -153,23 +163,25 @@ class UNetAttachment(base.BaseAttachment):
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         call, self.call = self.call, None
+        self._residuals.end_call(failed=out is None)
         if call is not None and out is not None:  # None: the call ended in an exception
             self._hooks.remember(call.kind, call.layers_seen)
             if not base.compiles():
                 self._outcome.end_call(call.kind, call.outcome)
 
-    def _joint(self, call: ModelCall) -> JointCall | None:
+    def _joint(self, call: ModelCall, residual: ResidualCall | None) -> JointCall | None:
         """What lets queries keep their own tokens, or None where they shall not."""
-        if not call.config.wants_heads:
+        if not call.config.wants_heads and residual is None:
             return None
         if base.compiles():
             own = call.config.method == "sample"
             what = "own token has no effect" if own else "sample takes the place of multires"
             self.say(f"under torch.compile {what}")
             return None
-        return JointCall(True, TORCHS, self._say_why, call.config.keeps_self)
+        weighs = call.config.wants_heads or call.config.weighs_keys
+        return JointCall(weighs, TORCHS, self._say_why, call.config.keeps_self)
 
     def tell_self_token(self, refused: str | None) -> None:
         """Why the queries of a layer cannot keep their own tokens, if they cannot."""
-        if refused is not None:
+        if refused is not None and self.config.wants_heads:
             self.say(refused)

@@ -27,6 +27,7 @@ from ..core.grid import Grid
 from ..hooks.served import served_as
 from ..merging.call import ModelCall
 from ..merging.plan import Plan
+from ..merging.residual import why_no_effect
 from .base import BaseAttachment
 from .joint_autotune import JointDecisions
 from .masks import Group, attend_padded, group_rows
@@ -62,6 +63,8 @@ class JointAttachment(BaseAttachment):
         self._grid: tuple[weakref.ref, Grid, int] | None = None
         self._groups: tuple[weakref.ref, tuple[int, ...], tuple[Group, ...] | None] | None = None
         self._agreed: dict[Hashable, bool] = {}  # by the processes that share the model: a fact about them
+        if (why := why_no_effect(config, transformer=True)) is not None:
+            self.say(why)
         if not merge_attn:
             self.say("nothing is merged: attention is off")
             return

@@ -41,6 +41,8 @@ class Steps:
             self._pipe = lambda: pipe
         self._last: Tensor | None = None
         self._count: Tensor | None = None
+        self._counted: weakref.ref | None = None  # the run's timesteps
+        self._at: int | None = None  # the place of its last call among them
 
     @property
     def pipe(self) -> Any:
@@ -77,6 +79,17 @@ class Steps:
         """What the scheduler calls a timestep of _now; the pipeline may have rounded it."""
         return (1.0 + now if self.rises else now) * self.scale
 
+    @property
+    def timesteps(self) -> Tensor | None:
+        """All of the run as the pipeline's scheduler has them, or None."""
+        return self._of_scheduler()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the call that `entry` was asked of last is the last of the run."""
+        run = self._of_scheduler()
+        return run is not None and self._at == len(run) - 1
+
     def tells(self, timestep: Any) -> bool:
         """Whether a pipeline tells the steps, so that a call need not be counted."""
         return timestep is not None and self._of_scheduler() is not None
@@ -93,6 +106,25 @@ class Steps:
         if known is None or not len(known):
             return False
         return float(self._now(timestep, torch.device("cpu"))) == float(known[-1])
+
+    def entry(self, timestep: Any) -> int | None:
+        """The place among a pipeline's timesteps that this call of the model is for; to be asked at each. Synchronises.
+
+        None where that is not known: no pipeline tells, or the model is not called once for each of them (tiles, cond
+        and uncond in calls of their own). A run begins with any of them.
+        """
+        known, run = None if timestep is None else self._timesteps(timestep), self._of_scheduler()
+        if known is None:
+            return None
+        now, listed = float(self._now(timestep, torch.device("cpu"))), known.tolist()
+        if self._counted is None or self._counted() is not run:
+            self._counted = weakref.ref(run)
+            self._at = max((place for place, one in enumerate(listed) if one == now), default=None)
+        elif self._at is not None:
+            self._at += 1
+            if self._at >= len(listed) or listed[self._at] != now:
+                self._at = None
+        return self._at
 
     def step(self, timestep: Any, device: torch.device) -> Tensor | int:
         """The number of the step as a 0-d tensor on the device, without a synchronisation.

@@ -77,6 +77,7 @@ def test_the_order_of_arguments_is_a_promise(tome):
     )  # fmt: skip
     assert tome.options.NAMES[16:] == (
         "reduce", "min_tokens", "share_match", "map", "own_token", "whole", "half", "decisions",
+        "exact_every",
     )  # fmt: skip
 
 
@@ -335,7 +336,7 @@ def test_what_is_written_is_read_back(host, tome, levels, decisions):
         ratio=0.35, stride=(2, 3), method="merge", partition="random", levels=levels, start=0.1, end=0.9, ratio_end=0.0,
         cross_attention=True, mlp=True, proportional=False, reduce="pick", min_tokens=512, share_match=True, seed=2**40,
         own_token=not tome.core.ToMeConfig().own_token, whole=0.3, half=0.45,
-        decisions=decisions,
+        decisions=decisions, exact_every=5,
     )  # fmt: skip
     for field in dataclasses.fields(config):
         tried = getattr(config, field.name) != field.default or field.name == ("levels" if decisions else "decisions")

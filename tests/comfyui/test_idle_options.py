@@ -18,6 +18,7 @@ from shared_tome.methods import METHODS, idle_options
 OTHER = {
     "stride_x": 4, "stride_y": 3, "partition": "fixed_2d", "cross_attention": True, "mlp": True, "proportional": False,
     "reduce": "pick", "share_match": True, "own_token": False, "whole": 0.5, "half": 0.25,
+    "exact_every": 2,
 }  # fmt: skip
 REFUSED = ("cross_attention", "mlp")
 

@@ -273,7 +273,7 @@ def test_the_page_is_told_what_the_model_does_not_look_at(sd15, on_node, shown, 
     on_node(dit_host.small("flux") if kind == "transformer" else sd15)
     told = {
         "unet": {"node": "12", "idle": [], "means": {"auto": "sample"}},
-        "transformer": {"node": "12", "idle": ["levels", "cross_attention", "mlp"], "means": {}},
+        "transformer": {"node": "12", "idle": ["levels", "cross_attention", "mlp", "exact_every"], "means": {}},
     }
     assert sent == ([("tome.model", told[kind], "me")] if kind in told else [])
 

@@ -28,7 +28,8 @@ def refused(name, value, **options):
 
 def test_every_option_is_a_number_a_choice_a_flag_or_a_checked_text():
     assert sorted(NUMBERS + CHOICES + FLAGS + TEXTS) == sorted(OPTIONS) and TEXTS == ["decisions"]
-    assert {"ratio", "stride", "seed", "start", "end", "ratio_end", "min_tokens", "whole", "half"} == set(NUMBERS)
+    numbers = {"ratio", "stride", "seed", "start", "end", "ratio_end", "min_tokens", "whole", "half", "exact_every"}
+    assert numbers == set(NUMBERS)
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -268,6 +269,7 @@ def test_from_widgets_round_trip():
         "whole": 0.3,
         "half": 0.4,
         "decisions": "merge_keys",  # a method alone: named levels have no other decisions
+        "exact_every": 4,
     }
     made = ToMeConfig.from_widgets(**values)
     assert set(values) == {widget.name for widget in ToMeConfig.widgets()}
