@@ -10,7 +10,7 @@ projections in both.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,11 @@ from shared_tome.attention.sequence import JointCall
 from shared_tome.core.grid import Grid, grid_of
 from shared_tome.core.schedule import ratio_at, serves_layer
 from shared_tome.merging.plan import Plan
+from shared_tome.merging.residual import ResidualCall, Residuals
 
 from ..models.dit import DiT, JointAttention
 from ..models.unet import BasicTransformerBlock, CrossAttention, UNet
 from .methods import Variant
-from .reuse import Hold
 from .tails import attend_tails
 
 
@@ -51,6 +51,9 @@ class Run:
         self.pictures = 1  # of this call
         self.held = False  # whether this step's attentions give what they gave before
         self.keeps = False  # whether they are exact and to be kept
+        is_residual = variant.hold is not None and variant.hold.between == "residual"
+        self._residuals = Residuals(variant.hold.every, lambda why: _refused(why, "")) if is_residual else None
+        self.residual: ResidualCall | None = None  # of this step
         self._drawn: tuple[ModelCall | None, JointCall | None] = (None, None)  # of a step that is exact and drawn
         self._each_head = False
 
@@ -58,20 +61,22 @@ class Run:
         config = self.variant.config
         self.full, self.call, self.plan = full, None, None
         now = config.replace(ratio=ratio_at(config, step / steps), start=0.0, end=1.0, ratio_end=-1.0)
-        hold = self.variant.hold
+        hold, self.residual = self.variant.hold, None
         since = hold.since(step, steps) if hold else 0
+        if self._residuals is not None and hold.begun(step, steps):
+            self.residual = self._residuals.call(step, step, step, ("pictures",), now.ratio)
         if now.ratio > 0.0:
-            draw = step - since if _is_residual(hold) else 0 if self.variant.one_draw else step
+            draw = self.residual.draw if self.residual else 0 if self.variant.one_draw else step
             self.call = ModelCall(now, full, device, seed, draw)
         self.joint = JointCall(True, TORCHS, _refused, now.keeps_self) if self.call and now.wants_heads else None
         self.held = self.keeps = False
         if hold is not None:
             self.held = hold.between == "held" and since > 0
-            self.keeps = hold.between != "drawn" and hold.begun(step, steps) and since == 0
+            self.keeps = hold.between == "held" and hold.begun(step, steps) and since == 0
             if since == 0:
                 self._drawn, self.call, self.joint = (self.call, self.joint), None, None
         self.pictures = seed.numel()
-        both = self.keeps and _is_residual(hold)
+        both = self.residual is not None and since == 0
         kind = "held" if self.held else "both" if both else "whole" if self.call is None else "merged"
         self.calls[kind] += self.pictures
         self.ran[step] = self.ran.get(step, 0) + self.pictures
@@ -235,7 +240,8 @@ class MergedJointAttention(nn.Module):
 
 
 class HeldAttention(nn.Module):
-    """Stands in for an attention some of whose outputs are held for the steps that follow (reuse.Hold)."""
+    """Stands in for an attention some of whose outputs are held for the steps that follow (reuse.Hold). What residuals
+    are is the core's (merging/residual.py)."""
 
     def __init__(self, inner: MergedSelfAttention | MergedJointAttention, run: Run):
         super().__init__()
@@ -244,24 +250,22 @@ class HeldAttention(nn.Module):
 
     def forward(self, x: Tensor, *args: object) -> Tensor:
         """x: of self-attention tokens [B, N, C], of joint attention queries [B, L, H, d]."""
-        run, residual, tokens = self.run, _is_residual(self.run.variant.hold), x.shape[1]
+        run, tokens = self.run, x.shape[1]
         if run.held:
             joint = isinstance(self.inner, MergedJointAttention)
             run.count(run.full if joint else grid_of(tokens, run.full), tokens, 0, 0)
             return self.kept
-        out = self.inner(x, *args)
-        if run.keeps:
-            self.kept = out
-            if residual:
-                with run.drawing():
-                    self.kept = out - self.inner(x, *args)
-        elif residual and run.call is not None:
-            out = out + self.kept
-        return out
+        if run.residual is None:
+            out = self.inner(x, *args)
+            self.kept = out if run.keeps else self.kept
+            return out
 
+        def drawn() -> Tensor:
+            with run.drawing() if run.call is None else nullcontext():
+                return self.inner(x, *args)
 
-def _is_residual(hold: Hold | None) -> bool:
-    return hold is not None and hold.between == "residual"
+        run.residual.begin(self, x)
+        return run.residual.attend(self, drawn, lambda: self.inner(x, *args))
 
 
 def _beside(text: Tensor, image: Tensor) -> Tensor:

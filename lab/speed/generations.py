@@ -12,6 +12,7 @@ One command a model and attention, each within three minutes on an H200 (--minut
     --models flux                          1024², 2048² (here the short list of choices)
     --models wan --seconds 1 --least 1     720p, 4 steps of 20: the column `steps` beside `of_steps` says so
     ... --attention flash                  by flash in place of cuDNN's attention
+    --models sd15 --sizes 2048² --choices unmerged Quality "Quality exact every 4"    (exact_every, from 3, 4 and 6)
     --models sd15 --sizes 1024² --choices torch.compile "torch.compile + Balanced"    (compiling takes minutes)
 
 EasyCache and LazyCache: with random weights their own decision means nothing, so they skip as large a share of the
@@ -41,6 +42,8 @@ from . import forced, hosts
 from .common import BACKENDS, DTYPES, Arguments, Job, run_jobs, seconds_of, speedup, start_comfyui
 
 TOMESD = "TomePatchModel 0.5"
+EXACT = " exact every "  # behind a preset's name
+EXACTS = tuple(f"Quality{EXACT}{every}" for every in (3, 4, 6))
 COMMON = ("unmerged", *PRESETS, "EasyCache 0.2", "EasyCache 0.2 + Balanced", "75% of the steps", "SageAttention")
 UNETS = (*COMMON, "EasyCache 0.2 + Fast", TOMESD, "HyperTile 256", "SageAttention + Balanced", "tomesd 0.5")
 DITS = (*COMMON, "EasyCache 0.2 + Fast", "SageAttention + Balanced", "sparse attention")
@@ -67,11 +70,11 @@ class Model:
 
 
 MODELS = {
-    "sd15": Model({"512²": UNETS, "768²": UNETS, "1024²": UNETS, "1536²": UNETS, "2048²": UNETS}, "lab"),
+    "sd15": Model({"512²": UNETS, "768²": UNETS, "1024²": UNETS, "1536²": UNETS, "2048²": (*UNETS, *EXACTS)}, "lab"),
     "sdxl": Model({"1024²": UNETS, "2048²": UNETS}, "lab"),
     "flux": Model({"1024²": DITS, "2048²": SHORT}, "dit", dtype="bfloat16"),
     "wan": Model({"1280x720, 81 frames": SHORT}, "dit", steps=4, dtype="bfloat16"),
-    "tiny": Model({"128²": UNETS}, "lab", steps=10, of=10, dtype="float32", least=64),
+    "tiny": Model({"128²": (*UNETS, *EXACTS)}, "lab", steps=10, of=10, dtype="float32", least=64),
     "flux-tiny": Model({"192x128": DITS}, "dit", steps=10, of=10, dtype="float32", least=64),
     "wan-tiny": Model({"96x64, 9 frames": SHORT}, "dit", steps=10, of=20, dtype="float32", least=64),
 }
@@ -145,10 +148,11 @@ def made_ready(model: Any, name: str, choice: str, args: Namespace) -> Ready:
         return ready
     for part in sorted(choice.split(" + "), key=lambda part: part == "torch.compile"):
         kind, _, amount = part.partition(" ")
-        if part in PRESETS:
+        if part in PRESETS or kind in PRESETS:
+            preset, _, every = part.partition(EXACT)
             patch = inprocess.pack_module("comfy_tome.patch")
-            config = patch.ToMeConfig(**PRESETS[part].options, min_tokens=which.least)
-            ready.model = patch.apply_to_model(ready.model, config)
+            options = {**PRESETS[preset].options, "exact_every": int(every or 0)}
+            ready.model = patch.apply_to_model(ready.model, patch.ToMeConfig(**options, min_tokens=which.least))
         elif kind in ("EasyCache", "LazyCache"):
             try:
                 ready.skips = forced.skipped(kind, steps, share_skipped(choice, which, args))

@@ -200,8 +200,25 @@ def test_memory_is_given_back_after_an_error(kept, error):
     shared_tome.remove_patch(pipe)
 
 
-def test_memory_is_given_back_after_an_error_in_the_model(kept):
+@pytest.fixture
+def held():
+    """held(pipe): the prompts of all its calls stay, so that nothing of a run goes with them."""
+    found = []
+    return lambda pipe: pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: found.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+
+
+def test_memory_is_given_back_with_the_last_call(kept, held):
     pipe = patched(pipeline())
+    held(pipe)
+    models.generate(pipe, 5)
+    assert kept[1] and not kept[2][0]._kept and not kept[2][0].is_on
+
+
+def test_memory_is_given_back_after_an_error_in_the_model(kept, held):
+    pipe = patched(pipeline())
+    held(pipe)
     calls = []
 
     def fail(*_):

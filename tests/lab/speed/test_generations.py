@@ -43,7 +43,7 @@ def test_every_choice_of_a_preset_exists():
 def test_the_short_form(run_in_comfyui, tmp_path):
     out = tmp_path / "generations.csv"
     choices = [
-        *("unmerged", "Fast", "EasyCache 0.2", "LazyCache 0.2 + Balanced", "50% of the steps"),
+        *("unmerged", "Fast", "Quality exact every 3", "EasyCache 0.2", "LazyCache 0.2 + Balanced", "50% of the steps"),
         *(generations.TOMESD, "HyperTile 64", "tomesd 0.5", "sparse attention", "EasyCache 0.3"),
     ]
     command = (
