@@ -230,7 +230,7 @@ class OutcomePatch:
         outer = options.get(_OUTCOME)  # of the sampling that this one is inside of
         outcome = options[_OUTCOME] = Outcome(getattr(patcher, "model", None), falls=never_rises(sampler, sigmas))
         if self.config.keeps_exact:
-            outcome.residuals = SamplingResiduals(self.config, sampler)
+            outcome.residuals = SamplingResiduals(self.config, sampler, executor.class_obj)
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:

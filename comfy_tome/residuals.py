@@ -17,13 +17,12 @@ PREDICT_NOISE = "predict_noise"  # comfy.patcher_extension.WrappersMP.PREDICT_NO
 
 
 class SamplingResiduals:
-    """sampler: comfy.samplers.Sampler. One of ComfyUI's own asks the model for the whole picture each time. Another may
-    ask for a part of it, so only another noise level tells that it begins anew."""
+    """sampler, guider: of comfy.samplers. ComfyUI's own ask the model for the whole picture each time. Others may ask
+    for a part of it, so only another noise level tells that they begin anew."""
 
-    def __init__(self, config: ToMeConfig, sampler: Any):
+    def __init__(self, config: ToMeConfig, sampler: Any, guider: Any):
         self._kept = Residuals(config.exact_every, say_once)
-        module = str(getattr(getattr(sampler, "sampler_function", sampler), "__module__", ""))
-        self._is_own = module.partition(".")[0] == "comfy"
+        self._is_own = _is_comfys(getattr(sampler, "sampler_function", sampler)) and _is_comfys(type(guider))
         self._asked = 0
 
     def ask(self) -> None:
@@ -57,6 +56,10 @@ class SamplingResiduals:
     def end(self) -> None:
         """The sampling is over."""
         self._kept.end()
+
+
+def _is_comfys(code: Any) -> bool:
+    return str(getattr(code, "__module__", "")).partition(".")[0] in ("comfy", "comfy_extras")
 
 
 def residual_of(

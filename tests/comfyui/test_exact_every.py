@@ -190,6 +190,24 @@ def parts_by_sampler(model, sigmas, inner_times):
 
 
 @pytest.mark.parametrize("times, said", [(1, []), (2, ["cannot tell apart"])])
+def test_another_nodes_guider_may_ask_for_parts(sd15, tome, watched, times, said):
+    import comfy.samplers
+
+    class Guider(comfy.samplers.CFGGuider):
+        def __call__(self, x, *args, **kwargs):
+            return torch.cat([super(Guider, self).__call__(part, *args, **kwargs) for part in x.chunk(times, -1)], -1)
+
+    model = tome(sd15, **KEEPS)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 4)
+    guider = Guider(model)
+    guider.set_conds(host.conditioning(1), host.conditioning(2))
+    guider.set_cfg(4.0)
+    noise = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
+    assert len(watched[1]) == len(said) and all(word in why for word, why in zip(said, watched[1], strict=True))
+
+
+@pytest.mark.parametrize("times, said", [(1, []), (2, ["cannot tell apart"])])
 def test_another_nodes_sampler_may_ask_for_parts(sd15, tome, watched, times, said):
     import comfy.samplers
 
