@@ -72,6 +72,16 @@ def test_each_nth_step_from_start_is_exact(sd15, tome, steps_of):
     assert steps_of == [(True, 3), (False, 3), (False, 3), (True, 6), (False, 6)]
 
 
+def test_steps_draw_what_the_exact_one_drew(sd15, tome, monkeypatch):
+    module, drawn = host.pack_module("unet"), []
+    real = module.ModelCall
+    monkeypatch.setattr(
+        module, "ModelCall", lambda *given, **more: drawn.append(int(more["step"])) or real(*given, **more)
+    )
+    sample(tome(sd15, **KEEPS), steps=7)
+    assert drawn[:6] == [0, 0, 0, 3, 3, 3]
+
+
 def test_samplers_that_ask_twice_a_step(sd15, tome, steps_of, watched):
     sample(tome(sd15, ratio=0.75, exact_every=2), steps=4, sampler="heun")
     # At each level but the first and the last: what closes a step, what begins the next one.

@@ -484,9 +484,9 @@ def test_what_the_model_does_not_look_at_is_greyed(nodes_2, visit, tmp_path):
         f"{{ detail: {told} }})) }})",
         "ToMe",
     )
-    assert page.ask(greyed, "ToMe") == sorted({*idle["auto"], "levels", "cross_attention", "mlp"})
+    assert page.ask(greyed, "ToMe") == sorted({*idle["auto"], "levels", "cross_attention", "mlp", "exact_every"})
     page.set_value("ToMe", "method", "merge")
-    assert page.ask(greyed, "ToMe") == sorted({*idle["merge"], "levels", "cross_attention", "mlp"})
+    assert page.ask(greyed, "ToMe") == sorted({*idle["merge"], "levels", "cross_attention", "mlp", "exact_every"})
     if nodes_2:  # the control cannot be changed there
         page.page.get_by_test_id("advanced-inputs-button").first.click()
         label = page.page.locator("[data-node-id]").get_by_text("Levels", exact=True).first
