@@ -478,7 +478,7 @@ def test_what_the_model_does_not_look_at_is_greyed(nodes_2, visit, tmp_path):
     load(page, tmp_path)
     idle = page.client.node("ToMe")["input"]["required"]["ratio"][1]["tome_folded"]["idle"]
     greyed = "return node.widgets.filter((w) => w.disabled).map((w) => w.name).sort()"
-    told = "{ node: String(node.id), idle: ['levels', 'cross_attention', 'mlp'], means: {} }"
+    told = "{ node: String(node.id), idle: ['levels', 'cross_attention', 'mlp', 'exact_every'], means: {} }"
     page.ask(
         f"return import('/scripts/api.js').then(({{ api }}) => {{ api.dispatchEvent(new CustomEvent('tome.model', "
         f"{{ detail: {told} }})) }})",
