@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..shared_tome import ToMeConfig
+from ..shared_tome.attention.self_token import NOT_KEPT
+from ..shared_tome.attention.sequence import NOT_MULTIRES, JointCall
 from ..shared_tome.hooks.running import follow_modules
 from .dit_attention import COMFYUI, is_sparse
 from .log import say_once
@@ -133,3 +136,18 @@ def preferred_by(model: Any) -> dict[nn.Module, Callable[..., Tensor] | None]:
     found = {module(): getattr(part(), "function", None) for module, part in _known[model]}
     found = {module: getattr(func, "__wrapped__", func) for module, func in found.items() if module is not None}
     return found if any(found.values()) else {}
+
+
+def self_tokens(config: ToMeConfig, kernels: tuple[str, ...]) -> JointCall | None:
+    """What lets queries keep their own tokens; None where they shall not, or another's attention would run."""
+    if not config.wants_heads:
+        return None
+    if not kernels:
+        say_once(why_sampled(config))
+        return None
+    return JointCall(True, kernels, say_once, config.keeps_self)
+
+
+def why_sampled(config: ToMeConfig) -> str:
+    """What is said where an attention does not get the heads of all tokens: what the method does without."""
+    return NOT_KEPT if config.method == "sample" else NOT_MULTIRES

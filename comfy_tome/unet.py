@@ -18,8 +18,6 @@ from torch import Tensor
 
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention.bias import attend_tokens, minds_scale
-from ..shared_tome.attention.self_token import NOT_KEPT
-from ..shared_tome.attention.sequence import NOT_MULTIRES, JointCall
 from ..shared_tome.autotune.decisions import Decisions
 from ..shared_tome.autotune.layer import Attention
 from ..shared_tome.autotune.paying import Decision, Judge
@@ -30,7 +28,7 @@ from ..shared_tome.inspect.reasons import NO_WHOLE_TOKEN, why_not_served
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
 from ..shared_tome.merging.residual import ResidualCall
-from .chosen import OVERRIDE, Chosen
+from .chosen import OVERRIDE, Chosen, self_tokens, why_sampled
 from .dit_attention import AttentionCall, attend_joint, may_combine
 from .log import leave_alone, say_once
 from .model_call import (
@@ -199,7 +197,7 @@ class UNetCall(PatchedCall):
         # Nothing to measure with: nothing to join with either (a test's call, not a host's).
         attention = None if chosen is None else chosen.host
         kernels = () if chosen is None else chosen.kernels(call.seed.device)
-        joint = None if chosen is None else _self_tokens(call, kernels)
+        joint = None if chosen is None else self_tokens(call.config, kernels)
         replaced = replaced_layers(model, parts_of(call))
         decisions = Decisions(call, about, self._outcome.decided, judge)
         super().__init__(call, options, decisions, joint, record, replaced, attention, kernels, residual)
@@ -297,7 +295,7 @@ class UNetCall(PatchedCall):
                 if out is not None:
                     return out
             elif self._joint is not None:
-                say_once(_why_sampled(self.call.config))
+                say_once(why_sampled(self.call.config))
             k, v = (call.take(x, plan.choice[0]) for x in (k, v))  # what sampling before the projections gives
 
         def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -336,19 +334,3 @@ class _TriedCall(UNetCall):
 
     def leave(self, *_: Any, **__: Any) -> None:
         pass
-
-
-def _self_tokens(call: ModelCall, kernels: tuple[str, ...]) -> JointCall | None:
-    """What lets queries keep their own tokens; None where they shall not, or another's attention would run."""
-    config = call.config
-    if not config.wants_heads:
-        return None
-    if not kernels:
-        say_once(_why_sampled(config))
-        return None
-    return JointCall(True, kernels, say_once, config.keeps_self)
-
-
-def _why_sampled(config: ToMeConfig) -> str:
-    """What is said where an attention does not get the heads of all tokens: what the method does without."""
-    return NOT_KEPT if config.method == "sample" else NOT_MULTIRES
