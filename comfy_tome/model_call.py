@@ -69,13 +69,14 @@ class Answered:
 
 
 def call_key(call: ModelCall) -> str:
-    """What a compiled graph takes for granted of a call: all options but the seed, which is a tensor there."""
+    """What a compiled graph takes for granted of a call: all options but the seed, which is a tensor there, and
+    exact_every, which does nothing there."""
     return _config_key(call.config, call.alike)
 
 
 @functools.lru_cache(maxsize=64)
 def _config_key(config: ToMeConfig, alike: bool) -> str:
-    return repr(config.replace(seed=0)) + (" alike" if alike and config.share_match else "")
+    return repr(config.replace(seed=0, exact_every=0)) + (" alike" if alike and config.share_match else "")
 
 
 def halves_alike(options: dict[str, Any], x: Tensor, config: ToMeConfig) -> bool:

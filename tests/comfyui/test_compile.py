@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from . import host
 from .host import least_unet, run_node, sample
 
 # Another number alone, another flag alone, another method, and one of other modules beside the attention.
@@ -64,6 +65,16 @@ def test_takes_effect_on_a_compiled_model(model, tome, compiled):
         assert (made - plain).norm() / plain.norm() > 1e-3, f"{options} was ignored"
         same(made, eager)
     same(sample(compiled(model), steps=1), plain)
+
+
+def test_exact_steps_are_left_out_of_a_graph(model, tome, compiled):
+    """What is kept would have each step compiled anew; it says so."""
+    host.forget_log()
+    made = sample(compiled(tome(model, ratio=0.75)), steps=4)
+    known = graphs()
+    same(sample(compiled(tome(model, ratio=0.75, exact_every=2)), steps=4), made)
+    assert graphs() == known
+    assert any("exact every has no effect in a graph" in why for why in host.pack_module("log")._said)
 
 
 def test_seed_and_step_need_no_new_graph_and_a_plain_run_after_them_is_plain(model, tome, compiled):

@@ -19,6 +19,7 @@ CASES = {
     "sample": {"ratio": 0.75},
     "sample, uneven": {"ratio": 0.6},
     "sample, from 20%": {"ratio": 0.75, "start": 0.2},
+    "sample, exact every 2": {"ratio": 0.75, "exact_every": 2},
     "sample, falling": {"ratio": 0.75, "ratio_end": 0.0, "end": 0.8},
     "merge": {"method": "merge"},
     "merge, from 20%": {"method": "merge", "start": 0.2},
