@@ -9,7 +9,7 @@ already is called by ours. Both programs put the unpatched U-Net back before eac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -156,8 +156,7 @@ class _UNet:
         if call.config.wants_heads or sampling.residual is not None:
             self_tokens = SelfTokens(self._model, x.device, self._met, sampling)
         options = args["c"].get("transformer_options", {})
-        decisions = Decisions(call, log=sampling.decided)
-        given = call_tally, self_tokens, self._wide, decisions, sampling.residual
+        given = call_tally, self_tokens, self._wide, Decisions(call, log=sampling.decided), sampling.residual
         ours = ForgeCall(call, options, x.shape[0], sampling.notes, *given)
         with ours.hooks(self._model):
             out = run({**args, "c": {**args["c"], "transformer_options": ours.options}})
@@ -297,9 +296,6 @@ class ForgeCall(PatchedCall, AtSdpa):
 
     def meeting(self) -> tuple[JointCall | None, Plan | None, Tensor | None]:
         return self._joint, self._pending_self_token, None
-
-    def keeping(self) -> tuple[ResidualCall, Hashable] | None:
-        return self._keeping
 
     @property
     def pending(self) -> Tensor | None:

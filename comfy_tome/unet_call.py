@@ -8,7 +8,7 @@ extra_options.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -135,6 +135,10 @@ class PatchedCall(AroundParts):
         self._pending_self_token = plan if behind else None
         extra_options[KEY] = layer
         return layer.q, layer.k, layer.v
+
+    def keeping(self) -> tuple[ResidualCall, Hashable] | None:
+        """Of the layer that runs now: what has some steps exact, and the layer's name (parts.AtSdpa)."""
+        return self._keeping
 
     def after_attention(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
         """attn1_output_patch: out [B, N or M, C], after the output projection, before the residual."""

@@ -26,7 +26,7 @@ from .methods import (
     REDUCES,
     Method,
 )
-from .options import Option, Widget, check_together, checked, lines, option
+from .options import Option, Widget, check_together, checked, lines, option, widgets_of
 
 
 @dataclass(frozen=True)
@@ -330,21 +330,7 @@ class ToMeConfig:
     @classmethod
     def widgets(cls) -> list[Widget]:
         """The controls of a user interface, in order; `stride` becomes stride_x and stride_y."""
-        found = []
-        for field in dataclasses.fields(cls):
-            option: Option = field.metadata["option"]
-            if not option.parts:
-                new = field.default if option.new is None else option.new
-                found.append(Widget(field.name, new, option, field.default))
-            for part, default in zip(option.parts, field.default if option.parts else (), strict=True):
-                found.append(
-                    Widget(
-                        f"{field.name}_{part}",
-                        default,
-                        dataclasses.replace(option, label=f"{option.label} {part}", parts=()),
-                    )
-                )
-        return found
+        return widgets_of(dataclasses.fields(cls))
 
     @classmethod
     def from_widgets(cls, **values: Any) -> ToMeConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,20 @@ class Widget:
     def unnamed(self) -> Any:
         """The value where none is given."""
         return self.default if self.missing is None else self.missing
+
+
+def widgets_of(fields: Iterable[dataclasses.Field]) -> list[Widget]:
+    """The controls of options, in order; one of several parts becomes one control each."""
+    found = []
+    for field in fields:
+        option: Option = field.metadata["option"]
+        if not option.parts:
+            new = field.default if option.new is None else option.new
+            found.append(Widget(field.name, new, option, field.default))
+        for part, default in zip(option.parts, field.default if option.parts else (), strict=True):
+            one = dataclasses.replace(option, label=f"{option.label} {part}", parts=())
+            found.append(Widget(f"{field.name}_{part}", default, one))
+    return found
 
 
 def option(default: Any, label: str, help: str, **kwargs: Any) -> Any:
