@@ -14,6 +14,8 @@ from .fidelity_tables import CELLS, percent
 from .frontier_times import PLACES, Place, best, frontier_rows
 
 HELD = ("outputs reused", "attention held", "drawn between", "drawn + residual", "drawn from 0.2")
+TILED = "HyperTile"
+"""The family of tiles-MODEL.csv."""
 WHOLE = ("outputs reused", "EasyCache", "LazyCache")
 """Families that use whole outputs again."""
 SHOWN = (*PRESETS, "EasyCache 0.1", "EasyCache 0.2", "EasyCache 0.3")

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from lab.fidelity import tails
-from lab.fidelity.hooks import Run
-from lab.fidelity.methods import CATALOGUE, WORKS
+from lab.fidelity.hooks import MergedSelfAttention, Run
+from lab.fidelity.methods import CATALOGUE, WORKS, Variant
+from lab.models.unet import CrossAttention
+from shared_tome import ToMeConfig
 from shared_tome.merging.plan import MultiresPlan
 
 GRID, TEXT, D = (8, 12), 5, 8
@@ -78,3 +80,23 @@ def test_a_step_of_multires_is_measured_by_the_core():
     run.begin(GRID, torch.device("cpu"), torch.tensor([1]), 0, 4)
     plan = run.call.plan(torch.zeros(1, 96, 1), GRID)
     assert isinstance(plan, MultiresPlan) and run.joint is not None
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_tiles_attend_to_themselves_alone(strips):
+    """HyperTile, tile by tile; keys in strips are those of as many tokens in the order of the rows."""
+    attn = CrossAttention(16, None, 2, 8)
+    x = torch.randn(2, 96, 16, generator=torch.Generator().manual_seed(0))
+    run = Run(Variant("two tiles", "HyperTile", ToMeConfig(ratio=0.0), tiles=2, strips=strips))
+    run.begin(GRID, x.device, torch.zeros(1, dtype=torch.int64), 0, 30)
+    made = MergedSelfAttention(attn, run)(x).unflatten(1, GRID)
+    for place in range(4):
+        top, left = place // 2 * 4, place % 2 * 6
+        tile = x.unflatten(1, GRID)[:, top : top + 4, left : left + 6].flatten(1, 2)
+        expected = attn(tile, x[:, 24 * place : 24 * place + 24] if strips else tile).unflatten(1, (4, 6))
+        torch.testing.assert_close(made[:, top : top + 4, left : left + 6], expected)
+    assert run.cost_all == 0.25
+    with pytest.raises(ValueError, match=r"\(8, 12\) tokens cannot be cut into 5 x 5 tiles"):
+        MergedSelfAttention(attn, Run(Variant("five", "HyperTile", ToMeConfig(ratio=0.0), tiles=5)))._in_tiles(
+            x, GRID, 5
+        )
