@@ -16,26 +16,26 @@ SERVERS = {
     "the demo's server": ("comfyui/test_http.py", "comfyui/test_record_http.py", "comfyui/test_compare_http.py"),
     "the workflows' server": ("workflows/test_queue.py", "workflows/test_page.py"),
 }
-# The longest first, 20 s of one core or more each. None is in fast.txt.
+# The longest first, 15 s of one core or more each. None is in fast.txt.
 LONGEST = (
-    "kernels/test_compiles.py",
     "web/test_comfyui.py",
-    *SERVERS["the workflows' server"],
+    "kernels/test_compiles.py",
     *SERVERS["the demo's server"],
-    "web/test_a1111.py",
-    "kernels/test_interpreted_match.py",
-    "comfyui/test_compile.py",
-    "a1111/test_gradio.py",
-    "kernels/test_interpreted_attend.py",
     "comfyui/test_dit_compile.py",
+    *SERVERS["the workflows' server"],
+    "web/test_a1111.py",
+    "comfyui/test_compile.py",
+    "core/test_compile.py",
     "comfyui/test_combined.py",
-    "kernels/test_interpreted_multires.py",
-    "kernels/test_interpreted_drawn.py",
-    "kernels/test_interpreted_self_token.py",
-    "kernels/test_interpreted.py",
-    "comfyui/test_neighbours.py",
+    "a1111/test_gradio.py",
     "comfyui/test_two_devices.py",
+    "kernels/test_interpreted_match.py",
+    "kernels/test_interpreted_drawn.py",
+    "kernels/test_interpreted.py",
     "comfyui/test_split_sampling.py",
+    "kernels/test_interpreted_self_token.py",
+    "kernels/test_interpreted_attend.py",
+    "comfyui/test_decisions.py",
 )
 
 
