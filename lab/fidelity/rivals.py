@@ -17,6 +17,8 @@ SHARES = (0.75, 0.5, 0.9, 0.6, 0.4, 0.25)
 """Of the steps that are left."""
 AGAIN = "unmerged again"
 """In other batches: how far rounding alone takes pictures, which are put together anew where a cache skips some."""
+EXACT = "ToMe, exact every"
+"""The family of the option exact_every: with Quality, whose method and start these rows have."""
 TAILS = (0.84, 0.9, 0.77, 0.67)
 """Ratios of the pooled-tail rule."""
 TILES = (8, 4, 2)
@@ -80,6 +82,13 @@ def holds(transformer: bool) -> list[Variant]:
     method, ratio = drawn.split()
     config = ToMeConfig(**{**BASE, "method": method, "ratio": float(ratio), "own_token": True})
     found = []
+
+    def residual(every: int, times: str) -> Variant:
+        name, family = f"attention {times}, {drawn} + residual", "drawn + residual"
+        if not transformer:  # where people can choose it
+            name, family = f"Quality exact every {every}", EXACT
+        return _choice(name, family, config, hold=Hold(every, "residual"))
+
     for every in (2, 3, 4, 6):
         times = f"1 of {every}"
         whole = {"start": 0.2, "end": 1.0, "every": every}
@@ -87,7 +96,7 @@ def holds(transformer: bool) -> list[Variant]:
             _choice(f"outputs {times}", "outputs reused", reuse=Reuse("output", **whole)),
             _choice(f"attention {times}", "attention held", hold=Hold(every, "held")),
             _choice(f"attention {times}, {drawn} between", "drawn between", config, hold=Hold(every, "drawn")),
-            _choice(f"attention {times}, {drawn} + residual", "drawn + residual", config, hold=Hold(every, "residual")),
+            residual(every, times),
         ]
         if every == 2:
             found.append(_choice(f"differences {times}", "outputs reused", reuse=Reuse("difference", **whole)))

@@ -7,6 +7,7 @@ from typing import Any
 
 from shared_tome.methods import PRESETS
 
+from ..fidelity.rivals import EXACT
 from ..store import RESULTS, Row
 from .frontier_recipe import LIMITS, choices, fastest
 from .frontier_times import Place, best, frontier_rows
@@ -25,6 +26,7 @@ SERIES = {
     "fewer steps": ("fewer steps", "#8a8a8a", "s", 6),
     "EasyCache": ("EasyCache", "#d55e00", "^", 8),
     "both": ("EasyCache or fewer steps, with ToMe", "#009e73", "D", 7),
+    EXACT: ("ToMe: Quality exact every 2 to 6", "#56b4e9", "o", 8),
     "ToMe": ("ToMe: Quality, Balanced, Fast", "#0072b2", "o", 10),
 }
 LOWEST = 24.0
@@ -56,7 +58,7 @@ def panel(axes: Any, rows: list[Row], model: str, place: Place) -> None:
         line = sorted(found[name] for name in found if kinds[name] == kind and (kind != "both" or name in edge))
         axes.plot(
             *zip(*line, strict=True), marker=marker, color=colour, markersize=size, markeredgecolor=PAPER, label=label,
-            linestyle="", zorder=3 if kind in ("ToMe", "both") else 2,
+            linestyle="", zorder=3 if kind in ("ToMe", EXACT, "both") else 2,
         )  # fmt: skip
     named = {*PRESETS, *(fastest(choices(rows, place), least) for least in LIMITS)}
     highest, free = max(psnr for _, psnr in found.values()) + 4, LOWEST

@@ -8,6 +8,7 @@ from typing import Any
 
 from shared_tome.methods import PRESETS
 
+from ..fidelity.rivals import EXACT
 from ..store import RESULTS, Row
 from .frontier_tables import points
 from .frontier_times import PLACES, Place, best, frontier_rows
@@ -16,6 +17,7 @@ from .style import INK, PAPER, figure_of, put_legend, save
 # family without a preset: (colour, marker). Colours after Okabe and Ito.
 STYLES = {
     "ToMe": ("#0072b2", "o"),
+    EXACT: ("#56b4e9", "o"),
     "fewer steps": ("#7a7a7a", "s"),
     "EasyCache": ("#d55e00", "^"),
     "LazyCache": ("#e69f00", "v"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from shared_tome.methods import PRESETS
 
 from ..fidelity.methods import UNMERGED
-from ..fidelity.rivals import AGAIN
+from ..fidelity.rivals import AGAIN, EXACT
 from ..store import RESULTS, Row, markdown, read
 from .fidelity_tables import CELLS, percent
 from .frontier_times import PLACES, Place, best, frontier_rows
@@ -64,7 +64,7 @@ def held(model: str = "dit", folder: Path = RESULTS / "fidelity", places: Sequen
     none of them is as fast or as slow.
     """
     rows, places = frontier_rows(model, folder), PLACES[model] if places is None else places
-    mine = [row for row in rows if row["family"] in HELD]
+    mine = [row for row in rows if row["family"] in (*HELD, EXACT)]
     if not mine:
         return ""
     lines = []
