@@ -104,6 +104,18 @@ def test_a_sampler_that_chooses_its_steps_goes_by_the_noise_levels(sd15, tome, s
     assert exact[0] and 2 <= exact.count(True) < len(exact) and watched[1] == []
 
 
+def test_prompts_for_areas(sd15, tome, steps_of, watched):
+    """ComfyUI gives the negative prompt a copy of each, under one uuid."""
+    areas = [(16, 8, 0, 0), (16, 8, 0, 8)]
+    prompts = [host.conditioning(5 + i, area=area, strength=1.0)[0] for i, area in enumerate(areas)]
+    given = {"positive": host.conditioning(1) + prompts, "steps": 6}
+    plain = sample(sd15, **given)
+    without, kept = (sample(tome(sd15, ratio=0.75, exact_every=n), **given) for n in (0, 2))
+    assert watched[1] == [] and psnr(kept, plain) > psnr(without, plain) + 7
+    # Each step takes two calls: of the whole picture, and of the areas.
+    assert [exact for exact, _ in steps_of] == [True, True, False, False] * 3
+
+
 def split_batches(monkeypatch, patcher, rule):
     """Memory for one row alone in the calls of the sampler for which rule(number) holds."""
     calls = [0]
