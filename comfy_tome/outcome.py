@@ -108,7 +108,7 @@ class Outcome:
         if self._skipped is not None and not self._reached:
             why = why_no_step(self._skipped, self._what)
             return why + what_to_change([why])
-        if self._exact is not None:
+        if self._exact is not None and self._why_not_exact is None:
             return ALONE
         if not self._reasons:
             return NOT_MET
@@ -119,10 +119,15 @@ class Outcome:
         copy it from, what was decided; decided: where that is of several samplings. older: see OutcomePatch."""
         why = self.line()
         found = [f"{NOTHING}: {why}" if why is not None else self._sizes_told(), *self.decided.notes()]
-        found += [older, None if why is not None else "More: ToMe Report"]
+        found += [self._why_not_exact, older, None if why is not None else "More: ToMe Report"]
         decided = self.decided if decided is None else decided
         found += [decided.as_text if why is None or decided.leaves_alone else None]
         return ". ".join(filter(None, found))
+
+    @property
+    def _why_not_exact(self) -> str | None:
+        """Why the option exact_every had no effect, or None; a first call may have been exact before it was known."""
+        return None if self.residuals is None else self.residuals.why_off
 
     def _sizes_told(self) -> str:
         """What was merged and what was not."""
@@ -131,7 +136,7 @@ class Outcome:
         text = "merged" if not merged else f"{len(merged)} of {counted(total, 'size')} merged"
         if merged:
             text += f" ({', '.join('x'.join(map(str, grid)) for grid in merged)} tokens)"
-        if self._exact is not None and merged:
+        if self._exact is not None and merged and self._why_not_exact is None:
             text += f", {self._exact}"
         if self._speedup is not None:
             text += f", a step was measured {self._speedup:.2f}x as fast"

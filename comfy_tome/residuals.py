@@ -25,6 +25,11 @@ class SamplingResiduals:
         self._is_own = _is_comfys(getattr(sampler, "sampler_function", sampler)) and _is_comfys(type(guider))
         self._asked = 0
 
+    @property
+    def why_off(self) -> str | None:
+        """Why nothing is kept in this sampling, or None."""
+        return self._kept.why_off
+
     def ask(self) -> None:
         """The sampler asks the model anew."""
         self._asked += 1

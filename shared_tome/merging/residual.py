@@ -48,12 +48,13 @@ def exact_told(every: int) -> str:
 class Residuals:
     """Of one sampling, and owned by what the host has for it. Safe to be used from several threads.
 
-    every: from one exact step to the next. say: called once with why nothing is kept from then on.
+    every: from one exact step to the next. say: called once with why nothing is kept from then on (why_off).
     """
 
     def __init__(self, every: int, say: Callable[[str], None]):
         self.every, self._say = every, say
         self.is_on = True
+        self.why_off: str | None = None
         self._kept: dict[tuple, Tensor] = {}
         self._period: tuple | None = None  # the same from one exact step to the next
         self._first: int | None = None  # merged step
@@ -110,6 +111,7 @@ class Residuals:
         """Nothing is kept or added any more."""
         with self._lock:
             was_on, self.is_on = self.is_on, False
+            self.why_off = why if was_on else self.why_off
             self._kept.clear()
         if was_on:
             self._say(why)

@@ -326,6 +326,27 @@ def test_an_attention_that_asks_no_override_is_said(sd15, tome, watched, monkeyp
     assert any("cannot see an attention" in why for why in watched[1])
 
 
+@pytest.fixture
+def told(monkeypatch):
+    """What the node says of each sampling."""
+    module, found = host.pack_module("outcome"), []
+    real = module.Outcome.as_text
+    monkeypatch.setattr(module.Outcome, "as_text", lambda self, *given: found.append(real(self, *given)) or found[-1])
+    return found
+
+
+def test_the_line_tells_why_nothing_was_kept(comfy_nodes, sd15, tome, told):
+    """Each time, though the log says it once; and it calls no layer exact."""
+    for steps in (4, 4):
+        sample(tome(tiled(sd15), **KEEPS), steps=steps)
+    model = host.run_node(comfy_nodes["PerturbedAttentionGuidance"], model=sd15, scale=2.0)
+    sample(tome(model, **KEEPS), steps=4)
+    for line in told:
+        assert "sizes merged" in line and "in every" not in line
+        assert line.count("exact every has no effect in this sampling: in a step the model is called") == 1
+    assert len(told) == 3
+
+
 def test_the_line_and_the_report_tell_it(comfy_nodes, sd15, tome):
     patcher = host.run_node(comfy_nodes["ToMeRecord"], model=sd15)
     recorder = patcher if hasattr(patcher, "model_options") else patcher[0]
