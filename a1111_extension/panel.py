@@ -10,10 +10,10 @@ from typing import Any
 import gradio as gr
 from modules.ui_components import InputAccordion
 
-from ..shared_tome.methods import CUSTOM, PRESETS
+from ..shared_tome.methods import AUTO, CUSTOM, METHODS, PRESETS, idle_options
 from ..shared_tome.options import Widget
 from .infotext import LABELS, older, paste_function
-from .options import PRESET_OPTIONS, WIDGETS, control, preset_of
+from .options import NAMES, PRESET_OPTIONS, WIDGETS, control, preset_of
 
 try:
     from modules.infotext_utils import PasteField
@@ -23,6 +23,11 @@ try:
     from modules.ui_gradio_extensions import webpath
 except ImportError:
     webpath = None
+
+
+_QUIET = {"queue": False, "show_progress": "hidden", "api_name": False}
+# Controls that have no meaning with some method: they are grey with it.
+_MARKED = tuple(name for name in NAMES if any(name in idle_options(method) for method in (AUTO, *METHODS)))
 
 
 def build(elem_id: Callable[[str], str], start: dict[str, Any], is_img2img: bool) -> tuple[list[Any], list[Any]]:
@@ -52,6 +57,7 @@ def build(elem_id: Callable[[str], str], start: dict[str, Any], is_img2img: bool
         more = link("What each option does, and how to choose") or "docs/settings.md says more of each option"
         gr.HTML(value=more, elem_id=elem_id("help"))
     _connect(preset, [made[name] for name in PRESET_OPTIONS])
+    made["method"].change(_mark_idle, [made["method"]], [made[name] for name in _MARKED], **_QUIET)
     controls = [made[widget.name] for widget in WIDGETS]
     for made_control in (preset, *controls):
         # The page's ui-config.json would keep today's start values for ever and overrule the Settings.
@@ -73,10 +79,15 @@ def _make_preset(elem_id: Callable[[str], str], start: dict[str, Any]) -> Any:
 
 def _connect(preset: Any, options: list[Any]) -> None:
     """Only a person's choice sets the options, so that the two ways cannot chase each other."""
-    quiet = {"queue": False, "show_progress": "hidden", "api_name": False}
-    preset.input(_choose_preset, [preset, *options], [preset, *options], **quiet)
+    preset.input(_choose_preset, [preset, *options], [preset, *options], **_QUIET)
     for option in options:  # moved by hand, by a preset or by a pasted text
-        option.change(preset_of, options, [preset], **quiet)
+        option.change(preset_of, options, [preset], **_QUIET)
+
+
+def _mark_idle(method: str) -> list[Any]:
+    """What _MARKED become: grey where the method does not look at them."""
+    idle = idle_options(method)
+    return [gr.update(interactive=name not in idle) for name in _MARKED]
 
 
 def _choose_preset(name: str, *values: Any) -> list[Any]:
@@ -103,6 +114,7 @@ def _make(widget: Widget, elem_id: Callable[[str], str], start: dict[str, Any], 
         info=widget.option.line,
         elem_id=elem_id(widget.name),
         visible=visible,
+        interactive=widget.name not in idle_options(start["method"]),
         **arguments,
     )
 

@@ -46,6 +46,25 @@ def preset_events(config) -> list:
     return found
 
 
+def marks(config, panel) -> dict:
+    """What is grey at the start on txt2img, by name; what the method's event sets; and what it would, by method."""
+    prefix = "script_txt2img_tome_"
+    names = {part["id"]: str(part["props"].get("elem_id", "")).removeprefix(prefix) for part in config["components"]}
+    grey = [
+        names[part["id"]]
+        for part in config["components"]
+        if str(part["props"].get("elem_id", "")).startswith(prefix) and part["props"].get("interactive") is False
+    ]
+    events = [[names[one] for one in event["outputs"]] for event in config["dependencies"]]
+    sets = next((list(outputs) for outputs in events if "stride_x" in outputs and "preset" not in outputs), [])
+    grey_with = {
+        method: [name for name, update in zip(panel._MARKED, panel._mark_idle(method), strict=True)
+                 if not update["interactive"]]
+        for method in ("auto", "sample", "merge")
+    }  # fmt: skip
+    return {"grey": grey, "sets": sets, "with": grey_with}
+
+
 def main() -> None:
     """Build, ask again as the API does, and print what came of it as JSON."""
 
@@ -75,6 +94,10 @@ def main() -> None:
                 "ids": [control.elem_id for control in controls],
                 "settings": len(host.opts.data_labels),
                 "preset": preset_events(config),
+                "marks": marks(
+                    config,
+                    next(module for name, module in sys.modules.items() if name.endswith("a1111_extension.panel")),
+                ),
                 "texts": json.dumps(described),
                 "older": type(older.value)(told({"ToMe ratio": "0.5", "ToMe version": "0.1.0"})),
                 "newer": type(older.value)(told({"ToMe ratio": "0.5", "ToMe version": program.VERSION})),

@@ -9,7 +9,7 @@ class Component:
     """A control. Raises TypeError for an argument that the real one (3.41 and 4.40) does not take."""
 
     takes: frozenset[str] = frozenset()
-    _common = frozenset({"label", "info", "elem_id", "visible", "elem_classes"})
+    _common = frozenset({"label", "info", "elem_id", "visible", "elem_classes", "interactive"})
 
     def __init__(self, value: Any = None, **arguments: Any):
         unknown = set(arguments) - self._common - self.takes
@@ -38,8 +38,17 @@ class Component:
         return _set({self: value})
 
 
+def update(*, interactive: bool) -> dict[str, Any]:
+    """What changes of a control, and not its value."""
+    return {"interactive": interactive}
+
+
 def _set(values: dict[Component, Any]) -> int:
     """All values first, then the events of those that changed: as the page does with what a function returns."""
+    for control, value in values.items():
+        for name, part in value.items() if isinstance(value, dict) else ():  # of update()
+            setattr(control, name, part)
+    values = {control: value for control, value in values.items() if not isinstance(value, dict)}
     changed = [control for control, value in values.items() if control.value != value]
     for control, value in values.items():
         control.value = value

@@ -65,3 +65,8 @@ def test_the_panel_and_the_settings_are_what_gradio_takes(path):
     assert ["preset", "input", ["preset", *options], False] in found["preset"]
     shows = [[option, "change", ["preset"], False] for option in options]
     assert all(event in found["preset"] for event in shows) and len(found["preset"]) == 5
+    marks = found["marks"]
+    assert {"stride_x", "reduce", "mlp"} <= set(marks["grey"]) and "own_token" not in marks["grey"]
+    assert set(marks["grey"]) == set(marks["with"]["auto"]) and "preset" not in marks["sets"]
+    assert set(marks["grey"]) < set(marks["sets"]) and "whole" in marks["with"]["sample"]
+    assert "stride_x" not in marks["with"]["merge"] and "own_token" in marks["with"]["merge"]
