@@ -50,9 +50,9 @@ class UNetAttachment(base.BaseAttachment):
     def __init__(
         self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True, judge: Judge | None = None
     ):
+        self.merge_attn, self._judge = merge_attn, judge  # before anything is said
         super().__init__(config.resolved(multires=False), pipe)
         self.decided.resolve(config, self.config)
-        self.merge_attn, self._judge = merge_attn, judge
         self._busy: set[tuple] = set()  # kinds of steps that do not wait for the processor
         self._timed_until: dict[tuple, float] = {}  # when a kind of steps is asked about again, by the monotonic clock
         self.trials = ScriptTrials()
