@@ -45,8 +45,8 @@ class SamplingResiduals:
         if step is None:
             self._kept.turn_off(UNKNOWN)
             return None
-        # A part of the batch for each conditioning: how memory splits the batch does not matter. ComfyUI copies one with
-        # an area, uuid included, to the other prompt.
+        # A part of the batch for each conditioning: how memory splits the batch does not matter. ComfyUI copies one
+        # with an area, uuid included, to the other prompt.
         sides, uuids = options.get("cond_or_uncond") or ("all",), options.get("uuids") or ()
         names: list[Hashable] = list(zip(uuids, sides, strict=True) if len(uuids) == len(sides) else uuids or sides)
         evaluation = self._asked if self._is_own else level_now(options)
