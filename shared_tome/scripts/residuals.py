@@ -19,16 +19,16 @@ from .steps import Steps
 class RunResiduals:
     """Of one model, a run at a time. A pipeline's scheduler tells its runs apart.
 
-    What is kept ends with the run's last call, with the prompt that its pipeline holds (after an error, or where a
+    What is kept goes with the run's last call, with the prompt that its pipeline holds (after an error, or where a
     part is run), with the next run, or with the hooks.
     """
 
     def __init__(self, steps: Steps, say: Callable[[str], None]):
         self._steps, self._say = steps, say
         self._now: Residuals | None = None
-        self._run: weakref.ref | None = None  # the timesteps
+        self._run = 0  # its number (Steps.runs)
         self._prompt: weakref.ref | None = None  # the last call's
-        self._is_tied = False
+        self._tied: weakref.finalize | None = None  # to a prompt
 
     def __deepcopy__(self, memo: dict) -> RunResiduals:
         return RunResiduals(copy.deepcopy(self._steps, memo), copy.deepcopy(self._say, memo))  # a copy's run is its own
@@ -40,11 +40,10 @@ class RunResiduals:
         if base.compiles() or base.captures(x.device):
             self._say(COMPILED)
             return None
-        entry, run = self._steps.entry(timestep), self._steps.timesteps
-        if self._now is None or (None if self._run is None else self._run()) is not run:
+        entry, run = self._steps.entry(timestep), self._steps.runs
+        if self._now is None or self._run != run:
             self.end()
-            self._now, self._is_tied = Residuals(config.exact_every, self._say), False
-            self._run = None if run is None else weakref.ref(run)
+            self._now, self._run, self._tied = Residuals(config.exact_every, self._say), run, None
         if config.ratio == 0.0:
             self._now.forget()
             return None
@@ -56,11 +55,11 @@ class RunResiduals:
 
     def _tie(self, prompt: Any) -> None:
         """What is kept goes with a prompt that comes again: a pipeline's own. A new one in each call ends nothing."""
-        if not isinstance(prompt, Tensor) or self._is_tied:
+        if not isinstance(prompt, Tensor) or (self._tied is not None and self._tied.alive):
             return
         if self._prompt is not None and self._prompt() is prompt:
-            weakref.finalize(prompt, self._now.end).atexit = False
-            self._is_tied = True
+            self._tied = weakref.finalize(prompt, self._now.forget)  # a run may go on with another one
+            self._tied.atexit = False
         self._prompt = weakref.ref(prompt)
 
     def end_call(self, failed: bool) -> None:
@@ -72,3 +71,4 @@ class RunResiduals:
         """What was kept goes."""
         if self._now is not None:
             self._now.end()
+            self._now = None

@@ -43,6 +43,7 @@ class Steps:
         self._count: Tensor | None = None
         self._counted: weakref.ref | None = None  # the run's timesteps
         self._at: int | None = None  # the place of its last call among them
+        self.runs = 0  # that `entry` has seen begin
 
     @property
     def pipe(self) -> Any:
@@ -111,19 +112,22 @@ class Steps:
         """The place among a pipeline's timesteps that this call of the model is for; to be asked at each. Synchronises.
 
         None where that is not known: no pipeline tells, or the model is not called once for each of them (tiles, cond
-        and uncond in calls of their own). A run begins with any of them.
+        and uncond in calls of their own). A run begins with any of them; another one of the same list
+        where the noise rises and the list's does not.
         """
         known, run = None if timestep is None else self._timesteps(timestep), self._of_scheduler()
         if known is None:
             return None
         now, listed = float(self._now(timestep, torch.device("cpu"))), known.tolist()
-        if self._counted is None or self._counted() is not run:
-            self._counted = weakref.ref(run)
-            self._at = max((place for place, one in enumerate(listed) if one == now), default=None)
-        elif self._at is not None:
+        goes_on = self._counted is not None and self._counted() is run
+        following = [] if self._at is None else listed[self._at + 1 :]
+        if goes_on and following[:1] == [now]:
             self._at += 1
-            if self._at >= len(listed) or listed[self._at] != now:
-                self._at = None
+        elif not goes_on or (self._at is not None and (now > listed[self._at] or len(listed) == 1)):
+            self._counted, self.runs = weakref.ref(run), self.runs + 1
+            self._at = max((place for place, one in enumerate(listed) if one == now), default=None)
+        else:
+            self._at = None
         return self._at
 
     def step(self, timestep: Any, device: torch.device) -> Tensor | int:

@@ -200,6 +200,40 @@ def test_memory_is_given_back_after_an_error(kept, error):
     shared_tome.remove_patch(pipe)
 
 
+@torch.no_grad()
+def loop(pipe, stop=6, prompts=(2,) * 6):
+    """A script's own loop over the timesteps that its scheduler was given once."""
+    x, last = models.noise(2, 4, 16, 16), None
+    for timestep, seed in zip(pipe.scheduler.timesteps[:stop], prompts, strict=False):
+        if seed != last:
+            last, prompt = seed, models.noise(2, 7, 16, seed=seed)
+        x = x - 0.1 * pipe.unet(x, timestep, prompt).sample
+    return x
+
+
+EACH_THIRD = [(True, 0), (False, 0), (False, 0), (True, 3), (False, 3), (False, 3)]
+
+
+@pytest.mark.parametrize("count, stop", [(6, 6), (6, 3), (1, 1)])
+def test_a_scheduler_may_serve_many_runs(kept, said, count, stop):
+    """Also behind one that was stopped."""
+    pipe = patched(pipeline())
+    pipe.scheduler.set_timesteps(count)
+    first = loop(pipe, stop)
+    kept[0].clear()
+    second = loop(pipe)
+    assert kept[0] == EACH_THIRD[:count] and (torch.equal(first, second) or stop < count)
+    assert said == [residual.ALONE] * (count == 1)
+
+
+def test_a_run_may_go_on_with_another_prompt(kept, said):
+    """What was kept goes with the first, and the next step is exact."""
+    pipe = patched(pipeline())
+    pipe.scheduler.set_timesteps(6)
+    loop(pipe, prompts=(2, 2, 3, 3, 3, 3))
+    assert kept[0] == [(True, 0), (False, 0), (True, 2), (True, 3), (False, 3), (False, 3)] and said == []
+
+
 @pytest.fixture
 def held():
     """held(pipe): the prompts of all its calls stay, so that nothing of a run goes with them."""
