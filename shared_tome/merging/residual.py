@@ -62,7 +62,7 @@ class Residuals:
         self._evaluation: Hashable = None
         self._seen: set[Hashable] = set()  # in this evaluation
         self._has_kept = self._has_added = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # Python may free a prompt in the midst, and `forget` is asked for by that
 
     @classmethod
     def of(cls, config: ToMeConfig, say: Callable[[str], None]) -> Residuals | None:
@@ -100,7 +100,7 @@ class Residuals:
             if period != self._period:
                 self._kept.clear()
                 self._period, self._exact, self._draw = period, step, draw
-            kept = {name for _, name, *_ in self._kept}
+            kept = {name for _, name, *_ in list(self._kept)}
             exact = step == self._exact or kept.isdisjoint(names)
             made = ResidualCall(self, self._draw, tuple(names), exact, step == self._exact)
         if twice:

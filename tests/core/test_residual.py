@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -223,3 +225,20 @@ def test_what_a_layer_is_decided_by_does_not_change():
     assert len(keys) == 1
     case = layer._case(*given, ToMeConfig(exact_every=4), "torch", (), "")
     assert case.config == layer._case(*given, ToMeConfig(), "torch", (), "").config
+
+
+def test_memory_may_be_given_back_in_the_midst_of_a_call():
+    """Python frees a prompt that a cycle holds whenever it likes, and with it what was kept (scripts/residuals.py)."""
+    host = Sampling()
+    host.step(0)
+
+    class Frees:
+        def __ne__(self, other):
+            host.residuals.forget()
+            return True
+
+    found = []
+    thread = threading.Thread(target=lambda: found.append(host.residuals.call(1, 1, Frees(), ("a", "b"))), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert found and found[0].exact
