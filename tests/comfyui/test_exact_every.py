@@ -202,6 +202,15 @@ def test_perturbed_attention_calls_again(comfy_nodes, sd15, tome, watched):
     assert any("cannot tell apart" in why for why in watched[1])
 
 
+def test_self_attention_guidance_asks_for_one_side_again(comfy_nodes, sd15, tome, steps_of, watched):
+    """Of a blurred picture, in each step: which is a part of its own."""
+    model = host.run_node(comfy_nodes["SelfAttentionGuidance"], model=sd15, scale=0.5, blur_sigma=2.0)
+    plain = sample(model, steps=6)
+    without, kept = (sample(tome(model, ratio=0.75, exact_every=n), steps=6) for n in (0, 3))
+    assert psnr(kept, plain) > psnr(without, plain) + 7 and watched[1] == []
+    assert [exact for exact, _ in steps_of] == [True, True, False, False, False, False] * 2
+
+
 def parts_by_sampler(model, sigmas, inner_times):
     """Another node's sampler, which asks the model for each half of the picture at every level."""
     import comfy.samplers
