@@ -117,8 +117,8 @@ class PatchedCall(AroundParts):
         plan, place = None if layer is None else layer.plan, extra_options.get("block_index", 0)
         name, exact = block_name(extra_options), False
         if layer is not None and residual is not None:
-            self._keeping = residual, (name, place, grid)
-            exact = residual.begin(self._keeping[1], q)
+            self._keeping = residual, (name, place)
+            exact = residual.begin(self._keeping[1], q, grid)
         if self._record is not None and exact:
             self._record.left_alone(residual.told, name, grid, place)
         elif self._record is not None:

@@ -264,7 +264,7 @@ class HeldAttention(nn.Module):
             with run.drawing() if run.call is None else nullcontext():
                 return self.inner(x, *args)
 
-        run.residual.begin(self, x)
+        run.residual.begin(self, x, run.full)
         return run.residual.attend(self, drawn, lambda: self.inner(x, *args))
 
 

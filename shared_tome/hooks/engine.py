@@ -225,7 +225,7 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         """What attn1 is given instead, (args, kwargs), or None."""
         call, x = self.owner.call.model, given.x
         layer = call.attention(x, x, x, grid, metric=now.metric, keeps_self=keeps_self)
-        if layer is not None and self.residual is not None and self.residual.begin(self, x):
+        if layer is not None and self.residual is not None and self.residual.begin(self, x, grid):
             self.tell_exact(grid, self.residual.told)
         else:
             self.tell(now, grid, None if layer is None else layer.plan)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import ToMeConfig
+from ..core.grid import Grid
 
 # Why nothing is kept, for people.
 TWICE = (
@@ -167,10 +168,11 @@ class ResidualCall:
         """See Residuals."""
         self._owner.turn_off(why)
 
-    def begin(self, layer: Hashable, x: Tensor) -> bool:
+    def begin(self, layer: Hashable, x: Tensor, grid: Grid) -> bool:
         """A layer is about to be worked out: whether its output will be the whole one, for all rows.
 
-        layer: its name in the model. x: its tokens [B, N, C]; what is kept holds for their shape, dtype and device.
+        layer: its name in the model. x: its tokens [B, N, C] on the grid; what is kept holds for their grid, shape,
+        dtype and device.
         """
         if layer in self._layers:  # two layers of one name
             self.turn_off(TWICE)
@@ -178,7 +180,7 @@ class ResidualCall:
             return False
         names = self._names if x.shape[0] % len(self._names) == 0 else (self._names,)
         shape = (x.shape[0] // len(names), *x.shape[1:])
-        keys = [(layer, name, shape, x.dtype, x.device) for name in names]
+        keys = [(layer, name, grid, shape, x.dtype, x.device) for name in names]
         found = [None] * len(keys) if self._renews else self._owner.find(keys)
         self._layers[layer] = keys, found
         return all(part is None for part in found)

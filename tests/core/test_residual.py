@@ -11,7 +11,7 @@ from shared_tome import ToMeConfig
 from shared_tome.autotune import layer
 from shared_tome.merging.residual import ALONE, TWICE, UNKNOWN, UNSEEN, Residuals, exact_told, why_no_effect
 
-ROWS, TOKENS, CHANNELS = 2, 6, 4
+ROWS, TOKENS, CHANNELS, GRID = 2, 6, 4, (2, 3)
 
 
 class Sampling:
@@ -35,7 +35,7 @@ class Sampling:
                 found.update(dict.fromkeys(names))
                 continue
             x = torch.cat([torch.full((ROWS, *shape), 100.0 * step + ord(name)) for name in names])
-            begun = call.begin(layer, x)
+            begun = call.begin(layer, x, GRID)
             out = call.attend(layer, lambda x=x, call=call: x - (1 + step) * (1 + call.draw), lambda x=x: x)
             call.end(layer)
             assert begun is bool(torch.equal(out, x)) or len(names) > 1
@@ -69,15 +69,15 @@ def test_a_row_without_its_own_is_exact_beside_rows_that_have_theirs():
     residuals = Residuals(4, pytest.fail)
     x = torch.zeros(1, TOKENS, CHANNELS)
     call = residuals.call(0, 0, 0, ("a",))
-    assert call.begin("layer", x) and call.exact
+    assert call.begin("layer", x, GRID) and call.exact
     call.attend("layer", lambda: x, lambda: x + 1)
     call = residuals.call(1, 1, 1, ("a", "b"))
     two = torch.cat((x, x))
-    assert not call.begin("layer", two) and not call.exact
+    assert not call.begin("layer", two, GRID) and not call.exact
     out = call.attend("layer", lambda: two + 10, lambda: two + 50)
     assert torch.equal(out[:1], x + 11) and torch.equal(out[1:], x + 50)
     call = residuals.call(2, 2, 2, ("b", "a"))
-    call.begin("layer", two)
+    call.begin("layer", two, GRID)
     out = call.attend("layer", lambda: two, lambda: pytest.fail("both have theirs"))
     assert torch.equal(out[:1], x + 40) and torch.equal(out[1:], x + 1)
 
@@ -90,7 +90,7 @@ def test_another_layer_shape_or_dtype_is_exact(change):
         x = x.half() if step and change == "dtype" else x
         name = "another" if step and change == "layer" else "layer"
         call = residuals.call(step, step, step, ("a",))
-        assert call.begin(name, x)
+        assert call.begin(name, x, GRID)
         assert torch.equal(call.attend(name, lambda x=x: x, lambda x=x: x + 1), x + 1)
 
 
@@ -100,7 +100,7 @@ def test_both_calls_of_an_exact_step_are_exact_and_the_last_one_counts():
     lost = []
     for evaluation, (step, gap) in enumerate([(0, 1.0), (0, 2.0), (1, 9.0), (1, 9.0), (2, 4.0), (3, 9.0)]):
         call = residuals.call(step, 10 * evaluation, evaluation, ("a",))
-        assert call.begin("layer", x) is (step % 2 == 0) is call.exact
+        assert call.begin("layer", x, GRID) is (step % 2 == 0) is call.exact
         lost.append(float(call.attend("layer", lambda: x, lambda gap=gap: x + gap).mean()))
     assert lost == [1, 2, 2, 2, 4, 4]
 
@@ -130,7 +130,7 @@ def test_two_layers_of_one_name_end_it():
     host, x = Sampling(), torch.zeros(1, TOKENS, CHANNELS)
     call = host.residuals.call(0, 0, 0, ("a",))
     for number in range(2):
-        assert call.begin("layer", x) is (number == 0)
+        assert call.begin("layer", x, GRID) is (number == 0)
         out = call.attend("layer", lambda: x, lambda: x + 1)
         assert torch.equal(out, x + (number == 0))
     assert host.said == [TWICE] and not host.residuals._kept
@@ -139,7 +139,7 @@ def test_two_layers_of_one_name_end_it():
 def test_an_attention_that_is_not_met_ends_it():
     host, x = Sampling(), torch.zeros(1, TOKENS, CHANNELS)
     call = host.residuals.call(0, 0, 0, ("a",))
-    call.begin("layer", x)
+    call.begin("layer", x, GRID)
     call.end("layer")
     assert host.said == [UNSEEN] and not call.is_on
 
@@ -155,7 +155,7 @@ def test_another_ratio_is_exact():
     for step, (ratio, exact) in enumerate([(0.5, True), (0.5, False), (0.6, True), (0.6, False)]):
         x = torch.zeros(1, TOKENS, CHANNELS)
         call = host.residuals.call(step, step, step, ("a",), ratio)
-        assert call.begin("layer", x) is exact and call.draw == 2 * (step // 2)
+        assert call.begin("layer", x, GRID) is exact and call.draw == 2 * (step // 2)
         call.attend("layer", lambda x=x: x, lambda x=x: x + 1)
 
 
@@ -178,7 +178,7 @@ def test_no_graph_is_kept():
     host = Sampling()
     x = torch.zeros(1, TOKENS, CHANNELS, requires_grad=True)
     call = host.residuals.call(0, 0, 0, ("a",))
-    call.begin("layer", x)
+    call.begin("layer", x, GRID)
     assert call.attend("layer", lambda: x * 1, lambda: x * 2).requires_grad
     assert not any(part.requires_grad for part in host.residuals._kept.values())
 

@@ -234,6 +234,24 @@ def test_a_run_may_go_on_with_another_prompt(kept, said):
     assert kept[0] == [(True, 0), (False, 0), (True, 2), (True, 3), (False, 3), (False, 3)] and said == []
 
 
+def test_a_latent_on_its_side_gets_nothing_of_the_other(kept, said):
+    """As many tokens, in other places."""
+    pipe = patched(pipeline())
+    pipe.scheduler.set_timesteps(4)
+    timesteps, prompt = pipe.scheduler.timesteps, models.noise(2, 7, 16, seed=2)
+    sizes, found = [(16, 24), (24, 16), (24, 16)], {}
+    for exact in (False, True):
+        if exact:
+            shared_tome.remove_patch(pipe)
+        with torch.no_grad():
+            found[exact] = [
+                pipe.unet(models.noise(2, 4, *size), timestep, prompt).sample
+                for size, timestep in zip(sizes, timesteps, strict=False)
+            ]
+    equal = [torch.equal(one, other) for one, other in zip(found[False], found[True], strict=True)]
+    assert equal == [True, True, False] and said == []
+
+
 @pytest.fixture
 def held():
     """held(pipe): the prompts of all its calls stay, so that nothing of a run goes with them."""
