@@ -25,6 +25,7 @@ OPTIONS = [
 @pytest.fixture
 def model(comfy_nodes):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of other files' graphs
     yield least_unet()
     torch._dynamo.reset()
 
