@@ -20,7 +20,7 @@ from ..core.grid import Grid
 # Why nothing is kept, for people.
 TWICE = (
     "exact every has no effect in this sampling: in a step the model is called several times for what ToMe cannot tell "
-    "apart (tiles, context windows, perturbed attention)"
+    "apart (tiles, context windows, perturbed attention, prompts joined by AND)"
 )
 UNKNOWN = "exact every has no effect: nothing tells here which step it is"
 UNSEEN = "exact every has no effect in this sampling: ToMe cannot see an attention (it sees PyTorch's in every host)"
