@@ -81,7 +81,7 @@ def test_an_own_token_for_each_query(name, host_sees):
     for _, q, k, v, out in host_sees:
         plan = call.plan(k[:, 0, : math.prod(grid)], grid)
         told = plan.head_draws, plan.runs, start, q.shape[-1] ** -0.5, math.log(3)
-        expected = attend_drawn(q, k, v, None, *told)
+        expected = attend_drawn(q, k, v, *told)
         assert (out - expected).abs().max() < 5e-6
 
 
