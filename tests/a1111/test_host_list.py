@@ -8,6 +8,7 @@ import shared_tome
 from shared_tome.attention import self_token
 from shared_tome.hooks.guard import why_left_whole
 from shared_tome.inspect.reasons import why_not_served
+from shared_tome.merging import residual
 from tests.hosts import a1111
 from tests.hosts.a1111 import ASKED, own_tracebacks
 
@@ -55,6 +56,7 @@ def test_checks_look_for_what_the_code_says(tome):
     assert why_left_whole("attn2", None, 1, 1, replaced=True) == a1111.REPLACED_CROSS
     assert a1111.FEW in why_not_served(shared_tome.ToMeConfig(min_tokens=2**20), (8, 8), (8, 8))
     assert a1111.NOT_KEPT in self_token.NOT_KEPT and a1111.NO_LSE in self_token.NO_LSE
+    assert residual.TRANSFORMER.startswith(a1111.NOT_EXACT)
     assert a1111.NO_WEIGHTS in tome.block.NO_WEIGHTS
     for file, words in (("a1111_extension/script.py", a1111.BUILT_IN), ("a1111_extension/block.py", a1111.NO_LEVEL)):
         assert words in (ROOT / file).read_text(encoding="utf-8")

@@ -116,6 +116,7 @@ NO_GRID = "a layer whose tokens are not those of its grid"
 NO_WEIGHTS = "proportional attention is off"
 NO_LSE = "gives no log-sum-exp"
 NOT_KEPT = "own token has no effect"
+NOT_EXACT = "exact every has no effect"
 REPLACED_SELF = "ToMe skips a self-attention that another node or extension replaces"
 REPLACED_CROSS = "ToMe skips a cross-attention that another node or extension replaces"
 BUILT_IN = "built-in token merging"
@@ -544,6 +545,32 @@ class List:
             return "refused, and the text says so"
         other(own.image, drawn.image, "own tokens")
         return f"kept, mean difference {mean(own.image, drawn.image):.1f}"
+
+    def check_exact(self) -> str:
+        """Exact every: nearer to the unmerged picture, and gone after; on a transformer it says that it does nothing"""
+        if self.forge:
+            return self._exact()
+        was = self.server.call("options").body["cross_attention_optimization"]
+        try:
+            self.server.post("options", {"cross_attention_optimization": "sdp - scaled dot product"})
+            return self._exact()
+        finally:
+            self.server.post("options", {"cross_attention_optimization": was})
+
+    def _exact(self) -> str:
+        before, tome = len(self.server.said), {**ON, "ratio": 0.75}
+        plain, drawn, exact = self.make(), self.make(tome), self.make({**tome, "exact_every": 2})
+        same(self.make({**tome, "exact_every": 2}).image, exact.image, "exact every 2 again")
+        same(self.make().image, plain.image, "without ToMe after it")
+        if self.transformer:
+            same(exact.image, drawn.image, "exact every on a transformer")
+            if NOT_EXACT not in self.server.said[before:]:
+                raise Failed("nothing is said of it")
+            return "nothing is gained on a transformer, and the log says so"
+        far, near = mean(drawn.image, plain.image), mean(exact.image, plain.image)
+        if not near < far or "ToMe exact every: 2" not in exact.text:
+            raise Failed(f"mean difference {near:.2f}, without it {far:.2f}; the text is {exact.text}")
+        return f"mean difference {near:.1f}, without it {far:.1f}"
 
     def check_nothing(self) -> str:
         """Where nothing is merged: bit-equal, the log says why once, the text claims nothing"""
