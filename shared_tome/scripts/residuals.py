@@ -64,7 +64,7 @@ class RunResiduals:
 
     def end_call(self, failed: bool) -> None:
         """The model has given its output, or raised."""
-        if failed or self._steps.is_over:
+        if self._now is not None and (failed or self._steps.is_over):
             self.end()
 
     def end(self) -> None:

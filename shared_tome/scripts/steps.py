@@ -81,11 +81,6 @@ class Steps:
         return (1.0 + now if self.rises else now) * self.scale
 
     @property
-    def timesteps(self) -> Tensor | None:
-        """All of the run as the pipeline's scheduler has them, or None."""
-        return self._of_scheduler()
-
-    @property
     def is_over(self) -> bool:
         """Whether the call that `entry` was asked of last is the last of the run."""
         run = self._of_scheduler()
@@ -112,8 +107,8 @@ class Steps:
         """The place among a pipeline's timesteps that this call of the model is for; to be asked at each. Synchronises.
 
         None where that is not known: no pipeline tells, or the model is not called once for each of them (tiles, cond
-        and uncond in calls of their own). A run begins with any of them; another one of the same list
-        where the noise rises and the list's does not.
+        and uncond in calls of their own). A run begins with any of them; another one of the same list where the noise
+        rises and the list's does not.
         """
         known, run = None if timestep is None else self._timesteps(timestep), self._of_scheduler()
         if known is None:
