@@ -155,7 +155,7 @@ class MergedSelfAttention(nn.Module):
 
     def _in_tiles(self, x: Tensor, grid: Grid, tiles: int) -> Tensor:
         """x [B, N, C] -> [B, N, C]. Raises ValueError where the grid has no such tiles."""
-        run, (batch, tokens, channels) = self.run, x.shape
+        run, inner, (batch, tokens, channels) = self.run, self.inner, x.shape
         height, width = (side // tiles for side in grid)
         if (height * tiles, width * tiles) != grid:
             raise ValueError(f"a grid of {grid} tokens cannot be cut into {tiles} x {tiles} tiles")
@@ -163,12 +163,8 @@ class MergedSelfAttention(nn.Module):
         cut = (batch, tiles, height, tiles, width, channels)
         queries = x.view(cut).transpose(2, 3).reshape(-1, height * width, channels)
         keys = x.reshape(-1, height * width, channels) if run.variant.strips else queries
-        q, k, v = (
-            self._heads(project, y)
-            for project, y in zip(
-                (self.inner.to_q, self.inner.to_k, self.inner.to_v), (queries, keys, keys), strict=True
-            )
-        )
+        q = self._heads(inner.to_q, queries)
+        k, v = (self._heads(project, keys) for project in (inner.to_k, inner.to_v))
         out = self._out(attend(q, k, v), x.dtype)
         return out.view(batch, tiles, tiles, height, width, channels).transpose(2, 3).reshape(x.shape)
 

@@ -19,6 +19,8 @@ AGAIN = "unmerged again"
 """In other batches: how far rounding alone takes pictures, which are put together anew where a cache skips some."""
 EXACT = "ToMe, exact every"
 """The family of the option exact_every: with Quality, whose method and start these rows have."""
+EXACT_EVERY = " exact every "
+"""In a choice's name, between the preset and the number."""
 TAILS = (0.84, 0.9, 0.77, 0.67)
 """Ratios of the pooled-tail rule."""
 TILES = (8, 4, 2)
@@ -86,7 +88,7 @@ def holds(transformer: bool) -> list[Variant]:
     def residual(every: int, times: str) -> Variant:
         name, family = f"attention {times}, {drawn} + residual", "drawn + residual"
         if not transformer:  # where people can choose it
-            name, family = f"Quality exact every {every}", EXACT
+            name, family = f"Quality{EXACT_EVERY}{every}", EXACT
         return _choice(name, family, config, hold=Hold(every, "residual"))
 
     for every in (2, 3, 4, 6):

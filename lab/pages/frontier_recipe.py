@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..fidelity.rivals import EXACT_EVERY
 from ..store import RESULTS, Row, markdown
 from .frontier_tables import about, points
 from .frontier_times import PLACES, Place, frontier_rows
 
-EXACT = "Quality exact every 4"
+NEAREST = f"Quality{EXACT_EVERY}4"
 LIMITS = (50.0, 39.0, 33.0)
 """dB: how near the picture shall be at least."""
 SAME_TIME = 0.02
@@ -76,8 +77,8 @@ def when(folder: Path = RESULTS / "fidelity", places: dict[str, list[Place]] = P
 
     return (
         f"- **ToMe alone** for large pictures and long videos: Balanced takes {times('Balanced', large)} of the time "
-        f"of SD 1.5 at 2048², at {near('Balanced', large, other)} on our two small U-Nets, {EXACT} "
-        f"{times(EXACT, large)} at {near(EXACT, large, other)}; Quality {times('Quality', wan)} of Wan at 720p, at "
+        f"of SD 1.5 at 2048², at {near('Balanced', large, other)} on our two small U-Nets, {NEAREST} "
+        f"{times(NEAREST, large)} at {near(NEAREST, large, other)}; Quality {times('Quality', wan)} of Wan at 720p, at "
         f"{near('Quality', wan)}.\n"
         f"- **Something else** at Flux's sizes, and for some models up to 1024²: EasyCache 0.05 takes "
         f"{times('EasyCache 0.05', flux[0])} of Flux at {near('EasyCache 0.05', flux[0])}, Balanced "

@@ -92,9 +92,8 @@ def tiles(model: str = "demo", folder: Path = RESULTS / "fidelity") -> str:
         [row["variant"], percent(row["attention"]), *(_cell(cell, row) for cell in CELL_NAMES)]
         for row in sorted(rows, key=lambda row: -float(row["psnr"]))
     ]
-    return (
-        f"{markdown(['what', 'attention', *(CELLS[cell][0] for cell in CELL_NAMES)], lines, left=1)}\n{about(rows)}\n"
-    )
+    table = markdown(["what", "attention", *(CELLS[cell][0] for cell in CELL_NAMES)], lines, left=1)
+    return f"{table}\n{about(rows)}\n"
 
 
 def at_time(rows: Sequence[Row], place: Place, time: float) -> float | None:

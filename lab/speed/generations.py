@@ -35,6 +35,7 @@ import torch
 from installer import inprocess
 from shared_tome.methods import PRESETS
 
+from ..fidelity.rivals import EXACT_EVERY
 from ..models import full_dits
 from ..store import RESULTS, read
 from ..timing import columns, spread, take_turns
@@ -42,8 +43,7 @@ from . import forced, hosts
 from .common import BACKENDS, DTYPES, Arguments, Job, run_jobs, seconds_of, speedup, start_comfyui
 
 TOMESD = "TomePatchModel 0.5"
-EXACT = " exact every "  # behind a preset's name
-EXACTS = tuple(f"Quality{EXACT}{every}" for every in (3, 4, 6))
+EXACTS = tuple(f"Quality{EXACT_EVERY}{every}" for every in (3, 4, 6))
 COMMON = ("unmerged", *PRESETS, "EasyCache 0.2", "EasyCache 0.2 + Balanced", "75% of the steps", "SageAttention")
 UNETS = (*COMMON, "EasyCache 0.2 + Fast", TOMESD, "HyperTile 256", "SageAttention + Balanced", "tomesd 0.5")
 DITS = (*COMMON, "EasyCache 0.2 + Fast", "SageAttention + Balanced", "sparse attention")
@@ -148,10 +148,10 @@ def made_ready(model: Any, name: str, choice: str, args: Namespace) -> Ready:
         return ready
     for part in sorted(choice.split(" + "), key=lambda part: part == "torch.compile"):
         kind, _, amount = part.partition(" ")
-        if part in PRESETS or kind in PRESETS:
-            preset, _, every = part.partition(EXACT)
+        if kind in PRESETS:
+            every = part.partition(EXACT_EVERY)[2]
             patch = inprocess.pack_module("comfy_tome.patch")
-            options = {**PRESETS[preset].options, "exact_every": int(every or 0)}
+            options = {**PRESETS[kind].options, "exact_every": int(every or 0)}
             ready.model = patch.apply_to_model(ready.model, patch.ToMeConfig(**options, min_tokens=which.least))
         elif kind in ("EasyCache", "LazyCache"):
             try:
