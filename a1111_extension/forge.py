@@ -146,16 +146,15 @@ class _UNet:
 
     def __call__(self, args: dict[str, Any], run: Callable[[dict], Tensor], far: Callable[[], float] | None) -> Tensor:
         """args: of the host's model_function_wrapper. run: calls the model with them. far: how far the sampler is."""
-        sampling = self._sampling
+        sampling, options = self._sampling, args["c"].get("transformer_options", {})
         x = args["input"]  # (B, C, H, W): whole batches of images, prompts and negative prompts one after another
-        parts = args["c"].get("transformer_options", {}).get("cond_or_uncond") or args.get("cond_or_uncond") or ()
+        parts = options.get("cond_or_uncond") or args.get("cond_or_uncond") or ()
         call = sampling.call(x, sampling.images_of(x.shape[0]), far, parts) if x.dim() == 4 else None
         if call is None:
             return run(args)
         call_tally, self_tokens = sampling.call_tally, None
         if call.config.wants_heads or sampling.residual is not None:
             self_tokens = SelfTokens(self._model, x.device, self._met, sampling)
-        options = args["c"].get("transformer_options", {})
         given = call_tally, self_tokens, self._wide, Decisions(call, log=sampling.decided), sampling.residual
         ours = ForgeCall(call, options, x.shape[0], sampling.notes, *given)
         with ours.hooks(self._model):
@@ -191,8 +190,7 @@ class SelfTokens:
                 return None
         self._sampling.tell_self_token(None)
         config = self._sampling.config
-        weighs = config.wants_heads or config.weighs_keys
-        return JointCall(weighs, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), config.keeps_self)
+        return JointCall.of(config, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"))
 
     def say(self, message: str) -> None:
         """Tell once, in the log."""

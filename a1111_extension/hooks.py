@@ -150,10 +150,7 @@ class PassAttachment:
         """What lets queries keep their own tokens, None where they shall not."""
         if not call.config.wants_heads and self.sampling.residual is None:
             return None
-        weighs = call.config.wants_heads or call.config.weighs_keys
-        return JointCall(
-            weighs, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"), call.config.keeps_self
-        )
+        return JointCall.of(call.config, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"))
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         call, call_tally, self.call, self._call_tally = self.call, self._call_tally, None, None

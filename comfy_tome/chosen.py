@@ -145,7 +145,7 @@ def self_tokens(config: ToMeConfig, kernels: tuple[str, ...]) -> JointCall | Non
     if not kernels:
         say_once(why_sampled(config))
         return None
-    return JointCall(True, kernels, say_once, config.keeps_self)
+    return JointCall.of(config, kernels, say_once)
 
 
 def why_sampled(config: ToMeConfig) -> str:

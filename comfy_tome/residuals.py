@@ -16,53 +16,36 @@ from .record import is_compiled
 PREDICT_NOISE = "predict_noise"  # comfy.patcher_extension.WrappersMP.PREDICT_NOISE
 
 
-class SamplingResiduals:
+class SamplingResiduals(Residuals):
     """sampler, guider: of comfy.samplers. ComfyUI's own ask the model for the whole picture each time. Others may ask
     for a part of it, so only another noise level tells that they begin anew."""
 
     def __init__(self, config: ToMeConfig, sampler: Any, guider: Any):
-        self._kept = Residuals(config.exact_every, say_once)
+        super().__init__(config.exact_every, say_once)
         self._is_own = _is_comfys(getattr(sampler, "sampler_function", sampler)) and _is_comfys(type(guider))
         self._asked = 0
-
-    @property
-    def why_off(self) -> str | None:
-        """Why nothing is kept in this sampling, or None."""
-        return self._kept.why_off
 
     def ask(self) -> None:
         """The sampler asks the model anew."""
         self._asked += 1
 
-    def call(self, config: ToMeConfig, options: dict[str, Any], draw: Tensor | int) -> ResidualCall | None:
+    def call_of(self, config: ToMeConfig, options: dict[str, Any], draw: Tensor | int) -> ResidualCall | None:
         """A call of the model that is merged; None where nothing is kept.
 
         config: of this step. options: the call's transformer_options. draw: the number of its draw.
         """
-        if not self._kept.is_on:
+        if not self.is_on:
             return None
         step = place_now(options) if self._asked else None
         if step is None:
-            self._kept.turn_off(UNKNOWN)
+            self.turn_off(UNKNOWN)
             return None
         # A part of the batch for each conditioning: how memory splits the batch does not matter. ComfyUI copies one
         # with an area, uuid included, to the other prompt.
         sides, uuids = options.get("cond_or_uncond") or ("all",), options.get("uuids") or ()
         names: list[Hashable] = list(zip(uuids, sides, strict=True) if len(uuids) == len(sides) else uuids or sides)
         evaluation = self._asked if self._is_own else level_now(options)
-        return self._kept.call(step, draw, evaluation, names, config.ratio)
-
-    def compiled(self) -> None:
-        """The model runs in a graph that what is kept would break."""
-        self._kept.turn_off(COMPILED)
-
-    def forget(self) -> None:
-        """A step that the options leave out."""
-        self._kept.forget()
-
-    def end(self) -> None:
-        """The sampling is over."""
-        self._kept.end()
+        return self.call(step, draw, evaluation, names, config.ratio)
 
 
 def _is_comfys(code: Any) -> bool:
@@ -87,8 +70,8 @@ def residual_of(
             say_once(UNKNOWN)
         return None
     if is_compiled(executor, options):
-        residuals.compiled()
+        residuals.turn_off(COMPILED)
     if config.ratio == 0.0:
         residuals.forget()
         return None
-    return residuals.call(config, options, draw_of(options, x.device, base))
+    return residuals.call_of(config, options, draw_of(options, x.device, base))

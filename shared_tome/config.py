@@ -25,6 +25,7 @@ from .methods import (
     QUARTER,
     REDUCES,
     Method,
+    idle_options,
 )
 from .options import Option, Widget, check_together, checked, lines, option, widgets_of
 
@@ -290,7 +291,7 @@ class ToMeConfig:
     @property
     def keeps_exact(self) -> bool:
         """Whether some steps are exact, and what drawn attentions lack is kept for the others (merging/residual.py)."""
-        return self.exact_every > 0 and self.kind.keys and not self.kind.matches and self.method != "multires"
+        return self.exact_every > 0 and "exact_every" not in idle_options(self.method)
 
     @property
     def wants_heads(self) -> bool:

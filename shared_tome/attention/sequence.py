@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
+from ..config import ToMeConfig
 from ..core.failures import is_out_of_memory
 from ..core.groups import spread_rows
 from ..core.sampling import run_lengths
@@ -100,6 +101,12 @@ class JointCall:
         self._around: dict[tuple[int, int], Around] = {}
         self._chosen: dict[tuple[torch.dtype, int], str | None] = {}
         self.multires = MultiresCall(say)
+
+    @classmethod
+    def of(cls, config: ToMeConfig, kernels: Sequence[str], say: Callable[[str, str], None]) -> JointCall:
+        """On a U-Net, where the attention sees the heads of all tokens: where the options want that
+        (wants_heads), and where it works out a layer drawn and whole (merging/residual.py)."""
+        return cls(config.wants_heads or config.weighs_keys, kernels, say, config.keeps_self)
 
     def around(self, plan: Plan, start: int, length: int) -> Around:
         """For a row of `length` tokens whose image begins at `start`; plan: of a method that matches nothing."""

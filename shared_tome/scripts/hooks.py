@@ -178,8 +178,7 @@ class UNetAttachment(base.BaseAttachment):
             what = "own token has no effect" if own else "sample takes the place of multires"
             self.say(f"under torch.compile {what}")
             return None
-        weighs = call.config.wants_heads or call.config.weighs_keys
-        return JointCall(weighs, TORCHS, self._say_why, call.config.keeps_self)
+        return JointCall.of(call.config, TORCHS, self._say_why)
 
     def tell_self_token(self, refused: str | None) -> None:
         """Why the queries of a layer cannot keep their own tokens, if they cannot."""

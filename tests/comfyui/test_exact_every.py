@@ -29,9 +29,9 @@ def watched(monkeypatch):
     class Watched(module.SamplingResiduals):
         def __init__(self, *given):
             super().__init__(*given)
-            found.append(self._kept)
-            say = self._kept._say
-            self._kept._say = lambda why: (said.append(why), say(why))
+            found.append(self)
+            say = self._say
+            self._say = lambda why: (said.append(why), say(why))
 
     monkeypatch.setattr(host.pack_module("outcome"), "SamplingResiduals", Watched)
     return found, said
