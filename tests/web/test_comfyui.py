@@ -355,8 +355,11 @@ def folded(page: ComfyPage) -> list[str]:
 
 
 def press_more(page: ComfyPage) -> None:
+    label = more_label(page)  # drawn, so the button has its place
     y = page.ask("return node.widgets.find((w) => w.name === 'more').y + 10", "ToMe")
     page.page.mouse.click(*page.place("ToMe", 100, y))
+    node = "app.graph.nodes.find((n) => n.type === 'ToMe')"
+    page.wait(f"(label) => {node}.widgets.find((w) => w.name === 'more').label !== label", label)
 
 
 def more_label(page: ComfyPage) -> str:
