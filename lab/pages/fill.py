@@ -55,6 +55,7 @@ MAKERS: dict[str, Maker] = {
     "rivals": frontier_tables.rivals,
     "held": frontier_tables.held,
     "tiles": frontier_tables.tiles,
+    "steps": frontier_tables.steps,
     "recipe": frontier_recipe.recipe,
     "when": frontier_recipe.when,
     "real_models": real_tables.real_models,

@@ -16,6 +16,8 @@ from .frontier_times import PLACES, Place, best, frontier_rows
 HELD = ("outputs reused", "attention held", "drawn between", "drawn + residual", "drawn from 0.2")
 TILED = "HyperTile"
 """The family of tiles-MODEL.csv."""
+FEWER = "fewer steps"
+"""The family of steps-MODEL.csv."""
 WHOLE = ("outputs reused", "EasyCache", "LazyCache")
 """Families that use whole outputs again."""
 SHOWN = (*PRESETS, "EasyCache 0.1", "EasyCache 0.2", "EasyCache 0.3")
@@ -94,6 +96,22 @@ def tiles(model: str = "demo", folder: Path = RESULTS / "fidelity") -> str:
     ]
     table = markdown(["what", "attention", *(CELLS[cell][0] for cell in CELL_NAMES)], lines, left=1)
     return f"{table}\n{about(rows)}\n"
+
+
+def steps(folder: Path = RESULTS / "fidelity") -> str:
+    """Every number of steps, a column a model, from steps-MODEL.csv."""
+    found = {path.stem.partition("-")[2]: read(path) for path in sorted(folder.glob("steps-*.csv"))}
+    if not found:
+        return ""
+    fewer = {name: {int(row["steps"]): row for row in rows if row["family"] == FEWER} for name, rows in found.items()}
+    counts = sorted(set().union(*fewer.values()), reverse=True)
+    lines = [
+        [str(count), *(CELLS["psnr"][1](rows[count]) if count in rows else "-" for rows in fewer.values())]
+        for count in counts
+    ]
+    table = markdown(["steps", *(f"{name}, PSNR, dB" for name in found)], lines, left=0)
+    notes = "; ".join(f"{name}: {about(rows)[:-1]}" for name, rows in found.items())
+    return f"{table}\n{notes}.\n"
 
 
 def at_time(rows: Sequence[Row], place: Place, time: float) -> float | None:

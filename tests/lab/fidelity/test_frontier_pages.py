@@ -268,6 +268,17 @@ def test_the_table_of_tiles_has_the_nearest_first(tmp_path):
     assert "17.0 ± 0.5" in lines[3] and "Times" not in lines[-1]
 
 
+def test_the_table_of_steps_has_each_number_once(tmp_path):
+    assert frontier_tables.steps(tmp_path) == ""
+    for model, counts in (("demo", (9, 10)), ("lab", (10, 11))):
+        fewer = [{**row(f"{n} steps", frontier_tables.FEWER, 20.0 + n, n / 12), "steps": n} for n in counts]
+        store.save([ROWS[0], row("Fast", "ToMe", 48.0, 0.1, 0.9), *fewer], tmp_path / f"steps-{model}.csv")
+    lines = frontier_tables.steps(tmp_path).splitlines()
+    cells = [[cell.split(" ±")[0] for cell in line.strip("| ").split(" | ")] for line in lines]
+    assert cells[0] == ["steps", "demo, PSNR, dB", "lab, PSNR, dB"]
+    assert cells[2:5] == [["11", "-", "31.0"], ["10", "30.0", "30.0"], ["9", "29.0", "-"]]
+
+
 def test_every_model_and_family_is_known():
     from lab.fidelity.rivals import rivals
 
