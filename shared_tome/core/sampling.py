@@ -31,22 +31,25 @@ def run_lengths(tokens: int, kept: int, device: torch.device) -> tuple[Tensor, T
     return edges[:-1], edges[1:] - edges[:-1]
 
 
-def run_of_token(grid: Grid, kept: int, device: torch.device) -> Tensor:
-    """The number of each token's run, [N] int64. Remembered as curve_order is, so do not write to it."""
-    return _run_of_token(grid, kept, device) if is_compiling() else _remembered_runs(grid, kept, device)
+def run_of_token(grid: Grid, kept: int, order: Tensor) -> Tensor:
+    """The number of each token's run, [N] int64. Remembered as curve_order is, so do not write to it.
+
+    order: curve_order of the grid.
+    """
+    return _run_of_token(order, kept) if is_compiling() else _remembered_runs(grid, kept, order.device)
 
 
 @functools.lru_cache(maxsize=64)
 def _remembered_runs(grid: Grid, kept: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        return _run_of_token(grid, kept, device)
+        return _run_of_token(curve_order(grid, device), kept)
 
 
-def _run_of_token(grid: Grid, kept: int, device: torch.device) -> Tensor:
-    tokens = math.prod(grid)
-    _, length = run_lengths(tokens, kept, device)
-    run = torch.repeat_interleave(torch.arange(kept, device=device), length, output_size=tokens)
-    return torch.empty_like(run).scatter(0, curve_order(grid, device), run)
+def _run_of_token(order: Tensor, kept: int) -> Tensor:
+    tokens = order.shape[0]
+    _, length = run_lengths(tokens, kept, order.device)
+    run = torch.repeat_interleave(torch.arange(kept, device=order.device), length, output_size=tokens)
+    return torch.empty_like(run).scatter(0, order, run)
 
 
 def walk_table(grid: Grid, kept: int, seed: Tensor, order: Tensor) -> Tensor:

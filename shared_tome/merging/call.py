@@ -17,6 +17,7 @@ from ..config import ToMeConfig
 from ..core.curve import curve_order
 from ..core.grid import Grid, grid_at
 from ..core.noise import fold_seed
+from ..core.sampling import run_of_token
 from ..core.schedule import serves_layer
 from .match import kept_of, match_tokens, sampled
 from .plan import Plan
@@ -83,9 +84,10 @@ class ModelCall:
         self._layers: dict[Grid, int] = {}
         self._drawn: dict[Grid, tuple[int, Tensor]] = {}  # (first layer, [layers, b, M])
         self._split: dict[Grid, list[tuple[Tensor, Tensor]]] = {}
-        # Made here and not where they are used: that may be inside a compiled graph.
+        # Made here and not where they are used: that may be inside a compiled graph, in each layer anew.
         levels = (grid_at(full, level) for level in range(4)) if config.samples else ()
         self._orders = {grid: curve_order(grid, device) for grid in levels if self.serves(grid)}
+        self._runs = {grid: run_of_token(grid, kept_of(grid, config), order) for grid, order in self._orders.items()}
 
     def serves(self, grid: Grid) -> bool:
         """Whether a layer on this grid is merged at all."""
@@ -129,7 +131,9 @@ class ModelCall:
         def draw() -> Tensor:
             return self._draw(grid, kept, layer)
 
-        return sampled(batch, grid, self.config, kept, draw, self.seed, self.step, layer)
+        plan = sampled(batch, grid, self.config, kept, draw, self.seed, self.step, layer)
+        plan.known_runs = self._runs.get(grid)
+        return plan
 
     def _draw(self, grid: Grid, kept: int, layer: int) -> Tensor:
         """The tokens of a layer, [T, b, kept]: its own choice and what heads that draw for themselves take."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..core.curve import curve_order
 from ..core.grid import Grid
 from ..core.groups import spread_rows, sum_sizes, weighted_mean
 from ..core.sampling import run_lengths, run_of_token
@@ -150,10 +151,11 @@ class SamplePlan(Plan):
     """One token of each run; groups and sizes are worked out only when asked for.
 
     head_draws: [T, b, M], the choice and what comes after it in the walk, for heads that draw for themselves
-    (attention/self_token.py).
+    (attention/self_token.py). known_runs: `runs`, where a ModelCall has worked them out.
     """
 
     is_identity = False
+    known_runs: Tensor | None = None
 
     def __init__(self, batch: int, grid: Grid, head_draws: Tensor):
         self._begin(batch, grid, head_draws.shape[2], head_draws.device)
@@ -189,7 +191,9 @@ class SamplePlan(Plan):
     @property
     def runs(self) -> Tensor:
         """[N]: the place in `choice`, and in each of `head_draws`, of the token that stands for each."""
-        return run_of_token(self.grid, self.kept, self.device)
+        if self.known_runs is not None:
+            return self.known_runs
+        return run_of_token(self.grid, self.kept, curve_order(self.grid, self.device))
 
     @property
     def sizes(self) -> Tensor:

@@ -143,6 +143,57 @@ def test_a_moving_ratio(method):
     assert backend.graphs == 2
 
 
+# What a compiler keeps as a tensor, in place of writing it into what reads it.
+KEPT = ("placeholder", "sort", "scatter", "attention", "max", "topk", "matmul", "bmm", "repeat_interleave")
+
+
+def written_out(graph):
+    """How many operations a compiler writes for one element at most, where it writes each into those that read it."""
+    terms, most = {}, 0
+    for node in graph.graph.nodes:
+        read = 1 + sum(terms[x] for x in node.all_input_nodes)
+        terms[node] = 1 if any(name in f"{node.op} {node.target}" for name in KEPT) else read
+        most = max(most, read)
+    return most
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_traced_does_not_grow_beyond_measure(method):
+    """Where each of a few steps reads the one before in two places, a compiler needs minutes: for 64x64 tokens a curve
+    was 2,000,000 operations so, and over five minutes."""
+    graphs = []
+
+    def kept(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=kept)
+    def matched(x, ours, seed):
+        plan = match_tokens(x, (64, 64), ours, seed=seed)
+        return plan.groups, plan.sizes
+
+    matched(torch.zeros(1, 64 * 64, 2), config(method=method, ratio=0.6), torch.tensor(1))
+    assert [written_out(graph) < 5000 for graph in graphs] == [True]
+
+
+def test_a_model_call_brings_its_curve():
+    """Not worked out in the graph, and in each layer."""
+    traced = []
+
+    def kept(graph, inputs):
+        traced.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=kept)
+    def runs(x, call):
+        return [call.attention(x, x, x, GRID).plan.runs + 1 for _ in range(3)]
+
+    x = tokens(2, GRID, 8)
+    for found in runs(x, ModelCall(config(method="sample", ratio=0.6), GRID, x.device)):
+        assert torch.equal(found, match_tokens(x, GRID, config(method="sample", ratio=0.6)).runs + 1)
+    assert len(traced) > 3 and not any("repeat_interleave" in name for name in traced)
+
+
 def test_a_break_would_be_seen():
     def broken(x):
         return x if x.sum() > 0 else -x
