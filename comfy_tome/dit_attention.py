@@ -113,8 +113,8 @@ class AttentionCall:
     split: bool
     length: int
     d: int
-    override: Any = None
-    family: Attentions = COMFYUI
+    override: Any
+    family: Attentions  # no default: torch 2.11 cannot trace a dataclass with an object as one
 
     @classmethod
     def of(

@@ -12,6 +12,7 @@ combined by their log-sum-exp (combine.py) or, wherever neither can be, by furth
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ class Around:
         alike = plan.even and length == plan.tokens  # alone and alike: softmax takes no notice
         if not weighs or (alike and not keeps_self):
             return cls(before, after, None, None, None)
-        small, longer = divmod(plan.tokens, plan.kept)
+        small, longer = plan.tokens // plan.kept, plan.tokens % plan.kept  # torch 2.11 traces no divmod
         if alike:
             return cls(before, after, None, ((None, math.log(small)),), None)
         bias = F.pad(plan.sizes[:1].log(), (len(before), len(after)))
@@ -175,7 +176,8 @@ class JointCall:
         self._say(reason, "")
 
     def _kernel(self, q: Tensor) -> str | None:
-        key = q.dtype, q.shape[-1]
+        # A number also where layers of several sizes share a compiled function.
+        key = q.dtype, operator.index(q.shape[-1])
         if key not in self._chosen:  # torch is asked once a call and not once a layer
             self._chosen[key] = choose_kernel(self.kernels, q.device, *key)
         return self._chosen[key]

@@ -172,16 +172,17 @@ class ModelCall:
         if keeps_self:
             bias = plan.key_bias() if self.config.weighs_keys else None
             return MergedAttention(plan, q, k, v, bias, merges_queries=False)
-        merged = {id(q): plan.merge(q)} if kind.queries else {}
+        # By what they are and not by id(), which torch 2.11 cannot trace.
+        queries = plan.merge(q) if kind.queries else q
+        keys, values = k, v
         if kind.keys:
-            for x in (k, v):
-                if id(x) not in merged:
-                    merged[id(x)] = plan.merge(x)
+            keys = queries if kind.queries and k is q else plan.merge(k)
+            values = keys if v is k else queries if kind.queries and v is q else plan.merge(v)
         return MergedAttention(
             plan=plan,
-            q=merged[id(q)] if kind.queries else q,
-            k=merged[id(k)] if kind.keys else k,
-            v=merged[id(v)] if kind.keys else v,
+            q=queries,
+            k=keys,
+            v=values,
             bias=plan.key_bias() if self.config.weighs_keys else None,
             merges_queries=kind.queries,
         )

@@ -239,6 +239,24 @@ def test_one_compiled_graph(ratio, around):
     assert counter.frame_count == 1
 
 
+def test_heads_of_several_sizes_are_compiled_by_one_function():
+    """A host's function is traced for layers of 40 channels, and then of any number: what is asked while it is traced
+    needs the number itself."""
+    options = config(method="sample", ratio=0.75, own_token=True)
+
+    def layer(q, k, v):
+        plan = ModelCall(options, (8, 8), q.device).plan(v[:, 0], (8, 8))
+        return joint().attend(q, k, v, 0, plan)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
+    with torch.no_grad():
+        for d in (8, 16):
+            given = [torch.randn(2, 2, 64, d) for _ in range(3)]
+            torch.testing.assert_close(compiled(*given), layer(*given))
+    torch._dynamo.reset()
+
+
 def test_a_call_leaves_keys_whole_for_own_tokens():
     x = tokens(2, (8, 8), 16)
     for ratio, has_bias in ((0.75, False), (0.6, True)):
