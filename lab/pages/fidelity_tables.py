@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from shared_tome.config import ToMeConfig
 from shared_tome.methods import PRESETS
 
-from ..fidelity.methods import CATALOGUE, OWN, OWN_KEY, sample_name
+from ..fidelity.methods import CATALOGUE, OWN_KEY, sample_name
 from ..models.samplers import GUIDANCE, SAMPLERS, parse_sampler
 from ..store import markdown
 from .rows import MAIN, Row, main_sampler, of_model, of_set
@@ -133,29 +133,14 @@ def preset_variant(name: str) -> str:
     return sample_name(config.ratio, config.start, config.keeps_self)
 
 
-WITHOUT_OWN = "*: measured without the own token."
-
-
-def preset_measured(name: str, measured: Container[str]) -> tuple[str, str]:
-    """A preset's variant and "", or where it is not among the `measured` that without own tokens and the mark "*",
-    which WITHOUT_OWN explains. That one need not be among them either."""
-    variant = preset_variant(name)
-    return (variant, "") if variant in measured or OWN not in variant else (variant.removesuffix(f", {OWN}"), "*")
-
-
 def presets_table(rows: Sequence[Row]) -> str:
     sampler = main_sampler(rows)
-    found = {row["variant"]: row for row in rows if row["sampler"] == sampler}
-    chosen = [preset_measured(name, found) for name in PRESETS]
-    if not all(variant in found for variant, _ in chosen):
+    once = {row["variant"]: row for row in rows if row["sampler"] == sampler}
+    found = {row["variant"]: row for row in timed_together(list(once.values()))}
+    variants = {name: preset_variant(name) for name in PRESETS}
+    if not found.keys() >= set(variants.values()):
         return ""
-    found = {row["variant"]: row for row in timed_together(list(found.values()))}
-    shown = [
-        {**found[variant], "variant": variant + mark, "preset": name}
-        for name, (variant, mark) in zip(PRESETS, chosen, strict=True)
-    ]
-    note = f"\n{WITHOUT_OWN}\n" if any(mark for _, mark in chosen) else ""
-    return table(shown, f"preset {FULL}") + note
+    return table([{**found[variant], "preset": name} for name, variant in variants.items()], f"preset {FULL}")
 
 
 PAIRS = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -44,19 +44,26 @@ def head(
 ) -> str:
     """What the paragraph of a control begins with: its name, what it can be set to and what it is set to."""
     say = words(language)
-    parts = [say["advanced"]] if advanced else []
-    if choices:
-        parts.append(", ".join(f"`{choice}`" for choice in choices))
-    elif maximum is not None:
-        low, high = number_text(minimum), number_text(maximum)
-        parts.append(say["any"] if maximum > _ANY else say["range"].format(low=low, high=high))
+    parts = [say["advanced"] if advanced else "", values_of(say, choices, minimum, maximum)]
     if isinstance(default, bool):
         shown = say["on"] if default else say["off"]
     else:
         shown = f"`{default}`" if isinstance(default, str) else number_text(default)
         shown = say["empty"] if default == "" else shown
     parts.append(say["default"].format(value=shown))
-    return say["control"].format(name=", ".join(f"**{label}**" for label in labels), values=say["comma"].join(parts))
+    values = say["comma"].join(filter(None, parts))
+    return say["control"].format(name=", ".join(f"**{label}**" for label in labels), values=values)
+
+
+def values_of(
+    say: Mapping[str, str], choices: Sequence[str] | None, minimum: float | None, maximum: float | None
+) -> str:
+    """What a control can be set to; empty for switches and texts."""
+    if choices:
+        return ", ".join(f"`{choice}`" for choice in choices)
+    if maximum is None:
+        return ""
+    return say["any"] if maximum > _ANY else say["range"].format(low=number_text(minimum), high=number_text(maximum))
 
 
 def controls(language: str = "en") -> str:

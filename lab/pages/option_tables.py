@@ -6,8 +6,8 @@ from shared_tome import ToMeConfig
 from shared_tome.methods import PRESETS
 
 from ..store import markdown, read
-from .fidelity_tables import WITHOUT_OWN, preset_measured
-from .help_lists import number_text, sets
+from .fidelity_tables import preset_variant
+from .help_lists import sets, values_of
 from .rows import of_model, results
 from .speed_tables import FOLDER
 
@@ -16,18 +16,10 @@ def options() -> str:
     """The node's controls."""
     rows = []
     for widget in ToMeConfig.widgets():
-        option = widget.option
-        if option.choices:
-            values = ", ".join(f"`{choice}`" for choice in option.choices)
-        elif isinstance(widget.default, bool):
-            values = "on or off"
-        elif isinstance(widget.default, str):
-            values = "a text"
-        elif option.maximum is not None and option.maximum > 2**32:
-            values = "any"
-        else:
-            values = f"{number_text(option.minimum)} to {number_text(option.maximum)}"
-        shown = {True: "on", False: "off"}.get(widget.default) if isinstance(widget.default, bool) else widget.default
+        option, is_switch = widget.option, isinstance(widget.default, bool)
+        values = values_of({"any": "any", "range": "{low} to {high}"}, option.choices, option.minimum, option.maximum)
+        values = values or ("on or off" if is_switch else "a text")
+        shown = ("off", "on")[widget.default] if is_switch else widget.default
         shown = "empty" if shown == "" else shown
         text = option.help.replace("\n", "<br>")
         name = f"{option.label}{' (advanced)' if option.advanced else ''}"
@@ -37,16 +29,14 @@ def options() -> str:
 
 def presets() -> str:
     """The presets, what they do to the pictures of the quality lab's models and to the time of a run on the GPU."""
-    rows, steps, marked, pictures = [], read(FOLDER / "steps.csv"), False, set()
+    rows, steps, pictures = [], read(FOLDER / "steps.csv"), set()
     for name, preset in PRESETS.items():
         start = preset.options["start"]
         cells = [name, sets(preset.options), preset.summary]
         for model in ("demo", "lab"):
-            found = {row["variant"]: row for row in measured(model) if row["sampler"] == "ddim30"}
-            variant, mark = preset_measured(name, found)
-            marked = marked or bool(mark)
-            pictures.add(int(found[variant]["images"]))
-            cells.append(f"{float(found[variant]['psnr']):.1f} dB{mark}")
+            found = {row["variant"]: row for row in measured(model) if row["sampler"] == "ddim30"}[preset_variant(name)]
+            pictures.add(int(found["images"]))
+            cells.append(f"{float(found['psnr']):.1f} dB")
         for pixels in ("1024", "2048"):
             own = ", own token" if preset.options["own_token"] else ""
             method = ToMeConfig(**preset.options).resolved(multires=False).method
@@ -63,7 +53,7 @@ def presets() -> str:
         f"EasyCache are of fewer). Speed: the mean step of a run on an {steps[0]['machine']}, as a CUDA graph, "
         "unmerged first steps included (docs/speed.md)."
     )
-    return f"{markdown(head, rows)}\n{note}{f' {WITHOUT_OWN}' if marked else ''}\n"
+    return f"{markdown(head, rows)}\n{note}\n"
 
 
 def measured(model: str) -> list[dict[str, str]]:

@@ -284,30 +284,12 @@ def test_a_preset_says_so_itself(monkeypatch):
     assert plot.preset_variant("one") == "downsample 0.75 from 0.2"
 
 
-def test_presets_measured_without_own_tokens_are_marked(monkeypatch):
-    silent = {
-        name: Preset("", {option: value for option, value in preset.options.items() if option != "own_token"})
-        for name, preset in plot.PRESETS.items()
-    }
-    monkeypatch.setattr(plot, "PRESETS", silent)
-    monkeypatch.setattr(plot, "ToMeConfig", defaulting(True))
+def test_the_table_of_presets_needs_them_all():
     own = [plot.preset_variant(name) for name in plot.PRESETS]
+    whole = page_of("presets_fidelity fresh", measured(own))
+    assert all(f"| {name} | {variant} |" in whole for name, variant in zip(plot.PRESETS, own, strict=True))
     without = [name.removesuffix(", own token kept") for name in own]
-
-    def page(names):
-        return page_of("presets_fidelity fresh", measured(names))
-
-    whole = page(own + without)
-    assert all(f"| {name} |" in whole for name in own) and "*" not in whole
-    some = page(own[:1] + without)
-    assert f"| {own[0]} |" in some and all(f"| {name}* |" in some for name in without[1:])
-    assert some.count("*") == len(own) - 1 + 1 and plot.WITHOUT_OWN in some
-    assert "Not measured yet" in page(own[:1] + without[:1])
-    assert plot.preset_measured("Balanced", own) == ("sample 0.75, own token kept", "")
-    assert plot.preset_measured("Balanced", without) == ("sample 0.75", "*")
-    monkeypatch.setattr(plot, "ToMeConfig", defaulting(False))
-    assert plot.preset_measured("Balanced", without) == ("sample 0.75", "")
-    assert "*" not in page(without)
+    assert own != without and fill.NOTHING in page_of("presets_fidelity fresh", measured(own[:1] + without))
 
 
 def test_fine_detail_is_shown_where_it_is_known():
