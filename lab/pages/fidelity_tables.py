@@ -15,7 +15,7 @@ from .rows import MAIN, Row, main_sampler, of_model, of_set
 from .style import STYLES
 
 
-def percent(share: str) -> str:
+def percent(share: str | float) -> str:
     value = 100 * float(share)
     return f"{value:.0f}%" if value >= 9.5 else f"{value:.1f}%"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from shared_tome.methods import PRESETS
 
@@ -11,7 +12,7 @@ from ..fidelity.methods import UNMERGED
 from ..fidelity.rivals import AGAIN, EXACT
 from ..store import RESULTS, Row, markdown, read
 from .fidelity_tables import CELLS, percent
-from .frontier_times import PLACES, Place, best, frontier_rows
+from .frontier_times import PLACES, Place, best, between, calls_of, frontier_rows
 
 HELD = ("outputs reused", "attention held", "drawn between", "drawn + residual", "drawn from 0.2")
 TILED = "HyperTile"
@@ -40,23 +41,17 @@ def points(rows: Sequence[Row], place: Place) -> dict[str, tuple[float, float]]:
 def rivals(model: str = "lab", folder: Path = RESULTS / "fidelity", places: Sequence[Place] | None = None) -> str:
     """The choices on the frontier at any of the model's places, and the commonest; times that are on it are bold."""
     rows, places = frontier_rows(model, folder), PLACES[model] if places is None else places
-    if not rows:
-        return ""
     times = {place: points(rows, place) for place in places}
     edges = {place: best(times[place]) for place in places}
     shown = {name for names in edges.values() for name in names} | set(SHOWN)
-    lines = []
+
+    def cell(row: Row, place: Place) -> str:
+        name = row["variant"]
+        text = f"{times[place][name][0]:.0%}" if name in times[place] else "-"
+        return f"**{text}**" if name in edges[place] else text
+
     near = [row for row in rows if row["variant"] in shown and float(row["psnr"]) >= LEAST]
-    for row in sorted(near, key=lambda row: -float(row["psnr"])):
-        name, cells = row["variant"], []
-        for place in places:
-            text = f"{times[place][name][0]:.0%}" if name in times[place] else "-"
-            cells.append(f"**{text}**" if name in edges[place] else text)
-        calls = sum(float(row[f"calls_{kind}"]) for kind in ("whole", "merged", "both", "held"))
-        lines.append([name, percent(str(calls)), *(_cell(cell, row) for cell in CELL_NAMES), *cells])
-    heads = [CELLS[cell][0] for cell in CELL_NAMES]
-    table = markdown(["what", "calls", *heads, *(place.title for place in places)], lines, left=1)
-    return f"{table}\n{about(rows, places)}\n"
+    return _made(rows, "calls", sorted(near, key=_farness), places, cell)
 
 
 def held(model: str = "dit", folder: Path = RESULTS / "fidelity", places: Sequence[Place] | None = None) -> str:
@@ -66,36 +61,38 @@ def held(model: str = "dit", folder: Path = RESULTS / "fidelity", places: Sequen
     none of them is as fast or as slow.
     """
     rows, places = frontier_rows(model, folder), PLACES[model] if places is None else places
-    mine = [row for row in rows if row["family"] in (*HELD, EXACT)]
-    if not mine:
-        return ""
-    lines = []
-    for row in mine:
-        cells = []
-        for place in places:
-            time = place.time(row)
-            base = None if time is None or row["family"] in WHOLE else at_time(rows, place, time)
-            beside = (
-                "" if row["family"] in WHOLE else " (-)" if base is None else f" ({float(row['psnr']) - base:+.1f})"
-            )
-            cells.append("-" if time is None else f"{time:.0%}{beside}")
-        lines.append([row["variant"], percent(row["attention"]), *(_cell(cell, row) for cell in CELL_NAMES), *cells])
-    heads = [CELLS[cell][0] for cell in CELL_NAMES]
-    table = markdown(["what", "attention", *heads, *(place.title for place in places)], lines, left=1)
-    return f"{table}\n{about(rows, places)}\n"
+
+    def cell(row: Row, place: Place) -> str:
+        time = place.time(row)
+        if time is None or row["family"] in WHOLE:
+            return "-" if time is None else f"{time:.0%}"
+        base = at_time(rows, place, time)
+        return f"{time:.0%} (-)" if base is None else f"{time:.0%} ({float(row['psnr']) - base:+.1f})"
+
+    return _made(rows, "attention", [row for row in rows if row["family"] in (*HELD, EXACT)], places, cell)
 
 
 def tiles(model: str = "demo", folder: Path = RESULTS / "fidelity") -> str:
     """HyperTile's tiles beside the presets, from tiles-MODEL.csv."""
     rows = [row for row in read(folder / f"tiles-{model}.csv") if row["psnr"] != "inf"]
-    if not rows:
+    return _made(rows, "attention", sorted(rows, key=_farness))
+
+
+def _made(rows: Sequence[Row], share: str, shown: Sequence[Row], places: Sequence[Place] = (), cell: Any = None) -> str:
+    """A table of some rows: their share of all calls or of the attention, their distance, a cell(row, place) each."""
+    if not shown:
         return ""
-    lines = [
-        [row["variant"], percent(row["attention"]), *(_cell(cell, row) for cell in CELL_NAMES)]
-        for row in sorted(rows, key=lambda row: -float(row["psnr"]))
-    ]
-    table = markdown(["what", "attention", *(CELLS[cell][0] for cell in CELL_NAMES)], lines, left=1)
-    return f"{table}\n{about(rows)}\n"
+    head = ["what", share, *(CELLS[name][0] for name in CELL_NAMES), *(place.title for place in places)]
+    lines = []
+    for row in shown:
+        left = sum(calls_of(row)) if share == "calls" else row[share]
+        distance = ["-" if name == "fd_gap" and row[name] == "" else CELLS[name][1](row) for name in CELL_NAMES]
+        lines.append([row["variant"], percent(left), *distance, *(cell(row, place) for place in places)])
+    return f"{markdown(head, lines, left=1)}\n{about(rows, places)}\n"
+
+
+def _farness(row: Row) -> float:
+    return -float(row["psnr"])
 
 
 def steps(folder: Path = RESULTS / "fidelity") -> str:
@@ -121,15 +118,7 @@ def at_time(rows: Sequence[Row], place: Place, time: float) -> float | None:
         for row in rows
         if row["family"] in WHOLE and row["psnr"] != "inf" and (spent := place.time(row)) is not None
     }
-    line = [known[name] for name in best(known)]
-    for (low, worse), (high, better) in zip(line, line[1:], strict=False):
-        if low <= time <= high:
-            return worse + (better - worse) * (time - low) / (high - low)
-    return None
-
-
-def _cell(name: str, row: Row) -> str:
-    return "-" if name == "fd_gap" and row[name] == "" else CELLS[name][1](row)
+    return between([known[name] for name in best(known)], time)
 
 
 def about(rows: Sequence[Row], places: Sequence[Place] = ()) -> str:

@@ -17,9 +17,12 @@ Pooled tails, which run nowhere here, have m = 1 - a (1 - work): at best.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from shared_tome.config import ToMeConfig
 from shared_tome.methods import PRESETS
@@ -51,13 +54,10 @@ class Place:
 
     def _rows(self, name: str) -> dict[str, Row]:
         """Of a CSV, by variant or choice, the rows of this place."""
-        wanted = [{"model": self.model, "backend": self.attention}]
-        if name == "steps":
-            wanted[0] |= {"pixels": self.size.rstrip("²"), "mode": "graph"}
-        else:
-            wanted[0] |= {"size": self.size}
+        wanted = {"model": self.model, "backend": self.attention}
+        wanted |= {"pixels": self.size.rstrip("²"), "mode": "graph"} if name == "steps" else {"size": self.size}
         rows = (row for row in read(self.folder / f"{name}.csv") if row["speedup"])
-        return {row.get("variant") or row["choice"]: row for row in rows if wanted[0].items() <= row.items()}
+        return {row.get("variant") or row["choice"]: row for row in rows if wanted.items() <= row.items()}
 
     @cached_property
     def generations(self) -> dict[str, Row]:
@@ -106,12 +106,8 @@ class Place:
             return None if share is None else 1 - share * ratio
         if (method, ratio) in self._measured:
             return self._measured[method, ratio]
-        known = sorted((at, m) for (name, at), m in self._steps.items() if name == method)
-        for (low, first), (high, last) in zip(known, known[1:] or known, strict=False):
-            if low <= ratio <= high:
-                at = (ratio - low) / (high - low) if high > low else 0.0
-                return min(1.0, first + at * (last - first))
-        return None
+        m = between(sorted((at, m) for (name, at), m in self._steps.items() if name == method), ratio)
+        return None if m is None else min(1.0, m)
 
     @cached_property
     def decoding(self) -> float:
@@ -126,7 +122,7 @@ class Place:
 
     def sampling(self, row: Row) -> float | None:
         """The same without decoding."""
-        whole, merged, both, held = (float(row[f"calls_{kind}"]) for kind in ("whole", "merged", "both", "held"))
+        whole, merged, both, held = calls_of(row)
         done = self.generations.get(row["variant"])
         if done is not None and done["steps"] == done["of_steps"]:
             ran = 1 - len(done["skipped"].split()) / int(done["steps"])
@@ -164,6 +160,18 @@ PLACES |= {"lab": [*PLACES["demo"], Place("sdxl", "2048²")], "dit-fine": PLACES
 def frontier_rows(model: str, folder: Path = RESULTS / "fidelity") -> list[Row]:
     """The rows of frontier-MODEL.csv; none where it was not measured."""
     return read(folder / f"frontier-{model}.csv")
+
+
+def calls_of(row: Row) -> list[float]:
+    """w, d, b and h of a row."""
+    return [float(row[f"calls_{kind}"]) for kind in ("whole", "merged", "both", "held")]
+
+
+def between(points: Sequence[tuple[float, float]], at: float) -> float | None:
+    """On the line through points (x, y), x rising; None beyond them."""
+    if not points or not points[0][0] <= at <= points[-1][0]:
+        return None
+    return float(np.interp(at, *zip(*points, strict=True)))
 
 
 def best(points: dict[str, tuple[float, float]]) -> list[str]:
