@@ -81,13 +81,12 @@ def train(
     real_per_class: int = 100,
     epochs: int = 6,
     device: str = "cpu",
-    photos: Path | None = None,
     workers: int | None = None,
     data: PictureSet = DEMO,
 ) -> Judge:
     """Train from a fixed seed; every picture once an epoch."""
-    pixels, classes = _flat(make_bank(per_class, TRAIN_SEED, photos, workers, data))
-    real, real_classes = _flat(make_bank(real_per_class, REAL_SEED, photos, workers, data))
+    pixels, classes = _flat(make_bank(per_class, TRAIN_SEED, workers, data))
+    real, real_classes = _flat(make_bank(real_per_class, REAL_SEED, workers, data))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(TRAIN_SEED)
         classifier = Classifier(data).to(device)
@@ -138,13 +137,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", choices=SETS, default=DEMO.name, help="which pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--photos", type=Path, help="folder of the photographs (default: scikit-image's)")
     parser.add_argument("--workers", type=int, help="processes that draw pictures (default: one a core)")
     parser.add_argument("--per-class", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=6)
     args = parser.parse_args(argv)
-    where = (args.device, args.photos, args.workers, SETS[args.data])
-    judge = train(args.per_class, 100, args.epochs, *where)
+    judge = train(args.per_class, 100, args.epochs, args.device, args.workers, SETS[args.data])
     save(judge, args.out)
     print(f"names {judge.accuracy:.1%} of {len(judge.real)} real pictures rightly")
 

@@ -15,7 +15,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator
@@ -26,19 +25,19 @@ from .photographs import PHOTOGRAPHS, SIZE, crop, jitter, photograph_folder
 DRAWN = 2 * SIZE  # formulas are drawn twice as large and averaged down: cheap anti-aliasing
 
 
-def photo(rng: Generator, folder: str, spec: tuple[str, int, int, int]) -> np.ndarray:
+def photo(rng: Generator, spec: tuple[str, int, int, int]) -> np.ndarray:
     """A photograph's subject, moved by up to 7% and scaled by up to 18%."""
     name, x, y, size = spec
     side = size * rng.uniform(0.82, 1.15)
     dx, dy = rng.uniform(-0.07, 0.07, 2) * size
-    return jitter(crop(rng, folder, name, x + dx, y + dy, side, min(1.0, 3 * SIZE / size)), rng)
+    return jitter(crop(rng, name, x + dx, y + dy, side, min(1.0, 3 * SIZE / size)), rng)
 
 
-def coins(rng: Generator, folder: str) -> np.ndarray:
+def coins(rng: Generator) -> np.ndarray:
     """One coin to four from the tray, in the grey of the photograph or the tint of some metal."""
     metal = np.array([(1.0, 1.0, 1.0), (1.15, 1.0, 0.72), (1.12, 0.88, 0.72)][rng.integers(3)])
     x, y, side = rng.uniform(60, 320), rng.uniform(50, 255), rng.uniform(80, 125)
-    pixels = crop(rng, folder, "coins.png", x, y, side, 1.0) * metal
+    pixels = crop(rng, "coins.png", x, y, side, 1.0) * metal
     return jitter(pixels.clip(0, 255).astype(np.uint8), rng, hue=0.02)
 
 
@@ -96,14 +95,14 @@ def _dusk(rng: Generator, horizon: float) -> np.ndarray:
     return blend(sky, (1.0, 0.93, 0.7), (sun < rng.uniform(0.12, 0.2)).astype(np.float32)).astype(np.float32)
 
 
-def horse(rng: Generator, folder: str) -> np.ndarray:
+def horse(rng: Generator) -> np.ndarray:
     """The outline of a horse before a sunset."""
     ground = rng.uniform(0.45, 0.65)
     canvas = _dusk(rng, ground)
     _, y = _grid()
     dark = hue_colour(rng.uniform(0.05, 0.3), 0.5, rng.uniform(0.08, 0.22))
     canvas = blend(canvas, dark, (y > ground + 0.03 * _rough(rng)[None]).astype(np.float32))
-    image = Image.open(Path(folder) / "horse.png").convert("L")
+    image = Image.open(photograph_folder() / "horse.png").convert("L")
     width = int(DRAWN * rng.uniform(0.68, 0.9))
     height = round(width * image.height / image.width)
     outline = 1 - np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32) / 255
@@ -116,7 +115,7 @@ def horse(rng: Generator, folder: str) -> np.ndarray:
     return jitter(_finish(canvas), rng, hue=0.03)
 
 
-def spheres(rng: Generator, folder: str) -> np.ndarray:
+def spheres(rng: Generator) -> np.ndarray:
     """One to three shiny balls on a floor, lit from one side, with their shadows."""
     x, y = _grid()
     horizon = rng.uniform(-0.3, 0.0)
@@ -157,7 +156,7 @@ def spheres(rng: Generator, folder: str) -> np.ndarray:
     return _finish(canvas)
 
 
-def mountains(rng: Generator, folder: str) -> np.ndarray:
+def mountains(rng: Generator) -> np.ndarray:
     """Ridges one behind the other under an evening sky."""
     canvas = _dusk(rng, 0.35)
     _, y = _grid()
@@ -175,7 +174,7 @@ def mountains(rng: Generator, folder: str) -> np.ndarray:
     return _finish(canvas)
 
 
-def flower(rng: Generator, folder: str) -> np.ndarray:
+def flower(rng: Generator) -> np.ndarray:
     """A flower of five to nine petals before blurred leaves."""
     x, y = _grid()
     leaf = hue_colour(rng.uniform(0.25, 0.38), 0.7, rng.uniform(0.25, 0.45))
@@ -205,7 +204,7 @@ def flower(rng: Generator, folder: str) -> np.ndarray:
     return _finish(blend(canvas, heart, np.clip((0.24 - radius) * 40, 0, 1)))
 
 
-def planet(rng: Generator, folder: str) -> np.ndarray:
+def planet(rng: Generator) -> np.ndarray:
     """A banded planet, most with a ring, lit from one side among stars."""
     x, y = _grid()
     canvas = np.zeros((DRAWN, DRAWN, 3), np.float32) + hue_colour(rng.uniform(0.6, 0.8), 0.6, 0.06)
@@ -233,8 +232,8 @@ def planet(rng: Generator, folder: str) -> np.ndarray:
     return _finish(canvas)
 
 
-Painter = Callable[[Generator, str], np.ndarray]
-"""(random generator, folder of the photographs) -> [frames * size, size, 3] uint8."""
+Painter = Callable[[Generator], np.ndarray]
+"""Gives [frames * size, size, 3] uint8."""
 
 
 @dataclass(frozen=True)
@@ -270,28 +269,21 @@ DEMO = PictureSet(
 CLASS_NAMES = DEMO.classes
 
 
-def _paint(job: tuple[Painter, int, int, int, int, str]) -> np.ndarray:
-    painter, seed, index, start, stop, folder = job
-    pictures = [painter(np.random.default_rng([seed, index, i]), folder) for i in range(start, stop)]
+def _paint(job: tuple[Painter, int, int, int, int]) -> np.ndarray:
+    painter, seed, index, start, stop = job
+    pictures = [painter(np.random.default_rng([seed, index, i])) for i in range(start, stop)]
     return np.stack(pictures)  # (stop - start, size, size, 3)
 
 
-def make_bank(
-    per_class: int,
-    seed: int = 0,
-    folder: Path | None = None,
-    workers: int | None = None,
-    pictures: PictureSet = DEMO,
-) -> np.ndarray:
+def make_bank(per_class: int, seed: int = 0, workers: int | None = None, pictures: PictureSet = DEMO) -> np.ndarray:
     """Pictures of every class of a set: [classes, per_class, frames * size, size, 3] uint8.
 
-    folder: where the photographs are; None asks the scikit-image package. workers: processes; 0 draws here.
+    workers: processes; 0 draws here.
     """
-    where = str(folder or photograph_folder())
     workers = (os.cpu_count() or 1) if workers is None else workers
     chunk = per_class if workers <= 1 else 128
     jobs = [
-        (painter, seed, index, start, min(start + chunk, per_class), where)
+        (painter, seed, index, start, min(start + chunk, per_class))
         for index, painter in enumerate(pictures.painters.values())
         for start in range(0, per_class, chunk)
     ]

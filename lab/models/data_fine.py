@@ -54,7 +54,7 @@ def _ink_and_paper(rng: Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (pair[0], pair[1]) if rng.random() < 0.7 else (pair[1], pair[0])
 
 
-def words(rng: Generator, folder: str) -> np.ndarray:
+def words(rng: Generator) -> np.ndarray:
     """Two to six lines of words, turned a little, as on a sign or a page."""
     ink, paper = _ink_and_paper(rng)
     image = Image.new("RGB", (SIZE, SIZE), paper)
@@ -73,7 +73,7 @@ def words(rng: Generator, folder: str) -> np.ndarray:
     return to_bytes(np.asarray(image) / 255 * light[..., None])
 
 
-def letters(rng: Generator, folder: str) -> np.ndarray:
+def letters(rng: Generator) -> np.ndarray:
     """Two to five big letters in colour before stripes or dots."""
     ink, paper = _ink_and_paper(rng)
     u, v = _turned(rng.uniform(0, math.pi))
@@ -95,32 +95,32 @@ def letters(rng: Generator, folder: str) -> np.ndarray:
     return np.asarray(image)
 
 
-def texture(rng: Generator, folder: str, name: str) -> np.ndarray:
+def texture(rng: Generator, name: str) -> np.ndarray:
     """Somewhere in the photograph of a surface, tinted."""
     file, lowest, highest = TEXTURES[name]
     side = rng.uniform(lowest, highest)
     x, y = rng.uniform(side / 2, 512 - side / 2, 2)
     tint = np.array(TINTS[name][int(rng.integers(3))])
-    pixels = crop(rng, folder, file, x, y, side, 1.0, SIZE) * tint
+    pixels = crop(rng, file, x, y, side, 1.0, SIZE) * tint
     return jitter(pixels.clip(0, 255).astype(np.uint8), rng, hue=0.04)
 
 
-def retina(rng: Generator, folder: str) -> np.ndarray:
+def retina(rng: Generator) -> np.ndarray:
     """Fine vessels, somewhere on the disc."""
     side = rng.uniform(380, 620)
     x, y = 705 + rng.uniform(-330, 330, 2)
-    return jitter(crop(rng, folder, "retina.jpg", x, y, side, 0.5, SIZE), rng)
+    return jitter(crop(rng, "retina.jpg", x, y, side, 0.5, SIZE), rng)
 
 
-def wheel(rng: Generator, folder: str) -> np.ndarray:
+def wheel(rng: Generator) -> np.ndarray:
     """A motorcycle's front wheel or its engine: spokes, fins, chrome."""
     x, y = ((560, 385), (345, 320))[int(rng.integers(2))]
     side = rng.uniform(190, 260)
     dx, dy = rng.uniform(-14, 14, 2)
-    return jitter(crop(rng, folder, "motorcycle_right.png", x + dx, y + dy, side, 1.0, SIZE), rng)
+    return jitter(crop(rng, "motorcycle_right.png", x + dx, y + dy, side, 1.0, SIZE), rng)
 
 
-def cloth(rng: Generator, folder: str) -> np.ndarray:
+def cloth(rng: Generator) -> np.ndarray:
     """Woven cloth in a check of four colours, with folds."""
     u, v = _turned(rng.uniform(-0.4, 0.4))
     fold = rng.uniform(2, 7) * np.sin(2 * math.pi * v / rng.uniform(70, 160) + rng.uniform(0, 6))
@@ -144,7 +144,7 @@ def cloth(rng: Generator, folder: str) -> np.ndarray:
     return to_bytes(canvas)
 
 
-def gratings(rng: Generator, folder: str) -> np.ndarray:
+def gratings(rng: Generator) -> np.ndarray:
     """Two to four fields of fine lines, straight or in rings."""
     ink, paper = (np.array(colour, np.float32) / 255 for colour in _ink_and_paper(rng))
     canvas = np.broadcast_to(paper, (SIZE, SIZE, 3)).astype(np.float32)
@@ -162,7 +162,7 @@ def gratings(rng: Generator, folder: str) -> np.ndarray:
     return to_bytes(canvas)
 
 
-def city(rng: Generator, folder: str) -> np.ndarray:
+def city(rng: Generator) -> np.ndarray:
     """Rows of buildings with their windows, by day or at night."""
     x, y = centres(SIZE)
     up = (0.5 - y / SIZE)[..., None]

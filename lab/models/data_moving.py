@@ -27,7 +27,7 @@ def _video(draw: Callable[[float], np.ndarray]) -> np.ndarray:
     return np.concatenate([draw(time) for time in np.linspace(-0.5, 0.5, FRAMES)])
 
 
-def glide(rng: Generator, folder: str, spec: tuple[str, int, int, int]) -> np.ndarray:
+def glide(rng: Generator, spec: tuple[str, int, int, int]) -> np.ndarray:
     """A window that moves over a photograph's subject by up to a third of itself, and comes nearer or recedes."""
     name, x, y, size = spec
     tilt, side = int(rng.choice(TILTS)), size * rng.uniform(0.6, 0.9)
@@ -36,29 +36,29 @@ def glide(rng: Generator, folder: str, spec: tuple[str, int, int, int]) -> np.nd
     scale = min(1.0, 3 * SIZE / size)
 
     def frame(time: float) -> np.ndarray:
-        return window(folder, name, scale, tilt, x + time * dx, y + time * dy, side * (1 + time * nearer))
+        return window(name, scale, tilt, x + time * dx, y + time * dy, side * (1 + time * nearer))
 
     return jitter(_video(frame), rng)
 
 
-def coins(rng: Generator, folder: str) -> np.ndarray:
+def coins(rng: Generator) -> np.ndarray:
     """The tray of coins, passing by."""
     x, y = rng.uniform(90, 290), rng.uniform(80, 225)
-    return glide(rng, folder, ("coins.png", x, y, 150))
+    return glide(rng, ("coins.png", x, y, 150))
 
 
-def _ground(rng: Generator, folder: str) -> np.ndarray:
+def _ground(rng: Generator) -> np.ndarray:
     """A still photograph of a surface, tinted: [SIZE, SIZE, 3], 0 to 1."""
     file, low, high = TEXTURES[str(rng.choice(list(TEXTURES)))]
     side = rng.uniform(low, high) / 2
     x, y = rng.uniform(side / 2, 512 - side / 2, 2)
     tint = hue_colour(rng.random(), rng.uniform(0.0, 0.4), 1.0)
-    return window(folder, file, 1.0, 0, x, y, side) / 255 * tint
+    return window(file, 1.0, 0, x, y, side) / 255 * tint
 
 
-def discs(rng: Generator, folder: str) -> np.ndarray:
+def discs(rng: Generator) -> np.ndarray:
     """One to three shaded discs that fly over a surface."""
-    ground, (x, y) = _ground(rng, folder), centres(SIZE)
+    ground, (x, y) = _ground(rng), centres(SIZE)
     count, hue = int(rng.integers(1, 4)), rng.random()
     radius, place, way = rng.uniform(8, 15, count), rng.uniform(-16, 16, (count, 2)), rng.uniform(-30, 30, (count, 2))
 
@@ -74,9 +74,9 @@ def discs(rng: Generator, folder: str) -> np.ndarray:
     return _video(frame)
 
 
-def letter(rng: Generator, folder: str) -> np.ndarray:
+def letter(rng: Generator) -> np.ndarray:
     """A big letter that flies over a surface and turns."""
-    ground = Image.fromarray(to_bytes(_ground(rng, folder) * 0.6 + (0.0, 0.4)[int(rng.integers(2))]))
+    ground = Image.fromarray(to_bytes(_ground(rng) * 0.6 + (0.0, 0.4)[int(rng.integers(2))]))
     colour = tuple(int(255 * c) for c in hue_colour(rng.random(), 0.8, rng.choice((0.35, 1.0))))
     text, place, way = LETTERS[int(rng.integers(12))], rng.uniform(-8, 8, 2), rng.uniform(-24, 24, 2)
     angle, turn, big = rng.uniform(-20, 20), rng.uniform(-40, 40), 4 * SIZE
@@ -92,7 +92,7 @@ def letter(rng: Generator, folder: str) -> np.ndarray:
     return _video(frame)
 
 
-def _waves(rng: Generator, folder: str, rings: bool) -> np.ndarray:
+def _waves(rng: Generator, rings: bool) -> np.ndarray:
     """Two colours in stripes that drift, or in rings that grow."""
     x, y = centres(SIZE)
     angle, period = rng.uniform(0, 2 * math.pi), rng.uniform(8, 20)

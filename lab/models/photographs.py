@@ -35,12 +35,12 @@ def photograph_folder() -> Path:
 
 
 @lru_cache(maxsize=64)
-def _photograph(folder: str, name: str, scale: float, tilt: int) -> tuple[Image.Image, int]:
+def _photograph(name: str, scale: float, tilt: int) -> tuple[Image.Image, int]:
     """A photograph scaled, with a margin mirrored from its edges, tilted by ``tilt`` degrees; and the margin.
 
     Scaling once makes the many crops that follow several times cheaper.
     """
-    with Image.open(Path(folder) / name) as opened:
+    with Image.open(photograph_folder() / name) as opened:
         image = opened.convert("RGB")
     size = (round(image.width * scale), round(image.height * scale))
     pixels = np.asarray(image.resize(size, Image.Resampling.LANCZOS))
@@ -49,18 +49,14 @@ def _photograph(folder: str, name: str, scale: float, tilt: int) -> tuple[Image.
     return Image.fromarray(padded).rotate(tilt, resample=Image.Resampling.BICUBIC), margin
 
 
-def crop(
-    rng: Generator, folder: str, name: str, x: float, y: float, size: float, scale: float, side: int = SIZE
-) -> np.ndarray:
+def crop(rng: Generator, name: str, x: float, y: float, size: float, scale: float, side: int = SIZE) -> np.ndarray:
     """The square of ``size`` pixels around (x, y) of a photograph, tilted a little: [side, side, 3] uint8."""
-    return window(folder, name, scale, int(rng.choice(TILTS)), x, y, size, side)
+    return window(name, scale, int(rng.choice(TILTS)), x, y, size, side)
 
 
-def window(
-    folder: str, name: str, scale: float, tilt: int, x: float, y: float, size: float, side: int = SIZE
-) -> np.ndarray:
+def window(name: str, scale: float, tilt: int, x: float, y: float, size: float, side: int = SIZE) -> np.ndarray:
     """The same of a photograph that was scaled and tilted by so many degrees."""
-    image, margin = _photograph(folder, name, scale, tilt)
+    image, margin = _photograph(name, scale, tilt)
     half = size * scale / 2
     x = min(max(x * scale + margin, half), image.width - half)
     y = min(max(y * scale + margin, half), image.height - half)

@@ -117,7 +117,7 @@ class Trainer:
         self.sigmas = self.sigmas.to(self.device)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.per_class = args.per_class or config.per_class
-        bank = torch.from_numpy(make_bank(self.per_class, args.seed, args.photos, args.workers, self.pictures))
+        bank = torch.from_numpy(make_bank(self.per_class, args.seed, args.workers, self.pictures))
         bank = bank.flatten(0, 1).to(self.device)  # (K * per_class, size, size, 3), uint8
         self.log(f"{len(bank)} pictures after {self.seconds:.0f} s")
         self.bank = self._latents(bank) if self.model.autoencoder else bank
@@ -252,7 +252,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, help="peak learning rate")
     parser.add_argument("--per-class", type=int, help="pictures drawn for each class")
     parser.add_argument("--resume", help="a model.safetensors to go on from")
-    parser.add_argument("--photos", type=Path, help="folder of the photographs (default: scikit-image's)")
     parser.add_argument("--workers", type=int, help="processes that draw pictures (default: one a core)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="do not try torch.compile")

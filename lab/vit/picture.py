@@ -19,7 +19,7 @@ import shared_tome.vit as vit
 from shared_tome.vit.picture import draw_groups
 
 from ..models.data import DEMO
-from ..models.photographs import photograph_folder
+from ..models.tensors import as_pictures
 from .model import Shape, build, load
 
 SUBJECTS = ("cat", "astronaut", "coffee", "coins")
@@ -28,10 +28,10 @@ ENLARGED = 4  # pixels drawn for each of the picture's
 GAP = 8
 
 
-def photographs(folder: Path, size: int) -> Tensor:
+def photographs(size: int) -> Tensor:
     """Some of the lab's pictures [n, 3, size, size], -1 to 1."""
-    pixels = [DEMO.painters[name](np.random.default_rng(SEED), str(folder)) for name in SUBJECTS]
-    pictures = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = np.stack([DEMO.painters[name](np.random.default_rng(SEED)) for name in SUBJECTS])
+    pictures = as_pictures(torch.from_numpy(pixels))
     return pictures if size == pictures.shape[-1] else F.interpolate(pictures, size, mode="bicubic").clamp(-1, 1)
 
 
@@ -64,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lab.vit.picture", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a trained one (default: fresh weights)")
     parser.add_argument("--out", type=Path, default=Path("docs/images/vit-merged.png"))
-    parser.add_argument("--photos", type=Path, help="folder of the photographs (default: scikit-image's)")
     parser.add_argument("--r", type=int, default=16, help="tokens fewer in each block")
     parser.add_argument("--blocks", type=int, nargs="+", default=(2, 5, 8, 12))
     args = parser.parse_args(argv)
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model, shape = build(Shape()).eval(), Shape()
     else:
         model, shape, _ = load(args.model)
-    pictures = photographs(args.photos or photograph_folder(), shape.size)
+    pictures = photographs(shape.size)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     sheet(columns(model, shape, pictures, args.r, args.blocks)).save(args.out, optimize=True)
 

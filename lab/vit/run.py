@@ -28,7 +28,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="CSV file to write (default: none, the models are trained alone)")
     parser.add_argument("--train-only", action="store_true", help="train what is missing and stop")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--photos", type=Path, help="folder of the photographs (default: scikit-image's)")
     parser.add_argument("--workers", type=int, help="processes that draw pictures (default: one a core)")
     for name, help in (
         ("steps", "of each training, at most"),
@@ -59,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     recipe = Recipe(steps=args.steps, seconds=args.seconds, batch=args.batch, rate=args.rate)
     shape = Shape(channels=args.channels, depth=args.depth, heads=args.heads)
-    task = Task(args.per_class, TRAIN_SEED, args.device, args.photos, args.workers)
+    task = Task(args.per_class, TRAIN_SEED, args.device, args.workers)
     train_missing(args.models, task, recipe, shape, args.device)
     if args.train_only:
         return
-    held_out = Task(args.held_out, HELD_OUT_SEED, args.device, args.photos, args.workers)
+    held_out = Task(args.held_out, HELD_OUT_SEED, args.device, args.workers)
     pictures, classes = held_out.every()
     kinds = variants(args.rs, args.compared_rs)
     with sdpa_kernel(BACKENDS):

@@ -7,8 +7,6 @@ Nothing is downloaded. Held-out pictures are put together from drawings that are
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,13 +24,11 @@ GREY = 0.5  # the share of subjects without colour, which would tell most classe
 class Task:
     """The lab's pictures on a device, and new ones put together from them.
 
-    per_class: drawings of each class. folder, workers: as for data.make_bank.
+    per_class: drawings of each class. workers: as for data.make_bank.
     """
 
-    def __init__(
-        self, per_class: int, seed: int, device: str = "cpu", folder: Path | None = None, workers: int | None = None
-    ):
-        bank = torch.from_numpy(make_bank(per_class, seed, folder, workers))
+    def __init__(self, per_class: int, seed: int, device: str = "cpu", workers: int | None = None):
+        bank = torch.from_numpy(make_bank(per_class, seed, workers))
         self.bank = bank.flatten(0, 1).permute(0, 3, 1, 2).contiguous().to(device)  # (K * per_class, 3, H, W)
         self.per_class = per_class
 

@@ -48,7 +48,7 @@ def crops(pictures: np.ndarray) -> np.ndarray:
 
 
 def paint_small(name: str):
-    return lambda rng, folder: crops(FINE.painters[name](rng, folder))
+    return lambda rng: crops(FINE.painters[name](rng))
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +104,7 @@ def test_fine_pictures_have_detail_that_the_demo_lacks() -> None:
 
 def test_the_demos_pictures_are_what_they_were() -> None:
     """Formulas alone, so that no version of Pillow or of the photographs counts."""
-    folder = str(data.photograph_folder())
-    drawn = [data.DEMO.painters[name](np.random.default_rng([1, 2]), folder) for name in ("spheres", "planet")]
+    drawn = [data.DEMO.painters[name](np.random.default_rng([1, 2])) for name in ("spheres", "planet")]
     assert [picture.astype(np.int64).sum().item() for picture in drawn] == SUMS
 
 
