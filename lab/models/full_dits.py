@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from installer import inprocess
+
 from ..timing import Moment
 
 
@@ -111,6 +113,12 @@ def patcher(config: Any, device: torch.device, fill: Callable[[str, Tensor], Any
         for name, parameter in model.diffusion_model.named_parameters():
             fill(name, parameter)
     return comfy.model_patcher.ModelPatcher(model.to(device), device, device)
+
+
+def with_tome(model: Any, options: dict[str, Any]) -> Any:
+    """A clone of a ModelPatcher with the node ToMe on it."""
+    patch = inprocess.pack_module("comfy_tome.patch")
+    return patch.apply_to_model(model, patch.ToMeConfig(**options))
 
 
 class ModelInputs:

@@ -16,21 +16,15 @@ from shared_tome import ToMeConfig, apply_patch
 from shared_tome.core.grid import grid_at
 from shared_tome.scripts.hooks import served_blocks
 
+from .variants import options_of
+
 STEPS = 20
-# variant: what it is in ToMeConfig; named levels are merged whatever it costs. The last two are other people's rules in
-# this project's code.
-OURS: dict[str, dict[str, Any]] = {
-    "sample 0.5": {"ratio": 0.5, "own_token": False},
-    "sample 0.75": {"ratio": 0.75, "own_token": False},
-    "sample 0.9375": {"ratio": 0.9375, "own_token": False},
-    "sample 0.75, own token": {"ratio": 0.75, "own_token": True},
-    "sample 0.9375, own token": {"ratio": 0.9375, "own_token": True},
-    "default": {"levels": "auto"},
-    "merge 0.5": {"ratio": 0.5, "method": "merge"},
-    "merge 0.5, shared": {"ratio": 0.5, "method": "merge", "share_match": True},
-    "downsample 0.75": {"ratio": 0.75, "method": "downsample"},
-    "merge_queries 0.5": {"ratio": 0.5, "method": "merge_queries"},
-}
+# Named levels are merged whatever it costs; "default": where it pays. The last two are other people's rules in this
+# project's code.
+OURS = (
+    *("sample 0.5", "sample 0.75", "sample 0.9375", "sample 0.75, own token", "sample 0.9375, own token", "default"),
+    *("merge 0.5", "merge 0.5, shared", "downsample 0.75", "merge_queries 0.5"),
+)
 TOMESD, FREE, LIMIT = "tomesd 0.5", "half at no cost", "limit"
 # The same once more: how far two rows of the same lie apart.
 AGAIN = "unmerged again"
@@ -40,9 +34,10 @@ VARIANTS = ("unmerged", AGAIN, *OURS, FREE, LIMIT, TOMESD)
 
 @dataclass(frozen=True)
 class UNet:
-    """A model: its diffusers config, the sizes to time, and the fewest tokens of a layer that is merged.
+    """A model, its sizes to time, and the fewest tokens of a layer that is merged.
 
-    pooled: channels of SDXL's pooled prompt; 0 without.
+    config: what diffusers' default, which is Stable Diffusion 1.x, has not. pooled: channels of SDXL's pooled prompt;
+    0 without.
     """
 
     config: dict[str, Any]
@@ -54,17 +49,15 @@ class UNet:
 MODELS: dict[str, UNet] = {
     "sd15": UNet(
         {
-            "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_num_groups": 32,
-            "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8,
+            "sample_size": 64, "cross_attention_dim": 768,
             "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
         },
         (512, 768, 1024, 1536, 2048),
     ),
     "sdxl": UNet(
         {
-            "sample_size": 128, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_num_groups": 32,
-            "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+            "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
+            "attention_head_dim": (5, 10, 20),
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True,
@@ -76,7 +69,7 @@ MODELS: dict[str, UNet] = {
     ),
     "tiny": UNet(
         {
-            "sample_size": 16, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "norm_num_groups": 8,
+            "sample_size": 16, "layers_per_block": 1, "norm_num_groups": 8,
             "block_out_channels": (16, 32), "cross_attention_dim": 24, "attention_head_dim": 2,
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -96,6 +89,11 @@ def build(name: str, device: str, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     with torch.device(device):
         return UNet2DConditionModel(**MODELS[name].config).to(dtype).eval()
+
+
+def sharing(model: nn.Module) -> nn.Module:
+    """A copy with the same weights in memory."""
+    return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
 
 
 def levels_of(name: str, pixels: int) -> tuple[int, ...]:
@@ -136,11 +134,10 @@ class Step:
     def __init__(self, model: nn.Module, name: str, variant: str, inputs: Inputs, levels: tuple[int, ...]):
         self.inputs = inputs
         self.out: Tensor | None = None  # the last call's; a captured call's is where its graph writes
-        kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        self.unet = copy.deepcopy(model, kept)
+        self.unet = sharing(model)
         if variant in OURS:
-            options = {"min_tokens": MODELS[name].min_tokens, "levels": levels or "auto", **OURS[variant]}
-            config = ToMeConfig(**options)
+            fixed = {"min_tokens": MODELS[name].min_tokens, "levels": levels or "auto"}
+            config = ToMeConfig(**fixed | ({"levels": "auto"} if variant == "default" else options_of(variant)))
             # A pipeline as far as ToMe looks into it: its scheduler tells which step a timestep is.
             scheduler = SimpleNamespace(timesteps=inputs.timesteps, num_inference_steps=STEPS)
             self.pipe = apply_patch(SimpleNamespace(unet=self.unet, scheduler=scheduler), config=config)
@@ -150,7 +147,7 @@ class Step:
             tomesd.apply_patch(self.unet, ratio=0.5, max_downsample=2 ** max(levels))
         elif variant in (LIMIT, FREE):
             for block in served_blocks(self.unet):
-                bound = _on_half if variant == FREE else _left_out
+                bound = _on_half if variant == FREE else left_out
                 block.attn1.forward = bound(block.attn1.forward, MODELS[name].min_tokens)
 
     @torch.no_grad()
@@ -165,7 +162,7 @@ class Step:
         return [] if told is None or told["args"]["generator"] is None else [told["args"]["generator"]]
 
 
-def _left_out(forward: Callable[..., Tensor], min_tokens: int) -> Callable[..., Tensor]:
+def left_out(forward: Callable[..., Tensor], min_tokens: int) -> Callable[..., Tensor]:
     """An attention that gives its input back, at no cost, where ToMe would merge."""
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

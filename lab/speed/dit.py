@@ -16,42 +16,25 @@ from typing import Any
 
 import torch
 
-from installer import inprocess
-
-from ..models.full_dits import MODELS, BlockClock, ModelInputs, build, without_attention
+from ..models.full_dits import MODELS, BlockClock, ModelInputs, build, with_tome, without_attention
+from ..models.variants import options_of
 from ..timing import columns, spread, take_turns
 from .common import BACKENDS, DTYPES, Arguments, Job, run_jobs, start_comfyui
 from .hosts import choose_attention
 
-VARIANTS: dict[str, dict[str, Any] | None] = {
-    "unmerged": None,
-    "sample 0.5": {"ratio": 0.5, "own_token": False},
-    "sample 0.75": {"ratio": 0.75, "own_token": False},
-    "sample 0.9375": {"ratio": 0.9375, "own_token": False},
-    "sample 0.75, own token": {"ratio": 0.75, "own_token": True},
-    "sample 0.9375, own token": {"ratio": 0.9375, "own_token": True},
-    "sample 0.75, unweighted": {"ratio": 0.75, "proportional": False},
-    "sample 0.9375, unweighted": {"ratio": 0.9375, "proportional": False},
-    "multires 0.67": {"ratio": 0.67, "method": "multires"},
-    "multires 0.77": {"ratio": 0.77, "method": "multires"},
-    "multires 0.84": {"ratio": 0.84, "method": "multires"},
-    "multires 0.77, where it pays": {"ratio": 0.77, "method": "multires", "levels": "auto"},
-    "merge 0.25": {"ratio": 0.25, "method": "merge"},
-    "merge 0.5": {"ratio": 0.5, "method": "merge"},
-    "limit": None,
-}
+VARIANTS = (
+    *("unmerged", "sample 0.5", "sample 0.75", "sample 0.9375", "sample 0.75, own token", "sample 0.9375, own token"),
+    *("sample 0.75, unweighted", "sample 0.9375, unweighted", "multires 0.67", "multires 0.77", "multires 0.84"),
+    *("multires 0.77, where it pays", "merge 0.25", "merge 0.5", "limit"),
+)
 
 
 def variant(model: Any, name: str, tokens: int) -> Any:
     """The model with one variant on it."""
-    if name == "limit":
-        return without_attention(model, tokens)
-    if VARIANTS[name] is None:
-        return model
-    patch = inprocess.pack_module("comfy_tome.patch")
+    if name in ("unmerged", "limit"):
+        return without_attention(model, tokens) if name == "limit" else model
     # Whatever it costs: levels "auto" would leave alone what does not pay, and not show what it costs.
-    options = {"min_tokens": min(tokens, 2048), "levels": "0", **VARIANTS[name]}
-    return patch.apply_to_model(model, patch.ToMeConfig(**options))
+    return with_tome(model, {"min_tokens": min(tokens, 2048), "levels": "0", **options_of(name)})
 
 
 def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iterator[dict[str, Any]]:
@@ -88,7 +71,7 @@ def main() -> None:
     parser = Arguments(__doc__, "bfloat16", (4.0, 3), comfyui=True)
     parser.one_of("--models", MODELS, None)
     parser.one_of("--backends", ["default", *BACKENDS], None)
-    parser.one_of("--variants", VARIANTS, list(VARIANTS))
+    parser.one_of("--variants", VARIANTS, VARIANTS)
     args = parser.parsed()
     start_comfyui(args)
     jobs = [

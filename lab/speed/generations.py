@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 
-from installer import inprocess
 from shared_tome.methods import PRESETS
 
 from ..fidelity.rivals import EXACT_EVERY
@@ -150,9 +149,8 @@ def made_ready(model: Any, name: str, choice: str, args: Namespace) -> Ready:
         kind, _, amount = part.partition(" ")
         if kind in PRESETS:
             every = part.partition(EXACT_EVERY)[2]
-            patch = inprocess.pack_module("comfy_tome.patch")
-            options = {**PRESETS[kind].options, "exact_every": int(every or 0)}
-            ready.model = patch.apply_to_model(ready.model, patch.ToMeConfig(**options, min_tokens=which.least))
+            more = {"exact_every": int(every or 0), "min_tokens": which.least}
+            ready.model = full_dits.with_tome(ready.model, {**PRESETS[kind].options, **more})
         elif kind in ("EasyCache", "LazyCache"):
             try:
                 ready.skips = forced.skipped(kind, steps, share_skipped(choice, which, args))

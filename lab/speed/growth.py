@@ -12,7 +12,6 @@ import math
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -52,11 +51,6 @@ def exponent(tokens: list[int], times: list[float], octaves: int = 3) -> float:
         raise ValueError(f"a slope needs two points or more, got {len(points)}")
     x, y = [math.log2(point[0]) for point in points], [math.log2(point[1]) for point in points]
     return statistics.linear_regression(x, y).slope
-
-
-def kernels_off(off: bool = True) -> AbstractContextManager:
-    """Plain torch in place of the kernels."""
-    return kernels.use("reference" if off else "auto")
 
 
 # What is timed: its name, the call, what it draws from.
@@ -99,7 +93,10 @@ def measure(tokens: int, who: str, args: Namespace) -> Iterator[dict[str, Any]]:
     x = torch.randn(args.batch, tokens, CHANNELS, device=args.device, dtype=DTYPES[args.dtype])
     made = {"tomesd": tomesd, "attention": attention}.get(who, ours)
     try:
-        with kernels_off(who == "torch"), attention_by("cudnn" if args.on_gpu else "default"):
+        with (
+            kernels.use("reference" if who == "torch" else "auto"),
+            attention_by("cudnn" if args.on_gpu else "default"),
+        ):
             for what, call, generators in made(x, grid_of_octave(tokens)):
                 together = (10 if tokens <= 2**15 else 2) if args.on_gpu else 1
                 time = microseconds(

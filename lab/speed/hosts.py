@@ -17,30 +17,22 @@ from typing import Any
 
 import torch
 
-from installer import inprocess
-
-from ..models.full_dits import patcher
+from ..models.full_dits import patcher, with_tome
+from ..models.full_unets import left_out
+from ..models.variants import options_of
 from ..timing import take_turns
 from .common import BACKENDS, Arguments, Job, priority, run_jobs, start_comfyui, step_columns
 
 # name: (class in comfy.supported_models, channels of the prompt, channels of level 0, min_tokens). tiny: for a try.
 MODELS = {"sd15": ("SD15", 768, 320, 2048), "sdxl": ("SDXL", 2048, 320, 2048), "tiny": ("SD15", 768, 32, 64)}
-VARIANTS: dict[str, dict[str, Any] | None] = {
-    "unmerged": None,
-    "unmerged again": None,  # how far two rows of the same lie apart
-    "sample 0.5": {"ratio": 0.5, "own_token": False},
-    "sample 0.75": {"ratio": 0.75, "own_token": False},
-    "sample 0.9375": {"ratio": 0.9375, "own_token": False},
-    # The sampler is asked how far it is before each step: the GPU is waited for.
-    "sample 0.9375 from 0.1": {"ratio": 0.9375, "start": 0.1, "own_token": False},
-    "sample 0.75, own token": {"ratio": 0.75, "own_token": True},
-    "sample 0.9375, own token": {"ratio": 0.9375, "own_token": True},
-    "downsample 0.75": {"ratio": 0.75, "method": "downsample"},
-    "merge 0.5": {"ratio": 0.5, "method": "merge"},
-    "merge 0.75": {"ratio": 0.75, "method": "merge"},
-    "comfyui core 0.5": None,
-    "limit": None,
-}
+VARIANTS = (
+    "unmerged",
+    "unmerged again",  # how far two rows of the same lie apart
+    *("sample 0.5", "sample 0.75", "sample 0.9375"),
+    "sample 0.9375 from 0.1",  # the sampler is asked how far it is before each step: the GPU is waited for
+    *("sample 0.75, own token", "sample 0.9375, own token", "downsample 0.75", "merge 0.5", "merge 0.75"),
+    *("comfyui core 0.5", "limit"),
+)
 
 
 def build(kind: str, device: torch.device, dtype: torch.dtype, seed: int | None = None) -> Any:
@@ -50,25 +42,24 @@ def build(kind: str, device: torch.device, dtype: torch.dtype, seed: int | None 
     """
     import comfy.supported_models
 
-    name, context, channels, _ = MODELS[kind]
+    name, _, channels, _ = MODELS[kind]
     model_class = getattr(comfy.supported_models, name)
     unet = dict(model_class.unet_config)
     common = {
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": channels, "context_dim": context,
-        "use_spatial_transformer": True, "legacy": False, "use_temporal_attention": False, "dtype": dtype,
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": channels,
+        "use_spatial_transformer": True, "legacy": False, "dtype": dtype,
     }  # fmt: skip
     if name == "SD15":
         layout = {
             "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
             "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1,
-            "num_heads": 8, "adm_in_channels": None, "use_linear_in_transformer": False,
+            "num_heads": 8,
         }  # fmt: skip
     else:
         layout = {
-            "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
-            "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10,
-            "num_head_channels": 64, "num_heads": -1, "adm_in_channels": 2816, "num_classes": "sequential",
-            "use_linear_in_transformer": True,
+            "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth_middle": 10,
+            "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+            "num_head_channels": 64, "num_heads": -1, "num_classes": "sequential",
         }  # fmt: skip
     unet.update(common, **layout)
     config = model_class(unet)
@@ -150,27 +141,17 @@ def variant(model: Any, kind: str, name: str) -> Any:
         from comfy_extras.nodes_tomesd import TomePatchModel
 
         return TomePatchModel.execute(model, 0.5)[0]
-    if VARIANTS[name] is None:
+    if name in ("unmerged", "unmerged again", "limit"):
         return model
-    patch = inprocess.pack_module("comfy_tome.patch")
-    return patch.apply_to_model(model, patch.ToMeConfig(**VARIANTS[name], min_tokens=MODELS[kind][3]))
+    return with_tome(model, {**options_of(name), "min_tokens": MODELS[kind][3]})
 
 
 @contextmanager
-def without_attention(model: Any, kind: str, size: int) -> Iterator[None]:
+def without_attention(model: Any, kind: str) -> Iterator[None]:
     """The self-attention of the layers that the defaults merge gives its input back, at no cost."""
-    from shared_tome.core.grid import grid_at
-
-    _, _, channels, min_tokens = MODELS[kind]
-    served = {
-        channels * mult
-        for level, mult in enumerate((1, 2, 4))
-        if (grid := grid_at((size // 8, size // 8), level)) and grid[0] * grid[1] >= min_tokens
-    }
     layers = [m.attn1 for m in model.model.diffusion_model.modules() if hasattr(m, "attn1") and hasattr(m, "attn2")]
-    layers = [layer for layer in layers if layer.to_q.in_features in served]
     for layer in layers:
-        layer.forward = lambda x, **_: x
+        layer.forward = left_out(layer.forward, MODELS[kind][3])
     try:
         yield
     finally:
@@ -183,7 +164,7 @@ def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iter
     kind, size = job["model"], job["pixels"]
 
     def turn(name: str, steps: int = args.steps) -> list[float]:
-        with without_attention(model, kind, size) if name == "limit" else nullcontext():
+        with without_attention(model, kind) if name == "limit" else nullcontext():
             return step_times(variant(model, kind, name), kind, size, steps)
 
     with choose_attention(job["backend"]):
@@ -214,7 +195,7 @@ def main() -> None:
     parser = StepArguments(__doc__, (12.0, 3))
     parser.one_of("--models", MODELS, ["sd15", "sdxl"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[512, 768, 1024, 1536, 2048])
-    parser.one_of("--variants", VARIANTS, list(VARIANTS))
+    parser.one_of("--variants", VARIANTS, VARIANTS)
     parser.one_of("--attention", ["default", *BACKENDS], ["default"], dest="backends")
     args = parser.parsed()
     start_comfyui(args)

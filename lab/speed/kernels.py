@@ -18,7 +18,6 @@ from shared_tome import kernels
 
 from ..timing import columns
 from .common import DTYPES, Arguments, Job, microseconds, run_jobs
-from .growth import kernels_off
 from .kernel_jobs import Case, jobs, layer_jobs
 
 # (grid, channels): SD1.5 level 0 at 512, 1024 and 2048 pixels, SDXL levels 1 and 2 at 1024 and 2048.
@@ -59,7 +58,7 @@ def measure(case: Case, args: Namespace, count: bool) -> Iterator[dict[str, Any]
             found = time(work.call)
             if count and whole:
                 counted["launches"] = launches(work.call)
-            with kernels_off():
+            with kernels.use("reference"):
                 torch_us = time(work.plain)["median"] if work.plain else ""
                 if count and whole and work.plain:
                     counted["torch_launches"] = launches(work.plain)

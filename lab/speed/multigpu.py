@@ -113,15 +113,15 @@ def main() -> None:
         for size in args.sizes or ([1024, 2048] if args.on_gpu else [128])
     ]
     models = lru_cache(lambda kind: build(kind, device, args.half))
-    about = {"machine": f"{max(GPUS)} x {machine(args.device)['machine']}"} if args.on_gpu else {}
-    run_jobs(
-        args,
-        [(job, [(name, gpus) for name in args.variants for gpus in GPUS]) for job in jobs],
-        lambda job, wanted: measure(models(job["model"]), job, wanted, args),
-        by=("variant", "gpus"),
-        first=[("unmerged", 1)],
-        about=about,
-    )
+    run_on_gpus(args, jobs, lambda job, wanted: measure(models(job["model"]), job, wanted, args))
+
+
+def run_on_gpus(args: Namespace, jobs: Sequence[Job], measure: Any, packages: Sequence[str] = ("triton",)) -> None:
+    """run_jobs with every variant on one and on two GPUs, beside unmerged on one."""
+    cases = [(name, gpus) for name in args.variants for gpus in GPUS]
+    name, first = machine(args.device)["machine"], [("unmerged", 1)]
+    about = {"machine": f"{max(GPUS)} x {name}"} if args.on_gpu else {}
+    run_jobs(args, [(job, cases) for job in jobs], measure, ("variant", "gpus"), first, packages, about)
 
 
 if __name__ == "__main__":

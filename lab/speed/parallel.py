@@ -12,7 +12,6 @@ On the CPU, for a try, the two processes talk by gloo.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -25,21 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import shared_tome
 from shared_tome import ToMeConfig
-from shared_tome.methods import PRESETS
 
+from ..models.full_unets import sharing
+from ..models.variants import options_of
 from ..timing import take_turns
-from .common import DTYPES, Arguments, Job, machine, run_jobs, seconds_of, step_columns
-from .multigpu import GPUS, Case, difference
+from .common import DTYPES, Arguments, Job, seconds_of, step_columns
+from .multigpu import GPUS, Case, difference, run_on_gpus
 
 # Whatever it costs (levels 0), but for the one whose layers are merged where that pays in each process.
-VARIANTS: dict[str, dict[str, Any] | None] = {
-    "unmerged": None,
-    "Balanced": {**PRESETS["Balanced"].options, "levels": "0"},
-    "Balanced, levels auto": PRESETS["Balanced"].options,
-    "sample 0.75, own token": {"method": "sample", "ratio": 0.75, "own_token": True, "levels": "0"},
-    "sample 0.75": {"method": "sample", "ratio": 0.75, "own_token": False, "levels": "0"},
-    "merge 0.5": {"method": "merge", "ratio": 0.5, "levels": "0"},
-}
+VARIANTS = (*("unmerged", "Balanced", "Balanced, levels auto", "sample 0.75, own token", "sample 0.75", "merge 0.5"),)
 _FLUX = {"in_channels": 64, "guidance_embeds": True}  # the rest is diffusers' default, which is Flux's own
 _TINY = {
     **_FLUX, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
@@ -64,11 +57,6 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         if parameter.dim() > 1:
             parameter.data.normal_(0.0, 0.02)
     return model.eval().requires_grad_(False)
-
-
-def sharing(model: nn.Module) -> nn.Module:
-    """A copy with the same weights in memory."""
-    return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
 
 
 class Call:
@@ -132,8 +120,8 @@ def measure(rank: int, job: Job, wanted: Sequence[Case], args: Namespace) -> lis
         models[name, gpus] = made = sharing(model)
         if gpus > 1:
             made.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=gpus))
-        if VARIANTS[name] is not None:
-            options = {"min_tokens": min(call.tokens, 2048), **VARIANTS[name]}
+        if name != "unmerged":
+            options = {"min_tokens": min(call.tokens, 2048), "levels": "0", **options_of(name)}
             shared_tome.apply_patch(made, config=ToMeConfig(**options))
     outputs, sent = {}, {}
     for case in cases:
@@ -203,7 +191,7 @@ def main() -> None:
     parser = Arguments(__doc__, "bfloat16", (6.0, 3))
     parser.one_of("--models", MODELS, None, "flux; on the CPU flux-tiny")
     parser.add_argument("--sizes", nargs="+", type=int, help="pixels: 1024 and 2048; on the CPU 256")
-    parser.one_of("--variants", VARIANTS, list(VARIANTS))
+    parser.one_of("--variants", VARIANTS, VARIANTS)
     args = parser.parsed()
     if args.on_gpu and torch.cuda.device_count() < max(GPUS):
         parser.error(f"{max(GPUS)} GPUs are needed, torch sees {torch.cuda.device_count()}")
@@ -212,15 +200,11 @@ def main() -> None:
         for name in args.models or (["flux"] if args.on_gpu else ["flux-tiny"])
         for size in args.sizes or ([1024, 2048] if args.on_gpu else [256])
     ]
-    run_jobs(
-        args,
-        [(job, [(name, gpus) for name in args.variants for gpus in GPUS]) for job in jobs],
-        lambda job, wanted: in_processes(measure, (job, wanted, args), args.device)[0],
-        by=("variant", "gpus"),
-        first=[("unmerged", 1)],
-        packages=("diffusers", "triton"),
-        about={"machine": f"{max(GPUS)} x {machine(args.device)['machine']}"} if args.on_gpu else {},
-    )
+
+    def rows(job: Job, wanted: Sequence[Case]) -> list[dict[str, Any]]:
+        return in_processes(measure, (job, wanted, args), args.device)[0]
+
+    run_on_gpus(args, jobs, rows, ("diffusers", "triton"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lab import timing
+from lab.models.variants import options_of
 from lab.speed import common
+from shared_tome.methods import PRESETS
 
 
 def test_a_store_keeps_what_an_earlier_run_measured(tmp_path):
@@ -60,3 +62,16 @@ def test_a_speedup_is_of_turns():
     }  # fmt: skip
     with pytest.raises(ValueError):
         common.speedup([1.0], [1.0, 1.0])
+
+
+def test_a_variants_options_are_in_its_name():
+    assert options_of("sample 0.9375 from 0.1") == {
+        "method": "sample", "ratio": 0.9375, "start": 0.1, "own_token": False
+    }  # fmt: skip
+    assert (
+        options_of("sample 0.75, own token")["own_token"] and not options_of("sample 0.75, unweighted")["proportional"]
+    )
+    assert options_of("merge 0.5, shared")["share_match"] and options_of("multires 0.77")["method"] == "multires"
+    assert options_of("Balanced, levels auto") == {**PRESETS["Balanced"].options, "levels": "auto"}
+    with pytest.raises(KeyError, match="own tokens"):
+        options_of("sample 0.75, own tokens")
