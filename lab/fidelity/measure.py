@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..models.samplers import GUIDANCE, SAMPLERS, parse_sampler
+from ..models.samplers import SAMPLERS, parse_sampler
 from ..store import Store
 from . import stamp
 from .hooks import check
@@ -36,14 +36,15 @@ COLUMNS = (
     "method ratio options images seeds precision device torch date commit model"
 ).split()
 OF_VIDEOS = ["motion", "motion_se", "flicker", "flicker_se"]
+STRIP = 10  # pictures side by side
 Key = tuple[str, str]
 
 
-def parse_plan(plan: str, samplers: Sequence[str], guidance: float = GUIDANCE) -> list[Key]:
+def parse_plan(plan: str, samplers: Sequence[str]) -> list[Key]:
     """(variant, sampler) in the order to measure them, each once.
 
     plan: entries with commas between, or a file with one a line; an entry is a set's or (in a file) a variant's
-    name, with or without ":sampler+sampler". guidance: of samplers that name none.
+    name, with or without ":sampler+sampler".
     """
     path = Path(plan)
     entries = path.read_text().splitlines() if path.is_file() else plan.split(",")
@@ -54,8 +55,6 @@ def parse_plan(plan: str, samplers: Sequence[str], guidance: float = GUIDANCE) -
             continue
         names = CATALOGUE.sets.get(name.strip(), [name.strip()])
         for sampler in some.strip().split("+") if some.strip() else samplers:
-            if guidance != GUIDANCE and "@g" not in sampler:
-                sampler = f"{sampler}@g{guidance:g}"
             parse_sampler(sampler)
             for one in names:
                 if one not in CATALOGUE.variants:
@@ -115,7 +114,7 @@ class Measurement(stamp.Measurement):
         self.put_frechet(row, made, reference)
         if self.args.strips:
             self.args.strips.mkdir(parents=True, exist_ok=True)
-            chosen = made.ranged[self.args.strip_pictures].round().byte()
+            chosen = made.ranged[:STRIP].round().byte()
             beside = chosen.permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()  # (H, n * W, 3)
             strip = Image.fromarray(np.ascontiguousarray(beside))
             strip.save(self.args.strips / f"{sampler} {variant.name}.png")
@@ -146,20 +145,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="CSV file; rows are added to it")
     parser.add_argument("--plan", default="frontier", help=f"sets ({', '.join(CATALOGUE.sets)}) or a file")
     parser.add_argument("--samplers", default="ddim30", help=f"for entries that name none: {', '.join(SAMPLERS)}")
-    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of samplers that name none (default 3)")
     parser.add_argument("--images", type=int, default=264, help="pictures a row, over all seeds")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--strips", type=Path, help="folder for some pictures of each row, side by side")
-    parser.add_argument("--strip-pictures", default="0,1,2,3,4,5,6,7,8,9", help="which, by number")
+    parser.add_argument("--strips", type=Path, help="folder for the first pictures of each row, side by side")
     parser.add_argument("--time-size", type=int, default=128, help="pixels or latents a side of the timed step")
     parser.add_argument("--time-rows", type=int, default=16, help="rows of the timed step's batch")
     parser.add_argument("--time-repeats", type=int, default=12, help="0: no timing")
     args = parser.parse_args(argv)
     if args.images < args.seeds or args.images % args.seeds:
         parser.error(f"--images must be a multiple of --seeds, got {args.images} and {args.seeds}")
-    args.strip_pictures = [int(number) for number in args.strip_pictures.split(",") if int(number) < args.images]
     try:
-        args.keys = parse_plan(args.plan, args.samplers.split(","), args.guidance)
+        args.keys = parse_plan(args.plan, args.samplers.split(","))
     except ValueError as error:
         parser.error(str(error))
     return args

@@ -78,16 +78,14 @@ def behind(step: int, steps: int, start: float) -> int:
 
 
 class Cache:
-    """EasyCache's rule for pictures that decide each for themselves. x and outputs: [R, B, C, H, W].
+    """EasyCache's and LazyCache's rule for pictures that decide each for themselves. x and outputs: [R, B, C, H, W].
 
     A step is skipped where the changes of the output that the changes of the input since the last run foretell stay,
     summed up since then, below a threshold; then the last run's output less its input is added to the input. How much
     an output changes with its input is known from the last two runs. Only the last of a picture's R rows is looked at:
-    ComfyUI has the unprompted row first and asks its first row.
+    ComfyUI has the unprompted row first and asks its first row. LazyCache looks at what the sampler sees, the guided
+    prediction of the picture (R is 1), and learns from runs before `start` too.
     """
-
-    learns_early = False
-    """Whether runs before `start` are learned from; LazyCache does."""
 
     def __init__(self, spec: Reuse) -> None:
         self.spec = spec
@@ -132,15 +130,9 @@ class Cache:
             self.rate = put(self.rate, _mean(far - self.far) / moved)
             self.total = x.new_zeros(x.shape[1], dtype=torch.float32) if self.total is None else self.total
         self.gap = put(self.gap, out - x, 1)
-        if doing or self.learns_early:
+        if doing or self.spec.kind == "LazyCache":
             self.near, self.far = put(self.near, seen), put(self.far, far)
             self.size = put(self.size, _mean(out.transpose(0, 1)))
-
-
-class LazyCache(Cache):
-    """The same on what the sampler sees, the guided prediction of the picture: x and outputs [1, B, C, H, W]."""
-
-    learns_early = True
 
 
 class Every:
@@ -191,7 +183,7 @@ def reusing(
     if spec is None:
         return lambda x, step: guided(x, step, None)
     if spec.kind == "LazyCache":
-        lazy = LazyCache(spec)
+        lazy = Cache(spec)
 
         def denoised(x: Tensor, step: int) -> Tensor:
             # A flow's sampler sees (1 - t) x0 + t noise, the others x0 + sigma noise.

@@ -138,10 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", choices=SETS, default=DEMO.name, help="which pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, help="processes that draw pictures (default: one a core)")
-    parser.add_argument("--per-class", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=6)
     args = parser.parse_args(argv)
-    judge = train(args.per_class, 100, args.epochs, args.device, args.workers, SETS[args.data])
+    judge = train(device=args.device, workers=args.workers, data=SETS[args.data])
     save(judge, args.out)
     print(f"names {judge.accuracy:.1%} of {len(judge.real)} real pictures rightly")
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -61,17 +62,15 @@ SCHEDULES: dict[str, Callable[[], Tensor]] = {
 }
 
 
-def signal_of(sigma: float, prediction: str) -> float:
-    """The factor of the picture in what a network of this prediction is given, at one sigma."""
-    return 1 / (1 + sigma) if prediction == "flow" else (1 + sigma**2) ** -0.5
+Sigmas = TypeVar("Sigmas", float, Tensor)
 
 
-def signal_and_noise(sigmas: Tensor, prediction: str = "v") -> tuple[Tensor, Tensor]:
+def signal_and_noise(sigmas: Sigmas, prediction: str = "v") -> tuple[Sigmas, Sigmas]:
     """The factors of picture and noise in what the network is given; same shape as sigmas.
 
     cos(a) and sin(a) for tan(a) = sigmas; of a flow 1 - t and t for t / (1 - t) = sigmas.
     """
-    signal = 1 / (1 + sigmas) if prediction == "flow" else (1 + sigmas**2).rsqrt()
+    signal = 1 / (1 + sigmas) if prediction == "flow" else (1 + sigmas**2) ** -0.5
     return signal, signal * sigmas
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .diffusion import clean, signal_of
+from .diffusion import clean, signal_and_noise
 
 Denoised = Callable[[Tensor, int], Tensor]
 """(x [B, C, H, W], step) -> the predicted picture x0 [B, C, H, W]."""
@@ -131,11 +131,11 @@ def denoiser(
     """
 
     def denoised(x: Tensor, step: int) -> Tensor:
-        signal = signal_of(sigmas[step], prediction)
+        signal, share = signal_and_noise(sigmas[step], prediction)
         x = x * signal
         times = torch.full((len(context),), float(order[step]), device=x.device)
         out, free = network(torch.cat((x, x)).to(context.dtype), times, context).float().chunk(2)
-        return clean(prediction, x, free + guidance * (out - free), signal, sigmas[step] * signal)
+        return clean(prediction, x, free + guidance * (out - free), signal, share)
 
     return denoised
 

@@ -51,8 +51,6 @@ def measure(case: Case, args: Namespace, count: bool) -> Iterator[dict[str, Any]
 
     for work in (*jobs(case), *layer_jobs(case)):
         whole = " " in work.kernel
-        if args.only and work.kernel not in ("copy", *args.only):  # the others' rows have the copy's time
-            continue
         counted: dict[str, Any] = {"launches": "", "torch_launches": ""}
         try:
             found = time(work.call)
@@ -74,8 +72,6 @@ def main() -> None:
     parser = Arguments(__doc__)
     parser.one_of("--dtype", DTYPES, ["float16"], dest="dtypes")
     parser.add_argument("--batch", type=int, default=2, help="2 is one image with guidance")
-    parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="numbers of shapes")
-    parser.add_argument("--only", nargs="+", help="names of kernels")
     parser.add_argument("--launches", action="store_true", help="count the first shape's launches, by torch's profiler")
     parser.add_argument("--seconds", type=float, default=0.05, help="time spent on each number")
     args = parser.parsed()
@@ -83,7 +79,7 @@ def main() -> None:
         sys.exit("the kernels need a CUDA device and Triton")
     todo: list[tuple[Job, list[Any]]] = []
     for dtype in args.dtypes:
-        for grid, channels in (SHAPES[number] for number in args.shapes):
+        for grid, channels in SHAPES:
             if dtype != "float32" or math.prod(grid) <= 4096:  # without matrix units a large shape takes seconds
                 job = {"tokens": math.prod(grid), "channels": channels, "batch": args.batch, "dtype": dtype}
                 todo.append((job, [("4 x sample", "")]))  # the last of a shape's rows

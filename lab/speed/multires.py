@@ -1,7 +1,7 @@
 """Keys at three resolutions by attention alone: `python -m lab.speed.multires`.
 
-One layer of a transformer in half precision. Ways: "multires R" leaves 1 - R of the work (queries beside the image as
---beside says), choosing included; "choosing" is its first two launches; "cudnn" and "flash" attend to all tokens;
+One layer of a transformer in half precision. Ways: "multires R" leaves 1 - R of the work of the image's queries,
+choosing included; "choosing" is its first two launches; "cudnn" and "flash" attend to all tokens;
 "sample R" attends to so many gathered tokens less, without what keeps each query's own; "sol_attn S" is the sparse
 attention of comfy-kitchen (S of its tiles whole), where that is installed. Draws, once a step for all layers, are not
 counted. `error` is the largest difference to float32 on the same keys, of the largest value.
@@ -36,6 +36,7 @@ SHAPES: dict[str, tuple[Grid, int, int, int]] = {
 }
 WORKS = (0.10, 0.16, 0.23, 0.33, 0.50)
 SPARSE = (0.10, 0.15)
+BESIDE = (1.0, 0.0)  # shares whole and half for queries beside the image
 
 
 def ways(shape: str, args: Namespace) -> dict[str, tuple[Callable[[], Tensor], Tensor | None]]:
@@ -63,7 +64,7 @@ def ways(shape: str, args: Namespace) -> dict[str, tuple[Callable[[], Tensor], T
         kernel: (attend(kernel, k, v), None) for kernel in ("cudnn", "flash")
     }
     for work in WORKS:
-        counts = multires.tile_counts(tiles, *multires.shares(1 - work), tuple(args.beside))
+        counts = multires.tile_counts(tiles, *multires.shares(1 - work), BESIDE)
         config = config_for(d, device)
         lists = launch_choose(q, k, tiles, counts, scale, config)
         wanted = exactly(q, k, v, tiles, drawn, lists, counts, scale)
@@ -135,13 +136,10 @@ def main() -> None:
     parser = Arguments(__doc__, rounds=(1.0, 5))
     parser.add_argument("--dtype", default="bfloat16", choices=["float16", "bfloat16"])
     parser.one_of("--shapes", SHAPES, list(SHAPES))
-    parser.add_argument(
-        "--beside", nargs=2, type=float, default=[1.0, 0.0], help="shares whole and half for queries beside the image"
-    )
     args = parser.parsed()
     if not args.on_gpu:
         parser.error("there is no CUDA GPU here")
-    fixed = {"dtype": args.dtype, "beside": "/".join(map(str, args.beside))}
+    fixed = {"dtype": args.dtype, "beside": "/".join(map(str, BESIDE))}
     run_jobs(
         args,
         [({"shape": shape, **fixed}, ["choosing"]) for shape in args.shapes],  # a way that every shape has

@@ -40,16 +40,16 @@ MODELS = {
     "small": Model(Shape(64, 8, 64, 4, 2, 10), 2),  # for a look at this program
 }
 UNMERGED = ("unmerged", "", 0)
-SHARES = (0.25, 0.5, 0.75, 0.95)
+SHARES = (0.25, 0.5, 0.75, 0.95)  # of the patches that are gone
 
 
-def variants(model: Model, shares: Sequence[float]) -> list[tuple[str, str, int]]:
+def variants(model: Model) -> list[tuple[str, str, int]]:
     """(method, schedule, r): unmerged; merged with a constant and a falling r, and without weights for keys; and the
     limit."""
     found = [UNMERGED]
     for method in ("bipartite", "bipartite, unweighted", "limit"):
-        found += [(method, "constant", model.r(share)) for share in shares]
-    return found + [("bipartite", "falling", model.r(share)) for share in shares]
+        found += [(method, "constant", model.r(share)) for share in SHARES]
+    return found + [("bipartite", "falling", model.r(share)) for share in SHARES]
 
 
 def measure(job: Job, names: Sequence[tuple[str, str, int]], args: Namespace) -> Iterator[dict[str, Any]]:
@@ -83,7 +83,6 @@ def main() -> None:
     parser = Arguments(__doc__)
     parser.one_of("--models", MODELS, None, "all large ones on a GPU, small on the CPU")
     parser.one_of("--dtypes", DTYPES, None, "float16 and bfloat16; float32 on the CPU")
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the patches that are gone")
     parser.add_argument("--backend", default="flash", choices=["default", *BACKENDS], help="on a GPU")
     parser.add_argument("--batch", type=int, help="images at a time (default: by the model)")
     parser.add_argument("--rounds", type=int, default=7, help="times that each variant is measured")
@@ -96,7 +95,7 @@ def main() -> None:
     ]
     run_jobs(
         args,
-        [(job, variants(MODELS[job["model"]], args.shares)) for job in jobs],
+        [(job, variants(MODELS[job["model"]])) for job in jobs],
         lambda job, names: measure(job, names, args),
         by=("method", "schedule", "r"),
         first=[UNMERGED],

@@ -179,7 +179,7 @@ def test_a_straight_path_is_followed_to_its_end():
     seen = []
 
     def denoised(x, step):
-        signal = diffusion.signal_of(sigmas[step], "flow")
+        signal, _ = diffusion.signal_and_noise(sigmas[step], "flow")
         seen.append((x * signal, 1 - signal))
         return diffusion.clean("flow", x * signal, noise - only, signal, 1 - signal)
 

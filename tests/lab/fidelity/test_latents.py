@@ -280,7 +280,7 @@ def test_measure_end_to_end(model_file, tmp_path, monkeypatch) -> None:
     real = Bench.pictures
     monkeypatch.setattr(Bench, "pictures", lambda self, v, s: made.append((v.name, s)) or real(self, v, s))
     out = tmp_path / "lab.csv"
-    fixed = "--plan few:ddim5+inpaint5 --guidance 5 --images 4 --seeds 2 --batch 2 --device cpu --commit abc"
+    fixed = "--plan few:ddim5@g5+inpaint5@g5 --images 4 --seeds 2 --batch 2 --device cpu --commit abc"
     times = "--time-size 16 --time-rows 2 --time-repeats 1"
     files = ["--model", str(model_file), "--out", str(out), "--classifier", str(tmp_path / "judge.safetensors")]
     measure.main([*files, *fixed.split(), *times.split()])
