@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from importlib import metadata
 
-from . import versions
 from .paths import ROOT
 
+MIN_TORCH = (2, 1)
 TRY_IT = 'To try ToMe without a host of your own: "python install.py demo".'
 
 
@@ -16,7 +16,7 @@ def problem() -> str:
     missing = [name for name in ("shared_tome", "comfy_tome") if not (ROOT / name).is_dir()]
     if missing:
         return f"ToMe: {', '.join(missing)} is missing in {ROOT}: download or clone the repository again."
-    wanted = ".".join(map(str, versions.MIN_TORCH))
+    wanted = ".".join(map(str, MIN_TORCH))
     try:
         found = metadata.version("torch")  # read from its metadata: importing torch takes seconds
     except metadata.PackageNotFoundError:
@@ -24,6 +24,6 @@ def problem() -> str:
     except (OSError, KeyError, ValueError):
         return ""  # there is a PyTorch, and its metadata are damaged: the host runs with it all the same
     numbers = re.match(r"(\d+)\.(\d+)", found or "")
-    if numbers and tuple(map(int, numbers.groups())) < versions.MIN_TORCH:
+    if numbers and tuple(map(int, numbers.groups())) < MIN_TORCH:
         return f"ToMe: PyTorch {found} is too old; ToMe needs {wanted} or newer."
     return ""

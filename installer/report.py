@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,18 +106,6 @@ def table(summary: Summary) -> str:
         ),
     )
     return "\n".join([*console.table(TABLE_HEAD, rows), "", *notes(summary)])
-
-
-def device(stats: Mapping[str, Any]) -> str:
-    """The name of the device that a server computes on."""
-    first = stats["devices"][0]
-    return f"CPU, {os.cpu_count()} cores" if first["type"] == "cpu" else first.get("name", first["type"])
-
-
-def machine(stats: Mapping[str, Any]) -> str:
-    """The device, threads and versions that were measured."""
-    system = stats["system"]
-    return f"ComfyUI {system.get('comfyui_version')}, torch {system.get('pytorch_version')}, {device(stats)}"
 
 
 def notes(summary: Summary) -> list[str]:

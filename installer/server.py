@@ -8,16 +8,30 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from . import files, link
 from .client import ComfyClient, PromptError
-from .console import SetupError, or_failed
+from .console import SetupError, or_failed, stage
 from .paths import ROOT
 
 FOLDERS = ("custom_nodes", "models", "input", "output", "temp", "user")
 SMALL_MACHINE = 4  # cores
+
+
+def device(stats: Mapping[str, Any]) -> str:
+    """The name of the device that a server computes on. stats: what it answers to /system_stats."""
+    first = stats["devices"][0]
+    return f"CPU, {os.cpu_count()} cores" if first["type"] == "cpu" else first.get("name", first["type"])
+
+
+def machine(stats: Mapping[str, Any]) -> str:
+    """The device, threads and versions that are measured."""
+    system = stats["system"]
+    return f"ComfyUI {system.get('comfyui_version')}, torch {system.get('pytorch_version')}, {device(stats)}"
 
 
 class ComfyServer:
@@ -148,6 +162,23 @@ HINT = (
     "If a package is missing, that ComfyUI wants another set than ours: install its own requirements.txt,\n"
     "or leave --comfyui and COMFYUI_DIR out to use the version that is known to work."
 )
+
+
+@contextmanager
+def running(server: ComfyServer, hint: str) -> Iterator[tuple[ComfyClient, dict[str, Any]]]:
+    """A server that is started with a line on it: its client, and its /system_stats.
+
+    A prompt that fails is a SetupError with the end of the log and this hint.
+    """
+    with ExitStack() as stack:
+        with stage("Starting ComfyUI") as current:
+            client = stack.enter_context(server)
+            stats = client.get("/system_stats")
+            current.result = machine(stats)
+        try:
+            yield client, stats
+        except PromptError as error:
+            raise SetupError(f"{error}\n{server.log_end()}", hint) from error
 
 
 def put_pack(custom_nodes: Path, pack: Path, name: str = link.COMFYUI.name) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 PANEL, GAP, MARGIN = 320, 18, 44
 PAPER, INK, QUIET, LINE, ACCENT = "#fbfaf7", "#1d2329", "#68717b", "#dcd8d0", "#0b6e5f"
@@ -52,8 +52,9 @@ def draw(
 
 
 def enlarge(pixels: np.ndarray) -> Image.Image:
-    """A picture at the panel's size; small ones by whole pixels, so that what is seen is what was made."""
-    image = Image.fromarray(pixels)
+    """A picture at the panel's size, in a square; small ones by whole pixels, so that what is seen is what was made."""
+    side = max(pixels.shape[:2])
+    image = ImageOps.pad(Image.fromarray(pixels), (side, side), color=PAPER)
     small = image.width * 2 <= PANEL
     how = Image.Resampling.NEAREST if small and PANEL % image.width == 0 else Image.Resampling.LANCZOS
     return image.resize((PANEL, PANEL), how)

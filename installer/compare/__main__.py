@@ -17,8 +17,8 @@ from shared_tome.autotune.surroundings import SOURCE
 from shared_tome.changes import version
 from shared_tome.methods import PRESETS
 
-from .. import comfyui, files, report, server, workflow
-from ..client import ComfyClient, PromptError, Result
+from .. import comfyui, files, server, workflow
+from ..client import ComfyClient, Result
 from ..console import SetupError, deliver, exit_status, say, stage
 from ..paths import CACHE
 from . import graph as graphs
@@ -79,18 +79,9 @@ def _generate(host: Path, out: Path, request: Request, journal: Journal) -> None
         # Tuned anew in each comparison, and kept with it: the first picture's time holds the tuning.
         environment={"TOME_DEMO": "1", "TOME_CACHE": str(out / "tuning")},
     )
-    try:
-        with stage("Starting ComfyUI") as current:
-            client = comfy.start()
-            stats = client.get("/system_stats")
-            current.result = report.machine(stats)
-        try:
-            Session(client, request, journal, out, comfy.log).run(stats)
-        except PromptError as error:
-            hint = "" if own else "A workflow finds its models in the ComfyUI that --comfyui names."
-            raise SetupError(f"{error}\n{comfy.log_end()}", hint) from error
-    finally:
-        comfy.stop()
+    hint = "" if own else "A workflow finds its models in the ComfyUI that --comfyui names."
+    with server.running(comfy, hint) as (client, stats):
+        Session(client, request, journal, out, comfy.log).run(stats)
 
 
 class Session:
@@ -109,7 +100,8 @@ class Session:
     def run(self, stats: dict[str, Any]) -> None:
         """Whatever is not in the journal yet."""
         self.journal.write_settings(
-            tome=_tome_version(),
+            # Between releases the version alone says little: a hash of the core's source is with it.
+            tome=f"{version() or '0.0'}+{SOURCE}",
             machine=_machine(stats),
             variants=[vars(variant) for variant in self.variants],
             notes=self.notes,
@@ -218,16 +210,11 @@ class Session:
                 self.client.run(self._prompt(Job(job.size, variant, job.picture, job.kind))[0], timeout=PATIENCE)
 
 
-def _tome_version() -> str:
-    """The version, and a hash of the core's source: between releases the version alone says little."""
-    return f"{version() or '0.0'}+{SOURCE}"
-
-
 def _machine(stats: dict[str, Any]) -> dict[str, Any]:
     """The device and versions, without any name of the person's."""
     system, device = stats["system"], stats["devices"][0]
     return {
-        "device": re.sub(r"^\w+:\d+ | : .*$", "", report.device(stats)),
+        "device": re.sub(r"^\w+:\d+ | : .*$", "", server.device(stats)),
         "kind": device["type"],
         "memory_gib": round(device.get("vram_total", 0) / 2**30, 1),
         "torch": str(system.get("pytorch_version")),

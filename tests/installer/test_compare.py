@@ -14,7 +14,7 @@ import stand_ins
 from PIL import Image
 
 import install
-from installer import environment, likeness, run, workflow
+from installer import environment, likeness, run, sheet, workflow
 from installer.compare import drawn, graph, plan, results, schema
 from installer.compare.graph import TAKE, Graph
 from installer.compare.journal import Journal
@@ -497,7 +497,7 @@ def test_ticks_span_the_range(low, high):
 
 def test_pictures_keep_their_shape_in_the_sheet():
     wide = np.full((20, 40, 3), 255, np.uint8)
-    panel = np.asarray(drawn._panel(wide))
+    panel = np.asarray(sheet.enlarge(wide))
     assert panel.shape == (320, 320, 3) and (panel[160, 5] == 255).all() and (panel[5, 160] != 255).any()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import stand_ins
 
-from installer import link
+from installer import copies, link
 from installer.console import SetupError
 
 HOSTS = [link.COMFYUI, link.A1111]
@@ -49,7 +49,7 @@ def test_copy_leaves_out_what_the_host_does_not_need(place, host, repository):
     link.add(place.parent.parent, host, copy=True, root=repository)
     assert not place.is_symlink()
     found = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
-    assert found == {"comfy_tome/nodes.py", "shared_tome/merging/plan.py", "docs/a.md", link.MARKER}
+    assert found == {"comfy_tome/nodes.py", "shared_tome/merging/plan.py", "docs/a.md", copies.MARKER}
 
 
 def test_a_second_copy_brings_news_and_drops_what_is_gone(place, host, repository):
@@ -82,7 +82,7 @@ def test_where_links_need_rights_a_copy_is_made(place, host, repository, monkeyp
     monkeypatch.setattr(Path, "symlink_to", refuse)
     monkeypatch.setattr(sys, "platform", "linux")
     assert "Copied" in link.add(place.parent.parent, host, root=repository)
-    assert (place / link.MARKER).exists()
+    assert (place / copies.MARKER).exists()
 
 
 @pytest.mark.parametrize("copy", [False, True])
