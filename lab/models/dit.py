@@ -95,9 +95,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(d))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * (wide.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
-        return (wide * self.scale).to(x.dtype)
+        return F.rms_norm(x.float(), self.scale.shape, self.scale.float(), 1e-6).to(x.dtype)
 
 
 class JointAttention(nn.Module):
@@ -235,23 +233,12 @@ class DiT(nn.Module):
         grid, count = self.grid(*x.shape[-2:]), context.shape[1]
         time = self.time_embed(timestep_embedding(timesteps, TIME_CHANNELS).to(x.dtype))  # (B, width)
         rotations = rope_rotations(count, grid, self.config.head_channels, x.device)
-        text, image = self.text_in(context.to(x.dtype)), self.image_in(to_patches(x, self.config.patch))
+        patches = F.pixel_unshuffle(x, self.config.patch).flatten(2).transpose(1, 2)  # (B, N, C * p * p), row by row
+        text, image = self.text_in(context.to(x.dtype)), self.image_in(patches)
         for block in self.double_blocks:
             text, image = block(text, image, time, rotations)
         both = torch.cat((text, image), dim=1)  # (B, L, width)
         for block in self.single_blocks:
             both = block(both, count, time, rotations)
         out = self.out(modulated(both[:, count:], *self.last_modulation(time)))  # (B, N, C * p * p)
-        return from_patches(out, grid, self.config.patch)
-
-
-def to_patches(x: Tensor, patch: int) -> Tensor:
-    """[B, C, H, W] -> [B, N, C * p * p], tokens row by row."""
-    x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, C, h, p, w, p)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def from_patches(tokens: Tensor, grid: Grid, patch: int) -> Tensor:
-    """Inverse of to_patches."""
-    x = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, (-1, grid[-1]))  # (B, h, w, C, p, p)
-    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (-1, grid[-1])), self.config.patch)

@@ -27,6 +27,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,6 @@ def generate(model: Any, name: str, size: str, steps: int) -> torch.Tensor:
     )
 
 
-def latent_shape(name: str, size: str) -> tuple[int, ...]:
-    """[B, C, h, w] of an image, [B, C, frames, h, w] of a video."""
-    if name in full_dits.MODELS:
-        return full_dits.MODELS[name].latents[size]
-    return 1, 4, int(size.rstrip("²")) // 8, int(size.rstrip("²")) // 8
-
-
 def share_skipped(choice: str, model: Model, args: Namespace) -> float:
     """Of all steps, by --skip or as on the lab's model. Raises ValueError where neither says it."""
     if choice in args.skip:
@@ -164,11 +158,11 @@ def made_ready(model: Any, name: str, choice: str, args: Namespace) -> Ready:
         elif kind == "HyperTile":
             from comfy_extras.nodes_hypertile import HyperTile
 
-            ready.model = _first(HyperTile.execute(ready.model, int(amount), 2, 0, False))
+            ready.model = HyperTile.execute(ready.model, int(amount), 2, 0, False)[0]
         elif part == "torch.compile":
             from comfy_extras.nodes_torch_compile import TorchCompileModel
 
-            ready.model = _first(TorchCompileModel.execute(ready.model, "inductor"))
+            ready.model = TorchCompileModel.execute(ready.model, "inductor")[0]
         elif part == "SageAttention":
             from comfy.ldm.modules import attention
 
@@ -185,11 +179,6 @@ def run(ready: Ready, name: str, size: str) -> None:
     generate(ready.model, name, size, ready.steps)
     if sorted(ready.done) != list(ready.skips):
         raise RuntimeError(f"steps {sorted(ready.done)} were skipped, it was to be {ready.skips}")
-
-
-def _first(out: Any) -> Any:
-    """A node's first output, in either form that ComfyUI's nodes have."""
-    return out[0] if isinstance(out, tuple) else out.args[0]
 
 
 def with_sage(model: Any) -> Any:
@@ -233,11 +222,11 @@ def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iter
         for choice, one in ready.items():
             if not one.remark:
                 # Kernels are compiled here, and auto decides what pays. Two steps: the second is behind every start.
-                generate(one.model, name, size, max(2, one.steps // 5))
+                shape = generate(one.model, name, size, max(2, one.steps // 5)).shape
                 turns[choice] = lambda one=one: [seconds_of(lambda: run(one, name, size), args.device)]
         found = take_turns(turns, args.seconds, args.least)
-        shape = latent_shape(name, size)
-        decode = decode_seconds(shape, args.device, 32 if name.endswith("tiny") else 128) if len(shape) == 4 else ""
+        is_image = len(shape) == 4  # [B, C, h, w]; of a video [B, C, frames, h, w]
+        decode = decode_seconds(shape, args.device, 32 if name.endswith("tiny") else 128) if is_image else ""
     for choice, one in ready.items():
         times = found.get(choice)
         yield {
@@ -276,21 +265,14 @@ def main() -> None:
     args.skip = dict(args.skip)
     start_comfyui(args)
     models = args.models or [name for name in MODELS if name.endswith("tiny") == args.tiny]
-    jobs = [
-        (
-            {
-                "model": name,
-                "size": size,
-                "backend": backend,
-                "dtype": MODELS[name].dtype if args.on_gpu else "float32",
-            },
-            args.choices or choices,
-        )
-        for name in models
-        for backend in args.backends or ["cudnn" if args.on_gpu else "default"]
-        for size, choices in MODELS[name].sizes.items()
-        if (size in args.sizes if args.sizes else size not in LEFT_OUT)
-    ]
+    jobs = []
+    for name in models:
+        dtype = MODELS[name].dtype if args.on_gpu else "float32"
+        for backend in args.backends or ["cudnn" if args.on_gpu else "default"]:
+            for size, choices in MODELS[name].sizes.items():
+                if size in args.sizes if args.sizes else size not in LEFT_OUT:
+                    job = {"model": name, "size": size, "backend": backend, "dtype": dtype}
+                    jobs.append((job, args.choices or choices))
     model = lru_cache(1)(lambda name: build(name, torch.device(args.device)))
     run_jobs(
         args,
@@ -299,14 +281,8 @@ def main() -> None:
         by="choice",
         first=["unmerged"],
         packages=("triton", "sageattention"),
-        about={"comfyui": comfyui_version()},
+        about={"comfyui": import_module("comfyui_version").__version__},
     )
-
-
-def comfyui_version() -> str:
-    import comfyui_version
-
-    return comfyui_version.__version__
 
 
 if __name__ == "__main__":

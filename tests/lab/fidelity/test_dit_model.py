@@ -12,7 +12,7 @@ from small_dit import PICTURES, SIZE, SMALL, TEXT, normal, with_weights
 
 from lab.fidelity.methods import CATALOGUE, UNMERGED
 from lab.models import diffusion, samplers
-from lab.models.dit import DiT, DiTConfig, JointAttention, from_patches, rope_rotations, rotate, to_patches
+from lab.models.dit import DiT, DiTConfig, JointAttention, rope_rotations, rotate
 from lab.models.model import SIGMAS_KEY, TOKENS_KEY, ClassModel, load_model, save_model
 from lab.models.sets import SETS
 from lab.models.train import CONFIGS
@@ -21,12 +21,20 @@ from lab.models.unet import timestep_embedding
 # -- its parts ----------------------------------------------------------------------------------------------------
 
 
+def to_patches(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] -> [B, N, C * 2 * 2], patch by patch."""
+    corners = [(i, j) for i in range(0, x.shape[2], 2) for j in range(0, x.shape[3], 2)]
+    return torch.stack([x[:, :, i : i + 2, j : j + 2].flatten(1) for i, j in corners], dim=1)
+
+
 def test_patches_are_tokens_row_by_row_and_come_back():
-    x = normal(2, 3, 4, 6)
-    tokens = to_patches(x, 2)
-    assert tokens.shape == (2, 6, 12)
-    assert torch.equal(tokens[1, 4], x[1, :, 2:4, 2:4].reshape(-1))  # second row, second column
-    assert torch.equal(from_patches(tokens, (2, 3), 2), x)
+    network, x, seen = with_weights(DiT(SMALL)), normal(2, 3, 8, 12), []
+    network.image_in.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    network.out.register_forward_hook(lambda *_: to_patches(x))
+    assert torch.equal(network(x, torch.zeros(2), normal(2, TEXT, 8)), x)
+    (tokens,) = seen
+    assert tokens.shape == (2, 24, 12) and torch.equal(tokens, to_patches(x))
+    assert torch.equal(tokens[1, 7], x[1, :, 2:4, 2:4].reshape(-1))  # second row, second column
 
 
 def test_predicts_a_picture_of_the_inputs_shape():
@@ -77,7 +85,7 @@ def test_the_network_is_what_its_papers_write():
 
     time = linear("time_embed.0", timestep_embedding(times, 256).double())[0]
     time = linear("time_embed.2", time * time.sigmoid())
-    both = [linear("text_in", text[0]), linear("image_in", to_patches(x, 2)[0])]
+    both = [linear("text_in", text[0]), linear("image_in", to_patches(x)[0])]
     names = ["double_blocks.0.text", "double_blocks.0.image"]
     by = [parts(f"{name}.modulation", 6) for name in names]
     asked = [
@@ -95,7 +103,7 @@ def test_the_network_is_what_its_papers_write():
         qkv, inner = linear(f"{name}.into", norm(y, shift, scale)).split((96, 128), dim=-1)
         y = y + gate * linear(f"{name}.out", torch.cat((attended(*heads(f"{name}.heads", qkv)), gelu(inner)), dim=-1))
     y = linear("out", norm(y[TEXT:], *parts("last_modulation", 2)))
-    torch.testing.assert_close(network(x, times, text), from_patches(y[None], (4, 4), 2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(to_patches(network(x, times, text))[0], y, atol=1e-5, rtol=1e-5)
 
 
 def test_a_fresh_network_predicts_zero():
