@@ -12,7 +12,7 @@ from ..fidelity.rivals import EXACT
 from ..store import RESULTS, Row
 from .frontier_tables import points
 from .frontier_times import PLACES, Place, best, frontier_rows
-from .style import INK, PAPER, figure_of, put_legend, save
+from .style import INK, PAPER, figure_of, save_panels
 
 # family without a preset: (colour, marker). Colours after Okabe and Ito.
 STYLES = {
@@ -78,9 +78,7 @@ def chart(rows: Sequence[Row], places: Sequence[Place], path: Path) -> None:
     for axes, place in zip(panels, places, strict=True):
         panel(axes, rows, place)
     panels[0].set_ylabel("PSNR to the unmerged picture, dB")
-    figure.tight_layout()
-    put_legend(figure, panels, fontsize=8)
-    save(figure, path)
+    save_panels(figure, path, panels, fontsize=8)
 
 
 def draw(folder: Path, results: Path = RESULTS / "fidelity", places: dict[str, list[Place]] = PLACES) -> list[Path]:

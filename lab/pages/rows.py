@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,10 @@ def read(path: Path) -> list[Row]:
     """The rows of a CSV, each with the PSNR of its single pictures as `singles`, numbers with spaces between, and as
     `yardstick` the speed of what was timed in each file."""
     rows = store.read(path)
-    with path.with_suffix(".pictures.csv").open(newline="") as file:
-        singles = {(row[0], row[1]): " ".join(row[2:]) for row in list(csv.reader(file))[1:]}
+    singles = {}
+    for row in store.read(path.with_suffix(".pictures.csv")):
+        variant, sampler, *numbers = row.values()
+        singles[variant, sampler] = " ".join(numbers)
     speeds = {row["sampler"]: row["speedup"] for row in rows if row["variant"] == YARDSTICK}
     for row in rows:
         row["yardstick"] = speeds.get(row["sampler"], "")
@@ -34,9 +35,8 @@ def read(path: Path) -> list[Row]:
 
 def results(folder: Path = RESULTS / "fidelity") -> list[Row]:
     """All rows that are kept with the project, but for those of multires_tables.py, of other precision."""
-    paths = sorted(path for path in folder.glob("*.csv") if path.with_suffix(".pictures.csv").is_file())
-    paths = [path for path in paths if not path.stem.startswith("multires-")]
-    return [row for path in paths for row in read(path)]
+    paths = [path for path in sorted(folder.glob("*.csv")) if not path.stem.startswith("multires-")]
+    return [row for path in paths if path.with_suffix(".pictures.csv").is_file() for row in read(path)]
 
 
 def of_model(rows: Sequence[Row], file: str) -> list[Row]:

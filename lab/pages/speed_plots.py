@@ -8,7 +8,7 @@ from typing import Any
 
 from ..store import Row, grouped, read
 from .speed_tables import FOLDER, MODELS
-from .style import INK, figure_of, put_legend, save
+from .style import INK, figure_of, save_panels
 
 # variant: (colour, marker, line). Colours after Okabe and Ito, told apart by colour-blind eyes too.
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -40,14 +40,6 @@ def _figure(columns: int, title: str, width: float = 4.6, height: float = 4.4, *
 
 def _machines(rows: Sequence[Row]) -> str:
     return " and ".join(dict.fromkeys(row["machine"] for row in rows))
-
-
-def _save(figure: Any, path: Path, panels: Sequence[Any] = ()) -> None:
-    """With a legend of the panels, if any."""
-    figure.tight_layout()
-    if panels:
-        put_legend(figure, panels, fontsize=9)
-    save(figure, path)
 
 
 _SPREAD = ("speedup_p20", "speedup", "speedup_p80")
@@ -85,7 +77,7 @@ def _by_model(rows: Sequence[Row], title: str, path: Path) -> None:
         axes.set_title(MODELS.get(model, model), fontsize=10)
         axes.set_xlabel("pixels")
     panels[0].set_ylabel("times as fast as unmerged")
-    _save(figure, path, panels)
+    save_panels(figure, path, panels)
 
 
 def steps(rows: Sequence[Row], path: Path) -> None:
@@ -127,7 +119,7 @@ def growth(rows: Sequence[Row], path: Path) -> None:
         axes.set_title(part, fontsize=10)
         axes.set_xlabel("tokens")
     panels[0].set_ylabel("µs")
-    _save(figure, path, panels)
+    save_panels(figure, path, panels)
 
 
 def _bars(axes: Any, names: Sequence[str], bars: dict[str, tuple[float, str]], at: float, first: bool) -> None:
@@ -157,7 +149,7 @@ def memory(rows: Sequence[Row], path: Path) -> None:
         axes.set_title(f"{int(tokens):,} tokens", fontsize=10)
         axes.set_xlabel("times the token tensor")
         axes.margins(x=0.2)
-    _save(figure, path)
+    save_panels(figure, path)
 
 
 def dit(rows: Sequence[Row], path: Path) -> None:
@@ -173,7 +165,7 @@ def dit(rows: Sequence[Row], path: Path) -> None:
         axes.set_title(f"{MODELS.get(model, model)}\n{size}", fontsize=9)
         axes.set_xlabel("times as fast", fontsize=9)
         axes.margins(x=0.25)
-    _save(figure, path)
+    save_panels(figure, path)
 
 
 # picture: (the CSV it is made from, what draws it)

@@ -24,8 +24,11 @@ def about(rows: Sequence[Row]) -> str:
 
 
 def times(row: Row | None) -> str:
-    """How many times as fast as unmerged; a dash where it was not measured."""
-    return f"{float(row['speedup']):.2f}x" if row and row["speedup"] else "-"
+    """How many times as fast as unmerged, and how far two GPUs' outcome is; a dash where it was not measured."""
+    if not row or not row["speedup"]:
+        return "-"
+    differs = row.get("differs")
+    return f"{float(row['speedup']):.2f}x" + (f" ({float(differs):.0e})" if differs else "")
 
 
 def _milliseconds(row: Row) -> str:
@@ -38,8 +41,9 @@ def _milliseconds(row: Row) -> str:
 def _by_variant(
     rows: Sequence[Row], keys: Sequence[str], heads: Sequence[str], cell: Callable[[Row], list[str]]
 ) -> str:
-    """A line for each group of rows that agree in `keys`, a column for each variant. cell: the line's first cells."""
-    variants = list(dict.fromkeys(row["variant"] for row in rows if row["variant"] != "unmerged"))
+    """A line for each group of rows that agree in `keys`, a column for each variant (for unmerged where there are two
+    GPUs). cell: the line's first cells."""
+    variants = dict.fromkeys(row["variant"] for row in rows if row["variant"] != "unmerged" or "gpus" in row)
     body = [
         [*cell(found["unmerged"]), _milliseconds(found["unmerged"]), *(times(found.get(name)) for name in variants)]
         for found in grouped(rows, keys, "variant").values()
@@ -178,24 +182,11 @@ def _generation(row: Row | None) -> str:
     return f"{low}x" if low == high else f"{low} to {high}x"
 
 
-def _by_gpus(rows: list[Row], keys: Sequence[str], heads: Sequence[str], cells: Callable[[Row], list[str]]) -> str:
-    """A line for each group of rows that agree in `keys`, with times against unmerged on one GPU. cells: the first."""
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-
-    def cell(row: Row | None) -> str:
-        return f"{times(row)} ({float(row['differs']):.0e})" if row and row["differs"] else times(row)
-
-    body = [
-        [*cells(found["unmerged"]), _milliseconds(found["unmerged"]), *(cell(found.get(name)) for name in variants)]
-        for found in grouped(rows, keys, "variant").values()
-    ]
-    return f"{table([*heads, 'unmerged step (p20 to p80)', *variants], body)}\n{about(rows)}.\n"
-
-
 def multigpu(rows: list[Row]) -> str:
     """Steps of ComfyUI on one and on two GPUs."""
     keys, heads = ("model", "pixels", "images", "gpus"), ["model, pixels", "images", "GPUs"]
-    return _by_gpus(rows, keys, heads, lambda row: [_model(row), row["images"], row["gpus"]])
+    made = _by_variant(rows, keys, heads, lambda row: [_model(row), row["images"], row["gpus"]])
+    return f"{made}\n{about(rows)}.\n"
 
 
 def parallel(rows: list[Row]) -> str:
@@ -205,7 +196,8 @@ def parallel(rows: list[Row]) -> str:
         sent = f"{float(row['sent_mb']):,.0f} MB in {row['sent']}" if int(row["sent"]) else "-"
         return [_model(row), row["gpus"], sent]
 
-    return _by_gpus(rows, ("model", "pixels", "gpus"), ["model, pixels", "GPUs", "each sends"], cells)
+    made = _by_variant(rows, ("model", "pixels", "gpus"), ["model, pixels", "GPUs", "each sends"], cells)
+    return f"{made}\n{about(rows)}.\n"
 
 
 def multires(rows: list[Row]) -> str:

@@ -54,16 +54,20 @@ def figure_of(
     return figure, list(axes.flat)
 
 
-def put_legend(figure: Any, panels: Sequence[Any], **kwargs: Any) -> None:
-    """Every name of all panels once, at the right; kwargs: of matplotlib."""
-    named: dict[str, Any] = {}
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            named.setdefault(label, handle)
-    figure.legend(named.values(), named.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), **kwargs)
-
-
 def save(figure: Any, path: Path) -> None:
     """Write the picture, the same bytes each time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
+
+
+def save_panels(figure: Any, path: Path, panels: Sequence[Any] = (), fontsize: int = 9) -> None:
+    """The same for several panels; of those named every label once, at the right."""
+    figure.tight_layout()
+    named = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    if named:
+        place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        figure.legend(named.values(), named.keys(), fontsize=fontsize, **place)
+    save(figure, path)

@@ -173,12 +173,15 @@ class Arguments(ArgumentParser):
     """What all benchmarks have in common on the command line.
 
     half: the dtype on a GPU, where the CPU has float32; "" where there is no choice. rounds: seconds for the rounds of
-    one job, and how many rounds are run in any case. comfyui: whether a ComfyUI is started.
+    one job, and how many rounds are run in any case. comfyui: whether a ComfyUI is started. steps: of each run of its
+    sampler; 0 where these are not timed.
     """
 
-    def __init__(self, doc: str, half: str = "", rounds: tuple[float, int] | None = None, comfyui: bool = False):
+    def __init__(
+        self, doc: str, half: str = "", rounds: tuple[float, int] | None = None, comfyui: bool = False, steps: int = 0
+    ):
         super().__init__(description=doc, formatter_class=RawDescriptionHelpFormatter)
-        self.half = half
+        self.half, self.steps = half, steps
         cuda, named = torch.cuda.is_available(), os.environ.get("COMFYUI_DIR")
         self.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
         if half:
@@ -188,6 +191,8 @@ class Arguments(ArgumentParser):
             self.add_argument("--least", type=int, default=rounds[1], help="rounds that are run in any case")
         if comfyui:
             self.add_argument("--comfyui", type=Path, default=named, required=named is None)
+        if steps:
+            self.add_argument("--steps", type=int, default=steps, help="of each run; the first two do not count")
         self.add_argument("--commit", help="where the tree is no git checkout")
         self.add_argument("--json", action="store_true", help="one JSON list on stdout instead of CSV")
         self.add_argument("--out", type=Path, help="a CSV file to write as well; rows in it are not measured again")
@@ -203,6 +208,8 @@ class Arguments(ArgumentParser):
         args.on_gpu = args.device == "cuda"
         if self.half:
             args.dtype = args.dtype or (self.half if args.on_gpu else "float32")
+        if self.steps and args.steps < 3:
+            self.error(f"--steps must be 3 or more, for two do not count, got {args.steps}")
         return args
 
 

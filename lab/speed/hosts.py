@@ -21,7 +21,7 @@ from ..models.full_dits import patcher, with_tome
 from ..models.full_unets import left_out
 from ..models.variants import options_of
 from ..timing import take_turns
-from .common import BACKENDS, Arguments, Job, priority, run_jobs, start_comfyui, step_columns
+from .common import BACKENDS, DTYPES, Arguments, Job, priority, run_jobs, start_comfyui, step_columns
 
 # name: (class in comfy.supported_models, channels of the prompt, channels of level 0, min_tokens). tiny: for a try.
 MODELS = {"sd15": ("SD15", 768, 320, 2048), "sdxl": ("SDXL", 2048, 320, 2048), "tiny": ("SD15", 768, 32, 64)}
@@ -176,23 +176,8 @@ def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iter
         yield {"variant": name, **columns, "steps": len(times), "device": args.device}
 
 
-class StepArguments(Arguments):
-    """Of benchmarks that time the steps of ComfyUI's sampler."""
-
-    def __init__(self, doc: str, rounds: tuple[float, int]):
-        super().__init__(doc, "", rounds, comfyui=True)
-        self.add_argument("--steps", type=int, default=6, help="of each run; the first two do not count")
-
-    def parsed(self) -> Namespace:
-        args = super().parsed()
-        if args.steps < 3:
-            self.error(f"--steps must be 3 or more, for two do not count, got {args.steps}")
-        args.half = torch.float16 if args.on_gpu else torch.float32
-        return args
-
-
 def main() -> None:
-    parser = StepArguments(__doc__, (12.0, 3))
+    parser = Arguments(__doc__, rounds=(12.0, 3), comfyui=True, steps=6)
     parser.one_of("--models", MODELS, ["sd15", "sdxl"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[512, 768, 1024, 1536, 2048])
     parser.one_of("--variants", VARIANTS, VARIANTS)
@@ -206,7 +191,9 @@ def main() -> None:
         for size in args.sizes
         if kind != "sdxl" or size >= 1024
     ]
-    model = lru_cache(lambda kind: build(kind, torch.device(args.device), args.half))
+    model = lru_cache(
+        lambda kind: build(kind, torch.device(args.device), DTYPES["float16" if args.on_gpu else "float32"])
+    )
     run_jobs(args, jobs, lambda job, wanted: measure(model(job["model"]), job, wanted, args), first=["unmerged"])
 
 

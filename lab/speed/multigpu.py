@@ -21,7 +21,7 @@ import torch
 
 from ..timing import take_turns
 from . import hosts
-from .common import Job, machine, run_jobs, start_comfyui, step_columns
+from .common import DTYPES, Arguments, Job, machine, run_jobs, start_comfyui, step_columns
 
 VARIANTS = ("unmerged", "sample 0.75", "sample 0.9375")
 GPUS = (1, 2)
@@ -94,7 +94,7 @@ def measure(models: dict[int, Any], job: Job, wanted: Sequence[Case], args: Name
 
 
 def main() -> None:
-    parser = hosts.StepArguments(__doc__, (4.0, 2))
+    parser = Arguments(__doc__, rounds=(4.0, 2), comfyui=True, steps=6)
     parser.one_of("--models", hosts.MODELS, None, "sd15 and sdxl; on the CPU tiny")
     parser.add_argument("--sizes", nargs="+", type=int, help="1024 and 2048; on the CPU 128")
     parser.add_argument("--images", type=int, default=1, help="of a batch")
@@ -112,7 +112,8 @@ def main() -> None:
         for kind in args.models or (["sd15", "sdxl"] if args.on_gpu else ["tiny"])
         for size in args.sizes or ([1024, 2048] if args.on_gpu else [128])
     ]
-    models = lru_cache(lambda kind: build(kind, device, args.half))
+    dtype = DTYPES["float16" if args.on_gpu else "float32"]
+    models = lru_cache(lambda kind: build(kind, device, dtype))
     run_on_gpus(args, jobs, lambda job, wanted: measure(models(job["model"]), job, wanted, args))
 
 
