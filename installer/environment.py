@@ -79,7 +79,6 @@ def read_stamp(folder: Path) -> dict[str, str]:
 
 
 def write_stamp(folder: Path, stamp: dict[str, str]) -> None:
-    """Replace the stamp of `folder`."""
     place = files.make_folder(folder) / STAMP
     with or_failed(f"{place} could not be written"):
         files.put(place, json.dumps(stamp, indent=1))

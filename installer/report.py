@@ -109,7 +109,6 @@ def table(summary: Summary) -> str:
 
 
 def notes(summary: Summary) -> list[str]:
-    """What was measured, in words."""
     settings, tome = summary.settings, summary.tome
     several = summary.pictures > 1
     median = f"; the median of {summary.pictures} pictures" if several else "; one picture"
@@ -128,7 +127,6 @@ def notes(summary: Summary) -> list[str]:
 
 
 def decibels(value: float) -> str:
-    """PSNR in words."""
     return "the same" if math.isinf(value) else f"{value:.1f} dB"
 
 

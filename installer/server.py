@@ -119,7 +119,6 @@ class ComfyServer:
             process.stdin.close()
 
     def tail(self, lines: int = 25) -> str:
-        """The end of the server's log."""
         try:
             text = self.log.read_text(encoding="utf-8", errors="replace")
         except OSError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
+from PIL.ImageFont import load_default as font
 
 PANEL, GAP, MARGIN = 320, 18, 44
 PAPER, INK, QUIET, LINE, ACCENT = "#fbfaf7", "#1d2329", "#68717b", "#dcd8d0", "#0b6e5f"
@@ -61,7 +62,6 @@ def enlarge(pixels: np.ndarray) -> Image.Image:
 
 
 def amplified(gap: np.ndarray, factor: int) -> Image.Image:
-    """A difference as a panel."""
     return enlarge(np.clip(gap * factor, 0, 255).astype(np.uint8))
 
 
@@ -93,8 +93,3 @@ def token_map(picture: np.ndarray, groups: np.ndarray, kept: np.ndarray) -> Imag
 def gap(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     """How far two uint8 pictures are from each other in each place, int16."""
     return np.abs(one.astype(np.int16) - two.astype(np.int16))
-
-
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own, of this size in pixels."""
-    return ImageFont.load_default(size)

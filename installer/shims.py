@@ -46,8 +46,6 @@ class AbsentModule(ModuleType):
 
 
 class AbsentLoader(importlib.abc.Loader):
-    """Loads an empty module."""
-
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         return AbsentModule(spec.name)
 

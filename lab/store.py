@@ -23,7 +23,6 @@ def read(path: Path) -> list[Row]:
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
-    """The rows as CSV text."""
     text = io.StringIO()
     if rows:
         columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -68,7 +67,6 @@ class Store:
         return tuple(str(row[key]) for key in self.keys)
 
     def has(self, **row: Any) -> bool:
-        """Whether there is a row with these keys."""
         return self._key(row) in self._seen
 
     def add(self, row: dict[str, Any]) -> None:

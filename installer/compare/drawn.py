@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.ImageFont import load_default as font
 
-from ..sheet import INK, LINE, PAPER, QUIET, Panel, amplification, amplified, draw, enlarge, font, gap
+from ..sheet import INK, LINE, PAPER, QUIET, Panel, amplification, amplified, draw, enlarge, gap
 from .plan import FLOOR_NAME, UNMERGED
 from .schema import SAME
 

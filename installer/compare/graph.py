@@ -74,11 +74,10 @@ class Graph:
         self.uses = list(self._uses())  # (node, input) of every model that is sampled with
         if not self.uses:
             raise SetupError("the workflow has no node that takes a MODEL on the way to its picture")
-        found = [(use, self._tome_before(*use)) for use in self.uses]
-        if any(tome for _, tome in found):
-            found = [(use, tome) for use, tome in found if tome]
+        found = {use: self._tome_before(*use) for use in self.uses}
         # Where ToMe and EasyCache are put, with the values of the ToMe node that stands there.
-        self.places: dict[tuple[str, str], dict[str, Any]] = {use: self._values(tome) for use, tome in found}
+        with_tome = {use: values for use, values in found.items() if values}
+        self.places: dict[tuple[str, str], dict[str, Any]] = with_tome or dict.fromkeys(found, {})
         self._bypass_tome()
 
     # -- what is there
@@ -159,14 +158,10 @@ class Graph:
             yield id
             link = next((link for name, link, _ in self.links(id) if self.wants(id, name) == "MODEL"), None)
 
-    def _tome_before(self, id: str, name: str) -> str | None:
-        """The ToMe node on a model's way to this input."""
-        return next((one for one in self._way(id, name) if self.workflow[one]["class_type"] == TOME), None)
-
-    def _values(self, tome: str | None) -> dict[str, Any]:
-        if tome is None:
-            return {}
-        return {name: value for name, value in self.workflow[tome]["inputs"].items() if name != "model"}
+    def _tome_before(self, id: str, name: str) -> dict[str, Any]:
+        """The inputs of the ToMe node on a model's way to this input; its model is another one then."""
+        nodes = (self.workflow[one] for one in self._way(id, name))
+        return next((dict(node["inputs"]) for node in nodes if node["class_type"] == TOME), {})
 
     def _bypass_tome(self) -> None:
         models = {id: node["inputs"].get("model") for id, node in self.workflow.items() if node["class_type"] == TOME}

@@ -29,11 +29,8 @@ def variants_of(journal: Journal) -> list[Variant]:
 
 
 def is_complete(journal: Journal, request: Request) -> bool:
-    """Whether every generation is done."""
-    variants = variants_of(journal)
-    if not variants:
-        return False
-    return all(journal.has(job.key) for job in plan.jobs(request.sizes, variants, len(request.pictures)))
+    jobs = plan.jobs(request.sizes, variants_of(journal), len(request.pictures)) if variants_of(journal) else ()
+    return bool(jobs) and all(journal.has(job.key) for job in jobs)
 
 
 def summarise(out: Path, journal: Journal, request: Request) -> dict[str, Any]:
@@ -152,7 +149,6 @@ def _text(value: float | None, form: str, unit: str = "") -> str:
 
 
 def words(found: Mapping[str, Any]) -> list[str]:
-    """What was measured."""
     model, machine = found["model"], found["machine"]
     return [
         f"{model['name']} ({model['family']}, {model['dtype']}), {found['pictures']} pictures; {machine['device']}, "

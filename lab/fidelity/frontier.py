@@ -40,8 +40,6 @@ EQUAL = 100.0  # dB
 
 
 class Frontier(Measurement):
-    """The rows of one model."""
-
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args, args.pictures, {"pictures": args.pictures})
         self.sampler = args.sampler or ("flow28" if self.bench.model.prediction == "flow" else "ddim30")

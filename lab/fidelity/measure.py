@@ -72,8 +72,6 @@ def describe(variant: Variant) -> str:
 
 
 class Measurement(stamp.Measurement):
-    """Rows of one file."""
-
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args, args.images, {"images": args.images, "seeds": args.seeds})
         self.frames = getattr(self.bench.network.config, "frames", 1)

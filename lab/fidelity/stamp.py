@@ -27,7 +27,6 @@ KEYS = ("variant", "sampler")
 
 
 def arguments(prog: str, doc: str, batch: int, precision: str) -> argparse.ArgumentParser:
-    """What all commands take."""
     parser = argparse.ArgumentParser(prog=f"python -m lab.fidelity.{prog}", description=doc.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=batch, help="pictures at a time")

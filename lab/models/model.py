@@ -124,7 +124,6 @@ def load_model(path: Path | str) -> tuple[ClassModel, Tensor, dict[str, str]]:
 
 
 def picture_set(metadata: dict[str, str]) -> PictureSet:
-    """What a model was trained on."""
     if metadata["data"] not in SETS:
         raise ValueError(f"data must be one of {', '.join(SETS)}, got {metadata['data']!r}")
     return SETS[metadata["data"]]

@@ -130,7 +130,6 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
         return time.perf_counter() - self.start
 
     def _latents(self, bank: Tensor) -> Tensor:

@@ -277,7 +277,6 @@ class UNet(nn.Module):
 
 
 def zeroed(module: nn.Module) -> nn.Module:
-    """The module, its parameters set to zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

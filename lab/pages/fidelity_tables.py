@@ -215,13 +215,12 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     # The set "key" with samplers that are not the tables' own.
     "guidance": lambda rows: table(of_set(rows, "key", "ddim30@g7.5"), UNTIMED),
     "inpaint": lambda rows: table(of_set(rows, "key", "inpaint30"), UNTIMED),
+    "models": models_table,
 }
 MODELS = (MAIN, "lab", "dit", "dit-fine")
-ACROSS: dict[str, Callable[[Sequence[Row]], str]] = {"models": models_table}
-"""Tables of all models at once."""
 
 
 def made(name: str, file: str, rows: Sequence[Row]) -> str:
     """The table of that name, of the model that a file measured ("": demo.csv); empty where nothing was measured."""
-    chosen = rows if name in ACROSS else of_model(rows, file)
-    return (TABLES | ACROSS)[name](chosen) if chosen else ""
+    chosen = rows if name == "models" else of_model(rows, file)
+    return TABLES[name](chosen) if chosen else ""

@@ -39,8 +39,7 @@ Maker = Callable[..., str]
 
 def of_fidelity(rows: Sequence[Row]) -> dict[str, Maker]:
     """The makers of docs/quality.md's tables from these rows; their argument is the file whose model is meant."""
-    names = (*fidelity_tables.TABLES, *fidelity_tables.ACROSS)
-    return {name: lambda file="", name=name: fidelity_tables.made(name, file, rows) for name in names}
+    return {name: lambda file="", name=name: fidelity_tables.made(name, file, rows) for name in fidelity_tables.TABLES}
 
 
 def of_speed(folder: Path = speed_tables.FOLDER) -> dict[str, Maker]:

@@ -13,7 +13,6 @@ from .speed_tables import FOLDER
 
 
 def options() -> str:
-    """The node's controls."""
     rows = []
     for widget in ToMeConfig.widgets():
         option, is_switch = widget.option, isinstance(widget.default, bool)

@@ -90,7 +90,6 @@ def steps(rows: Sequence[Row], path: Path) -> None:
 
 
 def hosts(rows: Sequence[Row], path: Path) -> None:
-    """ComfyUI's KSampler."""
     backend = rows[0]["backend"]
     chosen = [row for row in rows if row["backend"] == backend]
     named = "its own choice of attention" if backend == "default" else f"{backend} attention"

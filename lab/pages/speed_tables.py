@@ -14,7 +14,6 @@ MODELS = {"sd15": "SD 1.5", "sdxl": "SDXL", "flux": "Flux", "qwen": "Qwen-Image"
 
 
 def about(rows: Sequence[Row]) -> str:
-    """Where and with what they were measured."""
     lines = []
     for row in rows:
         driver, torch = row["driver"] and f"driver {row['driver']}", f"torch {row['torch']}"
@@ -73,7 +72,6 @@ def hosts(rows: list[Row]) -> str:
 
 
 def steps(rows: list[Row]) -> str:
-    """diffusers' U-Nets."""
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     rows.sort(key=lambda row: (backends.index(row["backend"]), row["model"], int(row["pixels"])))
     keys, heads = ("backend", "model", "pixels"), ["attention", "model, pixels", "levels"]
@@ -183,7 +181,6 @@ def _generation(row: Row | None) -> str:
 
 
 def multigpu(rows: list[Row]) -> str:
-    """Steps of ComfyUI on one and on two GPUs."""
     keys, heads = ("model", "pixels", "images", "gpus"), ["model, pixels", "images", "GPUs"]
     made = _by_variant(rows, keys, heads, lambda row: [_model(row), row["images"], row["gpus"]])
     return f"{made}\n{about(rows)}.\n"

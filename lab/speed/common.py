@@ -199,7 +199,6 @@ class Arguments(ArgumentParser):
         self.add_argument("--minutes", type=float, help="begin nothing new after this time")
 
     def one_of(self, name: str, choices: Iterable[Any], default: Sequence[Any] | None, help: str = "", **more: Any):
-        """An argument that takes some of the choices."""
         self.add_argument(name, nargs="+", choices=list(choices), default=default, help=help or None, **more)
 
     def parsed(self) -> Namespace:
@@ -257,5 +256,4 @@ def run_jobs(
 
 
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """The rows on stdout, as one JSON list or as CSV."""
     sys.stdout.write(json.dumps(rounded(rows), indent=1) + "\n" if as_json else as_csv(rows))

@@ -30,7 +30,6 @@ VARIANTS = (
 
 
 def variant(model: Any, name: str, tokens: int) -> Any:
-    """The model with one variant on it."""
     if name in ("unmerged", "limit"):
         return without_attention(model, tokens) if name == "limit" else model
     # Whatever it costs: levels "auto" would leave alone what does not pay, and not show what it costs.

@@ -88,7 +88,6 @@ def attention(x: Tensor, grid: tuple[int, int]) -> Calls:
 
 
 def measure(tokens: int, who: str, args: Namespace) -> Iterator[dict[str, Any]]:
-    """The rows of one number of tokens."""
     torch.manual_seed(0)
     x = torch.randn(args.batch, tokens, CHANNELS, device=args.device, dtype=DTYPES[args.dtype])
     made = {"tomesd": tomesd, "attention": attention}.get(who, ours)

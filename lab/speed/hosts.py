@@ -136,7 +136,6 @@ def step_times(model: Any, kind: str, size: int, steps: int, images: int = 1) ->
 
 
 def variant(model: Any, kind: str, name: str) -> Any:
-    """The model with one variant on it."""
     if name == "comfyui core 0.5":
         from comfy_extras.nodes_tomesd import TomePatchModel
 

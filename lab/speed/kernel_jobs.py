@@ -33,7 +33,6 @@ class Work(NamedTuple):
 
 
 def both(kernel: str, launch: Callable[..., Any], plain: Callable[..., Any], *given: Any) -> Work:
-    """A kernel and the plain torch that takes the same."""
     return Work(kernel, partial(launch, *given), partial(plain, *given))
 
 
@@ -67,7 +66,6 @@ class Case:
 
 
 def jobs(case: Case) -> Iterator[Work]:
-    """The kernels of one shape."""
     from shared_tome.kernels.impl import gather, widen
     from shared_tome.kernels.impl.attend import launch_attend
 

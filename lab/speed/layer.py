@@ -97,14 +97,12 @@ def tomesd_match(
 
 
 def tomesd_layer(layer: Layer, x: Tensor, match: Callable[[], tuple[Callable, Callable]]) -> Tensor:
-    """tomesd around the same layer."""
     merge, unmerge = match()
     y = merge(x)
     return unmerge(layer(y, y, y))
 
 
 def measure(shape: str, names: list[tuple[str, float]], args: Namespace) -> Iterator[dict[str, Any]]:
-    """The rows of one shape."""
     grid, channels, heads = SHAPES[shape]
     layer, x = layer_and_tokens(channels, heads, grid[0] * grid[1], args)
 

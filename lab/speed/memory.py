@@ -70,7 +70,6 @@ def calls(
 
 
 def measure(tokens: int, channels: int, names: list[tuple[str, float]], args: Namespace) -> Iterator[dict[str, Any]]:
-    """The rows of one shape."""
     side = round(tokens**0.5)
     layer, x = layer_and_tokens(channels, CHANNELS[channels], tokens, args)
     tensor, full = x.numel() * x.element_size(), peak_bytes(lambda: layer(x, x, x), args.device)

@@ -36,7 +36,6 @@ class Task:
         return len(self.bank)
 
     def classes(self, subjects: Tensor) -> Tensor:
-        """Class numbers of drawings."""
         return subjects // self.per_class
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
