@@ -10,7 +10,7 @@ from shared_tome.methods import PRESETS
 
 from ..fidelity.methods import CATALOGUE, OWN_KEY, sample_name
 from ..models.samplers import GUIDANCE, SAMPLERS, parse_sampler
-from ..store import markdown
+from ..store import grouped, markdown
 from .rows import MAIN, Row, main_sampler, of_model, of_set
 from .style import STYLES
 
@@ -113,15 +113,13 @@ def sampler_title(name: str) -> str:
 
 
 def samplers_table(rows: Sequence[Row]) -> str:
-    measured = dict.fromkeys(row["sampler"] for row in rows)
-    most = {name: max(int(row["images"]) for row in rows if row["sampler"] == name) for name in measured}
-    # Means over 8 pictures and over 264 do not compare: a column has rows of the most pictures.
-    found: dict[str, dict[str, Row]] = {}
+    most: dict[str, int] = {}
     for row in rows:
-        if int(row["images"]) == most[row["sampler"]]:
-            found.setdefault(row["sampler"], {})[row["variant"]] = row
-    names = [s for s in SAMPLERS if s in measured] + [s for s in measured if s not in SAMPLERS]
-    columns = {sampler_title(s): found[s] for s in names if len(found[s]) > 3}  # not what has only been begun
+        most[row["sampler"]] = max(int(row["images"]), most.get(row["sampler"], 0))
+    # Means over 8 pictures and over 264 do not compare: a column has rows of the most pictures.
+    found = grouped((row for row in rows if int(row["images"]) == most[row["sampler"]]), ("sampler",), "variant")
+    names = dict.fromkeys([*(s for s in SAMPLERS if s in most), *most])
+    columns = {sampler_title(s): found[s,] for s in names if len(found[s,]) > 3}  # not what has only been begun
     return psnr_table(CATALOGUE.sets["main"][1:] + CATALOGUE.sets["key"][1:], columns)
 
 

@@ -103,37 +103,27 @@ def bound(rows: list[Row]) -> str:
 
 def memory(rows: list[Row]) -> str:
     """The peak that merging adds, in units of the token tensor."""
-    shapes = list(dict.fromkeys((row["tokens"], row["channels"]) for row in rows))
-    methods = list(dict.fromkeys((row["method"], row["ratio"]) for row in rows))
-    by_key = {(row["tokens"], row["channels"], row["method"], row["ratio"]): row for row in rows}
+    rows = [{**row, "shape": f"{int(row['tokens']):,} x {row['channels']}"} for row in rows]
+    shapes = {row["shape"]: row for row in rows}
 
     def cell(row: Row | None) -> str:
         if row is None or not row["merged_mb"]:
             return "-"
         return f"{float(row['added_tensors']):+.1f} ({float(row['alone_tensors']):.1f})"
 
-    body = [
-        [f"{method} {ratio}", *(cell(by_key.get((*shape, method, ratio))) for shape in shapes)]
-        for method, ratio in methods
-    ]
-    tensor = ["the token tensor itself"]
-    for shape in shapes:
-        first = next(row for row in rows if (row["tokens"], row["channels"]) == shape)
-        tensor.append(f"{float(first['token_tensor_mb']):.0f} MB")
-    head = ["method", *(f"{int(tokens):,} x {channels}" for tokens, channels in shapes)]
-    return f"{table(head, [tensor, *body])}\n{about(rows)}.\n"
+    body = [["the token tensor itself", *(f"{float(row['token_tensor_mb']):.0f} MB" for row in shapes.values())]]
+    for (method, ratio), found in grouped(rows, ("method", "ratio"), "shape").items():
+        body.append([f"{method} {ratio}", *(cell(found.get(shape)) for shape in shapes)])
+    return f"{table(['method', *shapes], body)}\n{about(rows)}.\n"
 
 
 def growth(rows: list[Row]) -> str:
     """Microseconds by the number of tokens, and the exponent over the last three octaves."""
     sizes = sorted({int(row["tokens"]) for row in rows})
     body = []
-    for what, who in dict.fromkeys((row["what"], row["who"]) for row in rows):
-        found = {int(row["tokens"]): float(row["us"]) for row in rows if (row["what"], row["who"]) == (what, who)}
-        cells = [
-            (f"{found[size]:,.1f}" if found[size] < 100 else f"{found[size]:,.0f}") if size in found else "-"
-            for size in sizes
-        ]
+    for (what, who), measured in grouped(rows, ("what", "who"), "tokens").items():
+        found = {int(tokens): float(row["us"]) for tokens, row in measured.items()}
+        cells = [f"{found[n]:,.{1 if found[n] < 100 else 0}f}" if n in found else "-" for n in sizes]
         slope = f"{exponent(list(found), list(found.values())):.2f}" if len(found) > 1 else "-"
         body.append([what, "torch" if who == "attention" else who, *cells, slope])
     order = ("draw", "gather", "match", "merge", "unmerge", "attention")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..store import RESULTS, Row, markdown, read
+from ..store import RESULTS, Row, grouped, markdown, read
 from .speed_tables import about
 
 SMALL, LARGE = RESULTS / "fidelity" / "vit.csv", RESULTS / "speed" / "vit.csv"
@@ -25,26 +25,23 @@ def _speed(row: Row | None) -> str:
     return f"{float(row['speedup']):.2f}x" if row else ""
 
 
-def _find(rows: list[Row], **values: str) -> Row | None:
-    return next((row for row in rows if all(row[key] == value for key, value in values.items())), None)
-
-
-def _rs(rows: list[Row], **values: str) -> list[str]:
-    return sorted({row["r"] for row in rows if all(row[k] == v for k, v in values.items())}, key=int)
+def _by_r(rows: list[Row], column: str) -> list[tuple[str, dict[str, Row]]]:
+    """Each r, rising, with its rows by the values of a column."""
+    return sorted(((r, found) for (r,), found in grouped(rows, ("r",), column).items()), key=lambda one: int(one[0]))
 
 
 def vit_accuracy(rows: list[Row]) -> str:
     """The two models at a constant r."""
     body = []
-    for r in _rs(rows, method="bipartite", schedule="constant"):
-        one, two = (
-            _find(rows, trained=name, method="bipartite", schedule="constant", r=r) for name in ("unmerged", "merged")
-        )
-        cells = [f"{float(row['accuracy']):.2f} ({_lost(row)})" if row else "" for row in (one, two)]
+    ours = [row for row in rows if (row["method"], row["schedule"]) == ("bipartite", "constant")]
+    for r, found in _by_r(ours, "trained"):
+        one = found["unmerged"]
+        both = (found.get(name) for name in ("unmerged", "merged"))
+        cells = [f"{float(row['accuracy']):.2f} ({_lost(row)})" if row else "" for row in both]
         rate = f"{float(one['images_s']):,.0f} ({float(one['images_s_p20']):,.0f} to {float(one['images_s_p80']):,.0f})"
         body.append([r, one["tokens_left"], rate, _speed(one), *cells])
     first = rows[0]
-    second = _find(rows, trained="merged") or first
+    second = next((row for row in rows if row["trained"] == "merged"), first)
     head = ["r", "tokens left", "images/s (p20 to p80)", "speed", "trained without merging, %", "trained with it, %"]
     words = (
         f"{first['pictures']} held-out pictures, trained for {first['train_steps']} steps without merging and for "
@@ -60,8 +57,8 @@ def vit_schedules(rows: list[Row]) -> str:
     ours = [row for row in rows if row["trained"] == "unmerged" and row["method"] == "bipartite"]
     names = list(dict.fromkeys(row["schedule"] for row in ours))
     body = []
-    for r in (r for r in _rs(ours) if r != "0"):
-        found = [_find(ours, schedule=name, r=r) for name in names]
+    for r, by_name in _by_r([row for row in ours if row["r"] != "0"], "schedule"):
+        found = [by_name.get(name) for name in names]
         body.append([r, *(f"{_lost(row)}, {_speed(row)}, {row['tokens_left']} left" if row else "" for row in found)])
     return markdown(["r", *names], body)
 
@@ -69,28 +66,28 @@ def vit_schedules(rows: list[Row]) -> str:
 def vit_methods(rows: list[Row]) -> str:
     """Other ways to have as many tokens fewer, trained without merging."""
     ours = [row for row in rows if row["trained"] == "unmerged" and row["schedule"] == "constant"]
-    names = list(dict.fromkeys(row["method"] for row in ours))
-    rs = _rs(ours, method=names[-1])
-    body = []
-    for name in names:
-        found = [_find(ours, method=name, r=r) for r in rs]
-        body.append([name, *(", ".join(filter(None, (_lost(row), _speed(row)))) for row in found)])
+    methods = grouped(ours, ("method",), "r")
+    rs = sorted(list(methods.values())[-1], key=int)
+    body = [
+        [name, *(", ".join(filter(None, (_lost(found.get(r)), _speed(found.get(r))))) for r in rs)]
+        for (name,), found in methods.items()
+    ]
     return markdown(["method", *(f"r = {r}" for r in rs)], body)
 
 
 def vit_large(rows: list[Row]) -> str:
     """Large models with random weights: images a second."""
+    kinds = ("bipartite, constant", "bipartite, falling", "bipartite, unweighted, constant", "limit, constant")
+    rows = [{**row, "kind": f"{row['method']}, {row['schedule']}"} for row in rows]
     body = []
-    jobs = dict.fromkeys((row["model"], row["dtype"], row["backend"]) for row in rows)
-    for model, dtype, backend in jobs:
-        job = {"model": model, "dtype": dtype, "backend": backend}
-        base = _find(rows, **job, method="unmerged")
-        kinds = (("bipartite", "constant"), ("bipartite", "falling"), ("bipartite, unweighted", "constant"))
-        for r in _rs(rows, **job, method="bipartite"):
-            found = [_find(rows, **job, method=m, schedule=s, r=r) for m, s in (*kinds, ("limit", "constant"))]
-            rate = f"{float(base['images_s']):,.0f}"
-            fewer = f"{found[0]['tokens']} to {found[0]['tokens_left']}"
-            body.append([model, f"{dtype}, {backend}", rate, r, fewer, *map(_speed, found)])
+    for job in dict.fromkeys((row["model"], row["dtype"], row["backend"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["dtype"], row["backend"]) == job]
+        rate = next(f"{float(row['images_s']):,.0f}" for row in mine if row["method"] == "unmerged")
+        for r, found in _by_r([row for row in mine if row["method"] != "unmerged"], "kind"):
+            one, (model, *how) = found.get(kinds[0]), job
+            if one:
+                fewer = f"{one['tokens']} to {one['tokens_left']}"
+                body.append([model, ", ".join(how), rate, r, fewer, *(_speed(found.get(kind)) for kind in kinds)])
     head = [
         "model, pixels", "precision, attention", "unmerged, images/s", "r", "tokens", "constant", "falling",
         "unweighted", "limit",
