@@ -130,18 +130,14 @@ class ComfyClient:
             kind, data = message.get("type"), message.get("data") or {}
             if data.get("prompt_id") != prompt_id:
                 continue
-            if kind == "executing":
+            if kind in ("executing", "execution_error", "execution_interrupted", "execution_success"):
                 if current is not None:
                     seconds[current] = seconds.get(current, 0.0) + now - began
-                current, began = data.get("node"), now
+                current, began = data.get("node") if kind == "executing" else None, now
                 if current is None:
                     return seconds
             elif kind == "progress" and progress is not None:
                 progress(data["value"], data["max"])
-            elif kind in ("execution_error", "execution_interrupted", "execution_success"):
-                if current is not None:
-                    seconds[current] = seconds.get(current, 0.0) + now - began
-                return seconds
 
     def images(self, result: Result) -> list[bytes]:
         """The files of all pictures that a prompt put out, in the order of its nodes."""

@@ -123,19 +123,21 @@ def told(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def walk(folder: Path, skip: Callable[[Path], bool] = lambda path: False, follow: bool = False) -> Iterator[Path]:
-    """All below `folder` that is no folder, by name. Links count as files, unless `follow`."""
-    yield from _walk(folder, skip, follow, {folder.resolve()})
-
-
-def _walk(folder: Path, skip: Callable[[Path], bool], follow: bool, above: set[Path]) -> Iterator[Path]:
+def walk(
+    folder: Path,
+    skip: Callable[[Path], bool] = lambda path: False,
+    follow: bool = False,
+    above: frozenset[Path] = frozenset(),
+) -> Iterator[Path]:
+    """All below `folder` that is no folder, by name. Links count as files, unless `follow`. above: where it lies."""
+    above |= {folder.resolve()}
     for path in sorted(folder.iterdir()):
         if skip(path):
             continue
         if not path.is_dir() or (is_link(path) and not follow):
             yield path
         elif path.resolve() not in above:  # else a link leads back up
-            yield from _walk(path, skip, follow, {*above, path.resolve()})
+            yield from walk(path, skip, follow, above)
 
 
 def digest(file: Path, copy_to: Path | None = None) -> str:

@@ -57,20 +57,11 @@ def main() -> None:
     sys.argv = [str(script), *sys.argv[2:]]
     if "--cpu" not in sys.argv and not sees_gpu():
         sys.argv.append("--cpu")
-    _shims().install()
+    # By its path: our repository must not be on the host's import path.
+    runpy.run_path(str(Path(__file__).with_name("shims.py")))["install"]()
     sys.path.insert(0, str(script.parent))
     os.chdir(script.parent)
     runpy.run_path(str(script), run_name="__main__")
-
-
-def _shims():
-    """shims.py by its path: our repository must not be on the host's import path."""
-    spec = importlib.util.spec_from_file_location("tome_shims", Path(__file__).with_name("shims.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

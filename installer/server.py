@@ -118,13 +118,6 @@ class ComfyServer:
         if process.stdin is not None:
             process.stdin.close()
 
-    def tail(self, lines: int = 25) -> str:
-        try:
-            text = self.log.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
-        return "\n".join(text.splitlines()[-lines:])
-
     def _environment(self) -> dict[str, str]:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
         environment["HF_HUB_OFFLINE"] = environment["TRANSFORMERS_OFFLINE"] = "1"
@@ -154,7 +147,11 @@ class ComfyServer:
 
     def log_end(self) -> str:
         """The end of the log, for an error message."""
-        return f"The end of {self.log}:\n" + "\n".join(f"  | {line}" for line in self.tail().splitlines())
+        try:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
+        except OSError:
+            lines = []
+        return f"The end of {self.log}:\n" + "\n".join(f"  | {line}" for line in lines)
 
 
 HINT = (

@@ -195,7 +195,7 @@ class Trainer:
         if compiled > plain:
             self.network = self.model.network
 
-    def save(self, pictures: bool = True) -> None:
+    def save(self) -> None:
         training = {
             "config": self.args.config,
             "parameters": self.parameters,
@@ -208,9 +208,9 @@ class Trainer:
         }
         save_model(self.out / "model.safetensors", self.ema.model, self.sigmas, training, self.pictures)
         save(self.rows, self.out / "log.csv")
-        if pictures:
-            grid = sample_grid(self.ema.model, self.sigmas, self.pictures, self.args.columns, self.args.sample_steps)
-            grid.save(self.out / "samples.png")
+        # The weights first: pictures take a while.
+        grid = sample_grid(self.ema.model, self.sigmas, self.pictures, self.args.columns, self.args.sample_steps)
+        grid.save(self.out / "samples.png")
 
     def run(self) -> None:
         self.log(f"{self.parameters / 1e6:.2f}M parameters, {len(self.bank)} pictures, batch {self.batch}")
@@ -227,7 +227,6 @@ class Trainer:
                 saved = time.perf_counter()
         if recent:
             self._note(recent)
-        self.save(pictures=False)  # the weights first: pictures take a while
         self.save()
 
     def _note(self, recent: list[Tensor]) -> None:
