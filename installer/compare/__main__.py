@@ -148,12 +148,11 @@ class Session:
 
     def _graph(self, size: str, picture: int) -> Graph:
         made, chosen = self._base(), self.request.pictures[picture]
-        demo = self.request.checkpoint is None and self.request.workflow is None
-        if demo:
+        if self.request.is_demo:
             made.workflow["model"]["inputs"] |= {"size": int(size.split("x")[0]), "subject": chosen.prompt}
         elif size != "own":
             made.set_size(size)
-        if chosen.prompt is not None and not demo:
+        if chosen.prompt is not None and not self.request.is_demo:
             made.set_prompt(chosen.prompt)
         made.set_seed(chosen.seed)
         return made

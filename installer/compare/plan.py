@@ -69,6 +69,10 @@ class Request:
     own_prompts: bool = False
     steps: int = STEPS
 
+    @property
+    def is_demo(self) -> bool:
+        return self.checkpoint is None and self.workflow is None
+
     def settings(self) -> dict[str, Any]:
         """All that the results depend on, as far as it is known without a ComfyUI."""
         file = self.checkpoint

@@ -44,11 +44,7 @@ def summarise(out: Path, journal: Journal, request: Request) -> dict[str, Any]:
         for size in request.sizes
         for variant in (*variants, Variant(FLOOR_NAME, split=True))
     ]
-    model = (
-        DEMO
-        if request.checkpoint is None and request.workflow is None
-        else ", ".join(settings["model_files"]) or UNKNOWN
-    )
+    model = DEMO if request.is_demo else ", ".join(settings["model_files"]) or UNKNOWN
     return {
         "format": schema.FORMAT,
         "version": schema.VERSION,
