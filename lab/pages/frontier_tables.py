@@ -15,8 +15,6 @@ from .fidelity_tables import CELLS, percent
 from .frontier_times import PLACES, Place, best, between, calls_of, frontier_rows
 
 HELD = ("outputs reused", "attention held", "drawn between", "drawn + residual", "drawn from 0.2")
-TILED = "HyperTile"
-"""The family of tiles-MODEL.csv."""
 FEWER = "fewer steps"
 """The family of steps-MODEL.csv."""
 WHOLE = ("outputs reused", "EasyCache", "LazyCache")

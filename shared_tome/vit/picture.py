@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.grid import Grid, split_frames
+from ..core.groups import group_counts, group_mean
 
 # Hues of neighbouring group numbers lie far apart.
 _GOLDEN = (5**0.5 - 1) / 2
@@ -43,8 +44,7 @@ def draw_groups(picture: Tensor, sources: Tensor, grid: Grid, edge: int = 1) -> 
     tall, wide = height // rows, width // columns
     patches = F.avg_pool2d(film.transpose(0, 1).float(), (tall, wide)).permute(0, 2, 3, 1).reshape(-1, 3)  # (N, 3)
     numbers, groups = sources.unique(return_inverse=True)
-    summed = patches.new_zeros(len(numbers), 3).index_add(0, groups, patches)
-    means = summed / groups.bincount(minlength=len(numbers))[:, None]
+    means = group_mean(patches[None], groups[None], group_counts(groups[None], len(numbers)))[0]
     groups = groups.reshape(frames, rows, columns)
     groups = groups.repeat_interleave(tall, dim=1).repeat_interleave(wide, dim=2)  # (frames, H, W)
     painted = means[groups]  # (frames, H, W, 3)

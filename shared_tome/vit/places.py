@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from ..core.groups import group_counts, group_mean
 
 
 def mean_rotations(rotations: tuple[Tensor, Tensor], sources: Tensor, prefix: int, count: int) -> tuple[Tensor, Tensor]:
@@ -19,14 +20,5 @@ def mean_rotations(rotations: tuple[Tensor, Tensor], sources: Tensor, prefix: in
         both [B, 1, M, d].
     """
     index = sources[:, prefix:] - prefix  # (B, N)
-    sizes = torch.zeros(len(index), count, device=index.device)
-    sizes = sizes.scatter_add(1, index, torch.ones_like(index, dtype=sizes.dtype))
-    return tuple(_mean(x, index, sizes)[:, None] for x in rotations)
-
-
-def _mean(x: Tensor, index: Tensor, sizes: Tensor) -> Tensor:
-    """x [N, d] averaged by groups [B, N] of sizes [B, M]: [B, M, d] in x's dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    total = x.new_zeros(*sizes.shape, x.shape[1], dtype=wide)
-    total.scatter_add_(1, index[..., None].expand(-1, -1, x.shape[1]), x.to(wide).expand(len(index), -1, -1))
-    return (total / sizes[..., None]).to(x.dtype)
+    sizes = group_counts(index, count)
+    return tuple(group_mean(x.expand(len(index), -1, -1), index, sizes)[:, None] for x in rotations)

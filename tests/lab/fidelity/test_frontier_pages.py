@@ -261,7 +261,7 @@ def test_what_readmes_chart_shows_of_a_family():
 
 def test_the_table_of_tiles_has_the_nearest_first(tmp_path):
     assert frontier_tables.tiles("demo", tmp_path) == ""
-    tiles = row("HyperTile 8x8", frontier_tables.TILED, 17.0, 1.0)
+    tiles = row("HyperTile 8x8", "HyperTile", 17.0, 1.0)
     store.save([ROWS[0], tiles, row("Fast", "ToMe", 48.0, 0.1, 0.9)], tmp_path / "tiles-demo.csv")
     lines = frontier_tables.tiles("demo", tmp_path).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:4]] == ["Fast", "HyperTile 8x8"]
@@ -286,7 +286,7 @@ def test_every_model_and_family_is_known():
     for transformer in (False, True):
         for variant in rivals(28, transformer).values():
             alone, _, preset = variant.family.rpartition(" + ")
-            known = {"unmerged", *frontier_plots.STYLES, *frontier_tables.HELD, frontier_tables.TILED}
+            known = {"unmerged", *frontier_plots.STYLES, *frontier_tables.HELD, "HyperTile"}
             assert (alone if preset in PRESETS else variant.family) in known
     assert set(frontier_plots.WITH) == set(PRESETS)
     for places in PLACES.values():
