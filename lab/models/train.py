@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from shared_tome.autotune.timing import seconds
+
 from ..store import save
 from . import autoencoder
 from .autoencoder import AutoencoderConfig
@@ -172,13 +174,10 @@ class Trainer:
         self.step += 1
         return loss
 
-    def _seconds_a_step(self, count: int = 8) -> float:
+    def _seconds_a_step(self) -> float:
         """Time of real training steps at the start of the schedule: they count as training."""
-        self.train_step(0.0).item()
-        start = time.perf_counter()
-        losses = [self.train_step(0.0) for _ in range(count)]
-        losses[-1].item()
-        return (time.perf_counter() - start) / count
+        self.train_step(0.0)
+        return seconds(lambda: self.train_step(0.0), self.device, 8)
 
     def try_to_compile(self) -> None:
         """Use torch.compile where it works and is faster; train plainly where not."""

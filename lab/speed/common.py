@@ -9,7 +9,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from shared_tome.autotune.layer import put_in_order
+from shared_tome.autotune.timing import seconds
 
 from ..store import Budget, Store, as_csv, rounded
 from ..timing import columns, spread
@@ -133,14 +133,7 @@ def step_columns(base: Sequence[float], times: Sequence[float] | None) -> dict[s
 
 def seconds_of(call: Callable[[], Any], device: str, repeats: int = 1) -> float:
     """How long one call takes, the GPU's work included. repeats: calls in a row that are timed together."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
+    return seconds(call, torch.device(device), repeats)
 
 
 def turn_of(call: Callable[[], Any], device: str, together: float = 0.05) -> Callable[[], list[float]]:

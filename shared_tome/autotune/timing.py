@@ -54,14 +54,14 @@ def times_of(call: Callable[[], Any], device: torch.device, repeats: int = _REPE
     return tuple(1e6 * taken / repeats for taken in (statistics.median(gpu), min(cpu)))
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Of one call as a sampler waits for it: the processor's time and the device's."""
+def seconds(call: Callable[[], Any], device: torch.device, calls: int = _CALLS) -> float:
+    """Of one call as a sampler waits for it, the mean of some in a row: the processor's time and the device's."""
     _wait(device)
     start = time.perf_counter()
-    for _ in range(_CALLS):
+    for _ in range(calls):
         call()
     _wait(device)
-    return (time.perf_counter() - start) / _CALLS
+    return (time.perf_counter() - start) / calls
 
 
 def _wait(device: torch.device) -> None:
