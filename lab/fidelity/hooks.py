@@ -135,18 +135,13 @@ class MergedSelfAttention(nn.Module):
             return self._in_tiles(x, grid, run.variant.tiles)
         behind = run.joint is not None
         layer = None if run.call is None else run.call.attention(x, x, x, grid, keeps_self=behind)
-        run.plan = None
+        parts = (x, x, x) if layer is None else (layer.q, layer.k, layer.v)
+        run.plan = layer.plan if layer is not None and run.call.config.kind.matches else None
+        keys = layer.plan.kept + 1 if layer is not None and behind else parts[1].shape[1]
+        run.count(grid, tokens, parts[0].shape[1], keys)
+        q, k, v = map(self._heads, (inner.to_q, inner.to_k, inner.to_v), parts)
         if layer is None:
-            run.count(grid, tokens, tokens, tokens)
-            if run.dtype is None:
-                return inner(x)
-            q, k, v = (self._heads(project, x) for project in (inner.to_q, inner.to_k, inner.to_v))
             return self._out(attend(q, k, v), x.dtype)
-        if run.call.config.kind.matches:
-            run.plan = layer.plan
-        keys = layer.plan.kept + 1 if behind else layer.k.shape[1]
-        run.count(grid, tokens, layer.q.shape[1], keys)
-        q, k, v = self._heads(inner.to_q, layer.q), self._heads(inner.to_k, layer.k), self._heads(inner.to_v, layer.v)
         if behind:
             out = run.attend_behind(q, k, v, 0, layer.plan).transpose(1, 2)
         else:
