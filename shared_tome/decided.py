@@ -2,9 +2,10 @@
 
     sample +128x128 +128x128/320/8 -64x64/640/8
 
-A size alone is the whole step of a latent of that size. A size with channels and heads is a layer; a fourth number is
-the tokens beside the image, rounded up. + is merged, - is left alone. `@0.5` behind a word: at that ratio alone.
-`+all`, `-all`: every step and layer that no other word names. In front a method may stand: what auto was taken for.
+A size alone is the whole step of a latent of that size, or of so many tokens of a transformer. A size with channels
+and heads is a layer; a fourth number is the tokens beside the image, rounded up. + is merged, - is left alone. `@0.5`
+behind a word: at that ratio alone. `+all`, `-all`: every step and layer that no other word names. In front a method may
+stand: what auto was taken for.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _WANTED = (
 
 
 def step_name(grid: tuple[int, ...]) -> str:
-    """The whole step of a latent, by its grid."""
+    """The whole step of a latent, by its grid; of a transformer, by that of its tokens."""
     return "x".join(map(str, grid))
 
 

@@ -51,7 +51,11 @@ def run_detached(block: nn.Module, x: Tensor) -> Callable[[], Any] | None:
     return run if isinstance(out, Tensor) and out.shape == x.shape else None
 
 
-def detached_model(model: nn.Module) -> nn.Module | None:
+# rejoin(module, copy): whether all that stands in the place of a module's forward was put on its copy, too.
+Rejoin = Callable[[nn.Module, nn.Module], bool]
+
+
+def detached_model(model: nn.Module, rejoin: Rejoin | None = None) -> nn.Module | None:
     """A copy of a whole model without hooks, which shares its parameters and buffers; for hosts that write into none.
 
     None where something else stands in the place of a module's forward, or where one that is not diffusers' own does an
@@ -64,7 +68,7 @@ def detached_model(model: nn.Module) -> nn.Module | None:
         if getattr(module, "_compiled_call_impl", None) is not None:
             return None
     try:
-        return _detached(model, lambda x: x)
+        return _detached(model, lambda x: x, rejoin)
     except ValueError:
         return None
 
@@ -96,20 +100,20 @@ def _code(made: Any) -> str:
     return f"{made.__module__}.{getattr(made, '__qualname__', type(made).__qualname__)}"
 
 
-def _detached(module: nn.Module, taken: Callable[[Tensor], Tensor]) -> nn.Module:
+def _detached(module: nn.Module, taken: Callable[[Tensor], Tensor], rejoin: Rejoin | None = None) -> nn.Module:
     """A copy without hooks; taken: what it gets for a parameter or buffer. Raises ValueError for another's forward."""
-    if is_replaced(module):
-        raise ValueError(f"{type(module).__name__} has a forward of its own")
     made = copy.copy(module)
     state = made.__dict__
     state.pop("forward", None)  # the class's own, put back by a host: it is bound to the module copied from
     state["_modules"] = {
-        name: child if child is None else _detached(child, taken) for name, child in module._modules.items()
+        name: child if child is None else _detached(child, taken, rejoin) for name, child in module._modules.items()
     }
     for kind in ("_parameters", "_buffers"):
         state[kind] = {name: x if x is None else taken(x) for name, x in module.__dict__[kind].items()}
     for hooks in _HOOKS:
         state[hooks] = OrderedDict()
+    if is_replaced(module) and not (rejoin is not None and rejoin(module, made)):
+        raise ValueError(f"{type(module).__name__} has a forward of its own")
     return made
 
 

@@ -141,7 +141,7 @@ def known_on(
 ) -> Decision | None:
     """decision_on, in its block, of what has been measured before; measures nothing."""
     case = _case(grid, channels, heads, dtype, config, name_of(attention, device), kernels, about)
-    return store_of(device).known(_full_key(case.key, device))
+    return known_of(case.key, device)
 
 
 def name_of(attention: Attention | None, device: torch.device) -> str:
@@ -188,6 +188,11 @@ def _case(
 
 def _full_key(key: str, device: torch.device) -> str:
     return f"{key}{BETWEEN}{surroundings(device)}"
+
+
+def known_of(key: str, device: torch.device) -> Decision | None:
+    """The decision of a name on a device, where it has been measured before."""
+    return store_of(device).known(_full_key(key, device))
 
 
 def known_or_measured(key: str, device: torch.device, measure: Callable[[], Decision]) -> Decision | None:

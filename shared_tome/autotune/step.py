@@ -9,10 +9,11 @@ a layer, a third way counts: all layers merged that save the GPU time.
 from __future__ import annotations
 
 import functools
+import logging
 import statistics
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,27 @@ from torch import Tensor, nn
 from ..config import ToMeConfig
 from ..core.grid import Grid
 from . import timing
-from .layer import ROWS, Attention, Decision, known_or_measured, may_measure, name_of, ways
+from .layer import ROWS, Attention, Decision, known_of, known_or_measured, may_measure, name_of, ways
 from .paying import MARGIN, Given, Judge
+
+log = logging.getLogger("ToMe")
 
 # A step that takes longer, in seconds, keeps a GPU busy whatever the processor does (docs/speed.md).
 LONG = 0.3
 _ROUNDS = 4
 # Walking through a model takes longer than a step may. A fact about a model, not state of a call.
 _sizes: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+# What runs a step whole, and what makes of a judge what runs one that is merged by it.
+Ways = tuple[Callable[[], Any], Callable[[Judge], Callable[[], Any]]]
+
+
+class Joined(Protocol):
+    """Processes that run each step together, and so decide alike."""
+
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """What each process has, by rank; each of them calls this as often as the others, with as many numbers."""
 
 
 def is_timed(config: ToMeConfig, device: torch.device) -> bool:
@@ -41,10 +55,11 @@ def decision_of(
     device: torch.device,
     grid: Grid,
     config: ToMeConfig,
-    both: Callable[[], tuple[Callable[[], Any], Callable[[Judge], Callable[[], Any]]]],
+    both: Callable[[], Ways],
     attention: Attention | None = None,
     kernels: tuple[str, ...] = (),
     about: str = "",
+    joined: Joined | None = None,
 ) -> Decision | None:
     """What is known of the times of a model's steps, microseconds of one; None where they cannot be measured.
 
@@ -52,20 +67,57 @@ def decision_of(
 
     Args:
         dtype: what the model computes in, whatever it is given. grid: the latent's. config: how it is merged.
-        both: gives what runs a step whole, and what makes of a judge what runs one that is merged by it; may raise,
-            which is logged once, and store.NotNow where another call of the same model may do.
+        both: gives the ways to run a step; may raise, which is logged once, and store.NotNow where another call of the
+            same model may do.
         attention, kernels, about: see layer.decision_on.
+        joined: the processes that run a step together; each of them is to ask, whether it can measure or not. None:
+            there is one.
     """
     if model not in _sizes:
         _sizes[model] = sum(parameter.numel() for parameter in model.parameters())
     what = f"a step of {type(model).__name__} of {_sizes[model]} parameters"
     key = _key(what, grid, dtype, " ".join([name_of(attention, device), *kernels]), about, config)
 
+    if joined is not None:
+        return _decision_together(key, device, both if is_timed(config, device) else None, joined)
+
     def measure() -> Decision:
         with torch.no_grad():
             return _compared(*both(), device)
 
     return known_or_measured(key, device, measure)
+
+
+def _decision_together(
+    key: str, device: torch.device, both: Callable[[], Ways] | None, joined: Joined
+) -> Decision | None:
+    """The same decision in all processes. both: None where this one measures nothing.
+
+    What can fail in one process alone is done before the first step. What fails in a step is raised: the other
+    processes are in the midst of it, and would take the next call's tensors for its own.
+    """
+    known, ready = None if both is None else known_of(key, device), None
+    if both is not None and known is None:
+        try:
+            ready = both()
+        except Exception as error:  # whatever a foreign model raises
+            log.warning("[ToMe] %s: not measured (%s: %s), so merged", key, type(error).__name__, error)
+    mine = [0.0] * 4 if known is None else [known.full_us, known.merged_us, known.cpu_us, known.busy]
+    everyones = joined.gather([known is not None, ready is not None, *mine])
+    found = next((Decision(*times, busy=bool(busy)) for knows, _, *times, busy in everyones if knows), None)
+    if found is None and all(can for _, can, *_ in everyones):
+        try:
+            with torch.no_grad():
+                found = _compared(*ready, device, lambda taken: max(x for (x,) in joined.gather([taken]))).rounded()
+        except Exception:
+            log.warning(
+                "[ToMe] a step of %d processes failed while it was timed; with TOME_MEASURE=0 in each of them none is",
+                len(everyones),
+            )
+            raise
+    if found is not None and both is not None and known is None:
+        known_or_measured(key, device, lambda: found)  # which keeps it
+    return found
 
 
 # ComfyUI asks in each step (see layer._case).
@@ -86,29 +138,44 @@ def why_left_alone(decision: Decision | Given) -> str:
     return f"merging does not pay here: a step takes {whole:.1f} ms without and {merged:.1f} ms with it"
 
 
-def rows_of(given: Any, batch: int) -> Any:
-    """What a call of `batch` rows is given, with its first row ROWS times instead: a picture with guidance.
+def rows_of(given: Any, batch: int, rows: int = ROWS) -> Any:
+    """What a call of `batch` rows is given, with its first row `rows` times instead; ROWS: a picture with guidance.
 
-    given: a tensor, plain dicts, lists and tuples of such; all else is passed on.
+    given: a tensor, plain dicts, lists and tuples of such; all else is passed on. A list of as many things as there are
+    rows, none of which has a row of each, is one of rows.
     """
-    if isinstance(given, Tensor):
-        alike = given.dim() > 0 and given.shape[0] == batch
-        return given[:1].expand(ROWS, *given.shape[1:]).contiguous() if alike else given
+    if _has_rows(given, batch):
+        return given[:1].expand(rows, *given.shape[1:]).contiguous()
     if type(given) is dict:
-        return {name: rows_of(value, batch) for name, value in given.items()}
+        return {name: rows_of(value, batch, rows) for name, value in given.items()}
+    if type(given) is list and len(given) == batch > rows and not any(_has_rows(part, batch) for part in given):
+        return given[:1] * rows
     if type(given) in (list, tuple):
-        return type(given)(rows_of(value, batch) for value in given)
+        return type(given)(rows_of(value, batch, rows) for value in given)
     return given
 
 
-def _compared(whole: Callable[[], Any], merged: Callable[[Judge], Callable[[], Any]], device: torch.device) -> Decision:
+def _has_rows(given: Any, batch: int) -> bool:
+    return isinstance(given, Tensor) and given.dim() > 0 and given.shape[0] == batch
+
+
+def _compared(
+    whole: Callable[[], Any],
+    merged: Callable[[Judge], Callable[[], Any]],
+    device: torch.device,
+    slowest: Callable[[float], float] = float,
+) -> Decision:
     """They take turns. Of the whole step the least time, since what disturbs a processor only adds to it; of a merged
     one the median: where it waits for the processor it must pay with what disturbs it, too.
 
-    merged: see decision_of. A second one is run, without regard to the processor, where that merges more layers.
+    whole, merged: see Ways. A second merged one is run, without regard to the processor, where that merges more layers.
+    slowest: makes of this process's time that of the slowest process.
     """
-    whole()  # kernels are chosen, compiled and loaded
-    first = timing.seconds(whole, device)
+    first = slowest(timing.seconds_of_one(whole, device))  # kernels are chosen, compiled and loaded
+    if first > LONG:  # else steps of many seconds would be run three times
+        first = slowest(timing.seconds_of_one(whole, device))
+    if first <= LONG:
+        first = slowest(timing.seconds(whole, device))
     if first > LONG:
         return Decision(1e6 * first, 0.0, 0.0, busy=True)
     judge = Judge()
@@ -121,7 +188,7 @@ def _compared(whole: Callable[[], Any], merged: Callable[[Judge], Callable[[], A
     times: list[list[float]] = [[first], *([] for _ in calls[1:])]
     for _ in range(_ROUNDS):
         for call, taken in reversed(list(zip(calls, times, strict=True))):
-            taken.append(timing.seconds(call, device))
+            taken.append(slowest(timing.seconds(call, device)))
     least, (waiting, *more) = 1e6 * min(times[0]), (1e6 * statistics.median(taken) for taken in times[1:])
     found = Decision(least, waiting, 0.0)
     # Merging more must save as much again as merging at all, since it costs likeness.

@@ -64,6 +64,11 @@ def seconds(call: Callable[[], Any], device: torch.device, calls: int = _CALLS) 
     return (time.perf_counter() - start) / calls
 
 
+def seconds_of_one(call: Callable[[], Any], device: torch.device) -> float:
+    """The same of a call by itself, of which there may have been none before."""
+    return seconds(call, device, calls=1)
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..attention.sdpa import leave_left_modes
 from ..autotune.decision_log import DecisionLog
+from ..autotune.paying import Judge
 from ..config import ToMeConfig
 from ..core.curve import is_compiling
 from ..core.grid import Grid
@@ -22,12 +23,26 @@ from .outcome import Outcome
 from .steps import Clock, Steps
 
 logger = logging.getLogger("ToMe")
+# Around the taking off and putting on of blocks' hooks: a model may be at work in several threads.
+hooking = threading.Lock()
 
 
 class BaseAttachment:
-    """The hooks on one model, and the calls under way: one a thread, gone when the call ends."""
+    """The hooks on one model, and the calls under way: one a thread, gone when the call ends.
 
-    def __init__(self, config: ToMeConfig, pipe: Any, clock: Clock | None = None):
+    merge_attn: whether self-attention is merged at all. judge: of a copy's layers, whose steps are only tried; None:
+    its steps are judged, too.
+    """
+
+    def __init__(
+        self,
+        config: ToMeConfig,
+        pipe: Any,
+        merge_attn: bool = True,
+        judge: Judge | None = None,
+        clock: Clock | None = None,
+    ):
+        self.merge_attn, self.judge = merge_attn, judge  # before anything is said
         self.config, self.steps = config, Steps(pipe, *(clock or Clock()))
         self._handles: list[Any] = []
         self._calls: dict[int, Any] = {}
@@ -37,6 +52,10 @@ class BaseAttachment:
         self._outcome = Outcome(config, self.steps, self._log)
         if (cap := capped(config)) is not None:
             self.say(cap)
+
+    def try_on(self, model: nn.Module, config: ToMeConfig, judge: Judge) -> None:
+        """Hooks like these on a copy of the model, of which a step is only tried."""
+        type(self)(model, config, self.steps.pipe, self.merge_attn, judge)
 
     def detach(self, model: nn.Module) -> None:
         """Take all hooks off."""
@@ -70,7 +89,8 @@ class BaseAttachment:
         self._said, self._outcome, self.decided = other._said, other._outcome, other.decided
 
     def _log(self, message: str) -> None:
-        logger.warning("[ToMe] %s", message)
+        if self.judge is None:  # else a step is tried: what becomes of the layers is told in the steps to come
+            logger.warning("[ToMe] %s", message)
 
     def _say_why(self, message: str, detail: str) -> None:
         self.say(f"{message} ({detail})")

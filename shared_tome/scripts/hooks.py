@@ -7,9 +7,6 @@ measures similarity on, and merge and unmerge around attn1, attn2 and ff. Nothin
 from __future__ import annotations
 
 import functools
-import math
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,12 +16,9 @@ from ..attention.combine import TORCHS
 from ..attention.sdpa import leave_left_modes
 from ..attention.sequence import JointCall
 from ..autotune.decisions import Decisions
-from ..autotune.detached import about_model, detached_model
-from ..autotune.paying import Decision, Judge
-from ..autotune.step import decision_of, is_timed, rows_of, why_left_alone
-from ..autotune.store import RETRY
+from ..autotune.layer import ROWS
+from ..autotune.paying import Judge
 from ..config import ToMeConfig
-from ..core.grid import Grid
 from ..hooks.blocks import BlockHooks
 from ..hooks.heads import served_blocks as blocks_with
 from ..hooks.parts import argument
@@ -33,9 +27,7 @@ from ..merging.residual import ResidualCall, why_no_effect
 from . import base
 from .block import ScriptBlock, ScriptCall, ScriptTrials
 from .residuals import RunResiduals
-
-# Around the taking off and putting on of blocks' hooks: a model may be at work in several threads.
-_hooking = threading.Lock()
+from .whole_steps import Step, WholeSteps
 
 
 def served_blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -44,17 +36,14 @@ def served_blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class UNetAttachment(base.BaseAttachment):
-    """On a U-Net. merge_attn: whether attn1 is merged at all. judge: of a copy's layers, whose steps are only tried;
-    None: its steps are judged, too."""
+    """On a U-Net. merge_attn: whether attn1 is merged at all."""
 
     def __init__(
         self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True, judge: Judge | None = None
     ):
-        self.merge_attn, self._judge = merge_attn, judge  # before anything is said
-        super().__init__(config.resolved(multires=False), pipe)
+        super().__init__(config.resolved(multires=False), pipe, merge_attn, judge)
         self.decided.resolve(config, self.config)
-        self._busy: set[tuple] = set()  # kinds of steps that do not wait for the processor
-        self._timed_until: dict[tuple, float] = {}  # when a kind of steps is asked about again, by the monotonic clock
+        self._whole_steps = WholeSteps(self)
         self.trials = ScriptTrials()
         self.takes_keys: dict[tuple, bool] = {}  # by attention code: whether it makes its keys from the given context
         self._blocks = [ScriptBlock(self) for _ in served_blocks(model)]
@@ -75,10 +64,6 @@ class UNetAttachment(base.BaseAttachment):
         self._hooks.off()
         self._residuals.end()
 
-    def _log(self, message: str) -> None:
-        if self._judge is None:  # else a step is tried: what becomes of the layers is told in the steps to come
-            super()._log(message)
-
     def _hook(self, model: nn.Module) -> Iterator[tuple[ScriptBlock, Callable[[], list[Any]]]]:
         """The blocks, and what puts their hooks on."""
         for hooked, block in zip(self._blocks, served_blocks(model), strict=True):
@@ -94,9 +79,12 @@ class UNetAttachment(base.BaseAttachment):
         timestep = argument(args, kwargs, 1, "timestep", "timesteps", "t")
         config, grid = self.config_now(timestep), (x.shape[2], x.shape[3])
         kind: tuple = (grid, config.ratio, x.dtype, x.device)
-        if config.ratio > 0.0 and not self._hooks.is_idle(kind):
-            self._time_step(module, args, kwargs, config, kind, x.shape[0])
-        waits = kind not in self._busy
+        if config.ratio > 0.0 and not (self._hooks.is_idle(kind) or self._whole_steps.is_known(kind)):
+            step = Step(module, args, kwargs, config, grid, x, ROWS)
+            if (why := self._whole_steps.why_not_paid(step, kind)) is not None:
+                self.say(f"{why}; nothing is merged")
+                self._hooks.rest(kind)
+        waits = self._whole_steps.waits(kind)
         kind = kind if waits else (*kind, "busy")  # layers of one kind are judged alike
         idle = self._hooks.is_idle(kind)
         # What does nothing takes the processor time: the GPU is asked for nothing, and the blocks' hooks go.
@@ -104,62 +92,15 @@ class UNetAttachment(base.BaseAttachment):
         residual = self._residuals.call(config, timestep, x, prompt)
         draw = None if residual is None else residual.draw
         call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x, draw)
-        with _hooking:
+        with base.hooking:
             alone = not self._calls  # another thread may be in the midst of a call
             if idle and alone:
                 self._hooks.off()
             elif call is not None and not idle:
-                decisions = Decisions(call, log=self.decided, judge=self._judge or Judge(waits))
+                decisions = Decisions(call, log=self.decided, judge=self.judge or Judge(waits))
                 joint = self._joint(call, residual)
                 self.call = ScriptCall(call, decisions, x.shape[0], joint, residual, kind)
                 self._hooks.on(lambda: self._hook(module), kind, alone)
-
-    def _time_step(
-        self, model: nn.Module, args: tuple, kwargs: dict[str, Any], config: ToMeConfig, kind: tuple, batch: int
-    ) -> None:
-        """Whether merging pays in whole steps of this kind, asked once of each; again where it is not known."""
-        known = time.monotonic() < self._timed_until.get(kind, 0.0)
-        if self._judge is not None or known:
-            return
-        given = self.decided.step(config, kind[0])
-        if given is None and (base.captures(kind[-1]) or base.compiles()):
-            return
-        whole = config.replace(start=0.0, end=1.0, exact_every=0)  # whatever its place in the schedule
-        decision = given or self._decision(model, args, kwargs, whole, kind[0], batch)
-        self._timed_until[kind] = time.monotonic() + RETRY if decision is None else math.inf
-        pays = decision is None or decision.pays()
-        self._busy.update([kind] if decision is not None and decision.busy else [])
-        self.decided.made_step(whole, kind[0], decision, pays)
-        if not pays:
-            self.say(f"{why_left_alone(decision)}; nothing is merged")
-            self._hooks.rest(kind)
-
-    def _decision(
-        self, model: nn.Module, args: tuple, kwargs: dict[str, Any], config: ToMeConfig, grid: Grid, batch: int
-    ) -> Decision | None:
-        """What is known of the times of a model's steps, whatever their place in the schedule (autotune/step.py); None:
-        not measured, or not to be. Copies without foreign hooks are run, so that nobody else sees a call more.
-
-        args, kwargs: of a call, whose first row is what is run; batch: its rows. grid: the latent's.
-        """
-        x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        if not is_timed(config, x.device) or model.training:
-            return None
-        whole = detached_model(model)
-        if whole is None:
-            return None
-
-        def both() -> tuple[Callable[[], Any], Callable[[Judge], Callable[[], Any]]]:
-            given, named = rows_of((args, kwargs), batch)
-
-            def merged(judge: Judge) -> Callable[[], Any]:
-                made = detached_model(model)  # which is whole's like
-                UNetAttachment(made, config, self.steps.pipe, self.merge_attn, judge)
-                return lambda: made(*given, **named)
-
-            return lambda: whole(*given, **named), merged
-
-        return decision_of(model, x.dtype, x.device, grid, config, both, about=about_model(model, x.device))
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         call, self.call = self.call, None

@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,24 +22,34 @@ from .. import kernels
 from ..attention.combine import TORCHS
 from ..attention.sdpa import Handler, HostAttention, SdpaHooks, attend_sampled, leave_left_modes
 from ..attention.sequence import JointCall, image_bias, merge_image, unmerge_image
+from ..autotune.layer import ALWAYS
+from ..autotune.paying import Judge
 from ..config import ToMeConfig
 from ..core.grid import Grid
+from ..core.schedule import serves_layer
+from ..hooks.blocks import BlockHooks
 from ..hooks.served import served_as
 from ..merging.call import ModelCall
 from ..merging.plan import Plan
 from ..merging.residual import why_no_effect
-from .base import BaseAttachment
+from .base import BaseAttachment, hooking
 from .joint_autotune import JointDecisions
 from .masks import Group, attend_padded, group_rows
 from .outcome import CallOutcome
 from .parallel import Shard, why_not_parallel
 from .rows import ROWS, Place, attentions_of
+from .whole_steps import Step, WholeSteps
+
+# Text and reference tokens of two steps that differ by less count as equally many: prompted and unprompted ones are to
+# be decided alike.
+_BESIDE = 1024
 
 
 @dataclass(eq=False)
 class _TransformerCall:
     """One call of the model. grid: the image's; head, tail: tokens before and behind it; groups: its rows by what a
-    mask hides of these, None where no mask is known; shard: this process's part, where several share the call."""
+    mask hides of these, None where no mask is known; shard: this process's part, where several share the call. kind:
+    see WholeSteps; unpaid: why all of it is left alone."""
 
     model: ModelCall
     joint: JointCall
@@ -50,19 +60,24 @@ class _TransformerCall:
     decisions: JointDecisions
     groups: tuple[Group, ...] | None = None
     shard: Shard | None = None
+    kind: Hashable = None
+    unpaid: str | None = None
     outcome: CallOutcome = field(default_factory=CallOutcome)
 
 
 class JointAttachment(BaseAttachment):
     """On a transformer of ROWS. merge_attn: whether anything is merged at all."""
 
-    def __init__(self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True):
+    def __init__(
+        self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True, judge: Judge | None = None
+    ):
         self.row = ROWS[served_as(model, ROWS)]
-        super().__init__(config, pipe, self.row.clock)
+        super().__init__(config, pipe, merge_attn, judge, self.row.clock)
         self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._grid: tuple[weakref.ref, Grid, int] | None = None
         self._groups: tuple[weakref.ref, tuple[int, ...], tuple[Group, ...] | None] | None = None
-        self._agreed: dict[Hashable, bool] = {}  # by the processes that share the model: a fact about them
+        self._whole_steps, self._hooks = WholeSteps(self), BlockHooks()
+        self._agreed: dict[Hashable, list[bool]] = {}  # by the processes that share the model: a fact about them
         if (why := why_no_effect(config, transformer=True)) is not None:
             self.say(why)
         if not merge_attn:
@@ -72,8 +87,16 @@ class JointAttachment(BaseAttachment):
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             model.register_forward_hook(self._after_model, always_call=True),
         ]
-        for attention in attentions_of(model, self.row):
-            self._handles += SdpaHooks(attention, self._before_attention).handles
+        self._hooks.on(lambda: self._hook(model))
+
+    def detach(self, model: nn.Module) -> None:
+        super().detach(model)
+        self._hooks.off()
+
+    def _hook(self, model: nn.Module) -> Iterator[tuple[int, Callable[[], list[Any]]]]:
+        """The attentions by their numbers, and what puts their hooks on."""
+        for number, attention in enumerate(attentions_of(model, self.row)):
+            yield number, lambda attention=attention: SdpaHooks(attention, self._before_attention).handles
 
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.call = None  # of one that was interrupted: KeyboardInterrupt runs no hook
@@ -89,19 +112,38 @@ class JointAttachment(BaseAttachment):
             self.say("ToMe skips image tokens that are not rows of one image")
             return
         timestep = arguments.get(self.row.timestep)
-        call = self.model_call(self.config_now(timestep, kernels.serves(x)), grid, timestep, x)
-        if call is not None:
-            joint = JointCall(call.config.weighs_keys, TORCHS, self._say_why, call.config.keeps_self)
-            groups, shard = self._groups_of(place), Shard.of(model, place, self._agreed)
-            decisions = JointDecisions(call, grid, type(model).__name__, shard, self.decided)
-            self.call = _TransformerCall(
-                call, joint, grid, x.shape[0], place.head, place.tail, decisions, groups, shard
-            )
+        config = self.config_now(timestep, kernels.serves(x))
+        beside, is_masked = -(-(place.head + place.tail) // _BESIDE) * _BESIDE, place.mask is not None
+        kind, unpaid, shard = (grid, beside, is_masked, config.ratio, x.dtype, x.device), None, None
+        if config.ratio > 0.0 and not self._hooks.is_idle(kind):
+            shard = Shard.of(model, place, self._agreed)
+            if serves_layer(config, grid, grid) and not self._whole_steps.is_known(kind):
+                about = f"up to {beside} tokens beside{', masked' if is_masked else ''}"
+                timed = math.prod(grid) < ALWAYS
+                step = Step(model, args, kwargs, config, grid, x, 1, about, timed, shard)
+                unpaid = self._whole_steps.why_not_paid(step, kind)
+        idle = self._hooks.is_idle(kind)
+        call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x)
+        groups = None if idle or call is None else self._groups_of(place)
+        with hooking:
+            alone = not self._calls
+            if idle and alone:
+                self._hooks.off()
+            elif call is not None and not idle:
+                joint = JointCall(call.config.weighs_keys, TORCHS, self._say_why, call.config.keeps_self)
+                judge = self.judge or Judge(self._whole_steps.waits(kind))
+                decisions = JointDecisions(call, grid, type(model).__name__, shard, self.decided, judge)
+                self.call = _TransformerCall(
+                    call, joint, grid, x.shape[0], place.head, place.tail, decisions, groups, shard, kind, unpaid
+                )
+                self._hooks.on(lambda: self._hook(model), narrow=alone)
 
     def _after_model(self, model: nn.Module, args: tuple, out: Any) -> None:
         call, self.call = self.call, None
         if call is not None and out is not None:  # None: the call ended in an exception
             self._outcome.end_call(call.grid, call.outcome)
+            if call.unpaid is not None:  # and what else keeps it from being merged has been told
+                self._hooks.rest(call.kind)
 
     def _grid_of(self, ids: Tensor) -> tuple[Grid, int]:
         """The image's grid from its position ids [N, 3] (number, row, column), and the reference tokens behind it.
@@ -140,8 +182,8 @@ class JointAttachment(BaseAttachment):
 
     def _attend_part(self, heads: int, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """_attend with some of a layer's `heads` heads."""
-        if self.call is None:
-            return attention(q, k, v)
+        if self.call is None or self.call.unpaid is not None:
+            return self._attend(attention, q, k, v)  # in the order that the host has
         self.call.shard.heads = heads
         return self.call.shard.attend(self._attend, attention, q, k, v)
 
@@ -163,6 +205,9 @@ class JointAttachment(BaseAttachment):
             self.say("ToMe skips an attention with a mask")
             return attention(q, k, v)
         serves = call.model.serves(call.grid)
+        if call.unpaid is not None:
+            call.outcome.leave(call.model, call.grid, call.unpaid)
+            return attention(q, k, v)
         unpaid = call.decisions.why_not_paid(attention, q, k, v, start) if serves else None
         if unpaid is not None:
             self.say(f"{unpaid}; ToMe skips attentions of {length} tokens")

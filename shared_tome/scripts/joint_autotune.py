@@ -13,12 +13,12 @@ from ..attention.sdpa import HostAttention, attend_sampled
 from ..attention.sequence import JointCall
 from ..autotune.decision_log import DecisionLog
 from ..autotune.layer import known_or_measured, measures, name_of, ways
-from ..autotune.paying import Decision
+from ..autotune.paying import Decision, Given, Judge
 from ..autotune.timing import compared
 from ..core.curve import is_compiling
 from ..core.grid import Grid
 from ..merging.call import ModelCall
-from .parallel import Shard
+from .parallel import ELSEWHERE, Shard
 
 # Text and reference tokens of two calls that differ by less count as equally many.
 _OTHERS = 256
@@ -27,13 +27,14 @@ _OTHERS = 256
 @dataclass(eq=False)
 class JointDecisions:
     """Of one call of a transformer, owned by it. model: its class's name. shard: this process's part, where several
-    share the call. log: what is told of them."""
+    share the call. log: what is told of them. judge: by what is known of the call's whole step."""
 
     call: ModelCall
     grid: Grid
     model: str
     shard: Shard | None = None
     log: DecisionLog = field(default_factory=DecisionLog)
+    judge: Judge = field(default_factory=Judge)
     _unpaid: dict[tuple, str | None] = field(default_factory=dict)
 
     def why_not_paid(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int) -> str | None:
@@ -62,12 +63,20 @@ class JointDecisions:
                 ]
                 timed = self._timed(attention, q[:1], k[:1], v[:1], start)
                 known = known_or_measured(", ".join(names), q.device, timed)
-            why = None if known is None or known.pays() else known.reason
-            if self.shard is not None:
-                why = self.shard.agree((shape, *layer, *ways(config, config.keeps_self)), why, q.device)
-            self._unpaid[shape] = why
+            why = self._unpaid[shape] = self._why((shape, *layer, *ways(config, config.keeps_self)), known)
             self.log.made_layer(config, *layer, known, why is None, others * _OTHERS)
         return self._unpaid[shape]
+
+    def _why(self, layer: tuple, found: Decision | Given | None) -> str | None:
+        """Why a layer of this decision is left alone, or None: where one process leaves it alone, all do."""
+        if self.shard is None:
+            self.judge.meet(found)
+            return self.judge.why_not_paid(found)
+        mine = [found is None or found.pays(waits) for waits in (True, False)]
+        waiting, busy = self.shard.agree(layer, mine)
+        self.judge.matters |= busy and not waiting
+        pays = waiting if self.judge.waits else busy
+        return None if pays else self.judge.why_not_paid(found) or ELSEWHERE
 
     @property
     def call_tokens(self) -> int:

@@ -7,8 +7,9 @@ there, each head draws what it draws there, and similarity is measured on the ke
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,23 @@ def why_not_parallel(model: nn.Module) -> str | None:
     return None
 
 
+def rejoin(module: nn.Module, made: nn.Module) -> bool:
+    """Put on a copy of a module what cuts and gathers tokens for the processes (diffusers' ModelHook). False where
+    something else stands in the place of its forward, too."""
+    registry = getattr(module, "_diffusers_hook", None)
+    hooks, first = getattr(registry, "hooks", {}), next(iter(getattr(registry, "_fn_refs", ())), None)
+    is_own = getattr(getattr(first, "forward", None), "__func__", None) is type(module).forward
+    placed = getattr(module.__dict__.get("forward"), "func", None)
+    if not is_own or getattr(placed, "__module__", None) != type(registry).__module__:
+        return False
+    if any(not type(hook).__name__.startswith("ContextParallel") for hook in hooks.values()):
+        return False
+    made._diffusers_hook = type(registry)(made)
+    for name, hook in hooks.items():
+        made._diffusers_hook.register_hook(copy.copy(hook), name)
+    return True
+
+
 ELSEWHERE = "merging does not pay in another of the processes that share the model"
 
 
@@ -45,21 +63,22 @@ ELSEWHERE = "merging does not pay in another of the processes that share the mod
 class Shard:
     """One process's part of the attentions of a call.
 
-    group, rank, count: of the processes that share it. order: [L], where each token that the attention has stands in
-    one process's; None: in its place. places: its inverse. agreed: what was decided together of layers, for all calls
-    of the model. heads: of the layer that runs now, in all processes together.
+    group, rank, count: of the processes that share it. device: where they talk. order: [L], where each token that the
+    attention has stands in one process's; None: in its place. places: its inverse. agreed: what was decided together of
+    layers, for all calls of the model. heads: of the layer that runs now, in all processes together.
     """
 
     group: Any
     rank: int
     count: int
+    device: torch.device
     order: Tensor | None
     places: Tensor | None
-    agreed: dict[Hashable, bool]
+    agreed: dict[Hashable, list[bool]]
     heads: int = 0
 
     @classmethod
-    def of(cls, model: nn.Module, place: Place, agreed: dict[Hashable, bool]) -> Shard | None:
+    def of(cls, model: nn.Module, place: Place, agreed: dict[Hashable, list[bool]]) -> Shard | None:
         """None where one process has it all. The text before the image, and the image with what is behind it, are each
         cut by the number of processes."""
         context = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
@@ -70,7 +89,8 @@ class Shard:
         order = None if place.head == 0 else torch.cat([x for pair in zip(*parts, strict=True) for x in pair])
         places = None if order is None else order.argsort()
         group = context._ulysses_mesh.get_group()
-        return cls(group, context._ulysses_local_rank, context.ulysses_degree, order, places, agreed)
+        rank, count = context._ulysses_local_rank, context.ulysses_degree
+        return cls(group, rank, count, place.latent.device, order, places, agreed)
 
     def attend(self, attend: Handler, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """attend, in the order of one process; q, k, v: [B, h, L, d] of this process's heads."""
@@ -83,17 +103,22 @@ class Shard:
             mask = mask.index_select(-1, places)
         return attend(HostAttention(attention.func, attention.options, mask), q, k, v).index_select(2, self.order)
 
-    def agree(self, layer: Hashable, why: str | None, device: torch.device) -> str | None:
-        """Why a layer is left alone, or None, the same in all processes: where one leaves it alone, all do.
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """What each process has, by rank. Waits for the device."""
+        mine = torch.tensor([float(x) for x in numbers], dtype=torch.float64, device=self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.count)]
+        torch.distributed.all_gather(parts, mine, group=self.group)
+        return [part.tolist() for part in parts]
 
-        layer: what tells it from others; all processes meet the layers in the same order. why: this process's own
-        reason or None. Waits for the device, once for a layer.
+    def agree(self, layer: Hashable, answers: Sequence[bool]) -> list[bool]:
+        """What all processes answer with yes of a layer.
+
+        layer: what tells it from others; all processes meet the layers in the same order. answers: this process's own.
+        Waits for the device, once for a layer.
         """
         if layer not in self.agreed:
-            pays = torch.tensor(int(why is None), device=device)
-            torch.distributed.all_reduce(pays, torch.distributed.ReduceOp.MIN, self.group)
-            self.agreed[layer] = bool(pays)
-        return None if self.agreed[layer] else why or ELSEWHERE
+            self.agreed[layer] = [all(each) for each in zip(*self.gather(answers), strict=True)]
+        return self.agreed[layer]
 
     def mean(self, k: Tensor) -> Tensor:
         """k [B, h, N, d] averaged over all processes' heads: [B, N, d], the same in each process."""

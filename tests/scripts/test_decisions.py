@@ -76,14 +76,15 @@ def test_transformers_have_them_too(gpu, name):
     model = MODELS[name][0]()
     plain = run(name, model)
     made, texts = [], []
-    for gpu.attention in (True, False):
+    for gpu.attention, gpu.step in ((True, 60.0), (False, 60.0), (True, 99.0)):
         gpu.another()
         made.append(run(name, patched(model)))
         texts.append(decisions_of(model))
-    assert texts[0].startswith("+") and texts[1] == texts[0].replace("+", "-")
-    assert torch.equal(made[1], plain) and not torch.equal(made[0], plain)
-    for text, expected, gpu.attention in zip(texts, made, (False, True), strict=True):
+    assert "-" not in texts[0] and texts[1] == texts[0].replace("+6x10/", "-6x10/") and texts[2] == "-6x10"
+    assert torch.equal(made[1], plain) and torch.equal(made[2], plain) and not torch.equal(made[0], plain)
+    for text, expected, gpu.attention in zip(texts, made, (False, True, True), strict=True):
         gpu.another()
+        gpu.step = 60.0 if text.startswith("-") else 99.0
         assert torch.equal(run(name, patched(model, decisions=text)), expected) and not gpu.keys
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import traceback
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 
 import shared_tome
 from shared_tome import ModelCall, ToMeConfig
+from shared_tome.autotune import step as step_auto
+from shared_tome.autotune import store as store_auto
 from shared_tome.autotune.paying import Decision
-from shared_tome.scripts import joint_autotune
+from shared_tome.scripts import joint_autotune, whole_steps
+from shared_tome.scripts.parallel import Shard
 
 from . import dits, models
 from .dits import DITS
@@ -141,24 +145,114 @@ def measure(name):
     return found
 
 
+def joined():
+    """Flux, shared by the two processes."""
+    two = models.flux()
+    two.enable_parallelism(config=diffusers.ContextParallelConfig(**EVEN))
+    return two
+
+
+def moved(two, plain, **options):
+    """How far two calls in a row of a model are from the unmerged picture; they are alike."""
+    shared_tome.apply_patch(two, config=config(own_token=False, **options))
+    first, second = (run_flux(two, (6, 10), models.ALL, return_dict=False)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    return float((first - plain).abs().max())
+
+
 @torch.no_grad()
 def disagreeing(rank):
     """By times that are made up, differing in the processes: merging the first kind of layer pays in both, then in the
-    first process alone. How far from the unmerged picture each is, and what was asked of the other process."""
-    found, asked, reduce = {}, [], torch.distributed.all_reduce
+    first process alone. How far from the unmerged picture each is, and what each told the other one."""
+    found, told, gather = {}, [], Shard.gather
     joint_autotune.measures = lambda *_: True
-    torch.distributed.all_reduce = lambda x, *more: (asked.append(int(x)), reduce(x, *more))
+    Shard.gather = lambda self, numbers: (told.append(list(numbers)), gather(self, numbers))[1]
     for name, pays in (("both", True), ("one", rank == 0)):
         joint_autotune.known_or_measured = lambda *_, pays=pays: Decision(1000.0, 500.0 if pays else 1000.0, 0.0)
-        two = models.flux()
-        two.enable_parallelism(config=diffusers.ContextParallelConfig(**EVEN))
-        plain = run_flux(two, (6, 10), models.ALL, return_dict=False)[0]
-        shared_tome.apply_patch(two, config=config(own_token=False))
-        for _ in range(2):
-            moved = float((run_flux(two, (6, 10), models.ALL, return_dict=False)[0] - plain).abs().max())
-        found[name] = moved, asked[:], sorted(two._shared_tome._said), two._shared_tome.decided.as_text
-        asked.clear()
+        two = joined()
+        far = moved(two, run_flux(two, (6, 10), models.ALL, return_dict=False)[0])
+        found[name] = far, told[:], sorted(two._shared_tome._said), two._shared_tome.decided.as_text
+        told.clear()
+    Shard.gather = gather
     return found
+
+
+@torch.no_grad()
+def steps(rank):
+    """The same of whole steps, which run in both processes or in none."""
+    found, ways, merged, clock = {}, [], [], []
+    plan, detached = ModelCall.plan, whole_steps.detached_model
+    os.environ[store_auto.FOLDER] = ""  # each process knows what it has measured
+    torch.cuda.get_device_name = lambda *_: f"made-up GPU {rank}"
+
+    def counted(self, *given):
+        made = plan(self, *given)
+        merged.append(made is not None)
+        return made
+
+    def seconds(call, device):
+        merged.clear()
+        call()
+        ways.append(sum(merged))
+        return clock[0][bool(ways[-1])]
+
+    ModelCall.plan, step_auto.timing.seconds = counted, seconds
+    step_auto.timing.seconds_of_one = lambda call, device: call() is None
+    joint_autotune.measures = lambda *_: True
+    plain = run_flux(joined(), (6, 10), models.ALL, return_dict=False)[0]
+    # Name: seconds of a step without and with merging, what the processor needs for an attention of which 500 us are
+    # saved; whether this process can measure, and whether its copy of the model can be made.
+    cases = {
+        "pays": ((0.1, 0.08), 0.0, True, True),
+        "slow in one": ((0.1, 0.08 + 0.03 * rank), 0.0, True, True),
+        "busy": ((0.2, 0.15), 800.0, True, True),
+        "busy, layers pay in one": ((0.2, 0.15), 800.0 * rank, True, True),
+        "long in one": ((0.1 + 0.4 * rank, 0.09), 800.0, True, True),
+        "not measured in one": ((0.1, 0.11), 0.0, rank == 0, True),
+        "no copy in one": ((0.1, 0.11), 0.0, True, rank == 0),
+        "known in one": ((0.1, 0.11), 0.0, True, True),
+        "known in both": ((0.1, 0.11), 0.0, True, True),
+        "set": ((0.1, 0.11), 0.0, True, True),
+    }
+    for name, (times, cost, measures, copies) in cases.items():
+        if name != "known in both":
+            store_auto._decided.clear()
+        if name == "known in one" and rank == 1:
+            store_auto.store_of(torch.device("cpu"))._known = dict.fromkeys(found["keys"], Decision(100.0, 50.0, 0.0))
+        step_auto.may_measure = lambda device, measures=measures: measures
+        whole_steps.detached_model = detached if copies else lambda *_: None
+        joint_autotune.known_or_measured = lambda *_, cost=cost: Decision(1000.0, 500.0, cost)
+        two, clock[:] = joined(), [times]
+        ways.clear()
+        far = moved(two, plain, **({"decisions": "-6x10"} if name == "set" else {}))
+        found[name] = far, ways[:], sorted(two._shared_tome._said), two._shared_tome.decided.text
+        if name == "busy":
+            found["keys"] = list(store_auto.store_of(torch.device("cpu"))._known)
+    ModelCall.plan, whole_steps.detached_model = plan, detached
+    return found
+
+
+@torch.no_grad()
+def failing(rank):
+    """What becomes of both where one process fails in the midst of a step that is timed."""
+    store_auto._decided.clear()
+    step_auto.may_measure = lambda device: True
+    calls = []
+
+    def seconds(call, device):
+        calls.append(1)
+        if rank == 1 and len(calls) == 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        call()
+        return 0.1
+
+    step_auto.timing.seconds = seconds
+    two = shared_tome.apply_patch(joined(), config=config(own_token=False))
+    try:
+        run_flux(two, (6, 10), models.ALL, return_dict=False)
+    except Exception as error:
+        return type(error).__name__, len(calls), two._shared_tome.call
+    return "went on", len(calls), None
 
 
 def refused():
@@ -199,7 +293,8 @@ def work(rank, store, results):
     torch._C._get_accelerator, torch.accelerator.device_count = lambda: torch.device("cpu"), lambda: 1
     torch.distributed.all_gather = gather
     made = {}
-    others = {"refused": refused, "disagreeing": lambda: disagreeing(rank)}
+    others = {"refused": refused, "disagreeing": lambda: disagreeing(rank), "steps": lambda: steps(rank)}
+    others["failing"] = lambda: failing(rank)  # the last: the two are no longer in step
     for name in (*CASES, *others):
         try:
             made[name] = others[name]() if name in others else measure(name)
@@ -240,14 +335,51 @@ def test_a_layer_is_merged_where_that_pays_in_both_processes(both):
     for rank in (0, 1):
         found = both[rank]["disagreeing"]
         assert isinstance(found, dict), found
-        moved, asked, said, decided = found["both"]
-        assert moved > 1e-3 and asked == [1] and said == []
-        assert decided == "Decisions: +6x10/32/2/256"
-        moved, asked, said, decided = found["one"]
-        assert moved < 2e-5 and asked == [1 - rank]
+        step = [False, False, 0.0, 0.0, 0.0, 0.0]  # which no process can measure
+        far, told, said, decided = found["both"]
+        assert far > 1e-3 and told == [step, [True, True]] and said == []
+        assert decided == "Decisions: +6x10 +6x10/32/2/256"
+        far, told, said, decided = found["one"]
+        assert far < 2e-5 and told == [step, [rank == 0] * 2]
         why = "merging does not pay here" if rank else "merging does not pay in another of the processes that share"
         assert len(said) == 1 and said[0].startswith(why)
-        assert decided == "Decisions: -6x10/32/2/256"
+        assert decided == "Decisions: +6x10 -6x10/32/2/256"
+
+
+LAYERS = " +6x10/32/2/256"
+
+
+@pytest.mark.parametrize(
+    ("name", "decided", "ways"),
+    [
+        ("pays", "+6x10" + LAYERS, [0, *[3, 0] * 4]),
+        ("slow in one", "-6x10", [0, *[3, 0] * 4]),
+        ("busy", "+6x10" + LAYERS, [0, *[3, 0, 0] * 4]),
+        ("busy, layers pay in one", "+6x10" + LAYERS, [0, *[3, 0, 0] * 4]),
+        ("long in one", "+6x10" + LAYERS, [0]),
+        ("not measured in one", "+6x10" + LAYERS, []),
+        ("no copy in one", "+6x10" + LAYERS, []),
+        ("known in one", "+6x10" + LAYERS, []),
+        ("known in both", "+6x10" + LAYERS, []),
+        ("set", "-6x10", []),
+    ],
+)
+def test_both_processes_run_the_same_steps_and_decide_alike(both, name, decided, ways):
+    for rank in (0, 1):
+        found = both[rank]["steps"]
+        assert isinstance(found, dict), found
+        far, ran, said, text = found[name]
+        assert (text, ran) == (decided, ways)
+        assert (far > 1e-3) if decided.startswith("+") else far == 0
+        assert said == []
+        assert len(found["keys"]) == 1 and ", in 2 processes, " in found["keys"][0]
+
+
+def test_a_process_that_fails_in_a_step_says_so_and_does_not_go_on(both):
+    """Its next call would meet the other one's step. When it ends, the other one's call fails as well."""
+    assert both[1]["failing"] == ("OutOfMemoryError", 3, None)
+    error, calls, call = both[0]["failing"]
+    assert error not in ("went on", "OutOfMemoryError") and calls == 3 and call is None
 
 
 def test_other_ways_to_share_a_model_are_refused_by_name(both):
