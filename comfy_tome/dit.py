@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..shared_tome import ModelCall
+from ..shared_tome.autotune.paying import Judge
 from ..shared_tome.inspect.reasons import NO_WHOLE_TOKEN
 from ..shared_tome.inspect.report import CallTally
 from .chosen import INSIDE, OVERRIDE, Chosen, backend_behind
@@ -56,6 +57,8 @@ class DiTCall(TransformerCall):
         outcome: Outcome | None = None,
         compiled: bool = False,
         chosen: Chosen | None = None,
+        judge: Judge | None = None,
+        unpaid: str | None = None,
     ):
         self._chosen = Chosen(options) if chosen is None else chosen
         self._outcome = Outcome() if outcome is None else outcome
@@ -65,7 +68,8 @@ class DiTCall(TransformerCall):
         order = self._chosen.kernels(call.seed.device, declined=True)
         # Of PyTorch's attention where it steps in for another (_fitting).
         instead = () if self._override is not None else COMFYUI.order(call.seed.device)
-        super().__init__(call, facts, layout, order, instead, record, by_times, self._outcome.decided)
+        decided = self._outcome.decided
+        super().__init__(call, facts, layout, order, instead, record, by_times, decided, judge, unpaid)
         # What is done must stand in a guard of its own, as in unet.py: all that a compiled graph takes for granted.
         # The seed is a tensor and so one of its inputs.
         by = [getattr(func, "__name__", func) for func in (self._chosen.host, self._behind)]
@@ -138,3 +142,16 @@ class DiTCall(TransformerCall):
             say_once(_GETS_MERGED)
         else:
             super().tell_merged(call, by)
+
+
+class TriedDiTCall(DiTCall):
+    """Of a step that is only tried: what becomes of its layers is told in the steps to come."""
+
+    def say(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def leave(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def tell_merged(self, *_: Any, **__: Any) -> None:
+        pass

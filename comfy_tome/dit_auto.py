@@ -9,7 +9,7 @@ from torch import Tensor
 from ..shared_tome import ToMeConfig
 from ..shared_tome.autotune.decision_log import DecisionLog
 from ..shared_tome.autotune.layer import may_measure, measures
-from ..shared_tome.autotune.paying import Decision, Given
+from ..shared_tome.autotune.paying import Decision, Given, Judge
 from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.core.grid import Grid
 from .dit_attention import AttentionCall, fits_weights
@@ -20,16 +20,17 @@ _OTHERS = 256
 
 
 class DiTDecisions:
-    """Of one call of the model, with levels "auto". log: what is told of them, of the sampling."""
+    """Of one call of the model, with levels "auto". log: what is told of them, of the sampling. judge: by what is known
+    of the call's whole step."""
 
-    def __init__(self, config: ToMeConfig, layout: Layout, log: DecisionLog):
-        self._config, self._layout, self._log = config, layout, log
+    def __init__(self, config: ToMeConfig, layout: Layout, log: DecisionLog, judge: Judge):
+        self._config, self._layout, self._log, self._judge = config, layout, log, judge
         self._known: dict[tuple, Decision | Given | None] = {}  # by the layer's shape
 
     def decision(
-        self, call: AttentionCall, k: Tensor, judge: Callable[[tuple], Decision | None]
+        self, call: AttentionCall, k: Tensor, measure: Callable[[tuple], Decision | None]
     ) -> Decision | Given | None:
-        """What is set of a layer, or what judge(shape) measured at its first use; None where nothing is."""
+        """What is set of a layer, or what measure(shape) found at its first use; None where nothing is."""
         shape = self._shape(call, k)
         if is_compiling():
             return self._given(shape)
@@ -38,12 +39,17 @@ class DiTDecisions:
             # Another attention may be slower however large the layer is.
             by_another = not fits_weights(call) and may_measure(k.device)
             if found is None and (by_another or measures(self._config, self._layout.grid, k.device)):
-                found = judge(shape)
+                found = measure(shape)
             self._known[shape] = found
+            self._judge.meet(found)
             if found is not None or fits_weights(call):  # else it depends on whether its keys need weights
                 *layer, others = _parts(shape)
-                self._log.made_layer(self._config, *layer, found, found is None or found.pays(), others)
+                self._log.made_layer(self._config, *layer, found, self.why_not_paid(found) is None, others)
         return self._known[shape]
+
+    def why_not_paid(self, found: Decision | Given | None) -> str | None:
+        """Why a layer of this decision is left alone, or None."""
+        return self._judge.why_not_paid(found)
 
     def known(self, call: AttentionCall, k: Tensor) -> Decision | Given | None:
         """What `decision` found of such a layer."""

@@ -18,7 +18,7 @@ from ..shared_tome import ModelCall
 from ..shared_tome.attention.sequence import JointCall
 from ..shared_tome.autotune.decision_log import DecisionLog
 from ..shared_tome.autotune.layer import known_or_measured, name_of
-from ..shared_tome.autotune.paying import Decision, Given
+from ..shared_tome.autotune.paying import Decision, Given, Judge
 from ..shared_tome.autotune.timing import compared
 from ..shared_tome.core.channels import extra_channels
 from ..shared_tome.inspect.report import CallTally
@@ -34,7 +34,8 @@ class TransformerCall:
 
     order: the kernels of torch that the attention tries; instead: those of PyTorch's attention where that takes the
     place of another. record: where somebody wants a report or a map. by_times: a layer is merged only where that was
-    measured to be faster, levels "auto" (autotune/layer.py). decided: where that is told.
+    measured to be faster, levels "auto" (autotune/layer.py). decided: where that is told. judge: of its layers, by the
+    whole step. unpaid: why no layer is merged after all, told where one would be.
     """
 
     family: Attentions = COMFYUI
@@ -50,10 +51,13 @@ class TransformerCall:
         record: CallTally | None = None,
         by_times: bool = False,
         decided: DecisionLog | None = None,
+        judge: Judge | None = None,
+        unpaid: str | None = None,
     ):
         self.call, self.facts, self.layout = call, facts, layout
-        self._record, self._by_times = record, by_times
-        self._decisions = DiTDecisions(call.config, layout, DecisionLog() if decided is None else decided)
+        self._record, self._by_times, self._unpaid = record, by_times, unpaid
+        log, judge = DecisionLog() if decided is None else decided, Judge() if judge is None else judge
+        self._decisions = DiTDecisions(call.config, layout, log, judge)
         self._joint, self._instead = self.combines(order), self.combines(instead)
         self._met, self._served = False, 0
         self._plan: Plan | None = None
@@ -204,9 +208,9 @@ class TransformerCall:
         if call.mask is not None and (call.mask.dim() < 2 or call.mask.shape[-1] != call.length):
             self.skip("ToMe skips an attention whose mask is not one over its keys")
             return None
-        decision = self._decision(call, q, k, v, start)
-        if decision is not None and not decision.pays():
-            self.skip(decision.reason)
+        unpaid = self._unpaid or self._decisions.why_not_paid(self._decision(call, q, k, v, start))
+        if unpaid is not None:
+            self.skip(unpaid)
             return None
         # Measured to be faster merged, or to be merged whatever it costs.
         paid = not self._by_times or self._decisions.known(call, k) is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..shared_tome.core.grid import Grid
 from .dit_models import DiTModel
-from .dit_tokens import CallArguments, latent_shape
+from .dit_tokens import CallArguments, in_patches, latent_shape, length
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,13 @@ class Layout:
     def tokens(self) -> int:
         """How many of them are the image's, N."""
         return math.prod(self.grid)
+
+    def beside(self, arguments: CallArguments) -> int:
+        """About how many tokens stand beside the image's."""
+        known = (self.head or 0) + (self.tail or 0)
+        if self.head is None or self.tail is None:
+            known += length(arguments, "c_crossattn") + in_patches(arguments.get("ref_latents"), 2, 2)
+        return known
 
     @classmethod
     def of(cls, facts: DiTModel, model: Any, shape: tuple[int, ...], arguments: CallArguments) -> Layout | None:

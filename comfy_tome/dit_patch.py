@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..shared_tome import ModelCall, ToMeConfig, kernels
+from ..shared_tome.autotune.layer import ALWAYS
+from ..shared_tome.autotune.paying import Decision, Judge
+from ..shared_tome.autotune.step import tokens_beside, why_left_alone
 from ..shared_tome.inspect.reasons import why_not_served
 from .chosen import Chosen
-from .dit import DiTCall
+from .dit import DiTCall, TriedDiTCall
 from .dit_layout import Layout
-from .dit_models import dit_model, unwrapped
+from .dit_models import DiTModel, dit_model, unwrapped
 from .dit_tokens import CallArguments
 from .graphs import COMPARES_MODES, WithToMe
 from .log import leave_alone, say_once
@@ -20,9 +24,21 @@ from .model_call import Answered, draw_of, find_options, halves_alike, put_optio
 from .outcome import ANSWERED, Outcome, outcome_of, tokens_of
 from .record import COMPILE_KEY, CallRecord, begin, is_compiled
 from .schedule import config_now
+from .whole_step import about_model, decision_on_step
 
 # What the log says.
 _UNKNOWN = "ToMe skips this model: another node has replaced it by one that ToMe does not know"
+
+
+class _Called(NamedTuple):
+    """A call of apply_model(x, t, *args, **kwargs). base: the model that it is of; arguments: by name."""
+
+    base: Any
+    x: Tensor
+    t: Tensor
+    args: tuple
+    kwargs: dict[str, Any]
+    arguments: CallArguments
 
 
 class DiTPatch:
@@ -48,7 +64,8 @@ class DiTPatch:
             if record is not None:
                 record.run.tally.decided = outcome.decided
             arguments = {**kwargs, **_prompt(args), "transformer_options": options}
-            patch = self._patch(config, base, x, options, arguments, record, outcome, compiled, chosen)
+            called = _Called(base, x, t, args, kwargs, arguments)
+            patch = self._patch(config, called, options, record, outcome, compiled, chosen)
             if patch is None:
                 return executor(x, t, *args, **kwargs)
             if patch.guarded:
@@ -71,16 +88,15 @@ class DiTPatch:
     def _patch(
         self,
         config: ToMeConfig,
-        base: Any,
-        x: Tensor,
+        called: _Called,
         options: dict[str, Any],
-        arguments: CallArguments,
         record: CallRecord | None,
         outcome: Outcome,
         compiled: bool,
         chosen: Chosen,
     ) -> DiTCall | None:
-        """What this call gets, or None where it is left alone. base: the model that apply_model is of."""
+        """What this call gets, or None where it is left alone."""
+        base, x, arguments = called.base, called.x, called.arguments
         model = unwrapped(base.diffusion_model)
         if outcome.is_skipped(self.config, config.ratio):
             return None
@@ -99,16 +115,51 @@ class DiTPatch:
         if reason is not None:
             leave_alone(record, reason, facts.name, grid=layout.grid, outcome=outcome)
             return None
-        step, alike = draw_of(options, x.device, base), halves_alike(options, x, config)
-        call = ModelCall(config, layout.grid, x.device, step=step, alike=alike)
-        if not call.serves(layout.grid):
-            reason = why_not_served(config, layout.grid, layout.grid)
+        reason = why_not_served(config, layout.grid, layout.grid)
+        if reason is not None:
             outcome.left_alone(reason, tokens_of(layout.grid), layout.grid)
             if record is not None:
                 record.left_alone(reason, facts.name, layout.grid)
             return None
         record = None if record is None or record.run.compiled else record
-        return DiTCall(call, facts, layout, options, record, self.by_times, outcome, compiled, chosen)
+        paid = outcome.decided.step(config, layout.grid)
+        if paid is None and not compiled:
+            paid = _decision_on_step(called, facts, layout, options, config, chosen)
+        unpaid = None if paid is None or paid.pays() else why_left_alone(paid)
+        if paid is not None or not compiled:
+            outcome.decided.made_step(config, layout.grid, paid, unpaid is None)
+        if unpaid is not None and compiled:
+            leave_alone(record, unpaid, facts.name, grid=layout.grid, outcome=outcome)
+            return None
+        if unpaid is not None and record is None and outcome.knows(layout.grid):
+            return None  # a call before this one has told what becomes of its layers
+        if unpaid is None and isinstance(paid, Decision) and paid.merged_us > 0.0:  # else no merged step was run
+            outcome.measured(paid.full_us / paid.merged_us)
+        step, alike = draw_of(options, x.device, base), halves_alike(options, x, config)
+        call = ModelCall(config, layout.grid, x.device, step=step, alike=alike)
+        judged = Judge.of(paid), unpaid
+        return DiTCall(call, facts, layout, options, record, self.by_times, outcome, compiled, chosen, *judged)
+
+
+def _decision_on_step(
+    called: _Called, facts: DiTModel, layout: Layout, options: dict[str, Any], config: ToMeConfig, chosen: Chosen
+) -> Decision | None:
+    """What is known of the times of whole steps, or None; on one row, as layers are."""
+    base, x = called.base, called.x
+    keeps = "ar_state" in options or layout.elsewhere > 0  # from call to call: one more would change the next ones
+    if layout.tokens >= ALWAYS or keeps:
+        return None
+
+    def merged(plain: dict[str, Any], run: Callable[[dict[str, Any], dict[str, Any]], Any], judge: Judge) -> Any:
+        call = ModelCall(config, layout.grid, x.device, step=draw_of(plain, x.device, base))
+        patch = TriedDiTCall(call, facts, layout, plain, None, True, chosen=chosen, judge=judge)
+        with patch.hooks(base.diffusion_model), chosen.followed():
+            return run(patch.options, {})
+
+    others = tokens_beside(layout.beside(called.arguments), called.arguments.get("attention_mask") is not None)
+    about = f"{about_model(base)}, {others}"
+    given = called.t, called.args, called.kwargs, layout.grid, 1, config, merged, chosen
+    return decision_on_step(base, x, *given, chosen.kernels(x.device), about)
 
 
 def _why_unnoticed(base: Any, options: dict[str, Any]) -> str | None:

@@ -95,6 +95,10 @@ class Outcome:
             if grid is not None:
                 self._sizes.setdefault(grid, False)
 
+    def knows(self, grid: Grid) -> bool:
+        """Whether a layer on a grid was told of."""
+        return grid in self._sizes
+
     def measured(self, speedup: float) -> None:
         """How many times as fast a whole step was measured to be."""
         self._speedup = speedup

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention.bias import attend_tokens, minds_scale
 from ..shared_tome.autotune.decisions import Decisions
-from ..shared_tome.autotune.layer import Attention
+from ..shared_tome.autotune.layer import ROWS, Attention
 from ..shared_tome.autotune.paying import Decision, Judge
 from ..shared_tome.autotune.step import why_left_alone
 from ..shared_tome.core.curve import is_compiling
@@ -46,9 +46,10 @@ from .outcome import ANSWERED, Outcome, outcome_of, tokens_of
 from .record import begin, is_compiled
 from .residuals import residual_of
 from .schedule import config_now
-from .unet_auto import about_model, decision_on_step, leaves_layers_alone
+from .unet_auto import leaves_layers_alone
 from .unet_call import PatchedCall, block_name, parts_of
 from .unet_model import dtype_of, layers_of, replaced_layers, run_block
+from .whole_step import about_model, decision_on_step
 
 # What the log says.
 _DENSE = (
@@ -163,7 +164,8 @@ def _decision_on_step(
         with patch.mlp_hooks(base.diffusion_model), chosen.followed():
             return run(patch.options, {})
 
-    return decision_on_step(base, x, t, args, kwargs, config, merged, chosen, kernels, about)
+    grid = tuple(x.shape[-2:])
+    return decision_on_step(base, x, t, args, kwargs, grid, ROWS, config, merged, chosen, kernels, about)
 
 
 class UNetCall(PatchedCall):

@@ -29,6 +29,9 @@ log = logging.getLogger("ToMe")
 # A step that takes longer, in seconds, keeps a GPU busy whatever the processor does (docs/speed.md).
 LONG = 0.3
 _ROUNDS = 4
+# Text and reference tokens of two steps that differ by less count as equally many: prompted and unprompted ones are to
+# be decided alike.
+_BESIDE = 1024
 # Walking through a model takes longer than a step may. A fact about a model, not state of a call.
 _sizes: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
@@ -130,6 +133,11 @@ def _key(what: str, grid: Grid, dtype: torch.dtype, attention: str, about: str, 
     return ", ".join([what, *shape, attention, *([about] if about else []), *ways(config, config.keeps_self), *more])
 
 
+def tokens_beside(tokens: int, masked: bool) -> str:
+    """What a transformer's step is known by besides the image: so many tokens of text and references, in words."""
+    return f"up to {-(-tokens // _BESIDE) * _BESIDE} tokens beside{', masked' if masked else ''}"
+
+
 def why_left_alone(decision: Decision | Given) -> str:
     """Why nothing is merged, for people."""
     if isinstance(decision, Given):
@@ -141,15 +149,16 @@ def why_left_alone(decision: Decision | Given) -> str:
 def rows_of(given: Any, batch: int, rows: int = ROWS) -> Any:
     """What a call of `batch` rows is given, with its first row `rows` times instead; ROWS: a picture with guidance.
 
-    given: a tensor, plain dicts, lists and tuples of such; all else is passed on. A list of as many things as there are
-    rows, none of which has a row of each, is one of rows.
+    given: a tensor, plain dicts, lists and tuples of such; all else is passed on. A list of as many tensors as there
+    are rows, none of which has all rows, has one for each row.
     """
     if _has_rows(given, batch):
         return given[:1].expand(rows, *given.shape[1:]).contiguous()
     if type(given) is dict:
         return {name: rows_of(value, batch, rows) for name, value in given.items()}
-    if type(given) is list and len(given) == batch > rows and not any(_has_rows(part, batch) for part in given):
-        return given[:1] * rows
+    if type(given) is list and len(given) == batch > rows:
+        if all(isinstance(part, Tensor) and not _has_rows(part, batch) for part in given):
+            return given[:1] * rows
     if type(given) in (list, tuple):
         return type(given)(rows_of(value, batch, rows) for value in given)
     return given

@@ -24,6 +24,7 @@ from ..attention.sdpa import Handler, HostAttention, SdpaHooks, attend_sampled, 
 from ..attention.sequence import JointCall, image_bias, merge_image, unmerge_image
 from ..autotune.layer import ALWAYS
 from ..autotune.paying import Judge
+from ..autotune.step import tokens_beside
 from ..config import ToMeConfig
 from ..core.grid import Grid
 from ..core.schedule import serves_layer
@@ -39,10 +40,6 @@ from .outcome import CallOutcome
 from .parallel import Shard, why_not_parallel
 from .rows import ROWS, Place, attentions_of
 from .whole_steps import Step, WholeSteps
-
-# Text and reference tokens of two steps that differ by less count as equally many: prompted and unprompted ones are to
-# be decided alike.
-_BESIDE = 1024
 
 
 @dataclass(eq=False)
@@ -113,14 +110,13 @@ class JointAttachment(BaseAttachment):
             return
         timestep = arguments.get(self.row.timestep)
         config = self.config_now(timestep, kernels.serves(x))
-        beside, is_masked = -(-(place.head + place.tail) // _BESIDE) * _BESIDE, place.mask is not None
-        kind, unpaid, shard = (grid, beside, is_masked, config.ratio, x.dtype, x.device), None, None
+        others = tokens_beside(place.head + place.tail, place.mask is not None)
+        kind, unpaid, shard = (grid, others, config.ratio, x.dtype, x.device), None, None
         if config.ratio > 0.0 and not self._hooks.is_idle(kind):
             shard = Shard.of(model, place, self._agreed)
             if serves_layer(config, grid, grid) and not self._whole_steps.is_known(kind):
-                about = f"up to {beside} tokens beside{', masked' if is_masked else ''}"
                 timed = math.prod(grid) < ALWAYS
-                step = Step(model, args, kwargs, config, grid, x, 1, about, timed, shard)
+                step = Step(model, args, kwargs, config, grid, x, 1, others, timed, shard)
                 unpaid = self._whole_steps.why_not_paid(step, kind)
         idle = self._hooks.is_idle(kind)
         call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x)

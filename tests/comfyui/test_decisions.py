@@ -24,12 +24,12 @@ LAYERS = "-32x32/32/1 +16x16/64/2"
 def gpu(comfy_nodes, monkeypatch, tmp_path):
     """On it level 0 (32x32) of the U-Net does not pay; `step`: what a merged step takes, of 100 ms."""
     host.forget_log()
-    decisions, unet_auto = sys.modules[pack_module("unet").Decisions.__module__], pack_module("unet_auto")
+    decisions, whole_step = sys.modules[pack_module("unet").Decisions.__module__], pack_module("whole_step")
     layer = sys.modules[decisions.measures.__module__]
-    store, step_auto = (sys.modules[one.__module__] for one in (layer.store_of, unet_auto.decision_of))
+    store, step_auto = (sys.modules[one.__module__] for one in (layer.store_of, whole_step.decision_of))
     gpu = MadeUpTimes(monkeypatch, tmp_path, store, layer, decisions)
     gpu.step = 60.0
-    monkeypatch.setattr(unet_auto, "is_timed", lambda config, device: config.levels == "auto")
+    monkeypatch.setattr(whole_step, "is_timed", lambda config, device: config.levels == "auto")
     monkeypatch.setattr(step_auto, "_compared", lambda *_: layer.Decision(1e5, 1e3 * gpu.step, 0.0))
     # Transformers: each attention takes as long as it is said to.
     gpu.attention = True
@@ -202,12 +202,13 @@ def test_transformers_have_them_too(on_node, gpu, line, name):
     model, given = dit_host.small(name), {"method": "auto", "min_tokens": 0}
     merged, plain = dit_host.sample(on_node(model, **given), name), dit_host.sample(model, name)
     texts = [text_of(line())]
-    gpu.another()
-    gpu.attention = False
-    assert torch.equal(dit_host.sample(on_node(model, **given), name), plain)
-    texts.append(text_of(line()))
-    assert texts[0].startswith("sample +") and texts[1] == texts[0].replace("+", "-")
-    for text, expected in zip(texts, (merged, plain), strict=True):
+    for gpu.attention, gpu.step in ((False, 60.0), (True, 99.0)):
+        gpu.another()
+        assert torch.equal(dit_host.sample(on_node(model, **given), name), plain)
+        texts.append(text_of(line()))
+    step, layer = texts[0].removeprefix("sample +").split(" +")
+    assert texts[1:] == [f"sample +{step} -{layer}", f"sample -{step}"] and layer.startswith(f"{step}/")
+    for text, expected in zip(texts, (merged, plain, plain), strict=True):
         gpu.keys.clear()
         assert torch.equal(dit_host.sample(on_node(model, decisions=text, **given), name), expected)
         assert not gpu.keys

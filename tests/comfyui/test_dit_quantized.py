@@ -149,7 +149,7 @@ def test_layers_that_round_their_inputs_too(tome, comfy_nodes, merged_layers, na
 
 def test_a_measurement_names_the_format(comfy_nodes):
     """What a step takes depends on it."""
-    about = host.pack_module("unet_auto").about_model
+    about = host.pack_module("whole_step").about_model
     said = {kind: about(quantized("unet", kind)[0].model) for kind in (*EXACT, *ROUNDING)}
     assert len(set(said.values())) == len(said)
     assert "Packed" in said["packed"] and "int8_tensorwise" in said["int8_tensorwise"]

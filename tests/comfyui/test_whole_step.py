@@ -27,8 +27,8 @@ OPTIONS = {"min_tokens": 50, "ratio": 0.5, "method": "merge"}
 def decided(comfy_nodes, monkeypatch, tmp_path):
     """A GPU, on which a step takes 100 ms, and one that is merged that of `merged`; what was run, and its names."""
     forget_log()
-    unet_auto = pack_module("unet_auto")
-    step_auto = sys.modules[unet_auto.decision_of.__module__]
+    whole_step = pack_module("whole_step")
+    step_auto = sys.modules[whole_step.decision_of.__module__]
     store = sys.modules[sys.modules[step_auto.known_or_measured.__module__].store_of.__module__]
     known = MadeUpGPU(monkeypatch, tmp_path, store)
     found = {"merged": 99.0, "outs": [], "keys": known.keys, "known": known}
@@ -37,7 +37,7 @@ def decided(comfy_nodes, monkeypatch, tmp_path):
         found["outs"].append((whole(), merged(step_auto.Judge())()))
         return step_auto.Decision(1e5, 1e3 * found["merged"], 0.0)
 
-    monkeypatch.setattr(unet_auto, "is_timed", lambda config, device: config.levels == "auto")
+    monkeypatch.setattr(whole_step, "is_timed", lambda config, device: config.levels == "auto")
     monkeypatch.setattr(step_auto, "_compared", compared)
     return found
 
@@ -139,8 +139,8 @@ def test_not_run_where_another_node_works_on_the_model_itself(sd15, tome, decide
 def gpu(comfy_nodes, monkeypatch, tmp_path):
     """A made-up GPU whose steps are really timed and whose verdicts are really kept; layers are not measured."""
     forget_log()
-    unet_auto = pack_module("unet_auto")
-    step_auto = sys.modules[unet_auto.decision_of.__module__]
+    whole_step = pack_module("whole_step")
+    step_auto = sys.modules[whole_step.decision_of.__module__]
     store = sys.modules[sys.modules[step_auto.known_or_measured.__module__].store_of.__module__]
     monkeypatch.setattr(step_auto, "may_measure", lambda device: True)
     monkeypatch.setattr(step_auto, "LONG", 0.0)  # one step is enough, and it pays
@@ -181,10 +181,10 @@ def test_where_the_weights_lie_is_part_of_a_steps_name(tome, gpu):
         was = getattr(base, attribute, None)
         setattr(base, attribute, value)
         try:
-            about = pack_module("unet_auto").about_model(base)
+            about = pack_module("whole_step").about_model(base)
         finally:
             setattr(base, attribute, was)
-        assert about.startswith(pack_module("unet_auto").about_model(base) + ", ")
+        assert about.startswith(pack_module("whole_step").about_model(base) + ", ")
     assert len(gpu.kept) == 1
 
 
@@ -207,7 +207,7 @@ def test_a_later_process_measures_nothing(sd15, tome, gpu):
 
 def test_a_step_short_of_memory_is_no_decision(sd15, tome, gpu, monkeypatch, caplog):
     """Merged for now, as where nothing is known; the next time that it is asked for it is measured."""
-    step_auto = sys.modules[pack_module("unet_auto").decision_of.__module__]
+    step_auto = sys.modules[pack_module("whole_step").decision_of.__module__]
     real = step_auto._compared
 
     def full(*_):
@@ -232,9 +232,9 @@ MORE, LESS = "from 16x16", "from 32x32"
 def steps(comfy_nodes, monkeypatch, tmp_path):
     """A slow processor: the blocks of 16x16 tokens take it longer than the GPU."""
     forget_log()
-    decisions, unet_auto = sys.modules[pack_module("unet").Decisions.__module__], pack_module("unet_auto")
+    decisions, whole_step = sys.modules[pack_module("unet").Decisions.__module__], pack_module("whole_step")
     layer = sys.modules[decisions.measures.__module__]
-    store, step_auto = (sys.modules[one.__module__] for one in (layer.store_of, unet_auto.decision_of))
+    store, step_auto = (sys.modules[one.__module__] for one in (layer.store_of, whole_step.decision_of))
     steps = MadeUpSteps(monkeypatch, tmp_path, store, layer, decisions, step_auto)
     steps.waiting = {(16, 16)}
     return steps

@@ -246,6 +246,14 @@ def test_what_a_call_is_given_is_brought_to_two_rows():
     assert type(made[5]) is tuple and type(made[2]["a"]) is list
 
 
+def test_a_list_of_a_tensor_a_row_is_brought_to_its_first():
+    """But not one of whole tensors, of sizes, nor a tuple."""
+    x, rows, sizes = torch.zeros(3, 4), [torch.zeros(2, 5), torch.ones(2, 6), torch.ones(2)], [(3, 4), (3, 5), (3, 6)]
+    made = step_auto.rows_of({"rows": rows, "whole": [x, x, x], "sizes": sizes, "tuple": tuple(rows)}, 3, 1)
+    assert made["rows"] == rows[:1] and made["sizes"] == sizes and len(made["tuple"]) == 3
+    assert [part.shape for part in made["whole"]] == [(1, 4)] * 3
+
+
 SMALL, LARGE = "+16x20 +16x20/16/2 +8x10/32/2", "+16x20 +16x20/16/2 -8x10/32/2"
 
 
