@@ -96,6 +96,7 @@ class MadeUpSteps(MadeUpTimes):
         monkeypatch.setattr(decisions.ModelCall, "attention", counted)
         monkeypatch.setattr(layer, "measure", measure)
         monkeypatch.setattr(step, "may_measure", lambda device: True)
+        monkeypatch.setattr(step.timing, "seconds_of_one", lambda call, device: call() is None)
         monkeypatch.setattr(step.timing, "seconds", self._seconds)
 
     def _seconds(self, call: Any, device: Any) -> float:
