@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -64,9 +65,8 @@ def seconds(call: Callable[[], Any], device: torch.device, calls: int = _CALLS) 
     return (time.perf_counter() - start) / calls
 
 
-def seconds_of_one(call: Callable[[], Any], device: torch.device) -> float:
-    """The same of a call by itself, of which there may have been none before."""
-    return seconds(call, device, calls=1)
+seconds_of_one = functools.partial(seconds, calls=1)
+"""The same of a call by itself, of which there may have been none before."""
 
 
 def _wait(device: torch.device) -> None:
