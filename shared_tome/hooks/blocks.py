@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.curve import is_compiling
+from .portable import Portable
 
 
 @dataclass
@@ -39,7 +40,7 @@ class LayersSeen:
         return self.unpaid > 0 and self.others == 0
 
 
-class BlockHooks:
+class BlockHooks(Portable):
     """The handles of each block, and in which kinds of calls which blocks do without. Keeps no model."""
 
     def __init__(self) -> None:
@@ -47,6 +48,9 @@ class BlockHooks:
         self._off: frozenset[Hashable] | None = None  # blocks without hooks while others have theirs; None: all
         self._idle: set[Hashable] = set()
         self._alone: dict[Hashable, frozenset[Hashable]] = {}
+
+    def afresh(self) -> dict[str, Any]:
+        return {"_idle": set(), "_alone": {}}
 
     def is_idle(self, kind: Hashable) -> bool:
         """Whether merging pays nowhere in calls of this kind: what those that are judged alike have in common."""

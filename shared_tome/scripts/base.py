@@ -17,6 +17,7 @@ from ..config import ToMeConfig
 from ..core.curve import is_compiling
 from ..core.grid import Grid
 from ..core.schedule import config_at
+from ..hooks.portable import Portable
 from ..inspect.reasons import capped
 from ..merging.call import ModelCall, same_halves, shares_match
 from .outcome import Outcome
@@ -27,7 +28,7 @@ logger = logging.getLogger("ToMe")
 hooking = threading.Lock()
 
 
-class BaseAttachment:
+class BaseAttachment(Portable):
     """The hooks on one model, and the calls under way: one a thread, gone when the call ends.
 
     merge_attn: whether self-attention is merged at all. judge: of a copy's layers, whose steps are only tried; None:
@@ -65,6 +66,9 @@ class BaseAttachment:
         self._handles.clear()
         self._calls.clear()
         leave_left_modes()
+
+    def afresh(self) -> dict[str, Any]:
+        return {"_calls": {}, "_said": set()}
 
     @property
     def call(self) -> Any:

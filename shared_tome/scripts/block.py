@@ -23,6 +23,7 @@ from ..hooks.guard import is_replaced as is_replaced_here
 from ..hooks.guard import why_left_whole
 from ..hooks.heads import PROJECTIONS, head_size, stand_in
 from ..hooks.parts import argument, output_of, with_tokens
+from ..hooks.portable import Portable
 from ..hooks.trials import Kind, Trials
 from ..merging.plan import Plan
 from . import base
@@ -47,7 +48,7 @@ class ScriptCall(engine.HookedCall):
     keeps_self: dict[tuple, bool] = field(default_factory=dict)
 
 
-class ScriptBlock(MergedBlock):
+class ScriptBlock(Portable, MergedBlock):
     """The hooks of one transformer block. Holds no state of a call and no module."""
 
     owner: UNetAttachment
@@ -58,6 +59,9 @@ class ScriptBlock(MergedBlock):
         self._hooked: list[weakref.ref] = []  # the projections that carry their hooks
         self._projection_handles: list[Any] = []
         self._watch: Any = None  # a handle on to_k, in the first call of a kind of attention
+
+    def afresh(self) -> dict[str, Any]:
+        return {"_hooked": []}
 
     def hook(self, block: nn.Module) -> list[Any]:
         """Register; returns the handles."""
@@ -271,6 +275,9 @@ class ScriptTrials(Trials):
 
     def __init__(self) -> None:
         super().__init__(lambda attn1: (*code_of(attn1), attn1.heads), _how)
+
+    def __reduce__(self) -> tuple:
+        return ScriptTrials, ()
 
     def rule(self, attn1: nn.Module, kind: Kind) -> str | None:
         # A forward of its own, or keys in fewer heads, are not what a trial runs.

@@ -64,6 +64,9 @@ class UNetAttachment(base.BaseAttachment):
         self._hooks.off()
         self._residuals.end()
 
+    def afresh(self) -> dict[str, Any]:
+        return {**super().afresh(), "takes_keys": {}}
+
     def _hook(self, model: nn.Module) -> Iterator[tuple[ScriptBlock, Callable[[], list[Any]]]]:
         """The blocks, and what puts their hooks on."""
         for hooked, block in zip(self._blocks, served_blocks(model), strict=True):

@@ -38,7 +38,7 @@ from .joint_autotune import JointDecisions
 from .masks import Group, attend_padded, group_rows
 from .outcome import CallOutcome
 from .parallel import Shard, why_not_parallel
-from .rows import ROWS, Place, attentions_of
+from .rows import ROWS, Place, Row, attentions_of
 from .whole_steps import Step, WholeSteps
 
 
@@ -68,7 +68,7 @@ class JointAttachment(BaseAttachment):
     def __init__(
         self, model: nn.Module, config: ToMeConfig, pipe: Any, merge_attn: bool = True, judge: Judge | None = None
     ):
-        self.row = ROWS[served_as(model, ROWS)]
+        self._model = served_as(model, ROWS)  # a row has functions, which cannot be pickled
         super().__init__(config, pipe, merge_attn, judge, self.row.clock)
         self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._grid: tuple[weakref.ref, Grid, int] | None = None
@@ -94,6 +94,14 @@ class JointAttachment(BaseAttachment):
         """The attentions by their numbers, and what puts their hooks on."""
         for number, attention in enumerate(attentions_of(model, self.row)):
             yield number, lambda attention=attention: SdpaHooks(attention, self._before_attention).handles
+
+    @property
+    def row(self) -> Row:
+        """The model's."""
+        return ROWS[self._model]
+
+    def afresh(self) -> dict[str, Any]:
+        return {**super().afresh(), "_grid": None, "_groups": None, "_agreed": {}}
 
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.call = None  # of one that was interrupted: KeyboardInterrupt runs no hook

@@ -47,6 +47,9 @@ class Outcome:
         self._is_watched = True  # whether each call at another ratio comes here
         self._reached_in: Tensor | None = None  # the timesteps of the last run with such a call
 
+    def __reduce__(self) -> tuple:
+        return Outcome, (self._config, self._steps, self._say)  # a copy's runs are its own
+
     def timesteps(self) -> Tensor | None:
         """All of the pipeline's run, as its scheduler has them."""
         found = getattr(getattr(self._steps.pipe, "scheduler", None), "timesteps", None)

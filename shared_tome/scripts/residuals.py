@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -30,8 +29,8 @@ class RunResiduals:
         self._prompt: weakref.ref | None = None  # the last call's
         self._tied: weakref.finalize | None = None  # to a prompt
 
-    def __deepcopy__(self, memo: dict) -> RunResiduals:
-        return RunResiduals(copy.deepcopy(self._steps, memo), copy.deepcopy(self._say, memo))  # a copy's run is its own
+    def __reduce__(self) -> tuple:
+        return RunResiduals, (self._steps, self._say)  # a copy's run is its own
 
     def call(self, config: ToMeConfig, timestep: Any, x: Tensor, prompt: Any) -> ResidualCall | None:
         """A call of the model; None where nothing is kept. config: of this step; x: the latent [B, C, H, W]."""

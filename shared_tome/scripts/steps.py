@@ -45,6 +45,14 @@ class Steps:
         self._at: int | None = None  # the place of its last call among them
         self.runs = 0  # that `entry` has seen begin
 
+    def __deepcopy__(self, memo: dict) -> Steps:
+        """Where a whole pipeline is copied, the copy of its model follows the copy of its scheduler."""
+        pipe = self.pipe
+        return Steps(memo.get(id(pipe), pipe), self.scale, self.rounds_first, self.rises)
+
+    def __reduce__(self) -> tuple:
+        return Steps, (None, self.scale, self.rounds_first, self.rises)  # a model is pickled without its pipeline
+
     @property
     def pipe(self) -> Any:
         """The pipeline, or None."""

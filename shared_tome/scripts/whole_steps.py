@@ -16,6 +16,7 @@ from ..autotune.step import Ways, decision_of, is_timed, rows_of, why_left_alone
 from ..autotune.store import RETRY
 from ..config import ToMeConfig
 from ..core.grid import Grid
+from ..hooks.portable import Portable
 from . import base
 from .parallel import Shard, rejoin
 
@@ -41,13 +42,16 @@ class Step:
     shard: Shard | None = None
 
 
-class WholeSteps:
+class WholeSteps(Portable):
     """Of one model. owner: the hooks on it."""
 
     def __init__(self, owner: base.BaseAttachment):
         self._owner = owner
         self._busy: set[Hashable] = set()  # kinds of steps that do not wait for the processor
         self._until: dict[Hashable, float] = {}  # when a kind of steps is asked about again, by the monotonic clock
+
+    def afresh(self) -> dict[str, Any]:
+        return {"_busy": set(), "_until": {}}
 
     def is_known(self, kind: Hashable) -> bool:
         """Whether a kind of steps need not be asked about; those that are only tried never are."""
