@@ -151,6 +151,8 @@ class Sampling:
         """The pass is over, in whatever way."""
         if self._residuals is not None:
             self._residuals.end()
+        if self._residuals is not None and self.run is not None:
+            self.run.tally.why_not_exact = self._residuals.why_off
 
     def images_of(self, batch: int) -> Rows:
         """The image of each row where a batch is whole batches of images one after another (Forge)."""

@@ -113,7 +113,7 @@ class Outcome:
             why = why_no_step(self._skipped, self._what)
             return why + what_to_change([why])
         if self._exact is not None and self._why_not_exact is None:
-            return ALONE
+            return ALONE if self.residuals is None else self.residuals.why_alone
         if not self._reasons:
             return NOT_MET
         return self._left() + what_to_change(self._reasons)

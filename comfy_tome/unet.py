@@ -139,6 +139,8 @@ class UNetPatch:
             out = executor(x, t, *args, **kwargs)
         if answered:
             outcome.left_alone(ANSWERED)
+        if record is not None and outcome.residuals is not None:
+            record.run.tally.why_not_exact = outcome.residuals.why_off
         if record is not None:
             record.end()
         return out

@@ -18,6 +18,7 @@ from ..autotune.paying import Decision, Given
 from ..config import ToMeConfig
 from ..core.grid import Grid, level_of
 from ..merging.plan import Plan
+from ..merging.residual import exact_told
 from .reasons import NO_WHOLE_TOKEN, capped, counted, resolutions, why_no_step
 
 
@@ -186,6 +187,7 @@ class Tally:
         self._merged_in: dict[int, bool] = {}  # of the steps whose layers were told: whether one was merged
         self._calls = 0
         self._asked: list[tuple[int, float]] = []
+        self.why_not_exact: str | None = None  # why the option exact_every went off, where it did
 
     def ask(self, step: int, ratio: float) -> None:
         """One call that the model is asked for; `call` says that it was run. For hosts where a cache may answer."""
@@ -234,6 +236,15 @@ class Tally:
     def report(self, time: StepTime | None = None, notes: Sequence[str] = ()) -> Report:
         """What has been counted so far."""
         layers = self.layers()
+        if self.why_not_exact is not None:  # what was exact before that was known is merged in the calls behind
+            exact = exact_told(self.config.exact_every)
+            merged = {(layer.where, layer.part, layer.grid) for layer in layers if not layer.reason}
+            layers = tuple(
+                layer
+                for layer in layers
+                if layer.reason != exact or (layer.where, layer.part, layer.grid) not in merged
+            )
+            notes = (*notes, self.why_not_exact)
         with self._lock:
             steps = len(self._steps)
             merged = sum(ratio > 0 and self._merged_in.get(step, True) for step, ratio in self._steps.items())

@@ -26,7 +26,11 @@ UNKNOWN = "exact every has no effect: nothing tells here which step it is"
 UNSEEN = "exact every has no effect in this sampling: ToMe cannot see an attention (it sees PyTorch's in every host)"
 COMPILED = "exact every has no effect in a graph (torch.compile, CUDA graphs)"
 TRANSFORMER = "exact every has no effect on transformers, where nothing was gained by it (docs/quality.md)"
-ALONE = "each merged step was exact (exact every): take more steps, or a lower number"
+ALONE = "each merged step was exact (exact every), because no other came behind it: take more steps, or a lower start"
+MOVING = (
+    "each merged step was exact (exact every), because each stage of a moving ratio begins exact: take more steps, or "
+    "set ratio at the end to -1"
+)
 
 
 def why_no_effect(config: ToMeConfig, transformer: bool = False) -> str | None:
@@ -62,7 +66,7 @@ class Residuals:
         self._exact, self._draw = 0, 0  # that step's number, and its draw's
         self._evaluation: Hashable = None
         self._seen: set[Hashable] = set()  # in this evaluation
-        self._has_kept = self._has_added = False
+        self._has_kept = self._has_added = self._has_moved = False
         self._lock = threading.RLock()  # Python may free a prompt in the midst, and `forget` is asked for by that
 
     @classmethod
@@ -100,6 +104,7 @@ class Residuals:
             period = (step - self._first) // self.every, alike
             if period != self._period:
                 self._kept.clear()
+                self._has_moved |= self._period is not None and self._period[1] != alike
                 self._period, self._exact, self._draw = period, step, draw
             kept = {name for _, name, *_ in list(self._kept)}
             exact = step == self._exact or kept.isdisjoint(names)
@@ -130,7 +135,12 @@ class Residuals:
             self.is_on = False
             self._kept.clear()
         if unused:
-            self._say(ALONE)
+            self._say(self.why_alone)
+
+    @property
+    def why_alone(self) -> str:
+        """Why each merged step was exact, where each was."""
+        return MOVING if self._has_moved else ALONE
 
     def find(self, keys: Sequence[tuple]) -> list[Tensor | None]:
         with self._lock:

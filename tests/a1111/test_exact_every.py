@@ -160,6 +160,8 @@ def test_a_wrapper_that_calls_the_model_twice_ends_it(forge_host, lines, kept): 
     forge_host.shared.sd_model.original.unet.set_model_unet_function_wrapper(other)
     forge_host.generate([ON], steps=4)
     assert sum("cannot tell apart" in line for line in lines) == 1 and not any(one._kept for one in kept)
+    # Nor is a layer called exact that is merged from then on.
+    assert any("tokens in" in line for line in lines) and not any("exact in every" in line for line in lines)
 
 
 def test_another_attention_is_said(host, monkeypatch, lines, kept):

@@ -356,6 +356,20 @@ def test_the_line_tells_why_nothing_was_kept(comfy_nodes, sd15, tome, told):
     assert len(told) == 3
 
 
+def test_the_report_tells_why_nothing_was_kept(comfy_nodes, sd15, tome):
+    """And lists no layer as exact that is merged from then on."""
+    recorder = host.run_node(comfy_nodes["ToMeRecord"], model=tiled(sd15))
+    sample(tome(recorder, **KEEPS), steps=4)
+    report = recorder.model_options["transformer_options"]["ToMe record"].run().tally.report()
+    assert report.merged and not report.left_alone and report.merged_steps == 4
+    assert sum("cannot tell apart" in note for note in report.notes) == 1
+
+
+def test_a_moving_ratio_is_named_where_each_step_was_exact(sd15, tome, told, watched):
+    sample(tome(sd15, **KEEPS, ratio_end=0.3), steps=4)
+    assert "each stage of a moving ratio begins exact" in told[0] and len(watched[1]) == 1
+
+
 def test_the_line_and_the_report_tell_it(comfy_nodes, sd15, tome):
     patcher = host.run_node(comfy_nodes["ToMeRecord"], model=sd15)
     recorder = patcher if hasattr(patcher, "model_options") else patcher[0]

@@ -9,7 +9,7 @@ import torch
 
 from shared_tome import ToMeConfig
 from shared_tome.autotune import layer
-from shared_tome.merging.residual import ALONE, TWICE, UNKNOWN, UNSEEN, Residuals, exact_told, why_no_effect
+from shared_tome.merging.residual import ALONE, MOVING, TWICE, UNKNOWN, UNSEEN, Residuals, exact_told, why_no_effect
 
 ROWS, TOKENS, CHANNELS, GRID = 2, 6, 4, (2, 3)
 
@@ -193,6 +193,14 @@ def test_a_sampling_of_exact_steps_alone_says_so():
     host.step(1)
     host.residuals.end()
     assert host.said == []
+
+
+def test_each_stage_of_a_moving_ratio_may_be_one_exact_step():
+    host = Sampling()
+    for step, ratio in enumerate((0.75, 0.6, 0.45)):
+        host.step(step, alike=ratio)
+    host.residuals.end()
+    assert host.said == [MOVING] and "ratio at the end" in MOVING and "ratio at the end" not in ALONE
 
 
 def test_what_is_told_and_who_does_without():
