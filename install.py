@@ -27,6 +27,13 @@ generations of 20 steps a size. Ctrl-C stops it; the same command goes on. A wor
 one that you trust."""
 
 
+def given(path: str) -> str:
+    """An empty path is one that a script forgot to set, not the default."""
+    if not path:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return path
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="install.py", description=__doc__.split("\n\n")[0])
@@ -34,31 +41,37 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="make pictures in a real ComfyUI without and with ToMe")
     of_your_own = "a ComfyUI of your own (default: COMFYUI_DIR, else one is fetched)"
-    demo.add_argument("--comfyui", metavar="DIR", help=of_your_own)
+    demo.add_argument("--comfyui", metavar="DIR", type=given, help=of_your_own)
     stable = "a Stable Diffusion checkpoint instead of the small demo model"
-    demo.add_argument("--checkpoint", metavar="FILE", help=stable)
-    demo.add_argument("--out", metavar="DIR", default="out", help="where the results go (default: out)")
+    demo.add_argument("--checkpoint", metavar="FILE", type=given, help=stable)
+    demo.add_argument("--out", metavar="DIR", type=given, default="out", help="where the results go (default: out)")
 
     about = "compare unmerged, ToMe's presets, fewer steps and EasyCache on your own model"
     compare = commands.add_parser("compare", help=about, description=COMPARE)
-    compare.add_argument("--checkpoint", metavar="FILE", help="a Stable Diffusion checkpoint (default: the demo model)")
-    compare.add_argument("--comfyui", metavar="DIR", help=of_your_own)
+    compare.add_argument(
+        "--checkpoint", metavar="FILE", type=given, help="a Stable Diffusion checkpoint (default: the demo model)"
+    )
+    compare.add_argument("--comfyui", metavar="DIR", type=given, help=of_your_own)
     api = "a workflow of your own in API form; it runs whatever nodes it names, with the custom nodes of --comfyui"
-    compare.add_argument("--workflow", metavar="FILE.json", help=api)
+    compare.add_argument("--workflow", metavar="FILE.json", type=given, help=api)
     sizes = "sides or WIDTHxHEIGHT in pixels (default: what the model was trained for, or the workflow's own)"
     compare.add_argument("--sizes", metavar="SIZE", nargs="+", help=sizes)
-    compare.add_argument("--prompts", metavar="FILE", help="a text file with a prompt a line, which stays with you")
+    compare.add_argument(
+        "--prompts", metavar="FILE", type=given, help="a text file with a prompt a line, which stays with you"
+    )
     where = "where the results go (default: out/compare)"
-    compare.add_argument("--out", metavar="DIR", default="out/compare", help=where)
+    compare.add_argument("--out", metavar="DIR", type=given, default="out/compare", help=where)
 
     about = "run ruff and every test; further arguments go to pytest"
-    tests = commands.add_parser("test", help=about, add_help=False, allow_abbrev=False)
+    tests = commands.add_parser("test", help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
     tests.add_argument("--fast", action="store_true", help="some tests of every room, in 90 s (tests/fast.txt)")
-    tests.add_argument("--comfyui", metavar="DIR", help="the tests of ComfyUI's nodes, on a ComfyUI of your own")
+    tests.add_argument(
+        "--comfyui", metavar="DIR", type=given, help="the tests of ComfyUI's nodes, on a ComfyUI of your own"
+    )
 
     for name, title in (("comfyui", "ComfyUI"), ("a1111", "AUTOMATIC1111, Forge or reForge")):
-        host = commands.add_parser(name, help=f"link this repository into a {title}")
-        host.add_argument("folder", metavar="DIR", help=f"the folder that {title} lies in")
+        host = commands.add_parser(name, help=f"link this repository into {title}")
+        host.add_argument("folder", metavar="DIR", type=given, help=f"the folder that {title} lies in")
         how = host.add_mutually_exclusive_group()
         how.add_argument("--copy", action="store_true", help="copy instead of linking")
         how.add_argument("--remove", action="store_true", help="take the link or the copy out again")

@@ -576,3 +576,22 @@ def test_the_users_own_models_and_nodes_without_their_tome(tmp_path, monkeypatch
     assert made[-4:] == ("--disable-all-custom-nodes", "--whitelist-custom-nodes", "ours", "gguf")
     (paths,) = json.loads((tmp_path / "cache/host_paths.yaml").read_text()).values()
     assert paths == {"base_path": str(host), "custom_nodes": "custom_nodes", "loras": "models/loras"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["demo", "--out", ""], ["compare", "--checkpoint", ""], ["compare", "--out="], ["comfyui", ""]],
+    ids=" ".join,
+)
+def test_an_empty_path_is_not_the_default(arguments, capsys):
+    """As of a script's variable that is not set."""
+    with pytest.raises(SystemExit):
+        install.parser().parse_args(arguments)
+    assert "the path is empty" in capsys.readouterr().err
+
+
+def test_help_of_the_tests_installs_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(environment, "ensure", pytest.fail)
+    with pytest.raises(SystemExit):
+        install.main(["test", "--help"])
+    assert "--fast" in capsys.readouterr().out
