@@ -59,6 +59,7 @@ class Sampling:
         self.residual: ResidualCall | None = None
         self.call_tally: CallTally | None = None
         self._keep_choices = keep_choices
+        self._exact: tuple[int, float] | None = None  # the last call's step and ratio, where it was to be exact
         self._reported: set[tuple[float, Grid, int, bool]] = set()
         self._self_token_found = self_token_found
         if self.run is not None:
@@ -117,6 +118,7 @@ class Sampling:
     ) -> ToMeConfig:
         """A call of the model begins: the config that holds in it. x: the latent [B, C, ..., H, W]; names: None on a
         transformer; else: see call."""
+        self._settle()
         config = config_at(self.config, progress or (lambda: self._by_steps))
         self.residual = self._residual(config, names)
         self.call_tally = None if self.run is None else self._tell(self.run, config, tuple(x.shape[-2:]), rows)
@@ -149,10 +151,17 @@ class Sampling:
 
     def end(self) -> None:
         """The pass is over, in whatever way."""
+        self._settle()
         if self._residuals is not None:
             self._residuals.end()
         if self._residuals is not None and self.run is not None:
             self.run.tally.why_not_exact = self._residuals.why_off
+
+    def _settle(self) -> None:
+        """Exact every may have gone off in the last call."""
+        if self._exact is not None and not self.residual.is_on:
+            self.run.tally.not_exact(*self._exact)
+        self._exact = None
 
     def images_of(self, batch: int) -> Rows:
         """The image of each row where a batch is whole batches of images one after another (Forge)."""
@@ -190,6 +199,7 @@ class Sampling:
     def _tell(self, run: Run, config: ToMeConfig, full: Grid, rows: Rows) -> CallTally | None:
         exact, draw = (False, None) if self.residual is None else (self.residual.exact, self.residual.draw)
         run.tally.call(self.step, 0.0 if exact else config.ratio)
+        self._exact = (self.step, config.ratio) if exact else None
         if not self._keep_choices:  # calls that are alike do the same: a report costs next to nothing
             kind = (config.ratio, full, len(rows), exact)
             known = kind in self._reported

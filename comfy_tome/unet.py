@@ -141,6 +141,8 @@ class UNetPatch:
             outcome.left_alone(ANSWERED)
         if record is not None and outcome.residuals is not None:
             record.run.tally.why_not_exact = outcome.residuals.why_off
+            if residual is not None and residual.exact and not residual.is_on:
+                record.run.tally.not_exact(record.step, config.ratio)
         if record is not None:
             record.end()
         return out

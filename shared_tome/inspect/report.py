@@ -206,6 +206,11 @@ class Tally:
             self._calls += 1
             self._steps[step] = max(ratio, self._steps.get(step, 0.0))
 
+    def not_exact(self, step: int, ratio: float) -> None:
+        """A call that was counted at ratio 0, as an exact one, was merged after all: exact every went off in it."""
+        with self._lock:
+            self._steps[step] = max(ratio, self._steps.get(step, 0.0))
+
     def add(self, layer: Layer, step: int | None) -> None:
         """One layer of a call. step: None where not known."""
         key = (layer.where, layer.part, layer.grid, layer.number, layer.reason)

@@ -161,7 +161,7 @@ def test_a_wrapper_that_calls_the_model_twice_ends_it(forge_host, lines, kept): 
     forge_host.generate([ON], steps=4)
     assert sum("cannot tell apart" in line for line in lines) == 1 and not any(one._kept for one in kept)
     # Nor is a layer called exact that is merged from then on.
-    assert any("tokens in" in line for line in lines) and not any("exact in every" in line for line in lines)
+    assert any("in 4 of 4 steps" in line for line in lines) and not any("exact in every" in line for line in lines)
 
 
 def test_another_attention_is_said(host, monkeypatch, lines, kept):
@@ -170,6 +170,7 @@ def test_another_attention_is_said(host, monkeypatch, lines, kept):
     monkeypatch.setattr(CrossAttention, "forward", variants.SERVED["own_scale"])
     found, _ = host.generate([ON], steps=4)
     assert sum("ToMe cannot see an attention" in line for line in lines) == 1
+    assert any("in 4 of 4 steps" in line for line in lines)
     assert torch.equal(found[0], host.generate([{**ON, "exact_every": 0}], steps=4)[0][0])
 
 

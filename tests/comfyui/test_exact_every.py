@@ -325,14 +325,16 @@ def test_another_nodes_attention_is_asked_for_both(sd15, tome):
     assert self_attention.count((256, 256)) == layers and self_attention.count((256, 64)) == 2 * layers
 
 
-def test_an_attention_that_asks_no_override_is_said(sd15, tome, watched, monkeypatch):
-    """As of a node that puts another function in the layers' place."""
+def test_an_attention_that_asks_no_override_is_said(comfy_nodes, sd15, tome, watched, monkeypatch):
+    """As of a node that puts another function in the layers' place. The first step, which was to be exact, is not."""
     from comfy.ldm.modules import attention
 
     real = attention.optimized_attention.__wrapped__
     monkeypatch.setattr(attention, "optimized_attention", lambda *args, **kwargs: real(*args, **kwargs))
-    sample(tome(sd15, **KEEPS), steps=2)
+    recorder = host.run_node(comfy_nodes["ToMeRecord"], model=sd15)
+    sample(tome(recorder, **KEEPS), steps=2)
     assert any("cannot see an attention" in why for why in watched[1])
+    assert recorder.model_options["transformer_options"]["ToMe record"].run().tally.report().merged_steps == 2
 
 
 @pytest.fixture
