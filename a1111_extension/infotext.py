@@ -26,6 +26,7 @@ def write(
     merged: Mapping[bool, bool] | None = None,
     kept_self_token: bool | None = None,
     decisions: str | None = None,
+    kept_exact: bool | None = None,
 ) -> None:
     """Put ToMe's options into p.extra_generation_params: ratio, method, all that is not the default, and its version.
 
@@ -35,8 +36,10 @@ def write(
         kept_self_token: whether queries kept their own tokens; None: not known. Where none could, the picture is the
             one without the option.
         decisions: what autotune decided of its layers; None: not known.
+        kept_exact: whether exact_every had an effect; None: not known. Where it had none, the picture is the one
+            without the option.
     """
-    texts = _texts(settings, merged or {}, kept_self_token, decisions)
+    texts = _texts(settings, merged or {}, kept_self_token, decisions, kept_exact)
     for label in (*LABELS.values(), VERSION):
         if label in texts:
             parameters[label] = texts[label]
@@ -45,7 +48,11 @@ def write(
 
 
 def _texts(
-    settings: Settings, merged: Mapping[bool, bool], kept_self_token: bool | None, decisions: str | None
+    settings: Settings,
+    merged: Mapping[bool, bool],
+    kept_self_token: bool | None,
+    decisions: str | None,
+    kept_exact: bool | None,
 ) -> dict[str, Any]:
     if settings.is_off or (merged and not any(merged.values())):
         return {}
@@ -58,6 +65,8 @@ def _texts(
         values["own_token"] = kept_self_token
     if decisions is not None:
         values["decisions"] = decisions
+    if kept_exact is False:
+        values["exact_every"] = 0
     texts = {
         LABELS[widget.name]: values[widget.name]
         for widget in _TEXTS

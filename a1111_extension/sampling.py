@@ -163,6 +163,13 @@ class Sampling:
             self.run.tally.not_exact(*self._exact)
         self._exact = None
 
+    @property
+    def kept_exact(self) -> bool | None:
+        """Whether the option exact_every had an effect; None: not known, or it is off."""
+        if not self.config.exact_every or self.run is None or not self.run.tally.calls:
+            return None
+        return self._residuals is not None and not self._residuals.had_no_effect
+
     def images_of(self, batch: int) -> Rows:
         """The image of each row where a batch is whole batches of images one after another (Forge)."""
         return tuple(row % len(self.seeds) for row in range(batch))

@@ -38,6 +38,7 @@ class _State:
         self.refused: set[bool] = set()  # passes that were left alone as a whole
         self.maps: list[gallery.Map] = []
         self._own: set[bool] = set()  # whether queries could keep their own tokens, as far as layers were met
+        self._exact: set[bool | None] = set()  # whether exact_every had an effect in the passes that are over
 
     def begin_pass(self, hires: bool) -> None:
         self.detach()
@@ -50,6 +51,7 @@ class _State:
         else:  # of the batch before
             self.runs.clear()
             self.refused.clear()
+            self._exact.clear()
         self.runs.pop(hires, None)  # Forge begins its hires pass twice
         self.nearly_over = False
 
@@ -62,18 +64,18 @@ class _State:
         """One layer that keeps them makes another picture. At once: the host may save one before the hires pass."""
         if can not in self._own:
             self._own.add(can)
-            infotext.write(
-                self.owner.extra_generation_params, self.settings, None, self.kept_self_token, self.decisions
-            )
+            infotext.write(self.owner.extra_generation_params, self.settings, None, *self.found)
 
     @property
     def kept_self_token(self) -> bool | None:
         return True in self._own if self._own else None
 
     @property
-    def decisions(self) -> str | None:
-        """What autotune decided in the batch's passes, as far as layers were met."""
-        return together(run.tally.decided for run in self.runs.values()).text or None
+    def found(self) -> tuple[bool | None, str | None, bool | None]:
+        """What infotext.write wants to know, as far as layers were met: kept_self_token, decisions, kept_exact."""
+        decisions = together(run.tally.decided for run in self.runs.values()).text or None
+        exact = self._exact | {None if self.sampling is None else self.sampling.kept_exact}
+        return self.kept_self_token, decisions, True in exact if exact != {None} else None
 
     def merged(self) -> dict[bool, bool]:
         """By whether it is the hires pass, whether the batch's passes merged anything."""
@@ -82,12 +84,12 @@ class _State:
 
     def write(self) -> None:
         """Make the picture's text claim what the passes did, and no more."""
-        done = self.merged(), self.kept_self_token, self.decisions
-        infotext.write(self.owner.extra_generation_params, self.settings, *done)
+        infotext.write(self.owner.extra_generation_params, self.settings, self.merged(), *self.found)
 
     def detach(self) -> None:
         attachment, self.attachment = self.attachment, None
         if self.sampling is not None:
+            self._exact.add(self.sampling.kept_exact)
             self.sampling.end()
         self.sampling = self.patched = None
         if attachment is not None:
@@ -184,8 +186,7 @@ class ToMeScript(scripts.Script):
         if state is None or not state.settings.enabled:
             return
         merged = state.merged()
-        done = merged or {False: False}, state.kept_self_token, state.decisions
-        infotext.write(p.extra_generation_params, state.settings, *done)
+        infotext.write(p.extra_generation_params, state.settings, merged or {False: False}, *state.found)
         if not merged and not state.settings.is_off:
             state.notes.say("nothing was merged: the ratio is 0 in each pass that was run")
         for run in state.runs.values():

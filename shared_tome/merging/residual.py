@@ -138,6 +138,11 @@ class Residuals:
             self._say(self.why_alone)
 
     @property
+    def had_no_effect(self) -> bool:
+        """Whether it went off before anything was kept."""
+        return self.why_off is not None and not self._has_kept
+
+    @property
     def why_alone(self) -> str:
         """Why each merged step was exact, where each was."""
         return MOVING if self._has_moved else ALONE

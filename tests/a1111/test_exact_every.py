@@ -14,6 +14,7 @@ from . import variants
 from .test_forge import _Loaded, forge_host  # noqa: F401
 from .test_hooks import _inputs, _run, _unet
 
+LABEL = "ToMe exact every"
 ON = {"ratio": 0.75, "min_tokens": 0, "exact_every": 3}
 
 
@@ -100,6 +101,22 @@ def test_what_is_added_is_what_was_lacking(a1111, tome, lines, program, options)
     assert not any("exact every has no effect" in line for line in lines)
 
 
+@pytest.mark.parametrize("more", [{}, {"enable_hr": True}, {"seeds": (5, 6)}], ids=str)
+def test_the_text_has_it_where_it_had_an_effect(either, monkeypatch, more):
+    """Else another attention would make another picture of the text."""
+    _, p = either.generate([ON], steps=4, **more)
+    assert p.extra_generation_params[LABEL] == 3
+    if not either.forge:
+        from ldm.modules.attention import CrossAttention
+
+        monkeypatch.setattr(CrossAttention, "forward", variants.SERVED["own_scale"])
+        _, p = either.generate([ON], steps=4, **more)
+        assert p.extra_generation_params["ToMe ratio"] == 0.75 and LABEL not in p.extra_generation_params
+    for options in ({"method": "merge"}, {"exact_every": 0}):
+        _, p = either.generate([{**ON, **options}], steps=4, **more)
+        assert p.extra_generation_params["ToMe ratio"] == 0.75 and LABEL not in p.extra_generation_params
+
+
 def test_the_first_step_of_a_pass_is_exact(either):
     one, p = either.generate([ON], steps=1)
     assert torch.equal(one[0], either.generate(steps=1)[0][0]) and len(p.troubles) == 1
@@ -168,9 +185,9 @@ def test_another_attention_is_said(host, monkeypatch, lines, kept):
     from ldm.modules.attention import CrossAttention
 
     monkeypatch.setattr(CrossAttention, "forward", variants.SERVED["own_scale"])
-    found, _ = host.generate([ON], steps=4)
+    found, p = host.generate([ON], steps=4)
     assert sum("ToMe cannot see an attention" in line for line in lines) == 1
-    assert any("in 4 of 4 steps" in line for line in lines)
+    assert any("in 4 of 4 steps" in line for line in lines) and LABEL not in p.extra_generation_params
     assert torch.equal(found[0], host.generate([{**ON, "exact_every": 0}], steps=4)[0][0])
 
 

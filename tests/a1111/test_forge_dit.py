@@ -360,6 +360,8 @@ def test_own_tokens_and_what_is_told_of_them(flux_host, backend, lines, monkeypa
     assert p.extra_generation_params["ToMe own token"] is False
     assert sum("own token has no effect" in line for line in lines) == 1
     torch.testing.assert_close(other[0], without[0], atol=1e-4, rtol=1e-4)
+    _, p = flux_host.generate([{**ON[0], "exact_every": 3}])  # which is of U-Nets
+    assert "ToMe ratio" in p.extra_generation_params and "ToMe exact every" not in p.extra_generation_params
 
 
 @pytest.mark.parametrize("name", SMALL)
