@@ -142,7 +142,7 @@ def find_denoisers(model: Any) -> list[nn.Module]:
     """
     found = _denoisers(model)
     for denoiser in found or [None]:
-        names = [type(part).__name__ for part in (model, denoiser) if part is not None]
+        names = [type(part).__name__ for part in ((model,) if denoiser is None else (model, denoiser))]
         what = " with ".join(dict.fromkeys(names))
         if denoiser is not None and type(denoiser).__name__ in REFUSED:
             raise ValueError(f"ToMe does not serve {what}: {REFUSED[type(denoiser).__name__]}. It serves {SERVED}")

@@ -199,3 +199,9 @@ def test_ldms_relatives():
         else:
             with pytest.raises(ValueError, match="does not know ControlledUnetModel"):
                 shared_tome.apply_patch(unet)
+
+
+@pytest.mark.parametrize("model, name", [(None, "NoneType"), ("a path", "str")])
+def test_what_is_no_model_is_named(model, name):
+    with pytest.raises(ValueError, match=f"ToMe does not know {name}\\. It serves"):
+        shared_tome.apply_patch(model)
