@@ -473,7 +473,7 @@ def test_a_failure_for_want_of_memory_says_nothing_of_an_attention(tome, monkeyp
 
     monkeypatch.setattr(_Attention, "forward", full)
     with pytest.raises(type(error)):
-        tome.forge.takes_wider(block.attn1, 4, torch.zeros(1, 6, 32))
+        tome.forge.forge_unet.takes_wider(block.attn1, 4, torch.zeros(1, 6, 32))
 
 
 # --- other extensions' patches of the cross-attention -----------------------------------------------------------------
