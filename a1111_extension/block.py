@@ -30,9 +30,11 @@ NO_WEIGHTS = "the active attention optimization takes no weights of keys; propor
 
 @dataclass(eq=False)
 class WebUICall(engine.HookedCall):
-    """One call of the model. call_tally: where somebody wants a report or a map."""
+    """One call of the model. call_tally: where somebody wants a report or a map. unpaid: why no layer is merged after
+    all, which was said already."""
 
     call_tally: CallTally | None = None
+    unpaid: str | None = None
 
 
 class WebUIBlock(MergedBlock):
@@ -84,6 +86,13 @@ class WebUIBlock(MergedBlock):
         if self.owner.call.call_tally is not None:
             self.owner.call.call_tally.left_alone(reason.partition(";")[0], self.where, grid, self.part)
 
+    def leave_unpaid(self, reason: str, tokens: int, grid: Grid) -> None:
+        call = self.owner.call
+        if call.unpaid is None:
+            super().leave_unpaid(reason, tokens, grid)
+        elif call.call_tally is not None:
+            call.call_tally.left_alone(reason, self.where, grid, self.part)
+
     def leave_unserved(self, grid: Grid) -> None:
         call = self.owner.call
         if call.call_tally is not None:
@@ -98,6 +107,8 @@ class WebUIBlock(MergedBlock):
         return why_left_whole("attn1", given.x, *given.x.shape[:2], is_taken(attn1))
 
     def why_not_paid(self, now: Pass, attn1: nn.Module, x: Tensor, grid: Grid, keeps_self: bool) -> str | None:
+        if self.owner.call.unpaid is not None:
+            return self.owner.call.unpaid
         decisions, about = self.owner.call.decisions, functools.partial(about_model, attn1, x.device)
         kernels = TORCHS if keeps_self else ()
         now.decision = decisions.decision(x, grid, self.heads, kernels=kernels, block=self._run_detached, about=about)

@@ -50,7 +50,7 @@ def patch(sd_model: Any, sampling: Sampling, called: Callable[[], None] = lambda
     inner = _without_ours(unet.model_options.get(_WRAPPER))
     sampling.another_model()
     if facts is None:
-        merged = forge_unet.MergedUNet(base.diffusion_model, sampling)
+        merged = forge_unet.MergedUNet(base, sampling, alone=inner is None)
     else:
         merged = forge_dit.Merged(base, facts, sampling)
     unet.set_model_unet_function_wrapper(_wrapper(base, merged, inner, called))

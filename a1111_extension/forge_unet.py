@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..comfy_tome.unet_call import PatchedCall, block_name
-from ..shared_tome import ModelCall
+from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention.combine import TORCHS
 from ..shared_tome.attention.sdpa import leave_left_modes
 from ..shared_tome.attention.sequence import JointCall
 from ..shared_tome.autotune.decisions import Decisions
+from ..shared_tome.autotune.paying import Decision, Judge
 from ..shared_tome.core.failures import is_out_of_memory
 from ..shared_tome.core.grid import grid_of
 from ..shared_tome.core.groups import spread_rows
@@ -29,13 +31,18 @@ from .block import NO_WEIGHTS, is_taken
 from .hooks import served_blocks
 from .notes import Notes
 from .sampling import Sampling
+from .whole_step import Merged, Steps, decision_on_model
 
 
 class MergedUNet:
-    """Calls a U-Net with its layers merged, for one sampling pass."""
+    """Calls a U-Net with its layers merged, for one sampling pass.
 
-    def __init__(self, diffusion_model: nn.Module, sampling: Sampling):
-        self._model, self._sampling = diffusion_model, sampling
+    base: what the patcher holds. alone: whether no other extension stands around the model's call.
+    """
+
+    def __init__(self, base: Any, sampling: Sampling, alone: bool = True):
+        self._base, self._model, self._sampling = base, base.diffusion_model, sampling
+        self._steps, self._alone = Steps(sampling), alone
         self._met: dict[tuple, bool] = {}
         self._wide: dict[tuple, bool] = {}
 
@@ -47,16 +54,48 @@ class MergedUNet:
         call = sampling.call(x, sampling.images_of(x.shape[0]), far, parts) if x.dim() == 4 else None
         if call is None:
             return run(args)
-        call_tally, self_tokens = sampling.call_tally, None
-        if call.config.wants_heads or sampling.residual is not None:
-            self_tokens = SelfTokens(self._model, x.device, self._met, sampling)
-        given = call_tally, self_tokens, self._wide, Decisions(call, log=sampling.decided), sampling.residual
-        ours = ForgeCall(call, options, x.shape[0], sampling.notes, *given)
+        judge, unpaid = self._steps.judge(call, self._model, x, functools.partial(self._try_step, args))
+        call_tally = sampling.call_tally
+        if unpaid is not None and call_tally is None:
+            return run(args)
+        ours = self._patches(call, options, x, sampling, judge, unpaid)
         with ours.hooks(self._model):
             out = run({**args, "c": {**args["c"], "transformer_options": ours.options}})
         if isinstance(call_tally, CallRecord):
             call_tally.end()
         return out
+
+    def _patches(
+        self,
+        call: ModelCall,
+        options: dict[str, Any],
+        x: Tensor,
+        sampling: Sampling,
+        judge: Judge,
+        unpaid: str | None = None,
+    ) -> ForgeCall:
+        """Of one call of the model on x, which the sampling has begun."""
+        self_tokens = None
+        if call.config.wants_heads or sampling.residual is not None:
+            self_tokens = SelfTokens(self._model, x.device, self._met, sampling)
+        decisions = Decisions(call, log=sampling.decided, judge=judge)
+        given = sampling.call_tally, self_tokens, self._wide, decisions, sampling.residual, unpaid
+        return ForgeCall(call, options, x.shape[0], sampling.notes, *given)
+
+    def _try_step(self, args: dict[str, Any], config: ToMeConfig) -> Decision | None:
+        """What is known of the times of whole steps."""
+
+        def merged(judge: Judge) -> Merged:
+            sampling = self._sampling.tried(config)
+
+            def call(x: Tensor, options: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> Any:
+                ours = self._patches(sampling.call(x, sampling.images_of(x.shape[0])), options, x, sampling, judge)
+                with ours.hooks(self._model):
+                    return run(ours.options)
+
+            return call
+
+        return decision_on_model(self._base, args, config, merged) if self._alone else None
 
 
 class SelfTokens:
@@ -127,7 +166,8 @@ class ForgeCall(PatchedCall, AtSdpa):
     """ComfyUI's patches where the grid is not told and the attention cannot be overridden.
 
     notes: where to tell what is left alone. call_tally, self_tokens, residual: of the call, where there is one. wide:
-    what takes_wider answered, remembered for a sampling pass.
+    what takes_wider answered, remembered for a sampling pass. unpaid: why no layer is merged after all, which was said
+    already.
     """
 
     def __init__(
@@ -141,13 +181,14 @@ class ForgeCall(PatchedCall, AtSdpa):
         wide: dict[tuple, bool] | None = None,
         decisions: Decisions | None = None,
         residual: ResidualCall | None = None,
+        unpaid: str | None = None,
     ):
         decisions = Decisions(call) if decisions is None else decisions
         joint = None if self_tokens is None else self_tokens.joint()
         if residual is not None and joint is None:
             residual.turn_off(UNSEEN)
         super().__init__(call, options, decisions, joint, call_tally, residual=residual)
-        self._notes, self._batch = notes, batch
+        self._notes, self._batch, self._unpaid = notes, batch, unpaid
         self._wide = {} if wide is None else wide
         self._taken: frozenset[str] = frozenset()  # of the block that runs now: see is_taken
         self.options = self.patched(options)
@@ -208,7 +249,8 @@ class ForgeCall(PatchedCall, AtSdpa):
     def leave(
         self, reason: str, extra_options: dict[str, Any], detail: str = "", grid: tuple[int, int] | None = None
     ) -> None:
-        self.say(reason)
+        if reason != self._unpaid:
+            self.say(reason)
         if self._record is not None:
             part = extra_options.get("block_index", 0)
             self._record.left_alone(reason.partition(";")[0], block_name(extra_options), grid, part)

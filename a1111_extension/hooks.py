@@ -18,6 +18,7 @@ from ..shared_tome.attention.combine import TORCHS
 from ..shared_tome.attention.sdpa import leave_left_modes
 from ..shared_tome.attention.sequence import JointCall
 from ..shared_tome.autotune.decisions import Decisions
+from ..shared_tome.autotune.paying import Decision, Judge
 from ..shared_tome.core.progress import percent_of_time
 from ..shared_tome.hooks.blocks import BlockHooks
 from ..shared_tome.hooks.heads import served_blocks
@@ -26,6 +27,7 @@ from ..shared_tome.inspect.record import CallRecord
 from ..shared_tome.inspect.report import CallTally
 from .block import WebUIBlock, WebUICall, plain_forward
 from .sampling import Sampling
+from .whole_step import Steps, decision_on_copies
 
 # Those whose hooks are on a model. Not a registry to work with: it only serves to take off what a crash left on.
 _attached: weakref.WeakSet[PassAttachment] = weakref.WeakSet()
@@ -54,11 +56,18 @@ def detach_all() -> None:
 class PassAttachment:
     """The hooks of one sampling pass on one diffusion model. `detach` may be called at any time, and twice.
 
-    called: told after each call of the model. Raises NotServed.
+    called: told after each call of the model. judge: of a copy's layers, whose steps are only tried; None: steps are
+    judged, too. Raises NotServed.
     """
 
-    def __init__(self, model: nn.Module | None, sampling: Sampling, called: Callable[[], None] = lambda: None):
-        self.sampling = sampling
+    def __init__(
+        self,
+        model: nn.Module | None,
+        sampling: Sampling,
+        called: Callable[[], None] = lambda: None,
+        judge: Judge | None = None,
+    ):
+        self.sampling, self._judge, self._steps = sampling, judge, Steps(sampling)
         self._called = called
         self.model: nn.Module | None = None
         self.call: WebUICall | None = None
@@ -102,7 +111,7 @@ class PassAttachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._blocks = []
+        self._blocks, self._steps = [], Steps(self.sampling)
         self.model = self.call = self._call_tally = None
         _attached.discard(self)
 
@@ -136,15 +145,32 @@ class PassAttachment:
         self._call_tally = self.sampling.call_tally
         if call is None:
             return
-        kind = (call.full, call.config.ratio, x.dtype)
+        judge, unpaid = self._judge, None
+        if judge is None:
+            tried = functools.partial(self._try_step, module, x, args, kwargs)
+            judge, unpaid = self._steps.judge(call, module, x, tried)
+        # Layers of one kind are judged alike.
+        kind = (call.full, call.config.ratio, x.dtype, *(() if judge.waits else ("busy",)))
+        if unpaid is not None:
+            self._hooks.rest(kind)
         if self._call_tally is None and self._hooks.is_idle(kind):
             self._hooks.off()
             return
         # A report wants to know of every layer.
         self._hooks.on(self._hook, kind if self._call_tally is None else None)
-        decisions = Decisions(call, log=self.sampling.decided)
+        decisions = Decisions(call, log=self.sampling.decided, judge=judge)
         given = call, decisions, x.shape[0], self._joint(call), self.sampling.residual, kind
-        self.call = WebUICall(*given, call_tally=self._call_tally)
+        self.call = WebUICall(*given, call_tally=self._call_tally, unpaid=unpaid)
+
+    def _try_step(
+        self, model: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any], config: ToMeConfig
+    ) -> Decision | None:
+        """What is known of the times of whole steps, by copies of the model."""
+
+        def attach(made: nn.Module, judge: Judge) -> None:
+            PassAttachment(made, self.sampling.tried(config), judge=judge)
+
+        return decision_on_copies(model, x, args, kwargs, config, attach)
 
     def _joint(self, call: ModelCall) -> JointCall | None:
         """What lets queries keep their own tokens, None where they shall not."""

@@ -47,3 +47,10 @@ class Notes:
     def has_said(self, reason: str) -> bool:
         """Whether a line that was logged begins with this reason."""
         return any(message.startswith(reason) for message in self._said)
+
+
+class Silence(Notes):
+    """Of a step that is only tried: what becomes of its layers is told in the steps to come."""
+
+    def say(self, message: str, shown: bool = True) -> None:
+        pass

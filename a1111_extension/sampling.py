@@ -18,7 +18,7 @@ from ..shared_tome.inspect.record import CallRecord, Run, StepFacts
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.call import same_halves, shares_match
 from ..shared_tome.merging.residual import TWICE, ResidualCall, Residuals
-from .notes import Notes
+from .notes import Notes, Silence
 from .seeds import RowCursor, Rows, period, prompt_counts, rows_of_step
 
 
@@ -64,6 +64,10 @@ class Sampling:
         self._self_token_found = self_token_found
         if self.run is not None:
             self.run.images = len(self.seeds)
+
+    def tried(self, config: ToMeConfig) -> Sampling:
+        """One with other options of which nobody is told anything, for steps that are only tried."""
+        return Sampling(config, (0,), Silence())
 
     def begin_step(self, step: int, total: int, rows: int | None = None, cond: Any = None) -> None:
         """The sampler is about to call the model.

@@ -126,7 +126,7 @@ class DecisionLog:
         if self._changed:
             found.append(
                 f"{_listed(self._changed)} changed from merged to left alone, or back, in the midst of the run (a "
-                "first measurement failed): a run by its decisions gives another picture"
+                "first measurement failed, or a refiner differs): a run by its decisions gives another picture"
             )
         return found
 

@@ -55,9 +55,10 @@ def run_detached(block: nn.Module, x: Tensor) -> Callable[[], Any] | None:
 Rejoin = Callable[[nn.Module, nn.Module], bool]
 
 
-def detached_model(model: nn.Module, rejoin: Rejoin | None = None) -> nn.Module | None:
+def detached_model(model: nn.Module, rejoin: Rejoin | None = None, without: tuple[str, ...] = ()) -> nn.Module | None:
     """A copy of a whole model without hooks, which shares its parameters and buffers; for hosts that write into none.
 
+    without: attributes of the modules that the copies do not get, such as those by which a host would write into them.
     None where something else stands in the place of a module's forward, or where one that is not diffusers' own does an
     attention's work: it may keep what it sees.
     """
@@ -68,7 +69,7 @@ def detached_model(model: nn.Module, rejoin: Rejoin | None = None) -> nn.Module 
         if getattr(module, "_compiled_call_impl", None) is not None:
             return None
     try:
-        return _detached(model, lambda x: x, rejoin)
+        return _detached(model, lambda x: x, rejoin, without)
     except ValueError:
         return None
 
@@ -100,13 +101,22 @@ def _code(made: Any) -> str:
     return f"{made.__module__}.{getattr(made, '__qualname__', type(made).__qualname__)}"
 
 
-def _detached(module: nn.Module, taken: Callable[[Tensor], Tensor], rejoin: Rejoin | None = None) -> nn.Module:
-    """A copy without hooks; taken: what it gets for a parameter or buffer. Raises ValueError for another's forward."""
+def _detached(
+    module: nn.Module,
+    taken: Callable[[Tensor], Tensor],
+    rejoin: Rejoin | None = None,
+    without: tuple[str, ...] = (),
+) -> nn.Module:
+    """A copy without hooks; taken: what it gets for a parameter or buffer; without: see detached_model. Raises
+    ValueError for another's forward."""
     made = copy.copy(module)
     state = made.__dict__
-    state.pop("forward", None)  # the class's own, put back by a host: it is bound to the module copied from
+    # The first: the class's own, put back by a host; it is bound to the module copied from.
+    for name in ("forward", *without):
+        state.pop(name, None)
     state["_modules"] = {
-        name: child if child is None else _detached(child, taken, rejoin) for name, child in module._modules.items()
+        name: child if child is None else _detached(child, taken, rejoin, without)
+        for name, child in module._modules.items()
     }
     for kind in ("_parameters", "_buffers"):
         state[kind] = {name: x if x is None else taken(x) for name, x in module.__dict__[kind].items()}

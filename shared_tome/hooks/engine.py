@@ -146,6 +146,10 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         """A layer is left alone."""
         self.say(reason)
 
+    def leave_unpaid(self, reason: str, tokens: int, grid: Grid) -> None:
+        """Merging does not pay in a layer of so many tokens."""
+        self.leave(f"{reason}; ToMe skips layers of {tokens} tokens", grid)
+
     def leave_unserved(self, grid: Grid) -> None:
         """The options leave out the layers on a grid."""
 
@@ -216,7 +220,7 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         keeps_self = meets and (call.model.config.wants_heads or self.residual is not None)
         unpaid = self.why_not_paid(now, attn1, x, grid, meets and call.model.config.wants_heads)
         if unpaid is not None:
-            self.leave(f"{unpaid}; ToMe skips layers of {x.shape[1]} tokens", grid)
+            self.leave_unpaid(unpaid, x.shape[1], grid)
             call.layers_seen.leave(self, unpaid=True)
             return None
         return self.merge_attention(now, attn1, given, grid, keeps_self)

@@ -25,7 +25,7 @@ from . import gradio_double
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = re.search('^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
 # What autotune decides of its model on the CPU, where nothing is measured: in a picture of 16x16, and of 24x24.
-FIRST, SECOND = "+16x16/32/2 +8x8/64/2", "+24x24/32/2 +12x12/64/2"
+FIRST, SECOND = "+16x16 +16x16/32/2 +8x8/64/2", "+24x24 +24x24/32/2 +12x12/64/2"
 HIGHEST = 5.0  # noise level; levels fall evenly in the model's time
 
 

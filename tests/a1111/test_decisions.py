@@ -49,7 +49,9 @@ def test_a_text_makes_the_same_picture_on_another_gpu(any_host, tome, gpu, hires
     assert gpu.keys and not p.troubles
     read = _parse(p.processed.infotexts[0])
     assert read[LABEL] == (
-        f"-24x24/{first} -16x16/{first} +12x12/{second} +8x8/{second}" if hires else f"-16x16/{first} +8x8/{second}"
+        f"+24x24 -24x24/{first} +16x16 -16x16/{first} +12x12/{second} +8x8/{second}"
+        if hires
+        else f"+16x16 -16x16/{first} +8x8/{second}"
     )
     gpu.another(x8x8=False, x12x12=False)
     other, _ = any_host.generate([ON], enable_hr=hires)
@@ -69,6 +71,7 @@ def test_the_decisions_of_a_moving_ratio_are_told_for_each(host, tome, gpu, monk
     made, p = host.generate([options], steps=4)
     text = p.extra_generation_params[LABEL]
     assert text == (
+        "+16x16@0.3 +16x16@0.35 +16x16@0.45 +16x16@0.5 "
         "-16x16/32/2@0.3 -16x16/32/2@0.35 +16x16/32/2@0.45 +16x16/32/2@0.5 "
         "-8x8/64/2@0.3 -8x8/64/2@0.35 +8x8/64/2@0.45 +8x8/64/2@0.5"
     )
@@ -86,7 +89,7 @@ def test_an_older_text_without_decisions_asks_autotune(host, tome, gpu):
 
 
 def test_the_line_says_that_decisions_are_set(host, gpu, lines):
-    _, p = host.generate([{**ON, "decisions": "-16x16/32/2 +8x8/64/2"}])
+    _, p = host.generate([{**ON, "decisions": "+16x16 -16x16/32/2 +8x8/64/2"}])
     line = lines[-1]
     assert "level 1 (8x8): 64 to 32 tokens in 4 layers, in 3 of 3 steps, by the decisions that are set; left" in line
     assert "3 layers at level 0 (the decisions that are set leave it alone)" in line and not gpu.keys
@@ -94,12 +97,12 @@ def test_the_line_says_that_decisions_are_set(host, gpu, lines):
 
 
 def test_what_does_not_fit_is_said_once(host, gpu, lines):
-    _, p = host.generate([{**ON, "decisions": "+8x8/64/2 -8x8/640/8 +99x99/32/2"}], seeds=(1, 2), batch_size=1)
+    _, p = host.generate([{**ON, "decisions": "+16x16 +8x8/64/2 -8x8/640/8 +99x99/32/2"}], seeds=(1, 2), batch_size=1)
     unnamed = "decisions does not name 16x16/32/2, so this was decided here"
     absent = "decisions names 8x8/640/8, which this model does not have at this size"
     for note in (unnamed, absent):
         assert lines.count(f"[ToMe] {note}") == 1 and f"ToMe: {note}" in p.comments
-    assert p.extra_generation_params[LABEL] == "-16x16/32/2 +8x8/64/2"
+    assert p.extra_generation_params[LABEL] == "+16x16 -16x16/32/2 +8x8/64/2"
     assert not any("99x99" in line for line in lines), "of a size that was not made: another pass has it"
 
 
@@ -128,7 +131,7 @@ def test_named_levels_have_no_decisions(host, gpu):
 def test_an_interrupted_picture_tells_what_was_decided_by_then(host, gpu):
     host.interrupt_at = 1
     _, p = host.generate([ON], steps=8)
-    assert p.extra_generation_params[LABEL] == "-16x16/32/2 +8x8/64/2"
+    assert p.extra_generation_params[LABEL] == "+16x16 -16x16/32/2 +8x8/64/2"
 
 
 def test_a_layer_that_is_decided_otherwise_in_the_midst_of_a_run_is_said(host, gpu, lines, monkeypatch):
@@ -145,7 +148,7 @@ def test_a_layer_that_is_decided_otherwise_in_the_midst_of_a_run_is_said(host, g
     monkeypatch.setattr(layer, "measure", measure)
     _, p = host.generate([ON])
     assert sum("16x16/32/2 changed from merged to left alone, or back, in the midst" in line for line in lines) == 1
-    assert p.extra_generation_params[LABEL] == "-16x16/32/2 +8x8/64/2"
+    assert p.extra_generation_params[LABEL] == "+16x16 -16x16/32/2 +8x8/64/2"
 
 
 def test_a_bad_text_becomes_the_default(tome):

@@ -75,7 +75,7 @@ class _UNet(nn.Module):
 
     def __init__(self, tells):
         super().__init__()
-        self.tells = tells
+        self.tells, self.model_channels, self.channel_mult = tells, 32, (1, 1)
         self.into, self.back = nn.Conv2d(4, 32, 3, padding=1), nn.Conv2d(32, 4, 3, padding=1)
         self.blocks = nn.ModuleList([_Block(32, 4), _Block(32, 4)])
         self.down = nn.Conv2d(32, 32, 3, stride=2, padding=1)

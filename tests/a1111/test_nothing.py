@@ -140,7 +140,8 @@ def test_a_first_pass_that_merges_nothing(any_host, tome, lines, monkeypatch):
     assert seen == [{}]
     assert p.extra_generation_params == {
         "ToMe ratio": 0.0, "ToMe hires ratio": 0.5, "ToMe method": "sample", "ToMe min tokens": 300,
-        "ToMe own token": False, "ToMe decisions": f"+24x24/32/{4 if any_host.forge else 2}", "ToMe version": VERSION,
+        "ToMe own token": False, "ToMe decisions": f"+24x24 +24x24/32/{4 if any_host.forge else 2}",
+        "ToMe version": VERSION,
     }  # fmt: skip
     _one_line(lines, "hires pass: sample 0.5, level 0", p)
     again, _ = any_host.generate([tome.infotext.read(p.extra_generation_params)], enable_hr=True)
@@ -153,7 +154,8 @@ def test_a_hires_pass_that_merges_nothing(host, tome, lines, monkeypatch):
 
     monkeypatch.setattr(tome.block, "is_taken", _taken)
     _, p = host.generate([ON], enable_hr=True)
-    assert p.extra_generation_params == {**CLAIMED, "ToMe hires ratio": 0.0}
+    decided = f"{SECOND.split()[0]} {FIRST}"
+    assert p.extra_generation_params == {**CLAIMED, "ToMe hires ratio": 0.0, "ToMe decisions": decided}
     _one_line(lines, "hires pass: sample 0.5, nothing was merged; left alone", p)
 
 

@@ -192,7 +192,8 @@ def test_a_picture_that_kept_none_does_not_claim_it(host, tome, monkeypatch, lin
     host.tabs["txt2img"].scripts[0].__class__ = Script
     images, p = host.generate([ON], **request_)
     for text in (p.extra_generation_params, *before_hires):
-        decided = f"{SECOND.split()[0]} {FIRST.split()[0]} {SECOND.split()[1]} {FIRST.split()[1]}"
+        (step, *layers), (hires_step, *hires_layers) = FIRST.split(), SECOND.split()
+        decided = " ".join([hires_step, hires_layers[0], step, layers[0], hires_layers[1], layers[1]])
         hires = "enable_hr" in request_ and text is p.extra_generation_params
         assert text == {
             "ToMe ratio": 0.5, "ToMe method": "sample", "ToMe min tokens": 0, LABEL: False,

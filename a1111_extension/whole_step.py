@@ -1,0 +1,187 @@
+"""Whether merging pays in whole steps of a U-Net (shared_tome/autotune/step.py), in A1111 and in Forge and reForge.
+
+What is run is the model's own call without other extensions' hooks, patches and control networks, so nobody else sees a
+call more. Where another extension has replaced a part of the model itself, nothing is run.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..comfy_tome.unet_model import layers_of
+from ..shared_tome import ModelCall, ToMeConfig
+from ..shared_tome.autotune.detached import about_model, detached_model
+from ..shared_tome.autotune.paying import Decision, Given, Judge
+from ..shared_tome.autotune.step import decision_of, is_timed, rows_of, why_left_alone
+from ..shared_tome.autotune.store import RETRY, NotNow
+from ..shared_tome.core.grid import grid_at
+from ..shared_tome.hooks.guard import is_replaced
+from .sampling import Sampling
+
+# Whose code the hosts' models run: torch, the models' packages, the hosts themselves, A1111's own LoRA.
+_HOSTS = {"torch", "ldm", "sgm", "modules", "networks", "backend", "modules_forge", "ldm_patched"}
+# By what A1111's LoRA knows a layer, and what it keeps there: it writes networks into the weights on the way, by each
+# layer's own forward. A copy's weights are the model's, so a copy is to be none of its layers.
+_NETWORKS = ("network_layer_name", "network_current_names", "network_weights_backup", "network_bias_backup")
+# By what names Forge and reForge call their attention.
+_ATTENTIONS = ("attention_function", "optimized_attention")
+# What of a call's options tells the step, and is no extension's.
+_STEP = ("sample_sigmas", "sigmas")
+
+# Of autotune.step.decision_of.
+Both = Callable[[], tuple[Callable[[], Any], Callable[[Judge], Callable[[], Any]]]]
+# merged(x, options, run): run(options) with ToMe's options. x: the latent that is run.
+Merged = Callable[[Tensor, dict[str, Any], Callable[[dict[str, Any]], Any]], Any]
+
+
+class Steps:
+    """What is known of a model's steps in a sampling pass: asked for once of a kind, and again where it is not known.
+
+    sampling: the pass, which is told.
+    """
+
+    def __init__(self, sampling: Sampling):
+        self._sampling = sampling
+        self._known: dict[tuple, Decision | Given | None] = {}
+        self._until: dict[tuple, float] = {}  # when a kind is asked for again, by the monotonic clock
+
+    def judge(
+        self, call: ModelCall, model: nn.Module, x: Tensor, measured: Callable[[ToMeConfig], Decision | None]
+    ) -> tuple[Judge, str | None]:
+        """(judge of the call's layers, why none of them is merged or None), which is said once.
+
+        x: the latent. measured: what is known of steps that are merged by a config, see decision_on_copies and
+        decision_on_model; not asked where the options leave out all layers.
+        """
+        layers = layers_of(model)
+        if layers and not any(call.serves(grid_at(call.full, level)) for level, _, _ in layers):
+            return Judge(), None
+        kind = call.full, call.config.ratio, x.dtype
+        if time.monotonic() >= self._until.get(kind, 0.0):
+            config, log = call.config.replace(start=0.0, end=1.0, exact_every=0), self._sampling.decided
+            found = log.step(config, call.full)
+            if found is None and is_timed(config, x.device):
+                found = measured(config.replace(decisions=""))  # what is kept holds for other texts too
+            self._known[kind], self._until[kind] = found, time.monotonic() + (RETRY if found is None else math.inf)
+            log.made_step(config, call.full, found, found is None or found.pays())
+        found = self._known[kind]
+        if found is None or found.pays():
+            return Judge.of(found), None
+        reason = why_left_alone(found)
+        self._sampling.notes.say(f"{reason}; nothing is merged", shown=False)
+        return Judge.of(found), reason
+
+
+def decision_on_copies(
+    model: nn.Module,
+    x: Tensor,
+    args: tuple,
+    kwargs: dict[str, Any],
+    config: ToMeConfig,
+    attach: Callable[[nn.Module, Judge], Any],
+) -> Decision | None:
+    """What is known of the times of steps in A1111; None: not measured, or not to be.
+
+    Copies without hooks are run, which share the weights.
+
+    Args:
+        x, args, kwargs: of the model's call, x [B, C, H, W] among them, whose first row is what is run.
+        attach: puts ToMe's hooks on a copy, by a judge of its layers.
+    """
+
+    def copied() -> nn.Module:
+        made = detached_model(model, without=_NETWORKS)
+        if made is None:
+            raise NotNow("another extension works on the model itself")
+        return made
+
+    def both() -> tuple[Callable[[], Any], Callable[[Judge], Callable[[], Any]]]:
+        _refuse_anothers(model)
+        if any(weight.device != x.device for weight in model.parameters()):
+            raise NotNow("the model's weights are moved to the GPU in parts")
+        (given, named), whole = rows_of((args, kwargs), x.shape[0]), copied()
+
+        def merged(judge: Judge) -> Callable[[], Any]:
+            made = copied()
+            attach(made, judge)
+            return lambda: made(*given, **named)
+
+        return lambda: whole(*given, **named), merged
+
+    return _decision(model, x.dtype, x, config, both)
+
+
+def decision_on_model(
+    base: Any,
+    args: dict[str, Any],
+    config: ToMeConfig,
+    merged: Callable[[Judge], Merged],
+) -> Decision | None:
+    """The same for Forge and reForge, whose LoRA is in the weights already: the model itself is run.
+
+    Args:
+        base: what the patcher holds; args: of the host's model_function_wrapper.
+        merged: what calls the model with its layers merged, by a judge of them.
+    """
+    model, x = base.diffusion_model, args["input"]
+
+    def both() -> tuple[Callable[[], Any], Callable[[Judge], Callable[[], Any]]]:
+        if "apply_model" in vars(base):
+            raise NotNow("another extension stands in the place of the model's call")
+        _refuse_anothers(model, hooks=True)
+        options = args["c"].get("transformer_options", {})
+        c = {name: value for name, value in args["c"].items() if name not in ("control", "control_model")}
+        row, noise, c = rows_of((x, args["timestep"], c), x.shape[0])
+
+        def run(options: dict[str, Any]) -> Any:
+            return base.apply_model(row, noise, **{**c, "transformer_options": options})
+
+        def plain() -> dict[str, Any]:  # the model writes into it
+            return {name: options[name] for name in _STEP if name in options}
+
+        def less(judge: Judge) -> Callable[[], Any]:
+            call = merged(judge)
+            return lambda: call(row, plain(), run)
+
+        return lambda: run(plain()), less
+
+    return _decision(model, _dtype_of(base, x), x, config, both)
+
+
+def _decision(model: nn.Module, dtype: torch.dtype, x: Tensor, config: ToMeConfig, both: Both) -> Decision | None:
+    words = [about_model(model, x.device), *_attentions(model)]
+    opts = getattr(sys.modules.get("modules.shared"), "opts", None)
+    words += ["attention in float32"] if getattr(opts, "upcast_attn", False) else []
+    return decision_of(model, dtype, x.device, tuple(x.shape[-2:]), config, both, about=", ".join(words))
+
+
+def _dtype_of(base: Any, x: Tensor) -> torch.dtype:
+    """What a model of Forge, or else of reForge, computes in, whatever it is given."""
+    found = getattr(base, "computation_dtype", None) or getattr(base, "manual_cast_dtype", None)
+    return found or getattr(base.diffusion_model, "dtype", x.dtype)
+
+
+def _attentions(model: nn.Module) -> list[str]:
+    """What attends in Forge and reForge, which the codes of a model's layers do not tell."""
+    names = {type(module).__module__ for module in model.modules() if hasattr(module, "to_q")}
+    functions = (getattr(sys.modules.get(name), kind, None) for name in names for kind in _ATTENTIONS)
+    return sorted({f"{one.__module__}.{one.__qualname__}" for one in functions if hasattr(one, "__qualname__")})
+
+
+def _refuse_anothers(model: nn.Module, hooks: bool = False) -> None:
+    """Raises NotNow where a part of the model is not its class's own: it may count or keep what it sees. hooks: whether
+    a part with hooks is none either."""
+    for module in model.modules():
+        if is_replaced(module) or (hooks and (module._forward_hooks or module._forward_pre_hooks)):
+            raise NotNow(f"another extension works on the model's {type(module).__name__}")
+    for kind in {type(module) for module in model.modules()}:
+        code = getattr(kind.forward, "__module__", None) or ""
+        if code.partition(".")[0] not in _HOSTS | {kind.__module__.partition(".")[0]}:
+            raise NotNow(f"another extension stands in the place of {kind.__name__}'s forward")
