@@ -166,11 +166,16 @@ class PassAttachment:
         self, model: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any], config: ToMeConfig
     ) -> Decision | None:
         """What is known of the times of whole steps, by copies of the model."""
+        tried: list[PassAttachment] = []
 
         def attach(made: nn.Module, judge: Judge) -> None:
-            PassAttachment(made, self.sampling.tried(config), judge=judge)
+            tried.append(PassAttachment(made, self.sampling.tried(config), judge=judge))
 
-        return decision_on_copies(model, x, args, kwargs, config, attach)
+        try:
+            return decision_on_copies(model, x, args, kwargs, config, attach)
+        finally:
+            for one in tried:
+                one.detach()  # else copies and hooks hold each other, and with them the model's weights
 
     def _joint(self, call: ModelCall) -> JointCall | None:
         """What lets queries keep their own tokens, None where they shall not."""

@@ -176,12 +176,16 @@ def _attentions(model: nn.Module) -> list[str]:
 
 
 def _refuse_anothers(model: nn.Module, hooks: bool = False) -> None:
-    """Raises NotNow where a part of the model is not its class's own: it may count or keep what it sees. hooks: whether
-    a part with hooks is none either."""
+    """Raises NotNow where a part of the model, or its forward, is another extension's: it may count or keep what it
+    sees. hooks: whether a part with hooks counts as such."""
     for module in model.modules():
         if is_replaced(module) or (hooks and (module._forward_hooks or module._forward_pre_hooks)):
             raise NotNow(f"another extension works on the model's {type(module).__name__}")
+    hosts = _HOSTS | {_package(type(model))}
     for kind in {type(module) for module in model.modules()}:
-        code = getattr(kind.forward, "__module__", None) or ""
-        if code.partition(".")[0] not in _HOSTS | {kind.__module__.partition(".")[0]}:
-            raise NotNow(f"another extension stands in the place of {kind.__name__}'s forward")
+        if not {_package(kind), _package(kind.forward)} <= hosts:
+            raise NotNow(f"another extension works on the model's {kind.__name__}")
+
+
+def _package(made: Any) -> str:
+    return (getattr(made, "__module__", None) or "").partition(".")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
 
@@ -210,11 +211,29 @@ def replaced_class(monkeypatch, unet):
     return seen
 
 
-@pytest.mark.parametrize("what", ["forward", "class"])
+def added_part(unet):
+    """As an adapter brings parts of its own into the model."""
+
+    class Part(nn.Identity):
+        __module__ = "adapter"
+
+        def forward(self, x):
+            seen.append(1)
+            return x
+
+    unet.seen, seen = Part(), []
+    next(m for m in unet.modules() if hasattr(m, "attn1")).norm1.register_forward_hook(lambda m, a, out: unet.seen(out))
+    return seen
+
+
+@pytest.mark.parametrize("what", ["forward", "class", "part"])
 def test_where_another_extension_is_in_the_way_nothing_is_run(any_host, busy, monkeypatch, caplog, what):  # noqa: F811
     """The layers alone decide, as where steps wait."""
     unet = unet_of(any_host)
-    seen = replaced_forward(unet) if what == "forward" else replaced_class(monkeypatch, unet)
+    if what == "class":
+        seen = replaced_class(monkeypatch, unet)
+    else:
+        seen = replaced_forward(unet) if what == "forward" else added_part(unet)
     expected, _ = any_host.generate([{**ON, "decisions": decided(any_host, "+", "+", "-")}])
     before, seen[:] = len(seen), []
     found, p = any_host.generate([ON])
@@ -367,6 +386,19 @@ def test_a_step_short_of_memory_is_no_decision(any_host, busy, monkeypatch, capl
     monkeypatch.setattr(store.store_of(torch.device("cpu")), "_again", {})
     _, p = any_host.generate([ON])
     assert p.extra_generation_params[LABEL] == decided(any_host, "+", "+", "+")
+
+
+def test_nothing_of_a_tried_step_stays(host, tome, busy):
+    """Copies share the model's weights, which another checkpoint is to replace."""
+    weight = unet_of(host).out[-1].weight
+    gc.collect()
+    gc.disable()
+    try:
+        host.generate([ON])
+        assert busy.ways and not tome.hooks._attached
+        assert sum(type(one) is dict for one in gc.get_referrers(weight)) == 1, "the model's own"
+    finally:
+        gc.enable()
 
 
 def test_a_refiner_is_asked_for_itself(host, busy):
