@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import types
+from collections import Counter
 
 import pytest
 import torch
@@ -76,13 +77,25 @@ def test_a_step_that_does_not_pay_is_left_alone_and_says_so_once(any_host, steps
     assert sum(said in line and "nothing is merged" in line for line in lines) == 1
 
 
-def test_the_hooks_go_where_a_step_does_not_pay(host, steps):
+@pytest.mark.parametrize("set_", [{}, {"decisions": "-16x16"}], ids=["measured", "set, beside HyperTile"])
+def test_the_hooks_go_where_a_step_does_not_pay(host, steps, set_):
     unet, hooks = unet_of(host), []
+    if set_:
+        _use_hypertile(unet, True)
     unet.register_forward_hook(lambda module, *_: hooks.append(models.count_hooks(module)))
-    host.generate([ON])
+    host.generate([{**ON, **set_}])
     few = 1 + 2  # this one, and those that make the state of each call
     assert len(hooks) == 3 and hooks[0] > few and hooks[-1] == few, "the first call is reported"
     assert models.count_hooks(unet) == 1
+
+
+def test_on_forge_the_patches_go_where_a_step_does_not_pay(any_host, steps):  # noqa: F811
+    if not any_host.forge:
+        pytest.skip("AUTOMATIC1111 has none")
+    hooks = []
+    unet_of(any_host).register_forward_hook(lambda module, *_: hooks.append(models.count_hooks(module)))
+    any_host.generate([{**ON, "decisions": "-16x16"}])
+    assert len(hooks) == 3 and hooks[0] > 1 and hooks[1:] == [1, 1], "the first call is reported"
 
 
 def test_a_busy_step_merges_all_layers_that_save_gpu_time(any_host, busy, lines):  # noqa: F811
@@ -123,6 +136,8 @@ def test_each_size_and_ratio_is_asked_for_once(any_host, busy):  # noqa: F811
     any_host.generate([ON], seeds=(1, 2), batch_size=1, enable_hr=True)
     count = len(busy.ways)
     assert count == 2 * len(CALLS["three ways"])
+    asked = sum(key.startswith("a step of") for key in busy.keys)
+    assert asked == 4, "once in each pass"
     any_host.opts.data["batch_cond_uncond"] = False  # prompts and negatives in calls of their own
     any_host.generate([ON], seeds=(1, 2), batch_size=2, enable_hr=True)
     assert len(busy.ways) == count, "the rows of a call are no part of it"
@@ -386,6 +401,24 @@ def test_a_step_short_of_memory_is_no_decision(any_host, busy, monkeypatch, capl
     monkeypatch.setattr(store.store_of(torch.device("cpu")), "_again", {})
     _, p = any_host.generate([ON])
     assert p.extra_generation_params[LABEL] == decided(any_host, "+", "+", "+")
+
+
+def test_a_step_that_turns_out_busy_later_has_all_its_hooks(any_host, tome, busy, monkeypatch):  # noqa: F811
+    """Its first measurement failed, so the small layers' blocks did without."""
+    store, step, seconds, calls = part("store"), part("step"), part("timing").seconds, []
+
+    def full_at_first(call, device):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return seconds(call, device)
+
+    monkeypatch.setattr(step.timing, "seconds", full_at_first)
+    for module in (store, sys.modules[tome.hooks.Steps.__module__]):
+        monkeypatch.setattr(module, "RETRY", 0.0)
+    any_host.generate([ON])
+    large, small = (1, 1) if any_host.forge else (3, 4)
+    assert Counter(busy.merged) == {(16, 16): 2 * large, (8, 8): 2 * small}, "in the second call and the third"
 
 
 def test_nothing_of_a_tried_step_stays(host, tome, busy):

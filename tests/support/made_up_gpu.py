@@ -72,7 +72,7 @@ class MadeUpSteps(MadeUpTimes):
 
     gpu_ms, cpu_ms: of an unmerged step; saves_ms, costs_ms: of one merged layer, on the GPU and of the processor.
     waiting: grids of layers in whose blocks the processor takes longer than the GPU. ways: the steps that were timed,
-    by the smallest grid that was merged.
+    by the smallest grid that was merged. merged: the grids of layers that were merged since a step was timed.
     """
 
     def __init__(self, monkeypatch: Any, folder: Path, store: Any, layer: Any, decisions: Any, step: Any):
@@ -80,12 +80,12 @@ class MadeUpSteps(MadeUpTimes):
         self.gpu_ms, self.cpu_ms, self.saves_ms, self.costs_ms = 200.0, 100.0, 5.0, 1.0
         self.waiting: set[tuple[int, ...]] = set()
         self.ways: list[str] = []
-        self._merged: list[tuple[int, ...]] = []
+        self.merged: list[tuple[int, ...]] = []
         attention = decisions.ModelCall.attention
 
         def counted(call: Any, q: Any, k: Any, v: Any, grid: tuple[int, ...], **given: Any) -> Any:
             made = attention(call, q, k, v, grid, **given)
-            self._merged += [] if made is None else [grid]
+            self.merged += [] if made is None else [grid]
             return made
 
         def measure(case: Any, *_: Any) -> Any:
@@ -100,9 +100,9 @@ class MadeUpSteps(MadeUpTimes):
         monkeypatch.setattr(step.timing, "seconds", self._seconds)
 
     def _seconds(self, call: Any, device: Any) -> float:
-        self._merged.clear()
+        self.merged.clear()
         call()
-        count = len(self._merged)
-        least = min(self._merged, default=None)
+        count = len(self.merged)
+        least = min(self.merged, default=None)
         self.ways.append("whole" if least is None else f"from {'x'.join(map(str, least))}")
         return 1e-3 * max(self.gpu_ms - count * self.saves_ms, self.cpu_ms + count * self.costs_ms)
