@@ -19,7 +19,7 @@ from ..comfy_tome.unet_model import layers_of
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.autotune.detached import about_model, detached_model
 from ..shared_tome.autotune.paying import Decision, Given, Judge
-from ..shared_tome.autotune.step import decision_of, is_timed, rows_of, why_left_alone
+from ..shared_tome.autotune.step import Ways, decision_of, is_timed, rows_of, why_left_alone
 from ..shared_tome.autotune.store import RETRY, NotNow
 from ..shared_tome.core.grid import grid_at
 from ..shared_tome.hooks.guard import is_replaced
@@ -35,8 +35,6 @@ _ATTENTIONS = ("attention_function", "optimized_attention")
 # What of a call's options tells the step, and is no extension's.
 _STEP = ("sample_sigmas", "sigmas")
 
-# Of autotune.step.decision_of.
-Both = Callable[[], tuple[Callable[[], Any], Callable[[Judge], Callable[[], Any]]]]
 # merged(x, options, run): run(options) with ToMe's options. x: the latent that is run.
 Merged = Callable[[Tensor, dict[str, Any], Callable[[dict[str, Any]], Any]], Any]
 
@@ -102,7 +100,7 @@ def decision_on_copies(
             raise NotNow("another extension works on the model itself")
         return made
 
-    def both() -> tuple[Callable[[], Any], Callable[[Judge], Callable[[], Any]]]:
+    def both() -> Ways:
         _refuse_anothers(model)
         if any(weight.device != x.device for weight in model.parameters()):
             raise NotNow("the model's weights are moved to the GPU in parts")
@@ -132,7 +130,7 @@ def decision_on_model(
     """
     model, x = base.diffusion_model, args["input"]
 
-    def both() -> tuple[Callable[[], Any], Callable[[Judge], Callable[[], Any]]]:
+    def both() -> Ways:
         if "apply_model" in vars(base):
             raise NotNow("another extension stands in the place of the model's call")
         _refuse_anothers(model, hooks=True)
@@ -155,7 +153,9 @@ def decision_on_model(
     return _decision(model, _dtype_of(base, x), x, config, both)
 
 
-def _decision(model: nn.Module, dtype: torch.dtype, x: Tensor, config: ToMeConfig, both: Both) -> Decision | None:
+def _decision(
+    model: nn.Module, dtype: torch.dtype, x: Tensor, config: ToMeConfig, both: Callable[[], Ways]
+) -> Decision | None:
     words = [about_model(model, x.device), *_attentions(model)]
     opts = getattr(sys.modules.get("modules.shared"), "opts", None)
     words += ["attention in float32"] if getattr(opts, "upcast_attn", False) else []

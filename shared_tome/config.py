@@ -311,10 +311,8 @@ class ToMeConfig:
     @property
     def ratio_cap(self) -> float:
         """The highest ratio that the method can reach on a grid that divides by the stride."""
-        if self.method == "multires":
-            return 1.0 - 1.0 / QUARTER
         if self.samples:
-            return 1.0 - 1.0 / MAX_RUN
+            return 1.0 - 1.0 / (QUARTER if self.method == "multires" else MAX_RUN)
         if self.kind.matches and self.partition == "alternate":
             return 0.5
         return 1.0 - 1.0 / (self.stride[0] * self.stride[1])
