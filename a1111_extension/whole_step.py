@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..comfy_tome.model_call import step_of_options
 from ..comfy_tome.unet_model import layers_of
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.autotune.detached import about_model, detached_model
@@ -32,8 +33,6 @@ _HOSTS = {"torch", "ldm", "sgm", "modules", "networks", "backend", "modules_forg
 _NETWORKS = ("network_layer_name", "network_current_names", "network_weights_backup", "network_bias_backup")
 # By what names Forge and reForge call their attention.
 _ATTENTIONS = ("attention_function", "optimized_attention")
-# What of a call's options tells the step, and is no extension's.
-_STEP = ("sample_sigmas", "sigmas")
 
 # merged(x, options, run): run(options) with ToMe's options. x: the latent that is run.
 Merged = Callable[[Tensor, dict[str, Any], Callable[[dict[str, Any]], Any]], Any]
@@ -141,14 +140,11 @@ def decision_on_model(
         def run(options: dict[str, Any]) -> Any:
             return base.apply_model(row, noise, **{**c, "transformer_options": options})
 
-        def plain() -> dict[str, Any]:  # the model writes into it
-            return {name: options[name] for name in _STEP if name in options}
-
         def less(judge: Judge) -> Callable[[], Any]:
             call = merged(judge)
-            return lambda: call(row, plain(), run)
+            return lambda: call(row, step_of_options(options), run)
 
-        return lambda: run(plain()), less
+        return lambda: run(step_of_options(options)), less  # anew each time: the model writes into it
 
     return _decision(model, _dtype_of(base, x), x, config, both)
 

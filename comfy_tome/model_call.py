@@ -19,6 +19,11 @@ APPLY_MODEL = "apply_model"  # comfy.patcher_extension.WrappersMP.APPLY_MODEL
 DIFFUSION_MODEL = "diffusion_model"  # comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
 
 
+def step_of_options(options: dict[str, Any]) -> dict[str, Any]:
+    """What of a call's transformer_options tells the step, and is no node's."""
+    return {name: options[name] for name in ("sample_sigmas", "sigmas") if name in options}
+
+
 def find_options(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """apply_model(x, t, c_concat, c_crossattn, control, transformer_options): by place or by name."""
     if len(args) > 3:

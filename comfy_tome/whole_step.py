@@ -19,11 +19,9 @@ from ..shared_tome.autotune.store import NotNow
 from ..shared_tome.core.grid import Grid
 from ..shared_tome.hooks.guard import is_replaced
 from .chosen import Chosen
-from .model_call import find_options, put_options
+from .model_call import find_options, put_options, step_of_options
 from .unet_model import dtype_of
 
-# What of a call's options tells the step, and is no node's.
-_STEP = ("sample_sigmas", "sigmas")
 # Where apply_model(x, t, ...) has its control network among what comes after t.
 _CONTROL = 2
 
@@ -55,8 +53,7 @@ def decision_on_step(
 
     def both() -> Ways:
         _refuse_anothers(base_model)
-        plain = {name: value for name, value in find_options(args, kwargs)[1].items() if name in _STEP}
-        plain.update(chosen.options)
+        plain = {**step_of_options(find_options(args, kwargs)[1]), **chosen.options}
         given, named = put_options(args, kwargs, {})
         given = tuple(None if at == _CONTROL else value for at, value in enumerate(given))
         named = {name: value for name, value in named.items() if name != "control"}

@@ -13,7 +13,7 @@ from support.made_up_gpu import MadeUpSteps
 from torch import nn
 
 from . import models
-from .test_decisions import LABEL, part, same
+from .test_decisions import LABEL, lines, part, same  # noqa: F401
 from .test_forge import _hooks
 from .test_generation import _use_hypertile
 from .test_nothing import any_host  # noqa: F401
@@ -37,14 +37,6 @@ def busy(steps):
     """A GPU that is busy all the time: what small layers take the processor does not show."""
     steps.gpu_ms, steps.cpu_ms = 200.0, 50.0
     return steps
-
-
-@pytest.fixture
-def lines(tome, monkeypatch):
-    """What the log gets."""
-    found = []
-    monkeypatch.setattr(tome.notes.logger, "info", lambda text, *args: found.append(text % args if args else text))
-    return found
 
 
 def decided(host, step, large, small, size=16):

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from support.made_up_gpu import MadeUpGPU
+from support.made_up_gpu import MadeUpGPU, StepTimes
 
 from . import dit_host
 from .dit_host import SMALL
@@ -23,23 +23,18 @@ LEFT, MERGED = "-8x12", "+8x12 +8x12/64/2/256"
 CHANGE = ". To change that: make a larger picture; levels other than auto are always merged"
 
 
-class MadeUpTransformers(MadeUpGPU):
-    """Steps take the longer of the GPU's time and the processor's, by the attentions that are merged in them.
-
-    gpu_ms, cpu_ms: of an unmerged step; saves_ms, costs_ms: of one merged attention, on the GPU and of the processor.
-    ways: how many were merged in each step that was timed. outs: what the steps gave, whole and merged.
-    """
+class MadeUpTransformers(StepTimes, MadeUpGPU):
+    """merged: the attentions; a way is how many were merged."""
 
     def __init__(self, monkeypatch, folder):
         whole_step, call = pack_module("whole_step"), pack_module("dit_call")
         step_auto = sys.modules[whole_step.decision_of.__module__]
         store = sys.modules[sys.modules[step_auto.known_or_measured.__module__].store_of.__module__]
         super().__init__(monkeypatch, folder, store)
-        self.gpu_ms, self.cpu_ms, self.saves_ms, self.costs_ms = 100.0, 95.0, 5.0, 8.0
-        self.ways, self.outs, self._merged, serve = [], [], [], call.TransformerCall._serve
+        serve = call.TransformerCall._serve
 
         def counted(*given):
-            self._merged.append(1)
+            self.merged.append(1)
             return serve(*given)
 
         def compared(whole, merged, device):
@@ -48,19 +43,7 @@ class MadeUpTransformers(MadeUpGPU):
         monkeypatch.setattr(call.TransformerCall, "_serve", counted)
         monkeypatch.setattr(call, "compared", compared)
         monkeypatch.setattr(pack_module("dit_auto"), "measures", lambda config, *_: config.levels == "auto")
-        monkeypatch.setattr(step_auto, "may_measure", lambda device: True)
-        monkeypatch.setattr(step_auto.timing, "seconds_of_one", lambda call, device: call() is None)
-        monkeypatch.setattr(step_auto.timing, "seconds", self._seconds)
-
-    def _seconds(self, call, device):
-        self._merged.clear()
-        self.outs.append(call())
-        self.ways.append(len(self._merged))
-        return 1e-3 * max(self.gpu_ms - self.ways[-1] * self.saves_ms, self.cpu_ms + self.ways[-1] * self.costs_ms)
-
-    @property
-    def steps(self):
-        return [key for key in self.keys if key.startswith("a step")]
+        self.time_steps(monkeypatch, step_auto)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from support.made_up_gpu import MadeUpGPU
+from support.made_up_gpu import MadeUpGPU, StepTimes
 
 import shared_tome
 from shared_tome import ModelCall, ToMeConfig, decisions_of
@@ -40,21 +40,16 @@ def patched(model, **options):
     return shared_tome.apply_patch(model, config=ToMeConfig(**{**OPTIONS, **options}))
 
 
-class MadeUpTransformers(MadeUpGPU):
-    """Steps take the longer of the GPU's time and the processor's, by the attentions that are merged in them.
-
-    gpu_ms, cpu_ms: of an unmerged step; saves_ms, costs_ms: of one merged attention, on the GPU and of the processor.
-    ways: how many were merged in each step that was timed.
-    """
+class MadeUpTransformers(StepTimes, MadeUpGPU):
+    """merged: the attentions; a way is how many were merged."""
 
     def __init__(self, monkeypatch, folder):
         super().__init__(monkeypatch, folder, store)
-        self.gpu_ms, self.cpu_ms, self.saves_ms, self.costs_ms = 100.0, 95.0, 5.0, 8.0
-        self.ways, self._merged, plan = [], [], ModelCall.plan
+        plan = ModelCall.plan
 
         def counted(call, *given):
             made = plan(call, *given)
-            self._merged += [] if made is None else [1]
+            self.merged += [] if made is None else [1]
             return made
 
         def measures(config, grid, device):
@@ -66,19 +61,7 @@ class MadeUpTransformers(MadeUpGPU):
         monkeypatch.setattr(ModelCall, "plan", counted)
         monkeypatch.setattr(joint_autotune, "measures", measures)
         monkeypatch.setattr(joint_autotune, "compared", compared)
-        monkeypatch.setattr(step_auto, "may_measure", lambda device: True)
-        monkeypatch.setattr(step_auto.timing, "seconds_of_one", lambda call, device: call() is None)
-        monkeypatch.setattr(step_auto.timing, "seconds", self._seconds)
-
-    def _seconds(self, call, device):
-        self._merged.clear()
-        call()
-        self.ways.append(len(self._merged))
-        return 1e-3 * max(self.gpu_ms - self.ways[-1] * self.saves_ms, self.cpu_ms + self.ways[-1] * self.costs_ms)
-
-    @property
-    def steps(self):
-        return [key for key in self.keys if key.startswith("a step")]
+        self.time_steps(monkeypatch, step_auto)
 
 
 @pytest.fixture
@@ -185,14 +168,9 @@ def test_not_timed(gpu, monkeypatch, what):
     elif what == "training":
         model.train()
     elif what == "forward":
-        kept = block.ff.forward
-        block.ff.forward = lambda *args, **kwargs: kept(*args, **kwargs)
+        models.put_forward(block.ff)
     elif what == "attention":
-
-        class Keeps(type(block.attn.processor)):
-            """As those that collect maps: in a module that is not diffusers'."""
-
-        block.attn.set_processor(Keeps())
+        models.put_processor(block.attn)
     else:
         monkeypatch.setattr(step_auto, "may_measure", layer.may_measure)
     gpu.saves_ms, gpu.costs_ms = 5, 1

@@ -67,20 +67,55 @@ class MadeUpTimes(MadeUpGPU):
         self.pays = {tuple(map(int, name[1:].split("x"))): did for name, did in pays.items()}
 
 
-class MadeUpSteps(MadeUpTimes):
-    """A GPU whose steps take the longer of its own time and the processor's, by the layers that are merged in them.
+class StepTimes:
+    """Steps take the longer of the GPU's time and the processor's, by what is merged in them.
 
     gpu_ms, cpu_ms: of an unmerged step; saves_ms, costs_ms: of one merged layer, on the GPU and of the processor.
-    waiting: grids of layers in whose blocks the processor takes longer than the GPU. ways: the steps that were timed,
-    by the smallest grid that was merged. merged: the grids of layers that were merged since a step was timed.
+    merged: what was merged since a step was timed, an entry a layer. ways: of each step that was timed, how it was run;
+    outs: what it gave.
     """
+
+    gpu_ms, cpu_ms, saves_ms, costs_ms = 100.0, 95.0, 5.0, 8.0
+
+    def time_steps(self, monkeypatch: Any, step: Any) -> None:
+        """step: autotune.step of the package under test."""
+        self.merged: list[Any] = []
+        self.ways: list[Any] = []
+        self.outs: list[Any] = []
+        monkeypatch.setattr(step, "may_measure", lambda device: True)
+        monkeypatch.setattr(step.timing, "seconds_of_one", lambda call, device: call() is None)
+        monkeypatch.setattr(step.timing, "seconds", self._seconds)
+
+    @property
+    def way(self) -> Any:
+        """How the step that ends now was run."""
+        return len(self.merged)
+
+    @property
+    def steps(self) -> list[str]:
+        """The steps that were asked for."""
+        return [key for key in self.keys if key.startswith("a step")]
+
+    def _seconds(self, call: Any, device: Any) -> float:
+        self.merged.clear()
+        self.outs.append(call())
+        self.ways.append(self.way)
+        count = len(self.merged)
+        return 1e-3 * max(self.gpu_ms - count * self.saves_ms, self.cpu_ms + count * self.costs_ms)
+
+
+class MadeUpSteps(StepTimes, MadeUpTimes):
+    """A GPU that has times for the steps of U-Nets and for their layers.
+
+    waiting: grids of layers in whose blocks the processor takes longer than the GPU. merged: the grids of layers; a way
+    is the smallest that was merged.
+    """
+
+    gpu_ms, cpu_ms, costs_ms = 200.0, 100.0, 1.0
 
     def __init__(self, monkeypatch: Any, folder: Path, store: Any, layer: Any, decisions: Any, step: Any):
         super().__init__(monkeypatch, folder, store, layer, decisions)
-        self.gpu_ms, self.cpu_ms, self.saves_ms, self.costs_ms = 200.0, 100.0, 5.0, 1.0
         self.waiting: set[tuple[int, ...]] = set()
-        self.ways: list[str] = []
-        self.merged: list[tuple[int, ...]] = []
         attention = decisions.ModelCall.attention
 
         def counted(call: Any, q: Any, k: Any, v: Any, grid: tuple[int, ...], **given: Any) -> Any:
@@ -95,14 +130,9 @@ class MadeUpSteps(MadeUpTimes):
 
         monkeypatch.setattr(decisions.ModelCall, "attention", counted)
         monkeypatch.setattr(layer, "measure", measure)
-        monkeypatch.setattr(step, "may_measure", lambda device: True)
-        monkeypatch.setattr(step.timing, "seconds_of_one", lambda call, device: call() is None)
-        monkeypatch.setattr(step.timing, "seconds", self._seconds)
+        self.time_steps(monkeypatch, step)
 
-    def _seconds(self, call: Any, device: Any) -> float:
-        self.merged.clear()
-        call()
-        count = len(self.merged)
+    @property
+    def way(self) -> str:
         least = min(self.merged, default=None)
-        self.ways.append("whole" if least is None else f"from {'x'.join(map(str, least))}")
-        return 1e-3 * max(self.gpu_ms - count * self.saves_ms, self.cpu_ms + count * self.costs_ms)
+        return "whole" if least is None else f"from {'x'.join(map(str, least))}"
