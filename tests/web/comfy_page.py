@@ -154,7 +154,10 @@ class ComfyPage:
 
     def clear(self) -> None:
         """A new, empty workflow."""
-        self.page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+        # Kept by the page while it is waited for: a browser may collect a promise that a test alone waits for.
+        new = "window.blank = app.extensionManager.command.execute('Comfy.NewBlankWorkflow')"
+        self.page.evaluate(f"{new}.then(() => {{ window.isBlank = true }}); window.isBlank = false")
+        self.wait("window.isBlank")
         self._wait_for_types([])
 
     def run(self, shown_in: str) -> None:
