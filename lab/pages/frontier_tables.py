@@ -11,7 +11,7 @@ from shared_tome.methods import PRESETS
 from ..fidelity.methods import UNMERGED
 from ..fidelity.rivals import AGAIN, EXACT
 from ..store import RESULTS, Row, markdown, read
-from .fidelity_tables import CELLS, percent
+from .fidelity_tables import CELLS, MODELS, percent
 from .frontier_times import PLACES, Place, best, between, calls_of, frontier_rows
 
 HELD = ("outputs reused", "attention held", "drawn between", "drawn + residual", "drawn from 0.2")
@@ -95,7 +95,7 @@ def _farness(row: Row) -> float:
 
 def steps(folder: Path = RESULTS / "fidelity") -> str:
     """Every number of steps, a column a model, from steps-MODEL.csv."""
-    found = {path.stem.partition("-")[2]: read(path) for path in sorted(folder.glob("steps-*.csv"))}
+    found = {name: read(path) for name in MODELS if (path := folder / f"steps-{name}.csv").exists()}
     if not found:
         return ""
     fewer = {name: {int(row["steps"]): row for row in rows if row["family"] == FEWER} for name, rows in found.items()}
