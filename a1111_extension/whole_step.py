@@ -6,9 +6,7 @@ call more. Where another extension has replaced a part of the model itself, noth
 
 from __future__ import annotations
 
-import math
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +17,12 @@ from ..comfy_tome.model_call import step_of_options
 from ..comfy_tome.unet_model import layers_of
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.autotune.detached import about_model, detached_model
-from ..shared_tome.autotune.paying import Decision, Given, Judge
-from ..shared_tome.autotune.step import Ways, decision_of, is_timed, rows_of, why_left_alone
-from ..shared_tome.autotune.store import RETRY, NotNow
+from ..shared_tome.autotune.paying import Decision, Judge
+from ..shared_tome.autotune.step import Ways, decision_of, is_timed, rows_of
+from ..shared_tome.autotune.store import NotNow
+from ..shared_tome.autotune.verdicts import Verdict, Verdicts, verdict_of
 from ..shared_tome.core.grid import grid_at
-from ..shared_tome.hooks.guard import is_replaced
+from ..shared_tome.hooks.guard import anothers_part
 from .sampling import Sampling
 
 # Whose code the hosts' models run: torch, the models' packages, the hosts themselves, A1111's own LoRA.
@@ -45,9 +44,7 @@ class Steps:
     """
 
     def __init__(self, sampling: Sampling):
-        self._sampling = sampling
-        self._known: dict[tuple, Decision | Given | None] = {}
-        self._until: dict[tuple, float] = {}  # when a kind is asked for again, by the monotonic clock
+        self._sampling, self._verdicts = sampling, Verdicts()
 
     def judge(
         self, call: ModelCall, model: nn.Module, x: Tensor, measured: Callable[[ToMeConfig], Decision | None]
@@ -60,20 +57,17 @@ class Steps:
         layers = layers_of(model)
         if layers and not any(call.serves(grid_at(call.full, level)) for level, _, _ in layers):
             return Judge(), None
-        kind = call.full, call.config.ratio, x.dtype
-        if time.monotonic() >= self._until.get(kind, 0.0):
-            config, log = call.config.replace(start=0.0, end=1.0, exact_every=0), self._sampling.decided
-            found = log.step(config, call.full)
-            if found is None and is_timed(config, x.device):
-                found = measured(config.replace(decisions=""))  # what is kept holds for other texts too
-            self._known[kind], self._until[kind] = found, time.monotonic() + (RETRY if found is None else math.inf)
-            log.made_step(config, call.full, found, found is None or found.pays())
-        found = self._known[kind]
-        if found is None or found.pays():
-            return Judge.of(found), None
-        reason = why_left_alone(found)
-        self._sampling.notes.say(f"{reason}; nothing is merged", shown=False)
-        return Judge.of(found), reason
+
+        def timed(config: ToMeConfig) -> Decision | None:
+            return measured(config) if is_timed(config, x.device) else None
+
+        def ask() -> Verdict:
+            return verdict_of(self._sampling.decided, call.config, call.full, timed)
+
+        verdict = self._verdicts.of((call.full, call.config.ratio, x.dtype), ask)
+        if verdict.unpaid is not None:
+            self._sampling.notes.say(f"{verdict.unpaid}; nothing is merged", shown=False)
+        return verdict.judge, verdict.unpaid
 
 
 def decision_on_copies(
@@ -174,9 +168,8 @@ def _attentions(model: nn.Module) -> list[str]:
 def _refuse_anothers(model: nn.Module, hooks: bool = False) -> None:
     """Raises NotNow where a part of the model, or its forward, is another extension's: it may count or keep what it
     sees. hooks: whether a part with hooks counts as such."""
-    for module in model.modules():
-        if is_replaced(module) or (hooks and (module._forward_hooks or module._forward_pre_hooks)):
-            raise NotNow(f"another extension works on the model's {type(module).__name__}")
+    if (part := anothers_part(model, hooks)) is not None:
+        raise NotNow(f"another extension works on the model's {type(part).__name__}")
     hosts = _HOSTS | {_package(type(model))}
     for kind in {type(module) for module in model.modules()}:
         if not {_package(kind), _package(kind.forward)} <= hosts:

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..shared_tome import ModelCall, ToMeConfig, kernels
 from ..shared_tome.autotune.layer import ALWAYS
 from ..shared_tome.autotune.paying import Decision, Judge
-from ..shared_tome.autotune.step import tokens_beside, why_left_alone
+from ..shared_tome.autotune.step import tokens_beside
+from ..shared_tome.autotune.verdicts import verdict_of
 from ..shared_tome.inspect.reasons import why_not_served
 from .chosen import Chosen
 from .dit import DiTCall, TriedDiTCall
@@ -122,22 +123,22 @@ class DiTPatch:
                 record.left_alone(reason, facts.name, layout.grid)
             return None
         record = None if record is None or record.run.compiled else record
-        paid = outcome.decided.step(config, layout.grid)
-        if paid is None and not compiled:
-            paid = _decision_on_step(called, facts, layout, options, config, chosen)
-        unpaid = None if paid is None or paid.pays() else why_left_alone(paid)
-        if paid is not None or not compiled:
-            outcome.decided.made_step(config, layout.grid, paid, unpaid is None)
+
+        def measured(config: ToMeConfig) -> Decision | None:
+            return None if compiled else _decision_on_step(called, facts, layout, options, config, chosen)
+
+        verdict = verdict_of(outcome.decided, config, layout.grid, measured, is_told=not compiled)
+        unpaid = verdict.unpaid
         if unpaid is not None and compiled:
             leave_alone(record, unpaid, facts.name, grid=layout.grid, outcome=outcome)
             return None
         if unpaid is not None and record is None and outcome.knows(layout.grid):
             return None  # a call before this one has told what becomes of its layers
-        if unpaid is None and isinstance(paid, Decision) and paid.merged_us > 0.0:  # else no merged step was run
-            outcome.measured(paid.full_us / paid.merged_us)
+        if verdict.speedup is not None:
+            outcome.measured(verdict.speedup)
         step, alike = draw_of(options, x.device, base), halves_alike(options, x, config)
         call = ModelCall(config, layout.grid, x.device, step=step, alike=alike)
-        judged = Judge.of(paid), unpaid
+        judged = verdict.judge, unpaid
         return DiTCall(call, facts, layout, options, record, self.by_times, outcome, compiled, chosen, *judged)
 
 

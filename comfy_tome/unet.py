@@ -21,7 +21,7 @@ from ..shared_tome.attention.bias import attend_tokens, minds_scale
 from ..shared_tome.autotune.decisions import Decisions
 from ..shared_tome.autotune.layer import ROWS, Attention
 from ..shared_tome.autotune.paying import Decision, Judge
-from ..shared_tome.autotune.step import why_left_alone
+from ..shared_tome.autotune.verdicts import verdict_of
 from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.core.grid import grid_at
 from ..shared_tome.inspect.reasons import NO_WHOLE_TOKEN, why_not_served
@@ -110,18 +110,19 @@ class UNetPatch:
 
         if leaves_alone(Judge(waits=False)):  # whatever its step takes
             return executor(x, t, *args, **kwargs)
-        unpaid, paid = None, log.step(config, full)
-        if paid is None and not compiled and base is not model:
-            paid = _decision_on_step(base, x, t, args, kwargs, config, chosen, *host)
-        judge = Judge.of(paid)
+
+        def measured(config: ToMeConfig) -> Decision | None:
+            if compiled or base is model:
+                return None
+            return _decision_on_step(base, x, t, args, kwargs, config, chosen, *host)
+
+        verdict = verdict_of(log, config, full, measured)
+        judge, unpaid = verdict.judge, verdict.unpaid
         if judge.waits and leaves_alone(judge):
             return executor(x, t, *args, **kwargs)
         recorded = None if record is None or record.run.compiled else record
-        if paid is not None and not paid.pays():
-            unpaid = why_left_alone(paid)
-        elif isinstance(paid, Decision) and paid.merged_us > 0.0:  # else no merged step was run
-            outcome.measured(paid.full_us / paid.merged_us)
-        log.made_step(config, full, paid, unpaid is None)
+        if verdict.speedup is not None:
+            outcome.measured(verdict.speedup)
         if unpaid is not None and recorded is None:
             leave_alone(None, unpaid, f"{x.shape[-2]}x{x.shape[-1]}", "nothing is merged", outcome=outcome)
             return executor(x, t, *args, **kwargs)

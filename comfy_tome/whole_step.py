@@ -17,7 +17,7 @@ from ..shared_tome.autotune.paying import Decision, Judge
 from ..shared_tome.autotune.step import Ways, decision_of, is_timed, rows_of
 from ..shared_tome.autotune.store import NotNow
 from ..shared_tome.core.grid import Grid
-from ..shared_tome.hooks.guard import is_replaced
+from ..shared_tome.hooks.guard import anothers_part
 from .chosen import Chosen
 from .model_call import find_options, put_options, step_of_options
 from .unet_model import dtype_of
@@ -110,6 +110,5 @@ def _refuse_anothers(base_model: Any) -> None:
     """Raises NotNow where a part of the model is not its class's own: it may count or keep what it sees."""
     if "_apply_model" in base_model.__dict__:
         raise NotNow("another node stands in the place of the model's call")
-    for module in base_model.diffusion_model.modules():
-        if is_replaced(module) or module._forward_hooks or module._forward_pre_hooks:
-            raise NotNow(f"another node works on the model's {type(module).__name__}")
+    if (part := anothers_part(base_model.diffusion_model)) is not None:
+        raise NotNow(f"another node works on the model's {type(part).__name__}")

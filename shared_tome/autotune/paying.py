@@ -83,11 +83,6 @@ class Judge:
     waits: bool = True
     matters: bool = False
 
-    @classmethod
-    def of(cls, step: Decision | Given | None) -> Judge:
-        """As the decision of their whole step says; None: nothing is known of it."""
-        return cls(waits=step is None or not step.busy)
-
     def why_not_paid(self, found: Decision | Given | None) -> str | None:
         """Why a layer of this decision is left alone although the options would have it merged, or None."""
         return None if found is None or found.pays(self.waits) else found.reason

@@ -22,7 +22,7 @@ from ..config import ToMeConfig
 from ..core.grid import Grid
 from . import timing
 from .layer import ROWS, Attention, Decision, known_of, known_or_measured, may_measure, name_of, ways
-from .paying import MARGIN, Given, Judge
+from .paying import MARGIN, Judge
 
 log = logging.getLogger("ToMe")
 
@@ -136,14 +136,6 @@ def _key(what: str, grid: Grid, dtype: torch.dtype, attention: str, about: str, 
 def tokens_beside(tokens: int, masked: bool) -> str:
     """What a transformer's step is known by besides the image: so many tokens of text and references, in words."""
     return f"up to {-(-tokens // _BESIDE) * _BESIDE} tokens beside{', masked' if masked else ''}"
-
-
-def why_left_alone(decision: Decision | Given) -> str:
-    """Why nothing is merged, for people."""
-    if isinstance(decision, Given):
-        return decision.reason
-    whole, merged = decision.full_us / 1e3, decision.merged_us / 1e3
-    return f"merging does not pay here: a step takes {whole:.1f} ms without and {merged:.1f} ms with it"
 
 
 def rows_of(given: Any, batch: int, rows: int = ROWS) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 NAMES = {"attn1": "self-attention", "attn2": "cross-attention", "ff": "feed-forward layer"}
 
@@ -20,6 +20,14 @@ def is_replaced(module: Any) -> bool:
     if forward is None:
         return False
     return getattr(forward, "__self__", None) is not module or forward.__func__ is not type(module).forward
+
+
+def anothers_part(model: nn.Module, hooks: bool = True) -> nn.Module | None:
+    """A part of a model whose forward somebody has replaced, or hooked if hooks count; None: there is none."""
+    for module in model.modules():
+        if is_replaced(module) or (hooks and (module._forward_hooks or module._forward_pre_hooks)):
+            return module
+    return None
 
 
 def why_left_whole(part: str, x: Any, rows: int, tokens: int, replaced: bool = False) -> str | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import time
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..autotune.detached import about_model, detached_model
-from ..autotune.paying import Decision, Given, Judge
-from ..autotune.step import Ways, decision_of, is_timed, rows_of, why_left_alone
-from ..autotune.store import RETRY
+from ..autotune.paying import Decision, Judge
+from ..autotune.step import Ways, decision_of, is_timed, rows_of
+from ..autotune.verdicts import Verdict, Verdicts, verdict_of
 from ..config import ToMeConfig
 from ..core.grid import Grid
 from ..hooks.portable import Portable
@@ -47,33 +46,30 @@ class WholeSteps(Portable):
 
     def __init__(self, owner: base.BaseAttachment):
         self._owner = owner
-        self._busy: set[Hashable] = set()  # kinds of steps that do not wait for the processor
-        self._until: dict[Hashable, float] = {}  # when a kind of steps is asked about again, by the monotonic clock
+        self._verdicts = Verdicts()
 
     def afresh(self) -> dict[str, Any]:
-        return {"_busy": set(), "_until": {}}
+        return {"_verdicts": Verdicts()}
 
     def is_known(self, kind: Hashable) -> bool:
         """Whether a kind of steps need not be asked about; those that are only tried never are."""
-        return self._owner.judge is not None or time.monotonic() < self._until.get(kind, 0.0)
+        return self._owner.judge is not None or self._verdicts.known(kind) is not None
 
     def waits(self, kind: Hashable) -> bool:
         """Whether such steps wait for the processor, as far as is known."""
-        return kind not in self._busy
+        known = self._verdicts.known(kind)
+        return known is None or known.judge.waits
 
     def why_not_paid(self, step: Step, kind: Hashable) -> str | None:
         """Why nothing of such steps is merged, or None; again after a while where one process could not measure it."""
-        given = self._owner.decided.step(step.config, step.grid)
-        if given is None and (base.captures(step.x.device) or base.compiles()):
+        log = self._owner.decided
+        if log.step(step.config, step.grid) is None and (base.captures(step.x.device) or base.compiles()):
             return None
-        config = step.config.replace(start=0.0, end=1.0, exact_every=0)  # whatever its place in the schedule
-        found: Decision | Given | None = given or self._decision(step, config)
-        again = found is None and step.timed and step.shard is None
-        self._until[kind] = time.monotonic() + RETRY if again else math.inf
-        self._busy.update([kind] if found is not None and found.busy else [])
-        pays = found is None or found.pays()
-        self._owner.decided.made_step(config, step.grid, found, pays)
-        return None if pays else why_left_alone(found)
+
+        def ask() -> Verdict:
+            return verdict_of(log, step.config, step.grid, functools.partial(self._decision, step))
+
+        return self._verdicts.of(kind, ask, again=step.timed and step.shard is None).unpaid
 
     def _decision(self, step: Step, config: ToMeConfig) -> Decision | None:
         """What is known of the times of a model's steps, whatever their place in the schedule; None: not measured, or

@@ -418,7 +418,7 @@ def test_a_step_that_turns_out_busy_later_has_all_its_hooks(any_host, tome, busy
         return seconds(call, device)
 
     monkeypatch.setattr(step.timing, "seconds", full_at_first)
-    for module in (store, sys.modules[tome.hooks.Steps.__module__]):
+    for module in (store, part("verdicts")):
         monkeypatch.setattr(module, "RETRY", 0.0)
     any_host.generate([ON])
     large, small = (1, 1) if any_host.forge else (3, 4)

@@ -22,6 +22,7 @@ from shared_tome.autotune import layer as auto
 from shared_tome.autotune.layer import Case
 from shared_tome.autotune.paying import Decision, Given, Judge
 from shared_tome.autotune.store import DecisionStore
+from shared_tome.autotune.verdicts import Verdict
 
 from .helpers import config, tokens
 
@@ -73,7 +74,7 @@ def test_a_judge_goes_by_what_its_steps_wait_for():
         assert judge.matters == matters
     assert Judge().why_not_paid(waiting) == waiting.reason and Judge(waits=False).why_not_paid(waiting) is None
     assert [judge.why_not_paid(costly) for judge in (Judge(), Judge(waits=False))] == [costly.reason] * 2
-    assert [Judge.of(step).waits for step in (None, Given(True), PAYS, Decision(9.0, 1.0, 0.0, busy=True))] == [
+    assert [Verdict(step).judge.waits for step in (None, Given(True), PAYS, Decision(9.0, 1.0, 0.0, busy=True))] == [
         True, True, True, False
     ]  # fmt: skip
 

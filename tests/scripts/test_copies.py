@@ -81,7 +81,7 @@ def test_what_was_said_and_decided_is_not_saved(caplog):
     caplog.set_level(logging.INFO)
     unet = models.sd15()
     plain, merged = models.run(unet), models.run(patched(unet, exact_every=3))
-    for kind in unet._shared_tome._whole_steps._until:
+    for kind in unet._shared_tome._whole_steps._verdicts._known:
         unet._shared_tome._hooks.rest(kind)  # as if merging paid nowhere
     assert torch.equal(models.run(unet), plain) and torch.equal(models.run(copy.deepcopy(unet)), plain)
     caplog.clear()
