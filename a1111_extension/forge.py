@@ -52,7 +52,7 @@ def patch(sd_model: Any, sampling: Sampling, called: Callable[[], None] = lambda
     if facts is None:
         merged = forge_unet.MergedUNet(base, sampling, alone=inner is None)
     else:
-        merged = forge_dit.Merged(base, facts, sampling)
+        merged = forge_dit.Merged(base, facts, sampling, alone=inner is None)
     unet.set_model_unet_function_wrapper(_wrapper(base, merged, inner, called))
     sd_model.forge_objects.unet = unet
 

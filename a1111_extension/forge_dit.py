@@ -8,9 +8,10 @@ merged one by one, so that each draws what it draws alone.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +26,9 @@ from ..comfy_tome.dit_refused import refused
 from ..shared_tome import ModelCall, ToMeConfig, kernels
 from ..shared_tome.attention.self_token import NO_LSE
 from ..shared_tome.attention.sequence import JointCall
+from ..shared_tome.autotune.layer import ALWAYS
+from ..shared_tome.autotune.paying import Decision, Judge
+from ..shared_tome.autotune.step import tokens_beside
 from ..shared_tome.hooks.running import follow_modules
 from ..shared_tome.inspect.reasons import why_not_served
 from ..shared_tome.inspect.record import CallRecord
@@ -32,7 +36,9 @@ from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
 from .hooks import NotServed
 from .sampling import Sampling
+from .seeds import Rows
 from .swap import swapped
+from .whole_step import RunMerged, Steps, decision_on_model, names_of
 
 
 class _Forge(Attentions):
@@ -95,6 +101,12 @@ def functions_of(model: nn.Module) -> list[tuple[ModuleType, str]]:
     return [(module, name) for module, name in modules if callable(getattr(module, name, None))]
 
 
+def _functions(places: list[tuple[ModuleType, str]]) -> list[Callable[..., Tensor]]:
+    """What stands there, but for what answers another call."""
+    found = [getattr(module, name) for module, name in places]
+    return [getattr(func, "original", func) for func in found]
+
+
 def _handed(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """SD3's function is PyTorch's attention in the simplest form."""
     own = _OWN.get(getattr(func, "__module__", None))
@@ -103,15 +115,16 @@ def _handed(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _order(places: list[tuple[ModuleType, str]], device: torch.device) -> tuple[str, ...]:
     """The kernels of torch that the attentions try, in their order; none where one of them is not PyTorch's."""
-    found = [getattr(module, name) for module, name in places]
-    found = [_handed(getattr(func, "original", func)) for func in found]
+    found = list(map(_handed, _functions(places)))
     return FORGE.order(device) if found and all(map(FORGE.is_torchs, found)) else ()
 
 
 class Merged:
-    """Calls the model with its attentions merged, for one sampling pass. base: what the patcher holds."""
+    """Calls the model with its attentions merged, for one sampling pass. base: what the patcher holds. alone: whether
+    no other extension stands around the model's call; else its steps are not tried."""
 
-    def __init__(self, base: Any, facts: DiTModel, sampling: Sampling):
+    def __init__(self, base: Any, facts: DiTModel, sampling: Sampling, alone: bool):
+        self._base, self._alone, self._steps = base, alone, Steps(sampling)
         self._model, self._facts, self._sampling = unwrapped(base.diffusion_model), facts, sampling
         self._places, self._by_times = functions_of(self._model), sampling.config.levels == "auto"
         self._order: dict[torch.device, tuple[str, ...]] = {}
@@ -124,10 +137,10 @@ class Merged:
             return run(args)
         parts, block = sampling.parts(x.shape[0]), Block()
         config = config if self._by_times else config.replace(levels="0")  # a transformer has one resolution
-        made = self._calls(args["c"], x, config, parts, block)
+        made = self._calls(args, config, parts, block)
         if not made:
             return run(args)
-        with swapped(self._places, Images(made, x.shape[0], block)), block.follow(self._model, self._facts.blocks):
+        with self._answered(made, x.shape[0], block):
             out = run(args)
         for (_, _, told), (_, call) in zip(parts, made, strict=True):
             call.end()
@@ -135,17 +148,23 @@ class Merged:
                 told.end()
         return out
 
+    @contextmanager
+    def _answered(self, calls: list[tuple[slice, ForgeTransformerCall]], rows: int, block: Block) -> Iterator[None]:
+        """Around a call of the model."""
+        with swapped(self._places, Images(calls, rows, block)), block.follow(self._model, self._facts.blocks):
+            yield
+
     def _calls(
         self,
-        c: dict[str, Any],
-        x: Tensor,
+        args: dict[str, Any],
         config: ToMeConfig,
         parts: list[tuple[slice, tuple[int, ...], CallTally | None]],
         block: Block,
     ) -> list[tuple[slice, ForgeTransformerCall]]:
         """What the images of a batch get, each with its rows; nothing where they are left alone."""
         facts, told, notes = self._facts, self._sampling.call_tally, self._sampling.notes
-        layout = Layout.of(facts, self._model, tuple(x.shape), _told(self._model, c))
+        x, arguments = args["input"], _told(self._model, args["c"])
+        layout = Layout.of(facts, self._model, tuple(x.shape), arguments)
         if layout is None:
             notes.say(NO_GRID, shown=False)
             if told is not None:
@@ -156,18 +175,46 @@ class Merged:
                 of_part.lies_on(layout.grid)
         if x.device not in self._order:
             self._order[x.device] = _order(self._places, x.device)
-        made = []
-        for rows, images, of_part in parts:
+        if (reason := why_not_served(config, layout.grid, layout.grid)) is not None:
+            if told is not None:
+                told.lies_on(layout.grid)
+                told.left_alone(reason, facts.name, layout.grid)
+            return []
+        tried = functools.partial(self._try_step, args, layout, layout.beside(arguments))
+        verdict = self._steps.verdict(config, layout.grid, x, tried)
+        if verdict.unpaid is not None and told is None:
+            return []
+
+        def made(rows: slice, images: Rows, of_part: CallTally | None) -> ForgeTransformerCall:
             call = self._sampling.call_on(layout.grid, config, x[rows], images)
-            if not call.serves(layout.grid):
-                if told is not None:
-                    told.lies_on(layout.grid)
-                    told.left_alone(why_not_served(config, layout.grid, layout.grid), facts.name, layout.grid)
-                return []
-            order = self._order[x.device]
-            walk = ForgeTransformerCall(call, facts, layout, order, self._sampling, block, of_part, self._by_times)
-            made.append((rows, walk))
-        return made
+            given = layout, self._order[x.device], self._sampling, block, of_part, self._by_times
+            return ForgeTransformerCall(call, facts, *given, verdict.judge, verdict.unpaid)
+
+        return [(part[0], made(*part)) for part in parts]
+
+    def _try_step(self, args: dict[str, Any], layout: Layout, beside: int, config: ToMeConfig) -> Decision | None:
+        """What is known of the times of whole steps; on one row, as layers are. beside: tokens of text and
+        references."""
+        keeps = layout.elsewhere > 0  # from call to call: one more would change the next ones
+        if not self._alone or layout.tokens >= ALWAYS or keeps:
+            return None
+        order = self._order[args["input"].device]
+
+        def merged(judge: Judge) -> RunMerged:
+            sampling, block = self._sampling.tried(config), Block()
+
+            def call(x: Tensor, options: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> Any:
+                made = sampling.call_on(layout.grid, config, x, sampling.images_of(x.shape[0]))
+                given = layout, order, sampling, block, None, True
+                tried = ForgeTransformerCall(made, self._facts, *given, judge)
+                with self._answered([(slice(None), tried)], x.shape[0], block):
+                    return run(options)
+
+            return call
+
+        masked = args["c"].get("attention_mask") is not None
+        about = [*names_of(_functions(self._places)), tokens_beside(beside, masked)]
+        return decision_on_model(self._base, args, layout.grid, 1, config, merged, order, about)
 
 
 def _told(model: nn.Module, c: dict[str, Any]) -> dict[str, Any]:
@@ -251,9 +298,12 @@ class ForgeTransformerCall(TransformerCall):
         block: Block,
         record: CallTally | None,
         by_times: bool,
+        judge: Judge | None = None,
+        unpaid: str | None = None,
     ):
         self._sampling, self._block = sampling, block
-        super().__init__(call, facts, layout, order, FORGE.order(call.seed.device), record, by_times, sampling.decided)
+        told = record, by_times, sampling.decided, judge, unpaid
+        super().__init__(call, facts, layout, order, FORGE.order(call.seed.device), *told)
 
     def end(self) -> None:
         """To be called after the model's call: says it where no attention came here."""

@@ -16,6 +16,7 @@ from ..shared_tome.attention.combine import TORCHS
 from ..shared_tome.attention.sdpa import leave_left_modes
 from ..shared_tome.attention.sequence import JointCall
 from ..shared_tome.autotune.decisions import Decisions
+from ..shared_tome.autotune.layer import ROWS
 from ..shared_tome.autotune.paying import Decision, Judge
 from ..shared_tome.core.failures import is_out_of_memory
 from ..shared_tome.core.grid import grid_of
@@ -31,7 +32,7 @@ from .block import NO_WEIGHTS, is_taken
 from .hooks import served_blocks
 from .notes import Notes
 from .sampling import Sampling
-from .whole_step import Merged, Steps, decision_on_model
+from .whole_step import RunMerged, Steps, decision_on_model
 
 
 class MergedUNet:
@@ -54,11 +55,11 @@ class MergedUNet:
         call = sampling.call(x, sampling.images_of(x.shape[0]), far, parts) if x.dim() == 4 else None
         if call is None:
             return run(args)
-        judge, unpaid = self._steps.judge(call, self._model, x, functools.partial(self._try_step, args))
+        verdict = self._steps.of_unet(call, self._model, x, functools.partial(self._try_step, args))
         call_tally = sampling.call_tally
-        if unpaid is not None and call_tally is None:
+        if verdict.unpaid is not None and call_tally is None:
             return run(args)
-        ours = self._patches(call, options, x, sampling, judge, unpaid)
+        ours = self._patches(call, options, x, sampling, verdict.judge, verdict.unpaid)
         with ours.hooks(self._model):
             out = run({**args, "c": {**args["c"], "transformer_options": ours.options}})
         if isinstance(call_tally, CallRecord):
@@ -85,7 +86,7 @@ class MergedUNet:
     def _try_step(self, args: dict[str, Any], config: ToMeConfig) -> Decision | None:
         """What is known of the times of whole steps."""
 
-        def merged(judge: Judge) -> Merged:
+        def merged(judge: Judge) -> RunMerged:
             sampling = self._sampling.tried(config)
 
             def call(x: Tensor, options: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> Any:
@@ -95,7 +96,9 @@ class MergedUNet:
 
             return call
 
-        return decision_on_model(self._base, args, config, merged) if self._alone else None
+        if not self._alone:
+            return None
+        return decision_on_model(self._base, args, tuple(args["input"].shape[-2:]), ROWS, config, merged)
 
 
 class SelfTokens:

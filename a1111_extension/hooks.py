@@ -148,7 +148,8 @@ class PassAttachment:
         judge, unpaid = self._judge, None
         if judge is None:
             tried = functools.partial(self._try_step, module, x, args, kwargs)
-            judge, unpaid = self._steps.judge(call, module, x, tried)
+            verdict = self._steps.of_unet(call, module, x, tried)
+            judge, unpaid = verdict.judge, verdict.unpaid
         # Layers of one kind are judged alike.
         kind = (call.full, call.config.ratio, x.dtype, *(() if judge.waits else ("busy",)))
         if unpaid is not None:

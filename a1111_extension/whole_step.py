@@ -1,4 +1,4 @@
-"""Whether merging pays in whole steps of a U-Net (shared_tome/autotune/step.py), in A1111 and in Forge and reForge.
+"""Whether merging pays in whole steps of a model (shared_tome/autotune/step.py), in A1111 and in Forge and reForge.
 
 What is run is the model's own call without other extensions' hooks, patches and control networks, so nobody else sees a
 call more. Where another extension has replaced a part of the model itself, nothing is run.
@@ -7,7 +7,7 @@ call more. Where another extension has replaced a part of the model itself, noth
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..shared_tome.autotune.paying import Decision, Judge
 from ..shared_tome.autotune.step import Ways, decision_of, is_timed, rows_of
 from ..shared_tome.autotune.store import NotNow
 from ..shared_tome.autotune.verdicts import Verdict, Verdicts, verdict_of
-from ..shared_tome.core.grid import grid_at
+from ..shared_tome.core.grid import Grid, grid_at
 from ..shared_tome.hooks.guard import anothers_part
 from .sampling import Sampling
 
@@ -33,8 +33,8 @@ _NETWORKS = ("network_layer_name", "network_current_names", "network_weights_bac
 # By what names Forge and reForge call their attention.
 _ATTENTIONS = ("attention_function", "optimized_attention")
 
-# merged(x, options, run): run(options) with ToMe's options. x: the latent that is run.
-Merged = Callable[[Tensor, dict[str, Any], Callable[[dict[str, Any]], Any]], Any]
+# call(x, options, run): run(options) with ToMe's options. x: the latent that is run.
+RunMerged = Callable[[Tensor, dict[str, Any], Callable[[dict[str, Any]], Any]], Any]
 
 
 class Steps:
@@ -46,28 +46,34 @@ class Steps:
     def __init__(self, sampling: Sampling):
         self._sampling, self._verdicts = sampling, Verdicts()
 
-    def judge(
+    def of_unet(
         self, call: ModelCall, model: nn.Module, x: Tensor, measured: Callable[[ToMeConfig], Decision | None]
-    ) -> tuple[Judge, str | None]:
-        """(judge of the call's layers, why none of them is merged or None), which is said once.
-
-        x: the latent. measured: what is known of steps that are merged by a config, see decision_on_copies and
-        decision_on_model; not asked where the options leave out all layers.
-        """
+    ) -> Verdict:
+        """Of a call of a U-Net; not asked for where the options leave out all layers. Else: see verdict."""
         layers = layers_of(model)
         if layers and not any(call.serves(grid_at(call.full, level)) for level, _, _ in layers):
-            return Judge(), None
+            return Verdict()
+        return self.verdict(call.config, call.full, x, measured)
+
+    def verdict(
+        self, config: ToMeConfig, grid: Grid, x: Tensor, measured: Callable[[ToMeConfig], Decision | None]
+    ) -> Verdict:
+        """Why nothing of a call is merged, if nothing is, is said once.
+
+        config: that holds in the call. grid: of the latent, or a transformer's tokens. x: the latent. measured: what is
+        known of steps that are merged by a config, see decision_on_copies and decision_on_model.
+        """
 
         def timed(config: ToMeConfig) -> Decision | None:
             return measured(config) if is_timed(config, x.device) else None
 
         def ask() -> Verdict:
-            return verdict_of(self._sampling.decided, call.config, call.full, timed)
+            return verdict_of(self._sampling.decided, config, grid, timed)
 
-        verdict = self._verdicts.of((call.full, call.config.ratio, x.dtype), ask)
+        verdict = self._verdicts.of((grid, config.ratio, x.dtype), ask)
         if verdict.unpaid is not None:
             self._sampling.notes.say(f"{verdict.unpaid}; nothing is merged", shown=False)
-        return verdict.judge, verdict.unpaid
+        return verdict
 
 
 def decision_on_copies(
@@ -106,20 +112,26 @@ def decision_on_copies(
 
         return lambda: whole(*given, **named), merged
 
-    return _decision(model, x.dtype, x, config, both)
+    return _decision(model, x.dtype, x, tuple(x.shape[-2:]), config, both, _attentions(model))
 
 
 def decision_on_model(
     base: Any,
     args: dict[str, Any],
+    grid: Grid,
+    rows: int,
     config: ToMeConfig,
-    merged: Callable[[Judge], Merged],
+    merged: Callable[[Judge], RunMerged],
+    kernels: tuple[str, ...] = (),
+    about: Sequence[str] = (),
 ) -> Decision | None:
     """The same for Forge and reForge, whose LoRA is in the weights already: the model itself is run.
 
     Args:
-        base: what the patcher holds; args: of the host's model_function_wrapper.
+        base: what the patcher holds; args: of the host's model_function_wrapper, whose first row is run `rows` times.
+        grid: the step is known by.
         merged: what calls the model with its layers merged, by a judge of them.
+        kernels: see layer.decision_on. about: what else the times depend on, in words; of a U-Net its attentions.
     """
     model, x = base.diffusion_model, args["input"]
 
@@ -129,7 +141,7 @@ def decision_on_model(
         _refuse_anothers(model, hooks=True)
         options = args["c"].get("transformer_options", {})
         c = {name: value for name, value in args["c"].items() if name not in ("control", "control_model")}
-        row, noise, c = rows_of((x, args["timestep"], c), x.shape[0])
+        row, noise, c = rows_of((x, args["timestep"], c), x.shape[0], rows)
 
         def run(options: dict[str, Any]) -> Any:
             return base.apply_model(row, noise, **{**c, "transformer_options": options})
@@ -140,16 +152,23 @@ def decision_on_model(
 
         return lambda: run(step_of_options(options)), less  # anew each time: the model writes into it
 
-    return _decision(model, _dtype_of(base, x), x, config, both)
+    return _decision(model, _dtype_of(base, x), x, grid, config, both, about or _attentions(model), kernels)
 
 
 def _decision(
-    model: nn.Module, dtype: torch.dtype, x: Tensor, config: ToMeConfig, both: Callable[[], Ways]
+    model: nn.Module,
+    dtype: torch.dtype,
+    x: Tensor,
+    grid: Grid,
+    config: ToMeConfig,
+    both: Callable[[], Ways],
+    about: Sequence[str],
+    kernels: tuple[str, ...] = (),
 ) -> Decision | None:
-    words = [about_model(model, x.device), *_attentions(model)]
+    words = [about_model(model, x.device), *about]
     opts = getattr(sys.modules.get("modules.shared"), "opts", None)
     words += ["attention in float32"] if getattr(opts, "upcast_attn", False) else []
-    return decision_of(model, dtype, x.device, tuple(x.shape[-2:]), config, both, about=", ".join(words))
+    return decision_of(model, dtype, x.device, grid, config, both, kernels=kernels, about=", ".join(words))
 
 
 def _dtype_of(base: Any, x: Tensor) -> torch.dtype:
@@ -161,7 +180,11 @@ def _dtype_of(base: Any, x: Tensor) -> torch.dtype:
 def _attentions(model: nn.Module) -> list[str]:
     """What attends in Forge and reForge, which the codes of a model's layers do not tell."""
     names = {type(module).__module__ for module in model.modules() if hasattr(module, "to_q")}
-    functions = (getattr(sys.modules.get(name), kind, None) for name in names for kind in _ATTENTIONS)
+    return names_of(getattr(sys.modules.get(name), kind, None) for name in names for kind in _ATTENTIONS)
+
+
+def names_of(functions: Iterable[Any]) -> list[str]:
+    """The names of those that are functions."""
     return sorted({f"{one.__module__}.{one.__qualname__}" for one in functions if hasattr(one, "__qualname__")})
 
 

@@ -393,7 +393,7 @@ def test_the_line_and_the_text(flux_host, lines):
         "(12x12): 144 to 72 tokens in 3 layers, in 3 of 3 steps"
     )
     assert f"[ToMe] {line}" in lines and f"ToMe: {line}" in p.comments
-    decided = {"ToMe decisions": "+12x12/32/2/256 +8x8/32/2/256", "ToMe version": VERSION}
+    decided = {"ToMe decisions": "+12x12 +12x12/32/2/256 +8x8 +8x8/32/2/256", "ToMe version": VERSION}
     assert p.extra_generation_params == {"ToMe ratio": 0.5, "ToMe method": "sample", "ToMe min tokens": 0, **decided}
 
 

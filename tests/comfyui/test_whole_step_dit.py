@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from support.made_up_gpu import MadeUpGPU, StepTimes
+from support.made_up_gpu import MadeUpTransformers
 
 from . import dit_host
 from .dit_host import SMALL
@@ -23,33 +23,12 @@ LEFT, MERGED = "-8x12", "+8x12 +8x12/64/2/256"
 CHANGE = ". To change that: make a larger picture; levels other than auto are always merged"
 
 
-class MadeUpTransformers(StepTimes, MadeUpGPU):
-    """merged: the attentions; a way is how many were merged."""
-
-    def __init__(self, monkeypatch, folder):
-        whole_step, call = pack_module("whole_step"), pack_module("dit_call")
-        step_auto = sys.modules[whole_step.decision_of.__module__]
-        store = sys.modules[sys.modules[step_auto.known_or_measured.__module__].store_of.__module__]
-        super().__init__(monkeypatch, folder, store)
-        serve = call.TransformerCall._serve
-
-        def counted(*given):
-            self.merged.append(1)
-            return serve(*given)
-
-        def compared(whole, merged, device):
-            return call.Decision(2e4, 2e4 - 1e3 * self.saves_ms, 1e3 * self.costs_ms)
-
-        monkeypatch.setattr(call.TransformerCall, "_serve", counted)
-        monkeypatch.setattr(call, "compared", compared)
-        monkeypatch.setattr(pack_module("dit_auto"), "measures", lambda config, *_: config.levels == "auto")
-        self.time_steps(monkeypatch, step_auto)
-
-
 @pytest.fixture
 def gpu(comfy_nodes, monkeypatch, tmp_path):
     forget_log()
-    return MadeUpTransformers(monkeypatch, tmp_path)
+    step = sys.modules[pack_module("whole_step").decision_of.__module__]
+    store = sys.modules[sys.modules[step.known_or_measured.__module__].store_of.__module__]
+    return MadeUpTransformers(monkeypatch, tmp_path, store, pack_module("dit_call"), pack_module("dit_auto"), step)
 
 
 @pytest.fixture(scope="module")

@@ -136,3 +136,24 @@ class MadeUpSteps(StepTimes, MadeUpTimes):
     def way(self) -> str:
         least = min(self.merged, default=None)
         return "whole" if least is None else f"from {'x'.join(map(str, least))}"
+
+
+class MadeUpTransformers(StepTimes, MadeUpGPU):
+    """A GPU that has times for the steps of transformers and for their layers. call: comfy_tome.dit_call, auto:
+    comfy_tome.dit_auto of the package under test. merged: the attentions; a way is how many were merged."""
+
+    def __init__(self, monkeypatch: Any, folder: Path, store: Any, call: Any, auto: Any, step: Any):
+        super().__init__(monkeypatch, folder, store)
+        serve = call.TransformerCall._serve
+
+        def counted(*given: Any) -> Any:
+            self.merged.append(1)
+            return serve(*given)
+
+        def compared(whole: Any, merged: Any, device: Any) -> Any:
+            return call.Decision(2e4, 2e4 - 1e3 * self.saves_ms, 1e3 * self.costs_ms)
+
+        monkeypatch.setattr(call.TransformerCall, "_serve", counted)
+        monkeypatch.setattr(call, "compared", compared)
+        monkeypatch.setattr(auto, "measures", lambda config, *_: config.levels == "auto")
+        self.time_steps(monkeypatch, step)
