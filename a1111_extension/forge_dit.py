@@ -12,13 +12,12 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..comfy_tome.dit_attention import AttentionCall, Attentions
+from ..comfy_tome.dit_attention import AttentionCall
 from ..comfy_tome.dit_call import TransformerCall
 from ..comfy_tome.dit_layout import Layout
 from ..comfy_tome.dit_models import DIT_MODELS, DiTModel, dit_model, unwrapped, why_not
@@ -34,31 +33,13 @@ from ..shared_tome.inspect.reasons import why_not_served
 from ..shared_tome.inspect.record import CallRecord
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
+from .forge_attention import FORGE, functions_at, functions_of, handed, order_of
 from .hooks import NotServed
 from .sampling import Sampling
 from .seeds import Rows
 from .swap import swapped
 from .whole_step import RunMerged, Steps, decision_on_model, names_of
 
-
-class _Forge(Attentions):
-    @property
-    def module(self) -> ModuleType:
-        from backend import attention
-
-        return attention
-
-    @property
-    def operations(self) -> ModuleType:
-        from backend import operations
-
-        return operations
-
-
-FORGE = _Forge()
-# By what name a module of backend/nn calls its attention; SD3's has a function of its own.
-_NAME = "attention_function"
-_OWN = {"backend.nn.mmditx": "attention"}
 SERVED = ", ".join(row.name for row in DIT_MODELS if row.forge)
 # What is said.
 NO_GRID = "ToMe skips an image whose tokens do not lie on one grid"
@@ -91,32 +72,7 @@ def takes_multires(patcher: Any) -> bool:
     model, device = unwrapped(patcher.model.diffusion_model), getattr(patcher, "load_device", None)
     if device is None or dit_model(model) is None or refused(model) is not None:
         return False
-    return kernels.serves(torch.empty(0, device=device)) and bool(_order(functions_of(model), torch.device(device)))
-
-
-def functions_of(model: nn.Module) -> list[tuple[ModuleType, str]]:
-    """Where a model's attention functions are called: modules, and the name in each."""
-    names = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
-    modules = ((sys.modules.get(name), _OWN.get(name, _NAME)) for name in sorted(names) if name.startswith("backend."))
-    return [(module, name) for module, name in modules if callable(getattr(module, name, None))]
-
-
-def _functions(places: list[tuple[ModuleType, str]]) -> list[Callable[..., Tensor]]:
-    """What stands there, but for what answers another call."""
-    found = [getattr(module, name) for module, name in places]
-    return [getattr(func, "original", func) for func in found]
-
-
-def _handed(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """SD3's function is PyTorch's attention in the simplest form."""
-    own = _OWN.get(getattr(func, "__module__", None))
-    return FORGE.torchs if own is not None and getattr(func, "__name__", None) == own else func
-
-
-def _order(places: list[tuple[ModuleType, str]], device: torch.device) -> tuple[str, ...]:
-    """The kernels of torch that the attentions try, in their order; none where one of them is not PyTorch's."""
-    found = list(map(_handed, _functions(places)))
-    return FORGE.order(device) if found and all(map(FORGE.is_torchs, found)) else ()
+    return kernels.serves(torch.empty(0, device=device)) and bool(order_of(functions_of(model), torch.device(device)))
 
 
 class Merged:
@@ -174,7 +130,7 @@ class Merged:
             if of_part is not None:
                 of_part.lies_on(layout.grid)
         if x.device not in self._order:
-            self._order[x.device] = _order(self._places, x.device)
+            self._order[x.device] = order_of(self._places, x.device)
         if (reason := why_not_served(config, layout.grid, layout.grid)) is not None:
             if told is not None:
                 told.lies_on(layout.grid)
@@ -196,7 +152,7 @@ class Merged:
         """What is known of the times of whole steps; on one row, as layers are. beside: tokens of text and
         references."""
         keeps = layout.elsewhere > 0  # from call to call: one more would change the next ones
-        if not self._alone or layout.tokens >= ALWAYS or keeps:
+        if not self._alone or layout.tokens >= ALWAYS or keeps or _has_rows_elsewhere(self._model):
             return None
         order = self._order[args["input"].device]
 
@@ -213,18 +169,29 @@ class Merged:
             return call
 
         masked = args["c"].get("attention_mask") is not None
-        about = [*names_of(_functions(self._places)), tokens_beside(beside, masked)]
+        about = [*names_of(functions_at(self._places)), tokens_beside(beside, masked)]
         return decision_on_model(self._base, args, layout.grid, 1, config, merged, order, about)
 
 
 def _told(model: nn.Module, c: dict[str, Any]) -> dict[str, Any]:
-    """What a call is told beside its latent. Forge Neo hands reference latents to some models by a global, which their
-    own modules read."""
+    """What a call is told beside its latent. Forge Neo hands reference latents to some models by a global."""
     told = {name: value for name, value in c.items() if name != "transformer_options"}
-    shared = getattr(sys.modules.get(type(model).__module__), "dynamic_args", None)
+    shared = _global_of(model)
     if not told.get("ref_latents") and shared is not None:
         told["ref_latents"] = getattr(shared, "ref_latents", None)
     return told
+
+
+def _has_rows_elsewhere(model: nn.Module) -> bool:
+    """Whether Forge Neo hands a model something of each row by a global (PiD's small picture), so that no row can be
+    run by itself."""
+    latent, *_ = getattr(_global_of(model), "lq_latent", None) or [None]
+    return isinstance(latent, Tensor) and latent.shape[0] > 1
+
+
+def _global_of(model: nn.Module) -> Any:
+    """What Forge Neo hands to a model's own modules, or None."""
+    return getattr(sys.modules.get(type(model).__module__), "dynamic_args", None)
 
 
 class Block:
@@ -256,9 +223,9 @@ class Images:
     def __call__(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         if not self._block.told:  # a refiner, before or behind the blocks
             return func(q, k, v, heads, *args, **kwargs)
-        handed = _handed(func)
+        by = handed(func)
         if len(self._calls) == 1:
-            merged = self._calls[0][1].ready(None, handed, q, k, v, heads, args, kwargs)
+            merged = self._calls[0][1].ready(None, by, q, k, v, heads, args, kwargs)
             return func(q, k, v, heads, *args, **kwargs) if merged is None else merged()
         if q.shape[0] != self._batch:
             self._calls[0][1].skip(OTHER_ROWS)
@@ -267,7 +234,7 @@ class Images:
         for rows, call in self._calls:
             some = tuple(self._rows(value, rows) for value in args)
             named = {name: self._rows(value, rows) for name, value in kwargs.items()}
-            ready.append((rows, call.ready(None, handed, q[rows], k[rows], v[rows], heads, some, named)))
+            ready.append((rows, call.ready(None, by, q[rows], k[rows], v[rows], heads, some, named)))
         if any(merged is None for _, merged in ready):  # all images' layers are alike
             return func(q, k, v, heads, *args, **kwargs)
         out = None

@@ -26,7 +26,7 @@ from ..shared_tome.hooks.guard import anothers_part
 from .sampling import Sampling
 
 # Whose code the hosts' models run: torch, the models' packages, the hosts themselves, A1111's own LoRA.
-_HOSTS = {"torch", "ldm", "sgm", "modules", "networks", "backend", "modules_forge", "ldm_patched"}
+_HOSTS = {"torch", "einops", "ldm", "sgm", "modules", "networks", "backend", "modules_forge", "ldm_patched"}
 # By what A1111's LoRA knows a layer, and what it keeps there: it writes networks into the weights on the way, by each
 # layer's own forward. A copy's weights are the model's, so a copy is to be none of its layers.
 _NETWORKS = ("network_layer_name", "network_current_names", "network_weights_backup", "network_bias_backup")

@@ -6,7 +6,9 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 from support.made_up_gpu import MadeUpTransformers
+from torch import nn
 
 from .test_decisions import LABEL, part
 from .test_forge import _hooks
@@ -84,6 +86,29 @@ def test_what_keeps_something_from_call_to_call_is_not_run(call_of, gpu, tome, m
     monkeypatch.setitem(vars(row), "elsewhere", lambda *_: 5)
     call_of("IntegratedFluxTransformer2DModel", {})
     assert not gpu.ways and not gpu.steps
+
+
+def test_a_small_picture_of_each_row_is_not_run(call_of, gpu, backend):  # noqa: F811
+    """Forge Neo hands PiD its small pictures by a global, one a row."""
+    shared = backend.args.dynamic_args
+    for rows, is_run in ((1, True), (2, False)):
+        shared.lq_latent = [torch.zeros(rows, 16, 2, 3), torch.tensor([0.1])]
+        call_of("IntegratedFluxTransformer2DModel", {})
+        assert bool(gpu.ways) == is_run
+        gpu.clear(), gpu.ways.clear()
+    del shared.lq_latent
+
+
+@pytest.mark.parametrize("package", ["einops", "adapter"])
+def test_parts_of_the_models_own_packages_are_in_nobodys_way(flux_host, gpu, package):  # noqa: F811
+    """Forge Neo's Anima has einops' layers."""
+
+    class Part(nn.Identity):
+        __module__ = f"{package}.layers.torch"
+
+    model_of(flux_host).part = Part()
+    flux_host.generate(ON)
+    assert bool(gpu.ways) == (package == "einops")
 
 
 @pytest.mark.parametrize("what", ["wrapper", "hook", "call", "large"])
