@@ -182,18 +182,26 @@ def leave_left_modes() -> None:
         mode.__exit__(None, None, None)
 
 
+def not_torchs(module: nn.Module) -> RuntimeError:
+    """The error where an attention module runs another attention than torch's."""
+    return RuntimeError(
+        f"{type(module).__name__} did not call torch's scaled_dot_product_attention, where ToMe works; choose it "
+        "(transformers: attn_implementation='sdpa', timm: fused_attn, diffusers: the native backend)"
+    )
+
+
 class SdpaHooks:
     """Hooks on an attention module. While its forward runs, each attention in it goes through a handler.
 
     begin(module, args, kwargs): the handler of this call, or None where it is to be left alone.
-    missed(): called where the forward came to an end without that function; None: an error says so.
+    missed(module): called where the forward came to an end without that function; None: not_torchs is raised.
     """
 
     def __init__(
         self,
         module: nn.Module,
         begin: Callable[..., Handler | None],
-        missed: Callable[[], None] | None = None,
+        missed: Callable[[nn.Module], None] | None = None,
     ):
         self._begin, self._missed = begin, missed
         self._modes: dict[int, AroundSdpa] = {}  # by thread
@@ -218,8 +226,5 @@ class SdpaHooks:
         if mode.calls or out is None:
             return
         if self._missed is None:
-            raise RuntimeError(
-                f"{type(module).__name__} did not call torch's scaled_dot_product_attention, where ToMe works; choose "
-                "it (transformers: attn_implementation='sdpa', timm: fused_attn, diffusers: the native backend)"
-            )
-        self._missed()
+            raise not_torchs(module)
+        self._missed(module)

@@ -110,7 +110,7 @@ class AtSdpa:
         """q [B, H, N, d], k and v [B, H, M, d] -> [B, H, N, d]."""
         return attend_weighed(self.meeting()[2], self._missed, attention, q, k, v)
 
-    def _missed(self) -> None:
+    def _missed(self, attn1: nn.Module | None = None) -> None:
         self.say(NOT_AS_TRIED)
 
 

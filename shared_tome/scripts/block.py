@@ -98,6 +98,10 @@ class ScriptBlock(Portable, MergedBlock):
     def leave_unserved(self, grid: Grid) -> None:
         self.owner.call.outcome.leave(self.owner.call.model, grid)
 
+    def why_attention_left(self, attn1: nn.Module, given: Given) -> str | None:
+        # What a cache answers was given with another step's merged tokens.
+        return why_left_whole("attn1", given.x, *given.x.shape[:2], is_answered(attn1))
+
     def keeps_self(self, attn1: nn.Module, given: Given) -> bool:
         call = self.owner.call
         if call.joint is None or not self.owner.merge_attn or not given.is_itself or is_fused(attn1):
@@ -230,6 +234,12 @@ class ScriptBlock(Portable, MergedBlock):
             if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-2] == tokens:
                 why = "it has a mask for each token"
         return None if why is None else f"{name} is not merged: {why}"
+
+
+def is_answered(module: nn.Module) -> bool:
+    """Whether diffusers' own hooks on an attention may answer in its place: caches (PyramidAttentionBroadcast,
+    TaylorSeer), guidance that skips layers."""
+    return bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", None))
 
 
 def is_replaced(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..attention.combine import TORCHS
-from ..attention.sdpa import Handler, HostAttention, SdpaHooks, attend_sampled, leave_left_modes
+from ..attention.sdpa import Handler, HostAttention, SdpaHooks, attend_sampled, leave_left_modes, not_torchs
 from ..attention.sequence import JointCall, image_bias, merge_image, unmerge_image
 from ..autotune.layer import ALWAYS
 from ..autotune.paying import Judge
@@ -34,12 +34,18 @@ from ..merging.call import ModelCall
 from ..merging.plan import Plan
 from ..merging.residual import why_no_effect
 from .base import BaseAttachment, hooking
+from .block import is_answered, is_replaced
 from .joint_autotune import JointDecisions
 from .masks import Group, attend_padded, group_rows
 from .outcome import CallOutcome
 from .parallel import Shard, why_not_parallel
 from .rows import ROWS, Place, Row, attentions_of
 from .whole_steps import Step, WholeSteps
+
+# What the log says.
+_ANSWERED = (
+    "ToMe skips attentions that something else answers in the model's place (a cache, guidance by skipped layers)"
+)
 
 
 @dataclass(eq=False)
@@ -93,7 +99,7 @@ class JointAttachment(BaseAttachment):
     def _hook(self, model: nn.Module) -> Iterator[tuple[int, Callable[[], list[Any]]]]:
         """The attentions by their numbers, and what puts their hooks on."""
         for number, attention in enumerate(attentions_of(model, self.row)):
-            yield number, lambda attention=attention: SdpaHooks(attention, self._before_attention).handles
+            yield number, lambda attention=attention: SdpaHooks(attention, self._before_attention, self._missed).handles
 
     @property
     def row(self) -> Row:
@@ -183,6 +189,12 @@ class JointAttachment(BaseAttachment):
         if self.call is None:
             return None
         return self._attend if self.call.shard is None else functools.partial(self._attend_part, attention.heads)
+
+    def _missed(self, attention: nn.Module) -> None:
+        """The attention came to an end without torch's. Raises RuntimeError where it runs another one itself."""
+        if not (is_replaced(attention) or is_answered(attention)):
+            raise not_torchs(attention)
+        self.say(_ANSWERED)
 
     def _attend_part(self, heads: int, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """_attend with some of a layer's `heads` heads."""
