@@ -49,8 +49,8 @@ class RunResiduals:
         self._tie(prompt)
         if entry is None:
             return self._now.call(None, 0, None, ("rows",))
-        step = self._steps.step(timestep, torch.device("cpu"))
-        return self._now.call(int(step), step.to(x.device), entry, ("rows",), config.ratio)
+        draw = self._steps.step(timestep, torch.device("cpu")).to(x.device)
+        return self._now.call(self._steps.number, draw, entry, ("rows",), config.ratio)
 
     def _tie(self, prompt: Any) -> None:
         """What is kept goes with a prompt that comes again: a pipeline's own. A new one in each call ends nothing."""

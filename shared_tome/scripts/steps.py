@@ -42,6 +42,7 @@ class Steps:
         self._last: Tensor | None = None
         self._count: Tensor | None = None
         self._counted: weakref.ref | None = None  # the run's timesteps
+        self._listed: list[float] = []  # as the model gets them
         self._at: int | None = None  # the place of its last call among them
         self.runs = 0  # that `entry` has seen begin
 
@@ -89,6 +90,12 @@ class Steps:
         return (1.0 + now if self.rises else now) * self.scale
 
     @property
+    def number(self) -> int:
+        """Of the call that `entry` was asked of last: how often the run's timestep has changed before it. Samplers that
+        ask twice at a timestep are at one step then."""
+        return sum(a != b for a, b in zip(self._listed[: self._at], self._listed[1:], strict=False))
+
+    @property
     def is_over(self) -> bool:
         """Whether the call that `entry` was asked of last is the last of the run."""
         run = self._of_scheduler()
@@ -122,6 +129,7 @@ class Steps:
         if known is None:
             return None
         now, listed = float(self._now(timestep, torch.device("cpu"))), known.tolist()
+        self._listed = listed
         goes_on = self._counted is not None and self._counted() is run
         following = [] if self._at is None else listed[self._at + 1 :]
         if goes_on and following[:1] == [now]:

@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -124,6 +125,25 @@ def test_schedulers(kept, said, scheduler):
     gc.collect()
     assert tensors and all(ref() is None for ref in tensors)
     assert torch.equal(models.generate(pipe, 5), found)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "more"),
+    [
+        # Its second timestep of a pair is rounded, and so at times above the first.
+        ("KDPM2AncestralDiscreteScheduler", {"use_karras_sigmas": True, "beta_schedule": "scaled_linear"}),
+        ("DDIMInverseScheduler", {}),  # rises
+    ],
+)
+def test_steps_are_counted_in_the_order_of_the_run(kept, said, scheduler, more):
+    pipe = pipeline()
+    pipe.scheduler = getattr(models.diffusers, scheduler).from_config(pipe.scheduler.config, **more)
+    models.generate(patched(pipe), 10)
+    times, numbers = pipe.scheduler.timesteps.tolist(), [0]
+    for before, time in pairwise(times):
+        numbers.append(numbers[-1] + (time != before))
+    assert times != sorted(times, reverse=True)
+    assert [exact for exact, _ in kept[0]] == [number % 3 == 0 for number in numbers] and said == []
 
 
 def test_each_nth_step_from_start_is_exact(kept):
