@@ -222,13 +222,17 @@ class ToMeScript(scripts.Script):
             state.maps = []
 
     def _refuse(self, p: Any, reason: str) -> None:
-        """A value that is not possible: an API request gets HTTP 422, a person a picture without ToMe and a line."""
-        if not getattr(p, "is_api", False):
+        """A value that is not possible: an API request gets HTTP 422, a person a picture without ToMe and a line. A
+        cell of a plot stays empty, where such a picture would be taken for one of these options."""
+        in_plot = bool(getattr(p, xyz.OVERRIDES, None))
+        if not in_plot and not getattr(p, "is_api", False):
             Notes(p).say(f"off for this picture: {reason}")
             return
-        logger.info("[ToMe] request refused: %s", reason)
+        logger.info("[ToMe] %s: %s", "a cell of the plot stays empty" if in_plot else "request refused", reason)
 
         def init(*args: Any, **kwargs: Any) -> None:
+            if in_plot:  # which catches it
+                raise ValueError(f"ToMe: {reason}")
             from fastapi import HTTPException
 
             raise HTTPException(status_code=422, detail=f"ToMe: {reason}")

@@ -423,13 +423,13 @@ def grid(host):
 def test_axes_reach_the_generation_and_switch_tome_on(small, grid):
     host = small
     assert list(grid) == [
-        "Nothing", "[ToMe] Preset", "[ToMe] Ratio", "[ToMe] Hires ratio", "[ToMe] Method", "[ToMe] Stride",
-        "[ToMe] Start",
+        "Nothing", "[ToMe] Preset", "[ToMe] Ratio", "[ToMe] Hires ratio", "[ToMe] Stride", "[ToMe] Method",
+        "[ToMe] Partition", "[ToMe] Levels", "[ToMe] Start", "[ToMe] End", "[ToMe] Ratio at the end",
+        "[ToMe] Cross-attention", "[ToMe] MLP", "[ToMe] Proportional attention", "[ToMe] Reduce", "[ToMe] Min tokens",
+        "[ToMe] Share match", "[ToMe] Own token", "[ToMe] Share whole", "[ToMe] Share at half", "[ToMe] Decisions",
+        "[ToMe] Exact every",
     ]  # fmt: skip
-    from . import host as program
-
-    runner = host.tabs["txt2img"]
-    p = program.Processing(host, scripts=runner, script_args=tuple(runner.defaults))
+    p = cell_of(host)
     grid["[ToMe] Ratio"].apply(p, 0.3, [0.3])
     grid["[ToMe] Method"].apply(p, "merge", ["merge"])
     grid["[ToMe] Stride"].apply(p, "2x4", ["2x4"])
@@ -441,13 +441,56 @@ def test_axes_reach_the_generation_and_switch_tome_on(small, grid):
     }  # fmt: skip
 
 
-def test_a_copy_for_another_cell_of_the_plot_shares_nothing(host, grid):
-    import copy
-
+def cell_of(host, **request):
+    """A picture of the plot before its axes are applied."""
     from . import host as program
 
     runner = host.tabs["txt2img"]
-    p = program.Processing(host, scripts=runner, script_args=tuple(runner.defaults))
+    return program.Processing(host, scripts=runner, script_args=tuple(runner.defaults), **request)
+
+
+@pytest.mark.parametrize("order", [("Preset", "Ratio"), ("Ratio", "Preset")])
+def test_the_axis_of_an_option_wins_over_the_presets(small, grid, order):
+    """The host applies them in the order in which they stand."""
+    p, values = cell_of(small), {"Preset": "Fast", "Ratio": 0.3}
+    for axis in order:
+        grid[f"[ToMe] {axis}"].apply(p, values[axis], [values[axis]])
+    small.process_images(p)
+    told = p.extra_generation_params
+    assert (told["ToMe ratio"], told["ToMe start"]) == (0.3, 0.1)
+
+
+def test_every_axis_sets_its_own_option(tome, host, grid):
+    for axis, value, option in (
+        ("Exact every", 4, "exact_every"),
+        ("Decisions", "+16x16", "decisions"),
+        ("Own token", "False", "own_token"),
+        ("Levels", "0,1", "levels"),
+    ):
+        p = cell_of(host)
+        grid[f"[ToMe] {axis}"].apply(p, grid[f"[ToMe] {axis}"].type(value), [value])
+        chosen = tome.options.settings_from(tome.xyz.overrides_of(p))
+        wanted = False if value == "False" else value
+        assert chosen.enabled and tome.infotext.values_of(chosen)[option] == wanted
+
+
+def test_a_cell_whose_options_are_not_possible_together_stays_empty(small, grid, lines):
+    """An unmerged picture there would be taken for one of these options."""
+    for is_api in (False, True):
+        p = cell_of(small)
+        p.is_api = is_api
+        grid["[ToMe] Start"].apply(p, 0.5, [0.5])
+        grid["[ToMe] End"].apply(p, 0.25, [0.25])
+        with pytest.raises(Exception, match="start must not be after end"):  # the plot catches it
+            small.process_images(p)
+    assert [line for line in lines if "start must not be after end" in line] and not small.errors
+    assert "ToMe ratio" not in small.generate()[1].extra_generation_params
+
+
+def test_a_copy_for_another_cell_of_the_plot_shares_nothing(host, grid):
+    import copy
+
+    p = cell_of(host)
     grid["[ToMe] Ratio"].apply(p, 0.3, [0.3])
     twin = copy.copy(p)
     grid["[ToMe] Ratio"].apply(twin, 0.6, [0.6])
@@ -464,6 +507,9 @@ def test_a_copy_for_another_cell_of_the_plot_shares_nothing(host, grid):
         ("Stride", ["2x2x2"]),
         ("Stride", ["²"]),
         ("Start", [2.0]),
+        ("Exact every", [2, 1]),
+        ("Decisions", ["tomato"]),
+        ("MLP", ["perhaps"]),
     ],
 )
 def test_a_bad_value_on_an_axis_stops_the_plot_before_it_starts(grid, axis, values):
@@ -478,5 +524,8 @@ def test_good_values_on_an_axis_pass(grid):
         ("Method", ["merge"]),
         ("Stride", ["2", "4x2"]),
         ("Start", [0.4]),
+        ("Exact every", [0, 2, 16]),
+        ("Decisions", ["", "+16x16 -8x8/64/2"]),
+        ("Own token", ["True", "False"]),
     ):
         grid[f"[ToMe] {axis}"].confirm(None, values)
