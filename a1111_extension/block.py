@@ -109,7 +109,7 @@ class WebUIBlock(MergedBlock):
     def why_not_paid(self, now: Pass, attn1: nn.Module, x: Tensor, grid: Grid, keeps_self: bool) -> str | None:
         if self.owner.call.unpaid is not None:
             return self.owner.call.unpaid
-        decisions, about = self.owner.call.decisions, functools.partial(about_model, attn1, x.device)
+        decisions, about = self.owner.call.decisions, functools.partial(about_model, attn1, x.device, is_left_behind)
         kernels = TORCHS if keeps_self else ()
         now.decision = decisions.decision(x, grid, self.heads, kernels=kernels, block=self._run_detached, about=about)
         return decisions.why_not_paid(now.decision)
@@ -138,7 +138,7 @@ class WebUIBlock(MergedBlock):
     def _run_detached(self, x: Tensor) -> Callable[[], Any] | None:
         """What runs this block by itself, to be timed."""
         block = self._block()
-        return None if block is None else run_detached(block, x)
+        return None if block is None else run_detached(block, x, rejoin=is_left_behind)
 
 
 def block_place(name: str) -> tuple[str, int]:
@@ -151,21 +151,37 @@ def block_place(name: str) -> tuple[str, int]:
     return f"{found[1]} block {number}", int(part[1]) if part else 0
 
 
-def _hypertile(attn1: Any) -> Any:
-    """What HyperTile keeps on a layer that it once took."""
-    return getattr(attn1, "__webui_hypertile_params", None)
+# Whose code the hosts' models run: torch, the models' packages, the hosts themselves, A1111's own LoRA.
+HOSTS = {"torch", "einops", "ldm", "sgm", "modules", "networks", "backend", "modules_forge", "ldm_patched"}
+
+
+def package_of(made: Any) -> str:
+    """The package that a class or a function is of."""
+    return (getattr(made, "__module__", None) or "").partition(".")[0]
+
+
+def _under_hypertile(module: Any) -> Any:
+    """The layer's own forward(self, ...) under the wrapper that HyperTile leaves where it was on in an earlier picture.
+    None where none stands, where it is on, and where another extension stands above or below it."""
+    params, wrapper = (getattr(module, "__dict__", {}).get(name) for name in ("__webui_hypertile_params", "forward"))
+    if params is None or getattr(params, "enabled", True) or getattr(wrapper, "__wrapped__", None) != params.forward:
+        return None
+    return params.forward.__func__ if getattr(params.forward, "__self__", None) is module else None
 
 
 def is_taken(module: Any) -> bool:
-    """Whether somebody replaced this very layer's forward: what stands there may go by the number of tokens. HyperTile
-    leaves its wrapper there when it is off."""
-    params = _hypertile(module)
-    return is_replaced(module) and (params is None or bool(getattr(params, "enabled", True)))
+    """Whether somebody replaced this very layer's forward: what stands there may go by the number of tokens."""
+    if not is_replaced(module):
+        return False
+    forward = _under_hypertile(module)  # the host's own, though perhaps of an attention that was chosen before
+    return forward is not type(module).forward and (forward is None or package_of(forward) not in HOSTS)
+
+
+def is_left_behind(module: Any, _: Any = None) -> bool:
+    """Whether all that stands in the place of a layer's forward is HyperTile's, which runs the class's own."""
+    return _under_hypertile(module) is type(module).forward
 
 
 def plain_forward(attn1: nn.Module) -> Any:
     """The function that runs between the projections: forward(self, x, context)."""
-    params = _hypertile(attn1)
-    if "forward" in vars(attn1) and params is not None:
-        return getattr(params.forward, "__func__", params.forward)
-    return type(attn1).forward
+    return _under_hypertile(attn1) or type(attn1).forward

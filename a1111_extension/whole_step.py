@@ -23,10 +23,9 @@ from ..shared_tome.autotune.store import NotNow
 from ..shared_tome.autotune.verdicts import Verdict, Verdicts, verdict_of
 from ..shared_tome.core.grid import Grid, grid_at
 from ..shared_tome.hooks.guard import anothers_part
+from .block import HOSTS, is_left_behind, package_of
 from .sampling import Sampling
 
-# Whose code the hosts' models run: torch, the models' packages, the hosts themselves, A1111's own LoRA.
-_HOSTS = {"torch", "einops", "ldm", "sgm", "modules", "networks", "backend", "modules_forge", "ldm_patched"}
 # By what A1111's LoRA knows a layer, and what it keeps there: it writes networks into the weights on the way, by each
 # layer's own forward. A copy's weights are the model's, so a copy is to be none of its layers.
 _NETWORKS = ("network_layer_name", "network_current_names", "network_weights_backup", "network_bias_backup")
@@ -94,7 +93,7 @@ def decision_on_copies(
     """
 
     def copied() -> nn.Module:
-        made = detached_model(model, without=_NETWORKS)
+        made = detached_model(model, is_left_behind, without=_NETWORKS)
         if made is None:
             raise NotNow("another extension works on the model itself")
         return made
@@ -165,7 +164,7 @@ def _decision(
     about: Sequence[str],
     kernels: tuple[str, ...] = (),
 ) -> Decision | None:
-    words = [about_model(model, x.device), *about]
+    words = [about_model(model, x.device, is_left_behind), *about]
     opts = getattr(sys.modules.get("modules.shared"), "opts", None)
     words += ["attention in float32"] if getattr(opts, "upcast_attn", False) else []
     return decision_of(model, dtype, x.device, grid, config, both, kernels=kernels, about=", ".join(words))
@@ -191,13 +190,9 @@ def names_of(functions: Iterable[Any]) -> list[str]:
 def _refuse_anothers(model: nn.Module, hooks: bool = False) -> None:
     """Raises NotNow where a part of the model, or its forward, is another extension's: it may count or keep what it
     sees. hooks: whether a part with hooks counts as such."""
-    if (part := anothers_part(model, hooks)) is not None:
+    if (part := anothers_part(model, hooks, is_left_behind)) is not None:
         raise NotNow(f"another extension works on the model's {type(part).__name__}")
-    hosts = _HOSTS | {_package(type(model))}
+    hosts = HOSTS | {package_of(type(model))}
     for kind in {type(module) for module in model.modules()}:
-        if not {_package(kind), _package(kind.forward)} <= hosts:
+        if not {package_of(kind), package_of(kind.forward)} <= hosts:
             raise NotNow(f"another extension works on the model's {kind.__name__}")
-
-
-def _package(made: Any) -> str:
-    return (getattr(made, "__module__", None) or "").partition(".")[0]

@@ -25,7 +25,11 @@ _HOOKS = (
 _PROMPT = 77  # tokens
 
 
-def run_detached(block: nn.Module, x: Tensor) -> Callable[[], Any] | None:
+# rejoin(module, copy): whether all that stands in the place of a module's forward was put on its copy, too.
+Rejoin = Callable[[nn.Module, nn.Module], bool]
+
+
+def run_detached(block: nn.Module, x: Tensor, rejoin: Rejoin | None = None) -> Callable[[], Any] | None:
     """What runs a copy of a block on tokens x [B, N, C] and a prompt of zeros: without hooks, and with weights of its
     own, since some hosts write a LoRA into them on the way.
 
@@ -34,7 +38,7 @@ def run_detached(block: nn.Module, x: Tensor) -> Callable[[], Any] | None:
     """
     try:
         width = block.attn2.to_k.in_features
-        made = _detached(block, _cloned)
+        made = _detached(block, _cloned, rejoin)
         names = inspect.signature(type(block).forward).parameters
         name = "encoder_hidden_states" if "encoder_hidden_states" in names else "context"
         context = {name: x.new_zeros(x.shape[0], _PROMPT, width)}
@@ -49,10 +53,6 @@ def run_detached(block: nn.Module, x: Tensor) -> Callable[[], Any] | None:
             raise
         return None
     return run if isinstance(out, Tensor) and out.shape == x.shape else None
-
-
-# rejoin(module, copy): whether all that stands in the place of a module's forward was put on its copy, too.
-Rejoin = Callable[[nn.Module, nn.Module], bool]
 
 
 def detached_model(model: nn.Module, rejoin: Rejoin | None = None, without: tuple[str, ...] = ()) -> nn.Module | None:
@@ -74,9 +74,12 @@ def detached_model(model: nn.Module, rejoin: Rejoin | None = None, without: tupl
         return None
 
 
-def about_model(model: nn.Module, device: torch.device) -> str:
+def about_model(
+    model: nn.Module, device: torch.device, is_idle: Callable[[nn.Module], bool] = lambda module: False
+) -> str:
     """In words, what a model's times on a device depend on beside its shapes: the codes of its attentions, how its
-    weights are stored, and whether all of them lie there."""
+    weights are stored, and whether all of them lie there. is_idle: whether what stands in the place of a module's
+    forward does nothing else."""
     codes, stored, elsewhere = set(), set(), False
     for module in model.modules():
         if hasattr(module, "to_q"):
@@ -85,7 +88,7 @@ def about_model(model: nn.Module, device: torch.device) -> str:
             codes.add(_code(type(module).forward if processor is None else type(processor)))
             codes.update(() if backend is None else (str(backend),))
         # Offloading and quantization stand in the place of a forward, or bring classes of their own.
-        if is_replaced(module):
+        if is_replaced(module) and not is_idle(module):
             stored.add("replaced forwards")
         weight = module._parameters.get("weight")
         if weight is not None:

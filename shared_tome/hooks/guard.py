@@ -6,6 +6,7 @@ ToMe leaves the layer alone: what they do there goes by the picture's own tokens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,10 +23,14 @@ def is_replaced(module: Any) -> bool:
     return getattr(forward, "__self__", None) is not module or forward.__func__ is not type(module).forward
 
 
-def anothers_part(model: nn.Module, hooks: bool = True) -> nn.Module | None:
-    """A part of a model whose forward somebody has replaced, or hooked if hooks count; None: there is none."""
+def anothers_part(
+    model: nn.Module, hooks: bool = True, is_idle: Callable[[nn.Module], bool] = lambda module: False
+) -> nn.Module | None:
+    """A part of a model whose forward somebody has replaced, or hooked if hooks count; None: there is none. is_idle:
+    whether what stands in the place of a part's forward does nothing else."""
     for module in model.modules():
-        if is_replaced(module) or (hooks and (module._forward_hooks or module._forward_pre_hooks)):
+        is_changed = is_replaced(module) and not is_idle(module)
+        if is_changed or (hooks and (module._forward_hooks or module._forward_pre_hooks)):
             return module
     return None
 

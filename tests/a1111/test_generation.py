@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import types
 
@@ -391,8 +392,12 @@ def _use_hypertile(unet, enabled):
     for module in unet.modules():
         if hasattr(module, "attn1"):
             attn1 = module.attn1
+            if hasattr(attn1, "__webui_hypertile_params"):  # once put there it stays
+                getattr(attn1, "__webui_hypertile_params").enabled = enabled
+                continue
             params = types.SimpleNamespace(forward=attn1.forward, enabled=enabled, seen=[])
 
+            @functools.wraps(params.forward)
             def forward(x, *args, params=params, **kwargs):
                 if params.enabled:
                     params.seen.append(x.shape[1])
@@ -410,11 +415,46 @@ def test_hypertile_is_left_alone_while_on_and_served_around_when_off(host, caplo
     _use_hypertile(_unet(host), True)
     found, _ = host.generate(_on(method=method, ratio=0.3))
     assert _equal(found, plain)
-    for module in _unet(host).modules():
-        if hasattr(module, "attn1"):
-            getattr(module.attn1, "__webui_hypertile_params").enabled = False
+    _use_hypertile(_unet(host), False)
     found, _ = host.generate(_on(method=method))
     assert _equal(found, merged)
+
+
+@pytest.mark.parametrize("first", ["hypertile", "the other"])
+def test_another_extension_beside_what_hypertile_left_sees_all_tokens(host, first):
+    """It may go by the picture's own tokens, above HyperTile's wrapper or below it."""
+    seen = set()
+
+    def replace(attn1):
+        inner = attn1.forward
+
+        def forward(self, x, *args, **kwargs):
+            seen.add(x.shape[1])
+            return inner(x, *args, **kwargs)
+
+        attn1.forward = types.MethodType(forward, attn1)
+
+    def other(unet, enabled):
+        for module in unet.modules():
+            if hasattr(module, "attn1"):
+                replace(module.attn1)
+
+    both = [_use_hypertile, other] if first == "hypertile" else [other, _use_hypertile]
+    plain, _ = host.generate()
+    for put in both:
+        put(_unet(host), False)
+    found, p = host.generate(ON)
+    assert _equal(found, plain) and seen == {256, 64} and p.extra_generation_params == {}
+
+
+def test_an_attention_chosen_before_stays_served_where_hypertile_was(host, monkeypatch):
+    """HyperTile's wrapper goes on with the code that the class had; a setting gives the class another."""
+    from ldm.modules.attention import CrossAttention
+
+    _use_hypertile(_unet(host), False)
+    merged, _ = host.generate(ON)
+    monkeypatch.setattr(CrossAttention, "forward", variants.own_scale)
+    assert _equal(host.generate(ON)[0], merged)
 
 
 def test_standing_aside_is_one_line(host, tome, monkeypatch):

@@ -261,12 +261,19 @@ def test_where_another_extension_is_in_the_way_nothing_is_run(any_host, busy, mo
     assert p.extra_generation_params[LABEL] == decided(any_host, "+", "+", "-")
 
 
-def test_hypertile_on_or_left_behind_is_in_the_way(host, busy):
+def test_hypertile_is_in_the_way_while_it_is_on(host, busy):
     unet = unet_of(host)
-    for enabled in (True, False):
-        _use_hypertile(unet, enabled)
-        _, p = host.generate([ON])
-        assert not busy.ways and bool(p.extra_generation_params) != enabled
+    _use_hypertile(unet, True)
+    _, p = host.generate([ON])
+    assert not busy.ways and not p.extra_generation_params
+    _use_hypertile(unet, False)
+    found, p = host.generate([ON])
+    assert busy.ways and p.extra_generation_params[LABEL] == decided(host, "+", "+", "+")
+    kept = set(busy.keys)
+    for module in unet.modules():  # the model is loaded anew
+        vars(module).pop("__webui_hypertile_params", None) and vars(module).pop("forward")
+    again, _ = host.generate([ON])
+    assert same(again, found) and set(busy.keys) == kept, "measured under one name"
 
 
 def test_a_hook_of_another_extension_sees_no_call_more(host, busy):
