@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from .methods import AUTO, MAX_LEVEL, METHODS
@@ -79,7 +80,7 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
     if option.check is not None:
         return option.check(value)
     if option.choices is not None:
-        if field.name == "levels" and isinstance(value, int) and not isinstance(value, bool):
+        if field.name == "levels" and isinstance(value, Integral) and not isinstance(value, bool):
             value = str(value)
         if field.name == "levels" and isinstance(value, (tuple, list, set, frozenset)):
             value = ",".join(str(level) for level in value)
@@ -93,7 +94,7 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
             raise ValueError(f"{field.name} must be true or false, got {value!r}")
         return bool(value)
     if option.parts:
-        if isinstance(value, (int, float)):
+        if isinstance(value, Real):
             value = (value,) * len(option.parts)
         if not isinstance(value, (tuple, list)) or len(value) != len(option.parts):
             wanted = f"{len(option.parts)} whole numbers in {option.minimum} to {option.maximum}"
@@ -105,7 +106,7 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
 def _number(name: str, value: Any, option: Option, kind: type) -> Any:
     word = "a whole number" if kind is int else "a number"
     wanted = f"{name} must be {word} in {option.minimum} to {option.maximum}, got {value!r}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are real, too
         raise ValueError(wanted)
     if not option.minimum <= value <= option.maximum or (kind is int and value != int(value)):  # NaN lies nowhere
         raise ValueError(wanted)

@@ -33,8 +33,9 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     """x [B, N, C] and index [b, K] -> [B, K, C] in one gather."""
     if index.shape[0] == 1:
         return x.index_select(1, index[0])
-    index = _flat(spread_rows(index, x.shape[0]), x.shape[1])  # (B * K,)
-    return x.reshape(-1, x.shape[-1]).index_select(0, index).reshape(x.shape[0], -1, x.shape[-1])  # (B, K, C)
+    flat = _flat(spread_rows(index, x.shape[0]), x.shape[1])  # (B * K,)
+    taken = x.reshape(-1, x.shape[-1]).index_select(0, flat)
+    return taken.reshape(x.shape[0], index.shape[1], x.shape[-1])  # (B, K, C)
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:

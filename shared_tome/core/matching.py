@@ -33,7 +33,7 @@ def nearest(metric: Tensor, src: Tensor, dst: Tensor, distill_token: bool = Fals
     """
     metric = _unit(metric)
     a, b = take(metric, src), take(metric, dst).transpose(1, 2)  # (B, S, C), (B, C, D)
-    rows = max(1, CHUNK // (b.shape[0] * b.shape[2]))
+    rows = max(1, CHUNK // max(1, b.shape[0] * b.shape[2]))
     best = []
     for chunk in a.split(rows, dim=1):
         scores = chunk @ b  # (B, rows, D)

@@ -33,6 +33,17 @@ def test_every_option_is_a_number_a_choice_a_flag_or_a_checked_text():
 
 
 @pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_another_package(name):
+    """numpy's, as a sweep over options has them."""
+    numpy = pytest.importorskip("numpy")
+    option = OPTIONS[name]
+    kind = numpy.int64 if isinstance(option.minimum, int) else numpy.float32
+    given, usual = (getattr(ToMeConfig(**{name: value}), name) for value in (kind(option.minimum), option.minimum))
+    assert repr(given) == repr(usual)
+    assert repr(kind(-2)) in refused(name, kind(-2))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_out_of_range(name):
     option = OPTIONS[name]
     whole = isinstance(option.minimum, int)

@@ -54,6 +54,13 @@ def test_ratio_0_gives_back_the_very_argument(batch, grid, width, config, dtype)
     check_layout(plan, batch, x.shape[1])
 
 
+@given(grids, configs)
+def test_a_batch_of_no_rows(grid, config):
+    """As a detector's crops, where it has found nothing."""
+    x = tokens(1, grid, 4)[:0]
+    assert there_and_back(match_tokens(x, grid, config), x).shape == x.shape
+
+
 @given(batches, grids, channels, configs, dtypes)
 def test_groups_index_and_sizes_agree(batch, grid, width, config, dtype):
     plan = match_tokens(tokens(batch, grid, width, dtype=dtype), grid, config)
