@@ -24,6 +24,7 @@ from .outcome import Outcome
 from .steps import Clock, Steps
 
 logger = logging.getLogger("ToMe")
+CHECKPOINTED = "ToMe skips a call under gradient checkpointing, which runs blocks twice; turn it off to merge"
 # Around the taking off and putting on of blocks' hooks: a model may be at work in several threads.
 hooking = threading.Lock()
 
@@ -133,6 +134,11 @@ class BaseAttachment(Portable):
             return self._last_alike
         self._last_alike = alike = same_halves(x)
         return alike
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Whether diffusers will run the model's blocks a second time for their gradients, when the call is over."""
+    return torch.is_grad_enabled() and bool(getattr(model, "is_gradient_checkpointing", False))
 
 
 def captures(device: torch.device) -> bool:

@@ -33,7 +33,7 @@ from ..hooks.served import served_as
 from ..merging.call import ModelCall
 from ..merging.plan import Plan
 from ..merging.residual import why_no_effect
-from .base import BaseAttachment, hooking
+from .base import CHECKPOINTED, BaseAttachment, checkpoints, hooking
 from .block import is_answered, is_replaced
 from .joint_autotune import JointDecisions
 from .masks import Group, attend_padded, group_rows
@@ -115,6 +115,9 @@ class JointAttachment(BaseAttachment):
         reason = why_not_parallel(model)
         if reason is not None:
             self.say(f"{reason}; nothing is merged")
+            return
+        if checkpoints(model):
+            self.say(CHECKPOINTED)
             return
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
         place = self.row.place(model, arguments, self._grid_of)
