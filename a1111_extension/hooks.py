@@ -22,6 +22,7 @@ from ..shared_tome.autotune.paying import Decision, Judge
 from ..shared_tome.core.progress import percent_of_time
 from ..shared_tome.hooks.blocks import BlockHooks
 from ..shared_tome.hooks.heads import served_blocks
+from ..shared_tome.hooks.served import is_tomesds
 from ..shared_tome.hooks.trials import Trials
 from ..shared_tome.inspect.record import CallRecord
 from ..shared_tome.inspect.report import CallTally
@@ -35,6 +36,11 @@ _attached: weakref.WeakSet[PassAttachment] = weakref.WeakSet()
 
 COMPILED = (
     "the model runs under torch.compile, which would not notice ToMe from one picture to the next; nothing is merged"
+)
+
+
+TOMESD = (
+    "is off, because another extension has patched the model with tomesd, which merges tokens too; use one of the two"
 )
 
 
@@ -89,6 +95,8 @@ class PassAttachment:
             raise NotServed(f"{type(model).__name__} has no self-attention that ToMe knows; nothing is merged")
         if is_compiled(model):
             raise NotServed(COMPILED)
+        if is_tomesds(model):
+            raise NotServed(TOMESD)
         self.model = model
         self.sampling.another_model()
         _attached.add(self)

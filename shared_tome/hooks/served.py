@@ -36,5 +36,10 @@ def find_served(model: nn.Module, names: Collection[str]) -> nn.Module | None:
     return found[0] if len(found) == 1 else None
 
 
+def is_tomesds(model: nn.Module) -> bool:
+    """Whether tomesd has patched a model: it puts a class of its own in the place of each transformer block's."""
+    return any(type(module).__name__ == "ToMeBlock" for module in model.modules())
+
+
 def _inside(model: nn.Module, names: Collection[str]) -> Iterator[nn.Module]:
     return (module for module in model.modules() if served_as(module, names) is not None)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..autotune.decision_log import together
 from ..config import ToMeConfig
-from ..hooks.served import find_served, served_as
+from ..hooks.served import find_served, is_tomesds, served_as
 from .hooks import UNetAttachment, served_blocks
 from .joint import JointAttachment
 from .parallel import why_not_parallel
@@ -108,7 +108,7 @@ def _check(denoiser: nn.Module, config: ToMeConfig) -> None:
     reason = why_not_parallel(denoiser)
     if reason is not None:
         raise ValueError(reason)
-    if any(type(module).__name__ == "ToMeBlock" for module in denoiser.modules()):
+    if is_tomesds(denoiser):
         raise ValueError("tomesd has patched this model; call tomesd.remove_patch(model) first")
     for name in ("cross_attention", "mlp"):
         if getattr(config, name) and served_as(denoiser, ROWS) is not None:

@@ -466,6 +466,19 @@ def test_standing_aside_is_one_line(host, tome, monkeypatch):
     assert lines == [f"[ToMe] {said}"] and any(said in comment for comment in p.comments)
 
 
+def test_a_model_that_tomesd_patched_is_left_alone(host):
+    """Its merged tokens, 64 of 256, would be taken for those of level 1. (Another extension calls it.)"""
+    tomesd = pytest.importorskip("tomesd", reason="needs tomesd 0.1.3, see requirements")
+    merged, _ = host.generate(ON)
+    tomesd.apply_patch(host.shared.sd_model, ratio=0.75, use_rand=False)
+    theirs, _ = host.generate()
+    found, p = host.generate(ON)
+    assert _equal(found, theirs) and not p.extra_generation_params
+    assert any("tomesd" in text for text in p.comments)
+    tomesd.remove_patch(host.shared.sd_model)
+    assert _equal(host.generate(ON)[0], merged)
+
+
 def test_another_u_net_is_told(host):
     host.modules["modules.sd_unet"].current_unet = object()
     plain, _ = host.generate()
