@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from . import comfyui, environment, files
+from . import comfyui, environment, files, workflow
 from .compare import graph, journal, plan
 from .console import SetupError, failed, or_failed, say
 from .paths import COMPARED, RESULTS, ROOT, TABLE_HEAD
@@ -71,6 +71,11 @@ def _checkpoint(name: str) -> Path:
         if file.suffix.lower() not in CHECKPOINTS:
             raise SetupError(f"ComfyUI loads no checkpoint from {file.name}", name_one)
         file.open("rb").close()
+        try:
+            if file.suffix.lower() in (".safetensors", ".sft"):
+                workflow.read_header(file)
+        except ValueError as error:
+            raise SetupError(f"{file} is damaged: {error}", "Fetch that file again.") from error
     return file
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 Workflow = dict[str, dict[str, Any]]
 SAMPLER = "sampler"
+LONGEST_HEADER = 10**8  # bytes, of a .safetensors file
 
 # Classes to show, best first; whichever of them the demo model knows.
 FAVOURITES = ("astronaut", "motorcycle", "mountains", "cat", "coffee", "photographer")
@@ -124,12 +124,31 @@ def _finish(
     return workflow
 
 
+def read_header(file: Path) -> dict[str, Any]:
+    """What a .safetensors file holds, by name. Raises OSError, and ValueError where it is none or is cut off."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or not 2 <= length <= LONGEST_HEADER:
+            raise ValueError("it does not begin as a .safetensors file does")
+        text = opened.read(length)
+    if len(text) < length:
+        raise ValueError(f"it is cut off: {size:,} bytes, of more than {8 + length:,}")
+    try:
+        found = json.loads(text)
+        whole = 8 + length + max((one["data_offsets"][1] for one in found.values() if "data_offsets" in one), default=0)
+    except (ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
+        raise ValueError("its list of tensors cannot be read") from error
+    if size < whole:
+        raise ValueError(f"it is cut off: {size:,} bytes of {whole:,}")
+    return found
+
+
 def native_size(checkpoint: Path) -> int:
     """The side in pixels that a checkpoint was trained for, as far as a .safetensors file's names tell."""
     try:
-        with checkpoint.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            names = json.loads(file.read(min(length, 2**27)))
-    except (OSError, ValueError, struct.error, MemoryError):
+        names = read_header(checkpoint)
+    except (OSError, ValueError, MemoryError):
         return 512
     return 1024 if any(name.startswith("conditioner.embedders.1.") for name in names) else 512

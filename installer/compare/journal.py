@@ -68,9 +68,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     *lines, _ = data.split(b"\n")  # what follows the last line's end was cut off
     try:
         found = [json.loads(line) for line in lines]
-        settings = found[0][SETTINGS] if found else {}
+        settings = dict(found[0][SETTINGS]) if found else {}
         return settings, {one.pop("key"): one for one in found[1:]}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SetupError(f"{path} is no journal of a comparison", "Name another folder with --out.") from error
 
 

@@ -139,7 +139,7 @@ def read_prompts(file: Path) -> list[str]:
     except OSError as error:
         raise failed(f"{file} could not be read", error) from error
     except ValueError as error:
-        raise SetupError(f"{file} is no text in UTF-8", "Save it as text, a prompt a line.") from error
+        raise SetupError(f"{file} is no text in UTF-8", "Save it as text in UTF-8, a prompt a line.") from error
     found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not 1 <= len(found) <= MOST_PROMPTS:
         raise SetupError(f"{file} has {len(found)} prompts, not 1 to {MOST_PROMPTS}", "Write a prompt a line.")

@@ -387,7 +387,9 @@ def test_a_journal_goes_on_and_drops_what_was_cut_off(tmp_path):
         again.write_settings(machine="other")
 
 
-@pytest.mark.parametrize("text", ["mine\n", '{"a": 1}\n', "[1]\n", '{"settings": {}}\n7\n'])
+@pytest.mark.parametrize(
+    "text", ["mine\n", '{"a": 1}\n', "[1]\n", '{"settings": {}}\n7\n', '{"settings": [1]}\n', "[" * 100_000 + "\n"]
+)
 def test_a_file_that_is_no_journal_is_left_alone(text, tmp_path):
     (tmp_path / COMPARED[0]).write_text(text)
     with pytest.raises(SetupError, match="is no journal"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -78,6 +79,43 @@ def test_a_checkpoint_that_cannot_be_loaded_is_told_first(tmp_path):
         assert ".safetensors" in told.value.hint
     with pytest.raises(SetupError, match="home folder"):
         run.demo(None, "~nosuchuser/model.ckpt", str(tmp_path / "out"))
+
+
+def safetensors(header: bytes, data: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+ONE_TENSOR = json.dumps({"__metadata__": {"format": "pt"}, "x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}})
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "does not begin"),
+        (b"<!DOCTYPE html><title>Sign in</title>", "does not begin"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "does not begin"),
+        (safetensors(b"{}")[:9], "cut off"),
+        (safetensors(ONE_TENSOR.encode(), b"1234"), "cut off: 1[0-9]{2} bytes of 1[0-9]{2}"),
+        *(
+            (safetensors(text), "list of tensors")
+            for text in (b"null", b"[1]", b'{"x":', b'{"x": {"data_offsets": 3}}')
+        ),
+        (safetensors(b"[" * 100_000), "list of tensors"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_first(data, words, tmp_path):
+    """It costs a person the minutes of the installation otherwise."""
+    (tmp_path / "model.Safetensors").write_bytes(data)
+    with pytest.raises(SetupError, match=words):
+        run.demo(None, str(tmp_path / "model.Safetensors"), str(tmp_path / "out"))
+    assert workflow.native_size(tmp_path / "model.Safetensors") == 512
+
+
+def test_a_whole_checkpoint_is_taken(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(safetensors(ONE_TENSOR.encode(), b"12345678"))
+    (tmp_path / "model.ckpt").write_bytes(b"")  # torch's own, which only ComfyUI opens
+    for name in ("model.safetensors", "model.ckpt"):
+        assert run._checkpoint(str(tmp_path / name)) == tmp_path / name
 
 
 @posix
