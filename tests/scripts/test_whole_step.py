@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 
 import pytest
@@ -307,3 +308,16 @@ def test_blocks_that_were_left_alone_are_merged_once_a_step_is_known_to_be_busy(
     monkeypatch.setattr(step_auto, "_compared", compared)
     now[0] += store.RETRY
     assert all(torch.equal(models.run(unet), small) for _ in range(2)) and not torch.equal(large, small)
+
+
+def test_nothing_of_a_tried_step_stays(steps):
+    """Copies share the model's weights, which may be as much as the GPU has."""
+    unet = patched(models.sd15(), method="sample")
+    weight = unet.conv_out.weight
+    gc.collect()
+    gc.disable()
+    try:
+        models.run(unet)
+        assert steps.ways and sum(type(one) is dict for one in gc.get_referrers(weight)) == 1, "the model's own"
+    finally:
+        gc.enable()

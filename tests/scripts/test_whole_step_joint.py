@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 
 import pytest
@@ -40,7 +41,7 @@ def patched(model, **options):
     return shared_tome.apply_patch(model, config=ToMeConfig(**{**OPTIONS, **options}))
 
 
-class MadeUpTransformers(StepTimes, MadeUpGPU):
+class MadeUpJoint(StepTimes, MadeUpGPU):
     """merged: the attentions; a way is how many were merged."""
 
     def __init__(self, monkeypatch, folder):
@@ -66,7 +67,7 @@ class MadeUpTransformers(StepTimes, MadeUpGPU):
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    return MadeUpTransformers(monkeypatch, tmp_path)
+    return MadeUpJoint(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -227,3 +228,16 @@ def test_a_step_short_of_memory_is_asked_about_again(gpu, monkeypatch, caplog):
     monkeypatch.setattr(step_auto, "_compared", compared)
     now[0] += store.RETRY
     assert torch.equal(run(model), plain) and len(gpu.steps) == 2 and gpu.ways
+
+
+def test_nothing_of_a_tried_step_stays(gpu):
+    """Copies share the model's weights, which may be as much as the GPU has."""
+    model = patched(models.flux())
+    weight = model.proj_out.weight
+    gc.collect()
+    gc.disable()
+    try:
+        run(model)
+        assert gpu.ways and sum(type(one) is dict for one in gc.get_referrers(weight)) == 1, "the model's own"
+    finally:
+        gc.enable()
