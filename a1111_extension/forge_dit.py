@@ -38,7 +38,7 @@ from .hooks import NotServed
 from .sampling import Sampling
 from .seeds import Rows
 from .swap import swapped
-from .whole_step import RunMerged, Steps, decision_on_model, names_of
+from .whole_step import RunMerged, WholeSteps, decision_on_model, names_of
 
 SERVED = ", ".join(row.name for row in DIT_MODELS if row.forge)
 # What is said.
@@ -80,7 +80,7 @@ class Merged:
     no other extension stands around the model's call; else its steps are not tried."""
 
     def __init__(self, base: Any, facts: DiTModel, sampling: Sampling, alone: bool):
-        self._base, self._alone, self._steps = base, alone, Steps(sampling)
+        self._base, self._alone, self._steps = base, alone, WholeSteps(sampling)
         self._model, self._facts, self._sampling = unwrapped(base.diffusion_model), facts, sampling
         self._places, self._by_times = functions_of(self._model), sampling.config.levels == "auto"
         self._order: dict[torch.device, tuple[str, ...]] = {}

@@ -32,7 +32,7 @@ from .block import NO_WEIGHTS, is_taken
 from .hooks import served_blocks
 from .notes import Notes
 from .sampling import Sampling
-from .whole_step import RunMerged, Steps, decision_on_model
+from .whole_step import RunMerged, WholeSteps, decision_on_model
 
 
 class MergedUNet:
@@ -43,7 +43,7 @@ class MergedUNet:
 
     def __init__(self, base: Any, sampling: Sampling, alone: bool = True):
         self._base, self._model, self._sampling = base, base.diffusion_model, sampling
-        self._steps, self._alone = Steps(sampling), alone
+        self._steps, self._alone = WholeSteps(sampling), alone
         self._met: dict[tuple, bool] = {}
         self._wide: dict[tuple, bool] = {}
 

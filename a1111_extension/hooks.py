@@ -28,7 +28,7 @@ from ..shared_tome.inspect.record import CallRecord
 from ..shared_tome.inspect.report import CallTally
 from .block import WebUIBlock, WebUICall, plain_forward
 from .sampling import Sampling
-from .whole_step import Steps, decision_on_copies
+from .whole_step import WholeSteps, decision_on_copies
 
 # Those whose hooks are on a model. Not a registry to work with: it only serves to take off what a crash left on.
 _attached: weakref.WeakSet[PassAttachment] = weakref.WeakSet()
@@ -73,7 +73,7 @@ class PassAttachment:
         called: Callable[[], None] = lambda: None,
         judge: Judge | None = None,
     ):
-        self.sampling, self._judge, self._steps = sampling, judge, Steps(sampling)
+        self.sampling, self._judge, self._steps = sampling, judge, WholeSteps(sampling)
         self._called = called
         self.model: nn.Module | None = None
         self.call: WebUICall | None = None
@@ -119,7 +119,7 @@ class PassAttachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._blocks, self._steps = [], Steps(self.sampling)
+        self._blocks, self._steps = [], WholeSteps(self.sampling)
         self.model = self.call = self._call_tally = None
         _attached.discard(self)
 

@@ -36,7 +36,7 @@ _ATTENTIONS = ("attention_function", "optimized_attention")
 RunMerged = Callable[[Tensor, dict[str, Any], Callable[[dict[str, Any]], Any]], Any]
 
 
-class Steps:
+class WholeSteps:
     """What is known of a model's steps in a sampling pass: asked for once of a kind, and again where it is not known.
 
     sampling: the pass, which is told.
@@ -57,7 +57,7 @@ class Steps:
     def verdict(
         self, config: ToMeConfig, grid: Grid, x: Tensor, measured: Callable[[ToMeConfig], Decision | None]
     ) -> Verdict:
-        """Why nothing of a call is merged, if nothing is, is said once.
+        """Of a call. Where nothing of it is merged, the reason is said once.
 
         config: that holds in the call. grid: of the latent, or a transformer's tokens. x: the latent. measured: what is
         known of steps that are merged by a config, see decision_on_copies and decision_on_model.
