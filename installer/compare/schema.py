@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import math
 import re
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +33,7 @@ RANGES = {
     "seconds": (1e-3, 1e5), "first_seconds": (1e-3, 1e5), "speedup": (0.01, 100), "peak_gib": (1e-3, 4096),
     "skipped": (0, 1), "psnr": (0, SAME), "ssim": (-1, 1), "lpips": (0, 5), "steps": (1, 10_000),
 }  # fmt: skip
+ROUNDING = 1e-3  # how far numbers may be from what follows of the others
 MEMORY = (0, 65_536)  # GiB of the device
 _VERSIONS = re.compile(r"\d+\.\d+[\w.+-]*")
 # A folder of somebody's, an address, or a name before an @.
@@ -84,6 +87,15 @@ def _values(found: dict[str, Any]) -> Iterator[str]:
         datetime.datetime.strptime(found["date"], "%Y-%m-%d")
     except ValueError:
         yield f"date is {found['date']!r}, not YYYY-MM-DD"
+    if not all(_is(seed, int) for seed in found["seeds"]):
+        yield f"seeds is {found['seeds']!r}, not whole numbers"
+    if not all(isinstance(prompt, str) for prompt in found["prompts"] or ()):
+        yield "prompts holds something that is no text"
+    if found["model"]["sha256"] is not None and not re.fullmatch(r"[0-9a-f]{10,64}", found["model"]["sha256"]):
+        yield f"model.sha256 is {found['model']['sha256']!r}, not a hash's digits"
+    for part, name in (("machine", "device"), ("machine", "kind"), ("model", "family"), ("model", "dtype")):
+        if not found[part][name].strip():
+            yield f"{part}.{name} is empty"
     if not 1 <= found["pictures"] <= 10_000:
         yield f"pictures is {found['pictures']}, not in 1 to 10000"
     names = [(row["size"], row["variant"]) for row in found["results"]]
@@ -95,15 +107,37 @@ def _values(found: dict[str, Any]) -> Iterator[str]:
             yield f"results has no unmerged row of {size}"
     if not sizes:
         yield "results is empty"
+    bases = {row["size"]: row["all_seconds"] for row in found["results"] if row["variant"] == "unmerged"}
     for number, row in enumerate(found["results"]):
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", row["size"], re.ASCII):
             yield f"results[{number}].size is {row['size']!r}, not WIDTHxHEIGHT"
-        for name, (low, high) in RANGES.items():
-            value = row[name]
-            if value is not None and not low <= value <= high:
-                yield f"results[{number}].{name} is {value}, not in {low:g} to {high:g}"
-        if not all(_is(one, int) or _is(one, float) for one in row["all_seconds"] or ()):
-            yield f"results[{number}].all_seconds holds something that is no number"
+        outside = [name for name, limits in RANGES.items() if row[name] is not None and not _lies_in(limits, row[name])]
+        for name in outside:
+            yield f"results[{number}].{name} is {row[name]}, not in {RANGES[name][0]:g} to {RANGES[name][1]:g}"
+        if not outside:
+            yield from _times(f"results[{number}].", row, bases.get(row["size"]), found["pictures"])
+
+
+def _lies_in(limits: tuple[float, float], value: Any) -> bool:
+    return (_is(value, int) or _is(value, float)) and limits[0] <= value <= limits[1]
+
+
+def _times(where: str, row: dict[str, Any], base: list[Any] | None, pictures: int) -> Iterator[str]:
+    """Whether the times of a row agree with each other. base: the unmerged row's of the same pictures."""
+    times, limits = row["all_seconds"], RANGES["seconds"]
+    if times is None:
+        if row["seconds"] is not None or row["speedup"] is not None:
+            yield f"{where}seconds and speedup are of no times: all_seconds is missing"
+        return
+    if len(times) != pictures or not all(_lies_in(limits, one) for one in times):
+        yield f"{where}all_seconds is not {pictures} times in {limits[0]:g} to {limits[1]:g}, one a picture"
+        return
+    wanted = {"seconds": statistics.median(times)}
+    if base is not None and len(base) == len(times) and all(_lies_in(limits, one) for one in base):
+        wanted["speedup"] = statistics.median(one / other for one, other in zip(base, times, strict=True))
+    for name, value in wanted.items():
+        if row[name] is None or not math.isclose(row[name], value, rel_tol=ROUNDING):
+            yield f"{where}{name} is {row[name]}, but {value:.5g} by all_seconds"
 
 
 def _private(where: str, value: Any) -> Iterator[str]:

@@ -19,8 +19,9 @@ from lab.pages.real_tables import NOBODY
 from lab.pages.real_tables import real_models as table
 
 ROW = {
-    "size": "1024x1024", "variant": "unmerged", "tome": None, "steps": 20, "seconds": 4.0, "all_seconds": [4.0, 4.1],
-    "speedup": 1.0, "first_seconds": 9.0, "peak_gib": 7.5, "skipped": None, "psnr": None, "ssim": None, "lpips": None,
+    "size": "1024x1024", "variant": "unmerged", "tome": None, "steps": 20, "seconds": 4.0, "speedup": 1.0,
+    "all_seconds": [4.0, 3.9, 4.1, 4.0], "first_seconds": 9.0, "peak_gib": 7.5, "skipped": None, "psnr": None,
+    "ssim": None, "lpips": None,
 }  # fmt: skip
 FOUND = {
     "format": "tome-compare", "version": 1, "tome": "0.2.0+8d7c7a1f51af", "date": "2026-12-01",
@@ -32,7 +33,7 @@ FOUND = {
     "results": [
         ROW,
         ROW | {"variant": "Balanced", "tome": {"method": "auto", "ratio": 0.75}, "seconds": 3.2, "speedup": 1.25,
-               "psnr": 31.25, "ssim": 0.912},
+               "all_seconds": [3.2, 3.12, 3.28, 3.2], "psnr": 31.25, "ssim": 0.912},
         ROW | {"variant": "unmerged, another batch split", "seconds": None, "all_seconds": None, "speedup": None,
                "first_seconds": None, "peak_gib": None, "psnr": 62.5, "ssim": 0.999},
     ],
@@ -95,7 +96,18 @@ def test_the_same_result_is_not_taken_twice(given, tmp_path):
         (lambda f: f["results"][1].update(speedup=float("nan")), "speedup is nan, not in 0.01 to 100"),
         (lambda f: f["results"][1].update(seconds=0), "seconds is 0, not in 0.001"),
         (lambda f: f["results"][1].update(size="big"), "size is 'big', not WIDTHxHEIGHT"),
-        (lambda f: f["results"][1].update(all_seconds=["fast"]), "all_seconds holds something that is no number"),
+        (lambda f: f["results"][1].update(all_seconds=["fast"]), "all_seconds is not 4 times in 0.001 to 100000"),
+        (lambda f: f["results"][1].update(all_seconds=[3.2] * 3), "all_seconds is not 4 times in 0.001 to 100000"),
+        (lambda f: f["results"][1].update(all_seconds=[float("nan")] * 4), "all_seconds is not 4 times"),
+        (lambda f: f["results"][1].update(all_seconds=None), "all_seconds is missing"),
+        (lambda f: f["results"][1].update(speedup=12.5), r"\[1\].speedup is 12.5, but 1.25 by all_seconds"),
+        (lambda f: f["results"][1].update(speedup=None), r"\[1\].speedup is None, but 1.25 by all_seconds"),
+        (lambda f: f["results"][0].update(all_seconds=["fast"]), "all_seconds is not 4 times in 0.001 to 100000"),
+        (lambda f: f["results"][0].update(seconds=8.0), r"\[0\].seconds is 8.0, but 4 by all_seconds"),
+        (lambda f: f.update(seeds=[7, "8"]), r"seeds is \[7, '8'\], not whole numbers"),
+        (lambda f: f.update(prompts=[{"a": 1}]), "prompts holds something that is no text"),
+        (lambda f: f["model"].update(sha256="=1+1"), "model.sha256 is '=1\\+1', not a hash's digits"),
+        (lambda f: f["machine"].update(device=" "), "machine.device is empty"),
         (lambda f: f["results"].append(ROW), "a variant twice"),
         (lambda f: f["results"].pop(0), "no unmerged row of 1024x1024"),
         (lambda f: f["results"].clear(), "results is empty"),
