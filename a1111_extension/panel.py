@@ -26,8 +26,13 @@ except ImportError:
 
 
 _QUIET = {"queue": False, "show_progress": "hidden", "api_name": False}
-# Controls that have no meaning with some method: they are grey with it.
-_MARKED = tuple(name for name in NAMES if any(name in idle_options(method) for method in (AUTO, *METHODS)))
+# Controls that have no meaning with some choice of the others: they are grey with it.
+_MARKED = tuple(
+    name for name in NAMES if name == "seed" or any(name in idle_options(method) for method in (AUTO, *METHODS))
+)
+# What may be refused where it is switched on: it stays until it is off, as in ComfyUI's page (web/tome.js).
+_SWITCHES = tuple(widget.name for widget in WIDGETS if widget.name in _MARKED and widget.default is False)
+_MARKS = ("method", "seed_rule", *_SWITCHES)
 
 
 def build(elem_id: Callable[[str], str], start: dict[str, Any], is_img2img: bool) -> tuple[list[Any], list[Any]]:
@@ -57,7 +62,8 @@ def build(elem_id: Callable[[str], str], start: dict[str, Any], is_img2img: bool
         more = link("What each option does, and how to choose") or "docs/settings.md says more of each option"
         gr.HTML(value=more, elem_id=elem_id("help"))
     _connect(preset, [made[name] for name in PRESET_OPTIONS])
-    made["method"].change(_mark_idle, [made["method"]], [made[name] for name in _MARKED], **_QUIET)
+    for name in _MARKS:
+        made[name].change(_mark_idle, [made[name] for name in _MARKS], [made[name] for name in _MARKED], **_QUIET)
     controls = [made[widget.name] for widget in WIDGETS]
     for made_control in (preset, *controls):
         # The page's ui-config.json would keep today's start values for ever and overrule the Settings.
@@ -84,10 +90,17 @@ def _connect(preset: Any, options: list[Any]) -> None:
         option.change(preset_of, options, [preset], **_QUIET)
 
 
-def _mark_idle(method: str) -> list[Any]:
-    """What _MARKED become: grey where the method does not look at them."""
-    idle = idle_options(method)
-    return [gr.update(interactive=name not in idle) for name in _MARKED]
+def _is_idle(name: str, values: Mapping[str, Any]) -> bool:
+    """Whether nobody looks at a control. values: at least of _MARKS."""
+    if name == "seed":
+        return values["seed_rule"] != "fixed"
+    return name in idle_options(values["method"]) and not (name in _SWITCHES and values[name])
+
+
+def _mark_idle(*values: Any) -> list[Any]:
+    """What _MARKED become. values: of _MARKS."""
+    given = dict(zip(_MARKS, values, strict=True))
+    return [gr.update(interactive=not _is_idle(name, given)) for name in _MARKED]
 
 
 def _choose_preset(name: str, *values: Any) -> list[Any]:
@@ -114,7 +127,7 @@ def _make(widget: Widget, elem_id: Callable[[str], str], start: dict[str, Any], 
         info=widget.option.line,
         elem_id=elem_id(widget.name),
         visible=visible,
-        interactive=widget.name not in idle_options(start["method"]),
+        interactive=not _is_idle(widget.name, start),
         **arguments,
     )
 

@@ -57,11 +57,11 @@ def marks(config, panel) -> dict:
     ]
     events = [[names[one] for one in event["outputs"]] for event in config["dependencies"]]
     sets = next((list(outputs) for outputs in events if "stride_x" in outputs and "preset" not in outputs), [])
+    off = {"seed_rule": "image", **dict.fromkeys(panel._SWITCHES, False)}
     grey_with = {
-        method: [name for name, update in zip(panel._MARKED, panel._mark_idle(method), strict=True)
-                 if not update["interactive"]]
+        method: [name for name in panel._MARKED if panel._is_idle(name, {**off, "method": method})]
         for method in ("auto", "sample", "merge")
-    }  # fmt: skip
+    }
     return {"grey": grey, "sets": sets, "with": grey_with}
 
 

@@ -133,3 +133,42 @@ def test_a_preset_wins_over_the_settings(host, keeps_self):
         "ToMe ratio": 0.75, "ToMe method": "sample", "ToMe min tokens": 256,
         "ToMe decisions": " ".join(FIRST.split()[:2]), "ToMe version": VERSION,
     }  # fmt: skip
+
+
+# --- what is grey -----------------------------------------------------------------------------------------------------
+
+
+def _grey(controls):
+    return {name for name, control in controls.items() if not getattr(control, "interactive", True)}
+
+
+def test_a_switch_that_would_be_refused_stays_until_it_is_off(panel, tome):
+    """Grey and on it could not be switched off, and each picture would be made without ToMe."""
+    preset, controls = panel
+    assert {"cross_attention", "mlp"} <= _grey(controls)
+    controls["method"].choose("merge")
+    assert not _grey(controls) & {"cross_attention", "mlp"} and "own_token" in _grey(controls)
+    controls["mlp"].choose(True)
+    preset.choose("Balanced")
+    assert "cross_attention" in _grey(controls) and "mlp" not in _grey(controls)
+    controls["mlp"].choose(False)
+    assert "mlp" in _grey(controls)
+
+
+def test_the_number_is_grey_while_each_image_has_its_own(panel):
+    _, controls = panel
+    assert "seed" in _grey(controls)
+    controls["seed_rule"].choose("fixed")
+    assert "seed" not in _grey(controls)
+    controls["seed_rule"].choose("image")
+    assert "seed" in _grey(controls)
+
+
+@pytest.mark.parametrize("saved", [{}, {"method": "merge", "mlp": True, "seed_rule": "fixed"}])
+def test_the_panel_starts_as_its_values_are(host, saved):
+    for name, value in saved.items():
+        host.opts.data[f"tome_{name}"] = value
+    host.start()
+    tome_names = ("seed", "mlp", "stride_x")
+    controls = {control.elem_id.rpartition("tome_")[2]: control for control in host.tabs["txt2img"].inputs[1:]}
+    assert _grey({name: controls[name] for name in tome_names}) == (set() if saved else set(tome_names))
