@@ -16,9 +16,27 @@ OPTIONS = [{"ratio": 0.5}, {"ratio": 0.5, "own_token": False}, {"method": "merge
 
 @pytest.fixture
 def compiled(comfy_nodes):
+    return lambda model: host.run_node(comfy_nodes["TorchCompileModel"], model=model, backend="eager")
+
+
+@pytest.fixture(scope="module")
+def small(comfy_nodes):
+    """small(name) -> the model. Until another one is asked for, the tests share it and what was compiled of it."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made.clear()
+            torch._dynamo.reset()
+            made[name] = dit_host.small(name, **WITHOUT_KEYWORD.get(name, {}))
+        return made[name]
+
+    yield get
     torch._dynamo.reset()
-    yield lambda model: host.run_node(comfy_nodes["TorchCompileModel"], model=model, backend="eager")
-    torch._dynamo.reset()
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def same(a, b):
@@ -26,16 +44,19 @@ def same(a, b):
     assert error < 1e-4, "a compiled model gave another picture than the eager one"
 
 
-@pytest.mark.parametrize("tome_first", [True, False], ids=["tome first", "compile first"])
-def test_takes_effect_after_a_plain_compiled_run_and_breaks_no_graph(tome, compiled, tome_first):
-    name, model = "flux", dit_host.small("flux")
+def test_takes_effect_after_a_plain_compiled_run_and_breaks_no_graph(small, tome, compiled):
+    """In both orders of the nodes, which share a graph; each order is the first, which makes it, in its turn."""
+    name, model = "flux", small("flux")
     plain = call(model, name)
     same(call(compiled(model), name), plain)
-    breaks = set(torch._dynamo.utils.counters["graph_break"])
-    for options in OPTIONS if tome_first else OPTIONS[:1]:
+    breaks, before = set(torch._dynamo.utils.counters["graph_break"]), graphs()
+    for number, options in enumerate(OPTIONS, 1):
         eager = call(tome(model, **options), name)
         assert (eager - plain).norm() / plain.norm() > 1e-3
-        same(call(compiled(tome(model, **options)) if tome_first else tome(compiled(model), **options), name), eager)
+        orders = [compiled(tome(model, **options)), tome(compiled(model), **options)]
+        for patched in orders if number % 2 else reversed(orders):
+            same(call(patched, name), eager)
+            assert graphs() == before + number, f"{options}: another graph, or none of its own"
     same(call(compiled(model), name), plain)
     assert not set(torch._dynamo.utils.counters["graph_break"]) - breaks
 
@@ -56,13 +77,13 @@ def test_the_key_says_what_a_graph_takes_for_granted(comfy_nodes):
     assert len(set(keys)) == len(keys) and key(seed=3) == key()
 
 
-def test_seed_and_step_need_no_new_graph(tome, compiled):
-    model = dit_host.small("flux")
+def test_seed_and_step_need_no_new_graph(small, tome, compiled):
+    model = small("flux")
     sample(compiled(tome(model, seed=1)), "flux", steps=2)
-    frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    frames = graphs()
     assert frames > 0
     other = sample(compiled(tome(model, seed=2)), "flux", steps=3)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames
+    assert graphs() == frames
     same(other, sample(tome(model, seed=2), "flux", steps=3))
 
 
@@ -82,26 +103,30 @@ WITHOUT_KEYWORD = {
 
 
 @pytest.mark.parametrize("name", WITHOUT_KEYWORD)
-def test_a_model_that_takes_no_keyword(tome, compiled, name):
-    """In both orders of the nodes. Another seed, step or ratio needs no new graph. Without ToMe nothing is left."""
-    model = dit_host.small(name, **WITHOUT_KEYWORD[name])
+def test_a_model_that_takes_no_keyword(small, tome, compiled, caplog, name):
+    """In both orders of the nodes. Another seed, step or ratio needs no new graph. The layers tell what they did.
+    Without ToMe nothing is left."""
+    model = small(name)
+    host.forget_log()
+    caplog.set_level(logging.INFO, logger="ToMe")
     plain, plain_compiled = call(model, name), call(compiled(model), name)
     same(plain_compiled, plain)
-    graphs = []
+    made = []
     for seed, ratio, sigma in ((0, 0.5, 0.7), (3, 0.5, 0.7), (3, 0.75, 0.3)):
         options = {"seed": seed, "ratio": ratio}
         eager = call(tome(model, **options), name, sigma=sigma)
         assert (eager - plain).norm() / plain.norm() > 1e-3
         same(call(compiled(tome(model, **options)), name, sigma=sigma), eager)
         same(call(tome(compiled(model), **options), name, sigma=sigma), eager)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] == graphs[-1]
+        made.append(graphs())
+    assert made[0] == made[-1]
     assert torch.equal(call(compiled(model), name), plain_compiled)
+    assert not [line for line in caplog.messages if "left alone" in line or "skips" in line]
 
 
-def test_a_schedule_holds_in_such_a_model(tome, compiled):
+def test_a_schedule_holds_in_such_a_model(small, tome, compiled):
     """start and end by noise: each call takes the graph with ToMe or the one without."""
-    name, model = "stable_audio", dit_host.small("stable_audio")
+    name, model = "stable_audio", small("stable_audio")
     plain, patched = call(compiled(model), name), tome(model, start=0.72)  # between the two noise levels
     both = compiled(patched)
     for sigma in (0.3, 0.7, 0.3):
@@ -111,14 +136,10 @@ def test_a_schedule_holds_in_such_a_model(tome, compiled):
         assert merged is ((eager - plain).norm() / plain.norm() > 1e-3).item() is (sigma < 0.5)
 
 
-def test_what_such_a_model_is_told_of(tome, compiled, caplog, monkeypatch):
-    """The layers tell what they did. A torch that does not compare modes: nothing is merged, and one line says so."""
-    name, model = "stable_audio", dit_host.small("stable_audio")
+def test_a_torch_that_does_not_compare_modes(small, tome, compiled, caplog, monkeypatch):
+    """Nothing is merged there, and one line says so."""
+    name, model = "stable_audio", small("stable_audio")
     host.forget_log()
-    for _ in range(2):
-        with caplog.at_level(logging.INFO, logger="ToMe"):
-            call(compiled(tome(model)), name)
-    assert not [line for line in caplog.messages if "left alone" in line]
     monkeypatch.setattr(host.pack_module("dit_patch"), "COMPARES_MODES", False)
     with caplog.at_level(logging.INFO, logger="ToMe"):
         same(call(compiled(tome(model)), name), call(model, name))
