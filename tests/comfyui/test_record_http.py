@@ -17,13 +17,13 @@ sys.path.insert(0, str(REPO))
 from installer import workflow
 
 pytestmark = pytest.mark.slow
-SETTINGS = workflow.Settings(steps=3, cfg=3.0, sampler="euler", scheduler="simple")
+SETTINGS = workflow.Settings(size=32, steps=3, cfg=3.0, sampler="euler", scheduler="simple")
 MAP = {"show": "groups", "level": -1, "layer": 0, "step": -1, "opacity": 0.6}
 
 
 def graph(client, *, seed=7, method="merge", measure_time=False, **drawn):
     """The demo with Record behind ToMe, a map of the enlarged picture and a report."""
-    tome = {**workflow.defaults(client.node("ToMe")), "method": method, "ratio": 0.5}
+    tome = {**workflow.defaults(client.node("ToMe")), "method": method, "ratio": 0.5, "min_tokens": 0}
     subject = workflow.Subject("astronaut", "astronaut", seed=seed)
     made = workflow.demo_workflow(client.node("ToMeDemoModel"), subject, SETTINGS, tome)
     made["record"] = {"class_type": "ToMeRecord", "inputs": {"model": ["tome", 0]}}
@@ -48,9 +48,9 @@ def picture(client, result, node):
 def test_one_prompt_gives_picture_map_and_report(client):
     result = client.run(graph(client, measure_time=True))
     plain, drawn = picture(client, result, "show"), picture(client, result, "shown")
-    assert plain.shape == (64, 64, 3) and drawn.shape == (512, 512, 3)
+    assert plain.shape == (32, 32, 3) and drawn.shape == (512, 512, 3)
     (text,), (told,) = result.outputs["report"]["text"], result.outputs["json"]["text"]
-    assert "- level 0 (64x64): 4096 to 2048 tokens (-50%), 5 layers: input block 1, 2, output block 4, 5, 6" in text
+    assert "- level 0 (32x32): 1024 to 512 tokens (-50%), 5 layers: input block 1, 2, output block 4, 5, 6" in text
     data = json.loads(told)
     assert (data["steps"], data["calls"]) == (3, 3) and data["time"]["without_ms"] > 0
 
