@@ -187,3 +187,21 @@ def test_panel_makes_a_picture_and_tells_it(page, shoot):
     control(page, "advanced").locator(".label-wrap").click()
     field.wait_for(state="hidden")
     shoot(panel, "a1111")
+
+
+def test_a_switch_that_would_be_refused_stays_until_it_is_off(page):
+    control(page, "enabled").locator(".label-wrap").first.click()
+    control(page, "advanced").locator(".label-wrap").click()
+    switch = control(page, "mlp").locator("input")
+    grey = "document.querySelector('#script_txt2img_tome_mlp input').disabled"
+    page.wait_for_function(grey, timeout=20_000)
+    field = control(page, "method").locator("input")
+    field.fill("merge")
+    field.press("Enter")
+    page.wait_for_function(f"!{grey}", timeout=20_000)
+    switch.check()
+    control(page, "preset").get_by_label("Balanced", exact=True).check()
+    page.wait_for_timeout(1500)
+    assert switch.is_enabled() and switch.is_checked()
+    switch.uncheck()
+    page.wait_for_function(grey, timeout=20_000)
