@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -211,14 +212,16 @@ class Tally:
         with self._lock:
             self._steps[step] = max(ratio, self._steps.get(step, 0.0))
 
-    def add(self, layer: Layer, step: int | None) -> None:
-        """One layer of a call. step: None where not known."""
-        key = (layer.where, layer.part, layer.grid, layer.number, layer.reason)
+    def add(self, layer: Layer, step: int | None, nth: int = 0) -> None:
+        """One layer of a call. step: None where not known; nth: of those merged at this place in the call, from 0. Its
+        number is that of a call in which none before it is left alone: another node may take one in some calls."""
+        key = (layer.where, layer.part, layer.grid, nth, layer.reason)
         with self._lock:
             known = self._layers.get(key)
             if known is not None:
                 after = layer.after and (min(known.after[0], layer.after[0]), max(known.after[1], layer.after[1]))
-                layer = dataclasses.replace(layer, after=after, calls=known.calls + 1)
+                number = layer.number if known.number is None else max(known.number, layer.number)
+                layer = dataclasses.replace(layer, after=after, number=number, calls=known.calls + 1)
             self._layers[key] = layer
             if step is not None:
                 self._merged_in[step] = self._merged_in.get(step, False) or not layer.reason
@@ -273,7 +276,7 @@ class CallTally:
     def __init__(self, tally: Tally, full: Grid, step: int | None = None):
         self.full, self.step = full, step
         self._tally = tally
-        self._numbers: dict[Grid, int] = {}
+        self._counts: Counter[tuple] = Counter()  # of layers, by their grid and by their place
 
     def lies_on(self, full: Grid) -> None:
         """The grid from which levels are counted, where it is not the latent's own size."""
@@ -293,14 +296,16 @@ class CallTally:
             saves, kept, before = None if decision is None else decision.saves_us, plan.kept, math.prod(grid)
             level = level_of(grid, self.full)
             layer = Layer(where, part, level, grid, number, before, (kept, kept), 1, saves_us=saves)
-            self._tally.add(layer, self.step)
+            self._tally.add(layer, self.step, self._count((where, part, grid)))
         return number
 
     def count(self, grid: Grid) -> int:
         """The number of the next layer on a grid: for one that had a plan and is left alone all the same."""
-        number = self._numbers.get(grid, 0)
-        self._numbers[grid] = number + 1
-        return number
+        return self._count(grid)
+
+    def _count(self, what: tuple) -> int:
+        self._counts[what] += 1
+        return self._counts[what] - 1
 
     def left_alone(self, reason: str, where: str, grid: Grid | None = None, part: int = 0) -> None:
         """A layer that was not merged, and why."""

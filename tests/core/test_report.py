@@ -45,6 +45,37 @@ def test_text_says_all_that_was_counted():
     assert "- level 1 (32x32), 1024 tokens, 1 layer: fewer than min tokens 2048 (input block 4)" in text
 
 
+def test_a_layer_behind_one_that_is_left_alone_in_some_calls_is_one_layer():
+    """Perturbed attention replaces an attention in every second call; layers behind it have other numbers then."""
+    for replaced in ((False, True), (True, False)):
+        tally = Tally(ToMeConfig(ratio=0.75))
+        for is_replaced in replaced:
+            tally.call(0, 0.75)
+            call = CallTally(tally, FULL)
+            call.layer("input block 1", FULL, plan(1024))
+            if is_replaced:
+                call.left_alone("another's", "middle block 0", FULL)
+            else:
+                call.layer("middle block 0", FULL, plan(1024))
+            call.layer("output block 0", FULL, plan(1024))
+        report = tally.report()
+        assert "4096 to 1024 tokens in 3 layers" in report.line()
+        assert sorted((one.number, one.where, one.calls) for one in report.merged) == [
+            (0, "input block 1", 2), (1, "middle block 0", 1), (2, "output block 0", 2),
+        ]  # fmt: skip
+
+
+def test_layers_of_one_name_in_a_call_are_several():
+    """Some models do not tell the numbers of their blocks."""
+    tally = Tally(ToMeConfig(ratio=0.75))
+    for _ in range(2):
+        tally.call(0, 0.75)
+        call = CallTally(tally, FULL)
+        for _ in range(3):
+            call.layer("unnamed block", FULL, plan(1024))
+    assert [(one.number, one.calls) for one in tally.report().merged] == [(0, 2), (1, 2), (2, 2)]
+
+
 def test_one_of_a_thing_is_no_plural():
     tally = Tally(ToMeConfig(ratio=0.75), of_steps=1)
     tally.call(0, 0.75)
