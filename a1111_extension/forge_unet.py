@@ -14,7 +14,7 @@ from ..comfy_tome.unet_call import PatchedCall, block_name
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention.combine import TORCHS
 from ..shared_tome.attention.sdpa import leave_left_modes
-from ..shared_tome.attention.sequence import JointCall
+from ..shared_tome.attention.sequence import JointCall, with_detail
 from ..shared_tome.autotune.decisions import Decisions
 from ..shared_tome.autotune.layer import ROWS
 from ..shared_tome.autotune.paying import Decision, Judge
@@ -127,7 +127,7 @@ class SelfTokens:
                 return None
         self._sampling.tell_self_token(None)
         config = self._sampling.config
-        return JointCall.of(config, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"))
+        return JointCall.of(config, TORCHS, lambda *told: self.say(with_detail(*told)))
 
     def say(self, message: str) -> None:
         """Tell once, in the log."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..shared_tome import ModelCall, ToMeConfig
 from ..shared_tome.attention.combine import TORCHS
 from ..shared_tome.attention.sdpa import leave_left_modes
-from ..shared_tome.attention.sequence import JointCall
+from ..shared_tome.attention.sequence import JointCall, with_detail
 from ..shared_tome.autotune.decisions import Decisions
 from ..shared_tome.autotune.paying import Decision, Judge
 from ..shared_tome.core.progress import percent_of_time
@@ -190,7 +190,7 @@ class PassAttachment:
         """What lets queries keep their own tokens, None where they shall not."""
         if not call.config.wants_heads and self.sampling.residual is None:
             return None
-        return JointCall.of(call.config, TORCHS, lambda message, detail: self.say(f"{message} ({detail})"))
+        return JointCall.of(call.config, TORCHS, lambda *told: self.say(with_detail(*told)))
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
         call, call_tally, self.call, self._call_tally = self.call, self._call_tally, None, None

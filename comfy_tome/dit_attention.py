@@ -214,6 +214,15 @@ def attend_joint(
     return out.transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out.flatten(2)
 
 
+def tell_not_own(joint: JointCall, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, torchs: bool) -> None:
+    """To be called where attend_joint has nothing: says why queries do not keep their own tokens, where they should.
+
+    torchs: by PyTorch's attention."""
+    if joint.keeps_self:
+        heads = (call.by_head(x) for x in (q, k, v))
+        joint.tell_not_own(why_no_self_token_here(*heads, call.mask is not None, torchs))
+
+
 def attend_sampled(
     joint: JointCall, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan
 ) -> Tensor:
@@ -225,8 +234,7 @@ def attend_sampled(
     if not torchs:
         joint.tell_sampled(plan, call.name)
     around = joint.around(plan, start, call.length)
-    if joint.keeps_self:
-        joint.tell_not_own(why_no_self_token_here(call.by_head(q), call.by_head(k), call.mask is not None, torchs))
+    tell_not_own(joint, call, q, k, v, torchs)
     index = around.index(plan, start)
     k, v = call.take(k, index), call.take(v, index)
     if call.mask is not None:

@@ -29,7 +29,7 @@ from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
 from ..shared_tome.merging.residual import ResidualCall
 from .chosen import OVERRIDE, Chosen, self_tokens, why_sampled
-from .dit_attention import AttentionCall, attend_joint, may_combine
+from .dit_attention import AttentionCall, attend_joint, may_combine, tell_not_own
 from .log import leave_alone, say_once
 from .model_call import (
     DIFFUSION_MODEL,
@@ -301,6 +301,7 @@ class UNetCall(PatchedCall):
                 out = attend_joint(self._joint, call, q, k, v, 0, plan)
                 if out is not None:
                     return out
+                tell_not_own(self._joint, call, q, k, v, torchs=True)
             elif self._joint is not None:
                 say_once(why_sampled(self.call.config))
             k, v = (call.take(x, plan.choice[0]) for x in (k, v))  # what sampling before the projections gives

@@ -12,9 +12,11 @@ from ..core.grid import Grid
 from ..core.multires import Counts, Drawn, Tiles, cut_tiles, draw_keys, tile_counts, tile_sizes
 from ..merging.plan import MultiresPlan
 from .masks import SeenMasks, mask_by_head
+from .self_token import loses_gradient
 
 # What is said once where it cannot be.
 NO_KERNEL = "multires has no kernel here; sample takes its place"
+NO_GRADIENT = "multires carries no gradient on a GPU; sample takes its place"
 NOT_MULTIRES = "multires needs PyTorch's attention, with all queries at once; sample takes its place"
 NOT_UNDER_MASK = "multires serves no mask that hides parts of an image from others; sample takes its place"
 
@@ -52,11 +54,11 @@ class MultiresCall:
                 self.say(NOT_UNDER_MASK, "it is not read while a graph is made" if whole is None else "its numbers")
                 return None
         if not _may_attend(q, k, v, mask):  # before anything is cut
-            self._say_no_kernel(q)
+            self._say_no_kernel(q, k, v)
             return None
         tiles, drawn, counts = self.cut(q, start, plan)
         if q.device.type != "cpu" and not kernels.attends_multires(q, k, v, tiles, mask):
-            self._say_no_kernel(q)
+            self._say_no_kernel(q, k, v)
             return None
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         given = (q, k, v, tiles, drawn, counts, plan.layer, scale, mask)
@@ -80,8 +82,9 @@ class MultiresCall:
             return False
         return bool(self._masks.leaves_whole(mask, start, math.prod(grid)))
 
-    def _say_no_kernel(self, q: Tensor) -> None:
-        self.say(NO_KERNEL, f"heads of {q.shape[-1]} channels in {q.dtype} on {q.device.type}")
+    def _say_no_kernel(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        why = NO_GRADIENT if loses_gradient(q, k, v) else NO_KERNEL
+        self.say(why, f"heads of {q.shape[-1]} channels in {q.dtype} on {q.device.type}")
 
 
 def are_alike(q: Tensor, k: Tensor, v: Tensor) -> bool:

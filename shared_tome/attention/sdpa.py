@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
@@ -22,6 +23,7 @@ from .. import kernels
 from ..core.curve import is_compiling
 from ..merging.plan import Plan
 from ..merging.residual import ResidualCall
+from .self_token import why_no_self_token_here
 from .sequence import JointCall, take_heads
 
 _SDPA = F.scaled_dot_product_attention
@@ -51,8 +53,25 @@ class AroundSdpa(TorchFunctionMode):
         self.calls += 1
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        q, k, v, mask = given.pop("query"), given.pop("key"), given.pop("value"), given.pop("attn_mask", None)
-        return self.handler(HostAttention(func, given, mask), q, k, v)
+        q, k, v = as_autocast(given.pop("query"), given.pop("key"), given.pop("value"))
+        return self.handler(HostAttention(func, given, given.pop("attn_mask", None)), q, k, v)
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What torch's own function would make of its arguments under torch.autocast: norms of queries and keys leave them
+    in float32 there, beside values in half precision."""
+    kind = tensors[0].device.type
+    if is_compiling() or kind not in ("cpu", "cuda"):
+        return tensors
+    try:
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    except (AttributeError, TypeError):  # before torch 2.4
+        gpu = kind == "cuda"
+        is_on = torch.is_autocast_enabled() if gpu else torch.is_autocast_cpu_enabled()
+        dtype = (torch.get_autocast_gpu_dtype() if gpu else torch.get_autocast_cpu_dtype()) if is_on else None
+    if dtype is None:
+        return tensors
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _is_running(module: nn.Module) -> bool:
@@ -125,6 +144,8 @@ def attend_sampled(
         return attention(q, k, v)
     if not torchs:
         joint.tell_sampled(plan, attention.NOT_ALONE)
+    if joint.keeps_self:
+        joint.tell_not_own(why_no_self_token_here(q, k, v, mask is not None, torchs, attention.NOT_ALONE))
     around = joint.around(plan, start, k.shape[2])
     index = plan.choice if k.shape[2] == plan.tokens else around.index(plan, start)
     return attention(q, take_heads(k, index), take_heads(v, index), bias=around.bias)

@@ -29,6 +29,7 @@ from ..core.self_token import image_of
 from ..merging.plan import MultiresPlan, Plan, SamplePlan
 from .combine import Part, attend_in_parts, attend_in_parts_with_lse, choose_kernel
 from .multires import NOT_MULTIRES, MultiresCall, are_alike
+from .self_token import loses_gradient
 
 # Kernels of torch in whose place one call of ours is faster than theirs combined (docs/kernels.md).
 _SLOWER = ("flash", "efficient")
@@ -183,11 +184,16 @@ class JointCall:
         return self._chosen[key]
 
 
+def with_detail(message: str, detail: str) -> str:
+    """What JointCall's `say` is told, as one line."""
+    return f"{message} ({detail})" if detail else message
+
+
 def _can_combine(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels that tell their log-sum-exp take these, and no gradient is lost by it."""
     if any(x.stride(-1) != 1 for x in (q, k, v)) or not are_alike(q, k, v):
         return False
-    return not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+    return not loses_gradient(q, k, v)
 
 
 def _attend_at_once(

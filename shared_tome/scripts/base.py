@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.sdpa import leave_left_modes
+from ..attention.sequence import with_detail
 from ..autotune.decision_log import DecisionLog
 from ..autotune.paying import Judge
 from ..config import ToMeConfig
@@ -98,7 +99,7 @@ class BaseAttachment(Portable):
             logger.warning("[ToMe] %s", message)
 
     def _say_why(self, message: str, detail: str) -> None:
-        self.say(f"{message} ({detail})")
+        self.say(with_detail(message, detail))
 
     def config_now(self, timestep: Any, multires: bool = False) -> ToMeConfig:
         """With the ratio that holds at this step. multires: see ToMeConfig.resolved."""

@@ -67,6 +67,19 @@ def test_another_nodes_attention_gets_the_drawn_tokens(sd15, tome, caplog):
     assert torch.equal(made, sample(tome(model, own_token=False, min_tokens=100), steps=1))
 
 
+def test_where_no_kernel_tells_its_sums_that_is_said(sd15, tome, caplog):
+    """As on AMD's GPUs, and with an older PyTorch."""
+    forget_log()
+    torch.backends.cuda.enable_flash_sdp(False)  # the CPU's too
+    try:
+        with caplog.at_level(logging.INFO, "ToMe"):
+            made, drawn = (sample(tome(sd15, own_token=own), steps=1) for own in (True, False))
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+    assert torch.equal(made, drawn)
+    assert caplog.text.count("own token has no effect: this PyTorch gives no log-sum-exp of its attention here") == 1
+
+
 def test_methods_that_have_no_drawn_tokens_take_no_notice(sd15, tome):
     for method in ("merge", "downsample"):
         made, without = (sample(tome(sd15, method=method, own_token=own), steps=1) for own in (True, False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import shared_tome
 from shared_tome import ModelCall, ToMeConfig
-from shared_tome.attention.sdpa import AroundSdpa
+from shared_tome.attention.sdpa import AroundSdpa, as_autocast
 from shared_tome.scripts.hooks import served_blocks
 
-from . import models
+from . import dits, models
 
 NOT_KEPT = "own token has no effect"
 
@@ -218,16 +219,18 @@ class Watched(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("ratio", [0.75, 0.6])
-def test_another_mode_gets_calls_with_the_drawn_tokens(ratio):
+def test_another_mode_gets_calls_with_the_drawn_tokens(ratio, caplog):
     """Where torch's kernels may not be called directly: the same keys, weighed by channels."""
     unet = models.sd15()
     shared_tome.apply_patch(unet, config=config(ratio=ratio, own_token=False))
     drawn = models.run(unet)
     shared_tome.apply_patch(unet, config=config(ratio=ratio))
     kept = models.run(unet)
+    assert NOT_KEPT not in caplog.text
     with Watched():
         made = models.run(unet)
     torch.testing.assert_close(made, drawn, rtol=1e-4, atol=1e-5)
+    assert caplog.text.count("own token has no effect beside dropout, or another package's mode") == 1
     assert not torch.allclose(made, kept, rtol=1e-4, atol=1e-5)
 
 
@@ -353,3 +356,74 @@ def test_transformers_against_float64(name, ratio, monkeypatch):
     assert len(seen) == 3
     for out, expected in seen:
         assert (out.transpose(1, 2).double() - expected).abs().max() < 2e-6
+
+
+def called(name, **options):
+    """A patched model, and what calls it without a word on gradients."""
+    wan = dits.DITS["Wan"]
+    make, call = {
+        "sd15": (models.sd15, inspect.unwrap(models.run)),
+        "Wan": (wan.model, lambda model: wan.call(model, (3, 6, 10), models.ALL)),
+    }[name]
+    model = shared_tome.apply_patch(make(), config=config(**options))
+    return model, lambda: call(model)
+
+
+@pytest.mark.parametrize("name", ["sd15", "Wan"])
+def test_where_a_gradient_is_asked_for_it_is_said(name, caplog):
+    """The kernels that tell their sums carry none. A loop of one's own easily lacks torch.no_grad()."""
+    model, call = called(name)
+    model.requires_grad_(True)
+    with torch.no_grad():
+        kept = call()
+    assert NOT_KEPT not in caplog.text
+    made = [call().detach() for _ in range(2)]
+    drawn = called(name, own_token=False)[1]().detach()
+    torch.testing.assert_close(made[1], drawn, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(kept, drawn, rtol=1e-3)
+    said = [record.message for record in caplog.records if record.name == "ToMe"]
+    assert said == [
+        "[ToMe] own token has no effect where a gradient is asked for; use torch.no_grad() where none is wanted"
+    ]
+
+
+def test_a_transformer_without_a_kernel_says_so(caplog):
+    call = called("Wan")[1]
+    torch.backends.cuda.enable_flash_sdp(False)  # the CPU's too
+    try:
+        with torch.no_grad():
+            call()
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+    assert caplog.text.count("own token has no effect: this PyTorch gives no log-sum-exp") == 1
+
+
+@pytest.mark.parametrize("method", ["sample", "multires"])
+@pytest.mark.parametrize("name", ["ZImage", "Wan"])
+def test_under_autocast_norms_of_queries_hide_nothing(name, method, monkeypatch, caplog):
+    """They leave queries and keys in float32, which torch's attention makes alike by itself."""
+    from shared_tome.attention.sequence import JointCall
+
+    attend, found = JointCall.attend, []
+
+    def spied(self, q, k, v, *more):
+        found.append((attend(self, q, k, v, *more), q))
+        return found[-1][0]
+
+    monkeypatch.setattr(JointCall, "attend", spied)
+    model = shared_tome.apply_patch(dits.DITS[name].model(), config=config(method=method))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dits.DITS[name].run(model)
+    assert found and all(out is not None and out.dtype == q.dtype == torch.bfloat16 for out, q in found)
+    assert caplog.text == ""
+
+
+def test_autocast_is_torchs_own():
+    """Bit for bit what torch's attention gives, which casts by itself; float64 it leaves alone."""
+    q, k, v = (models.noise(1, 2, 9, 8, seed=seed) for seed in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for given in ((q, k, v.bfloat16()), (q.double(), k.double(), v.double())):
+            plain = F.scaled_dot_product_attention(*given)
+            with AroundSdpa(lambda attention, *heads: attention(*heads)):
+                assert torch.equal(F.scaled_dot_product_attention(*given), plain)
+    assert as_autocast(q, v.bfloat16())[0] is q
