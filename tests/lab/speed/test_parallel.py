@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,20 +15,14 @@ pytest.importorskip("diffusers", reason="diffusers is not installed, see require
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="two processes talk by torch.distributed's gloo"
 )
-ROOT = Path(__file__).resolve().parents[3]
 NAMES = ["unmerged", "Balanced", "merge 0.5"]
 
 
 @pytest.mark.slow
-def test_the_short_form(tmp_path):
+def test_the_short_form(run, tmp_path):
     out = tmp_path / "parallel.csv"
-    command = (
-        sys.executable, "-m", "lab.speed.parallel", "--device", "cpu", "--seconds", "0", "--least", "2", "--json",
-        "--variants", *NAMES, "--out", str(out),
-    )  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = {(row["variant"], row["gpus"]): row for row in json.loads(done.stdout)}
+    made = run(parallel, "--seconds", 0, "--least", 2, "--variants", *NAMES, "--out", out)
+    rows = {(row["variant"], row["gpus"]): row for row in made}
     assert list(rows) == [(name, gpus) for name in NAMES for gpus in (1, 2)]
     tokens, channels, layers = 256 + 6, 32, 2
     exchanged = 4 * tokens // 2 * channels * 4 / 2  # half of q, k, v and the output of half of the tokens, float32
