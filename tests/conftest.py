@@ -14,15 +14,14 @@ HERE = Path(__file__).parent
 # Files whose tests ask one server of ComfyUI, which takes seconds to start: they run in one process.
 SERVERS = {
     "the demo's server": ("comfyui/test_http.py", "comfyui/test_record_http.py", "comfyui/test_compare_http.py"),
-    "the workflows' server": ("workflows/test_queue.py", "workflows/test_page.py"),
+    "the pages' server": ("web/test_comfyui.py", "web/test_workflows.py", "workflows/test_queue.py"),
 }
 # The longest first, 15 s of one core or more each. None is in fast.txt.
 LONGEST = (
-    "web/test_comfyui.py",
+    *SERVERS["the pages' server"],
     "kernels/test_compiles.py",
     *SERVERS["the demo's server"],
     "comfyui/test_dit_compile.py",
-    *SERVERS["the workflows' server"],
     "web/test_a1111.py",
     "comfyui/test_compile.py",
     "core/test_compile.py",
@@ -87,3 +86,13 @@ def keep() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def pages_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
+    """The own folder and the client of a real ComfyUI server (support/pages_server.py)."""
+    from support import pages_server
+
+    base = tmp_path_factory.mktemp("comfyui")
+    with pages_server.started(base) as client:
+        yield base, client

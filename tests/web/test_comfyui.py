@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,9 @@ REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 from installer import workflow
 from installer.client import ComfyClient
-from installer.server import ComfyServer
 
-from . import chromium as browsers
-from .comfy_page import SETTINGS, ComfyPage
-from .conftest import failed
+from .comfy_page import ComfyPage
+from .conftest import SIZE
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +31,6 @@ PLACES = {
     "ToMeDemoModel": (0, 0), "ToMe": (320, 0), "KSampler": (640, 0), "VAEDecode": (640, 320), "SaveImage": (960, 0)
 }  # fmt: skip
 TYPES = list(PLACES)
-SIZE = (1480, 760)  # of the page, in pixels
 VIEW = {"scale": 1.0, "offset": [100.0, 140.0]}  # all nodes in sight
 # Other than the defaults, and fit to run: what is saved and loaded again.
 OTHER = {
@@ -48,54 +43,6 @@ HELP, LOCALES = REPO / "web" / "docs", REPO / "locales"
 LANGUAGES = sorted(
     {"en", "tr"} | {page.stem for page in HELP.glob("*/*.md")} | {folder.name for folder in LOCALES.glob("*/")}
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """The server's own folder."""
-    return tmp_path_factory.mktemp("comfyui")
-
-
-@pytest.fixture(scope="module")
-def client(chromium, base) -> Iterator[ComfyClient]:
-    named = os.environ.get("COMFYUI_DIR")
-    if not named:
-        pytest.skip("COMFYUI_DIR does not name a ComfyUI (`python install.py test` brings one)")
-    pytest.importorskip("comfyui_frontend_package", reason="no comfyui-frontend-package, which is ComfyUI's page")
-    with ComfyServer(Path(named), base, environment={"TOME_DEMO": "1"}) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def opened(chromium) -> dict[Any, ComfyPage]:
-    """The pages that `visit` keeps, by what they were opened with."""
-    return {}
-
-
-@pytest.fixture
-def visit(client, chromium, opened, watch, request) -> Iterator[Callable[..., ComfyPage]]:
-    """visit(settings, locale=...) opens the page with an empty workflow.
-
-    That takes a processor 8 s, so a page is kept for other tests: of English each, of other languages the last one.
-    """
-    used = set()
-
-    def visit(settings: dict[str, Any] | None = None, locale: str = "en-US") -> ComfyPage:
-        settings = {**SETTINGS, **(settings or {})}
-        key = locale, tuple(settings.items())
-        if key not in opened:
-            for other in [other for other in opened if other[0] != "en-US"]:
-                opened.pop(other).page.context.close()
-            opened[key] = ComfyPage(browsers.new_page(chromium, SIZE, locale), client, settings)
-        if key not in used:
-            watch(opened[key].page, keep=True)
-            used.add(key)
-        opened[key].renew()
-        return opened[key]
-
-    yield visit
-    for key in used if failed(request.node) else ():
-        del opened[key]  # which is closed
 
 
 @pytest.fixture(scope="module", params=LANGUAGES)
