@@ -48,6 +48,18 @@ def one_level() -> nn.Module:
     )  # fmt: skip
 
 
+def two_levels() -> nn.Module:
+    """Three layers of level 0 and one of level 1, for what is compiled."""
+    return seeded(
+        lambda: diffusers.UNet2DConditionModel(
+            sample_size=16, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), mid_block_type=None,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=16, attention_head_dim=2, norm_num_groups=8,
+        )
+    )  # fmt: skip
+
+
 def sdxl() -> nn.Module:
     """Attention at levels 1 and 2, several blocks deep, as SDXL."""
     return seeded(

@@ -90,7 +90,7 @@ def test_transformers_have_them_too(gpu, name):
 
 def test_a_compiled_unet_follows_them():
     """Nothing is measured under torch.compile, but what is set holds."""
-    unet = patched(models.sd15())
+    unet = patched(models.two_levels())
     models.run(unet)
     text = decisions_of(unet)  # on the CPU all is merged
     assert "-" not in text and text.split()[1].startswith("+16x20/")
