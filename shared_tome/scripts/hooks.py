@@ -35,6 +35,12 @@ def served_blocks(model: nn.Module) -> Iterator[nn.Module]:
     return blocks_with(model, "heads")
 
 
+def compiles_blocks(model: nn.Module) -> bool:
+    """Whether torch.compile runs the blocks by themselves (compile_repeated_blocks), while the model's hooks run as
+    ever. All are compiled, or none."""
+    return getattr(next(served_blocks(model), None), "_compiled_call_impl", None) is not None
+
+
 class UNetAttachment(base.BaseAttachment):
     """On a U-Net. merge_attn: whether attn1 is merged at all."""
 
@@ -95,7 +101,8 @@ class UNetAttachment(base.BaseAttachment):
         idle = self._hooks.is_idle(kind)
         # What does nothing takes the processor time: the GPU is asked for nothing, and the blocks' hooks go.
         prompt = argument(args, kwargs, 2, "encoder_hidden_states", "context")
-        residual = self._residuals.call(config, timestep, x, prompt)
+        compiled = base.compiles() or compiles_blocks(module)
+        residual = self._residuals.call(config, timestep, x, prompt, compiled)
         draw = None if residual is None else residual.draw
         call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x, draw)
         with base.hooking:
@@ -104,7 +111,7 @@ class UNetAttachment(base.BaseAttachment):
                 self._hooks.off()
             elif call is not None and not idle:
                 decisions = Decisions(call, log=self.decided, judge=self.judge or Judge(waits))
-                joint = self._joint(call, residual)
+                joint = self._joint(call, residual, compiled)
                 self.call = ScriptCall(call, decisions, x.shape[0], joint, residual, kind)
                 self._hooks.on(lambda: self._hook(module), kind, alone)
 
@@ -116,11 +123,11 @@ class UNetAttachment(base.BaseAttachment):
             if not base.compiles():
                 self._outcome.end_call(call.kind, call.outcome)
 
-    def _joint(self, call: ModelCall, residual: ResidualCall | None) -> JointCall | None:
+    def _joint(self, call: ModelCall, residual: ResidualCall | None, compiled: bool) -> JointCall | None:
         """What lets queries keep their own tokens, or None where they shall not."""
         if not call.config.wants_heads and residual is None:
             return None
-        if base.compiles():
+        if compiled:
             own = call.config.method == "sample"
             what = "own token has no effect" if own else "sample takes the place of multires"
             self.say(f"under torch.compile {what}")

@@ -32,11 +32,12 @@ class RunResiduals:
     def __reduce__(self) -> tuple:
         return RunResiduals, (self._steps, self._say)  # a copy's run is its own
 
-    def call(self, config: ToMeConfig, timestep: Any, x: Tensor, prompt: Any) -> ResidualCall | None:
-        """A call of the model; None where nothing is kept. config: of this step; x: the latent [B, C, H, W]."""
+    def call(self, config: ToMeConfig, timestep: Any, x: Tensor, prompt: Any, compiled: bool) -> ResidualCall | None:
+        """A call of the model; None where nothing is kept. config: of this step; x: the latent [B, C, H, W]; compiled:
+        whether torch.compile runs it, or its blocks."""
         if not config.keeps_exact:
             return None
-        if base.compiles() or base.captures(x.device):
+        if compiled or base.captures(x.device):
             self._say(COMPILED)
             return None
         entry, run = self._steps.entry(timestep), self._steps.runs

@@ -335,3 +335,12 @@ def test_under_a_compiler_nothing_is_kept(said, kept, monkeypatch):
     monkeypatch.setattr(shared_tome.scripts.base, "compiles", lambda: True)
     models.generate(pipe, 3)
     assert residual.COMPILED in said and kept[2] == []
+
+
+def test_where_blocks_are_compiled_by_themselves_nothing_is_kept(said, kept):
+    torch._dynamo.reset()
+    pipe = models.pipeline(models.one_level())
+    pipe.unet.compile_repeated_blocks(backend="eager")
+    models.generate(patched(pipe), 2)
+    torch._dynamo.reset()
+    assert residual.COMPILED in said and kept[2] == []

@@ -319,6 +319,23 @@ def test_under_torch_compile_queries_do_not_keep_them(caplog):
     assert not torch.allclose(models.run(unet), drawn, rtol=1e-4, atol=1e-5), "and without it they do"
 
 
+@pytest.mark.parametrize("tome_first", [True, False], ids=["tome first", "tome last"])
+def test_where_blocks_are_compiled_by_themselves_too(tome_first, caplog):
+    """diffusers' compile_repeated_blocks: the model's own hooks run as ever."""
+    torch._dynamo.reset()
+    drawn = models.run(shared_tome.apply_patch(models.one_level(), config=config(own_token=False)))
+    unet = models.one_level()
+    for put in ("apply_patch", "compile")[:: 1 if tome_first else -1]:
+        if put == "compile":
+            unet.compile_repeated_blocks(backend="eager")
+        else:
+            shared_tome.apply_patch(unet, config=config())
+    made = models.run(unet)
+    torch._dynamo.reset()
+    torch.testing.assert_close(made, drawn, rtol=1e-4, atol=1e-5)
+    assert caplog.text.count("under torch.compile own token has no effect") == 1
+
+
 def test_whether_it_pays_is_measured_with_them(monkeypatch):
     from shared_tome.attention.combine import TORCHS
     from shared_tome.autotune import decisions
