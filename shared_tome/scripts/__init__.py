@@ -68,8 +68,10 @@ def apply_patch(
     Raises:
         ValueError: an argument out of range, or a model that is not served.
     """
+    if config is not None and not isinstance(config, ToMeConfig):
+        raise ValueError(f"config must be a ToMeConfig, got {config!r}")
     if config is None:
-        if max_downsample not in _LEVELS:
+        if max_downsample not in list(_LEVELS):
             raise ValueError(f"max_downsample must be one of 1, 2, 4, 8, got {max_downsample!r}")
         config = ToMeConfig(
             **{

@@ -68,6 +68,8 @@ def test_defaults_are_tomesds():
     ("arguments", "words"),
     [
         ({"max_downsample": 3}, "1, 2, 4, 8, got 3"),
+        ({"max_downsample": [1]}, r"1, 2, 4, 8, got \[1\]"),
+        ({"config": {"ratio": 0.5}}, "config must be a ToMeConfig, got {'ratio': 0.5}"),
         ({"ratio": 1.5}, "ratio must be .* got 1.5"),
         ({"sx": 0}, "stride must be"),
         ({"config": ToMeConfig(), "mlp": True}, "mlp needs a method"),
