@@ -185,14 +185,22 @@ class PatchedCall(AroundParts):
             return None
         if k.shape[:2] != q.shape[:2] or v.shape[:2] != q.shape[:2]:
             self.leave("ToMe skips a layer that does not attend to its own tokens", extra_options, grid=grid)
+            self._pass_over(grid)
             return None
         if self._is_left_whole("attn1", q, extra_options, grid):
+            self._pass_over(grid)
             return None
         unpaid = self._unpaid or self._decisions.why_not_paid(self._decision(q, grid, extra_options))
         if unpaid is not None:
             self.leave(unpaid, extra_options, f"{grid[0]}x{grid[1]} tokens", grid)
             return None
         return grid
+
+    def _pass_over(self, grid: tuple[int, int]) -> None:
+        """Another node may have this layer in some calls alone."""
+        self.call.pass_over(grid)
+        if self._record is not None:
+            self._record.count(grid)
 
     def _is_left_whole(
         self, part: str, x: Tensor, extra_options: dict[str, Any], grid: tuple[int, int] | None = None

@@ -54,7 +54,8 @@ CHANGES: tuple[Change, ...] = (
     ),
     Change(
         "0.2.0",
-        "layers that other nodes or extensions replace, or whose tokens they change, are left alone",
+        "layers that other nodes or extensions replace, or whose tokens they change, are left alone, and those behind "
+        "them keep their choices",
         lambda config: True,
         (COMFYUI, WEBUI),
     ),

@@ -83,7 +83,7 @@ class ModelCall:
         self._served: dict[Grid, bool] = {}
         self._layers: dict[Grid, int] = {}
         self._drawn: dict[Grid, tuple[int, Tensor]] = {}  # (first layer, [layers, b, M])
-        self._split: dict[Grid, list[tuple[Tensor, Tensor]]] = {}
+        self._split: dict[Grid, tuple[int, list[tuple[Tensor, Tensor]]]] = {}  # (first layer, each one's)
         # Made here and not where they are used: that may be inside a compiled graph, in each layer anew.
         levels = (grid_at(full, level) for level in range(4)) if config.samples else ()
         self._orders = {grid: curve_order(grid, device) for grid in levels if self.serves(grid)}
@@ -113,14 +113,22 @@ class ModelCall:
             plan = match_tokens(metric, grid, self._matching, seed=self.seed, step=self.step, layer=layer, parts=parts)
         return None if plan.is_identity else plan
 
+    def pass_over(self, grid: Grid) -> None:
+        """The next layer on this grid is left alone, in this call perhaps alone: those behind it keep their choices.
+
+        Else perturbed attention, which replaces a layer in one of two calls, would scale up a difference of draws.
+        """
+        self._layers[grid] = self._layers.get(grid, 0) + 1
+
     def _parts(self, grid: Grid, layer: int) -> tuple[Tensor, Tensor] | None:
         """The layer's src and dst, split for many layers at once, or None where that gains nothing."""
         if not (self.config.kind.matches and kernels.can_split(grid, self.config, self.seed, self.step)):
             return None
         place = layer % _SPLIT_AT_ONCE
-        if place == 0:
-            self._split[grid] = kernels.split(grid, self.config, self.seed, self.step, layer, _SPLIT_AT_ONCE)
-        return self._split[grid][place]
+        first = layer - place
+        if grid not in self._split or self._split[grid][0] != first:
+            self._split[grid] = first, kernels.split(grid, self.config, self.seed, self.step, first, _SPLIT_AT_ONCE)
+        return self._split[grid][1][place]
 
     def _sample(self, batch: int, grid: Grid, layer: int) -> Plan:
         """As match_tokens, but drawn for many layers at once."""

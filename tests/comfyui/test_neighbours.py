@@ -80,6 +80,28 @@ def test_replaced_attention_is_left_alone(sd15, tome, check, tome_first, method)
     assert set(seen) == {(16, 16)}
 
 
+@pytest.mark.parametrize("method", ["sample", "merge_keys"])
+def test_layers_behind_a_replaced_one_keep_their_choices(tome, method):
+    """PAG replaces a layer in one of two calls and scales up their difference: it is not to be one of draws."""
+    unet, blocks = host.pack_module("unet"), (("input", 1), ("middle", 0), ("output", 0))
+    config = unet.ToMeConfig(method=method, ratio=0.5, levels="0", min_tokens=0, own_token=False)
+    x = torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))
+
+    def keys(options):
+        call, found = unet.UNetCall(unet.ModelCall(config, (8, 8), torch.device("cpu")), options), {}
+        patches = call.options["patches"]
+        for block in blocks:
+            extra = {"block": block, "block_index": 0, "activations_shape": [1, 8, 8, 8], "n_heads": 1}
+            query, found[block], _ = patches["attn1_patch"][-1](x, x, x, extra)
+            patches["attn1_output_patch"][0](query, extra)
+        return [found[block] for block in blocks]
+
+    first, middle, last = keys({})
+    assert not torch.equal(middle, last)
+    whole = keys({"patches_replace": {"attn1": {("middle", 0): None}}})
+    assert torch.equal(whole[0], first) and torch.equal(whole[1], x) and torch.equal(whole[2], last)
+
+
 @WAYS
 def test_self_attention_guidance(sd15, tome, check, comfy_nodes, tome_first, method):
     def sag(model):

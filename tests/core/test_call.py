@@ -23,3 +23,25 @@ def test_tokens_that_are_not_the_grids_are_refused(method, count, which, own):
         call.plan(given[which], (8, 8))
     small = ModelCall(config(method=method, levels="0", min_tokens=65), (8, 8), torch.device("cpu"))
     assert small.attention(**given, grid=(8, 8), keeps_self=own) is None  # not served: nobody looks at them
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "split ahead"])
+def test_a_layer_that_is_passed_over_counts(method, ahead, monkeypatch):
+    """40 layers: more than are split at once."""
+    if ahead:  # as on a GPU, in plain torch
+        monkeypatch.setattr("shared_tome.kernels.can_split", lambda *_: True)
+    tokens = torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))
+    layers = 40
+
+    def choices(passed: set[int]) -> dict[int, torch.Tensor]:
+        call, found = ModelCall(config(method=method, levels="0"), (8, 8), torch.device("cpu")), {}
+        for layer in range(layers):
+            if layer in passed:
+                call.pass_over((8, 8))
+            else:
+                found[layer] = call.plan(tokens, (8, 8)).merge(tokens)
+        return found
+
+    every, some = choices(set()), choices({0, 5, *range(14, 18), *range(30, 34)})
+    assert all(torch.equal(some[layer], every[layer]) for layer in some) and len(some) == 30
