@@ -106,6 +106,11 @@ class WebUIBlock(MergedBlock):
     def why_attention_left(self, attn1: nn.Module, given: Given) -> str | None:
         return why_left_whole("attn1", given.x, *given.x.shape[:2], is_taken(attn1))
 
+    def pass_over(self, grid: Grid) -> None:
+        super().pass_over(grid)
+        if self.owner.call.call_tally is not None:
+            self.owner.call.call_tally.count(grid)
+
     def why_not_paid(self, now: Pass, attn1: nn.Module, x: Tensor, grid: Grid, keeps_self: bool) -> str | None:
         if self.owner.call.unpaid is not None:
             return self.owner.call.unpaid

@@ -161,6 +161,10 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         """Why an attn1 on a grid that is served is left alone, or None; asked before its times are."""
         return None
 
+    def pass_over(self, grid: Grid) -> None:
+        """Such an attn1 counts all the same: the layers behind it keep their choices."""
+        self.owner.call.model.pass_over(grid)
+
     def keeps_self(self, attn1: nn.Module, given: Given) -> bool:
         """Whether the queries of this call of a layer meet all keys: for their own tokens, or three resolutions."""
         heads, owner = getattr(attn1, "heads", None), self.owner
@@ -213,6 +217,7 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         reason = self.why_attention_left(attn1, given)
         if reason is not None:
             self.leave(reason, grid)
+            self.pass_over(grid)
             return None
         meets = self.keeps_self(attn1, given)
         if self.residual is not None and not meets:

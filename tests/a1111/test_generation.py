@@ -447,6 +447,31 @@ def test_another_extension_beside_what_hypertile_left_sees_all_tokens(host, firs
     assert _equal(found, plain) and seen == {256, 64} and p.extra_generation_params == {}
 
 
+@pytest.mark.parametrize("map_", [False, True], ids=["", "map"])
+def test_layers_behind_a_replaced_one_keep_their_choices(host, tome, monkeypatch, map_):
+    """The first block is another extension's: the others on its grid draw what they draw without it."""
+    drawn, real = [], tome.core.merging.call.ModelCall._sample
+
+    def sample(call, batch, grid, layer):
+        drawn.append((grid, layer))
+        return real(call, batch, grid, layer)
+
+    monkeypatch.setattr(tome.core.merging.call.ModelCall, "_sample", sample)
+    told = []
+    for replaced in (False, True):
+        if replaced:
+            attn1 = next(module for module in _unet(host).modules() if hasattr(module, "attn1")).attn1
+            attn1.forward = types.MethodType(lambda self, *args, **more: type(self).forward(self, *args, **more), attn1)
+        _, p = host.generate(_on(map=map_), steps=1)
+        layers = p.tome_state.runs[False].tally.layers()
+        told.append({layer.where: layer.number for layer in layers if layer.grid == (16, 16) and not layer.reason})
+    whole, left = told
+    first = min(whole, key=whole.get)
+    assert left == {name: number for name, number in whole.items() if name != first} and len(left) > 1
+    once = [layer for grid, layer in drawn if grid == (16, 16)]
+    assert once == [*range(len(whole)), *range(1, len(whole))]
+
+
 def test_an_attention_chosen_before_stays_served_where_hypertile_was(host, monkeypatch):
     """HyperTile's wrapper goes on with the code that the class had; a setting gives the class another."""
     from ldm.modules.attention import CrossAttention
