@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import ToMeConfig
-from ..core.curve import curve_order
+from ..core.curve import curve_order, is_compiling
 from ..core.grid import Grid, grid_at
 from ..core.noise import fold_seed
 from ..core.sampling import run_of_token
@@ -38,6 +38,13 @@ def _check_tokens(grid: Grid, **given: Tensor) -> None:
         if x.shape[1] != tokens:
             shape = "x".join(map(str, grid))
             raise ValueError(f"a grid of {shape} has {tokens} tokens, the {name} has {x.shape[1]}")
+
+
+def _backward_pass() -> int:
+    """The number of torch's backward pass that is under way in this thread; -1: none."""
+    if is_compiling():
+        return -1
+    return getattr(torch._C, "_current_graph_task_id", lambda: -1)()
 
 
 def shares_match(config: ToMeConfig) -> bool:
@@ -75,6 +82,8 @@ class ModelCall:
     ):
         self.config, self.full, self.step = config, full, step
         self.alike = alike
+        self._draws = config.samples or (config.kind.matches and config.partition.startswith("random"))
+        self._backward_pass = _backward_pass()  # that it was made in
         self._matching = config if alike or not config.share_match else config.replace(share_match=False)
         seed = config.seed if seed is None else seed
         if not isinstance(seed, Tensor):
@@ -99,11 +108,13 @@ class ModelCall:
         """The plan for the next layer on this grid, or None where it is to be left alone.
 
         metric: [B, N, C]; each call counts as a layer, in the order in which the model runs them. Raises ValueError
-        where the grid does not have N tokens.
+        where the grid does not have N tokens, RuntimeError where a layer runs again for its gradient.
         """
         if not self.serves(grid):
             return None
         _check_tokens(grid, metric=metric)
+        if self._draws and _backward_pass() != self._backward_pass:  # other tokens, and so a wrong gradient
+            raise RuntimeError("ToMe does not work with gradient checkpointing, which runs layers twice; turn it off")
         layer = self._layers.get(grid, 0)
         self._layers[grid] = layer + 1
         if self.config.samples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from shared_tome import METHODS, ModelCall
 
@@ -45,3 +46,39 @@ def test_a_layer_that_is_passed_over_counts(method, ahead, monkeypatch):
 
     every, some = choices(set()), choices({0, 5, *range(14, 18), *range(30, 34)})
     assert all(torch.equal(some[layer], every[layer]) for layer in some) and len(some) == 30
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    ("method", "partition", "draws"),
+    [
+        ("sample", "random_2d", True),
+        ("merge", "random_2d", True),
+        ("merge", "fixed_2d", False),
+        ("downsample", "", False),
+    ],
+)
+def test_a_layer_that_runs_again_for_its_gradient_is_refused(method, partition, draws, reentrant):
+    """Where it would draw other tokens. A call that is made in a backward pass is as any other."""
+    options = config(method=method, levels="0", **({"partition": partition} if partition else {}))
+
+    def loss(checkpoints):
+        call, x = ModelCall(options, (8, 8), torch.device("cpu")), torch.linspace(-1, 1, 512).reshape(1, 64, 8)
+        x.requires_grad_(True)
+
+        def layer(x):
+            return call.plan(x, (8, 8)).merge(x).square()
+
+        made = checkpoint(layer, x, use_reentrant=reentrant) if checkpoints else layer(x)
+        made.sum().backward()
+        return x.grad
+
+    if draws:
+        with pytest.raises(RuntimeError, match="does not work with gradient checkpointing"):
+            loss(True)
+    else:
+        assert torch.equal(loss(True), loss(False))
+    seen, x = [], torch.ones(2, requires_grad=True)
+    x.register_hook(torch.enable_grad()(lambda grad: seen.append(loss(False))))
+    (2 * x).sum().backward()
+    assert torch.equal(seen[0], loss(False))
