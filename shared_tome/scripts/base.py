@@ -25,7 +25,7 @@ from .outcome import Outcome
 from .steps import Clock, Steps
 
 logger = logging.getLogger("ToMe")
-CHECKPOINTED = "ToMe skips a call under gradient checkpointing, which runs blocks twice; turn it off to merge"
+_CHECKPOINTED = "ToMe skips a call under gradient checkpointing, which runs blocks twice; turn it off to merge"
 # Around the taking off and putting on of blocks' hooks: a model may be at work in several threads.
 hooking = threading.Lock()
 
@@ -101,6 +101,14 @@ class BaseAttachment(Portable):
     def _say_why(self, message: str, detail: str) -> None:
         self.say(with_detail(message, detail))
 
+    def is_checkpointed(self, model: nn.Module) -> bool:
+        """Whether diffusers will run the model's blocks a second time for their gradients, when the call is over; said
+        once."""
+        runs_again = torch.is_grad_enabled() and bool(getattr(model, "is_gradient_checkpointing", False))
+        if runs_again:
+            self.say(_CHECKPOINTED)
+        return runs_again
+
     def config_now(self, timestep: Any, multires: bool = False) -> ToMeConfig:
         """With the ratio that holds at this step. multires: see ToMeConfig.resolved."""
         asked = self.config.resolved(multires)
@@ -135,11 +143,6 @@ class BaseAttachment(Portable):
             return self._last_alike
         self._last_alike = alike = same_halves(x)
         return alike
-
-
-def checkpoints(model: nn.Module) -> bool:
-    """Whether diffusers will run the model's blocks a second time for their gradients, when the call is over."""
-    return torch.is_grad_enabled() and bool(getattr(model, "is_gradient_checkpointing", False))
 
 
 def captures(device: torch.device) -> bool:

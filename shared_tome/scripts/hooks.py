@@ -85,8 +85,7 @@ class UNetAttachment(base.BaseAttachment):
         if not isinstance(x, Tensor) or x.dim() != 4:  # (B, C, H, W)
             self.say("ToMe skips a call whose input is not [B, C, H, W] (video)")
             return
-        if base.checkpoints(module):
-            self.say(base.CHECKPOINTED)
+        if self.is_checkpointed(module):
             return
         timestep = argument(args, kwargs, 1, "timestep", "timesteps", "t")
         config, grid = self.config_now(timestep), (x.shape[2], x.shape[3])

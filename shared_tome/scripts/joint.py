@@ -33,7 +33,7 @@ from ..hooks.served import served_as
 from ..merging.call import ModelCall
 from ..merging.plan import Plan
 from ..merging.residual import why_no_effect
-from .base import CHECKPOINTED, BaseAttachment, checkpoints, hooking
+from .base import BaseAttachment, hooking
 from .block import is_answered, is_replaced
 from .joint_autotune import JointDecisions
 from .masks import Group, attend_padded, group_rows
@@ -116,8 +116,7 @@ class JointAttachment(BaseAttachment):
         if reason is not None:
             self.say(f"{reason}; nothing is merged")
             return
-        if checkpoints(model):
-            self.say(CHECKPOINTED)
+        if self.is_checkpointed(model):
             return
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
         place = self.row.place(model, arguments, self._grid_of)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import types
 from collections import Counter
 
 import pytest
 import torch
+from support.holders import modules_holding
 from support.made_up_gpu import MadeUpSteps
 from torch import nn
 
@@ -435,14 +435,12 @@ def test_a_step_that_turns_out_busy_later_has_all_its_hooks(any_host, tome, busy
 def test_nothing_of_a_tried_step_stays(host, tome, busy):
     """Copies share the model's weights, which another checkpoint is to replace."""
     weight = unet_of(host).out[-1].weight
-    gc.collect()
-    gc.disable()
-    try:
+
+    def generate():
         host.generate([ON])
         assert busy.ways and not tome.hooks._attached
-        assert sum(type(one) is dict for one in gc.get_referrers(weight)) == 1, "the model's own"
-    finally:
-        gc.enable()
+
+    assert modules_holding(weight, generate) == 1, "the model's own"
 
 
 def test_a_refiner_is_asked_for_itself(host, busy):

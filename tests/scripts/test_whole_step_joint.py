@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 
 import pytest
 import torch
+from support.holders import modules_holding
 from support.made_up_gpu import MadeUpGPU, StepTimes
 
 import shared_tome
@@ -233,11 +233,4 @@ def test_a_step_short_of_memory_is_asked_about_again(gpu, monkeypatch, caplog):
 def test_nothing_of_a_tried_step_stays(gpu):
     """Copies share the model's weights, which may be as much as the GPU has."""
     model = patched(models.flux())
-    weight = model.proj_out.weight
-    gc.collect()
-    gc.disable()
-    try:
-        run(model)
-        assert gpu.ways and sum(type(one) is dict for one in gc.get_referrers(weight)) == 1, "the model's own"
-    finally:
-        gc.enable()
+    assert modules_holding(model.proj_out.weight, lambda: run(model)) == 1 and gpu.ways, "the model's own"
