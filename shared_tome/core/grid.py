@@ -26,9 +26,14 @@ def grid_at(full: Grid, level: int) -> Grid:
 
 
 def level_of(grid: Grid, full: Grid) -> int:
-    """The level nearest to a grid by its area (Deep Shrink and its kind make grids between two levels)."""
-    area = max(1, math.prod(grid))
-    return min(range(8), key=lambda level: abs(math.log2(math.prod(grid_at(full, level)) / area)))
+    """The level nearest to a grid by its area, as a ratio (Deep Shrink and its kind make grids between two levels)."""
+    area, here = max(1, math.prod(grid)), math.prod(full)
+    for level in range(7):
+        below = math.prod(grid_at(full, level + 1))
+        if area * area >= here * below or below == here:  # no nearer to the next one
+            return level
+        here = below
+    return 7
 
 
 def grid_of(tokens: int, full: Grid, levels: int = 8) -> Grid | None:
