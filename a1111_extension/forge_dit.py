@@ -223,23 +223,26 @@ class Images:
     def __call__(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         if not self._block.told:  # a refiner, before or behind the blocks
             return func(q, k, v, heads, *args, **kwargs)
-        by = handed(func)
-        if len(self._calls) == 1:
-            merged = self._calls[0][1].ready(None, by, q, k, v, heads, args, kwargs)
-            return func(q, k, v, heads, *args, **kwargs) if merged is None else merged()
-        if q.shape[0] != self._batch:
+        by, single = handed(func), len(self._calls) == 1
+        if not single and q.shape[0] != self._batch:
             self._calls[0][1].skip(OTHER_ROWS)
             return func(q, k, v, heads, *args, **kwargs)
-        ready = []
+        found = []
         for rows, call in self._calls:
-            some = tuple(self._rows(value, rows) for value in args)
-            named = {name: self._rows(value, rows) for name, value in kwargs.items()}
-            ready.append((rows, call.ready(None, by, q[rows], k[rows], v[rows], heads, some, named)))
-        if any(merged is None for _, merged in ready):  # all images' layers are alike
+            if single:
+                one = AttentionCall.of(by, q, k, v, heads, args, kwargs, family=FORGE)
+            else:
+                some = tuple(self._rows(value, rows) for value in args)
+                named = {name: self._rows(value, rows) for name, value in kwargs.items()}
+                one = AttentionCall.of(by, q[rows], k[rows], v[rows], heads, some, named, family=FORGE)
+            found.append((rows, call, one, call.find(one)))
+        if any(served is None for *_, served in found):  # all images' layers are alike
             return func(q, k, v, heads, *args, **kwargs)
+        if single:
+            return call.serve(one, *found[0][3])
         out = None
-        for rows, merged in ready:
-            part = merged()
+        for rows, call, one, served in found:
+            part = call.serve(one, *served)
             out = part.new_empty(self._batch, *part.shape[1:]) if out is None else out
             out[rows] = part
         return out

@@ -232,12 +232,12 @@ class ForgeCall(PatchedCall, AtSdpa):
         return [block.register_forward_pre_hook(begin), block.register_forward_hook(end)] if found else []
 
     def meeting(self) -> tuple[JointCall | None, Plan | None, Tensor | None]:
-        return self._joint, self._pending_self_token, None
+        return self._joint, self._drawn, None
 
     @property
     def pending(self) -> Tensor | None:
         """The bias [b, M] of the layer that runs now: attn1_patch sets it and attn1_output_patch clears it."""
-        return self._pending
+        return self._bias
 
     def find_grid(self, tokens: int, extra_options: dict[str, Any]) -> tuple[tuple[int, int], int] | None:
         found = super().find_grid(tokens, extra_options)

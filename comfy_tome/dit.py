@@ -66,7 +66,7 @@ class DiTCall(TransformerCall):
         self._sparse = self._chosen.sparse
         self._behind = backend_behind(self._override) if self._sparse else None
         order = self._chosen.kernels(call.seed.device, declined=True)
-        # Of PyTorch's attention where it steps in for another (_fitting).
+        # Of PyTorch's attention where it steps in for another (_fits).
         instead = () if self._override is not None else COMFYUI.order(call.seed.device)
         decided = self._outcome.decided
         super().__init__(call, facts, layout, order, instead, record, by_times, decided, judge, unpaid)
@@ -92,9 +92,8 @@ class DiTCall(TransformerCall):
         if self._met:
             return
         if any(hasattr(module, "_orig_mod") for module in model.modules()):
-            self._outcome.merged(
-                self.layout.grid
-            )  # a compiled block's attentions come here while the block is compiled alone
+            # A compiled block's attentions come here while the block is compiled alone.
+            self._outcome.merged(self.layout.grid)
             return
         self._outcome.left_alone(NOT_MET, self.facts.name, self.layout.grid)
         if self._record is not None:
@@ -116,8 +115,10 @@ class DiTCall(TransformerCall):
             kwargs.pop(INSIDE, None)
             kwargs["transformer_options"] = {**kwargs["transformer_options"], OVERRIDE: dense}
         out = self._override(functools.partial(dense, func), q, k, v, heads, *args, **kwargs)
-        if not declined and self._start(q, v, AttentionCall.of(func, q, k, heads, args, kwargs)) is not None:
-            self.skip(_SPARSE)
+        if not declined:
+            call = AttentionCall.of(func, q, k, v, heads, args, kwargs)
+            if self.start(call, self.block(call)) is not None:
+                self.skip(_SPARSE)
         return out
 
     def hooks(self, model: Any) -> AbstractContextManager[None]:
@@ -134,14 +135,14 @@ class DiTCall(TransformerCall):
     def leave_whole(self) -> None:
         self._outcome.left_alone(NO_WHOLE_TOKEN, self.facts.name, self.layout.grid)
 
-    def tell_merged(self, call: AttentionCall, by: AttentionCall) -> None:
+    def tell_merged(self, call: AttentionCall, instead: bool) -> None:
         self._outcome.merged(self.layout.grid)
         if self._sparse:
             say_once(_SPARSE, self.facts.name)
         elif self._override is not None:
             say_once(_GETS_MERGED)
         else:
-            super().tell_merged(call, by)
+            super().tell_merged(call, instead)
 
 
 class TriedDiTCall(DiTCall):

@@ -100,18 +100,21 @@ class _ComfyUI(Attentions):
 COMFYUI = _ComfyUI()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """One call of an attention function, and how its tensors lie: [B, H, L, d] where split, else [B, L, H * d].
+    """One call of an attention function: its tensors, [B, H, L, d] where split, else [B, L, H * d], and what else it is
+    given.
 
-    override: another node's, called with func as its first argument. length: of the keys. family: of the functions.
+    override: another node's, called with func as its first argument. family: of the functions.
     """
 
     func: Any
+    q: Tensor
+    k: Tensor
+    v: Tensor
     heads: int  # of the queries; keys and values may have fewer
     kwargs: dict[str, Any]
     split: bool
-    length: int
     d: int
     override: Any
     family: Attentions  # no default: torch 2.11 cannot trace a dataclass with an object as one
@@ -122,6 +125,7 @@ class AttentionCall:
         func: Any,
         q: Tensor,
         k: Tensor,
+        v: Tensor,
         heads: int,
         args: tuple,
         kwargs: dict[str, Any],
@@ -131,8 +135,18 @@ class AttentionCall:
         """From what optimized_attention(q, k, v, heads, mask, attn_precision, ...) is called with."""
         kwargs = {**kwargs, **dict(zip(("mask", "attn_precision"), args, strict=False))}
         split = bool(kwargs.get("skip_reshape"))
-        d = q.shape[-1] if split else q.flatten(2).shape[-1] // heads
-        return cls(func, heads, kwargs, split, k.shape[2 if split else 1], d, override, family)
+        if not split and v.dim() == 4:  # SD3's are [B, L, H, d]
+            q, k, v = q.flatten(2), k.flatten(2), v.flatten(2)
+        return cls(func, q, k, v, heads, kwargs, split, q.shape[-1] // (1 if split else heads), override, family)
+
+    def count(self, x: Tensor) -> int:
+        """The tokens of q, k or v."""
+        return x.shape[2 if self.split else 1]
+
+    @property
+    def length(self) -> int:
+        """Of the keys."""
+        return self.count(self.k)
 
     @property
     def mask(self) -> Tensor | None:
@@ -154,39 +168,74 @@ class AttentionCall:
         """Whether the program's PyTorch attention itself would run, and no function of the same name."""
         return self.override is None and self.family.is_torchs(self.func)
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+    def run(self) -> Tensor:
         """The attention as it would be without ToMe: another node's override goes first."""
         first = (self.func,) if self.override is None else (self.override, self.func)
-        return first[0](*first[1:], q, k, v, self.heads, **{**self.kwargs, **kwargs})
+        return first[0](*first[1:], self.q, self.k, self.v, self.heads, **self.kwargs)
 
     def by_torch(self) -> AttentionCall:
         """The call of the program's PyTorch attention in place of this one."""
-        return dataclasses.replace(self, func=self.family.torchs)
+        return self.replace(func=self.family.torchs)
 
-    def replace(self, **kwargs: Any) -> AttentionCall:
-        """The call with other keywords."""
-        return dataclasses.replace(self, kwargs={**self.kwargs, **kwargs})
-
-    def plain(self, x: Tensor) -> Tensor:
-        """Without a variant of the second layout, [B, L, H, d] (SD3's values)."""
-        return x if self.split else x.flatten(2)
+    def replace(self, **changes: Any) -> AttentionCall:
+        """The call with other fields."""
+        return dataclasses.replace(self, **changes)
 
     def flattened(self) -> AttentionCall:
-        """The call on what `flat` gives. Both are off where they are not named, and Forge does not know the second."""
+        """The call on [B, L, H * d]."""
+        # Both are off where they are not named, and Forge does not know the second.
         off = {name: False for name in ("skip_reshape", "skip_output_reshape") if name in self.kwargs}
-        return dataclasses.replace(self.replace(**off), split=False)
+        q, k, v = (x.transpose(1, 2).flatten(2) if self.split else x for x in (self.q, self.k, self.v))
+        return self.replace(q=q, k=k, v=v, kwargs={**self.kwargs, **off}, split=False)
 
-    def flat(self, x: Tensor) -> Tensor:
-        """[B, L, H * d] of either."""
-        return x.transpose(1, 2).flatten(2) if self.split else x
+    def by_head(self) -> list[Tensor]:
+        """q, k and v as [B, H, L, d]."""
+        found = [self.q, self.k, self.v]
+        if not self.split:  # unflatten takes twice as long
+            found = [x.view(*x.shape[:2], -1, self.d).transpose(1, 2) for x in found]
+        return found
 
-    def by_head(self, x: Tensor) -> Tensor:
-        """[B, H, L, d] of either."""
-        return x if self.split else x.view(*x.shape[:2], -1, self.d).transpose(1, 2)  # unflatten takes twice as long
+    def shaped(self, out: Tensor) -> Tensor:
+        """An outcome [B, L, H, d] as the host wants it."""
+        return out.transpose(1, 2) if self.kwargs.get("skip_output_reshape") else out.flatten(2)
 
-    def take(self, x: Tensor, index: Tensor) -> Tensor:
-        """The tokens of index [K], in one gather of whole rows where the memory allows."""
-        return take_heads(x, index) if self.split else kernels.take(x, index[None])
+    def with_keys(self, index: Tensor) -> AttentionCall:
+        """The call with the keys and values of index [K] alone, in one gather of whole rows where the memory allows."""
+        k, v = (take_heads(x, index) if self.split else kernels.take(x, index[None]) for x in (self.k, self.v))
+        kwargs = self.kwargs if self.mask is None else {**self.kwargs, "mask": self.mask.index_select(-1, index)}
+        return self.replace(k=k, v=v, kwargs=kwargs)
+
+
+@dataclass(eq=False)
+class Kind:
+    """What attentions of one call of a model have in common that are merged alike.
+
+    start: where the image's tokens begin. queries: how many an attention brings; wanted: how many their layer has.
+    paid: whether PyTorch's attention may take the place of one that knows a few sizes of heads: the layer was measured
+    to be faster merged, or is to be merged whatever it costs. joint: what they share; None: not yet known. instead:
+    whether PyTorch's attention takes the place of another. torchs: whether it computes them; any_size: whether what
+    does takes heads of any size.
+    """
+
+    start: int
+    queries: int
+    wanted: int
+    paid: bool = True
+    joint: JointCall | None = None
+    instead: bool = False
+    torchs: bool = False
+    any_size: bool = False
+
+    def fit(self, call: AttentionCall, joint: JointCall, instead: bool) -> None:
+        """Set what computes attentions like this call."""
+        self.joint, self.instead = joint, instead
+        by = call.by_torch() if instead else call
+        self.torchs, self.any_size = by.is_torchs, by.takes_any_size
+
+    @property
+    def combines(self) -> bool:
+        """Whether kernels of ours may take the place of torch's."""
+        return self.torchs and bool(self.joint.kernels)
 
 
 def is_sparse(override: Any) -> bool:
@@ -198,99 +247,72 @@ def is_sparse(override: Any) -> bool:
     return not _SPARSE.isdisjoint(word.lower() for word in words)
 
 
-def may_combine(call: AttentionCall) -> bool:
-    """Whether JointCall.attend may take the place of this call: the program's PyTorch attention, without a mask."""
-    return call.mask is None and call.is_torchs
-
-
-def attend_joint(
-    joint: JointCall, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan
-) -> Tensor | None:
+def attend_joint(joint: JointCall, call: AttentionCall, start: int, plan: Plan) -> Tensor | None:
     """JointCall.attend in place of this call of PyTorch's attention: its outcome as the host wants it, or None."""
-    heads = (call.by_head(x) for x in (q, k, v))
-    out = joint.attend(*heads, start, plan, call.kwargs.get("scale"), call.mask)  # (B, L, H, d)
-    if out is None:
-        return None
-    return out.transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out.flatten(2)
+    out = joint.attend(*call.by_head(), start, plan, call.kwargs.get("scale"), call.mask)  # (B, L, H, d)
+    return None if out is None else call.shaped(out)
 
 
-def tell_not_own(joint: JointCall, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, torchs: bool) -> None:
+def tell_not_own(joint: JointCall, call: AttentionCall, torchs: bool) -> None:
     """To be called where attend_joint has nothing: says why queries do not keep their own tokens, where they should.
 
     torchs: by PyTorch's attention."""
     if joint.keeps_self:
-        heads = (call.by_head(x) for x in (q, k, v))
-        joint.tell_not_own(why_no_self_token_here(*heads, call.mask is not None, torchs))
+        joint.tell_not_own(why_no_self_token_here(*call.by_head(), call.mask is not None, torchs))
 
 
-def attend_sampled(
-    joint: JointCall, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan
-) -> Tensor:
+def attend_sampled(kind: Kind, call: AttentionCall, plan: Plan) -> Tensor:
     """Keys and values from some of the image's tokens, the same for all rows, and all others: no unmerge."""
-    torchs = bool(joint.kernels) and call.is_torchs
-    out = attend_joint(joint, call, q, k, v, start, plan) if torchs else None
+    joint, combines = kind.joint, kind.combines
+    out = attend_joint(joint, call, kind.start, plan) if combines else None
     if out is not None:
         return out
-    if not torchs:
+    if not combines:
         joint.tell_sampled(plan, call.name)
-    around = joint.around(plan, start, call.length)
-    tell_not_own(joint, call, q, k, v, torchs)
-    index = around.index(plan, start)
-    k, v = call.take(k, index), call.take(v, index)
-    if call.mask is not None:
-        call = call.replace(mask=call.mask.index_select(-1, index))
-    return attend_weighed(call, q, k, v, around.bias, bool(joint.kernels))
+    tell_not_own(joint, call, combines)
+    around = joint.around(plan, kind.start, call.length)
+    return attend_weighed(kind, call.with_keys(around.index(plan, kind.start)), around.bias)
 
 
-def attend_merged(
-    joint: JointCall, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, kind: Method
-) -> Tensor:
+def attend_merged(kind: Kind, call: AttentionCall, plan: Plan, method: Method) -> Tensor:
     """Methods that match: the image's part of queries, keys and values merged; the queries' outcome unmerged."""
-    flat = call.flattened()
+    flat, start = call.flattened(), kind.start
+    q, k, v, kwargs = flat.q, flat.k, flat.v, flat.kwargs  # (B, L, H * d)
     if call.mask is not None:
-        flat = flat.replace(mask=take_mask(call.mask, call.length, start, plan, kind.queries, kind.keys))
-    q, k, v = (call.flat(x) for x in (q, k, v))  # (B, L, H * d)
-    q = merge_image(q, start, plan) if kind.queries else q
-    k, v = (merge_image(x, start, plan) for x in (k, v)) if kind.keys else (k, v)
-    bias = image_bias(plan, start, call.length) if joint.weighs else None
-    out = attend_weighed(flat, q, k, v, bias, bool(joint.kernels))
-    out = unmerge_image(out, start, plan) if kind.queries else out
-    return out.unflatten(-1, (call.heads, -1)).transpose(1, 2) if call.kwargs.get("skip_output_reshape") else out
+        kwargs = {**kwargs, "mask": take_mask(call.mask, call.length, start, plan, method.queries, method.keys)}
+    bias = image_bias(plan, start, call.length) if kind.joint.weighs else None
+    q = merge_image(q, start, plan) if method.queries else q
+    k, v = (merge_image(x, start, plan) for x in (k, v)) if method.keys else (k, v)
+    out = attend_weighed(kind, flat.replace(q=q, k=k, v=v, kwargs=kwargs), bias)
+    out = unmerge_image(out, start, plan) if method.queries else out
+    return call.shaped(out.unflatten(-1, (call.heads, -1)))
 
 
-def attend_weighed(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, combines: bool) -> Tensor:
-    """The attention with bias [b, K] added to its logits, without a mask, which would be slow (attention.py).
-
-    combines: whether kernels of ours may take the place of torch's.
-    """
+def attend_weighed(kind: Kind, call: AttentionCall, bias: Tensor | None) -> Tensor:
+    """The attention with bias [b, K] added to its logits, without a mask, which would be slow (attention/bias.py)."""
     if bias is None:
-        return call.run(q, k, v)
-    heads, kwargs, d = call.heads, dict(call.kwargs), call.d
-    scale = kwargs.pop("scale", None) or d**-0.5
-    if combines and may_combine(call):
-        by_head = [call.by_head(x) for x in (q, k, v)]  # (B, H, L, d)
-        if kernels.can_attend(*by_head, bias):
-            made = kernels.attend(*by_head, bias, scale)
-            return made if kwargs.get("skip_output_reshape") else made.transpose(1, 2).flatten(2)
-    if not call.split:
-        q, k, v = (x.unflatten(-1, (-1, d)) for x in (q, k, v))  # (B, L, H, d)
+        return call.run()
+    d, scale = call.d, call.kwargs.get("scale") or call.d**-0.5
+    if kind.combines and call.mask is None and kernels.can_attend(*(by_head := call.by_head()), bias):
+        return call.shaped(kernels.attend(*by_head, bias, scale).transpose(1, 2))
+    q, k, v = (x if call.split else x.unflatten(-1, (-1, d)) for x in (call.q, call.k, call.v))  # or (B, L, H, d)
     bias = bias[:, None] if call.split else bias[:, :, None]
     q, k, v = kernels.extend_heads(q, k, v, bias * (d**-0.5 / scale))
-    if call.takes_any_size and minds_scale(call.func):
+    kwargs = {name: value for name, value in call.kwargs.items() if name != "scale"}
+    if kind.any_size and minds_scale(call.func):
         kwargs["scale"] = scale
     else:
         # What the attention takes by itself must be right: a size that it knows, and the scale of that size.
-        if not call.takes_any_size:
+        if not kind.any_size:
             width = next(size for size in SAFE_SIZES if size >= q.shape[-1])
             q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         q = q * (scale * q.shape[-1] ** 0.5)
     width = q.shape[-1]
-    if not call.split:
-        q, k, v = (x.flatten(2) for x in (q, k, v))  # (B, L, H * width)
-    out = dataclasses.replace(call, kwargs=kwargs).run(q, k, v)
+    q, k, v = (x if call.split else x.flatten(2) for x in (q, k, v))  # or (B, L, H * width)
+    out = call.replace(q=q, k=k, v=v, kwargs=kwargs).run()
     if kwargs.get("skip_output_reshape"):
         return out[..., :d]  # (B, H, L, d)
-    return out.unflatten(-1, (heads, width))[..., :d].flatten(2)  # (B, L, H * d)
+    return out.unflatten(-1, (call.heads, width))[..., :d].flatten(2)  # (B, L, H * d)
 
 
 def fits_weights(call: AttentionCall) -> bool:

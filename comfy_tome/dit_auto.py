@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
-
 from ..shared_tome import ToMeConfig
 from ..shared_tome.autotune.decision_log import DecisionLog
 from ..shared_tome.autotune.layer import may_measure, measures
@@ -27,18 +25,16 @@ class DiTDecisions:
         self._config, self._layout, self._log, self._judge = config, layout, log, judge
         self._known: dict[tuple, Decision | Given | None] = {}  # by the layer's shape
 
-    def decision(
-        self, call: AttentionCall, k: Tensor, measure: Callable[[tuple], Decision | None]
-    ) -> Decision | Given | None:
+    def decision(self, call: AttentionCall, measure: Callable[[tuple], Decision | None]) -> Decision | Given | None:
         """What is set of a layer, or what measure(shape) found at its first use; None where nothing is."""
-        shape = self._shape(call, k)
+        shape = self._shape(call)
         if is_compiling():
             return self._given(shape)
         if shape not in self._known:
             found = self._given(shape)
             # Another attention may be slower however large the layer is.
-            by_another = not fits_weights(call) and may_measure(k.device)
-            if found is None and (by_another or measures(self._config, self._layout.grid, k.device)):
+            by_another = not fits_weights(call) and may_measure(call.k.device)
+            if found is None and (by_another or measures(self._config, self._layout.grid, call.k.device)):
                 found = measure(shape)
             self._known[shape] = found
             self._judge.meet(found)
@@ -51,18 +47,19 @@ class DiTDecisions:
         """Why a layer of this decision is left alone, or None."""
         return self._judge.why_not_paid(found)
 
-    def known(self, call: AttentionCall, k: Tensor) -> Decision | Given | None:
+    def known(self, call: AttentionCall) -> Decision | Given | None:
         """What `decision` found of such a layer."""
-        shape = self._shape(call, k)
+        shape = self._shape(call)
         return self._given(shape) or self._known.get(shape)
 
     def _given(self, shape: tuple) -> Given | None:
         return self._log.layer(self._config, *_parts(shape))
 
-    def _shape(self, call: AttentionCall, k: Tensor) -> tuple:
+    def _shape(self, call: AttentionCall) -> tuple:
         """All of a layer that its times depend on, beside the options."""
         others = -(-(call.length - self._layout.tokens) // _OTHERS)
-        return (self._layout.grid, others, call.heads, k.shape[1 if call.split else 2], call.d, k.dtype, call.split)
+        of_keys = call.k.shape[1 if call.split else 2], call.d, call.k.dtype, call.split
+        return (self._layout.grid, others, call.heads, *of_keys)
 
 
 def _parts(shape: tuple) -> tuple[Grid, int, int, int]:

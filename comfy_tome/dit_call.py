@@ -9,7 +9,6 @@ added to its logits (shared_tome/attention/sequence.py, dit_attention.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -21,9 +20,10 @@ from ..shared_tome.autotune.layer import known_or_measured, name_of
 from ..shared_tome.autotune.paying import Decision, Given, Judge
 from ..shared_tome.autotune.timing import compared
 from ..shared_tome.core.channels import extra_channels
+from ..shared_tome.core.curve import is_compiling
 from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
-from .dit_attention import COMFYUI, AttentionCall, Attentions, attend_merged, attend_sampled, fits_weights
+from .dit_attention import COMFYUI, AttentionCall, Attentions, Kind, attend_merged, attend_sampled, fits_weights
 from .dit_auto import DiTDecisions
 from .dit_layout import Layout
 from .dit_models import DiTModel
@@ -62,6 +62,7 @@ class TransformerCall:
         self._met, self._served = False, 0
         self._plan: Plan | None = None
         self._queries = 0  # that a layer has brought so far, where they come in parts
+        self._kinds: dict[tuple | None, Kind] = {}
 
     # --- What a host says ---------------------------------------------------------------------------------------------
 
@@ -76,9 +77,9 @@ class TransformerCall:
     def leave_whole(self) -> None:
         """The ratio takes away no whole token of a layer."""
 
-    def tell_merged(self, call: AttentionCall, by: AttentionCall) -> None:
-        """A layer is merged. by: the call by the attention that does it."""
-        if by.func is not call.func:
+    def tell_merged(self, call: AttentionCall, instead: bool) -> None:
+        """Layers of a kind are merged. instead: by PyTorch's attention in the place of another."""
+        if instead:
             self.say(
                 f"PyTorch's attention takes the place of {call.name} where keys need weights (text beside the image, "
                 f"or an uneven ratio) and so heads of {_width(call)} channels"
@@ -102,85 +103,104 @@ class TransformerCall:
 
         q, k, v: [B, L, H * d], or [B, H, L, d] with skip_reshape.
         """
-        merged = self.ready(override, func, q, k, v, heads, args, kwargs)
-        if merged is not None:
-            return merged()
+        call = AttentionCall.of(func, q, k, v, heads, args, kwargs, override, self.family)
+        found = self.find(call)
+        if found is not None:
+            return self.serve(call, *found)
         first = (func,) if override is None else (override, func)
         return first[0](*first[1:], q, k, v, heads, *args, **kwargs)
 
-    def ready(
-        self, override: Any, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, args: tuple, kwargs: dict[str, Any]
-    ) -> Callable[[], Tensor] | None:
-        """What computes the same attention merged, or None where it is left alone."""
-        call = AttentionCall.of(func, q, k, heads, args, kwargs, override, self.family)
-        start = self._start(q, v, call)
-        found = None if start is None else self._prepare(start, q, k, v, call)
-        if found is None:
+    def find(self, call: AttentionCall) -> tuple[Plan, Kind] | None:
+        """An attention's plan, and what is known of its kind; None where it is left alone."""
+        block = self.block(call)
+        key = self._key(call, block)
+        kind = self._kinds.get(key) or self._look(call, block)
+        if kind is None:
             return None
-
-        def merged() -> Tensor:
-            self.tell_merged(call, found[1])
-            return self._serve(*found, *(call.plain(x) for x in (q, k, v)), start)
-
-        return merged
-
-    def _serve(
-        self, plan: Plan, call: AttentionCall, joint: JointCall, q: Tensor, k: Tensor, v: Tensor, start: int
-    ) -> Tensor:
-        """The attention with the image's tokens merged, by what _prepare says."""
-        kind = self.call.config.kind
-        if kind.matches:
-            return attend_merged(joint, call, q, k, v, start, plan, kind)
-        return attend_sampled(joint, call, q, k, v, start, plan)
-
-    def _decision(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, start: int) -> Decision | Given | None:
-        """What was measured of this layer, or is set; None where nothing is.
-
-        Measured on its first row's own tokens: what is decided must not depend on how many rows a call has, nor on a
-        few words more in the prompt.
-        """
-        part = q.shape[2 if call.split else 1] != call.length - self.layout.elsewhere
-        if not self._by_times or self.call.config.kind.matches or call.mask is not None or part:
+        if first := self._is_first(kind):
+            self._plan = self.call.plan(self._metric(call, kind.start), self.layout.grid)
+        plan = self._plan
+        if plan is None:
+            self.leave_whole()
+        fits = plan is not None and (kind.joint is not None or self._fits(call, kind, plan))
+        if first and self._record is not None:
+            if plan is None or fits:
+                self._record.layer(self.block_name(block), self.layout.grid, plan)
+            else:
+                self._record.count(self.layout.grid)
+        if not fits:
             return None
-        return self._decisions.decision(call, k, lambda shape: self._time(call, q[:1], k[:1], v[:1], start, shape))
+        if key not in self._kinds:
+            self.tell_merged(call, kind.instead)
+            if key is not None:
+                self._kinds[key] = kind
+        return plan, kind
 
-    def _time(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, start: int, shape: tuple) -> Decision | None:
-        """The times of a layer of this shape, or None. q, k, v: of one row."""
-        config, device = self.call.config, q.device
-        torchs = self._joint.kernels or self._instead.kernels
-        how = f"proportional {config.proportional}", f"own {config.keeps_self}"
-        by = [name_of(func, device) for func in (call.func, call.override) if func is not None]
-        how = (*how, f"shares {config.whole:.3f} {config.half:.3f}") if config.shares_by_hand else how
-        names = [self.facts.name, *by, *torchs, *map(str, shape), config.method, f"{config.ratio:.4f}", *how]
+    def serve(self, call: AttentionCall, plan: Plan, kind: Kind) -> Tensor:
+        """The attention with the image's tokens merged, by what `find` says."""
+        call, method = call.by_torch() if kind.instead else call, self.call.config.kind
+        if method.matches:
+            return attend_merged(kind, call, plan, method)
+        return attend_sampled(kind, call, plan)
 
-        def measure() -> Decision:
-            plain, grid = [call.plain(x) for x in (q, k, v)], self.layout.grid
-            plan = ModelCall(config, grid, device).plan(plain[0].new_empty(1, self.layout.tokens, 1), grid)
-            fitting = None if plan is None else self._fitting(call, start, plan, True)
-            if fitting is None:
-                return Decision(0.0, 0.0, 0.0)
-            try:
-                return compared(lambda: call.run(q, k, v), lambda: self._serve(plan, *fitting, *plain, start), device)
-            finally:  # the draws that were timed are not this call's
-                for joint in (self._joint, self._instead):
-                    joint.multires.tiles.clear()
+    def _metric(self, call: AttentionCall, start: int) -> Tensor:
+        """What the image's similarity is measured on, [B, N, .]: the ViT paper's, keys averaged over the heads. What
+        matches nothing wants its shape alone."""
+        matches, k = self.call.config.kind.matches, call.k
+        image = (k if matches or not call.split else k[:, 0]).narrow(-2, start, self.layout.tokens)
+        if not matches:
+            return image
+        return image.mean(1) if call.split else image.unflatten(-1, (-1, call.d)).mean(2)
 
-        return known_or_measured(", ".join(names), device, measure)
+    def _is_first(self, kind: Kind) -> bool:
+        """Whether this is the first attention of a layer: the others want the same tokens."""
+        count, self._queries = self._queries, self._queries + kind.queries
+        if self._queries < kind.wanted:
+            return count == 0
+        self._queries = 0
+        if count == 0:
+            self._served += 1
+        return count == 0 and (self._served - 1) % self.layout.together == 0
 
-    def _start(self, q: Tensor, v: Tensor, call: AttentionCall) -> int | None:
+    # --- Of each kind of attentions, once -----------------------------------------------------------------------------
+
+    def _key(self, call: AttentionCall, block: dict[str, Any]) -> tuple | None:
+        """What tells kinds of attentions apart; None in a compiled graph, which keeps nothing."""
+        if is_compiling():
+            return None
+        mask, text = call.kwargs.get("mask"), block.get("img_slice")
+        given = call.func, call.override, call.heads, call.split, "block_index" in block, text and tuple(text)
+        return *given, call.q.shape, call.k.shape, call.v.shape, call.k.dtype, None if mask is None else mask.shape
+
+    def _look(self, call: AttentionCall, block: dict[str, Any]) -> Kind | None:
+        """Whether attentions of this kind may be merged; None: they are left alone."""
+        start = self.start(call, block)
+        if start is None:
+            return None
+        if call.mask is not None and (call.mask.dim() < 2 or call.mask.shape[-1] != call.length):
+            self.skip("ToMe skips an attention whose mask is not one over its keys")
+            return None
+        unpaid = self._unpaid or self._decisions.why_not_paid(self._decision(call, start))
+        if unpaid is not None:
+            self.skip(unpaid)
+            return None
+        paid = not self._by_times or self._decisions.known(call) is not None
+        kind = Kind(start, call.count(call.q), call.length - self.layout.elsewhere, paid)
+        return None if self.call.config.kind.matches and not self._fits(call, kind, None) else kind
+
+    def start(self, call: AttentionCall, block: dict[str, Any]) -> int | None:
         """Where the image's tokens begin; None for an attention that is none of ours."""
-        options, length = self.block(call), call.length
-        if self.facts.numbered and "block_index" not in options:
+        length, queries = call.length, call.count(call.q)
+        if self.facts.numbered and "block_index" not in block:
             return None  # a refiner, before the blocks
-        place = 2 if call.split else 1
-        if v.shape[place] != length or q.shape[place] > length:
+        if call.count(call.v) != length or queries > length:
             return None  # to another's tokens
-        part = q.shape[place] < length
+        part = queries < length
         if part and (not self.layout.parts or length in self.layout.others):
             return None
-        if part and call.mask is None and not self.layout.elsewhere and q.shape[place] in self.layout.others:
+        if part and call.mask is None and not self.layout.elsewhere and queries in self.layout.others:
             return None  # sound that looks at the video
-        start = self.layout.start(length, options.get("img_slice"))
+        start = self.layout.start(length, block.get("img_slice"))
         if start is None and length > self.layout.tokens and length not in self.layout.others:
             self.skip(
                 "ToMe skips an attention whose tokens are not its text, its image and its references: another "
@@ -201,74 +221,58 @@ class TransformerCall:
             return None
         return start
 
-    def _prepare(
-        self, start: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
-    ) -> tuple[Plan, AttentionCall, JointCall] | None:
-        """The plan of this layer, and what _fitting says; None where it is left alone."""
-        if call.mask is not None and (call.mask.dim() < 2 or call.mask.shape[-1] != call.length):
-            self.skip("ToMe skips an attention whose mask is not one over its keys")
+    def _decision(self, call: AttentionCall, start: int) -> Decision | Given | None:
+        """What was measured of this layer, or is set; None where nothing is.
+
+        Measured on its first row's own tokens: what is decided must not depend on how many rows a call has, nor on a
+        few words more in the prompt.
+        """
+        part = call.count(call.q) != call.length - self.layout.elsewhere
+        if not self._by_times or self.call.config.kind.matches or call.mask is not None or part:
             return None
-        unpaid = self._unpaid or self._decisions.why_not_paid(self._decision(call, q, k, v, start))
-        if unpaid is not None:
-            self.skip(unpaid)
-            return None
-        # Measured to be faster merged, or to be merged whatever it costs.
-        paid = not self._by_times or self._decisions.known(call, k) is not None
-        matches = self.call.config.kind.matches
-        if matches and self._fitting(call, start, None, paid) is None:
-            return None
-        if first := self._is_first(q, call):
-            k = call.plain(k)
-            image = (k if matches or not call.split else k[:, 0]).narrow(-2, start, self.layout.tokens)
-            # The ViT paper's metric: keys averaged over the heads. What matches nothing wants its shape alone.
-            metric = (
-                image if not matches else image.mean(1) if call.split else image.unflatten(-1, (-1, call.d)).mean(2)
-            )
-            self._plan = self.call.plan(metric, self.layout.grid)  # metric [B, N, .]
-        plan = self._plan
-        if plan is None:
-            self.leave_whole()
-        fitting = None if plan is None else self._fitting(call, start, plan, paid)
-        if first and self._record is not None:
-            if plan is None or fitting is not None:
-                self._record.layer(self.block_name(self.block(call)), self.layout.grid, plan)
-            else:
-                self._record.count(self.layout.grid)
-        return None if fitting is None else (plan, *fitting)
+        row = call.replace(q=call.q[:1], k=call.k[:1], v=call.v[:1])
+        return self._decisions.decision(call, lambda shape: self._time(row, start, shape))
 
-    def _is_first(self, q: Tensor, call: AttentionCall) -> bool:
-        """Whether this is the first attention of a layer: the others want the same tokens."""
-        count, self._queries = self._queries, self._queries + q.shape[2 if call.split else 1]
-        if self._queries < call.length - self.layout.elsewhere:
-            return count == 0
-        self._queries = 0
-        if count == 0:
-            self._served += 1
-        return count == 0 and (self._served - 1) % self.layout.together == 0
+    def _time(self, call: AttentionCall, start: int, shape: tuple) -> Decision | None:
+        """The times of a layer of this shape, or None. call: of one row."""
+        config, device = self.call.config, call.q.device
+        torchs = self._joint.kernels or self._instead.kernels
+        how = f"proportional {config.proportional}", f"own {config.keeps_self}"
+        by = [name_of(func, device) for func in (call.func, call.override) if func is not None]
+        how = (*how, f"shares {config.whole:.3f} {config.half:.3f}") if config.shares_by_hand else how
+        names = [self.facts.name, *by, *torchs, *map(str, shape), config.method, f"{config.ratio:.4f}", *how]
 
-    def _fitting(
-        self, call: AttentionCall, start: int, plan: Plan | None, paid: bool
-    ) -> tuple[AttentionCall, JointCall] | None:
-        """The call by an attention that takes its keys' weights, and how they are joined; None: it is left alone.
+        def measure() -> Decision:
+            grid, kind = self.layout.grid, Kind(start, 0, 0)
+            plan = ModelCall(config, grid, device).plan(call.q.new_empty(1, self.layout.tokens, 1), grid)
+            if plan is None or not self._fits(call, kind, plan):
+                return Decision(0.0, 0.0, 0.0)
+            try:
+                return compared(call.run, lambda: self.serve(call, plan, kind), device)
+            finally:  # the draws that were timed are not this call's
+                for joint in (self._joint, self._instead):
+                    joint.multires.tiles.clear()
 
-        The attention that the user has chosen does it wherever it can.
+        return known_or_measured(", ".join(names), device, measure)
 
-        Args:
-            plan: of a method that matches nothing.
-            paid: whether PyTorch's attention may take the place of one that knows a few sizes of heads.
+    def _fits(self, call: AttentionCall, kind: Kind, plan: Plan | None) -> bool:
+        """Whether an attention takes its keys' weights, which goes into `kind`: the one that the user has chosen
+        wherever it can.
+
+        plan: of a method that matches nothing.
         """
         weighs = self.call.config.weighs_keys
-        weighed = weighs and (plan is None or self._joint.around(plan, start, call.length).bias is not None)
-        if not weighed or fits_weights(call):
-            return call, self._joint
-        if call.override is None and paid:
-            return call.by_torch(), self._instead
+        weighed = weighs and (plan is None or self._joint.around(plan, kind.start, call.length).bias is not None)
+        fits = not weighed or fits_weights(call)
+        if fits or (call.override is None and kind.paid):
+            kind.fit(call, self._joint if fits else self._instead, not fits)
+            return True
         other = call.name if call.override is None else "another node's attention"
         self.skip(
             "ToMe skips an attention where keys need weights (text beside the image, or an uneven ratio) and so "
             f"heads of {_width(call)} channels: {other} may not take them"
         )
-        return None
+        return False
 
     def block_name(self, block: dict[str, Any]) -> str:
         """The block as the log names it, by what is told of it."""

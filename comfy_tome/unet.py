@@ -29,7 +29,7 @@ from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
 from ..shared_tome.merging.residual import ResidualCall
 from .chosen import OVERRIDE, Chosen, self_tokens, why_sampled
-from .dit_attention import AttentionCall, attend_joint, may_combine, tell_not_own
+from .dit_attention import AttentionCall, attend_joint, tell_not_own
 from .log import leave_alone, say_once
 from .model_call import (
     DIFFUSION_MODEL,
@@ -200,7 +200,7 @@ class UNetCall(PatchedCall):
         self._compiled, self._model = layers is not None, model
         self._outcome = Outcome() if outcome is None else outcome
         self._chosen = Chosen(options) if chosen is None else chosen
-        self._attention, self._is_merged = self._chosen.override, False
+        self._attention = self._chosen.override
         # Nothing to measure with: nothing to join with either (a test's call, not a host's).
         attention = None if chosen is None else chosen.host
         kernels = () if chosen is None else chosen.kernels(call.seed.device)
@@ -212,6 +212,7 @@ class UNetCall(PatchedCall):
         if layers is not None:
             self._decisions.look_ahead(*layers, attention, kernels)
             self._tell_ahead(*layers)
+        self._torchs = inspect.unwrap(attention) if kernels else None
         self._minding = None  # the attention function that minds `scale`, where one is known to
         if self._attention is None and attention is not None and minds_scale(attention):
             self._minding = inspect.unwrap(attention)
@@ -248,72 +249,49 @@ class UNetCall(PatchedCall):
             raise RuntimeError("another node changed ToMe's argument 'tome' on its way to the model")
         return executor(*args, **kwargs)
 
-    def before_attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple:
-        given = super().before_attention(q, k, v, extra_options)
-        self._is_merged = KEY in extra_options
-        return given
-
-    def after_attention(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        self._is_merged = False
-        return super().after_attention(out, extra_options)
-
     def attention(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         """optimized_attention_override: what becomes of the layer that runs now; another node's override is called, not
         lost."""
-        func = self._chosen.func(func)
-        bias, self._pending = self._pending, None
-        plan, self._pending_self_token = self._pending_self_token, None
-        if self._keeping is None or plan is None:
-            return self._attend(bias, plan, func, q, k, v, heads, *args, **kwargs)
+        func, override = self._chosen.func(func), self._attention
+        bias, plan, self._bias, self._drawn = self._bias, self._drawn, None, None
+        if bias is None and plan is None:
+            if self._layer is not None and self._chosen.sparse:  # merged tokens are in no place
+                override = None
+                say_once(_DENSE)
+            first = (func,) if override is None else (override, func)
+            return first[0](*first[1:], q, k, v, heads, *args, **kwargs)
+        call = AttentionCall.of(func, q, k, v, heads, args, kwargs, override)
+        if plan is None or self._keeping is None:
+            return self._attend(call, bias, plan)
         residual, layer = self._keeping
-        return residual.attend(
-            layer,
-            lambda: self._attend(bias, plan, func, q, k, v, heads, *args, **kwargs),
-            lambda: self._run(self._attention, func, q, k, v, heads, *args, **kwargs),
-        )
+        return residual.attend(layer, lambda: self._attend(call, bias, plan), call.run)
 
-    def _run(self, override: Any, func: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return func(*args, **kwargs) if override is None else override(func, *args, **kwargs)
-
-    def _attend(
-        self,
-        bias: Tensor | None,
-        plan: Plan | None,
-        func: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
+    def _attend(self, call: AttentionCall, bias: Tensor | None, plan: Plan | None) -> Tensor:
         """Adds the sizes to the logits. plan: of keys and values that are drawn here."""
-        others = self._attention
-        if self._is_merged and self._chosen.sparse:  # merged tokens are in no place
-            others = None
+        if self._chosen.sparse:
+            call = call.replace(override=None)
             say_once(_DENSE)
-        is_torchs = False
-        if bias is not None or plan is not None:
-            call = AttentionCall.of(func, q, k, heads, args, kwargs)
-            is_torchs = bool(self._kernels) and may_combine(call)
+        is_torchs = bool(self._kernels) and call.mask is None and (call.func is self._torchs or call.is_torchs)
         if plan is not None:
             if is_torchs and self._joint is not None:
-                out = attend_joint(self._joint, call, q, k, v, 0, plan)
+                out = attend_joint(self._joint, call, 0, plan)
                 if out is not None:
                     return out
-                tell_not_own(self._joint, call, q, k, v, torchs=True)
+                tell_not_own(self._joint, call, torchs=True)
             elif self._joint is not None:
                 say_once(why_sampled(self.call.config))
-            k, v = (call.take(x, plan.choice[0]) for x in (k, v))  # what sampling before the projections gives
-
-        def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-            named = kwargs if scale is None else {**kwargs, "scale": scale}
-            return self._run(others, func, q, k, v, heads, *args, **named)
-
-        if bias is None or k.shape[1] != bias.shape[1]:
-            return attention(q, k, v)
+            call = call.with_keys(plan.choice[0])  # what sampling before the projections gives
+        if bias is None or call.k.shape[1] != bias.shape[1]:
+            return call.run()
+        kwargs = dict(call.kwargs)
         scale = kwargs.pop("scale", None)
-        return attend_tokens(q, k, v, heads, bias, attention, is_torchs, scale, func is self._minding)
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, *scale: float) -> Tensor:
+            named = {**kwargs, "scale": scale[0]} if scale else kwargs
+            return call.replace(q=q, k=k, v=v, kwargs=named).run()
+
+        minds = call.func is self._minding
+        return attend_tokens(call.q, call.k, call.v, call.heads, bias, attention, is_torchs, scale, minds)
 
     def tell(self, grid: tuple[int, int], plan: Plan | None) -> None:
         if plan is None:

@@ -1,8 +1,7 @@
 """The attention patches of one call of a U-Net, for the programs that know ComfyUI's: ComfyUI itself, Forge, reForge.
 
 attn1_patch merges what a self-attention is given, attn1_output_patch unmerges what it gives; attn2's patches and hooks
-on the feed-forward layers follow the block's match. What a layer needs on its way out travels in the call's own
-extra_options.
+on the feed-forward layers follow the block's match.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ from ..shared_tome.attention.sequence import JointCall
 from ..shared_tome.autotune.decisions import Decisions
 from ..shared_tome.autotune.layer import Attention, Decision
 from ..shared_tome.core.curve import is_compiling
+from ..shared_tome.core.grid import Grid
 from ..shared_tome.hooks.guard import why_left_whole
 from ..shared_tome.hooks.parts import AroundParts
 from ..shared_tome.inspect.reasons import why_not_served
 from ..shared_tome.inspect.report import CallTally
+from ..shared_tome.merging.call import MergedAttention
 from ..shared_tome.merging.plan import Plan
 from ..shared_tome.merging.residual import ResidualCall
-from .model_call import KEY
 
 
 class PatchedCall(AroundParts):
@@ -53,9 +53,12 @@ class PatchedCall(AroundParts):
         self._host_attention, self._kernels = attention, kernels
         taken = options.get("patches_replace", {})
         self._replaced = {*replaced, *((part, at) for part in parts_of(call) for at in taken.get(part, ()))}
-        self._pending: Tensor | None = None
-        # The layer's, whose keys and values are taken behind their projections.
-        self._pending_self_token: Plan | None = None
+        # Of the self-attention that runs now: what was merged, what its keys weigh [b, M], and the plan where keys and
+        # values are taken behind their projections. The last two are for the first attention function that is called.
+        self._layer: MergedAttention | None = None
+        self._bias: Tensor | None = None
+        self._drawn: Plan | None = None
+        self._grids: dict[tuple, Grid] = {}  # of kinds of layers that are merged
         self._block_plan: Plan | None = None
         self._block: dict[str, Any] = {}  # extra_options of the block that the plan is of
         self._open: dict[str, Plan] = {}
@@ -96,8 +99,9 @@ class PatchedCall(AroundParts):
     def is_replaced(self, part: str, extra_options: dict[str, Any]) -> bool:
         """Whether another node computes this layer of the block that runs now."""
         block = extra_options.get("block")
-        places = () if block is None else (block, (*block, extra_options.get("block_index", 0)))
-        return any((part, place) in self._replaced for place in places)
+        if not self._replaced or block is None:
+            return False
+        return any((part, at) in self._replaced for at in (block, (*block, extra_options.get("block_index", 0))))
 
     def run_block(self, heads: int, x: Tensor) -> Callable[[], Any] | None:
         """What runs a block of that kind by itself, to be timed; None where there is none."""
@@ -107,22 +111,23 @@ class PatchedCall(AroundParts):
 
     def before_attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple:
         """attn1_patch: q, k, v [B, N, C] before their projections."""
-        self._block_plan = self._pending = self._pending_self_token = self._keeping = None
+        self._layer = self._bias = self._drawn = self._block_plan = self._keeping = None
         grid = self._grid(q, k, v, extra_options)
         if grid is None:
             return q, k, v
         residual = self._residual if self._residual is not None and self._residual.is_on else None
         behind = self._joint is not None or residual is not None
-        layer = self.call.attention(q, k, v, grid, keeps_self=behind)
+        layer = self._layer = self.call.attention(q, k, v, grid, keeps_self=behind)
         plan, place = None if layer is None else layer.plan, extra_options.get("block_index", 0)
-        name, exact = block_name(extra_options), False
+        exact = False
         if layer is not None and residual is not None:
-            self._keeping = residual, (name, place)
+            self._keeping = residual, (block_name(extra_options), place)
             exact = residual.begin(self._keeping[1], q, grid)
         if self._record is not None and exact:
-            self._record.left_alone(residual.told, name, grid, place)
+            self._record.left_alone(residual.told, block_name(extra_options), grid, place)
         elif self._record is not None:
-            self._record.layer(name, grid, plan, place, self._decision(q, grid, extra_options))
+            decision = self._decision(q, grid, extra_options)
+            self._record.layer(block_name(extra_options), grid, plan, place, decision)
         if exact:
             self.tell_exact(grid, residual.told)
         else:
@@ -131,9 +136,7 @@ class PatchedCall(AroundParts):
             return q, k, v
         if self.call.config.kind.matches:
             self._block_plan, self._block = plan, extra_options
-        self._pending = layer.bias
-        self._pending_self_token = plan if behind else None
-        extra_options[KEY] = layer
+        self._bias, self._drawn = layer.bias, plan if behind else None
         return layer.q, layer.k, layer.v
 
     def keeping(self) -> tuple[ResidualCall, Hashable] | None:
@@ -144,8 +147,8 @@ class PatchedCall(AroundParts):
         """attn1_output_patch: out [B, N or M, C], after the output projection, before the residual."""
         if self._keeping is not None:
             self._keeping[0].end(self._keeping[1])
-        self._pending = self._pending_self_token = self._keeping = None
-        layer = extra_options.pop(KEY, None)
+        layer = self._layer
+        self._layer = self._bias = self._drawn = self._keeping = None
         return out if layer is None else layer.unmerge(out)
 
     def before_cross_attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple:
@@ -153,16 +156,31 @@ class PatchedCall(AroundParts):
         plan = self._block_plan
         if plan is None or self._is_left_whole("attn2", q, extra_options):
             return q, k, v
-        extra_options[KEY] = plan
+        self._open["attn2"] = plan
         return plan.merge(q), k, v
 
     def after_cross_attention(self, out: Tensor, extra_options: dict[str, Any]) -> Tensor:
         """attn2_output_patch."""
-        plan = extra_options.pop(KEY, None)
+        plan = self._open.pop("attn2", None)
         return out if plan is None else plan.unmerge(out)
 
-    def _grid(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple[int, int] | None:
+    def _grid(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Grid | None:
         """The grid of this call's tokens, or None where it is to be left alone."""
+        if self.is_replaced("attn1", extra_options):
+            return self._look(q, k, v, extra_options)
+        if is_compiling():
+            return self._look(q, k, v, extra_options)
+        shape = tuple(extra_options.get("activations_shape") or ())
+        key = shape, q.shape, k.shape, v.shape, q.dtype, extra_options.get("n_heads")
+        if key not in self._grids:
+            grid = self._look(q, k, v, extra_options)
+            if grid is None:
+                return None
+            self._grids[key] = grid
+        return self._grids[key]
+
+    def _look(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Grid | None:
+        """Whether a kind of layers is merged: the grid of its tokens, or None."""
         found = self.find_grid(q.shape[1], extra_options) if q.dim() == 3 else None
         if found is None:
             self.leave("ToMe skips a layer whose grid is not known", extra_options)

@@ -122,13 +122,14 @@ def seen(monkeypatch):
 def layers(tome, monkeypatch):
     """What each merged layer was given and gave: (plan, call, q, k, v, start, out)."""
     walk, found = tome.forge.forge_dit.TransformerCall, []
-    real = walk._serve
+    real = walk.serve
 
-    def spy(self, plan, call, joint, q, k, v, start):
-        found.append((plan, call, q, k, v, start, out := real(self, plan, call, joint, q, k, v, start)))
+    def spy(self, call, plan, kind):
+        out = real(self, call, plan, kind)
+        found.append((plan, call, call.q, call.k, call.v, kind.start, out))
         return out
 
-    monkeypatch.setattr(walk, "_serve", spy)
+    monkeypatch.setattr(walk, "serve", spy)
     return found
 
 
@@ -140,7 +141,7 @@ def test_a_layer_is_what_float64_says(call_of, layers, name, ratio):
     call_of(name, {"ratio": ratio, "own_token": False})
     assert len(layers) == count
     for plan, call, q, k, v, start, out in layers:
-        q, k, v = (call.by_head(x).double() for x in (q, k, v))
+        q, k, v = (x.double() for x in call.by_head())
         length = k.shape[2]
         assert plan.tokens == math.prod(grid) and length - plan.tokens in (0, others)
         places = torch.cat((torch.arange(start), plan.index[0] + start, torch.arange(start + plan.tokens, length)))

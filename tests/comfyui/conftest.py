@@ -72,13 +72,14 @@ def tome(comfy_nodes):
 @pytest.fixture
 def merged_layers(monkeypatch):
     """What each merged layer was given and gave: (plan, call, q, k, v, start, out)."""
-    real, found = host.pack_module("dit").DiTCall._serve, []
+    real, found = host.pack_module("dit").DiTCall.serve, []
 
-    def spy(self, plan, call, joint, q, k, v, start):
-        found.append((plan, call, q, k, v, start, out := real(self, plan, call, joint, q, k, v, start)))
+    def spy(self, call, plan, kind):
+        out = real(self, call, plan, kind)
+        found.append((plan, call, call.q, call.k, call.v, kind.start, out))
         return out
 
-    monkeypatch.setattr(host.pack_module("dit").DiTCall, "_serve", spy)
+    monkeypatch.setattr(host.pack_module("dit").DiTCall, "serve", spy)
     return found
 
 

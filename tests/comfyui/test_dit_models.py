@@ -25,7 +25,7 @@ def check_float64(layers, which):
     """softmax(q k' + log(how many each key stands for)) v' over the drawn keys, which are the image's own."""
     assert len(layers) >= which.layers
     for plan, attention, q, k, v, start, out in layers:
-        q, k, v = (attention.by_head(x).double() for x in (q, k, v))
+        q, k, v = (x.double() for x in attention.by_head())
         d, length = q.shape[-1], k.shape[2]
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         assert plan.tokens == which.image and length in (which.image, which.image + which.others)
@@ -148,9 +148,9 @@ def test_references_stay(dit, tome, merged_layers, name, told, added, start):
     assert not any("left alone" in line or "ToMe skips" in line for line in said)
     joint = [layer for layer in merged_layers if layer[2].shape[-2 if layer[1].split else 1] > which.image + added]
     assert len(joint) == (3 if name == "boogu" else 2) - (name == "boogu")
-    for plan, attention, _, k, _, begin, _ in joint:
+    for plan, attention, _, _, _, begin, _ in joint:
         assert begin == start and plan.kept == kept(which.image, 0.75)
-        assert attention.by_head(k).shape[2] == which.image + which.others + added
+        assert attention.length == which.image + which.others + added
     alone = [layer for layer in merged_layers if not any(layer is one for one in joint)]
     assert [layer[5] for layer in alone] == ([added] if name == "boogu" else [])  # behind them
 

@@ -27,7 +27,7 @@ def test_against_float64(sd15, tome, monkeypatch, ratio):
     attention = unet.UNetCall.attention
 
     def spied(self, func, q, k, v, heads, *args, **kwargs):
-        plan = self._pending_self_token
+        plan = self._drawn
         out = attention(self, func, q, k, v, heads, *args, **kwargs)
         if plan is not None:
             seen.append((out, reference(q, k, v, heads, plan)))

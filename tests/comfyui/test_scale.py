@@ -86,7 +86,7 @@ def test_a_scale_that_is_given_holds(comfy_nodes):
         given = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(*given, **kwargs).transpose(1, 2).flatten(2)
 
-    call._pending = bias
+    call._bias = bias
     out = call.attention(attention, q, k, v, 2, scale=0.7)
     given = [x.double().unflatten(-1, (2, -1)).transpose(1, 2) for x in (q, k, v)]
     exact = torch.nn.functional.scaled_dot_product_attention(

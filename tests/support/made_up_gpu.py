@@ -144,7 +144,7 @@ class MadeUpTransformers(StepTimes, MadeUpGPU):
 
     def __init__(self, monkeypatch: Any, folder: Path, store: Any, call: Any, auto: Any, step: Any):
         super().__init__(monkeypatch, folder, store)
-        serve = call.TransformerCall._serve
+        serve = call.TransformerCall.serve
 
         def counted(*given: Any) -> Any:
             self.merged.append(1)
@@ -153,7 +153,7 @@ class MadeUpTransformers(StepTimes, MadeUpGPU):
         def compared(whole: Any, merged: Any, device: Any) -> Any:
             return call.Decision(2e4, 2e4 - 1e3 * self.saves_ms, 1e3 * self.costs_ms)
 
-        monkeypatch.setattr(call.TransformerCall, "_serve", counted)
+        monkeypatch.setattr(call.TransformerCall, "serve", counted)
         monkeypatch.setattr(call, "compared", compared)
         monkeypatch.setattr(auto, "measures", lambda config, *_: config.levels == "auto")
         self.time_steps(monkeypatch, step)
