@@ -19,7 +19,6 @@ from . import (
     option_tables,
     real_tables,
     speed_tables,
-    vit_tables,
 )
 from .help_lists import LANGUAGES, controls
 from .rows import results
@@ -43,7 +42,7 @@ def of_fidelity(rows: Sequence[Row]) -> dict[str, Maker]:
 
 
 def of_speed(folder: Path = speed_tables.FOLDER) -> dict[str, Maker]:
-    """The makers of docs/speed.md's tables from the CSVs in a folder."""
+    """The makers of the tables of docs/speed.md and docs/vit.md from the CSVs in a folder."""
     return {name: partial(speed_tables.made, name, folder) for name in speed_tables.MAKERS}
 
 
@@ -63,7 +62,6 @@ MAKERS: dict[str, Maker] = {
     "controls": controls,
     **of_speed(),
     **of_fidelity(results()),
-    **{name: partial(vit_tables.made, name) for name in vit_tables.MAKERS},
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lab.pages import vit_tables as tables
+from lab.pages import speed_tables as tables
 from lab.store import read
 from lab.vit.measure import COMPARED, SCHEDULES, Variant, accuracy, images_per_second, right, throughput, variants
 
@@ -101,7 +101,7 @@ def test_the_whole_command_in_short(command, tmp_path):
     first = rows[0]
     assert (first["r"], first["lost"], first["speedup"]) == ("0", "0.0", "1.0")
     for name in ("vit_accuracy", "vit_schedules", "vit_methods"):
-        text = tables.MAKERS[name][1](rows)
+        text = tables.MAKERS[name][2](rows)
         assert text.startswith("| ") and len({line.count("|") for line in text.split("\n\n")[0].splitlines()}) == 1
 
 
