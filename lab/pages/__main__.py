@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import fidelity_plots, frontier_main, frontier_plots, speed_plots
+from . import fidelity_plots, speed_plots
 from .fill import PAGES, ROOT, filled
 
 
@@ -28,7 +28,7 @@ def main() -> int:
             if not args.check:
                 path.write_text(fresh, encoding="utf-8")
     if args.plots:
-        for draw in (fidelity_plots.draw, frontier_main.draw, frontier_plots.draw, speed_plots.draw):
+        for draw in (fidelity_plots.draw, speed_plots.draw):
             print(*draw(ROOT / "docs" / "images"), sep="\n")
     if args.check and stale:
         print(f"not up to date: {', '.join(stale)}; run `python -m lab.pages`", file=sys.stderr)

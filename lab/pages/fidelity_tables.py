@@ -3,16 +3,68 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
+from installer.compare.schema import SAME
 from shared_tome.config import ToMeConfig
 from shared_tome.methods import PRESETS
 
-from ..fidelity.methods import CATALOGUE, OWN_KEY, sample_name
+from .. import store
+from ..fidelity.methods import CATALOGUE, OWN_KEY, UNMERGED, sample_name
+from ..fidelity.real_models import FILE
 from ..models.samplers import GUIDANCE, SAMPLERS, parse_sampler
-from ..store import grouped, markdown
-from .rows import MAIN, Row, main_sampler, of_model, of_set
+from ..store import RESULTS, Row, grouped, markdown
 from .style import STYLES
+
+FOLDER = RESULTS / "fidelity"
+NOBODY = "Nobody has sent a result yet.\n"
+LATER = ("texture", "texture_se")
+"""Columns that older files lack: there they are empty."""
+MAIN, MAIN_SAMPLER, YARDSTICK = "demo", "ddim30", "tomesd 0.5"
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV, each with the PSNR of its single pictures as `singles`, numbers with spaces between, and as
+    `yardstick` the speed of what was timed in each file."""
+    rows = store.read(path)
+    singles = {}
+    for row in store.read(path.with_suffix(".pictures.csv")):
+        variant, sampler, *numbers = row.values()
+        singles[variant, sampler] = " ".join(numbers)
+    speeds = {row["sampler"]: row["speedup"] for row in rows if row["variant"] == YARDSTICK}
+    for row in rows:
+        row["yardstick"] = speeds.get(row["sampler"], "")
+        row["singles"] = singles[row["variant"], row["sampler"]]
+        row["file"] = path.stem
+        for column in LATER:
+            row.setdefault(column, "")
+    return rows
+
+
+def results(folder: Path = FOLDER) -> list[Row]:
+    """All rows that are kept with the project, but for those of multires_tables.py, of other precision."""
+    paths = [path for path in sorted(folder.glob("*.csv")) if not path.stem.startswith("multires-")]
+    return [row for path in paths if path.with_suffix(".pictures.csv").is_file() for row in read(path)]
+
+
+def of_model(rows: Sequence[Row], file: str) -> list[Row]:
+    """The rows, of whatever file, of the models that a file (its name without .csv) measured; "": demo, else all."""
+    models = {row["model"] for row in rows if row["file"] == (file or MAIN)}
+    return [row for row in rows if row["model"] in models or not (models or file)]
+
+
+def of_set(rows: Sequence[Row], name: str, sampler: str) -> list[Row]:
+    """The measured rows of a set, in the set's order."""
+    found = {row["variant"]: row for row in rows if row["sampler"] == sampler}
+    return [found[variant] for variant in CATALOGUE.sets[name] if variant in found]
+
+
+def main_sampler(rows: Sequence[Row]) -> str:
+    """The sampler that a model's tables and plots are about: ddim30, or what most rows were measured with."""
+    count = Counter(row["sampler"] for row in rows)
+    return MAIN_SAMPLER if MAIN_SAMPLER in count or not count else count.most_common(1)[0][0]
 
 
 def percent(share: str | float) -> str:
@@ -199,6 +251,26 @@ def about(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, *(f"- timed step: float16, input {shape}" for shape in shapes)])
 
 
+def real_models(file: Path = FILE) -> str:
+    """What people measured on their own models: a line a model, size and variant."""
+
+    def number(value: str, places: int) -> str:
+        return f"{float(value):.{places}f}" if value else ""
+
+    def decibels(value: str) -> str:
+        return "the same" if value and float(value) >= SAME else number(value, 1)
+
+    lines = []
+    for row in store.read(file):
+        if row["variant"] != UNMERGED:
+            model = f"{row['model']} ({row['family']}, {row['sha256'] or row['dtype']})"
+            place = f"{row['device']}, torch {row['torch']}, ToMe {row['tome']}, {row['date']}"
+            ends = [decibels(row["psnr"]), number(row["ssim"], 3), number(row["lpips"], 3), decibels(row["floor_psnr"])]
+            lines.append([model, row["size"], place, row["variant"], f"{number(row['speedup'], 2)}x", *ends])
+    head = ["model", "size", "measured on", "variant", "speed", "PSNR, dB", "SSIM", "LPIPS", "noise floor, dB"]
+    return markdown(head, lines, left=4) if lines else NOBODY
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "about": about,
     "frontier": lambda rows: table(sorted(frontier(rows, main_sampler(rows)), key=lambda r: -float(r["psnr"])), FULL),
@@ -218,7 +290,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
 MODELS = (MAIN, "lab", "dit", "dit-fine")
 
 
-def made(name: str, file: str, rows: Sequence[Row]) -> str:
+def made(name: str, rows: Sequence[Row], file: str = "") -> str:
     """The table of that name, of the model that a file measured ("": demo.csv); empty where nothing was measured."""
     chosen = rows if name == "models" else of_model(rows, file)
     return TABLES[name](chosen) if chosen else ""

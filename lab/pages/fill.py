@@ -10,24 +10,12 @@ from functools import partial
 from pathlib import Path
 
 from ..store import Row
-from . import (
-    fidelity_tables,
-    frontier_recipe,
-    frontier_tables,
-    model_tables,
-    multires_tables,
-    option_tables,
-    real_tables,
-    speed_tables,
-)
-from .help_lists import LANGUAGES, controls
-from .rows import results
+from . import fidelity_tables, frontier_tables, multires_tables, option_tables, speed_tables
 
 ROOT = Path(__file__).resolve().parents[2]
-HELP = ("web/docs/ToMe.md", *(f"web/docs/ToMe/{language}.md" for language in LANGUAGES))
 PAGES = (
-    "README.md",
-    *HELP,
+    *("README.md", "web/docs/ToMe.md"),
+    *(f"web/docs/ToMe/{language}.md" for language in option_tables.LANGUAGES),
     *(f"docs/{page}.md" for page in ("settings", "models", "speed", "quality", "vit", "kernels")),
 )
 NOTHING = "Not measured yet.\n"
@@ -38,7 +26,7 @@ Maker = Callable[..., str]
 
 def of_fidelity(rows: Sequence[Row]) -> dict[str, Maker]:
     """The makers of docs/quality.md's tables from these rows; their argument is the file whose model is meant."""
-    return {name: lambda file="", name=name: fidelity_tables.made(name, file, rows) for name in fidelity_tables.TABLES}
+    return {name: partial(fidelity_tables.made, name, rows) for name in fidelity_tables.TABLES}
 
 
 def of_speed(folder: Path = speed_tables.FOLDER) -> dict[str, Maker]:
@@ -46,22 +34,17 @@ def of_speed(folder: Path = speed_tables.FOLDER) -> dict[str, Maker]:
     return {name: partial(speed_tables.made, name, folder) for name in speed_tables.MAKERS}
 
 
+def _named(module: object, names: str) -> dict[str, Maker]:
+    return {name: getattr(module, name) for name in names.split()}
+
+
 MAKERS: dict[str, Maker] = {
-    "options": option_tables.options,
-    "presets": option_tables.presets,
-    **multires_tables.MAKERS,
-    "rivals": frontier_tables.rivals,
-    "held": frontier_tables.held,
-    "tiles": frontier_tables.tiles,
-    "steps": frontier_tables.steps,
-    "recipe": frontier_recipe.recipe,
-    "when": frontier_recipe.when,
-    "real_models": real_tables.real_models,
-    "served": model_tables.served,
-    "comfyui_models": model_tables.models,
-    "controls": controls,
+    **_named(option_tables, "options presets controls served comfyui_models"),
+    **_named(multires_tables, "resolutions other_samplers on_unets videos"),
+    "real_models": fidelity_tables.real_models,
+    **_named(frontier_tables, "rivals held tiles steps recipe when"),
     **of_speed(),
-    **of_fidelity(results()),
+    **of_fidelity(fidelity_tables.results()),
 }
 
 

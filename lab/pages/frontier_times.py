@@ -28,8 +28,10 @@ from shared_tome.config import ToMeConfig
 from shared_tome.methods import PRESETS
 
 from ..fidelity.methods import UNMERGED
-from ..store import RESULTS, Row, read
-from .speed_tables import FOLDER, MODELS
+from ..store import Row, read
+from .fidelity_tables import FOLDER
+from .speed_tables import FOLDER as SPEED
+from .speed_tables import MODELS
 
 STEADY = 1.05
 """p80 over p20."""
@@ -42,7 +44,7 @@ class Place:
     model: str
     size: str
     attention: str = "cudnn"
-    folder: Path = FOLDER
+    folder: Path = SPEED
 
     @property
     def title(self) -> str:
@@ -157,7 +159,7 @@ PLACES = {
 PLACES |= {"lab": [*PLACES["demo"], Place("sdxl", "2048²")], "dit-fine": PLACES["dit"]}
 
 
-def frontier_rows(model: str, folder: Path = RESULTS / "fidelity") -> list[Row]:
+def frontier_rows(model: str, folder: Path = FOLDER) -> list[Row]:
     """The rows of frontier-MODEL.csv; none where it was not measured."""
     return read(folder / f"frontier-{model}.csv")
 

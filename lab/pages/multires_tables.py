@@ -7,10 +7,9 @@ from pathlib import Path
 
 from ..fidelity.methods import UNMERGED
 from ..models.samplers import GUIDANCE, parse_sampler
-from ..store import RESULTS, Row, markdown, read
-from .fidelity_tables import with_error
+from ..store import Row, markdown, read
+from .fidelity_tables import FOLDER, with_error
 
-FOLDER = RESULTS / "fidelity"
 # File of lab/results/fidelity, and what the table calls its model.
 MODELS = {
     "multires-dit": "dit, 1,024 tokens",
@@ -103,11 +102,3 @@ def _about(of: Iterable[tuple[str, Row]]) -> str:
         for name, row in of
     ]
     return "; ".join(said) + "."
-
-
-MAKERS = {
-    "resolutions": resolutions,
-    "other_samplers": other_samplers,
-    "on_unets": on_unets,
-    "videos": videos,
-}

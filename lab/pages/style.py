@@ -54,13 +54,14 @@ def figure_of(
     return figure, list(axes.flat)
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> Path:
     """Write the picture, the same bytes each time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
+    return path
 
 
-def save_panels(figure: Any, path: Path, panels: Sequence[Any] = (), fontsize: int = 9) -> None:
+def save_panels(figure: Any, path: Path, panels: Sequence[Any] = (), fontsize: int = 9) -> Path:
     """The same for several panels; of those named every label once, at the right."""
     figure.tight_layout()
     named = {}
@@ -70,4 +71,4 @@ def save_panels(figure: Any, path: Path, panels: Sequence[Any] = (), fontsize: i
     if named:
         place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
         figure.legend(named.values(), named.keys(), fontsize=fontsize, **place)
-    save(figure, path)
+    return save(figure, path)

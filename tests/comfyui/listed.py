@@ -44,7 +44,7 @@ def version() -> str:
 
 def main() -> None:
     host.start()
-    from lab.pages.model_tables import LISTED
+    from lab.pages.option_tables import LISTED
 
     rows = [f"{version()},{supported},{diffusion}\n" for supported, diffusion in listed().items()]
     LISTED.write_text("".join(("comfyui,supported,diffusion\n", *rows)), encoding="utf-8", newline="\n")

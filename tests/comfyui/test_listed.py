@@ -15,7 +15,7 @@ from .listed import listed, version
 
 sys.path.insert(0, str(host.REPO))
 from installer.inprocess import pack_module
-from lab.pages.model_tables import LISTED, UNET
+from lab.pages.option_tables import LISTED, UNET
 from lab.store import read
 
 

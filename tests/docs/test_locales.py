@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from installer.server import ComfyServer
-from lab.pages import help_lists
+from lab.pages import option_tables
 from shared_tome import ToMeConfig
 from shared_tome.methods import CUSTOM, PRESETS
 
@@ -64,7 +64,7 @@ def copied(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "locales"
     shutil.copytree(LOCALES, folder)
     monkeypatch.setattr(translations, "LOCALES", folder)
-    monkeypatch.setattr(help_lists, "LOCALES", folder)
+    monkeypatch.setattr(option_tables, "LOCALES", folder)
     return folder
 
 
@@ -217,7 +217,7 @@ def test_pages_give_the_ranges_and_defaults_of_all_controls(language, node, know
             continue
         listed = all(f"- `{choice}`" in page for choice in options["choices"])  # below, with what each does
         choices = [] if listed else options["choices"]
-        begin = help_lists.head(
+        begin = option_tables.head(
             language, [labels[f"{node}.inputs.{name}.name"]], options["default"], options.get("min"),
             options.get("max"), choices, bool(options.get("advanced")),
         )  # fmt: skip
@@ -235,7 +235,7 @@ def test_presets_are_as_the_node_has_them(known):
 
 @EACH
 def test_comfyui_serves_the_texts_in(language, client):
-    assert client.get("/i18n")[language]["nodeDefs"] == help_lists.texts(language)
+    assert client.get("/i18n")[language]["nodeDefs"] == option_tables.texts(language)
 
 
 @EACH

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from installer.server import ComfyServer
-from lab.pages.help_lists import LANGUAGES, LOCALES, texts
+from lab.pages.option_tables import LANGUAGES, LOCALES, texts
 
 HELP = ROOT / "web" / "docs"
 COMMAND = "python tests/docs/translations.py"

@@ -19,7 +19,7 @@ from lab.models.model import load_model
 from lab.models.train import main
 from lab.pages import fidelity_tables as plot
 from lab.pages import fill
-from lab.pages.rows import main_sampler, results
+from lab.pages.fidelity_tables import main_sampler, results
 from shared_tome import ModelCall, ToMeConfig
 
 MEASURED = CATALOGUE.sets["key"]

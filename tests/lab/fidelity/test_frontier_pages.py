@@ -5,17 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lab import store
-from lab.pages import (
-    fill,
-    frontier_main,
-    frontier_plots,
-    frontier_recipe,
-    frontier_tables,
-    frontier_times,
-    option_tables,
-)
+from lab.pages import fidelity_plots, fill, frontier_tables, option_tables
 from lab.pages.fidelity_tables import preset_variant
-from lab.pages.frontier_recipe import fastest
+from lab.pages.frontier_tables import fastest
 from lab.pages.frontier_times import PLACES, Place, best, frontier_rows
 from lab.store import RESULTS
 from shared_tome.methods import PRESETS
@@ -170,10 +162,10 @@ def test_the_table_of_held_attention_is_at_equal_time(results):
 def test_a_chart_is_drawn_of_what_was_measured(results, tmp_path):
     pytest.importorskip("matplotlib", reason="only the plots need it")
     places = {model: [Place("flux", size, folder=results) for size in ("1024²", "2048²")] for model in ("dit", "lab")}
-    made = frontier_plots.draw(tmp_path / "images", results, places)
+    made = fidelity_plots.draw_rivals(tmp_path / "images", results, places)
     assert made == [tmp_path / "images" / "frontier-dit.png"] and made[0].stat().st_size > 10_000
     before = made[0].read_bytes()
-    frontier_plots.draw(tmp_path / "images", results, places)
+    fidelity_plots.draw_rivals(tmp_path / "images", results, places)
     assert made[0].read_bytes() == before
 
 
@@ -193,12 +185,12 @@ def test_the_fastest_that_is_near_enough():
 
 def test_the_recipe_names_what_people_can_use(results):
     places = {"dit": [Place("flux", size, folder=results) for size in ("1024²", "2048²")], "lab": PLACES["lab"]}
-    lines = frontier_recipe.recipe(results, places).splitlines()
+    lines = frontier_tables.recipe(results, places).splitlines()
     assert lines[0] == "| time of | 50 dB or more | 39 dB or more | 33 dB or more |"
     cells = ("Flux 2048²", "unmerged", "EasyCache 0.2, 60%, 39.0 dB", "EasyCache 0.2 + Balanced, 43%, 35.0 dB")
     assert lines[3] == f"| {' | dit: '.join(cells)} |"
     assert len(lines) == 6 and lines[5].startswith("dit: ") and "mean tail" not in "".join(lines)
-    assert frontier_recipe.recipe(results, {"lab": PLACES["lab"]}) == frontier_recipe.when(results) == ""
+    assert frontier_tables.recipe(results, {"lab": PLACES["lab"]}) == frontier_tables.when(results) == ""
 
 
 def test_the_recipe_has_a_row_a_place_with_all_models(results):
@@ -207,17 +199,17 @@ def test_the_recipe_has_a_row_a_place_with_all_models(results):
         results / "frontier-lab.csv",
     )
     place = Place("flux", "2048²", folder=results)
-    lines = frontier_recipe.recipe(results, {"dit": [place], "lab": [place]}).splitlines()
+    lines = frontier_tables.recipe(results, {"dit": [place], "lab": [place]}).splitlines()
     assert lines[2].startswith("| Flux 2048² | dit: unmerged<br>lab: 14 steps, 50%, 52.0 dB |")
 
 
 def test_the_committed_recipe_has_ten_rows_at_most():
-    rows = [line for line in frontier_recipe.recipe().splitlines() if line.startswith("| ")][2:]
+    rows = [line for line in frontier_tables.recipe().splitlines() if line.startswith("| ")][2:]
     assert 7 <= len(rows) <= 10
 
 
 def test_the_three_lines_have_the_files_numbers():
-    lines, demo = frontier_recipe.when().splitlines(), {row["variant"]: row for row in frontier_rows("demo")}
+    lines, demo = frontier_tables.when().splitlines(), {row["variant"]: row for row in frontier_rows("demo")}
     assert [line.split("**")[1] for line in lines] == ["ToMe alone", "Something else", "Both together"]
     time = Place("sd15", "2048²").time(demo["EasyCache 0.1 + Fast"])
     lab = {row["variant"]: row for row in frontier_rows("lab")}
@@ -242,21 +234,21 @@ def test_quality_says_how_far_the_same_rows_of_more_pictures_are():
 def test_readmes_chart_is_drawn_where_all_of_it_was_measured(results, tmp_path):
     pytest.importorskip("matplotlib", reason="only the plots need it")
     flux = ("dit", Place("flux", "2048²", folder=results))
-    (made,) = frontier_main.draw(tmp_path / "images", results, [flux, flux])
+    (made,) = fidelity_plots.draw_main(tmp_path / "images", results, [flux, flux])
     assert made.name == "frontier.png" and made.stat().st_size > 10_000
-    assert frontier_main.draw(tmp_path / "none", results, [flux, ("lab", flux[1])]) == []
+    assert fidelity_plots.draw_main(tmp_path / "none", results, [flux, ("lab", flux[1])]) == []
     assert not (tmp_path / "none").exists()
 
 
 def test_what_readmes_chart_shows_of_a_family():
     shown = {
-        family: frontier_main.series_of(family)
+        family: fidelity_plots.series_of(family)
         for family in ("ToMe", "EasyCache", "EasyCache + Fast", "fewer steps + Fast")
     }
     both = {"EasyCache + Fast": "both", "fewer steps + Fast": "both"}
     assert shown == {"ToMe": "ToMe", "EasyCache": "EasyCache", **both}
     left_out = ("LazyCache", "LazyCache + Fast", "EasyCache + pooled tail", "unmerged")
-    assert not any(map(frontier_main.series_of, left_out))
+    assert not any(map(fidelity_plots.series_of, left_out))
 
 
 def test_the_table_of_tiles_has_the_nearest_first(tmp_path):
@@ -286,10 +278,10 @@ def test_every_model_and_family_is_known():
     for transformer in (False, True):
         for variant in rivals(28, transformer).values():
             alone, _, preset = variant.family.rpartition(" + ")
-            known = {"unmerged", *frontier_plots.STYLES, *frontier_tables.HELD, "HyperTile"}
+            known = {"unmerged", *fidelity_plots.RIVALS, *frontier_tables.HELD, "HyperTile"}
             assert (alone if preset in PRESETS else variant.family) in known
-    assert set(frontier_plots.WITH) == set(PRESETS)
+    assert set(fidelity_plots.WITH) == set(PRESETS)
     for places in PLACES.values():
         for place in places:
             assert place.attention_share is not None, place  # committed figures know every place
-            assert frontier_times.RESULTS in place.folder.parents
+            assert RESULTS in place.folder.parents

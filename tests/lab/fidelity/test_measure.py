@@ -25,7 +25,7 @@ from lab.fidelity.methods import CATALOGUE, Variant
 from lab.models import classifier, diffusion, samplers
 from lab.models.model import NETWORK_PREFIX, SIGMAS_KEY, TOKENS_KEY, load_model
 from lab.models.unet import UNet, UNetConfig
-from lab.pages.rows import LATER, read
+from lab.pages.fidelity_tables import LATER, read
 from shared_tome import ModelCall, ToMeConfig
 from shared_tome.attention.sequence import JointCall
 

@@ -20,7 +20,7 @@ from lab.models import samplers
 from lab.models.diffusion import cosine_sigmas
 from lab.pages import fidelity_tables as plot
 from lab.pages import fill
-from lab.pages.rows import MAIN, results
+from lab.pages.fidelity_tables import MAIN, results
 from shared_tome import ToMeConfig
 from shared_tome.methods import Preset
 

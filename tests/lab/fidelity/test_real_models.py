@@ -15,8 +15,8 @@ sys.path.insert(0, str(REPO))
 from installer.compare import schema
 from lab import store
 from lab.fidelity import real_models
-from lab.pages.real_tables import NOBODY
-from lab.pages.real_tables import real_models as table
+from lab.pages.fidelity_tables import NOBODY
+from lab.pages.fidelity_tables import real_models as table
 
 ROW = {
     "size": "1024x1024", "variant": "unmerged", "tome": None, "steps": 20, "seconds": 4.0, "speedup": 1.0,
