@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ..models.full_dits import MODELS, BlockClock, ModelInputs, build, with_tome, without_attention
-from ..models.variants import options_of
+from .full_dits import MODELS, BlockClock, ModelInputs, build, with_tome, without_attention
+from .variants import options_of
 from ..timing import columns, spread, take_turns
 from .common import BACKENDS, DTYPES, Arguments, Job, run_jobs, start_comfyui
 from .hosts import choose_attention

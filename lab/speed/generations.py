@@ -36,7 +36,7 @@ import torch
 from shared_tome.methods import PRESETS
 
 from ..fidelity.rivals import EXACT_EVERY
-from ..models import full_dits
+from . import full_dits
 from ..store import RESULTS, read
 from ..timing import columns, spread, take_turns
 from . import forced, hosts

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from ..models.full_dits import patcher, with_tome
-from ..models.full_unets import left_out
-from ..models.variants import options_of
+from .full_dits import patcher, with_tome
+from .full_unets import left_out
+from .variants import options_of
 from ..timing import take_turns
 from .common import BACKENDS, DTYPES, Arguments, Job, priority, run_jobs, start_comfyui, step_columns
 

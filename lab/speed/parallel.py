@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import shared_tome
 from shared_tome import ToMeConfig
 
-from ..models.full_unets import sharing
-from ..models.variants import options_of
+from .full_unets import sharing
+from .variants import options_of
 from ..timing import take_turns
 from .common import DTYPES, Arguments, Job, seconds_of, step_columns
 from .multigpu import GPUS, Case, difference, run_on_gpus

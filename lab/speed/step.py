@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.full_unets import MODELS, TOMESD, VARIANTS, Inputs, Step, build, levels_of
+from .full_unets import MODELS, TOMESD, VARIANTS, Inputs, Step, build, levels_of
 from ..timing import take_turns
 from .common import BACKENDS, DTYPES, Arguments, Job, attention_by, captured, run_jobs, step_columns, turn_of
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import shared_tome
-from lab.models.full_unets import sharing
+from lab.speed.full_unets import sharing
 from lab.speed.parallel import in_processes
 from shared_tome import ModelCall, ToMeConfig
 from shared_tome.methods import PRESETS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lab import timing
-from lab.models.variants import options_of
+from lab.speed.variants import options_of
 from lab.speed import common
 from shared_tome.methods import PRESETS
 

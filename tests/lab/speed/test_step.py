@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lab.models import full_unets as unets
+from lab.speed import full_unets as unets
 from lab.speed import step
 
 pytest.importorskip("diffusers", reason="the U-Nets are diffusers'")
