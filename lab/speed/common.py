@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from shared_tome.autotune.layer import put_in_order
 from shared_tome.autotune.timing import seconds
+from shared_tome.methods import PRESETS
 
 from ..store import Budget, Store, as_csv, rounded
 from ..timing import columns, spread
@@ -174,7 +175,7 @@ class Arguments(ArgumentParser):
         self, doc: str, half: str = "", rounds: tuple[float, int] | None = None, comfyui: bool = False, steps: int = 0
     ):
         super().__init__(description=doc, formatter_class=RawDescriptionHelpFormatter)
-        self.half, self.steps = half, steps
+        self.steps, self.defaults = steps, {"dtype": (half, "float32")} if half else {}
         cuda, named = torch.cuda.is_available(), os.environ.get("COMFYUI_DIR")
         self.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
         if half:
@@ -191,25 +192,26 @@ class Arguments(ArgumentParser):
         self.add_argument("--out", type=Path, help="a CSV file to write as well; rows in it are not measured again")
         self.add_argument("--minutes", type=float, help="begin nothing new after this time")
 
-    def one_of(self, name: str, choices: Iterable[Any], default: Sequence[Any] | None, help: str = "", **more: Any):
-        self.add_argument(name, nargs="+", choices=list(choices), default=default, help=help or None, **more)
+    def some_of(self, name: str, choices: Iterable[Any], gpu: Sequence[Any], cpu: Sequence[Any] = (), **more: Any):
+        """Some of these. gpu, cpu: those where none is named; without cpu the same on both."""
+        told = f"default: {', '.join(map(str, gpu))}" + (f"; on the CPU {', '.join(map(str, cpu))}" if cpu else "")
+        more["help"] = f"{more['help']} ({told})" if "help" in more else told
+        action = self.add_argument(name, nargs="+", choices=choices and list(choices), **more)
+        self.defaults[action.dest] = (list(gpu), list(cpu or gpu))
 
     def parsed(self) -> Namespace:
-        """With `on_gpu`, and the dtype that is meant."""
+        """With `on_gpu` and what nobody named; a ComfyUI that is named runs in this process from now on."""
         args = self.parse_args()
         args.on_gpu = args.device == "cuda"
-        if self.half:
-            args.dtype = args.dtype or (self.half if args.on_gpu else "float32")
+        for name, (gpu, cpu) in self.defaults.items():
+            setattr(args, name, getattr(args, name) or (gpu if args.on_gpu else cpu))
         if self.steps and args.steps < 3:
             self.error(f"--steps must be 3 or more, for two do not count, got {args.steps}")
+        if "comfyui" in args:
+            from installer import inprocess
+
+            inprocess.start(Path(args.comfyui), ["--gpu-only"] if args.on_gpu else ["--cpu"], absent=["av"])
         return args
-
-
-def start_comfyui(args: Namespace) -> None:
-    """The ComfyUI that the arguments name, in this process."""
-    from installer import inprocess
-
-    inprocess.start(Path(args.comfyui), ["--gpu-only"] if args.on_gpu else ["--cpu"], absent=["av"])
 
 
 Job = dict[str, Any]
@@ -218,25 +220,27 @@ Job = dict[str, Any]
 
 def run_jobs(
     args: Namespace,
-    jobs: Sequence[tuple[Job, Sequence[Any]]],
+    jobs: Sequence[Job],
     measure: Callable[[Job, list[Any]], Iterable[dict[str, Any]]],
-    by: str | tuple[str, ...] = "variant",
-    first: Sequence[Any] = (),
+    names: Callable[[Job], Sequence[Any]] | None = None,
+    by: Sequence[str] = ("variant",),
+    first: Sequence[Any] = ("unmerged",),
     packages: Sequence[str] = ("triton",),
     about: dict[str, str] | None = None,
 ) -> None:
     """Measures what the file lacks and shows all rows.
 
-    jobs: each with the names that it has in the columns `by`. measure: the rows of a job for these names, without the
-    job's own columns. first: names that every job measures. about: columns in place of the machine's own.
+    names: what a job has in the column `by` (in several: tuples); None: args.variants. measure: the rows of a job for
+    these names, without the job's own columns. first: names that every job measures. about: columns in place of the
+    machine's own.
     """
-    told = (by,) if isinstance(by, str) else by
-    store, budget = Store(args.out, (*jobs[0][0], *told)), Budget(args.minutes)
+    store, budget = Store(args.out, (*jobs[0], *by)), Budget(args.minutes)
     stamp = {**machine(args.device, args.commit), "versions": versions(*packages), **(about or {})}
     with torch.no_grad():
-        for job, names in tqdm(jobs, file=sys.stderr):
-            keys = {name: dict(zip(told, (name,) if isinstance(by, str) else name, strict=True)) for name in names}
-            wanted = [name for name in names if not store.has(**job, **keys[name])]
+        for job in tqdm(jobs, file=sys.stderr):
+            own = names(job) if names else args.variants
+            keys = {name: zip(by, (name,) if len(by) == 1 else name, strict=True) for name in own}
+            wanted = [name for name, key in keys.items() if not store.has(**job, **dict(key))]
             if not wanted:
                 continue
             if budget.spent:
@@ -250,3 +254,25 @@ def run_jobs(
 
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:
     sys.stdout.write(json.dumps(rounded(rows), indent=1) + "\n" if as_json else as_csv(rows))
+
+
+MARKS: dict[str, dict[str, Any]] = {
+    "own token": {"own_token": True},
+    "shared": {"share_match": True},
+    "unweighted": {"proportional": False},
+    "where it pays": {"levels": "auto"},
+    "levels auto": {"levels": "auto"},
+}
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Of a method, a ratio, a start and marks, or of a preset: "sample 0.9375 from 0.1", "merge 0.5, shared"."""
+    whole, *marks = name.split(", ")
+    found = dict(PRESETS[whole].options) if whole in PRESETS else {}
+    if not found:
+        head, _, start = whole.partition(" from ")
+        method, ratio = head.split()
+        found = {"method": method, "ratio": float(ratio), "start": float(start or 0), "own_token": method != "sample"}
+    for mark in marks:
+        found |= MARKS[mark]
+    return found

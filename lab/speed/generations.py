@@ -24,7 +24,7 @@ what it does is core's node TomePatchModel there. What cannot run has a row with
 from __future__ import annotations
 
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -36,11 +36,10 @@ import torch
 from shared_tome.methods import PRESETS
 
 from ..fidelity.rivals import EXACT_EVERY
-from . import full_dits
 from ..store import RESULTS, read
 from ..timing import columns, spread, take_turns
-from . import forced, hosts
-from .common import BACKENDS, DTYPES, Arguments, Job, run_jobs, seconds_of, speedup, start_comfyui
+from . import dit, forced, hosts
+from .common import BACKENDS, DTYPES, Arguments, Job, run_jobs, seconds_of, speedup
 
 TOMESD = "TomePatchModel 0.5"
 EXACTS = tuple(f"Quality{EXACT_EVERY}{every}" for every in (3, 4, 6))
@@ -89,7 +88,7 @@ def build(name: str, device: torch.device) -> Any:
     dtype = DTYPES[MODELS[name].dtype if device.type == "cuda" else "float32"]
     if name in hosts.MODELS:
         return hosts.build(name, device, dtype, seed=0)  # weights with which numbers stay numbers
-    return full_dits.build(name, device, dtype, whole=not name.endswith("tiny"))
+    return dit.build(name, device, dtype, whole=not name.endswith("tiny"))
 
 
 def generate(model: Any, name: str, size: str, steps: int) -> torch.Tensor:
@@ -99,7 +98,7 @@ def generate(model: Any, name: str, size: str, steps: int) -> torch.Tensor:
         return hosts.sample(model, name, int(size.rstrip("²")), steps, scheduler="simple")
     import comfy.sample
 
-    which, generator = full_dits.MODELS[name], torch.Generator().manual_seed(0)
+    which, generator = dit.MODELS[name], torch.Generator().manual_seed(0)
     told = {"pooled_output": torch.randn(which.told["y"], generator=generator)} if "y" in which.told else {}
     prompt = [[torch.randn((1, *which.text), generator=generator), {**told, "guidance": 3.5}]]
     noise = torch.randn(which.latents[size], generator=generator)
@@ -144,7 +143,7 @@ def made_ready(model: Any, name: str, choice: str, args: Namespace) -> Ready:
         if kind in PRESETS:
             every = part.partition(EXACT_EVERY)[2]
             more = {"exact_every": int(every or 0), "min_tokens": which.least}
-            ready.model = full_dits.with_tome(ready.model, {**PRESETS[kind].options, **more})
+            ready.model = hosts.with_tome(ready.model, {**PRESETS[kind].options, **more})
         elif kind in ("EasyCache", "LazyCache"):
             try:
                 ready.skips = forced.skipped(kind, steps, share_skipped(choice, which, args))
@@ -216,7 +215,7 @@ def decode_seconds(shape: tuple[int, ...], device: str, width: int = 128, repeat
 def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one model, size and attention, all from the same rounds."""
     name, size = job["model"], job["size"]
-    turns: dict[str, Callable[[], list[float]]] = {}
+    turns = {}
     with hosts.choose_attention(job["backend"]):
         ready = {choice: made_ready(model, name, choice, args) for choice in names}
         for choice, one in ready.items():
@@ -253,33 +252,30 @@ def _skip(text: str) -> tuple[str, float]:
 
 def main() -> None:
     parser = Arguments(__doc__, rounds=(12.0, 2), comfyui=True)
-    parser.one_of("--models", MODELS, None)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS))
     parser.add_argument("--tiny", action="store_true", help="small models alone: for a try on the CPU")
     parser.add_argument("--sizes", nargs="+", help="some of the model's")
     parser.add_argument("--choices", nargs="+", help="in place of the size's own")
-    parser.one_of("--attention", ["default", *BACKENDS], None, dest="backends")
+    parser.some_of("--attention", ["default", *BACKENDS], ["cudnn"], ["default"], dest="backends")
     parser.add_argument("--steps", type=int, help="in place of the model's own")
     parser.add_argument("--skip", nargs="+", type=_skip, default=[], help='a share of the steps: "EasyCache 0.2=0.4"')
     parser.add_argument("--frontier", type=Path, default=RESULTS / "fidelity", help="where frontier-LAB.csv are")
     args = parser.parsed()
     args.skip = dict(args.skip)
-    start_comfyui(args)
-    models = args.models or [name for name in MODELS if name.endswith("tiny") == args.tiny]
-    jobs = []
-    for name in models:
-        dtype = MODELS[name].dtype if args.on_gpu else "float32"
-        for backend in args.backends or ["cudnn" if args.on_gpu else "default"]:
-            for size, choices in MODELS[name].sizes.items():
-                if size in args.sizes if args.sizes else size not in LEFT_OUT:
-                    job = {"model": name, "size": size, "backend": backend, "dtype": dtype}
-                    jobs.append((job, args.choices or choices))
+    jobs = [
+        {"model": name, "size": size, "backend": kind, "dtype": MODELS[name].dtype if args.on_gpu else "float32"}
+        for name in args.models or [name for name in MODELS if name.endswith("tiny") == args.tiny]
+        for kind in args.backends
+        for size in MODELS[name].sizes
+        if (size in args.sizes if args.sizes else size not in LEFT_OUT)
+    ]
     model = lru_cache(1)(lambda name: build(name, torch.device(args.device)))
     run_jobs(
         args,
         jobs,
         lambda job, wanted: measure(model(job["model"]), job, wanted, args),
-        by="choice",
-        first=["unmerged"],
+        lambda job: args.choices or MODELS[job["model"]].sizes[job["size"]],
+        by=("choice",),
         packages=("triton", "sageattention"),
         about={"comfyui": import_module("comfyui_version").__version__},
     )

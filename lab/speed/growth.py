@@ -110,22 +110,23 @@ def measure(tokens: int, who: str, args: Namespace) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = Arguments(__doc__, "float16")
     parser.add_argument("--batch", type=int, default=2, help="2 is one image with guidance")
-    parser.one_of("--tokens", SIZES, None, type=int)
+    parser.some_of("--tokens", SIZES, SIZES, SIZES[:5], type=int)
     parser.add_argument("--seconds", type=float, default=0.05, help="time spent on each number")
     args = parser.parsed()
     with_kernels = args.on_gpu and kernels.ready()
-    # Attention at the largest size takes most of a second.
     jobs = [
-        ({"tokens": tokens, "channels": CHANNELS, "dtype": args.dtype, "device": args.device, "who": who}, whats)
-        for tokens in args.tokens or (SIZES if args.on_gpu else SIZES[:5])
-        for who, whats in WHO.items()
+        {"tokens": tokens, "channels": CHANNELS, "dtype": args.dtype, "device": args.device, "who": who}
+        for tokens in args.tokens
+        for who in WHO
+        # Attention at the largest size takes most of a second.
         if (with_kernels or who != "kernels") and (who != "attention" or tokens < SIZES[-1])
     ]
     run_jobs(
         args,
         jobs,
         lambda job, _: measure(job["tokens"], job["who"], args),
-        by="what",
+        lambda job: WHO[job["who"]],
+        by=("what",),
         packages=("tomesd", "triton"),
     )
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from .full_dits import patcher, with_tome
-from .full_unets import left_out
-from .variants import options_of
+from installer import inprocess
+
 from ..timing import take_turns
-from .common import BACKENDS, DTYPES, Arguments, Job, priority, run_jobs, start_comfyui, step_columns
+from .common import BACKENDS, DTYPES, Arguments, Job, options_of, priority, run_jobs, step_columns
+from .step import left_out
 
 # name: (class in comfy.supported_models, channels of the prompt, channels of level 0, min_tokens). tiny: for a try.
 MODELS = {"sd15": ("SD15", 768, 320, 2048), "sdxl": ("SDXL", 2048, 320, 2048), "tiny": ("SD15", 768, 32, 64)}
@@ -75,6 +75,24 @@ def build(kind: str, device: torch.device, dtype: torch.dtype, seed: int | None 
             parameter.fill_(0.5 if seed is None else float(name.endswith("weight")))
 
     return patcher(config, device, fill)
+
+
+def patcher(config: Any, device: torch.device, fill: Callable[[str, torch.Tensor], Any]) -> Any:
+    """A ModelPatcher around the model of one of ComfyUI's configurations. fill: sets a parameter by its name."""
+    import comfy.model_patcher
+
+    with torch.device(device):
+        model = config.get_model({}, "", device=device)
+    with torch.no_grad():
+        for name, parameter in model.diffusion_model.named_parameters():
+            fill(name, parameter)
+    return comfy.model_patcher.ModelPatcher(model.to(device), device, device)
+
+
+def with_tome(model: Any, options: dict[str, Any]) -> Any:
+    """A clone of a ModelPatcher with the node ToMe on it."""
+    patch = inprocess.pack_module("comfy_tome.patch")
+    return patch.apply_to_model(model, patch.ToMeConfig(**options))
 
 
 @contextmanager
@@ -177,23 +195,21 @@ def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iter
 
 def main() -> None:
     parser = Arguments(__doc__, rounds=(12.0, 3), comfyui=True, steps=6)
-    parser.one_of("--models", MODELS, ["sd15", "sdxl"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 768, 1024, 1536, 2048])
-    parser.one_of("--variants", VARIANTS, VARIANTS)
-    parser.one_of("--attention", ["default", *BACKENDS], ["default"], dest="backends")
+    parser.some_of("--models", MODELS, ["sd15", "sdxl"])
+    parser.some_of("--sizes", None, [512, 768, 1024, 1536, 2048], type=int)
+    parser.some_of("--variants", VARIANTS, VARIANTS)
+    parser.some_of("--attention", ["default", *BACKENDS], ["default"], dest="backends")
     args = parser.parsed()
-    start_comfyui(args)
     jobs = [
-        ({"host": "ComfyUI", "model": kind, "pixels": size, "backend": backend}, args.variants)
+        {"host": "ComfyUI", "model": kind, "pixels": size, "backend": backend}
         for backend in args.backends
         for kind in args.models
         for size in args.sizes
         if kind != "sdxl" or size >= 1024
     ]
-    model = lru_cache(
-        lambda kind: build(kind, torch.device(args.device), DTYPES["float16" if args.on_gpu else "float32"])
-    )
-    run_jobs(args, jobs, lambda job, wanted: measure(model(job["model"]), job, wanted, args), first=["unmerged"])
+    dtype = DTYPES["float16" if args.on_gpu else "float32"]
+    model = lru_cache(lambda kind: build(kind, torch.device(args.device), dtype))
+    run_jobs(args, jobs, lambda job, wanted: measure(model(job["model"]), job, wanted, args))
 
 
 if __name__ == "__main__":

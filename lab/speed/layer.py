@@ -18,7 +18,7 @@ from shared_tome import METHODS, ModelCall, ToMeConfig
 from shared_tome.attention.bias import attend
 
 from ..timing import columns
-from .common import BACKENDS, DTYPES, Arguments, Job, attention_by, microseconds, run_jobs
+from .common import BACKENDS, DTYPES, Arguments, attention_by, microseconds, run_jobs
 
 # (name, grid, channels, heads): SD1.5 levels 0 and 1, SDXL levels 1 and 2.
 SHAPES = {
@@ -143,23 +143,23 @@ def measure(shape: str, names: list[tuple[str, float]], args: Namespace) -> Iter
 def main() -> None:
     parser = Arguments(__doc__, "float16")
     parser.add_argument("--batch", type=int, default=2, help="2 is one image with guidance")
-    parser.one_of("--shapes", SHAPES, None)
+    parser.some_of("--shapes", SHAPES, SHAPES, ["sd15-512"])
     parser.add_argument("--backend", default="default", choices=["default", *BACKENDS], help="on a GPU")
     parser.add_argument("--graph", action="store_true", help="capture each call as a CUDA graph")
     parser.add_argument("--seconds", type=float, default=0.2, help="time spent on each number")
     args = parser.parsed()
     mode = {"mode": "graph" if args.graph else "eager", "backend": args.backend}
+    fixed = {"batch": args.batch, "dtype": args.dtype, "device": args.device, **mode}
     names = [(method, ratio) for method in METHODS for ratio in RATIOS.get(method, (0.5, 0.75))]
-
-    def job(shape: str) -> Job:
-        return {"shape": shape, "batch": args.batch, "dtype": args.dtype, "device": args.device, **mode}
-
+    jobs = [{"shape": shape, **fixed} for shape in args.shapes]
     with attention_by(args.backend):
         run_jobs(
             args,
-            [(job(shape), names) for shape in args.shapes or (SHAPES if args.on_gpu else ["sd15-512"])],
+            jobs,
             lambda job, wanted: measure(job["shape"], wanted, args),
+            lambda _: names,
             by=("method", "ratio"),
+            first=(),
         )
 
 

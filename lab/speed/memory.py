@@ -96,20 +96,22 @@ def measure(tokens: int, channels: int, names: list[tuple[str, float]], args: Na
 def main() -> None:
     parser = Arguments(__doc__, "float16")
     parser.add_argument("--batch", type=int, default=2, help="2 is one image with guidance")
-    parser.add_argument("--sides", type=int, nargs="+", help="of square grids, in tokens")
-    parser.one_of("--channels", CHANNELS, list(CHANNELS), type=int)
+    parser.some_of("--sides", None, SIDES, SIDES[:1], type=int, help="of square grids, in tokens")
+    parser.some_of("--channels", CHANNELS, CHANNELS, type=int)
     args = parser.parsed()
     names = [(method, ratio) for method in (*METHODS, "tomesd") for ratio in RATIOS.get(method, (0.5,))]
     jobs = [
         {"tokens": side**2, "channels": channels, "dtype": args.dtype, "device": args.device}
-        for side in args.sides or (SIDES if args.on_gpu else SIDES[:1])
+        for side in args.sides
         for channels in args.channels
     ]
     run_jobs(
         args,
-        [(job, names) for job in jobs],
+        jobs,
         lambda job, wanted: measure(job["tokens"], job["channels"], wanted, args),
+        lambda _: names,
         by=("method", "ratio"),
+        first=(),
         packages=("tomesd", "triton"),
     )
 

@@ -11,7 +11,7 @@ On the CPU, for a try, ComfyUI is given the CPU under two names.
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,7 +21,7 @@ import torch
 
 from ..timing import take_turns
 from . import hosts
-from .common import DTYPES, Arguments, Job, machine, run_jobs, start_comfyui, step_columns
+from .common import DTYPES, Arguments, Job, machine, run_jobs, step_columns
 
 VARIANTS = ("unmerged", "sample 0.75", "sample 0.9375")
 GPUS = (1, 2)
@@ -93,36 +93,37 @@ def measure(models: dict[int, Any], job: Job, wanted: Sequence[Case], args: Name
         }
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ArgumentTypeError(f"must be 1 or more, got {text}")
+    return int(text)
+
+
 def main() -> None:
     parser = Arguments(__doc__, rounds=(4.0, 2), comfyui=True, steps=6)
-    parser.one_of("--models", hosts.MODELS, None, "sd15 and sdxl; on the CPU tiny")
-    parser.add_argument("--sizes", nargs="+", type=int, help="1024 and 2048; on the CPU 128")
-    parser.add_argument("--images", type=int, default=1, help="of a batch")
+    parser.some_of("--models", hosts.MODELS, ["sd15", "sdxl"], ["tiny"])
+    parser.some_of("--sizes", None, [1024, 2048], [128], type=int)
+    parser.add_argument("--images", type=positive, default=1, help="of a batch")
     able = [name for name in hosts.VARIANTS if name != "limit"]  # which changes the first GPU's copy alone
-    parser.one_of("--variants", able, VARIANTS)
-    parser.add_argument("--compared", type=int, default=4, help="steps of the runs whose latents are compared")
+    parser.some_of("--variants", able, VARIANTS)
+    parser.add_argument("--compared", type=positive, default=4, help="steps of the runs whose latents are compared")
     args = parser.parsed()
-    if args.images < 1 or args.compared < 1:
-        parser.error(f"--images and --compared must be 1 or more, got {args.images} and {args.compared}")
-    start_comfyui(args)
     # With its number: ComfyUI takes "cuda" and "cuda:0" for two devices.
     device = torch.device("cuda", torch.cuda.current_device()) if args.on_gpu else torch.device("cpu")
     jobs = [
         {"host": "ComfyUI", "model": kind, "pixels": size, "images": args.images}
-        for kind in args.models or (["sd15", "sdxl"] if args.on_gpu else ["tiny"])
-        for size in args.sizes or ([1024, 2048] if args.on_gpu else [128])
+        for kind in args.models
+        for size in args.sizes
     ]
-    dtype = DTYPES["float16" if args.on_gpu else "float32"]
-    models = lru_cache(lambda kind: build(kind, device, dtype))
+    models = lru_cache(lambda kind: build(kind, device, DTYPES["float16" if args.on_gpu else "float32"]))
     run_on_gpus(args, jobs, lambda job, wanted: measure(models(job["model"]), job, wanted, args))
 
 
 def run_on_gpus(args: Namespace, jobs: Sequence[Job], measure: Any, packages: Sequence[str] = ("triton",)) -> None:
     """run_jobs with every variant on one and on two GPUs, beside unmerged on one."""
     cases = [(name, gpus) for name in args.variants for gpus in GPUS]
-    name, first = machine(args.device)["machine"], [("unmerged", 1)]
-    about = {"machine": f"{max(GPUS)} x {name}"} if args.on_gpu else {}
-    run_jobs(args, [(job, cases) for job in jobs], measure, ("variant", "gpus"), first, packages, about)
+    about = {"machine": f"{max(GPUS)} x {machine(args.device)['machine']}"} if args.on_gpu else {}
+    run_jobs(args, jobs, measure, lambda _: cases, ("variant", "gpus"), [("unmerged", 1)], packages, about)
 
 
 if __name__ == "__main__":

@@ -135,16 +135,17 @@ def measure(shape: str, args: Namespace) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = Arguments(__doc__, rounds=(1.0, 5))
     parser.add_argument("--dtype", default="bfloat16", choices=["float16", "bfloat16"])
-    parser.one_of("--shapes", SHAPES, list(SHAPES))
+    parser.some_of("--shapes", SHAPES, SHAPES)
     args = parser.parsed()
     if not args.on_gpu:
         parser.error("there is no CUDA GPU here")
     fixed = {"dtype": args.dtype, "beside": "/".join(map(str, BESIDE))}
     run_jobs(
         args,
-        [({"shape": shape, **fixed}, ["choosing"]) for shape in args.shapes],  # a way that every shape has
+        [{"shape": shape, **fixed} for shape in args.shapes],
         lambda job, _: measure(job["shape"], args),
-        by="way",
+        lambda _: ["choosing"],  # a way that every shape has
+        by=("way",),
         packages=("triton", "comfy-kitchen"),
     )
 

@@ -25,11 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import shared_tome
 from shared_tome import ToMeConfig
 
-from .full_unets import sharing
-from .variants import options_of
 from ..timing import take_turns
-from .common import DTYPES, Arguments, Job, seconds_of, step_columns
+from .common import DTYPES, Arguments, Job, options_of, seconds_of, step_columns
 from .multigpu import GPUS, Case, difference, run_on_gpus
+from .step import sharing
 
 # Whatever it costs (levels 0), but for the one whose layers are merged where that pays in each process.
 VARIANTS = (*("unmerged", "Balanced", "Balanced, levels auto", "sample 0.75, own token", "sample 0.75", "merge 0.5"),)
@@ -189,17 +188,13 @@ def _process(rank: int, work: Callable[..., Any], args: tuple, device: str, coun
 
 def main() -> None:
     parser = Arguments(__doc__, "bfloat16", (6.0, 3))
-    parser.one_of("--models", MODELS, None, "flux; on the CPU flux-tiny")
-    parser.add_argument("--sizes", nargs="+", type=int, help="pixels: 1024 and 2048; on the CPU 256")
-    parser.one_of("--variants", VARIANTS, VARIANTS)
+    parser.some_of("--models", MODELS, ["flux"], ["flux-tiny"])
+    parser.some_of("--sizes", None, [1024, 2048], [256], type=int, help="pixels a side")
+    parser.some_of("--variants", VARIANTS, VARIANTS)
     args = parser.parsed()
     if args.on_gpu and torch.cuda.device_count() < max(GPUS):
         parser.error(f"{max(GPUS)} GPUs are needed, torch sees {torch.cuda.device_count()}")
-    jobs = [
-        {"model": name, "pixels": size, "dtype": args.dtype}
-        for name in args.models or (["flux"] if args.on_gpu else ["flux-tiny"])
-        for size in args.sizes or ([1024, 2048] if args.on_gpu else [256])
-    ]
+    jobs = [{"model": name, "pixels": size, "dtype": args.dtype} for name in args.models for size in args.sizes]
 
     def rows(job: Job, wanted: Sequence[Case]) -> list[dict[str, Any]]:
         return in_processes(measure, (job, wanted, args), args.device)[0]

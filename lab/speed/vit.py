@@ -81,22 +81,22 @@ def measure(job: Job, names: Sequence[tuple[str, str, int]], args: Namespace) ->
 
 def main() -> None:
     parser = Arguments(__doc__)
-    parser.one_of("--models", MODELS, None, "all large ones on a GPU, small on the CPU")
-    parser.one_of("--dtypes", DTYPES, None, "float16 and bfloat16; float32 on the CPU")
+    parser.some_of("--models", MODELS, [name for name in MODELS if name != "small"], ["small"])
+    parser.some_of("--dtypes", DTYPES, ["float16", "bfloat16"], ["float32"])
     parser.add_argument("--backend", default="flash", choices=["default", *BACKENDS], help="on a GPU")
     parser.add_argument("--batch", type=int, help="images at a time (default: by the model)")
     parser.add_argument("--rounds", type=int, default=7, help="times that each variant is measured")
     args = parser.parsed()
     fixed = {"device": args.device, "backend": args.backend}
-    jobs = [
-        {"model": name, "batch": args.batch or MODELS[name].batch, "dtype": dtype, **fixed}
-        for dtype in args.dtypes or (["float16", "bfloat16"] if args.on_gpu else ["float32"])
-        for name in args.models or ([name for name in MODELS if name != "small"] if args.on_gpu else ["small"])
-    ]
     run_jobs(
         args,
-        [(job, variants(MODELS[job["model"]])) for job in jobs],
+        [
+            {"model": name, "batch": args.batch or MODELS[name].batch, "dtype": dtype, **fixed}
+            for dtype in args.dtypes
+            for name in args.models
+        ],
         lambda job, names: measure(job, names, args),
+        lambda job: variants(MODELS[job["model"]]),
         by=("method", "schedule", "r"),
         first=[UNMERGED],
         about={"timm": version("timm")},

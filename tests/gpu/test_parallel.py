@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import shared_tome
-from lab.speed.full_unets import sharing
 from lab.speed.parallel import in_processes
+from lab.speed.step import sharing
 from shared_tome import ModelCall, ToMeConfig
 from shared_tome.methods import PRESETS
 

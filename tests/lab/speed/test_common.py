@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lab import timing
-from lab.speed.variants import options_of
 from lab.speed import common
+from lab.speed.common import options_of
 from shared_tome.methods import PRESETS
 
 

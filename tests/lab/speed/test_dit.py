@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lab import timing
-from lab.speed import full_dits as dits
+from lab.speed import dit as dits
 
 LENGTHS = """
 import os, json, torch
@@ -18,7 +18,7 @@ from pathlib import Path
 from installer import inprocess
 inprocess.start(Path(os.environ["COMFYUI_DIR"]), ["--cpu"], absent=["av"])
 from torch.utils._python_dispatch import TorchDispatchMode
-from lab.speed import full_dits as dits
+from lab.speed import dit as dits
 from lab.speed import dit
 device, found = torch.device("cpu"), {}
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from lab.speed import full_unets as unets
 from lab.speed import step
+from lab.speed import step as unets
 
 pytest.importorskip("diffusers", reason="the U-Nets are diffusers'")
 COLUMNS = {
