@@ -4,8 +4,8 @@
         --classifier out/classifier.safetensors --commit $(git rev-parse --short HEAD)
 
 Fewer steps, EasyCache, LazyCache, outputs held (reuse.py), and pooled tails on transformers, each alone and with each
-preset (rivals.py): lab/results/fidelity/frontier-NAME.csv. The other models come from lab.models.train, the classifiers
-from lab.models.classifier (of dit: demo's; of lab and dit-fine: --data fine):
+preset (methods.rivals): lab/results/fidelity/frontier-NAME.csv. The other models come from lab.models.train, the
+classifiers from lab.models.classifier (of dit: demo's; of lab and dit-fine: --data fine):
 
     --model out/lab/model.safetensors --name lab --classifier out/lab/classifier.safetensors
     --model out/dit/model.safetensors --name dit --classifier out/classifier.safetensors
@@ -30,11 +30,10 @@ import torch
 from ..models.dit import DiT
 from ..models.samplers import parse_sampler
 from ..store import RESULTS
+from .bench import Measurement, Pictures, arguments, put_mean
 from .hooks import Run
-from .methods import UNMERGED, Variant
+from .methods import AGAIN, SETS, UNMERGED, Variant, rivals
 from .metrics import psnr, ssim, texture
-from .rivals import AGAIN, SETS, rivals
-from .stamp import Measurement, Pictures, arguments, put_mean
 
 EQUAL = 100.0  # dB
 

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from ..models.samplers import SAMPLERS, parse_sampler
 from ..store import Store
-from . import stamp
+from . import bench
+from .bench import KEYS, put_mean
 from .hooks import check
 from .methods import BASE, BASELINE, CATALOGUE, UNMERGED, Variant
 from .metrics import flicker, motion, psnr, ssim, texture
-from .stamp import KEYS, put_mean
 
 COLUMNS = (
     "variant family sampler psnr psnr_se ssim ssim_se gain gain_se cost cost_all "
@@ -71,7 +71,7 @@ def describe(variant: Variant) -> str:
     return " ".join(f"{k}={getattr(config, k)}".replace(" ", "") for k in changed)
 
 
-class Measurement(stamp.Measurement):
+class Measurement(bench.Measurement):
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args, args.images, {"images": args.images, "seeds": args.seeds})
         self.frames = getattr(self.bench.network.config, "frames", 1)
@@ -139,7 +139,7 @@ class Measurement(stamp.Measurement):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = stamp.arguments("measure", __doc__, 132, "float32")
+    parser = bench.arguments("measure", __doc__, 132, "float32")
     parser.add_argument("--out", type=Path, required=True, help="CSV file; rows are added to it")
     parser.add_argument("--plan", default="frontier", help=f"sets ({', '.join(CATALOGUE.sets)}) or a file")
     parser.add_argument("--samplers", default="ddim30", help=f"for entries that name none: {', '.join(SAMPLERS)}")

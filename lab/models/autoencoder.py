@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .diffusion import learning_rate
-from .optimize import adamw, budgeted, descend
-from .tensors import as_pictures, autocast
+from .optimize import adamw, as_pictures, autocast, budgeted, descend, learning_rate
 from .unet import GroupNorm, zeroed
 
 FACTOR = 4

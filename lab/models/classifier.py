@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import DEMO, PictureSet, make_bank
-from .sets import SETS
-from .tensors import as_pictures, load_tensors, save_tensors
+from .data_moving import SETS
+from .optimize import as_pictures, load_tensors, save_tensors
 
 FEATURES = 32
 TRAIN_SEED, REAL_SEED = 101, 202  # the painter's own pictures have seed 0

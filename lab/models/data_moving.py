@@ -1,4 +1,5 @@
-"""The set "moving": nine classes of videos, eight frames of 64x64 pixels, whose motion is even within a video.
+"""The set "moving": nine classes of videos, eight frames of 64x64 pixels, whose motion is even within a video; and
+all sets by name.
 
 Four classes are a window that glides over a photograph of scikit-image, one over its tray of coins; in the others discs
 or a letter fly over a photograph of a surface, stripes drift, rings grow. See lab/models/data.py.
@@ -14,8 +15,8 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from .data import PictureSet, blend, centres, hue_colour, to_bytes
-from .data_fine import LETTERS, TEXTURES, font_of
+from .data import DEMO, PictureSet, blend, centres, hue_colour, to_bytes
+from .data_fine import FINE, LETTERS, TEXTURES, font_of
 from .photographs import PHOTOGRAPHS, SIZE, TILTS, jitter, window
 
 FRAMES = 8
@@ -122,3 +123,6 @@ MOVING = PictureSet(
     },
     FRAMES,
 )
+
+
+SETS: dict[str, PictureSet] = {pictures.name: pictures for pictures in (DEMO, FINE, MOVING)}

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from .autoencoder import FACTOR, Autoencoder, AutoencoderConfig
 from .data import PictureSet
-from .diffusion import PREDICTIONS
+from .data_moving import SETS
 from .dit import DiT, DiTConfig
-from .samplers import sample
-from .sets import SETS
-from .tensors import autocast, load_tensors, save_tensors
+from .optimize import autocast, load_tensors, save_tensors
+from .samplers import PREDICTIONS, sample
 from .unet import UNet, UNetConfig
 
 NETWORK_PREFIX, AUTOENCODER_PREFIX = "model.diffusion_model.", "first_stage_model."  # as the hosts have them

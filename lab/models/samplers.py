@@ -1,10 +1,17 @@
-"""The samplers, on pictures plus noise: x = x0 + sigma * noise, sigma from the model's own schedule.
+"""Noise schedules, predictions and samplers.
 
-ddim: Song et al. (arXiv 2010.02502) with eta 0, which in these units is Euler's method, also that of a rectified flow
-(Liu et al., arXiv 2209.03003): its x_t is x / (1 + sigma), its t is sigma / (1 + sigma). euler_a: ancestral
-sampling, Song et al. (arXiv 2011.13456), appendix F. dpmpp2m: DPM-Solver++(2M), Lu et al. (arXiv 2211.01095),
-algorithm 2. lcm: multistep consistency sampling, Song et al. (arXiv 2303.01469), algorithm 1, with an ordinary
-model in place of a consistency model: predict, add noise, repeat.
+All schedules are told as sigmas, noise over signal: tan(a), or t / (1 - t).
+
+v-prediction is Salimans and Ho, "Progressive Distillation" (arXiv 2202.00512): of x_t = cos(a) x_0 + sin(a) e
+the network gives v = cos(a) e - sin(a) x_0. epsilon-prediction is Ho et al. (arXiv 2006.11239): the network gives
+e, the noise. flow is the rectified flow of Liu et al. (arXiv 2209.03003), that of Stable Diffusion 3 and Flux: of
+x_t = (1 - t) x_0 + t e the network gives e - x_0.
+
+Samplers work on pictures plus noise: x = x0 + sigma * noise. ddim: Song et al. (arXiv 2010.02502) with eta 0, which in
+these units is Euler's method, also that of a rectified flow: its x_t is x / (1 + sigma), its t is sigma / (1 + sigma).
+euler_a: ancestral sampling, Song et al. (arXiv 2011.13456), appendix F. dpmpp2m: DPM-Solver++(2M), Lu et al. (arXiv
+2211.01095), algorithm 2. lcm: multistep consistency sampling, Song et al. (arXiv 2303.01469), algorithm 1, with an
+ordinary model in place of a consistency model: predict, add noise, repeat.
 """
 
 from __future__ import annotations
@@ -12,11 +19,73 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .diffusion import clean, signal_and_noise
+STEPS = 1000
+SIGMA_MIN, SIGMA_MAX = 0.01, 100.0
+PREDICTIONS = ("v", "epsilon", "flow")
+
+
+def cosine_sigmas(steps: int = STEPS, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX) -> Tensor:
+    """Noise over signal at each training step, [steps], rising: tan of evenly spaced angles.
+
+    This is the cosine schedule (Nichol and Dhariwal, arXiv 2102.09672) cut off at both ends, so that no entry
+    is zero, infinite or equal to another, which samplers that look steps up by sigma rely on.
+    """
+    angles = torch.linspace(math.atan(sigma_min), math.atan(sigma_max), steps, dtype=torch.float64)
+    return angles.tan().float()
+
+
+def scaled_linear_sigmas(steps: int = STEPS, first: float = 0.00085, last: float = 0.012) -> Tensor:
+    """Noise over signal at each training step, [steps], rising from 0.03 to 14.6: the schedule of Stable Diffusion 1.x.
+
+    The roots of the betas are evenly spaced (Rombach et al., arXiv 2112.10752).
+    """
+    betas = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
+    kept = (1 - betas).cumprod(0)
+    return ((1 - kept) / kept).sqrt().float()
+
+
+def flow_sigmas(steps: int = STEPS, shift: float = 1.0, margin: float = 0.001) -> Tensor:
+    """Noise over signal at each training step, [steps], rising: t / (1 - t) for evenly spaced t, then times shift.
+
+    shift: more noise for larger pictures, the root of how many times as many pixels they have (Esser et al., arXiv
+    2403.03206, section 5.3.2). margin: t begins and ends so far from 0 and 1, so that no entry is zero or infinite.
+    """
+    t = torch.linspace(margin, 1 - margin, steps, dtype=torch.float64)
+    return (shift * t / (1 - t)).float()
+
+
+SCHEDULES: dict[str, Callable[[], Tensor]] = {
+    "cosine": cosine_sigmas,
+    "scaled_linear": scaled_linear_sigmas,
+    "flow": flow_sigmas,
+    "flow3": partial(flow_sigmas, shift=3.0),
+}
+
+
+Sigmas = TypeVar("Sigmas", float, Tensor)
+
+
+def signal_and_noise(sigmas: Sigmas, prediction: str = "v") -> tuple[Sigmas, Sigmas]:
+    """The factors of picture and noise in what the network is given; same shape as sigmas.
+
+    cos(a) and sin(a) for tan(a) = sigmas; of a flow 1 - t and t for t / (1 - t) = sigmas.
+    """
+    signal = 1 / (1 + sigmas) if prediction == "flow" else (1 + sigmas**2) ** -0.5
+    return signal, signal * sigmas
+
+
+def clean(prediction: str, x: Tensor, out: Tensor, signal: Tensor | float, share: Tensor | float) -> Tensor:
+    """The picture that a network's output stands for; x = signal * picture + share * noise, all [B, C, H, W]."""
+    if prediction == "v":
+        return signal * x - share * out
+    return x - share * out if prediction == "flow" else (x - share * out) / signal
+
 
 Denoised = Callable[[Tensor, int], Tensor]
 """(x [B, C, H, W], step) -> the predicted picture x0 [B, C, H, W]."""
@@ -127,7 +196,7 @@ def denoiser(
 ) -> Denoised:
     """What the network predicts with guidance. context: [2 * B, M, D], of prompted rows, then of unprompted ones.
 
-    Guidance: Ho and Salimans (arXiv 2207.12598). prediction: one of PREDICTIONS (diffusion.py).
+    Guidance: Ho and Salimans (arXiv 2207.12598). prediction: one of PREDICTIONS.
     """
 
     def denoised(x: Tensor, step: int) -> Tensor:

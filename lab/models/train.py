@@ -27,13 +27,22 @@ from ..store import save
 from . import autoencoder
 from .autoencoder import AutoencoderConfig
 from .data import make_bank
-from .data_moving import FRAMES
-from .diffusion import SCHEDULES, Ema, learning_rate, loss_weights, noisy, stratified_steps
+from .data_moving import FRAMES, SETS
 from .dit import DiTConfig
 from .model import ClassModel, load_model, picture_set, sample_grid, save_model
-from .optimize import adamw, budgeted, descend
-from .sets import SETS
-from .tensors import as_pictures, autocast
+from .optimize import (
+    Ema,
+    adamw,
+    as_pictures,
+    autocast,
+    budgeted,
+    descend,
+    learning_rate,
+    loss_weights,
+    noisy,
+    stratified_steps,
+)
+from .samplers import SCHEDULES
 from .unet import UNetConfig
 
 

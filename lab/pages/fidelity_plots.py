@@ -8,7 +8,7 @@ from typing import Any
 
 from shared_tome.methods import PRESETS
 
-from ..fidelity.rivals import EXACT
+from ..fidelity.methods import EXACT
 from ..models.samplers import SAMPLERS
 from ..store import Row
 from .fidelity_tables import frontier, main_sampler, of_model, results

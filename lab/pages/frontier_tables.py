@@ -10,8 +10,7 @@ from typing import Any
 
 from shared_tome.methods import PRESETS
 
-from ..fidelity.methods import UNMERGED
-from ..fidelity.rivals import AGAIN, EXACT, EXACT_EVERY
+from ..fidelity.methods import AGAIN, EXACT, EXACT_EVERY, UNMERGED
 from ..store import Row, markdown, read
 from .fidelity_tables import CELLS, MODELS, percent
 from .frontier_times import FOLDER, PLACES, Place, best, between, calls_of, frontier_rows

@@ -35,7 +35,7 @@ import torch
 
 from shared_tome.methods import PRESETS
 
-from ..fidelity.rivals import EXACT_EVERY
+from ..fidelity.methods import EXACT_EVERY
 from ..store import RESULTS, read
 from ..timing import columns, spread, take_turns
 from . import dit, forced, hosts

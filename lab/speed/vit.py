@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..vit.measure import Variant, throughput
 from ..vit.model import Shape, build
+from ..vit.run import Variant, throughput
 from .common import BACKENDS, DTYPES, Arguments, Job, attention_by, run_jobs
 
 

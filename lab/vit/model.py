@@ -15,7 +15,7 @@ from torch import nn
 from installer import shims
 
 from ..models.data import SIZE
-from ..models.tensors import load_tensors, save_tensors
+from ..models.optimize import load_tensors, save_tensors
 from .task import CLASSES
 
 

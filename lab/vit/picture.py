@@ -19,7 +19,7 @@ import shared_tome.vit as vit
 from shared_tome.vit.picture import draw_groups
 
 from ..models.data import DEMO
-from ..models.tensors import as_pictures
+from ..models.optimize import as_pictures
 from .model import Shape, build, load
 
 SUBJECTS = ("cat", "astronaut", "coffee", "coins")

@@ -15,8 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import shared_tome.vit as vit
 
 from .. import store
-from ..models.optimize import adamw, budgeted, descend
-from ..models.tensors import autocast
+from ..models.optimize import adamw, autocast, budgeted, descend
 from .model import Shape, build, load, save
 from .task import Task
 

@@ -80,9 +80,8 @@ def in_the_labs_sampler(kind: str, threshold: float) -> dict:
     from small_dit import SMALL, TEXT, normal, with_weights
 
     from lab.fidelity.reuse import Reuse
-    from lab.models.diffusion import flow_sigmas
     from lab.models.dit import DiT
-    from lab.models.samplers import step_sigmas
+    from lab.models.samplers import flow_sigmas, step_sigmas
 
     network = with_weights(DiT(SMALL))
     order, sigmas = step_sigmas(flow_sigmas(), STEPS)

@@ -67,7 +67,7 @@ def tile_differences(demo: ModuleType) -> list[float]:
     from comfy_extras.nodes_hypertile import HyperTile
 
     from lab.fidelity.hooks import merged
-    from lab.fidelity.rivals import rivals
+    from lab.fidelity.methods import rivals
     from lab.models.unet import UNet, UNetConfig
 
     patches = {}

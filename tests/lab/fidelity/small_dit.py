@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from lab.models.data import DEMO, PictureSet
-from lab.models.diffusion import flow_sigmas
 from lab.models.dit import DiTConfig
 from lab.models.model import ClassModel, save_model
+from lab.models.samplers import flow_sigmas
 
 SMALL = DiTConfig(patch=2, width=32, heads=2, double=1, single=2, context_dim=8)
 SIZE, TEXT = 16, 5

@@ -14,7 +14,7 @@ def test_our_unet_is_comfyuis(in_comfyui: dict) -> None:
 
 
 def test_hypertile_in_comfyui_cuts_the_queries_alone(in_comfyui: dict) -> None:
-    """So the lab measures it both ways (rivals.py). Should ComfyUI's node cut the keys too, docs/quality.md says so."""
+    """So the lab measures it both ways (methods). Should ComfyUI's node cut the keys too, docs/quality.md says so."""
     alike, whole, tiles = in_comfyui["tiles"]
     assert alike < 1e-5 and whole > 1e-4 and tiles > 1e-4
 
@@ -46,8 +46,8 @@ def test_node(in_comfyui: dict) -> None:
 def test_model_file() -> None:
     """Small enough for a repository, with all that is needed to run it."""
     from lab.models.data import CLASS_NAMES
-    from lab.models.diffusion import cosine_sigmas
     from lab.models.model import load_model
+    from lab.models.samplers import cosine_sigmas
 
     assert Path(MODEL).stat().st_size < 16_000_000
     model, sigmas, metadata = load_model(MODEL)

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from small_dit import PICTURES, SIZE, SMALL, TEXT, normal, with_weights
 
 from lab.fidelity.methods import CATALOGUE, UNMERGED
-from lab.models import diffusion, samplers
+from lab.models import optimize, samplers
+from lab.models.data_moving import SETS
 from lab.models.dit import DiT, DiTConfig, JointAttention, rope_rotations, rotate
 from lab.models.model import SIGMAS_KEY, TOKENS_KEY, ClassModel, load_model, save_model
-from lab.models.sets import SETS
 from lab.models.train import CONFIGS
 from lab.models.unet import timestep_embedding
 
@@ -167,7 +167,7 @@ def test_the_configurations_are_what_the_page_says(name):
 
 
 def test_flow_sigmas_rise_and_shift():
-    plain, shifted = diffusion.flow_sigmas(), diffusion.SCHEDULES["flow3"]()
+    plain, shifted = samplers.flow_sigmas(), samplers.SCHEDULES["flow3"]()
     assert plain.shape == (1000,) and (plain.diff() > 0).all() and torch.isfinite(plain).all()
     t = shifted / (1 + shifted)
     own = plain / (1 + plain)
@@ -176,20 +176,20 @@ def test_flow_sigmas_rise_and_shift():
 
 
 def test_flows_loss_counts_all_noise_alike():
-    assert diffusion.loss_weights(diffusion.flow_sigmas(), "flow").eq(1).all()
+    assert optimize.loss_weights(samplers.flow_sigmas(), "flow").eq(1).all()
 
 
 def test_a_straight_path_is_followed_to_its_end():
     """Of one picture and one noise the flow is a constant: any number of steps ends at the picture."""
     only, noise = normal(1, 3, 4, 4, seed=1).double(), normal(1, 3, 4, 4).double()
     sampler = samplers.SAMPLERS["flow28"]
-    _, sigmas = samplers.step_sigmas(diffusion.flow_sigmas(), sampler.steps)
+    _, sigmas = samplers.step_sigmas(samplers.flow_sigmas(), sampler.steps)
     seen = []
 
     def denoised(x, step):
-        signal, _ = diffusion.signal_and_noise(sigmas[step], "flow")
+        signal, _ = samplers.signal_and_noise(sigmas[step], "flow")
         seen.append((x * signal, 1 - signal))
-        return diffusion.clean("flow", x * signal, noise - only, signal, 1 - signal)
+        return samplers.clean("flow", x * signal, noise - only, signal, 1 - signal)
 
     start = (only + sigmas[0] * noise) / (1 + sigmas[0] ** 2) ** 0.5
     found = samplers.run(sampler, denoised, start, sigmas, lambda: noise)
@@ -230,7 +230,7 @@ def test_the_trainers_own_sampler_agrees(dit_bench):
 def test_a_saved_model_is_the_one_that_is_loaded(tmp_path, dit_file):
     model, sigmas, metadata = load_model(dit_file)
     assert model.network.config == SMALL and metadata["prediction"] == "flow" and metadata["size"] == str(SIZE)
-    assert "unet" not in metadata and torch.equal(sigmas, diffusion.flow_sigmas())
+    assert "unet" not in metadata and torch.equal(sigmas, samplers.flow_sigmas())
     original = with_weights(ClassModel(SMALL, 2, TEXT, "flow"))
     for name, value in original.state_dict().items():
         assert torch.equal(model.state_dict()[name], value.half().float()), name

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.fidelity import frontier, rivals
+from lab.fidelity import frontier, methods
 from lab.models import samplers
 from lab.store import read
 from shared_tome.methods import AUTO_MOST, PRESETS
@@ -14,8 +14,8 @@ from shared_tome.methods import AUTO_MOST, PRESETS
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals, "THRESHOLDS", (0.3,))
-    monkeypatch.setattr(rivals, "SHARES", (0.5,))
+    monkeypatch.setattr(methods, "THRESHOLDS", (0.3,))
+    monkeypatch.setattr(methods, "SHARES", (0.5,))
     monkeypatch.setitem(samplers.SAMPLERS, "flow8", samplers.Sampler(samplers.ddim, 8, "Euler, 8 steps"))
 
 
@@ -26,7 +26,7 @@ def command(dit_file: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("transformer", [False, True])
 def test_every_choice_stands_alone_and_with_each_preset(transformer):
-    found = rivals.rivals(28, transformer)
+    found = methods.rivals(28, transformer)
     for name in PRESETS:
         assert found[name].config.method == ("multires" if transformer else "sample")
         for other in ("EasyCache 0.2", "EasyCache 0.05", "LazyCache 0.2", "21 steps", "7 steps"):
@@ -39,7 +39,7 @@ def test_every_choice_stands_alone_and_with_each_preset(transformer):
     assert not found["EasyCache 0.2"].is_merged and found["EasyCache 0.2"].reuse.start == 0.15
     assert any(variant.tail for variant in found.values()) == transformer
     assert found["Fast"].config.ratio == (AUTO_MOST if transformer else PRESETS["Fast"].options["ratio"])
-    assert [name for name in rivals.rivals(28, transformer, [20, 28, 40], ["steps"])] == [
+    assert [name for name in methods.rivals(28, transformer, [20, 28, 40], ["steps"])] == [
         "unmerged",
         "unmerged again",
         "20 steps",

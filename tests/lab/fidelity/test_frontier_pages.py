@@ -272,7 +272,7 @@ def test_the_table_of_steps_has_each_number_once(tmp_path):
 
 
 def test_every_model_and_family_is_known():
-    from lab.fidelity.rivals import rivals
+    from lab.fidelity.methods import rivals
 
     assert {"rivals", "held"} <= set(fill.MAKERS) and set(PLACES) == {"demo", "lab", "dit", "dit-fine"}
     for transformer in (False, True):

@@ -17,11 +17,11 @@ from lab.fidelity.bench import Bench
 from lab.fidelity.hooks import Run
 from lab.fidelity.methods import CATALOGUE
 from lab.fidelity.metrics import psnr, to_range
-from lab.models import autoencoder, classifier, data, diffusion, samplers
+from lab.models import autoencoder, classifier, data, optimize, samplers
 from lab.models.data_fine import FINE
+from lab.models.data_moving import SETS
 from lab.models.model import ClassModel, load_model, save_model
-from lab.models.sets import SETS
-from lab.models.tensors import as_pictures
+from lab.models.optimize import as_pictures
 from lab.models.train import CONFIGS, main
 from lab.models.unet import UNetConfig
 
@@ -70,7 +70,7 @@ def model_file(tmp_path_factory) -> Path:
         scale = 0.7 / max(1, parameter[0].numel()) ** 0.5
         parameter.data = torch.randn(parameter.shape, generator=generator) * scale
     path = tmp_path_factory.mktemp("latent") / "model.safetensors"
-    save_model(path, model, diffusion.scaled_linear_sigmas(), {}, TINY)
+    save_model(path, model, samplers.scaled_linear_sigmas(), {}, TINY)
     return path
 
 
@@ -111,26 +111,26 @@ def test_the_demos_pictures_are_what_they_were() -> None:
 # -- predictions --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+@pytest.mark.parametrize("prediction", samplers.PREDICTIONS)
 def test_a_prediction_gives_back_the_picture(prediction: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(8, 4, 6, 6, generator=generator) for _ in range(2))
-    sigmas = diffusion.scaled_linear_sigmas()[torch.randint(1000, (8,), generator=generator)]
-    x, target = diffusion.noisy(x0, noise, sigmas, prediction)
-    signal, share = (f[:, None, None, None] for f in diffusion.signal_and_noise(sigmas, prediction))
-    torch.testing.assert_close(diffusion.clean(prediction, x, target, signal, share), x0, atol=1e-4, rtol=0)
+    sigmas = samplers.scaled_linear_sigmas()[torch.randint(1000, (8,), generator=generator)]
+    x, target = optimize.noisy(x0, noise, sigmas, prediction)
+    signal, share = (f[:, None, None, None] for f in samplers.signal_and_noise(sigmas, prediction))
+    torch.testing.assert_close(samplers.clean(prediction, x, target, signal, share), x0, atol=1e-4, rtol=0)
 
 
 def test_scaled_linear_sigmas_are_stable_diffusions() -> None:
-    sigmas = diffusion.scaled_linear_sigmas()
+    sigmas = samplers.scaled_linear_sigmas()
     assert sigmas.shape == (1000,) and (sigmas.diff() > 0).all()
     assert sigmas[0].item() == pytest.approx(0.0292, abs=1e-4) and sigmas[-1].item() == pytest.approx(14.6146, abs=1e-3)
 
 
 def test_weights_of_epsilon_are_those_of_v_times_the_signal() -> None:
     sigmas = torch.tensor([0.03, 0.5, 1.0, 14.0])
-    by_v, by_epsilon = (diffusion.loss_weights(sigmas, prediction) for prediction in ("v", "epsilon"))
-    signal, _ = diffusion.signal_and_noise(sigmas)
+    by_v, by_epsilon = (optimize.loss_weights(sigmas, prediction) for prediction in ("v", "epsilon"))
+    signal, _ = samplers.signal_and_noise(sigmas)
     torch.testing.assert_close((by_epsilon * signal**2)[:3], by_v[:3])
     assert by_epsilon[3] == 10
 
@@ -142,7 +142,7 @@ def test_epsilon_and_v_of_one_denoiser_are_sampled_alike(bench, sampler: str) ->
     table, network = bench.table, bench.network.forward
 
     def as_v(x, times, context):
-        signal, share = (f[:, None, None, None] for f in diffusion.signal_and_noise(table[times.long()]))
+        signal, share = (f[:, None, None, None] for f in samplers.signal_and_noise(table[times.long()]))
         return (network(x, times, context) - share * x) / signal
 
     bench.network.forward, bench.model.prediction = as_v, "v"
@@ -208,7 +208,7 @@ def trained(tmp_path_factory) -> Path:
 
 def test_training_writes_all_that_is_needed(trained: Path) -> None:
     model, sigmas, metadata = load_model(trained / "model.safetensors")
-    assert torch.equal(sigmas, diffusion.scaled_linear_sigmas())
+    assert torch.equal(sigmas, samplers.scaled_linear_sigmas())
     assert (model.prediction, metadata["data"], metadata["size"]) == ("epsilon", "fine", "192")
     assert json.loads(metadata["latent"]) == [4, 48, 48] == list(model.painted_shape(192))
     assert json.loads(metadata["classes"]) == list(FINE.classes)

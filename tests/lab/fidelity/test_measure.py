@@ -22,7 +22,7 @@ from lab.fidelity import measure
 from lab.fidelity.bench import Bench
 from lab.fidelity.hooks import Run, merged
 from lab.fidelity.methods import CATALOGUE, Variant
-from lab.models import classifier, diffusion, samplers
+from lab.models import classifier, samplers
 from lab.models.model import NETWORK_PREFIX, SIGMAS_KEY, TOKENS_KEY, load_model
 from lab.models.unet import UNet, UNetConfig
 from lab.pages.fidelity_tables import LATER, read
@@ -58,7 +58,7 @@ def model_file(tmp_path_factory) -> Path:
         for name, x in UNet(UNET).state_dict().items()
     }
     state[TOKENS_KEY] = torch.randn((3, 4, 8), generator=generator)  # two classes and "any"
-    state[SIGMAS_KEY] = diffusion.cosine_sigmas()
+    state[SIGMAS_KEY] = samplers.cosine_sigmas()
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
     save_file(state, path, metadata={"unet": json.dumps(asdict(UNET)), "size": str(SIZE), "classes": '["a", "b"]'})
     return path

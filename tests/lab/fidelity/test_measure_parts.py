@@ -17,7 +17,7 @@ if str(ROOT) not in sys.path:
 from lab.fidelity import methods, metrics
 from lab.fidelity.measure import COLUMNS, describe
 from lab.models import samplers
-from lab.models.diffusion import cosine_sigmas
+from lab.models.samplers import cosine_sigmas
 from lab.pages import fidelity_tables as plot
 from lab.pages import fill
 from lab.pages.fidelity_tables import MAIN, results

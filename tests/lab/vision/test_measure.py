@@ -13,7 +13,7 @@ from PIL import Image
 
 from lab.pages import speed_tables as tables
 from lab.store import read
-from lab.vit.measure import COMPARED, SCHEDULES, Variant, accuracy, images_per_second, right, throughput, variants
+from lab.vit.run import COMPARED, SCHEDULES, Variant, accuracy, images_per_second, right, throughput, variants
 
 
 @pytest.fixture

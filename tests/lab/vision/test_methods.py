@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import shared_tome.vit as vit
-from lab.vit.measure import Variant
 from lab.vit.methods import METHODS, UNWEIGHTED, Pruning, RandomPruning, apply, late
+from lab.vit.run import Variant
 from shared_tome.vit.hooks import NAME
 
 from .conftest import SMALL
