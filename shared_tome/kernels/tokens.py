@@ -69,16 +69,8 @@ def match(
     if metric.dtype in HALF and 0 < goes <= src.shape[1] and serves(metric, src, dst):
         index, groups, *chain = operator("match")(metric, src, dst, goes, int(class_token), int(distill_token))
         return index, groups, tuple(chain)
-    return *matching.match(metric, src, dst, goes, class_token, distill_token, _nearest, _grouped), None
-
-
-def _nearest(metric: Tensor, src: Tensor, dst: Tensor, distill_token: bool) -> tuple[Tensor, Tensor]:
-    """matching.nearest, in two launches that write no score."""
-    # On a GPU float32 stays with cuBLAS: without matrix units the kernel has nothing on it, and nobody has timed it.
-    known = metric.dtype in DTYPES and not (metric.is_cuda and metric.dtype == torch.float32)
-    if not known or src.shape[1] == 0 or not serves(metric, src, dst):
-        return matching.nearest(metric, src, dst, distill_token)
-    return operator("nearest")(metric, src, dst, int(distill_token))
+    # In float32 a kernel would have nothing on cuBLAS, which finds the nearest: no matrix unit has its precision.
+    return *matching.match(metric, src, dst, goes, class_token, distill_token, group=_grouped), None
 
 
 def _grouped(

@@ -85,7 +85,7 @@ def test_split_is_equal_bit_for_bit(grid, stride, name, rows, plain):
         assert all(torch.equal(a, b.expand_as(a)) for a, b in zip(ahead, expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(("grid", "channels"), SHAPES)
 def test_nearest_three_ways(grid, channels, dtype):
     from shared_tome.kernels.impl.nearest import launch_nearest

@@ -80,7 +80,7 @@ WAYS = [None, Config(16, 16, 16, 4, 2), Config(16, 16, 32, 4, 2, 1), Config(32, 
 
 
 @pytest.mark.parametrize("way", range(len(WAYS)))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_nearest_three_ways(dtype, way):
     turn = (DTYPES.index(dtype) + way) % 2
     grid, batch, channels = (((7, 9), 3, 40), ((1, 64), 1, 16))[turn]
@@ -106,11 +106,10 @@ def test_nearest_three_ways(dtype, way):
 
 
 def test_of_equal_similarities_the_first():
-    x = torch.ones(2, 63, 16)
+    x = torch.ones(2, 63, 16, dtype=torch.float16)
     src, dst = partition((7, 9), CONFIG, key(seeds(0), 0, 0, 1))
-    assert not launch_nearest(x, src, dst)[1].any()
-    for way in WAYS[1:]:
-        assert not launch_nearest(x.half(), src, dst, 0, way)[1].any()
+    for way in WAYS:
+        assert not launch_nearest(x, src, dst, 0, way)[1].any()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core.groups import check_rows
-from .compiler import heads_like, power_of_two, shared_memory, strides, tl, together, triton, widens
+from .compiler import heads_like, power_of_two, shared_memory, strides, tl, together, triton
 
 Config = tuple[int, int, int, int]
 # By channels of a program's head: queries, keys of a block, warps, stages of the pipeline.
@@ -31,14 +31,13 @@ def _add_keys(
     query, total, top, mass, key, value, weights, lighter, listed,
     k2, v2, first, keys, scale,
     HEAD: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr, WEIGHED: tl.constexpr,
-    LISTED: tl.constexpr, WIDEN: tl.constexpr,
+    LISTED: tl.constexpr,
 ):  # fmt: skip
     """KEYS keys from `first` on; exponents are powers of two, exp2 is the GPU's own.
 
     WHOLE: all of them are there. WEIGHED: each by its own of `weights`, natural logarithms; else all by -`lighter`, a
     power of two: the greatest logit is then looked for before it is scaled, an instruction less for each. scale: above
-    0. LISTED: keys are the tokens that `listed` has at these places. WIDEN: for the interpreter, which cannot multiply
-    bfloat16.
+    0. LISTED: keys are the tokens that `listed` has at these places.
     """
     at = first + tl.arange(0, KEYS)
     channel = tl.arange(0, BLOCK)
@@ -54,8 +53,6 @@ def _add_keys(
         there = at < keys
         k = tl.load(at_key, mask=(channel < HEAD)[:, None] & there[None, :], other=0.0)
         v = tl.load(at_value, mask=there[:, None] & (channel < HEAD)[None, :], other=0.0)
-    if WIDEN:
-        query, k, v = query.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
     # Keys that are not there weigh nothing.
     logits = tl.dot(query, k)
     if WEIGHED:
@@ -79,7 +76,6 @@ def add_all_keys(
     query, total, top, mass, key, value, weights, lighter, listed,
     k2, v2, begin, end, scale,
     HEAD: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WEIGHED: tl.constexpr, LISTED: tl.constexpr,
-    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Keys from `begin` to `end`, as _add_keys has them.
 
@@ -90,12 +86,12 @@ def add_all_keys(
     for first in range(begin, whole, KEYS):
         total, top, mass = _add_keys(
             query, total, top, mass, key, value, weights, lighter, listed, k2, v2, first, end, scale,
-            HEAD, BLOCK, KEYS, True, WEIGHED, LISTED, WIDEN,
+            HEAD, BLOCK, KEYS, True, WEIGHED, LISTED,
         )  # fmt: skip
     if whole < end:
         total, top, mass = _add_keys(
             query, total, top, mass, key, value, weights, lighter, listed, k2, v2, whole, end, scale,
-            HEAD, BLOCK, KEYS, False, WEIGHED, LISTED, WIDEN,
+            HEAD, BLOCK, KEYS, False, WEIGHED, LISTED,
         )  # fmt: skip
     return total, top, mass
 
@@ -104,7 +100,7 @@ def add_all_keys(
 def _attend_kernel(
     q, k, v, bias, out, heads, tokens, keys, bias_rows, scale,
     q0, q1, q2, k0, k1, k2, v0, v1, v2,
-    HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDEN: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """ROWS queries of one head of one batch row. out: [B, N, H, d] in memory."""
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -121,7 +117,7 @@ def _attend_kernel(
     mass = tl.zeros((ROWS,), tl.float32)
     total, top, mass = add_all_keys(
         query, total, top, mass, key, value, weight, 0.0, weight, k2, v2, 0, keys, scale,
-        HEAD, BLOCK, KEYS, True, False, WIDEN,
+        HEAD, BLOCK, KEYS, True, False,
     )  # fmt: skip
     target = out + ((batch * tokens + token.to(tl.int64)) * heads + head) * HEAD
     tl.store(target[:, None] + channel[None, :], (total / mass[:, None]).to(out.dtype.element_ty), mask=mask)
@@ -157,7 +153,7 @@ def launch_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, c
     _attend_kernel[(-(-tokens // rows), batch * heads)](
         q, k, v, bias, made, heads, tokens, k.shape[2], bias.shape[0], scale * LOG2_E,
         *strides(q, k, v),
-        HEAD=d, BLOCK=block, ROWS=rows, KEYS=keys, WIDEN=widens(q),
+        HEAD=d, BLOCK=block, ROWS=rows, KEYS=keys,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return made

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.groups import check_rows
 from .attend import LOG2_E, NARROW, Config, add_all_keys, block_of, is_narrow
-from .compiler import heads_like, strides, tl, together, triton, widens
+from .compiler import heads_like, strides, tl, together, triton
 
 # Queries, keys of a block, warps, stages of the pipeline. Of eight settings the fastest on an H100, or within 4% of it,
 # at heads of 64 from 1,024 to 16,384 tokens and of 128 from 4,608 to 32,760.
@@ -25,7 +25,7 @@ def _attend_drawn_kernel(
     lighter,
     q0, q1, q2, k0, k1, k2, v0, v1, v2,
     HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, ALONE: tl.constexpr,
-    LISTED: tl.constexpr, WIDEN: tl.constexpr,
+    LISTED: tl.constexpr,
 ):  # fmt: skip
     """ROWS queries of one head of one batch row.
 
@@ -66,22 +66,22 @@ def _attend_drawn_kernel(
     if LISTED:
         total, top, mass = add_all_keys(
             query, total, top, mass, image_k, image_v, k, 0.0, drawn, k2, v2, 0, kept, scale,
-            HEAD, BLOCK, KEYS, False, True, WIDEN,
+            HEAD, BLOCK, KEYS, False, True,
         )  # fmt: skip
     else:
         first = (batch * heads + head) * kept * HEAD
         total, top, mass = add_all_keys(
             query, total, top, mass, drawn_k + first, drawn_v + first, k, 0.0, drawn, HEAD, HEAD, 0, kept, scale,
-            HEAD, BLOCK, KEYS, False, False, WIDEN,
+            HEAD, BLOCK, KEYS, False, False,
         )  # fmt: skip
     if not ALONE:
         total, top, mass = add_all_keys(
             query, total, top, mass, k, v, k, lighter, drawn, k2, v2, 0, start, scale,
-            HEAD, BLOCK, KEYS, False, False, WIDEN,
+            HEAD, BLOCK, KEYS, False, False,
         )  # fmt: skip
         total, top, mass = add_all_keys(
             query, total, top, mass, k, v, k, lighter, drawn, k2, v2, start + image, tokens, scale,
-            HEAD, BLOCK, KEYS, False, False, WIDEN,
+            HEAD, BLOCK, KEYS, False, False,
         )  # fmt: skip
     target = made + ((batch * tokens + far) * heads + head) * HEAD
     tl.store(target + channel[None, :], (total / mass[:, None]).to(made.dtype.element_ty), mask=mask)
@@ -114,7 +114,7 @@ def launch_attend_drawn(
         runs, made, heads, tokens, start, runs.shape[0], head_draws.shape[2], head_draws.shape[0], head_draws.shape[1],
         scale * LOG2_E, math.exp(-weight), weight * LOG2_E,
         *strides(q, k, v),
-        HEAD=d, BLOCK=block, ROWS=rows, KEYS=keys, ALONE=tokens == runs.shape[0], LISTED=listed, WIDEN=widens(q),
+        HEAD=d, BLOCK=block, ROWS=rows, KEYS=keys, ALONE=tokens == runs.shape[0], LISTED=listed,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return made

@@ -44,8 +44,3 @@ def heads_like(x: Tensor) -> Tensor:
     projection takes it."""
     batch, heads, tokens, d = x.shape
     return x.new_empty((batch, tokens, heads, d)).transpose(1, 2)
-
-
-def widens(x: Tensor) -> bool:
-    """Whether matrix products are to be in float32: the interpreter cannot multiply bfloat16."""
-    return x.dtype == torch.bfloat16 and not x.is_cuda

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...core.groups import check_rows
 from ...core.multires import LEAST, Counts, Drawn, Tiles, is_of_keys
 from .attend import LOG2_E
-from .compiler import heads_like, power_of_two, strides, tl, together, triton, widens
+from .compiler import heads_like, power_of_two, strides, tl, together, triton
 from .multires_choose import Config, config_for, launch_choose
 
 
@@ -21,7 +21,7 @@ from .multires_choose import Config, config_for, launch_choose
 def _add_keys(
     query, total, top, mass, key, value, token, bias,
     k2, v2, scale,
-    HEAD: tl.constexpr, BLOCK: tl.constexpr, SAME: tl.constexpr, WEIGHED: tl.constexpr, WIDEN: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, SAME: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """The keys `token` [KEYS]. bias: their weights' logarithm, to the base of two: one for all, or WEIGHED [1 or ROWS,
     KEYS]."""
@@ -34,8 +34,6 @@ def _add_keys(
     else:
         mask = (channel < HEAD)[None, :]
         k, v = tl.load(at_key, mask=mask, other=0.0), tl.load(at_value, mask=mask, other=0.0)
-    if WIDEN:
-        query, k, v = query.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
     logits = tl.dot(query, tl.trans(k))
     if WEIGHED:
         logits = logits * scale + bias
@@ -79,7 +77,7 @@ def _attend_kernel(
     q, k, v, out, lists, table, seen, heads, tokens, image, whole, half, beside_whole, beside_half, draws, layer, scale,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, m0, m1, m2,
     HEAD: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, SAME: tl.constexpr, WIDEN: tl.constexpr, MASKED: tl.constexpr, OF_KEYS: tl.constexpr,
+    KEYS: tl.constexpr, SAME: tl.constexpr, MASKED: tl.constexpr, OF_KEYS: tl.constexpr,
     LEAST: tl.constexpr, LOG2_E: tl.constexpr,
 ):  # fmt: skip
     """ROWS queries of one head of one batch row. out: [B, L, H, d] in memory. draws: rows of the step's draws.
@@ -139,7 +137,7 @@ def _attend_kernel(
         if MASKED:
             bias = _add_mask(tl.full((KEYS,), 0.0, tl.float32) + bias, seen, token, lane, False, OF_KEYS, LEAST, LOG2_E)
         total, top, mass = _add_keys(
-            query, total, top, mass, key, value, token, bias, k2, v2, scale, HEAD, BLOCK, SAME, MASKED, WIDEN
+            query, total, top, mass, key, value, token, bias, k2, v2, scale, HEAD, BLOCK, SAME, MASKED
         )
     left0 = keys0 % KEYS
     left1 = left0 + keys1 % KEYS
@@ -161,7 +159,7 @@ def _attend_kernel(
         else:
             bias = bias[None, :]
         total, top, mass = _add_keys(
-            query, total, top, mass, key, value, token, bias, k2, v2, scale, HEAD, BLOCK, SAME, True, WIDEN
+            query, total, top, mass, key, value, token, bias, k2, v2, scale, HEAD, BLOCK, SAME, True
         )
     tl.store(target[:, None] + channel[None, :], (total / mass[:, None]).to(out.dtype.element_ty), mask=mask)
 
@@ -193,7 +191,7 @@ def launch_attend(
         q, k, v, out, lists, drawn.table, mask, heads, tokens, tiles.image, *counts, draws, layer, scale * LOG2_E,
         *strides(q, k, v), *mask_strides,
         HEAD=d, BLOCK=max(16, power_of_two(d)), SIZE=tiles.size, QUERIES=tiles.queries, ROWS=rows, KEYS=config.keys,
-        SAME=k.stride(2) == v.stride(2), WIDEN=widens(q), MASKED=mask is not None, OF_KEYS=of_keys, LEAST=LEAST,
+        SAME=k.stride(2) == v.stride(2), MASKED=mask is not None, OF_KEYS=of_keys, LEAST=LEAST,
         LOG2_E=LOG2_E,
         num_warps=config.warps, num_stages=config.stages,
         maxnreg=config.registers if of_keys else None,  # a mask of queries and keys is held in registers too

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core.multires import LEVELS, STEPS, Counts, Tiles
-from .compiler import power_of_two, shared_memory, strides, tl, triton, widens
+from .compiler import power_of_two, shared_memory, strides, tl, triton
 
 
 class Config(NamedTuple):
@@ -86,7 +86,6 @@ def _choose_kernel(
     q0, q1, q2,
     HEAD: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr, TOGETHER: tl.constexpr,
     KEYS: tl.constexpr, HELD: tl.constexpr, AT_ONCE: tl.constexpr, STEPS: tl.constexpr, LEVELS: tl.constexpr,
-    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The lists of TOGETHER query tiles of one head. lists: [B * H, query tiles, count] int16; first they hold scores.
 
@@ -101,8 +100,6 @@ def _choose_kernel(
     asking = _sum_cells(q + batch * q0 + head * q1, rows, cell, tokens, q2, HEAD, BLOCK, CELL, ROWS)
     there = tl.minimum(tl.maximum(tokens - cell * CELL, 0), CELL)  # the last query tile may be shorter
     asking = (asking / tl.maximum(there, 1).to(tl.float32)[:, None]).to(q.dtype.element_ty)
-    if WIDEN:
-        asking = asking.to(tl.float32)
     asked = pooled + tl.program_id(1).to(tl.int64) * image * 4 * HEAD
     channel = tl.arange(0, BLOCK)
     tile = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
@@ -111,8 +108,6 @@ def _choose_kernel(
         at = first + tl.arange(0, KEYS)
         mask = (at < image * 4)[:, None] & (channel < HEAD)[None, :]
         mean = tl.load(asked + at[:, None] * HEAD + channel[None, :], mask=mask, other=0.0)
-        if WIDEN:
-            mean = mean.to(tl.float32)
         logits = tl.where((there > 0)[:, None], tl.dot(asking, tl.trans(mean)) * scale, float("-inf"))
         most = tl.max(tl.reshape(logits, (ROWS, KEYS // 4, 4)), 2)
         most = tl.max(tl.reshape(most, (TOGETHER, CELLS, KEYS // 4)), 1)
@@ -180,7 +175,7 @@ def launch_choose(
         q, pooled, tiles.rows, lists, heads, tokens, tiles.query_tiles, tiles.image, tiles.count, *counts, scale,
         *strides(q),
         HEAD=d, BLOCK=block, SIZE=tiles.size, QUERIES=tiles.queries, TOGETHER=together, KEYS=config.asked, HELD=held,
-        AT_ONCE=min(together, max(1, config.held // held)), STEPS=STEPS, LEVELS=LEVELS, WIDEN=widens(q),
+        AT_ONCE=min(together, max(1, config.held // held)), STEPS=STEPS, LEVELS=LEVELS,
         num_warps=config.choosers,
     )  # fmt: skip
     return lists

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .compiler import power_of_two, shared_memory, tl, triton, widens
+from .compiler import power_of_two, shared_memory, tl, triton
 from .unit import unit_kernel
 
 # A row's tally of 16-bit similarities: how many by their upper byte, then how many by all 16 bits.
@@ -46,8 +46,6 @@ class Config:
 _LARGE = Config(128, 256, 64, 8, 4)
 # For GPUs whose programs get 48 KiB of shared memory or more. Not tuned.
 _SMALL = Config(64, 64, 64, 4, 3)
-# float32: no matrix unit has its precision.
-_EXACT = Config(64, 64, 16, 8, 3)
 # A program of _LARGE takes 192 KiB; Hopper has 227 for it.
 _LARGE_SHARED = 200 * 1024
 # What one more program for the same src costs, as a share of a whole pass over the dst.
@@ -55,12 +53,8 @@ _SPLIT_COST = 0.05
 
 
 def config_for(metric: Tensor) -> Config:
-    """The settings for a dtype and a device."""
-    if metric.dtype == torch.float32:
-        return _EXACT
-    if not metric.is_cuda:
-        return _SMALL
-    return _LARGE if shared_memory(metric.device) >= _LARGE_SHARED else _SMALL
+    """The settings for a device."""
+    return _LARGE if metric.is_cuda and shared_memory(metric.device) >= _LARGE_SHARED else _SMALL
 
 
 def splits_for(metric: Tensor, programs: int, tiles: int) -> int:
@@ -108,13 +102,13 @@ def _nearest_kernel(
     metric, src, unit, similarity, target, scores, places, arrived, tally, src_count, dst_count, padded, channels,
     batch_stride, token_stride, src_rows, first, smallest, alone,
     WIDTH: tl.constexpr, EVEN: tl.constexpr, SRC: tl.constexpr, DST: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr, COUNTS: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """One program: SRC src of a batch row against one of SPLITS shares of the dst.
 
     unit: [B, padded, WIDTH]. scores, places: [SPLITS, B, S], what each program found; arrived: [B, tiles], how many
     of a tile's programs are done. tally: [B, TALLY], counted in where COUNTS. WIDTH: a multiple of BLOCK; EVEN:
-    channels is WIDTH. EXACT: no bits are given up. WIDEN: for the interpreter, which cannot multiply bfloat16.
+    channels is WIDTH.
     """
     batch = tl.program_id(1).to(tl.int64)
     tally += batch * _TALLY
@@ -131,7 +125,7 @@ def _nearest_kernel(
     begin = tl.program_id(2) * share
     end = tl.minimum(begin + share, tiles)
     best = tl.full((SRC,), -3.0e38, tl.float32)
-    at = tl.zeros((SRC,), tl.int32)  # EXACT: the place; otherwise the tile, the column is in best's low bits
+    at = tl.zeros((SRC,), tl.int32)  # the tile; the column is in best's low bits
     acc = tl.zeros((SRC, DST), tl.float32)
     # One loop over tiles and channels, so that loads run ahead over both. Its addresses come from its own counter:
     # with variables carried from turn to turn Triton loads nothing ahead, which takes twice the time.
@@ -143,26 +137,17 @@ def _nearest_kernel(
         else:
             a = tl.load(sources + step * BLOCK, mask=(step * BLOCK + channel < channels)[None, :], other=0.0)
         b = tl.load(units + tile * (DST * WIDTH) + step * BLOCK)
-        if WIDEN:
-            acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-        else:
-            acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision="ieee")
         if step == steps - 1:
-            if EXACT:
-                here, where = tl.max(acc, 1, return_indices=True)
-                better = here > best
-                at = tl.where(better, tile * DST + where, at)
-            else:
-                code = (acc.to(tl.int32, bitcast=True) & ~(DST - 1)) | (DST - 1 - column)[None, :]
-                here = tl.max(code.to(tl.float32, bitcast=True), 1)
-                better = here > best
-                at = tl.where(better, tile, at)
+            code = (acc.to(tl.int32, bitcast=True) & ~(DST - 1)) | (DST - 1 - column)[None, :]
+            here = tl.max(code.to(tl.float32, bitcast=True), 1)
+            better = here > best
+            at = tl.where(better, tile, at)
             best = tl.where(better, here, best)
             acc = tl.zeros((SRC, DST), tl.float32)
-    if not EXACT:
-        bits = best.to(tl.int32, bitcast=True)
-        at = at * DST + DST - 1 - (bits & (DST - 1))
-        best = (bits & ~(DST - 1)).to(tl.float32, bitcast=True)
+    bits = best.to(tl.int32, bitcast=True)
+    at = at * DST + DST - 1 - (bits & (DST - 1))
+    best = (bits & ~(DST - 1)).to(tl.float32, bitcast=True)
     at = tl.minimum(tl.maximum(at, first), dst_count - 1)
     norm = tl.zeros((SRC,), tl.float32)
     for step in range(steps):
@@ -203,9 +188,9 @@ def launch_nearest(
     """similarity [B, S] in metric's dtype and target [B, S], a position in dst.
 
     Args:
-        metric: [B, N, C], src: [b, S], dst: [b, D].
+        metric: [B, N, C] in 16 bits, src: [b, S], dst: [b, D].
         first: how many dst at the front take nobody. alone: how many src at the front are similar to nothing (-inf).
-        tally: [B, TALLY] int32, cleared and filled with the counts of the similarities; a dtype of 16 bits only.
+        tally: [B, TALLY] int32, cleared and filled with the counts of the similarities.
         chains: an int32 tensor of any shape that is cleared, or None.
     """
     config = config or config_for(metric)
@@ -239,7 +224,7 @@ def launch_nearest(
         metric, src, unit, similarity, target, scores, places, arrived, arrived if tally is None else tally, src_count,
         dst_count, padded, *shared, src.shape[0], first, smallest, alone,
         WIDTH=width, EVEN=width == channels, SRC=config.src, DST=config.dst, BLOCK=config.channels, SPLITS=splits,
-        EXACT=metric.dtype == torch.float32, STAGES=config.stages, WIDEN=widens(metric), COUNTS=tally is not None,
+        STAGES=config.stages, COUNTS=tally is not None,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return similarity, target

@@ -154,11 +154,6 @@ def _fake_split(seed, step, number, layer, frames, height, width, cell_height, c
     return seed.new_empty((count, rows, frames * height * width - kept)), seed.new_empty((count, rows, kept))
 
 
-def _fake_nearest(metric, src, dst, first):
-    shape = (metric.shape[0], src.shape[1])
-    return metric.new_empty(shape), src.new_empty(shape)
-
-
 def _fake_select(similarity, target, src, dst, goes):
     return empty_plan(similarity.shape[0], src, dst, goes)
 
@@ -199,10 +194,7 @@ _kernel(
     "SymInt cell_height, SymInt cell_width, bool random, SymInt count) -> (Tensor, Tensor)",
     launch_split, _plain_split, _fake_split,
 )  # fmt: skip
-_kernel(
-    "nearest(Tensor metric, Tensor src, Tensor dst, SymInt first) -> (Tensor, Tensor)",
-    launch_nearest, matching.nearest, _fake_nearest,
-)  # fmt: skip
+_kernel("nearest", launch_nearest, matching.nearest)
 _kernel(
     "select(Tensor similarity, Tensor target, Tensor src, Tensor dst, SymInt goes) -> (Tensor, Tensor)",
     launch_select, _plain_select, _fake_select,
