@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared_tome import ModelCall, ToMeConfig, kernels
-from shared_tome.core import channels, matching
+from shared_tome.core import channels, matching, sampling
 from shared_tome.core import self_token as own
 from shared_tome.core.curve import curve_order
 from shared_tome.core.groups import group_counts, group_sum, take
 from shared_tome.core.noise import key
 from shared_tome.core.partition import partition
-from shared_tome.core.sampling import walk_rows, walk_table
 
 from ..timing import columns
 from .common import DTYPES, Arguments, Job, microseconds, run_jobs
@@ -105,10 +104,10 @@ def choosing_jobs(case: Case) -> Iterator[Work]:
         kept = case.tokens - int(case.tokens * ratio)
 
         def walked(kept: int = kept) -> Tensor:
-            return walk_rows(walk_table(case.grid, kept, case.seed, order), case.tokens, case.step, 0, LAYERS)
+            return sampling.draw(order, kept, case.seed, case.step, 0, LAYERS)
 
         def launch(kept: int = kept) -> Tensor:
-            return draw.launch_draw(order, case.seed, case.step, 0, kept, 0, LAYERS, 256)
+            return draw.launch_draw(order, case.seed, case.step, 0, kept, 0, LAYERS)
 
         yield Work("draw", launch, walked, f"{ratio}")
     for layers in (1, LAYERS):
@@ -129,8 +128,8 @@ def matching_jobs(case: Case) -> Iterator[Work]:
     x, src, dst, goes, rows = case.x, case.src, case.dst, case.goes, case.x.shape[0]
 
     grouped = partial(matching.grouped, case.similarity, case.target, src, dst, goes, False)
-    yield Work("nearest", partial(nearest.launch_nearest, x, src, dst, 0, None), partial(matching.nearest, x, src, dst))
     if x.dtype != torch.float32:
+        yield both("nearest", nearest.launch_nearest, matching.nearest, x, src, dst)
         # What match does: the same similarities, tallied, then the groups by the tally. What it counts in is not
         # cleared between calls, which index and groups do not show.
         tally = torch.empty((rows, nearest.TALLY), dtype=torch.int32, device=x.device)
@@ -143,7 +142,7 @@ def matching_jobs(case: Case) -> Iterator[Work]:
         yield Work("select", partial(match.launch_grouped, *by_tally), grouped, "tallied")
     if case.channels in (320, 1280):
         if src.shape[1] <= 2 * kernels.names.SELECTED:
-            given = (case.similarity, case.target, src, dst, goes, None)
+            given = (case.similarity, case.target, src, dst, goes)
             yield Work("select", partial(select.launch_select, *given), grouped)
         linked = partial(mean.launch_links, case.index, case.groups, case.kept)
         yield Work("links", linked, partial(group_counts, case.groups, case.kept))
@@ -159,9 +158,8 @@ def self_token_jobs(case: Case) -> Iterator[Work]:
     """A layer's keys are drawn by head, a quarter, and its queries take their own tokens among them, as
     joint.attend_combined has it."""
     from shared_tome.attention.combine import TORCHS, attend_with_lse, choose_kernel
-    from shared_tome.kernels.impl import self_token as self_token_kernel
     from shared_tome.kernels.impl.attend_drawn import launch_attend_drawn
-    from shared_tome.kernels.impl.by_head import launch_take_by_head
+    from shared_tome.kernels.impl.self_token import launch_self_token, launch_take_by_head
 
     plan = case.call(ToMeConfig(ratio=0.75, min_tokens=0, own_token=True)).plan(case.x, case.grid)
     q, k, v = case.split_heads(case.x)
@@ -170,7 +168,7 @@ def self_token_jobs(case: Case) -> Iterator[Work]:
     drawn, weight = own.take_by_head(k, v, plan.head_draws), math.log(plan.tokens / plan.kept)
     rest = (plan.head_draws, plan.runs, scale, weight)
     given = (q, k, v, *attend_with_lse(q, *drawn, kernel), *rest)
-    yield both("self_token", self_token_kernel.launch_self_token, own.add_self_token, *given)
+    yield both("self_token", launch_self_token, own.add_self_token, *given)
     if q.shape[-1] != 64:
         return
 

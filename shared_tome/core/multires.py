@@ -245,6 +245,11 @@ def choose(scores: Tensor, tiles: Tiles, counts: Counts) -> Tensor:
     return (resolution * count + tile).argsort(-1).to(torch.int16)
 
 
+def choose_lists(q: Tensor, k: Tensor, tiles: Tiles, counts: Counts, scale: float) -> Tensor:
+    """The lists that `attend` goes by: what is chosen by the scores."""
+    return choose(scores(q, k, tiles, scale), tiles, counts)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -333,5 +338,4 @@ def attend_multires(
     """All of it: [B, H, L, d] in q's dtype. scale: of the logits, 1 / sqrt(d) where it is None. mask: see attend; the
     choice of tiles takes no notice of it, since it is meant for tokens beside the image."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    lists = choose(scores(q, k, tiles, scale), tiles, counts)
-    return attend(q, k, v, tiles, drawn, lists, counts, layer, scale, mask)
+    return attend(q, k, v, tiles, drawn, choose_lists(q, k, tiles, counts, scale), counts, layer, scale, mask)

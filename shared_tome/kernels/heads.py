@@ -173,10 +173,9 @@ def attend_multires(
 
 
 def choose_multires(q: Tensor, k: Tensor, tiles: Tiles, counts: Counts, scale: float) -> Tensor:
-    """The lists that attend_multires attends by, multires.choose of multires.scores; never to be traced."""
-    if not attends_multires(q, k, k, tiles):
-        return multires.choose(multires.scores(q, k, tiles, scale), tiles, counts)
-    return operator("choose_multires")(q, k, tiles, counts, scale)
+    """multires.choose_lists in two launches; never to be traced."""
+    choose = operator("choose_multires") if attends_multires(q, k, k, tiles) else multires.choose_lists
+    return choose(q, k, tiles, counts, scale)
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:

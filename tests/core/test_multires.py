@@ -26,7 +26,7 @@ from shared_tome.core.multires import (
     tile_counts,
     work,
 )
-from shared_tome.core.sampling import walk_rows, walk_table
+from shared_tome.core.sampling import draw
 
 CPU = torch.device("cpu")
 # grid, tokens before the image, tokens behind it, tokens of a tile, of a query tile.
@@ -200,7 +200,7 @@ def test_draws_are_those_of_sample(tiles):
         return
     for run, table in ((HALF, drawn.half), (QUARTER, drawn.quarter)):
         kept = len(order) // run
-        expected = walk_rows(walk_table((1, len(order)), kept, seeds, order), len(order), 5, 0, run)
+        expected = draw(order, kept, seeds, 5, 0, run)
         assert torch.equal(table.long(), expected)
         # All tokens of a cell, one after the other.
         assert torch.equal(table.sort(0).values[:, 0].T.flatten().sort().values, order.sort().values.int())

@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from shared_tome import ModelCall, ToMeConfig, kernels, match_tokens
-from shared_tome.core import channels, matching
+from shared_tome.core import channels, matching, sampling
 from shared_tome.core.curve import curve_order
 from shared_tome.core.groups import group_counts, group_sum, take
 from shared_tome.core.noise import key
 from shared_tome.core.partition import partition
-from shared_tome.core.sampling import walk_rows, walk_table
 
 from .helpers import captured, launches
 
@@ -65,7 +64,7 @@ def test_draw_is_equal_bit_for_bit(grid, ratio, rows):
     tokens = grid[0] * grid[1]
     kept = max(-(-tokens // 64), tokens - int(tokens * ratio))
     order, seed, step = curve_order(grid, torch.device("cuda")), seeds(rows), torch.tensor(9, device="cuda")
-    expected = walk_rows(walk_table(grid, kept, seed, order), tokens, step, 3, 16)
+    expected = sampling.draw(order, kept, seed, step, 3, 16)
     assert torch.equal(kernels.draw(order, kept, seed, step, 3, 16), expected)
     assert torch.equal(kernels.draw(order, kept, seed, 9, 3, 16), expected)
 

@@ -156,7 +156,7 @@ def test_a_merged_layer_is_five_launches(monkeypatch):
             made = call.attention(x, x, x, grid)
             made.unmerge(made.q)
         assert made.bias is not None
-    layer = ["unit_kernel", "_nearest_kernel", "_match_kernel", "_mean_kernel", "_gather_kernel"]
+    layer = ["_unit_kernel", "_nearest_kernel", "_match_kernel", "_mean_kernel", "_gather_kernel"]
     assert [name for name in launches.names if name != "_split_kernel"] == 3 * layer
     assert launches.names.count("_split_kernel") == 1
     with Launches(monkeypatch) as launches:

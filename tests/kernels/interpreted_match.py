@@ -13,7 +13,7 @@ from shared_tome.core.curve import curve_order
 from shared_tome.core.groups import group_counts, group_sum, take
 from shared_tome.core.noise import key
 from shared_tome.core.partition import partition
-from shared_tome.core.sampling import kept_count, walk_rows, walk_table
+from shared_tome.core.sampling import draw, kept_count
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
 from shared_tome.kernels.impl.match import launch_match
@@ -54,7 +54,7 @@ def test_draw_is_equal_bit_for_bit(grid, ratio, rows):
     kept = kept_count(count, int(count * ratio))
     order, seed = curve_order(grid, torch.device("cpu")), seeds(rows)
     for step in STEPS if grid == (7, 9) else STEPS[:1]:
-        expected = walk_rows(walk_table(grid, kept, seed, order), count, step, 2, 3)
+        expected = draw(order, kept, seed, step, 2, 3)
         assert torch.equal(kernels.draw(order, kept, seed, step, 2, 3), expected)
 
 

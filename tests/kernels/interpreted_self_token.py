@@ -13,8 +13,7 @@ from shared_tome.attention.sequence import JointCall
 from shared_tome.core.self_token import _take_by_head, add_self_token, by_head
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and kernels.ready()
-from shared_tome.kernels.impl.by_head import launch_take_by_head
-from shared_tome.kernels.impl.self_token import launch_self_token
+from shared_tome.kernels.impl.self_token import launch_self_token, launch_take_by_head
 
 from .interpreted import Launches
 

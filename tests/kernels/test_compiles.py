@@ -98,14 +98,13 @@ def test_match(compiled, counts, first, dtype):
 
     metric = torch.empty(2, sum(counts), 64, dtype=dtype)
     launch_match(metric, *lists(*counts), counts[0] // 2, first=first)
-    assert {"unit_kernel", "_nearest_kernel", "_match_kernel"} == set(compiled)
+    assert {"_unit_kernel", "_nearest_kernel", "_match_kernel"} == set(compiled)
 
 
 @pytest.mark.parametrize(("dtype", "d"), [(torch.float16, 40), (torch.bfloat16, 64), (torch.float32, 160)])
 def test_own(compiled, dtype, d):
     """Alone, and in a row with text before it, with one choice of tokens and with several."""
-    from shared_tome.kernels.impl.by_head import launch_take_by_head
-    from shared_tome.kernels.impl.self_token import launch_self_token
+    from shared_tome.kernels.impl.self_token import launch_self_token, launch_take_by_head
 
     q, k, v, out = (torch.empty(2, 77 + 35, 3, d, dtype=dtype).transpose(1, 2)[:, :, 77:] for _ in range(4))
     lse = torch.empty(2, 3, 35)
@@ -155,8 +154,8 @@ def test_attention_fits_into_shared_memory(compiled, monkeypatch, capability, ro
         attend.launch_attend(q, k, v, torch.zeros(1, tokens), d**-0.5)
         attend_drawn.launch_attend_drawn(q, k, v, *drawn, head_draws, runs[:tokens], 0, d**-0.5, 1.4)
     assert len(compiled) == 4 and 0 < max(compiled.shared) <= room
-    # The counterpart: what larger cards take does not fit into the smaller ones'.
-    assert (max(compiled.shared) > 99 * 1024) == (room > 99 * 1024)
+    # The counterpart: larger cards take more for heads of 128, in stages that the smaller ones go without.
+    assert (max(compiled.shared[2:]) > 90 * 1024) == (room > 99 * 1024)
 
 
 # Hopper; an A100's, those of RTX cards (40 and 50; the 30s have the room of the 40s). Small heads where there is the

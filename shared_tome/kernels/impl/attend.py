@@ -19,25 +19,43 @@ _CONFIG: dict[int, Config] = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3)}
 # The same where there are so few programs that a large GPU would wait for its last ones, and (heads of 64) some more.
 _SMALL, _MEDIUM = (64, 64, 4, 3), (64, 128, 4, 3)
 _FEW, _SOME = 400, 1000
-# Heads of 128 take up to 128 KiB of shared memory on an A100, where _CONFIG is meant to fit, and 192 of 227 on Hopper;
-# cards with 99 KiB (RTX) have room for this one.
+# Heads of 128 take 129 KiB of shared memory on Hopper and 97 elsewhere (Triton 3.7). Cards with 99 KiB (RTX) have one
+# that leaves them room; none was at hand to be timed.
 _ROOM = 136 * 1024
 NARROW = (64, 64, 4, 2)
 LOG2_E = 1.4426950408889634
 
 
 @triton.jit
+def softmax_step(total, top, mass, logits, values, scale, bias, WEIGHED: tl.constexpr):
+    """One more block of keys, by its logits [ROWS, KEYS] and values [KEYS, BLOCK]; exp2 is the GPU's own.
+
+    total [ROWS, BLOCK], top and mass [ROWS]: the sum of the values, the greatest exponent of two and the sum of what
+    the values weigh, so far. bias: the keys' weights' logarithm, to the base of two. WEIGHED: of each key; else one
+    for all: the greatest logit is then looked for before it is scaled, an instruction less for each. scale: above 0.
+    """
+    if WEIGHED:
+        logits = logits * scale + bias
+        higher = tl.maximum(top, tl.max(logits, 1))
+        share = tl.exp2(logits - higher[:, None])
+    else:
+        higher = tl.maximum(top, tl.max(logits, 1) * scale + bias)
+        share = tl.exp2(logits * scale - (higher - bias)[:, None])
+    shrink = tl.exp2(top - higher)
+    mass = mass * shrink + tl.sum(share, 1)
+    return tl.dot(share.to(values.dtype), values, total * shrink[:, None]), higher, mass
+
+
+@triton.jit
 def _add_keys(
-    query, total, top, mass, key, value, weights, lighter, listed,
+    query, total, top, mass, key, value, bias, listed,
     k2, v2, first, keys, scale,
     HEAD: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr, WEIGHED: tl.constexpr,
     LISTED: tl.constexpr,
 ):  # fmt: skip
-    """KEYS keys from `first` on; exponents are powers of two, exp2 is the GPU's own.
+    """KEYS keys from `first` on. bias: see softmax_step; WEIGHED: where each key's lies, natural logarithms.
 
-    WHOLE: all of them are there. WEIGHED: each by its own of `weights`, natural logarithms; else all by -`lighter`, a
-    power of two: the greatest logit is then looked for before it is scaled, an instruction less for each. scale: above
-    0. LISTED: keys are the tokens that `listed` has at these places.
+    WHOLE: all of these keys are there. LISTED: they are the tokens that `listed` has at these places.
     """
     at = first + tl.arange(0, KEYS)
     channel = tl.arange(0, BLOCK)
@@ -56,41 +74,30 @@ def _add_keys(
     # Keys that are not there weigh nothing.
     logits = tl.dot(query, k)
     if WEIGHED:
-        bias = tl.load(weights + at, mask=at < keys, other=float("-inf")) * 1.4426950408889634
-        logits = logits * scale + bias[None, :]
-        higher = tl.maximum(top, tl.max(logits, 1))
-        share = tl.exp2(logits - higher[:, None])
+        weights = tl.load(bias + at, mask=at < keys, other=float("-inf")) * 1.4426950408889634
+        return softmax_step(total, top, mass, logits, v, scale, weights[None, :], True)
     else:
         if not WHOLE:
             logits = tl.where((at < keys)[None, :], logits, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, 1) * scale - lighter)
-        share = tl.exp2(logits * scale - (higher + lighter)[:, None])
-    shrink = tl.exp2(top - higher)
-    mass = mass * shrink + tl.sum(share, 1)
-    total = tl.dot(share.to(v.dtype), v, total * shrink[:, None])
-    return total, higher, mass
+        return softmax_step(total, top, mass, logits, v, scale, bias, False)
 
 
 @triton.jit
 def add_all_keys(
-    query, total, top, mass, key, value, weights, lighter, listed,
+    query, total, top, mass, key, value, bias, listed,
     k2, v2, begin, end, scale,
     HEAD: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WEIGHED: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """Keys from `begin` to `end`, as _add_keys has them.
-
-    query: [ROWS, BLOCK]; total [ROWS, BLOCK], top and mass [ROWS]: the sum of the values, the greatest exponent and the
-    sum of what the values weigh, so far.
-    """
+    """Keys from `begin` to `end`, as _add_keys has them. query: [ROWS, BLOCK]."""
     whole = begin + (end - begin) // KEYS * KEYS
     for first in range(begin, whole, KEYS):
         total, top, mass = _add_keys(
-            query, total, top, mass, key, value, weights, lighter, listed, k2, v2, first, end, scale,
+            query, total, top, mass, key, value, bias, listed, k2, v2, first, end, scale,
             HEAD, BLOCK, KEYS, True, WEIGHED, LISTED,
         )  # fmt: skip
     if whole < end:
         total, top, mass = _add_keys(
-            query, total, top, mass, key, value, weights, lighter, listed, k2, v2, whole, end, scale,
+            query, total, top, mass, key, value, bias, listed, k2, v2, whole, end, scale,
             HEAD, BLOCK, KEYS, False, WEIGHED, LISTED,
         )  # fmt: skip
     return total, top, mass
@@ -116,7 +123,7 @@ def _attend_kernel(
     top = tl.full((ROWS,), -1e30, tl.float32)
     mass = tl.zeros((ROWS,), tl.float32)
     total, top, mass = add_all_keys(
-        query, total, top, mass, key, value, weight, 0.0, weight, k2, v2, 0, keys, scale,
+        query, total, top, mass, key, value, weight, weight, k2, v2, 0, keys, scale,
         HEAD, BLOCK, KEYS, True, False,
     )  # fmt: skip
     target = out + ((batch * tokens + token.to(tl.int64)) * heads + head) * HEAD

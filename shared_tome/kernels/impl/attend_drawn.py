@@ -22,7 +22,7 @@ _CONFIG: Config = (64, 64, 4, 3)
 @triton.jit
 def _attend_drawn_kernel(
     q, k, v, drawn_k, drawn_v, drawn, runs, made, heads, tokens, start, image, kept, head_draws, rows, scale, share,
-    lighter,
+    beside,
     q0, q1, q2, k0, k1, k2, v0, v1, v2,
     HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, ALONE: tl.constexpr,
     LISTED: tl.constexpr,
@@ -30,8 +30,8 @@ def _attend_drawn_kernel(
     """ROWS queries of one head of one batch row.
 
     ALONE: there are no tokens beside the image's. LISTED: drawn keys and values are read from k and v, else from
-    drawn_k and drawn_v [B, H, kept, HEAD], contiguous. share: 1 / s where a drawn key counts s times, lighter: log2(s);
-    all is counted in units of s, so drawn keys have no weight.
+    drawn_k and drawn_v [B, H, kept, HEAD], contiguous. share: 1 / s where a drawn key counts s times, beside: its
+    logarithm to the base of two; all is counted in units of s, so drawn keys have no weight.
     """
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
@@ -65,22 +65,22 @@ def _attend_drawn_kernel(
     total -= less[:, None] * value
     if LISTED:
         total, top, mass = add_all_keys(
-            query, total, top, mass, image_k, image_v, k, 0.0, drawn, k2, v2, 0, kept, scale,
+            query, total, top, mass, image_k, image_v, 0.0, drawn, k2, v2, 0, kept, scale,
             HEAD, BLOCK, KEYS, False, True,
         )  # fmt: skip
     else:
         first = (batch * heads + head) * kept * HEAD
         total, top, mass = add_all_keys(
-            query, total, top, mass, drawn_k + first, drawn_v + first, k, 0.0, drawn, HEAD, HEAD, 0, kept, scale,
+            query, total, top, mass, drawn_k + first, drawn_v + first, 0.0, drawn, HEAD, HEAD, 0, kept, scale,
             HEAD, BLOCK, KEYS, False, False,
         )  # fmt: skip
     if not ALONE:
         total, top, mass = add_all_keys(
-            query, total, top, mass, k, v, k, lighter, drawn, k2, v2, 0, start, scale,
+            query, total, top, mass, k, v, beside, drawn, k2, v2, 0, start, scale,
             HEAD, BLOCK, KEYS, False, False,
         )  # fmt: skip
         total, top, mass = add_all_keys(
-            query, total, top, mass, k, v, k, lighter, drawn, k2, v2, start + image, tokens, scale,
+            query, total, top, mass, k, v, beside, drawn, k2, v2, start + image, tokens, scale,
             HEAD, BLOCK, KEYS, False, False,
         )  # fmt: skip
     target = made + ((batch * tokens + far) * heads + head) * HEAD
@@ -112,7 +112,7 @@ def launch_attend_drawn(
     _attend_drawn_kernel[(-(-tokens // rows), batch * heads)](
         q, k, v, k if listed else drawn_k.contiguous(), v if listed else drawn_v.contiguous(), head_draws.contiguous(),
         runs, made, heads, tokens, start, runs.shape[0], head_draws.shape[2], head_draws.shape[0], head_draws.shape[1],
-        scale * LOG2_E, math.exp(-weight), weight * LOG2_E,
+        scale * LOG2_E, math.exp(-weight), -weight * LOG2_E,
         *strides(q, k, v),
         HEAD=d, BLOCK=block, ROWS=rows, KEYS=keys, ALONE=tokens == runs.shape[0], LISTED=listed,
         num_warps=warps, num_stages=stages,

@@ -55,14 +55,7 @@ def _draw_kernel(
 
 
 def launch_draw(
-    order: Tensor,
-    seed: Tensor,
-    step: Tensor | None,
-    number: int,
-    kept: int,
-    layer: int,
-    count: int,
-    elements: int = _ELEMENTS,
+    order: Tensor, seed: Tensor, step: Tensor | None, number: int, kept: int, layer: int, count: int
 ) -> Tensor:
     """The choices [count, b, M] of `count` layers from `layer` on.
 
@@ -72,7 +65,7 @@ def launch_draw(
     rows = seed.shape[0]
     longest = -(-tokens // kept)
     slots = power_of_two(longest)
-    runs = max(1, min(elements // slots, power_of_two(kept)))
+    runs = max(1, min(_ELEMENTS // slots, power_of_two(kept)))
     out = torch.empty((count, rows, kept), dtype=torch.int64, device=seed.device)
     _draw_kernel[(-(-kept // runs), count, rows)](
         order.contiguous(), seed, seed if step is None else step, number, out, tokens, kept, longest, layer, rows,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.groups import check_rows
 from ...core.multires import LEAST, Counts, Drawn, Tiles, is_of_keys
-from .attend import LOG2_E
+from .attend import LOG2_E, softmax_step
 from .compiler import heads_like, power_of_two, strides, tl, together, triton
 from .multires_choose import Config, config_for, launch_choose
 
@@ -23,8 +23,7 @@ def _add_keys(
     k2, v2, scale,
     HEAD: tl.constexpr, BLOCK: tl.constexpr, SAME: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
-    """The keys `token` [KEYS]. bias: their weights' logarithm, to the base of two: one for all, or WEIGHED [1 or ROWS,
-    KEYS]."""
+    """The keys `token` [KEYS]. bias: as softmax_step has it, WEIGHED [1 or ROWS, KEYS]."""
     channel = tl.arange(0, BLOCK)
     place = token[:, None] * k2 + channel[None, :]
     at_key = key + place
@@ -34,18 +33,7 @@ def _add_keys(
     else:
         mask = (channel < HEAD)[None, :]
         k, v = tl.load(at_key, mask=mask, other=0.0), tl.load(at_value, mask=mask, other=0.0)
-    logits = tl.dot(query, tl.trans(k))
-    if WEIGHED:
-        logits = logits * scale + bias
-        higher = tl.maximum(top, tl.max(logits, 1))
-        share = tl.exp2(logits - higher[:, None])
-    else:
-        higher = tl.maximum(top, tl.max(logits, 1) * scale + bias)
-        share = tl.exp2(logits * scale - (higher - bias)[:, None])
-    shrink = tl.exp2(top - higher)
-    mass = mass * shrink + tl.sum(share, 1)
-    total = tl.dot(share.to(v.dtype), v, total * shrink[:, None])
-    return total, higher, mass
+    return softmax_step(total, top, mass, tl.dot(query, tl.trans(k)), v, scale, bias, WEIGHED)
 
 
 @triton.jit

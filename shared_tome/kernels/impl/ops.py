@@ -20,7 +20,6 @@ from ...core.partition import partition
 from ..names import NAMESPACE, SELECTED, log
 from .attend import launch_attend
 from .attend_drawn import launch_attend_drawn
-from .by_head import launch_take_by_head
 from .compiler import VERSION as VERSION
 from .compiler import heads_like, together
 from .draw import launch_draw
@@ -31,7 +30,7 @@ from .multires import launch_multires
 from .multires_choose import launch_choose
 from .nearest import launch_nearest
 from .select import empty_plan, launch_select
-from .self_token import launch_self_token
+from .self_token import launch_self_token, launch_take_by_head
 from .split import launch_split
 from .widen import launch_widen, launch_widen_one
 
@@ -136,14 +135,6 @@ def _plain_attend_drawn(q, k, v, drawn_k, drawn_v, *given):
     return self_token.attend_drawn(q, k, v, *given)
 
 
-def _launch_choose(q, k, tiles, counts, scale):
-    return launch_choose(*together(q, k), tiles, counts, scale)
-
-
-def _plain_choose(q, k, tiles, counts, scale):
-    return multires.choose(multires.scores(q, k, tiles, scale), tiles, counts)
-
-
 def _fake_draw(order, seed, step, number, kept, layer, count):
     return order.new_empty((count, seed.numel(), kept))
 
@@ -233,4 +224,4 @@ _operator(
     "float scale) -> Tensor",
     _multires, _fake_attend,
 )  # fmt: skip
-_kernel("choose_multires", _launch_choose, _plain_choose)
+_kernel("choose_multires", lambda q, k, *given: launch_choose(*together(q, k), *given), multires.choose_lists)

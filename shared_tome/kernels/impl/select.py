@@ -61,9 +61,7 @@ def empty_plan(rows: int, src: Tensor, dst: Tensor, goes: int) -> tuple[Tensor, 
     return src.new_empty((rows, tokens - goes)), src.new_empty((rows, tokens))
 
 
-def launch_select(
-    similarity: Tensor, target: Tensor, src: Tensor, dst: Tensor, goes: int, warps: int | None = None
-) -> tuple[Tensor, Tensor]:
+def launch_select(similarity: Tensor, target: Tensor, src: Tensor, dst: Tensor, goes: int) -> tuple[Tensor, Tensor]:
     """index [B, M] (the src that stay as they come, then all dst) and groups [B, N].
 
     similarity, target: [B, S], src: [b, S], dst: [b, D]; goes: how many src go.
@@ -76,6 +74,6 @@ def launch_select(
         similarity.contiguous(), target.contiguous(), src.contiguous(), dst.contiguous(), index, groups, src_count,
         dst_count, src_count - goes, src.shape[0],
         BITS=8 * similarity.element_size(), SRC=held, DST=_DST,
-        num_warps=warps or max(4, min(32, held // 256)),
+        num_warps=max(4, min(32, held // 256)),
     )  # fmt: skip
     return index, groups

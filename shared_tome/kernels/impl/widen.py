@@ -11,7 +11,7 @@ from ...core.channels import KEY, VALUE, extra_channels
 from .compiler import power_of_two, tl, triton
 
 # Elements of a program, warps. Not tuned.
-_CONFIG = (4096, 4)
+_ELEMENTS, _WARPS = 4096, 4
 _KEY, _VALUE = tl.constexpr(KEY), tl.constexpr(VALUE)
 
 
@@ -74,7 +74,6 @@ def launch_widen_one(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
 
 
 def _launch(parts: tuple[Tensor, ...], bias: Tensor | None, kind: int) -> list[Tensor]:
-    elements, warps = _CONFIG
     d = parts[0].shape[-1]
     wide = d + extra_channels(d)
     made = [x.new_empty((*x.shape[:-1], wide)) for x in parts]
@@ -86,13 +85,13 @@ def _launch(parts: tuple[Tensor, ...], bias: Tensor | None, kind: int) -> list[T
         weight = bias.float().expand(k.shape[:-1])
         strides = weight.stride()
     block = power_of_two(wide)
-    rows = max(1, elements // block)
+    rows = max(1, _ELEMENTS // block)
     heads = max(x.shape[1] * x.shape[2] for x in parts)
     _widen_kernel[(-(-heads // rows), parts[0].shape[0], len(parts))](
         q, k, v, *made * (3 // len(parts)), weight, q.shape[1], q.shape[2], k.shape[1], k.shape[2],
         *q.stride(), *k.stride(), *v.stride(), *strides, d**0.5,
         FROM=kind, HEAD=d, WIDE=wide, ROWS=rows, BLOCK=block,
-        num_warps=warps,
+        num_warps=_WARPS,
         enable_fp_fusion=False,  # the rounding error is that of the rounded product, as in plain torch
     )  # fmt: skip
     return made
