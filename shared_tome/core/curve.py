@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,25 +26,28 @@ _QUADRANT = _table((0, 1, 3, 2), (0, 3, 1, 2), (2, 3, 1, 0), (2, 1, 3, 0))
 _STATE = _table((1, 0, 3, 0), (0, 2, 1, 1), (2, 1, 2, 3), (3, 3, 0, 2))
 
 
-def curve_order(grid: Grid, device: torch.device) -> Tensor:
-    """The tokens of a grid in the order of a Hilbert curve, [N] int64. Do not write to it: it is shared.
+def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A pure function, whose tensors are made once for the same arguments. Do not write to them: they are shared.
 
-    A pure function of its arguments, remembered because it costs a sort. Traced anew under torch.compile, where
-    a remembered tensor would become a constant of the graph.
+    Traced anew under torch.compile, where a remembered tensor would become a constant of the graph.
     """
-    if is_compiling():
-        return ordered(grid, device)
-    return _remembered_order(grid, device)
+
+    @functools.lru_cache(maxsize=64)
+    def known(*given: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*given)
+
+    @functools.wraps(make)
+    def found(*given: Any) -> Any:
+        return make(*given) if is_compiling() else known(*given)
+
+    return found
 
 
-@functools.lru_cache(maxsize=64)
-def _remembered_order(grid: Grid, device: torch.device) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        return ordered(grid, device)
-
-
-def ordered(grid: Grid, device: torch.device) -> Tensor:
-    """The same, computed: one frame's Hilbert curve; in video two frames at a time, four tokens of each by turns.
+@remembered
+def curve_order(grid: Grid, device: torch.device) -> Tensor:
+    """The tokens of a grid in the order of a Hilbert curve, [N] int64; in video two frames at a time, four tokens of
+    each by turns.
 
     So a run of four is a 2x2 cell of one frame and a run of eight the same cell of two frames: neighbours in time
     are mostly alike, but less so than neighbours in a frame (a latent frame stands for several of the video).

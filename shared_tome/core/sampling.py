@@ -8,14 +8,11 @@ a layer sees them all (a low-discrepancy walk). Nothing is matched, nothing is u
 
 from __future__ import annotations
 
-import functools
-import math
-
 import torch
 from torch import Tensor
 
 from ..methods import MAX_RUN
-from .curve import curve_order, is_compiling
+from .curve import curve_order, is_compiling, remembered
 from .grid import Grid
 from .noise import bits, key
 
@@ -32,17 +29,13 @@ def run_lengths(tokens: int, kept: int, device: torch.device) -> tuple[Tensor, T
 
 
 def run_of_token(grid: Grid, kept: int, order: Tensor) -> Tensor:
-    """The number of each token's run, [N] int64. Remembered as curve_order is, so do not write to it.
-
-    order: curve_order of the grid.
-    """
+    """The number of each token's run, [N] int64; do not write to it. order: curve_order of the grid."""
     return _run_of_token(order, kept) if is_compiling() else _remembered_runs(grid, kept, order.device)
 
 
-@functools.lru_cache(maxsize=64)
+@remembered
 def _remembered_runs(grid: Grid, kept: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        return _run_of_token(curve_order(grid, device), kept)
+    return _run_of_token(curve_order(grid, device), kept)
 
 
 def _run_of_token(order: Tensor, kept: int) -> Tensor:
@@ -52,32 +45,6 @@ def _run_of_token(order: Tensor, kept: int) -> Tensor:
     return torch.empty_like(run).scatter(0, order, run)
 
 
-def walk_table(grid: Grid, kept: int, seed: Tensor, order: Tensor) -> Tensor:
-    """Each run's tokens in a random order, [b, M, L], L the longest run's length; shorter ones end in padding.
-
-    It depends on the seed alone, so every step finds the same one. order: curve_order(grid).
-    """
-    tokens = math.prod(grid)
-    start, length = run_lengths(tokens, kept, seed.device)
-    longest = -(-tokens // kept)
-    slot = torch.arange(longest, device=seed.device)  # (L,)
-    noise = bits(key(seed.reshape(-1), tokens, kept), kept * longest).reshape(-1, kept, longest)  # (b, M, L)
-    # Slots beyond a shorter run's end sort last, where walk_rows never looks. In 31 bits: not every backend sorts
-    # int64; stable, so that equal numbers fall the same way everywhere.
-    noise = ((noise >> 2) + ((slot >= length[:, None]).long() << 30)).to(torch.int32)
-    slot = noise.argsort(dim=-1, stable=True)  # (b, M, L)
-    return order[(start[:, None] + slot).clamp_max(tokens - 1)]
-
-
-def walk_rows(walk: Tensor, tokens: int, step: int | Tensor, layer: int, count: int) -> Tensor:
-    """The choices [count, b, M] of `count` layers from `layer` on, in one gather."""
-    rows, kept, _ = walk.shape
-    _, length = run_lengths(tokens, kept, walk.device)
-    turn = (torch.arange(layer, layer + count, device=walk.device) + step)[:, None] % length  # (count, M)
-    chosen = walk.gather(2, turn.t()[None].expand(rows, -1, -1))  # (b, M, count)
-    return chosen.permute(2, 0, 1).contiguous()  # (count, b, M)
-
-
 def draw(order: Tensor, kept: int, seed: Tensor, step: int | Tensor, layer: int, count: int) -> Tensor:
     """The choices [count, b, M] of the layers `layer` to `layer + count - 1`.
 
@@ -85,5 +52,16 @@ def draw(order: Tensor, kept: int, seed: Tensor, step: int | Tensor, layer: int,
         order: curve_order of the grid, [N]. kept: M, see kept_count.
         seed: [] or [b], int64. step: number or 0-d tensor. layer: the layer's place among those of its grid.
     """
-    tokens = order.shape[0]
-    return walk_rows(walk_table((1, tokens), kept, seed, order), tokens, step, layer, count)
+    tokens, longest = order.shape[0], -(-order.shape[0] // kept)
+    start, length = run_lengths(tokens, kept, seed.device)
+    # Each run's tokens in a random order that depends on the seed alone, [b, M, L], L the longest run's length.
+    slot = torch.arange(longest, device=seed.device)  # (L,)
+    noise = bits(key(seed.reshape(-1), tokens, kept), kept * longest).reshape(-1, kept, longest)  # (b, M, L)
+    # Slots beyond a shorter run's end sort last, where no turn comes to. In 31 bits: not every backend sorts
+    # int64; stable, so that equal numbers fall the same way everywhere.
+    noise = ((noise >> 2) + ((slot >= length[:, None]).long() << 30)).to(torch.int32)
+    slot = noise.argsort(dim=-1, stable=True)  # (b, M, L)
+    walk = order[(start[:, None] + slot).clamp_max(tokens - 1)]
+    turn = (torch.arange(layer, layer + count, device=walk.device) + step)[:, None] % length  # (count, M)
+    chosen = walk.gather(2, turn.t()[None].expand(len(walk), -1, -1))  # (b, M, count)
+    return chosen.permute(2, 0, 1).contiguous()  # (count, b, M)

@@ -118,7 +118,12 @@ class ModelCall:
         layer = self._layers.get(grid, 0)
         self._layers[grid] = layer + 1
         if self.config.samples:
-            plan = self._sample(metric.shape[0], grid, layer)
+
+            def draw(kept: int) -> Tensor:
+                return self._draw(grid, kept, layer)
+
+            plan = sampled(metric.shape[0], grid, self.config, draw, self.seed, self.step, layer)
+            plan.known_runs = self._runs.get(grid)
         else:
             parts = self._parts(grid, layer)
             plan = match_tokens(metric, grid, self._matching, seed=self.seed, step=self.step, layer=layer, parts=parts)
@@ -141,21 +146,9 @@ class ModelCall:
             self._split[grid] = first, kernels.split(grid, self.config, self.seed, self.step, first, _SPLIT_AT_ONCE)
         return self._split[grid][1][place]
 
-    def _sample(self, batch: int, grid: Grid, layer: int) -> Plan:
-        """As match_tokens, but drawn for many layers at once."""
-        tokens, kept = math.prod(grid), kept_of(grid, self.config)
-        if kept == tokens:
-            return Plan(batch, tokens, tokens, self.seed.device)
-
-        def draw() -> Tensor:
-            return self._draw(grid, kept, layer)
-
-        plan = sampled(batch, grid, self.config, kept, draw, self.seed, self.step, layer)
-        plan.known_runs = self._runs.get(grid)
-        return plan
-
     def _draw(self, grid: Grid, kept: int, layer: int) -> Tensor:
-        """The tokens of a layer, [T, b, kept]: its own choice and what heads that draw for themselves take."""
+        """The tokens of a layer, [T, b, kept]: its own choice and what heads that draw for themselves take. Those of
+        many layers are drawn at once."""
         tokens = math.prod(grid)
         # Heads that draw apart want the turns after the layer's own, as many as a run has.
         head_draws = min(_HEAD_DRAWS, -(-tokens // kept)) if self.config.keeps_self else 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import ToMeConfig
-from ..core.curve import curve_order, is_compiling
+from ..core.curve import curve_order, is_compiling, remembered
 from ..core.grid import Grid
 from ..core.matching import downsample
 from ..core.multires import shares_of, work
@@ -67,7 +67,11 @@ def match_tokens(
         raise ValueError("a distillation token comes after a class token: distill_token needs class_token")
     seed = _seed(config, generator, seed, metric.device)
     if config.samples:
-        return _sample(batch, grid, config, seed, step, layer)
+
+        def draw(kept: int) -> Tensor:
+            return kernels.draw(curve_order(grid, seed.device), kept, seed, step, layer, 1)
+
+        return sampled(batch, grid, config, draw, seed, step, layer)
     dst_tokens = dst_count(grid, config)
     goes = min(int(tokens * config.ratio), tokens - dst_tokens - int(class_token))
     if goes <= 0 or dst_tokens <= int(distill_token):
@@ -85,18 +89,6 @@ def match_tokens(
     return MergePlan(batch, index, groups, mean=means, fills=kind.fills, chain=chain)
 
 
-def _sample(batch: int, grid: Grid, config: ToMeConfig, seed: Tensor, step: int | Tensor, layer: int) -> Plan:
-    """One layer's choice."""
-    kept = kept_of(grid, config)
-    if kept == math.prod(grid):
-        return Plan(batch, kept, kept, seed.device)
-
-    def draw() -> Tensor:
-        return kernels.draw(curve_order(grid, seed.device), kept, seed, step, layer, 1)
-
-    return sampled(batch, grid, config, kept, draw, seed, step, layer)
-
-
 def kept_of(grid: Grid, config: ToMeConfig) -> int:
     """How many of the grid's tokens are drawn, where keys are drawn (config.samples); as many as multires works on."""
     tokens = math.prod(grid)
@@ -108,28 +100,27 @@ def sampled(
     batch: int,
     grid: Grid,
     config: ToMeConfig,
-    kept: int,
-    draw: Callable[[], Tensor],
+    draw: Callable[[int], Tensor],
     seed: Tensor,
     step: int | Tensor,
     layer: int,
-) -> SamplePlan:
-    """The plan of tokens that `draw` gives, [T, b, kept], by the method: sample or multires."""
+) -> Plan:
+    """One layer's plan of the tokens that draw(kept) gives, [T, b, kept], by the method: sample or multires."""
+    kept = kept_of(grid, config)
+    if kept == math.prod(grid):
+        return Plan(batch, kept, kept, seed.device)
     if config.method == "multires":
-        return MultiresPlan(batch, grid, kept, draw, shares_of(config), seed, step, layer)
-    return SamplePlan(batch, grid, draw())
+        return MultiresPlan(batch, grid, kept, functools.partial(draw, kept), shares_of(config), seed, step, layer)
+    return SamplePlan(batch, grid, draw(kept))
 
 
-@functools.lru_cache(maxsize=64)
-def _remembered_downsample(
-    batch: int, grid: Grid, goes: int, stride: tuple[int, int], device: torch.device
-) -> MergePlan:
+@remembered
+def _remembered_downsample(batch: int, grid: Grid, goes: int, stride: tuple[int, int], device: torch.device) -> Plan:
     """The same for every layer and step: about thirty launches once."""
-    with torch.inference_mode(False), torch.no_grad():
-        return _downsample(batch, grid, goes, ToMeConfig(method="downsample", stride=stride), device)
+    return _downsample(batch, grid, goes, ToMeConfig(method="downsample", stride=stride), device)
 
 
-def _downsample(batch: int, grid: Grid, goes: int, config: ToMeConfig, device: torch.device) -> MergePlan:
+def _downsample(batch: int, grid: Grid, goes: int, config: ToMeConfig, device: torch.device) -> Plan:
     index, groups, even = downsample(grid, goes, config, device)
     return MergePlan(batch, index, groups, even=even)
 
