@@ -34,6 +34,7 @@ from .metrics import frechet, frechet_gap, standard_error, to_range
 from .reuse import Which, reusing
 
 KNOWN_SEED = 303  # of the pictures to inpaint; see lab/models/classifier.py
+KEYS = ("variant", "sampler")
 PRECISIONS = ("float32", "mixed", "half")
 
 
@@ -172,9 +173,6 @@ class Bench:
         return self._timed[place]
 
 
-KEYS = ("variant", "sampler")
-
-
 def arguments(prog: str, doc: str, batch: int, precision: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m lab.fidelity.{prog}", description=doc.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
@@ -212,22 +210,18 @@ class Measurement:
         if self.judge and self.judge.data != data:
             raise ValueError(f"{args.classifier} knows the pictures {self.judge.data!r}, the model paints {data!r}")
         gpu = self.bench.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.bench.device) if gpu else f"CPU {platform.machine()}"
         self.stamp = {
-            **counts,
-            "precision": args.precision,
-            "device": torch.cuda.get_device_name(self.bench.device) if gpu else f"CPU {platform.machine()}",
-            "torch": torch.__version__,
-            "date": date.today().isoformat(),
-            "commit": args.commit,
-            "model": self.bench.hash,
-        }
+            **counts, "precision": args.precision, "device": name, "torch": torch.__version__,
+            "date": date.today().isoformat(), "commit": args.commit, "model": self.bench.hash,
+        }  # fmt: skip
         self.store, self.budget = Store(args.out, KEYS), Budget(args.minutes)
         for row in self.store.rows:
             for column in (*counts, "precision", "device", "model"):
-                if str(row[column]) != str(self.stamp[column]):
+                was, now = row[column], self.stamp[column]
+                if str(was) != str(now):
                     raise ValueError(
-                        f"{args.out} was measured with {column} {row[column]}, this is {self.stamp[column]}: choose "
-                        "another --out"
+                        f"{args.out} was measured with {column} {was}, this is {now}: choose another --out"
                     )
         self.references: dict[str, Pictures] = {}
 

@@ -99,14 +99,9 @@ class Autoencoder(nn.Module):
 
 
 def train(
-    autoencoder: Autoencoder,
-    bank: Tensor,
-    seed: int,
-    seconds: float | None,
-    steps: int | None = None,
-    batch: int = 32,
+    autoencoder: Autoencoder, bank: Tensor, seed: int, seconds: float | None, steps: int | None = None, batch: int = 32,
     rate: float = 1e-3,
-) -> None:
+) -> None:  # fmt: skip
     """Train on pictures [n, H, W, 3] (uint8, on the autoencoder's device) for some seconds or some steps."""
     device = bank.device
     generator = torch.Generator(device).manual_seed(seed)

@@ -33,11 +33,11 @@ class Classifier(nn.Module):
     63.
     """
 
-    def __init__(self, pictures: PictureSet = DEMO, width: int = 24):
+    def __init__(self, pictures: PictureSet = DEMO):
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
-        for out in (width, 2 * width, *(4 * width,) * (2 if pictures.size <= 64 else 3)):
+        for out in (24, 48, *(96,) * (2 if pictures.size <= 64 else 3)):
             layers += [nn.Conv2d(channels, out, 3, 2, 1), nn.BatchNorm2d(out), nn.SiLU()]
             channels = out
         self.body = nn.Sequential(*layers)
@@ -77,13 +77,9 @@ def _flat(bank) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    per_class: int = 256,
-    real_per_class: int = 100,
-    epochs: int = 6,
-    device: str = "cpu",
-    workers: int | None = None,
+    per_class: int = 256, real_per_class: int = 100, epochs: int = 6, device: str = "cpu", workers: int | None = None,
     data: PictureSet = DEMO,
-) -> Judge:
+) -> Judge:  # fmt: skip
     """Train from a fixed seed; every picture once an epoch."""
     pixels, classes = _flat(make_bank(per_class, TRAIN_SEED, workers, data))
     real, real_classes = _flat(make_bank(real_per_class, REAL_SEED, workers, data))
@@ -110,9 +106,8 @@ def train(
         schedule.step()
     classifier.eval()
     with torch.no_grad():
-        features = torch.cat(
-            [classifier.features(as_pictures(part.to(device)).contiguous()).cpu() for part in real.split(256)]
-        )
+        parts = (as_pictures(part.to(device)).contiguous() for part in real.split(256))
+        features = torch.cat([classifier.features(part).cpu() for part in parts])
         scores = classifier.cpu().head(F.silu(features))
     return Judge(classifier, features, (scores.argmax(-1) == real_classes).float().mean().item(), data.name)
 

@@ -74,10 +74,10 @@ def hue_colour(h: float, saturation: float, value: float) -> np.ndarray:
     return (value * (1 - saturation + saturation * wheel.clip(0, 1))).astype(np.float32)
 
 
-def _rough(rng: Generator, octaves: int = 5) -> np.ndarray:
+def _rough(rng: Generator) -> np.ndarray:
     """A ridge line: a rough periodic curve [DRAWN] of about -1 to 1."""
     t = np.linspace(0, 1, DRAWN, dtype=np.float32)
-    waves = [0.55**k * np.sin(2 * math.pi * (rng.uniform(0.6, 1.1) * 2**k * t + rng.random())) for k in range(octaves)]
+    waves = [0.55**k * np.sin(2 * math.pi * (rng.uniform(0.6, 1.1) * 2**k * t + rng.random())) for k in range(5)]
     return np.sum(waves, axis=0) / 1.6
 
 
@@ -85,10 +85,8 @@ def _dusk(rng: Generator, horizon: float) -> np.ndarray:
     """A sky [DRAWN, DRAWN, 3] at sunset, with a sun somewhere above ``horizon`` (y, -1 is the top)."""
     x, y = _grid()
     up = ((horizon - y) / (horizon + 1)).clip(0, 1)[..., None]
-    low, high = (
-        hue_colour(rng.uniform(0.03, 0.12), 0.75, 1.0),
-        hue_colour(rng.uniform(0.58, 0.8), 0.65, rng.uniform(0.3, 0.6)),
-    )
+    low = hue_colour(rng.uniform(0.03, 0.12), 0.75, 1.0)
+    high = hue_colour(rng.uniform(0.58, 0.8), 0.65, rng.uniform(0.3, 0.6))
     sky = low + (high - low) * up**0.8
     sun = np.hypot(x - rng.uniform(-0.7, 0.7), y - rng.uniform(-0.55, horizon - 0.1))
     sky = sky + np.exp(-(sun**2) / 0.12)[..., None] * np.array([0.35, 0.2, 0.05])
@@ -119,18 +117,12 @@ def spheres(rng: Generator) -> np.ndarray:
     """One to three shiny balls on a floor, lit from one side, with their shadows."""
     x, y = _grid()
     horizon = rng.uniform(-0.3, 0.0)
-    wall, floor = (
-        hue_colour(rng.random(), 0.2, rng.uniform(0.6, 0.95)),
-        hue_colour(rng.random(), 0.25, rng.uniform(0.5, 0.85)),
-    )
+    wall = hue_colour(rng.random(), 0.2, rng.uniform(0.6, 0.95))
+    floor = hue_colour(rng.random(), 0.25, rng.uniform(0.5, 0.85))
     depth = (y - horizon).clip(0.02, None)
     check = (np.floor(1.1 * x / depth) + np.floor(1.2 / depth)) % 2 * np.clip(depth * 2, 0, 1)
-    floor_px = floor * (1 - 0.45 * check[..., None])
-    canvas = blend(
-        np.broadcast_to(wall, (DRAWN, DRAWN, 3)) * (0.85 - 0.25 * y[..., None]),
-        floor_px,
-        (y > horizon).astype(np.float32),
-    )
+    lit = np.broadcast_to(wall, (DRAWN, DRAWN, 3)) * (0.85 - 0.25 * y[..., None])
+    canvas = blend(lit, floor * (1 - 0.45 * check[..., None]), (y > horizon).astype(np.float32))
     light = np.array([rng.choice((-1.0, 1.0)) * rng.uniform(0.4, 0.7), -0.75, 0.65])
     light /= np.linalg.norm(light)
     count = int(rng.integers(1, 4))
@@ -166,11 +158,8 @@ def mountains(rng: Generator) -> np.ndarray:
         t = k / (layers - 1)
         line = -0.1 + 0.75 * t + (0.34 - 0.2 * t) * _rough(rng)
         haze = (0.25 * (1 - t) * np.clip((y - line[None]) / 0.5, 0, 1))[..., None]
-        canvas = blend(
-            canvas,
-            far + (near - far) * t + haze * np.array([1.0, 0.7, 0.5]),
-            np.clip((y - line[None]) * DRAWN / 2 + 0.5, 0, 1),
-        )
+        ridge = far + (near - far) * t + haze * np.array([1.0, 0.7, 0.5])
+        canvas = blend(canvas, ridge, np.clip((y - line[None]) * DRAWN / 2 + 0.5, 0, 1))
     return _finish(canvas)
 
 
@@ -253,19 +242,9 @@ class PictureSet:
         return tuple(self.painters)
 
 
-DEMO = PictureSet(
-    "demo",
-    SIZE,
-    {
-        **{name: partial(photo, spec=spec) for name, spec in PHOTOGRAPHS.items()},
-        "coins": coins,
-        "horse": horse,
-        "spheres": spheres,
-        "mountains": mountains,
-        "flower": flower,
-        "planet": planet,
-    },
-)
+_PHOTOS = {name: partial(photo, spec=spec) for name, spec in PHOTOGRAPHS.items()}
+_PAINTED = {each.__name__: each for each in (coins, horse, spheres, mountains, flower, planet)}
+DEMO = PictureSet("demo", SIZE, _PHOTOS | _PAINTED)
 CLASS_NAMES = DEMO.classes
 
 

@@ -192,17 +192,6 @@ def city(rng: Generator) -> np.ndarray:
     return to_bytes(canvas)
 
 
-FINE = PictureSet(
-    "fine",
-    SIZE,
-    {
-        "words": words,
-        "letters": letters,
-        **{name: partial(texture, name=name) for name in TEXTURES},
-        "retina": retina,
-        "wheel": wheel,
-        "cloth": cloth,
-        "gratings": gratings,
-        "city": city,
-    },
-)
+_SURFACES = {name: partial(texture, name=name) for name in TEXTURES}
+_OTHERS = {each.__name__: each for each in (retina, wheel, cloth, gratings, city)}
+FINE = PictureSet("fine", SIZE, {"words": words, "letters": letters, **_SURFACES, **_OTHERS})

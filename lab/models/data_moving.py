@@ -110,19 +110,10 @@ def _waves(rng: Generator, rings: bool) -> np.ndarray:
     return _video(frame)
 
 
-MOVING = PictureSet(
-    "moving",
-    SIZE,
-    {
-        **{name: partial(glide, spec=PHOTOGRAPHS[name]) for name in GLIDING},
-        "coins": coins,
-        "discs": discs,
-        "letter": letter,
-        "stripes": partial(_waves, rings=False),
-        "rings": partial(_waves, rings=True),
-    },
-    FRAMES,
-)
+_GLIDES = {name: partial(glide, spec=PHOTOGRAPHS[name]) for name in GLIDING}
+_FLYING = {"coins": coins, "discs": discs, "letter": letter}
+_WAVES = {"stripes": partial(_waves, rings=False), "rings": partial(_waves, rings=True)}
+MOVING = PictureSet("moving", SIZE, _GLIDES | _FLYING | _WAVES, FRAMES)
 
 
 SETS: dict[str, PictureSet] = {pictures.name: pictures for pictures in (DEMO, FINE, MOVING)}

@@ -1,13 +1,11 @@
 """A small diffusion transformer in the layout of Flux and Stable Diffusion 3, in plain torch.
 
 Pictures (or latents) are cut into patches, one token each. Text and image tokens attend to each other in one softmax
-(Esser et al., "Scaling Rectified Flow Transformers", arXiv 2403.03206, figure 2): first in double blocks, which have
-weights for either, then in single blocks, which have the same for both and run the MLP beside the attention
-(Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters", arXiv 2302.05442, section 2.1). Time modulates
-every block (Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748, adaLN-Zero). A token's
-place is told by rotating its queries and keys (Su et al., "RoFormer", arXiv 2104.09864), half of the channels by the
-row, half by the column; text is not rotated. A video is a picture with its frames one below the other; there a quarter
-of the channels turns with the frame.
+(Esser et al., arXiv 2403.03206, figure 2): first in double blocks, which have weights for either, then in single
+blocks, which have the same for both and run the MLP beside the attention (Dehghani et al., arXiv 2302.05442, section
+2.1). Time modulates every block (Peebles and Xie, arXiv 2212.09748, adaLN-Zero). Rotated queries and keys tell a
+token's place (Su et al., arXiv 2104.09864); text is not rotated. A video is a picture with its frames one below the
+other.
 """
 
 from __future__ import annotations
@@ -99,7 +97,7 @@ class RMSNorm(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """One softmax over text and image tokens. Without weights: ToMe's stand-in (fidelity/hooks.py) takes its place."""
+    """One softmax over text and image tokens. ToMe's stand-in (fidelity/hooks.py) takes its place."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, text: int) -> Tensor:
         """q, k, v [B, L, H, d] -> [B, L, H * d]. The first ``text`` of the L tokens are text."""
@@ -198,7 +196,7 @@ class SingleBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """Predicts the flow from a noisy picture or latent. See :meth:`forward`."""
+    """Predicts the flow from a noisy picture or latent."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()

@@ -32,13 +32,9 @@ class ClassModel(nn.Module):
     """
 
     def __init__(
-        self,
-        config: UNetConfig | DiTConfig,
-        classes: int,
-        tokens: int,
-        prediction: str = "v",
+        self, config: UNetConfig | DiTConfig, classes: int, tokens: int, prediction: str = "v",
         autoencoder: AutoencoderConfig | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")

@@ -54,7 +54,7 @@ def noisy(x0: Tensor, noise: Tensor, sigmas: Tensor, prediction: str = "v") -> t
     return signal * x0 + share * noise, target
 
 
-def loss_weights(sigmas: Tensor, prediction: str = "v", gamma: float = 6.0, floor: float = 0.15) -> Tensor:
+def loss_weights(sigmas: Tensor, prediction: str = "v") -> Tensor:
     """Weight of each sample's loss, [B]: 1 where noise prevails, less for nearly clean pictures; of a flow 1.
 
     After min-SNR (Hang et al., arXiv 2303.09556), but with the plain v-loss kept at high noise, where a few
@@ -64,7 +64,7 @@ def loss_weights(sigmas: Tensor, prediction: str = "v", gamma: float = 6.0, floo
     if prediction == "flow":
         return torch.ones_like(sigmas)
     snr = sigmas**-2
-    weights = (gamma / (snr + 1)).clamp(floor, 1.0)
+    weights = (6.0 / (snr + 1)).clamp(0.15, 1.0)
     return weights if prediction == "v" else (weights * (1 + sigmas**2)).clamp(max=10.0)
 
 
@@ -91,10 +91,10 @@ class Ema:
         torch._foreach_lerp_(self.average, self.source, 1 - decay)
 
 
-def learning_rate(step: int, progress: float, peak: float, warmup: int = 150, final: float = 0.02) -> float:
-    """Linear warm-up over steps, then a cosine over ``progress`` (0 to 1 of the budget) to final·peak."""
+def learning_rate(step: int, progress: float, peak: float) -> float:
+    """Linear warm-up over 150 steps, times a cosine over ``progress`` (0 to 1 of the budget) to 0.02 of the peak."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
-    return peak * min(1.0, (step + 1) / warmup) * (final + (1 - final) * cosine)
+    return peak * min(1.0, (step + 1) / 150) * (0.02 + 0.98 * cosine)
 
 
 def budgeted(seconds: float | None, steps: int | None, desc: str) -> Iterator[tuple[int, float]]:

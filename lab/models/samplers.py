@@ -30,36 +30,33 @@ SIGMA_MIN, SIGMA_MAX = 0.01, 100.0
 PREDICTIONS = ("v", "epsilon", "flow")
 
 
-def cosine_sigmas(steps: int = STEPS, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX) -> Tensor:
-    """Noise over signal at each training step, [steps], rising: tan of evenly spaced angles.
+def cosine_sigmas() -> Tensor:
+    """Tan of evenly spaced angles.
 
     This is the cosine schedule (Nichol and Dhariwal, arXiv 2102.09672) cut off at both ends, so that no entry
     is zero, infinite or equal to another, which samplers that look steps up by sigma rely on.
     """
-    angles = torch.linspace(math.atan(sigma_min), math.atan(sigma_max), steps, dtype=torch.float64)
-    return angles.tan().float()
+    return torch.linspace(math.atan(SIGMA_MIN), math.atan(SIGMA_MAX), STEPS, dtype=torch.float64).tan().float()
 
 
-def scaled_linear_sigmas(steps: int = STEPS, first: float = 0.00085, last: float = 0.012) -> Tensor:
-    """Noise over signal at each training step, [steps], rising from 0.03 to 14.6: the schedule of Stable Diffusion 1.x.
-
-    The roots of the betas are evenly spaced (Rombach et al., arXiv 2112.10752).
-    """
-    betas = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
+def scaled_linear_sigmas() -> Tensor:
+    """0.03 to 14.6, Stable Diffusion 1.x's: the betas' roots are evenly spaced (Rombach et al., arXiv 2112.10752)."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, STEPS, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)
     return ((1 - kept) / kept).sqrt().float()
 
 
-def flow_sigmas(steps: int = STEPS, shift: float = 1.0, margin: float = 0.001) -> Tensor:
-    """Noise over signal at each training step, [steps], rising: t / (1 - t) for evenly spaced t, then times shift.
+def flow_sigmas(shift: float = 1.0) -> Tensor:
+    """t / (1 - t) for evenly spaced t, neither 0 nor 1, times shift.
 
     shift: more noise for larger pictures, the root of how many times as many pixels they have (Esser et al., arXiv
-    2403.03206, section 5.3.2). margin: t begins and ends so far from 0 and 1, so that no entry is zero or infinite.
+    2403.03206, section 5.3.2).
     """
-    t = torch.linspace(margin, 1 - margin, steps, dtype=torch.float64)
+    t = torch.linspace(0.001, 1 - 0.001, STEPS, dtype=torch.float64)
     return (shift * t / (1 - t)).float()
 
 
+# Noise over signal at each training step, [STEPS], rising.
 SCHEDULES: dict[str, Callable[[], Tensor]] = {
     "cosine": cosine_sigmas,
     "scaled_linear": scaled_linear_sigmas,
@@ -210,15 +207,9 @@ def denoiser(
 
 
 def sample(
-    network: Network,
-    noise: Tensor,
-    context: Tensor,
-    unconditional: Tensor,
-    table: Tensor,
-    steps: int = 30,
-    guidance: float = GUIDANCE,
-    prediction: str = "v",
-) -> Tensor:
+    network: Network, noise: Tensor, context: Tensor, unconditional: Tensor, table: Tensor, steps: int = 30,
+    guidance: float = GUIDANCE, prediction: str = "v",
+) -> Tensor:  # fmt: skip
     """DDIM: pictures (or latents) [B, C, H, W] of about -1 to 1 from ``noise`` [B, C, H, W] of unit variance.
 
     context: [B, M, D]. unconditional: [1, M, D]. table: [STEPS], a schedule's sigmas.

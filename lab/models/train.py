@@ -83,13 +83,8 @@ CONFIGS: dict[str, TrainConfig] = {
     # Stable Diffusion 1.x.
     "lab": TrainConfig(
         UNetConfig(in_channels=4, out_channels=4, model_channels=128, head_channels=64, context_dim=128),
-        data="fine",
-        prediction="epsilon",
-        schedule="scaled_linear",
-        autoencoder=AutoencoderConfig(),
-        batch=48,
-        rate=4e-4,
-        per_class=1500,
+        data="fine", prediction="epsilon", schedule="scaled_linear", autoencoder=AutoencoderConfig(), batch=48,
+        rate=4e-4, per_class=1500,
     ),
     # 25M parameters in the layout of Flux and Stable Diffusion 3, on the demo's pictures: 1,024 tokens of 2x2 pixels
     # beside 16 of text, 43 GFLOP forward.
@@ -101,7 +96,7 @@ CONFIGS: dict[str, TrainConfig] = {
     "dit-large": _flow(DiTConfig(patch=3), "fine", batch=32),
     # Videos of eight frames in patches of 2x2: 8,192 tokens, in 17M parameters, so that minutes suffice.
     "video": _flow(DiTConfig(width=320, heads=5, frames=FRAMES), "moving", batch=16, rate=6e-4, ema=0.995),
-}
+}  # fmt: skip
 
 
 class Trainer:
@@ -204,16 +199,11 @@ class Trainer:
             self.network = self.model.network
 
     def save(self) -> None:
+        loss = float(self.rows[-1]["loss"]) if self.rows else None
         training = {
-            "config": self.args.config,
-            "parameters": self.parameters,
-            "steps": self.step,
-            "batch": self.batch,
-            "seconds": round(self.seconds),
-            "loss": float(self.rows[-1]["loss"]) if self.rows else None,
-            "seed": self.args.seed,
-            "resumed": bool(self.args.resume),
-        }
+            "config": self.args.config, "parameters": self.parameters, "steps": self.step, "batch": self.batch,
+            "seconds": round(self.seconds), "loss": loss, "seed": self.args.seed, "resumed": bool(self.args.resume),
+        }  # fmt: skip
         save_model(self.out / "model.safetensors", self.ema.model, self.sigmas, training, self.pictures)
         save(self.rows, self.out / "log.csv")
         # The weights first: pictures take a while.

@@ -1,10 +1,8 @@
 """A U-Net in the layout of Stable Diffusion 1.x, in plain torch, small enough to train in minutes.
 
-The module names and the arithmetic are those of the ``UNetModel`` that Stable Diffusion's hosts run, so
-that weights trained here load into a host's own classes strictly and give the same picture
-(tests/lab/fidelity/in_comfyui.py proves it against ComfyUI); an ``nn.Identity`` in a list stands where they have a
-dropout of zero. The layout is that of Rombach et al., "High-Resolution
-Image Synthesis with Latent Diffusion Models" (arXiv 2112.10752), figure 3 and appendix E.
+Module names and arithmetic are those of the ``UNetModel`` that Stable Diffusion's hosts run: weights trained here load
+into a host's own classes strictly and give the same picture (tests/lab/fidelity/in_comfyui.py proves it). An
+``nn.Identity`` stands where they have a dropout of zero. Layout: Rombach et al. (arXiv 2112.10752), figure 3.
 """
 
 from __future__ import annotations
@@ -46,20 +44,17 @@ class UNetConfig:
                 raise ValueError(f"width {width} is no multiple of 32 (group norm) and {self.head_channels} (heads)")
 
 
-def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     """Sinusoids of ``timesteps`` [B] -> [B, dim]: cosines first, then sines (dim is even)."""
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps.float()[:, None] * torch.exp(-math.log(max_period) * exponent)[None]  # (B, half)
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(10_000.0) * exponent)[None]  # (B, half)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)  # (B, dim)
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation that stays in the input's dtype.
-
-    Autocast would lift it to float32, which doubles the traffic of the widest tensors; the statistics are
-    accumulated in float32 by the kernel in any case.
-    """
+    """In the input's dtype: autocast would lift it to float32, which doubles the traffic of the widest tensors; the
+    kernel accumulates the statistics in float32 anyway."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -67,7 +62,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation that stays in the input's dtype, for the reason given at :class:`GroupNorm`."""
+    """In the input's dtype, as :class:`GroupNorm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -83,13 +78,11 @@ class CrossAttention(nn.Module):
         source = query_dim if context_dim is None else context_dim
         self.heads = heads
         self.to_q = nn.Linear(query_dim, inner, bias=False)
-        self.to_k = nn.Linear(source, inner, bias=False)
-        self.to_v = nn.Linear(source, inner, bias=False)
+        self.to_k, self.to_v = (nn.Linear(source, inner, bias=False) for _ in range(2))
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Identity())
 
     def _split(self, x: Tensor) -> Tensor:
-        b, n, c = x.shape
-        return x.view(b, n, self.heads, c // self.heads).transpose(1, 2)  # (B, H, N, C / H)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, C / H)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         source = x if context is None else context
@@ -118,9 +111,7 @@ class BasicTransformerBlock(nn.Module):
         self.attn1 = CrossAttention(dim, None, heads, dim_head)
         self.ff = _named(net=nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)))
         self.attn2 = CrossAttention(dim, context_dim, heads, dim_head)
-        self.norm1 = LayerNorm(dim)
-        self.norm2 = LayerNorm(dim)
-        self.norm3 = LayerNorm(dim)
+        self.norm1, self.norm2, self.norm3 = (LayerNorm(dim) for _ in range(3))
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         x = x + self.attn1(self.norm1(x))
@@ -138,7 +129,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(channels, channels // dim_head, dim_head, context_dim) for _ in range(depth)
         )
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         height, width = x.shape[-2:]
@@ -157,12 +148,8 @@ class ResBlock(nn.Module):
             GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
-        self.out_layers = nn.Sequential(
-            GroupNorm(32, out_channels),
-            nn.SiLU(),
-            nn.Identity(),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
-        )
+        last = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.out_layers = nn.Sequential(GroupNorm(32, out_channels), nn.SiLU(), nn.Identity(), zeroed(last))
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
@@ -199,7 +186,7 @@ class Stage(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """Predicts v or the noise from a noisy picture or latent. See :meth:`forward`."""
+    """Predicts v or the noise from a noisy picture or latent."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -220,8 +207,7 @@ class UNet(nn.Module):
         for level, mult in enumerate(config.channel_mult):
             for _ in range(config.num_res_blocks[level]):
                 self.input_blocks.append(Stage(*stage(channels, base * mult, config.transformer_depth[level])))
-                channels = base * mult
-                skips.append(channels)
+                skips.append(channels := base * mult)
             if level < last:
                 self.input_blocks.append(Stage(_named(op=nn.Conv2d(channels, channels, 3, stride=2, padding=1))))
                 skips.append(channels)
@@ -240,19 +226,8 @@ class UNet(nn.Module):
                     layers.append(Upsample(channels))
                 self.output_blocks.append(Stage(*layers))
 
-        self.out = nn.Sequential(
-            GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, config.out_channels, 3, padding=1)
-        )
-        self._start_as_identity()
-
-    def _start_as_identity(self) -> None:
-        """Zero the last layer of every residual branch: a young network trains faster from there."""
-        for module in self.modules():
-            if isinstance(module, ResBlock):
-                zeroed(module.out_layers[-1])
-            elif isinstance(module, SpatialTransformer):
-                zeroed(module.proj_out)
-        zeroed(self.out[-1])
+        last = nn.Conv2d(channels, config.out_channels, 3, padding=1)
+        self.out = nn.Sequential(GroupNorm(32, channels), nn.SiLU(), zeroed(last))
 
     def grid(self, height: int, width: int) -> Grid:
         """(rows, columns) of the tokens of its first level."""
@@ -277,6 +252,7 @@ class UNet(nn.Module):
 
 
 def zeroed(module: nn.Module) -> nn.Module:
+    """The last layer of each residual branch: a young network trains faster where these begin at zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

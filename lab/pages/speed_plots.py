@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,10 @@ def _by_model(rows: Sequence[Row], title: str, path: Path) -> None:
 
 def steps(rows: Sequence[Row], path: Path) -> None:
     """diffusers' U-Nets with the first attention kernel measured, as a graph where there is one."""
-    mode = "graph" if any(row["mode"] == "graph" for row in rows) else "eager"
-    backend = next(row["backend"] for row in rows if row["mode"] == mode)
-    chosen = [row for row in rows if (row["mode"], row["backend"]) == (mode, backend)]
-    how = {"graph": "CUDA graph", "eager": "eager"}[mode]
-    _by_model(chosen, f"A step of diffusers' U-Nets, {how}, {backend} attention, {_machines(chosen)}", path)
+    rows = [row for row in rows if row["mode"] == "graph"] or rows
+    mode, backend = rows[0]["mode"].replace("graph", "CUDA graph"), rows[0]["backend"]
+    chosen = [row for row in rows if row["backend"] == backend]
+    _by_model(chosen, f"A step of diffusers' U-Nets, {mode}, {backend} attention, {_machines(chosen)}", path)
 
 
 def hosts(rows: Sequence[Row], path: Path) -> None:
@@ -109,9 +108,8 @@ def growth(rows: Sequence[Row], path: Path) -> None:
         for who, (colour, marker, line) in WHO.items():
             mine = sorted((int(r["tokens"]), float(r["us"])) for r in rows if (r["what"], r["who"]) == (part, who))
             if mine:
-                axes.plot(
-                    *zip(*mine, strict=True), color=colour, marker=marker, linestyle=line, markersize=4, label=who
-                )
+                look = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "label": who}
+                axes.plot(*zip(*mine, strict=True), **look)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks([2**10, 2**12, 2**14, 2**16, 2**18], ["1k", "4k", "16k", "65k", "262k"])
@@ -167,22 +165,15 @@ def dit(rows: Sequence[Row], path: Path) -> None:
     save_panels(figure, path)
 
 
-# picture: (the CSV it is made from, what draws it)
-PLOTS: dict[str, tuple[str, Callable[[Sequence[Row], Path], None]]] = {
-    "speed-steps.png": ("steps", steps),
-    "speed-hosts.png": ("hosts", hosts),
-    "speed-growth.png": ("growth", growth),
-    "speed-memory.png": ("memory", memory),
-    "speed-dit.png": ("dit", dit),
-}
+PLOTS = {"steps": steps, "hosts": hosts, "growth": growth, "memory": memory, "dit": dit}
+"""What draws speed-NAME.png from NAME.csv."""
 
 
 def draw(folder: Path, results: Path = FOLDER) -> list[Path]:
     """The plots whose CSVs are there; where they were written."""
     made = []
-    for name, (source, plot) in PLOTS.items():
-        rows = read(results / f"{source}.csv")
-        if rows:
-            plot(rows, folder / name)
-            made.append(folder / name)
+    for source, plot in PLOTS.items():
+        if rows := read(results / f"{source}.csv"):
+            made.append(folder / f"speed-{source}.png")
+            plot(rows, made[-1])
     return made

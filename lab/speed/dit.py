@@ -209,20 +209,16 @@ def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iter
         found = take_turns(turns, args.seconds, args.least)
     full = {each: spread([times[1] for times in all_times]) for each, all_times in found.items()}
     base = full["unmerged"]["median"]
+    made, depth = (" + ".join(map(str, counts)) for counts in zip(*which.depths.values(), strict=True))
     for each in names:
         yield {
-            "tokens": tokens,
-            "text": which.text[0] if which.joint else 0,
-            "blocks": " + ".join(str(made) for made, _ in which.depths.values()),
-            "depth": " + ".join(str(depth) for _, depth in which.depths.values()),
-            "variant": each,
-            **columns(full[each], "step_ms", "step_"),
+            "tokens": tokens, "text": which.text[0] if which.joint else 0, "blocks": made, "depth": depth,
+            "variant": each, **columns(full[each], "step_ms", "step_"),
             "speedup": f"{base / full[each]['median']:.3f}",
             "measured_ms": spread([times[0] for times in found[each]])["median"],
             "attention_share": f"{1 - full['limit']['median'] / base:.3f}" if "limit" in full else "",
-            "rounds": len(found[each]),
-            "device": device.type,
-        }
+            "rounds": len(found[each]), "device": device.type,
+        }  # fmt: skip
 
 
 def main() -> None:

@@ -230,16 +230,11 @@ def measure(model: Any, job: Job, names: Sequence[str], args: Namespace) -> Iter
         times = found.get(choice)
         yield {
             "choice": choice,
-            **columns(spread(times) if times else None, "seconds"),
-            **speedup(found["unmerged"], times),
-            "decode_s": decode,
-            "steps": one.steps,
-            "of_steps": MODELS[name].of,
-            "skipped": " ".join(map(str, one.skips)),
-            "rounds": len(times or ()),
-            "remark": one.remark,
+            **columns(spread(times) if times else None, "seconds"), **speedup(found["unmerged"], times),
+            "decode_s": decode, "steps": one.steps, "of_steps": MODELS[name].of,
+            "skipped": " ".join(map(str, one.skips)), "rounds": len(times or ()), "remark": one.remark,
             "device": args.device,
-        }
+        }  # fmt: skip
 
 
 def _skip(text: str) -> tuple[str, float]:

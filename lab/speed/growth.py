@@ -41,15 +41,15 @@ def grid_of_octave(tokens: int) -> tuple[int, int]:
     return height, tokens // height
 
 
-def exponent(tokens: list[int], times: list[float], octaves: int = 3) -> float:
-    """The slope of log(time) against log(tokens), least squares over the last octaves.
+def exponent(tokens: list[int], times: list[float]) -> float:
+    """The slope of log(time) against log(tokens), least squares over the last three octaves.
 
     Raises ValueError for fewer than two points.
     """
-    points = sorted(zip(tokens, times, strict=True))[-octaves - 1 :]
+    points = sorted(zip(tokens, times, strict=True))[-4:]
     if len(points) < 2:
         raise ValueError(f"a slope needs two points or more, got {len(points)}")
-    x, y = [math.log2(point[0]) for point in points], [math.log2(point[1]) for point in points]
+    x, y = ([math.log2(value) for value in axis] for axis in zip(*points, strict=True))
     return statistics.linear_regression(x, y).slope
 
 

@@ -127,17 +127,14 @@ def measure(shape: str, names: list[tuple[str, float]], args: Namespace) -> Iter
         except ImportError:
             pass
         yield {
-            "tokens": grid[0] * grid[1],
-            "channels": channels,
-            "method": method,
-            "ratio": ratio,
+            "tokens": grid[0] * grid[1], "channels": channels, "method": method, "ratio": ratio,
             **columns(full, "full_us", "full_"),
             **columns({key: value / LAYERS for key, value in total.items()}, "total_us", "total_"),
             "match_us": time(planned)["median"],
             "merge_us": time(lambda plan=plan: plan.merge(x))["median"],
             "unmerge_us": time(lambda plan=plan, y=y: plan.unmerge(y))["median"] if config.kind.queries else 0.0,
             "tomesd_total_us": theirs,
-        }
+        }  # fmt: skip
 
 
 def main() -> None:

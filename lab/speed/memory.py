@@ -83,14 +83,12 @@ def measure(tokens: int, channels: int, names: list[tuple[str, float]], args: Na
         added = None if merged is None else merged - full
         megabytes = {"token_tensor": tensor, "layer": full, "merged": merged, "added": added, "alone": alone}
         yield {
-            "batch": args.batch,
-            "method": method,
-            "ratio": ratio,
+            "batch": args.batch, "method": method, "ratio": ratio,
             **{f"{name}_mb": "" if value is None else value / 2**20 for name, value in megabytes.items()},
             "added_tensors": "" if added is None else added / tensor,
             "alone_tensors": "" if alone is None else alone / tensor,
             "remark": remark,
-        }
+        }  # fmt: skip
 
 
 def main() -> None:

@@ -83,14 +83,10 @@ def measure(models: dict[int, Any], job: Job, wanted: Sequence[Case], args: Name
     found = take_turns({case: lambda case=case: turn(case) for case in cases}, args.seconds, args.least)
     for (name, gpus), times in found.items():
         yield {
-            "gpus": gpus,
-            "variant": name,
-            **step_columns(found["unmerged", 1], times),
+            "gpus": gpus, "variant": name, **step_columns(found["unmerged", 1], times),
             "differs": f"{difference(latents[name, gpus], latents[name, 1]):.2e}" if gpus > 1 else "",
-            "compared_steps": args.compared,
-            "steps": len(times),
-            "device": args.device,
-        }
+            "compared_steps": args.compared, "steps": len(times), "device": args.device,
+        }  # fmt: skip
 
 
 def positive(text: str) -> int:

@@ -106,8 +106,7 @@ def measure(shape: str, args: Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one shape, all from the same rounds; speedups are over cuDNN's attention to all tokens."""
     grid, text, heads, d = SHAPES[shape]
     tiles = multires.cut_tiles(grid, torch.device("cuda"), text, text + math.prod(grid))
-    turns: dict[str, Callable[[], list[float]]] = {}
-    errors: dict[str, str] = {}
+    turns, errors = {}, {}
     for name, (call, wanted) in ways(shape, args).items():
         try:
             out = call()
@@ -120,16 +119,10 @@ def measure(shape: str, args: Namespace) -> Iterator[dict[str, Any]]:
     found = take_turns(turns, args.seconds, args.least)
     for name, times in found.items():
         yield {
-            "tokens": len(tiles.rows),
-            "text": text,
-            "heads": heads,
-            "channels": d,
-            "way": name,
-            **columns(spread([1e6 * time for time in times]), "us"),
-            **speedup(found["cudnn"], times),
-            "error": errors.get(name, ""),
-            "rounds": len(times),
-        }
+            "tokens": len(tiles.rows), "text": text, "heads": heads, "channels": d, "way": name,
+            **columns(spread([1e6 * time for time in times]), "us"), **speedup(found["cudnn"], times),
+            "error": errors.get(name, ""), "rounds": len(times),
+        }  # fmt: skip
 
 
 def main() -> None:

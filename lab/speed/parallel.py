@@ -146,19 +146,14 @@ def measure(rank: int, job: Job, wanted: Sequence[Case], args: Namespace) -> lis
     turn(None)
     return [
         {
-            "gpus": gpus,
-            "variant": name,
-            "tokens": call.tokens,
-            "text": call.text,
+            "gpus": gpus, "variant": name, "tokens": call.tokens, "text": call.text,
             **step_columns(found["unmerged", 1], times),
-            "sent_mb": sent[name, gpus].bytes / 1e6,
-            "sent": sent[name, gpus].messages,
+            "sent_mb": sent[name, gpus].bytes / 1e6, "sent": sent[name, gpus].messages,
             "differs": f"{difference(outputs[name, gpus], outputs[name, 1]):.2e}" if gpus > 1 else "",
-            "steps": len(times),
-            "device": args.device,
+            "steps": len(times), "device": args.device,
         }
         for (name, gpus), times in found.items()
-    ]
+    ]  # fmt: skip
 
 
 def in_processes(work: Callable[..., Any], args: tuple, device: str, count: int = 2) -> list[Any]:

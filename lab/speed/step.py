@@ -258,14 +258,10 @@ def measure(model: nn.Module, job: Job, variants: Sequence[str], args: Namespace
     for variant in variants:
         times = found.get(variant)
         yield {
-            "levels": " ".join(str(level) for level in levels),
-            "batch": 2,
-            "variant": variant,
-            **step_columns(found["unmerged"], times),
-            "rounds": len(times) if times else 0,
-            "remark": remarks[variant],
+            "levels": " ".join(map(str, levels)), "batch": 2, "variant": variant,
+            **step_columns(found["unmerged"], times), "rounds": len(times or ()), "remark": remarks[variant],
             "device": args.device,
-        }
+        }  # fmt: skip
 
 
 def main() -> None:

@@ -65,18 +65,11 @@ def measure(job: Job, names: Sequence[tuple[str, str, int]], args: Namespace) ->
     base = speeds[kinds[names[0]]]["images_s"]
     for (method, schedule, r), kind in kinds.items():
         yield {
-            "pixels": shape.size,
-            "channels": shape.channels,
-            "depth": shape.depth,
-            "method": method,
-            "schedule": schedule,
-            "r": r,
-            "tokens": shape.tokens + 1,
-            "tokens_left": kind.spread(shape.depth, shape.tokens)[-1],
-            **speeds[kind],
-            "speedup": speeds[kind]["images_s"] / base,
-            "rounds": args.rounds,
-        }
+            "pixels": shape.size, "channels": shape.channels, "depth": shape.depth,
+            "method": method, "schedule": schedule, "r": r,
+            "tokens": shape.tokens + 1, "tokens_left": kind.spread(shape.depth, shape.tokens)[-1],
+            **speeds[kind], "speedup": speeds[kind]["images_s"] / base, "rounds": args.rounds,
+        }  # fmt: skip
 
 
 def main() -> None:

@@ -135,26 +135,15 @@ def measure(
                 continue
             kind.put_on(model)
             found = {} if kind.method == "limit" else accuracy(right(model, pictures, classes, batch), base_right)
-            counts = kind.spread(shape.depth, shape.tokens)
             blank = dict.fromkeys(("accuracy", "accuracy_se", "lost", "lost_se"), "")
-            rows.append(
-                {
-                    "trained": name,
-                    "train_r": training["r"],
-                    "train_steps": training["steps"],
-                    "method": kind.method,
-                    "schedule": kind.schedule,
-                    "r": kind.r,
-                    "tokens_left": counts[-1],
-                    **(found or blank),
-                    **speeds[kind],
-                    "speedup": speeds[kind]["images_s"] / speeds[base]["images_s"],
-                    "pictures": len(pictures),
-                    "batch": batch,
-                    "precision": str(dtype).removeprefix("torch."),
-                    "rounds": rounds,
-                }
-            )
+            rows.append({
+                "trained": name, "train_r": training["r"], "train_steps": training["steps"],
+                "method": kind.method, "schedule": kind.schedule, "r": kind.r,
+                "tokens_left": kind.spread(shape.depth, shape.tokens)[-1],
+                **(found or blank), **speeds[kind], "speedup": speeds[kind]["images_s"] / speeds[base]["images_s"],
+                "pictures": len(pictures), "batch": batch, "precision": str(dtype).removeprefix("torch."),
+                "rounds": rounds,
+            })  # fmt: skip
         vit.remove_patch(model)
     return rows
 

@@ -71,5 +71,9 @@ def test_a_table_without_a_csv_says_so(tmp_path, maker):
 def test_every_picture_is_drawn(results, tmp_path):
     pytest.importorskip("matplotlib", reason="only the plots need it")
     made = plot.draw(tmp_path / "images", results)
-    assert set(made) == set((tmp_path / "images").iterdir()) == {tmp_path / "images" / name for name in plot.PLOTS}
+    assert (
+        set(made)
+        == set((tmp_path / "images").iterdir())
+        == {tmp_path / "images" / f"speed-{name}.png" for name in plot.PLOTS}
+    )
     assert plot.draw(tmp_path / "none", tmp_path / "nothing") == [] and not (tmp_path / "none").exists()
