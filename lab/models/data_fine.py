@@ -13,8 +13,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 
-from .data import PictureSet, blend, centres, hue_colour, to_bytes
-from .photographs import crop, jitter
+from .data import PictureSet, blend, centres, crop, hue_colour, jitter, to_bytes
 
 SIZE = 192
 WORDS = (

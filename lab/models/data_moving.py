@@ -15,9 +15,8 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from .data import DEMO, PictureSet, blend, centres, hue_colour, to_bytes
+from .data import DEMO, PHOTOGRAPHS, SIZE, TILTS, PictureSet, blend, centres, hue_colour, jitter, to_bytes, window
 from .data_fine import FINE, LETTERS, TEXTURES, font_of
-from .photographs import PHOTOGRAPHS, SIZE, TILTS, jitter, window
 
 FRAMES = 8
 GLIDING = ("cat", "astronaut", "coffee", "motorcycle")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from ..fidelity.methods import UNMERGED
 from ..models.samplers import GUIDANCE, parse_sampler
@@ -12,74 +11,73 @@ from .fidelity_tables import FOLDER, with_error
 
 # File of lab/results/fidelity, and what the table calls its model.
 MODELS = {
-    "multires-dit": "dit, 1,024 tokens",
-    "multires-dit-fine": "dit-fine, 2,304 tokens",
-    "multires-dit-large": "dit-large, 4,096 tokens",
+    "dit": "dit, 1,024 tokens",
+    "dit-fine": "dit-fine, 2,304 tokens",
+    "dit-large": "dit-large, 4,096 tokens",
 }
-OTHERS = {"multires-dit-few": "dit", "multires-dit-fine-few": "dit-fine"}
 # Of the rows with a late start these are shown; the files have all.
 STARTED = ("multires 0.84 from", "multires 0.77 from", "sample")
+EULER = "Euler, 28 steps, guidance 3. "
 
 
-def resolutions(folder: Path = FOLDER) -> str:
+def resolutions() -> str:
     """PSNR to the unmerged picture on each model, by the share of the attention's work that is left."""
-    rows = {name: {row["variant"]: row for row in read(folder / f"{name}.csv")} for name in MODELS}
-    first, fine = rows["multires-dit"], rows["multires-dit-fine"]
-    shown = [name for name in first if name != UNMERGED and (" from " not in name or name.startswith(STARTED))]
+    rows = {name: _merged(name) for name in MODELS}
+    first, fine = rows["dit"], rows["dit-fine"]
+    shown = [name for name in first if " from " not in name or name.startswith(STARTED)]
     lines = []
     for variant in sorted(shown, key=lambda name: (float(first[name]["cost"]), -float(first[name]["psnr"]))):
-        cells = [_psnr(rows[name].get(variant)) for name in MODELS]
         gap = with_error(fine[variant]["fd_gap"], fine[variant]["fd_gap_se"], sign=True)
-        lines.append([variant, _work(first[variant]), *cells, gap])
-    table = markdown(["what", "work", *MODELS.values(), "Fréchet, change, dit-fine"], lines, left=1)
-    ones = ((title.partition(",")[0], next(iter(rows[name].values()))) for name, title in MODELS.items())
-    return f"{table}\nEuler, 28 steps, guidance 3. {_about(ones)}\n"
+        lines.append([variant, _work(first[variant]), *(_psnr(found.get(variant)) for found in rows.values()), gap])
+    return _made([*MODELS.values(), "Fréchet, change, dit-fine"], lines, rows, EULER)
 
 
-def other_samplers(folder: Path = FOLDER) -> str:
+def other_samplers() -> str:
     """The same with fewer steps, fresh noise in each step and other guidance."""
-    rows = {name: read(folder / f"{name}.csv") for name in OTHERS}
+    rows = {name: _rows(f"{name}-few") for name in ("dit", "dit-fine")}
     found = {(name, row["sampler"], row["variant"]): row for name, of in rows.items() for row in of}
     columns = list(dict.fromkeys((name, sampler) for name, sampler, _ in found))
-    variants = [name for name in dict.fromkeys(variant for *_, variant in found) if name != UNMERGED]
-    first = {name: row for (file, sampler, name), row in found.items() if (file, sampler) == columns[0]}
+    first = {row["variant"]: row for (*place, _), row in found.items() if tuple(place) == columns[0]}
     lines = [
-        [name, _work(first[name]), *(_psnr(found.get((file, sampler, name))) for file, sampler in columns)]
-        for name in sorted(variants, key=lambda name: float(first[name]["cost"]))
+        [name, _work(first[name]), *(_psnr(found.get((*column, name))) for column in columns)]
+        for name in sorted(first, key=lambda name: float(first[name]["cost"]))
+        if name != UNMERGED
     ]
-    table = markdown(
-        ["what", "work", *(f"{OTHERS[file]}, {_title(sampler)}" for file, sampler in columns)], lines, left=1
-    )
-    return f"{table}\n{_about((OTHERS[name], of[0]) for name, of in rows.items())}\n"
+    heads = [f"{name}, {_title(sampler)}" for name, sampler in columns]
+    return _made(heads, lines, {name: {"": of[0]} for name, of in rows.items()})
 
 
-def on_unets(folder: Path = FOLDER) -> str:
+def on_unets() -> str:
     """On the lab's two U-Nets, where `sample` is nearer."""
-    found = {name: {row["variant"]: row for row in read(folder / f"multires-{name}.csv")} for name in ("demo", "lab")}
+    found = {name: _merged(name) for name in ("demo", "lab")}
     lines = [
         [
             variant,
             _work(row),
-            *(cell for rows in found.values() for cell in (_psnr(rows[variant]), rows[variant]["ssim"][:5])),
+            *(cell for of in found.values() for cell in (_psnr(of[variant]), of[variant]["ssim"][:5])),
         ]
         for variant, row in found["demo"].items()
-        if variant != UNMERGED
     ]
     heads = [f"{name}, {cell}" for name in found for cell in ("PSNR, dB", "SSIM")]
-    about = _about((name, rows[UNMERGED]) for name, rows in found.items())
-    return f"{markdown(['what', 'work', *heads], lines, left=1)}\nDDIM, 30 steps. {about}\n"
+    return _made(heads, lines, found, "DDIM, 30 steps. ")
 
 
-def videos(folder: Path = FOLDER) -> str:
+def videos() -> str:
     """Distance of videos, of what moves in them, and flicker."""
-    rows = read(folder / "multires-video.csv")
-    lines = []
-    for row in sorted((row for row in rows if row["variant"] != UNMERGED), key=lambda row: -float(row["psnr"])):
+    rows, lines = _merged("video"), []
+    for variant, row in sorted(rows.items(), key=lambda item: -float(item[1]["psnr"])):
         motion = with_error(row["motion"], row["motion_se"])
         flicker = with_error(row["flicker"], row["flicker_se"], sign=True)
-        lines.append([row["variant"], _work(row), _psnr(row), row["ssim"][:5], motion, flicker])
-    table = markdown(["what", "work", "PSNR, dB", "SSIM", "motion, dB", "flicker, dB"], lines, left=1)
-    return f"{table}\nEuler, 28 steps, guidance 3. {_about([('video', rows[0])])}\n"
+        lines.append([variant, _work(row), _psnr(row), row["ssim"][:5], motion, flicker])
+    return _made(["PSNR, dB", "SSIM", "motion, dB", "flicker, dB"], lines, {"video": rows}, EULER)
+
+
+def _rows(name: str) -> list[Row]:
+    return read(FOLDER / f"multires-{name}.csv")
+
+
+def _merged(name: str) -> dict[str, Row]:
+    return {row["variant"]: row for row in _rows(name) if row["variant"] != UNMERGED}
 
 
 def _title(name: str) -> str:
@@ -95,10 +93,12 @@ def _psnr(row: Row | None) -> str:
     return "-" if row is None else with_error(row["psnr"], row["psnr_se"])
 
 
-def _about(of: Iterable[tuple[str, Row]]) -> str:
-    said = [
+def _made(heads: Iterable[str], lines: list[list[str]], of: dict[str, dict[str, Row]], how: str = "") -> str:
+    """The table, and below it how and where each model was measured, as its first row has it."""
+    ones = {name: next(iter(rows.values())) for name, rows in of.items()}
+    about = "; ".join(
         f"{name}: {row['images']} pictures, {row['precision']} precision, {row['device']}, torch {row['torch']}, "
         f"{row['date']}, commit {row['commit']}, model {row['model']}"
-        for name, row in of
-    ]
-    return "; ".join(said) + "."
+        for name, row in ones.items()
+    )
+    return f"{markdown(['what', 'work', *heads], lines, left=1)}\n{how}{about}.\n"

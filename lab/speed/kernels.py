@@ -100,25 +100,20 @@ def choosing_jobs(case: Case) -> Iterator[Work]:
     from shared_tome.kernels.impl import draw, split
 
     order = curve_order(case.grid, case.x.device)
+
+    def walked(kept: int) -> Tensor:
+        return sampling.draw(order, kept, case.seed, case.step, 0, LAYERS)
+
+    def parts(layers: int) -> list[Any]:
+        return [partition(case.grid, case.config, key(case.seed, case.step, layer, 1)) for layer in range(layers)]
+
     for ratio in (0.75, 0.9375):
         kept = case.tokens - int(case.tokens * ratio)
-
-        def walked(kept: int = kept) -> Tensor:
-            return sampling.draw(order, kept, case.seed, case.step, 0, LAYERS)
-
-        def launch(kept: int = kept) -> Tensor:
-            return draw.launch_draw(order, case.seed, case.step, 0, kept, 0, LAYERS)
-
-        yield Work("draw", launch, walked, f"{ratio}")
+        launch = partial(draw.launch_draw, order, case.seed, case.step, 0, kept, 0, LAYERS)
+        yield Work("draw", launch, partial(walked, kept), f"{ratio}")
     for layers in (1, LAYERS):
-
-        def parts(layers: int = layers) -> Any:
-            return [partition(case.grid, case.config, key(case.seed, case.step, layer, 1)) for layer in range(layers)]
-
-        def launch_all(layers: int = layers) -> Any:
-            return split.launch_split(case.seed, case.step, 0, 0, 1, *case.grid, 2, 2, True, layers)
-
-        yield Work("split", launch_all, parts, "" if layers == 1 else f"{layers} layers")
+        launch = partial(split.launch_split, case.seed, case.step, 0, 0, 1, *case.grid, 2, 2, True, layers)
+        yield Work("split", launch, partial(parts, layers), "" if layers == 1 else f"{layers} layers")
 
 
 def matching_jobs(case: Case) -> Iterator[Work]:
@@ -177,10 +172,7 @@ def self_token_jobs(case: Case) -> Iterator[Work]:
         return own.add_self_token(q, k, v, *attend_with_lse(q, *drawn, kernel), *rest)
 
     for variant, keys in (("", drawn), ("listed", (None, None))):
-
-        def launch(keys: Any = keys) -> Tensor:
-            return launch_attend_drawn(q, k, v, *keys, plan.head_draws, plan.runs, 0, scale, weight)
-
+        launch = partial(launch_attend_drawn, q, k, v, *keys, plan.head_draws, plan.runs, 0, scale, weight)
         yield Work("attend_drawn", launch, None if variant else behind, variant)
 
 

@@ -25,8 +25,7 @@ from ..speed.common import machine
 from ..store import save
 from ..timing import Moment, columns, spread, take_turns
 from .methods import METHODS, apply, late
-from .model import Shape, load
-from .task import HELD_OUT_SEED, TRAIN_SEED, Task
+from .model import HELD_OUT_SEED, TRAIN_SEED, Shape, Task, load
 from .train import BACKENDS, MERGED_R, MODELS, Recipe, train_missing
 
 RS = (0, 2, 4, 6, 8, 10, MERGED_R, 12, 14, 16, 18, 20)

@@ -16,8 +16,7 @@ import shared_tome.vit as vit
 
 from .. import store
 from ..models.optimize import adamw, autocast, budgeted, descend
-from .model import Shape, build, load, save
-from .task import Task
+from .model import Shape, Task, build, load, save
 
 SEED = 606
 # r = 11 in each of 12 blocks leaves 124 of the 256 patches: half of them.

@@ -17,8 +17,7 @@ from installer import shims
 shims.install()
 pytest.importorskip("timm", reason="timm is not installed, see requirements/test.txt")
 
-from lab.vit.model import Shape, build
-from lab.vit.task import Task
+from lab.vit.model import Shape, Task, build
 
 SMALL = Shape(size=64, patch=8, channels=32, depth=4, heads=2)
 

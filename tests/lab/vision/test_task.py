@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lab.models.data import CLASS_NAMES
-from lab.vit import task as module
-from lab.vit.task import Task
+from lab.vit import model as module
+from lab.vit.model import Task
 
 
 def test_exact_for_a_seed_and_the_global_generator_is_left_alone(task):
