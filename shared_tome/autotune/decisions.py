@@ -25,9 +25,9 @@ class Decisions:
     """
 
     def __init__(self, call: ModelCall, about: str = "", log: DecisionLog | None = None, judge: Judge | None = None):
-        self.call, self.about = call, about
+        self.call, self._about = call, about
         self._log = DecisionLog() if log is None else log
-        self._decided: dict[tuple, Decision | Given | None] = {}  # by _kind
+        self._decided: dict[tuple, Decision | Given | None] = {}  # by what the times depend on
         self._judge = Judge() if judge is None else judge
 
     def decision(
@@ -47,23 +47,30 @@ class Decisions:
         layer.decision_on; about: tells what else this layer's times depend on. Inside a compiled graph only what
         `look_ahead` measured.
         """
-        key = _kind(grid, x.shape[2], heads, x.dtype, kernels)
-        if key not in self._decided and is_compiling():
-            return self._log.layer(self.call.config, grid, x.shape[2], heads)
+        key = grid, x.shape[2], heads, x.dtype, kernels
         if key not in self._decided:
-            known = self._log.layer(self.call.config, grid, x.shape[2], heads)
-            if known is None and heads and measures(self.call.config, grid, x.device):
-                given = (grid, x.shape[2], heads, x.dtype, x.device, self.call.config, attention, kernels)
-                known = decision_on(*given, block, self.about if about is None else about())
-            self._keep(key, known)
+            if is_compiling():
+                return self._log.layer(self.call.config, *key[:3])
+            self._decide(key, x.device, attention, block, about)
         return self._decided[key]
 
-    def _keep(self, key: tuple, found: Decision | Given | None) -> None:
+    def _decide(
+        self,
+        key: tuple,
+        device: torch.device,
+        attention: Attention | None,
+        block: BlockMaker | None = None,
+        about: Callable[[], str] | None = None,
+    ) -> None:
+        *layer, dtype, kernels = key
+        config = self.call.config
+        found = self._log.layer(config, *layer)
+        if found is None and layer[2] and measures(config, layer[0], device):
+            about = self._about if about is None else about()
+            found = decision_on(*layer, dtype, device, config, attention, kernels, block, about)
         self._decided[key] = found
         self._judge.meet(found)
-        grid, channels, heads, *_ = key
-        merged = self.why_not_paid(found) is None
-        self._log.made_layer(self.call.config, grid, channels, heads, found, merged)
+        self._log.made_layer(config, *layer, found, self.why_not_paid(found) is None)
 
     def why_not_paid(self, found: Decision | Given | None) -> str | None:
         """Why a layer of this decision is left alone although the options would have it merged, or None."""
@@ -78,19 +85,14 @@ class Decisions:
     ) -> None:
         """Measure before a compiled graph runs, in which nothing can be. layers: (level, channels, heads)."""
         self._judge = Judge(waits=False)
-        config, device = self.call.config, self.call.seed.device
-        for grid, channels, heads in _served_layers(config, self.call.full, layers):
-            known = self._log.layer(config, grid, channels, heads)
-            if known is None and measures(config, grid, device):
-                given = (grid, channels, heads, dtype, device, config, attention, kernels)
-                known = decision_on(*given, None, self.about)
-            self._keep(_kind(grid, channels, heads, dtype, kernels), known)
+        for layer in _served_layers(self.call.config, self.call.full, layers):
+            self._decide((*layer, dtype, kernels), self.call.seed.device, attention)
 
     def known(
         self, grid: Grid, channels: int, heads: int | None, dtype: torch.dtype, kernels: tuple[str, ...] = ()
     ) -> Decision | Given | None:
         """What `decision` or `look_ahead` found of such layers in this call."""
-        return self._decided.get(_kind(grid, channels, heads, dtype, kernels))
+        return self._decided.get((grid, channels, heads, dtype, kernels))
 
     @property
     def unpaid(self) -> tuple[tuple, ...]:
@@ -117,21 +119,16 @@ def why_layers_left_alone(
     """
     log, judge = DecisionLog() if log is None else log, Judge() if judge is None else judge
     found: dict[tuple, Decision | Given] = {}
-    for grid, channels, heads in _served_layers(config, full, layers):
-        known = log.layer(config, grid, channels, heads)
-        if known is None and measures(config, grid, device):
-            known = known_on(grid, channels, heads, dtype, device, config, attention, kernels, about)
+    for layer in _served_layers(config, full, layers):
+        known = log.layer(config, *layer)
+        if known is None and measures(config, layer[0], device):
+            known = known_on(*layer, dtype, device, config, attention, kernels, about)
         if judge.why_not_paid(known) is None:
             return None
-        found[grid, channels, heads] = known
+        found[layer] = known
     for layer, known in found.items():
         log.made_layer(config, *layer, known, False)
     return {grid: known.reason for (grid, *_), known in found.items()}
-
-
-def _kind(grid: Grid, channels: int, heads: int | None, dtype: torch.dtype, kernels: tuple[str, ...]) -> tuple:
-    """What tells layers of one call apart whose times differ."""
-    return grid, channels, heads, dtype, kernels
 
 
 def _served_layers(

@@ -32,31 +32,19 @@ def _hash_source() -> str:
 
 
 SOURCE = _hash_source()
+_SWITCHES: tuple[tuple[str, Callable[[], Any]], ...] = (
+    ("matmul tf32", lambda: torch.backends.cuda.matmul.allow_tf32),
+    ("conv tf32", lambda: torch.backends.cudnn.allow_tf32),
+    ("fp16 accumulation", lambda: torch.backends.cuda.matmul.allow_fp16_accumulation),
+    ("cuDNN benchmark", lambda: torch.backends.cudnn.benchmark),
+    ("deterministic", torch.are_deterministic_algorithms_enabled),
+)
 
 
 def surroundings(device: torch.device) -> str:
     """In words. torch's own version and the device's name are not in it: each has a file of its own (store.py)."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    switches = (
-        _is_on(lambda: matmul.allow_tf32),
-        _is_on(lambda: cudnn.allow_tf32),
-        _is_on(lambda: matmul.allow_fp16_accumulation),
-        _is_on(lambda: cudnn.benchmark),
-        torch.are_deterministic_algorithms_enabled(),
-        _autocast(device),
-    )
-    return _in_words(*switches)
-
-
-@functools.lru_cache(maxsize=64)
-def _in_words(tf32: bool, conv_tf32: bool, fp16: bool, benchmark: bool, deterministic: bool, autocast: str) -> str:
-    words = [_versions()]
-    words += ["matmul tf32"] if tf32 else []
-    words += ["conv tf32"] if conv_tf32 else []
-    words += ["fp16 accumulation"] if fp16 else []
-    words += ["cuDNN benchmark"] if benchmark else []
-    words += ["deterministic"] if deterministic else []
-    return ", ".join([*words, *([autocast] if autocast else [])])
+    words = [word for word, switch in _SWITCHES if _is_on(switch)]
+    return ", ".join([_versions(), *words, *_autocast(device)])
 
 
 @functools.lru_cache(maxsize=1)
@@ -83,9 +71,9 @@ def _is_on(switch: Callable[[], Any]) -> bool:
         return False
 
 
-def _autocast(device: torch.device) -> str:
+def _autocast(device: torch.device) -> list[str]:
     if hasattr(torch, "get_autocast_dtype"):  # torch 2.4
         enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     else:  # a GPU's
         enabled, dtype = torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()
-    return f"autocast {str(dtype).removeprefix('torch.')}" if enabled else ""
+    return [f"autocast {str(dtype).removeprefix('torch.')}"] if enabled else []

@@ -516,15 +516,13 @@ def test_what_a_machine_runs_is_part_of_each_name(gpu, monkeypatch, owner, name,
     ask()
     before = getattr(owner, name)
     surroundings._versions.cache_clear()
-    surroundings._in_words.cache_clear()
     try:
         setattr(owner, name, value)  # some of torch's switches cannot be taken back by monkeypatch
         ask()
     finally:
         setattr(owner, name, before)
         surroundings._versions.cache_clear()
-        surroundings._in_words.cache_clear()
-    assert len(set(gpu.keys)) == len(gpu.kept) == 2
+        assert len(set(gpu.keys)) == len(gpu.kept) == 2
 
 
 def test_autocast_is_part_of_each_name(gpu):
