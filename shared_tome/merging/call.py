@@ -19,7 +19,7 @@ from ..core.grid import Grid, grid_at
 from ..core.noise import fold_seed
 from ..core.sampling import run_of_token
 from ..core.schedule import serves_layer
-from .match import kept_of, match_tokens, sampled
+from .match import check_tokens, kept_of, match_tokens, sampled
 from .plan import Plan
 
 # Layers whose tokens are drawn in one go where runs are of two lengths: the first ones of a grid, all that most
@@ -29,15 +29,6 @@ _DRAWN_FIRST, _DRAWN_THEN = 16, 64
 _SPLIT_AT_ONCE = 16
 # Different draws that heads have at most, where each draws for itself.
 _HEAD_DRAWS = 16
-
-
-def _check_tokens(grid: Grid, **given: Tensor) -> None:
-    """Raises ValueError where one of these [B, N, C] has more or fewer tokens than the grid."""
-    tokens = math.prod(grid)
-    for name, x in given.items():
-        if x.shape[1] != tokens:
-            shape = "x".join(map(str, grid))
-            raise ValueError(f"a grid of {shape} has {tokens} tokens, the {name} has {x.shape[1]}")
 
 
 def _backward_pass() -> int:
@@ -112,12 +103,12 @@ class ModelCall:
         """
         if not self.serves(grid):
             return None
-        _check_tokens(grid, metric=metric)
         if self._draws and _backward_pass() != self._backward_pass:  # other tokens, and so a wrong gradient
             raise RuntimeError("ToMe does not work with gradient checkpointing, which runs layers twice; turn it off")
         layer = self._layers.get(grid, 0)
         self._layers[grid] = layer + 1
         if self.config.samples:
+            check_tokens(grid, metric=metric)
 
             def draw(kept: int) -> Tensor:
                 return self._draw(grid, kept, layer)
@@ -176,7 +167,7 @@ class ModelCall:
         plan). Raises ValueError where one of them does not have the grid's tokens.
         """
         if self.serves(grid):
-            _check_tokens(grid, q=q, k=k, v=v)
+            check_tokens(grid, q=q, k=k, v=v)
         plan = self.plan(q if metric is None else metric, grid)
         if plan is None:
             return None

@@ -56,8 +56,7 @@ def match_tokens(
             "alternate", or a distillation token without a class token.
     """
     batch, tokens, _ = metric.shape
-    if math.prod(grid) != tokens:
-        raise ValueError(f"a grid of {'x'.join(map(str, grid))} has {math.prod(grid)} tokens, the metric has {tokens}")
+    check_tokens(grid, metric=metric)
     if (class_token or distill_token) and not (config.kind.matches and config.partition == "alternate"):
         raise ValueError(
             "class and distillation tokens need a method that matches and partition 'alternate', "
@@ -87,6 +86,15 @@ def match_tokens(
     kind = config.kind
     means = (kind.reduce or config.reduce) == "mean"
     return MergePlan(batch, index, groups, mean=means, fills=kind.fills, chain=chain)
+
+
+def check_tokens(grid: Grid, **given: Tensor) -> None:
+    """Raises ValueError where one of these [B, N, C] has more or fewer tokens than the grid."""
+    tokens = math.prod(grid)
+    for name, x in given.items():
+        if x.shape[1] != tokens:
+            shape = "x".join(map(str, grid))
+            raise ValueError(f"a grid of {shape} has {tokens} tokens, the {name} has {x.shape[1]}")
 
 
 def kept_of(grid: Grid, config: ToMeConfig) -> int:
