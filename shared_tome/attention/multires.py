@@ -57,7 +57,7 @@ class MultiresCall:
             self._say_no_kernel(q, k, v)
             return None
         tiles, drawn, counts = self.cut(q, start, plan)
-        if q.device.type != "cpu" and not kernels.attends_multires(q, k, v, tiles, mask):
+        if q.device.type != "cpu" and not kernels.holds_tiles(q, tiles):
             self._say_no_kernel(q, k, v)
             return None
         scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -148,12 +148,7 @@ class JointCall:
         kernel = self._kernel(q)
         if kernel is None:
             return None
-        out = None
-        if self.keeps_self:
-            if kernel in _SLOWER or q.shape[-1] == _SELF_TOKEN_HEADS:
-                out = _attend_drawn_at_once(q, k, v, start, plan, around, scale)
-        elif kernel in _SLOWER and kernels.attends(q.shape[-1], q.dtype):
-            out = _attend_at_once(q, k, v, start, plan, around, scale)
+        out = _attend_at_once(q, k, v, start, plan, around, kernel, scale, self.keeps_self)
         if out is not None:
             return out
         try:
@@ -197,24 +192,28 @@ def _can_combine(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _attend_at_once(
-    q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, around: Around, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: int,
+    plan: Plan,
+    around: Around,
+    kernel: str,
+    scale: float | None,
+    keeps_self: bool,
 ) -> Tensor | None:
-    """JointCall.attend by a kernel of ours, which weighs each key; None where it does not serve."""
-    if not kernels.can_attend(q, k, v):
-        return None
-    index = plan.choice if k.shape[2] == plan.tokens else around.index(plan, start)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return kernels.attend(q, take_heads(k, index), take_heads(v, index), around.bias, scale).transpose(1, 2)
-
-
-def _attend_drawn_at_once(
-    q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan, around: Around, scale: float | None
-) -> Tensor | None:
-    """JointCall.attend with own tokens by a kernel of ours; None where it does not serve: all drawn keys must
-    count alike."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    alike = around.ones is None and len(around.sizes) == 1
-    if not alike or not isinstance(plan, SamplePlan) or not kernels.attends_drawn(q, k, v, scale):
+    """JointCall.attend by one kernel of ours; None where none serves, or where torch's `kernel` is faster."""
+    d = q.shape[-1]
+    scale = d**-0.5 if scale is None else scale
+    if not keeps_self:
+        if kernel not in _SLOWER or not kernels.can_attend(q, k, v):
+            return None
+        index = plan.choice if k.shape[2] == plan.tokens else around.index(plan, start)
+        out = kernels.attend(q, take_heads(k, index), take_heads(v, index), around.bias, scale)
+        return out.transpose(1, 2)
+    alike = around.ones is None and len(around.sizes) == 1 and isinstance(plan, SamplePlan)  # all drawn keys count so
+    faster = kernel in _SLOWER or d == _SELF_TOKEN_HEADS
+    if not (alike and faster and kernels.attends_drawn(q, k, v, scale)):
         return None
     out = kernels.attend_drawn(q, k, v, plan.head_draws, plan.runs, start, scale, around.sizes[0][1])
     return out.transpose(1, 2)

@@ -39,7 +39,7 @@ def extend_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor,
     return extend_query(q), extend_key(k, bias), extend_value(v)
 
 
-def extend_one(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+def extend_one(x: Tensor, kind: int, bias: Tensor | None = None) -> Tensor:
     """One of the three alone. kind: QUERY, KEY (with its bias) or VALUE."""
     if kind == KEY:
         return extend_key(x, bias)

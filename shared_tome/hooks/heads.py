@@ -23,7 +23,7 @@ from ..attention.multires import NOT_MULTIRES
 from ..attention.sdpa import AroundSdpa, HostAttention, is_torchs_sdpa
 from ..attention.self_token import NO_LSE, NOT_KEPT
 from ..config import ToMeConfig
-from ..core.channels import extra_channels
+from ..core.channels import KEY, QUERY, VALUE, extra_channels
 from ..core.failures import is_out_of_memory
 
 OWN, GIVEN = "own", "given"
@@ -46,18 +46,18 @@ def stretch(d: int, rule: str) -> float:
 def widen_query(q: Tensor, heads: int, rule: str) -> Tensor:
     """q [B, N, H * d] -> [B, N, H * (d + p)]."""
     q = q.unflatten(-1, (heads, -1))  # (B, N, H, d)
-    return kernels.extend_query(q * stretch(q.shape[-1], rule) if rule == GIVEN else q).flatten(2)
+    return kernels.extend_one(q * stretch(q.shape[-1], rule) if rule == GIVEN else q, QUERY).flatten(2)
 
 
 def widen_key(k: Tensor, heads: int, rule: str, bias: Tensor) -> Tensor:
     """k [B, M, H * d] and bias [B, M] -> [B, M, H * (d + p)]."""
     k = k.unflatten(-1, (heads, -1))  # (B, M, H, d)
-    return kernels.extend_key(k, bias[:, :, None] * stretch(k.shape[-1], rule)).flatten(2)
+    return kernels.extend_one(k, KEY, bias[:, :, None] * stretch(k.shape[-1], rule)).flatten(2)
 
 
 def widen_value(v: Tensor, heads: int) -> Tensor:
     """v [B, M, H * d] -> [B, M, H * (d + p)]."""
-    return kernels.extend_value(v.unflatten(-1, (heads, -1))).flatten(2)
+    return kernels.extend_one(v.unflatten(-1, (heads, -1)), VALUE).flatten(2)
 
 
 def narrow(out: Tensor, heads: int, d: int) -> Tensor:

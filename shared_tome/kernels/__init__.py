@@ -19,9 +19,8 @@ from .heads import (
     can_attend,
     choose_multires,
     extend_heads,
-    extend_key,
-    extend_query,
-    extend_value,
+    extend_one,
+    holds_tiles,
     take_by_head,
     takes_multires,
 )

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import channels, multires, self_token
-from ..core.channels import KEY, QUERY, VALUE
 from ..core.curve import is_compiling
 from ..core.multires import Counts, Drawn, Tiles
 from .names import DTYPES, HALF
@@ -36,19 +35,10 @@ def extend_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor,
     return channels.extend_heads(q, k, v, bias)
 
 
-def extend_query(q: Tensor) -> Tensor:
-    """q [..., N, d] -> [..., N, d + p], the part of extend_heads for hosts that project one at a time."""
-    return _extend_one(q, None, QUERY)
-
-
-def extend_key(k: Tensor, bias: Tensor) -> Tensor:
-    """k [..., M, d] -> [..., M, d + p]; bias as in extend_heads."""
-    return _extend_one(k, bias, KEY)
-
-
-def extend_value(v: Tensor) -> Tensor:
-    """v [..., M, d] -> [..., M, d + p]."""
-    return _extend_one(v, None, VALUE)
+def extend_one(x: Tensor, kind: int, bias: Tensor | None = None) -> Tensor:
+    """channels.extend_one in one launch, for hosts that project queries, keys and values one at a time."""
+    extend = operator("widen_one") if x.dim() == 4 and _widens((x,), bias) else channels.extend_one
+    return extend(x, kind, bias)
 
 
 def attends(d: int, dtype: torch.dtype) -> bool:
@@ -72,14 +62,9 @@ def attend(
     attention: Callable[..., Tensor] = F.scaled_dot_product_attention,
     is_torchs: bool = True,
 ) -> Tensor:
-    """channels.attend_wider in one launch and without further channels.
+    """channels.attend_wider in one launch and without further channels; by a kernel the result lies as [B, N, H, d].
 
-    Args:
-        q: [B, H, N, d], k and v: [B, H, M, d], bias: [b, M], scale: of the logits.
-        attention: called as attention(q, k, v, scale=) with wider heads where no kernel serves. is_torchs: whether it
-            is torch's own, in whose place a kernel may go.
-    Returns:
-        [B, H, N, d]; by a kernel it lies as [B, N, H, d].
+    is_torchs: whether `attention` is torch's own, in whose place a kernel may go.
     """
     if is_torchs and can_attend(q, k, v, bias):
         return operator("attend")(q, k, v, bias, scale)
@@ -148,8 +133,12 @@ def takes_multires(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 
 def attends_multires(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, mask: Tensor | None = None) -> bool:
     """Whether `attend_multires` goes through a kernel for heads q, k, v [B, H, L, d] of these tiles."""
-    able = q.shape[2] == len(tiles.rows) and tiles.image > 0 and tiles.count <= _MOST_TILES
-    return able and takes_multires(q, k, v, mask)
+    return holds_tiles(q, tiles) and takes_multires(q, k, v, mask)
+
+
+def holds_tiles(q: Tensor, tiles: Tiles) -> bool:
+    """The part of attends_multires that is not takes_multires."""
+    return q.shape[2] == len(tiles.rows) and tiles.image > 0 and tiles.count <= _MOST_TILES
 
 
 def attend_multires(
@@ -192,11 +181,6 @@ def _reaches(*heads: Tensor) -> bool:
 def _runs(name: str, *tensors: Tensor) -> bool:
     """Whether a kernel may be used and has not failed here. Where it failed, another way is faster than plain torch."""
     return serves(*tensors) and (is_compiling() or load().runs(name, tensors[0].device))
-
-
-def _extend_one(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
-    extend = operator("widen_one") if x.dim() == 4 and _widens((x,), bias) else channels.extend_one
-    return extend(x, bias, kind)
 
 
 def _widens(heads: tuple[Tensor, ...], bias: Tensor | None) -> bool:

@@ -223,8 +223,8 @@ def test_widen_is_equal_bit_for_bit(d, rows, dtype):
         expected = channels.extend_query(parts[0]), channels.extend_key(parts[1], weight)
         expected = *expected, channels.extend_value(parts[2])
         got = kernels.extend_heads(*parts, weight)
-        alone = kernels.extend_query(parts[0]), kernels.extend_key(parts[1], weight)
-        alone = *alone, kernels.extend_value(parts[2])
+        biases = None, weight, None
+        alone = [kernels.extend_one(x, kind, b) for kind, (x, b) in enumerate(zip(parts, biases, strict=True))]
         for made in (got, alone):
             assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
 

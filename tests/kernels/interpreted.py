@@ -104,8 +104,8 @@ def test_widen_is_equal_bit_for_bit(d, dtype):
             if heads_first:
                 parts, weight = [x.transpose(1, 2) for x in parts], bias[:rows, None]
             got = kernels.extend_heads(*parts, weight)
-            alone = [kernels.extend_query(parts[0]), kernels.extend_key(parts[1], weight)]
-            alone.append(kernels.extend_value(parts[2]))
+            biases = None, weight, None
+            alone = [kernels.extend_one(x, kind, b) for kind, (x, b) in enumerate(zip(parts, biases, strict=True))]
             assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
             expected = [channels.extend_query(parts[0]), channels.extend_key(parts[1], weight)]
             expected.append(channels.extend_value(parts[2]))
@@ -355,7 +355,7 @@ def test_a_kernel_that_breaks_is_said_once(monkeypatch, caplog):
             match_tokens(x.half(), (7, 9), CONFIG, seed=1)
             match_tokens(x, (7, 9), CONFIG.replace(method="sample"), seed=1)
             kernels.extend_heads(x[None], x[None], x[None], torch.ones(1, 1, 63))
-            kernels.extend_value(x[None])
+            kernels.extend_one(x[None], channels.VALUE)
             attention.attend(*3 * [torch.zeros(1, 1, 3, 64, dtype=torch.float16)], torch.zeros(1, 3))
             head, zero = x[:, None], torch.zeros(1, 1, 63, dtype=torch.int64)
             kernels.take_by_head(head, head, zero)

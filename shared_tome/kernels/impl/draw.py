@@ -57,10 +57,7 @@ def _draw_kernel(
 def launch_draw(
     order: Tensor, seed: Tensor, step: Tensor | None, number: int, kept: int, layer: int, count: int
 ) -> Tensor:
-    """The choices [count, b, M] of `count` layers from `layer` on.
-
-    order: [N] int64, seed: [] or [b] int64, step: 0-d or None (then number holds).
-    """
+    """As sampling.draw. step: 0-d or None (then number holds)."""
     tokens, seed = order.shape[0], seed.reshape(-1).contiguous()
     rows = seed.shape[0]
     longest = -(-tokens // kept)

@@ -1,9 +1,7 @@
 """All that becomes a plan in three launches: the nearest dst, the src that stay, everybody's group, sizes and chains.
 
-The specification is matching.match and groups.group_counts. The similarities were tallied where
-they were written (nearest.py), so each program here looks its row's threshold up, in two steps of 256 counts. A
-program writes a tile of src; how many stay before it, it counts by itself. No program waits for another, and the order
-is the src's own, the same in every run. Whatever the count of src, it is one launch.
+The specification is matching.match and groups.group_counts. The third launch goes by the tally of the similarities
+that the second (nearest.py) makes as it writes them (docs/kernels.md).
 """
 
 from __future__ import annotations

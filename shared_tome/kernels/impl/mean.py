@@ -1,10 +1,6 @@
-"""Means of groups, bit-equal on repeat without a sort: chains of members, summed in whole numbers.
+"""Means of groups, bit-equal on repeat without a sort: chains of members, summed in whole numbers (docs/kernels.md).
 
-The specification is groups.group_mean. `links` deals the members of each group out to LANES chains, by an
-atomic count and an atomic exchange, so their order changes from run to run. `mean` walks a group's chains side by side
-and adds in 64-bit integers, where order does not matter: float16 in units of 2**-24, exactly; other dtypes in units of
-2**-40 of the largest member, finer than a float32 sum. It has read the sizes then, so it writes their logarithms for
-proportional attention too.
+The specification is groups.group_mean.
 """
 
 from __future__ import annotations

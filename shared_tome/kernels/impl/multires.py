@@ -1,8 +1,8 @@
 """Attention to keys at three resolutions: two launches choose (multires_choose.py), one attends. Keys are read where
 they lie.
 
-The specification is multires.py of the core. Softmax over blocks of keys as in attend.py; a block's keys are found
-through the list of the query tile's tiles and the table of the step's drawn tokens.
+The specification is multires.py of the core. A block's keys are found through the list of the query tile's tiles and
+the table of the step's drawn tokens.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
-"""For each src its most similar dst, no score written: the running maximum stays in registers.
+"""For each src its most similar dst, no score written: the running maximum stays in registers (docs/kernels.md).
 
 The specification is matching.nearest. Two launches: one writes the dst at unit length, padded with copies of the last
-one (a copy never beats it), so that the other needs no mask. What is compared is a float32 score whose lowest bits
-are overwritten with its column: one maximum then keeps both, at two instructions a score instead of four. Eight bits
-for 256 columns leave 15 of the mantissa; a half precision score as torch makes them has 10, a bfloat16 one 7.
-
-For `match` the similarities are tallied as they are written, so that `select` need not look for its threshold, and the
-first launch also clears what the later ones count in.
+one (a copy never beats it), so that the other needs no mask. For `match` the first also clears what the later ones
+count in.
 """
 
 from __future__ import annotations

@@ -62,10 +62,7 @@ def empty_plan(rows: int, src: Tensor, dst: Tensor, goes: int) -> tuple[Tensor, 
 
 
 def launch_select(similarity: Tensor, target: Tensor, src: Tensor, dst: Tensor, goes: int) -> tuple[Tensor, Tensor]:
-    """index [B, M] (the src that stay as they come, then all dst) and groups [B, N].
-
-    similarity, target: [B, S], src: [b, S], dst: [b, D]; goes: how many src go.
-    """
+    """As matching.grouped, in order."""
     rows, src_count = similarity.shape
     dst_count = dst.shape[1]
     index, groups = empty_plan(rows, src, dst, goes)

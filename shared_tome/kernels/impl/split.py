@@ -73,12 +73,9 @@ def launch_split(
     cell_height: int,
     cell_width: int,
     random: bool,
-    count: int = 1,
+    count: int,
 ) -> tuple[Tensor, Tensor]:
-    """src [count, b, N - D] and dst [count, b, D] of `count` layers from `layer` on, ascending.
-
-    seed: [] or [b] int64, step: 0-d or None (then number holds).
-    """
+    """src [count, b, N - D] and dst [count, b, D] of the layers from `layer` on. seed, step: as in draw.launch_draw."""
     seed = seed.reshape(-1).contiguous()
     rows, columns = height // cell_height, width // cell_width
     dst_count = frames * rows * columns

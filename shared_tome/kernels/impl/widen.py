@@ -68,7 +68,7 @@ def launch_widen(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor,
     return tuple(_launch((q, k, v), bias, 0))
 
 
-def launch_widen_one(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+def launch_widen_one(x: Tensor, kind: int, bias: Tensor | None = None) -> Tensor:
     """As channels.extend_one."""
     return _launch((x,), bias, kind)[0]
 
