@@ -71,10 +71,7 @@ class Bench:
         return torch.cat((self.tokens[classes], free)).to(self.dtype)
 
     def pictures(self, variant: Variant, sampler: str) -> tuple[Tensor, Run]:
-        """Pictures [seeds * images, 3, H, W] in float32 on the device, and the run with its count of work.
-
-        sampler: a name, with or without guidance (lab/models/samplers.py).
-        """
+        """Pictures [seeds * images, 3, H, W] in float32 on the device, and the run with its count of work."""
         done = []
         mixed = self.mixed and not variant.strict
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = mixed

@@ -53,10 +53,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Judge:
-    """A trained classifier, the features [n, FEATURES] of real pictures, and how many of those it names rightly.
-
-    data: the name of the pictures' set.
-    """
+    """A trained classifier, features [n, FEATURES] of real pictures, the share it names rightly, the set's name."""
 
     classifier: Classifier
     real: Tensor

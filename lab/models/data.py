@@ -47,10 +47,7 @@ def photograph_folder() -> Path:
 
 @lru_cache(maxsize=64)
 def _photograph(name: str, scale: float, tilt: int) -> tuple[Image.Image, int]:
-    """A photograph scaled, with a margin mirrored from its edges, tilted by ``tilt`` degrees; and the margin.
-
-    Scaling once makes the many crops that follow several times cheaper.
-    """
+    """A photograph scaled, once for many crops, with a margin mirrored from its edges, tilted; and the margin."""
     with Image.open(photograph_folder() / name) as opened:
         image = opened.convert("RGB")
     size = (round(image.width * scale), round(image.height * scale))
@@ -318,10 +315,7 @@ def _paint(job: tuple[Painter, int, int, int, int]) -> np.ndarray:
 
 
 def make_bank(per_class: int, seed: int = 0, workers: int | None = None, pictures: PictureSet = DEMO) -> np.ndarray:
-    """Pictures of every class of a set: [classes, per_class, frames * size, size, 3] uint8.
-
-    workers: processes; 0 draws here.
-    """
+    """Pictures of every class of a set: [classes, per_class, frames * size, size, 3] uint8. workers: 0 draws here."""
     workers = (os.cpu_count() or 1) if workers is None else workers
     chunk = per_class if workers <= 1 else 128
     jobs = [

@@ -27,10 +27,8 @@ THETA = 10_000.0
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Size of a DiT: patch pixels (or latents) a side of a token; double and single: how many blocks of each kind.
-
-    frames: of a video; 1 for pictures.
-    """
+    """Size of a DiT: patch pixels (or latents) a side of a token; double and single: how many blocks of each kind;
+    frames: of a video, 1 for pictures."""
 
     in_channels: int = 3
     out_channels: int = 3

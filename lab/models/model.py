@@ -49,10 +49,7 @@ class ClassModel(nn.Module):
         return self.class_tokens[classes]
 
     def painted_shape(self, size: int) -> tuple[int, int, int]:
-        """(channels, height, width) of what the network paints for a picture of ``size`` pixels a side.
-
-        A video's height is that of all its frames.
-        """
+        """(channels, height of all frames, width) of what the network paints for ``size`` pixels a side."""
         side = size // FACTOR if self.autoencoder else size
         frames = getattr(self.network.config, "frames", 1)
         return self.network.config.in_channels, frames * side, side
@@ -94,10 +91,7 @@ def save_model(path: Path, model: ClassModel, sigmas: Tensor, training: dict, pi
 
 
 def load_model(path: Path | str) -> tuple[ClassModel, Tensor, dict[str, str]]:
-    """A trained model in float32 on the CPU, its sigmas [1000] and its metadata.
-
-    Metadata that an older file lacks: prediction is "v", data is "demo", no autoencoder.
-    """
+    """A trained model in float32 on the CPU, its sigmas [1000] and its metadata, with what an older file lacks."""
     tensors, metadata = load_tensors(path)
     metadata = {"prediction": "v", "data": "demo"} | metadata
     sigmas, tokens = tensors.pop(SIGMAS_KEY), tensors.pop(TOKENS_KEY).float()
@@ -128,10 +122,7 @@ def picture_set(metadata: dict[str, str]) -> PictureSet:
 def sample_grid(
     model: ClassModel, sigmas: Tensor, pictures: PictureSet, columns: int = 8, steps: int = 30, seed: int = 0
 ) -> Image.Image:
-    """A picture with a row for each class; the same noise for the same seed on every device.
-
-    A video's frames are one below the other.
-    """
+    """A picture with a row for each class; the same noise for the same seed on every device."""
     device, size, count = sigmas.device, pictures.size, len(pictures.classes)
     classes = torch.arange(count, device=device).repeat_interleave(columns)
     shape = (len(classes), *model.painted_shape(size))

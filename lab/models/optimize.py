@@ -98,10 +98,8 @@ def learning_rate(step: int, progress: float, peak: float) -> float:
 
 
 def budgeted(seconds: float | None, steps: int | None, desc: str) -> Iterator[tuple[int, float]]:
-    """(step, share done) until the seconds or the steps are over, whichever is first, with a bar on stderr.
-
-    The first step's start-up does not count.
-    """
+    """(step, share done) until the seconds or the steps are over, whichever is first, with a bar on stderr. The first
+    step's start-up does not count."""
     bar = tqdm(total=100, unit="%", desc=desc, file=sys.stderr, mininterval=5)
     start = time.monotonic()
     for step in count():

@@ -67,6 +67,11 @@ def main_sampler(rows: Sequence[Row]) -> str:
     return MAIN_SAMPLER if MAIN_SAMPLER in count or not count else count.most_common(1)[0][0]
 
 
+def origin(row: Row) -> str:
+    """Where and with what a row was measured."""
+    return "{device}, torch {torch}, {date}, commit {}, model {model}".format(row["commit"] or "unknown", **row)
+
+
 def percent(share: str | float) -> str:
     value = 100 * float(share)
     return f"{value:.0f}%" if value >= 9.5 else f"{value:.1f}%"
@@ -147,9 +152,8 @@ def models_table(rows: Sequence[Row]) -> str:
     """PSNR on each of the MODELS that was measured, side by side, each with its own sampler."""
     found: dict[str, dict[str, Row]] = {}
     for model in MODELS:
-        own = of_model(rows, model)
-        sampler = main_sampler(own)
-        if own:
+        if own := of_model(rows, model):
+            sampler = main_sampler(own)
             found[f"{model}, {sampler_title(sampler)}"] = {r["variant"]: r for r in own if r["sampler"] == sampler}
     return psnr_table(CATALOGUE.sets["key"][1:], found)
 
@@ -211,11 +215,8 @@ PAIRS = (
 def pairs_table(rows: Sequence[Row]) -> str:
     """Differences picture by picture, and how many pictures each side spoils (under 30 dB)."""
     sampler = main_sampler(rows)
-    found = {
-        (row["file"], row["variant"]): [float(x) for x in row["singles"].split()]
-        for row in rows
-        if row["sampler"] == sampler
-    }
+    mine = [row for row in rows if row["sampler"] == sampler]
+    found = {(row["file"], row["variant"]): [float(x) for x in row["singles"].split()] for row in mine}
     files = list(dict.fromkeys(file for file, _ in found))
     lines = []
     for one, other in PAIRS:
@@ -232,22 +233,16 @@ def pairs_table(rows: Sequence[Row]) -> str:
 
 def floor_table(rows: Sequence[Row]) -> str:
     """One sentence: what rounding alone does."""
-    row = next((row for row in rows if row["variant"] == "unmerged, float32"), None)
-    if row is None:
-        return ""
-    return f"Unmerged in float32 against unmerged in {row['precision']} precision: {row['psnr']} dB."
+    found = (row for row in rows if row["variant"] == "unmerged, float32")
+    text = "Unmerged in float32 against unmerged in {precision} precision: {psnr} dB."
+    return next((text.format(**row) for row in found), "")
 
 
 def about(rows: Sequence[Row]) -> str:
     """Where the numbers come from; one line for each combination."""
-    columns = ("device", "torch", "date", "commit", "model", "images", "seeds", "precision")
-    kinds = dict.fromkeys(tuple(row[column] for column in columns) for row in rows)
     shapes = sorted({row["step_shape"] for row in rows if row["step_shape"]})
-    lines = [
-        f"- {device}, torch {torch}, {when}, commit {commit or 'unknown'}, model {model}; {images} pictures a row over "
-        f"{seeds} seeds, precision {precision}"
-        for device, torch, when, commit, model, images, seeds, precision in kinds
-    ]
+    counts = "; {images} pictures a row over {seeds} seeds, precision {precision}"
+    lines = dict.fromkeys(f"- {origin(row)}{counts.format(**row)}" for row in rows)
     return "\n".join([*lines, *(f"- timed step: float16, input {shape}" for shape in shapes)])
 
 

@@ -12,7 +12,7 @@ from shared_tome.methods import PRESETS
 
 from ..fidelity.methods import AGAIN, EXACT, EXACT_EVERY, UNMERGED
 from ..store import Row, markdown, read
-from .fidelity_tables import CELLS, MODELS, percent
+from .fidelity_tables import CELLS, MODELS, origin, percent
 from .frontier_times import FOLDER, PLACES, Place, best, between, calls_of, frontier_rows
 
 HELD = ("outputs reused", "attention held", "drawn between", "drawn + residual", "drawn from 0.2")
@@ -124,10 +124,8 @@ def about(rows: Sequence[Row], places: Sequence[Place] = ()) -> str:
     rounding = f"; rounding alone: {float(again):.0f} dB" if again not in ("", "inf") else ""
     times = dict.fromkeys(place.source for place in places if place.source)
     times = f" Times, in % of the unmerged generation's, from {'; '.join(times) or 'nothing yet'}." if places else ""
-    return (
-        f"{one['pictures']} pictures, {one['sampler']}, {one['precision']} precision, {one['device']}, torch "
-        f"{one['torch']}, {one['date']}, commit {one['commit'] or 'unknown'}, model {one['model']}{rounding}.{times}"
-    )
+    counts = "{pictures} pictures, {sampler}, {precision} precision".format(**one)
+    return f"{counts}, {origin(one)}{rounding}.{times}"
 
 
 # -- what to use at which size and model -----------------------------------------------------------------------------

@@ -73,9 +73,8 @@ class Place:
         if self.is_unet:
             limit = self._rows("steps").get("limit")
             return None if limit is None else 1 - 1 / float(limit["speedup"])
-        return next(
-            (float(row["attention_share"]) for row in self._rows("dit").values() if row["attention_share"]), None
-        )
+        shares = (row["attention_share"] for row in self._rows("dit").values())
+        return next(map(float, filter(None, shares)), None)
 
     @cached_property
     def _steps(self) -> dict[tuple[str, float], float]:

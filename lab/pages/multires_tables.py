@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from ..fidelity.methods import UNMERGED
 from ..models.samplers import GUIDANCE, parse_sampler
 from ..store import Row, markdown, read
-from .fidelity_tables import FOLDER, with_error
+from .fidelity_tables import FOLDER, origin, with_error
 
 # File of lab/results/fidelity, and what the table calls its model.
 MODELS = {
@@ -96,9 +96,6 @@ def _psnr(row: Row | None) -> str:
 def _made(heads: Iterable[str], lines: list[list[str]], of: dict[str, dict[str, Row]], how: str = "") -> str:
     """The table, and below it how and where each model was measured, as its first row has it."""
     ones = {name: next(iter(rows.values())) for name, rows in of.items()}
-    about = "; ".join(
-        f"{name}: {row['images']} pictures, {row['precision']} precision, {row['device']}, torch {row['torch']}, "
-        f"{row['date']}, commit {row['commit']}, model {row['model']}"
-        for name, row in ones.items()
-    )
+    counts = "{images} pictures, {precision} precision"
+    about = "; ".join(f"{name}: {counts.format(**row)}, {origin(row)}" for name, row in ones.items())
     return f"{markdown(['what', 'work', *heads], lines, left=1)}\n{how}{about}.\n"

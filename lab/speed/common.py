@@ -55,13 +55,9 @@ def machine(device: str, commit: str | None = None) -> dict[str, str]:
         driver = _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     else:
         name, driver = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads", ""
-    return {
-        "machine": name,
-        "driver": driver,
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit or _first_line(["git", "rev-parse", "--short", "HEAD"]) or "unknown",
-    }
+    commit = commit or _first_line(["git", "rev-parse", "--short", "HEAD"]) or "unknown"
+    today = datetime.date.today().isoformat()
+    return {"machine": name, "driver": driver, "torch": torch.__version__, "date": today, "commit": commit}
 
 
 def versions(*packages: str) -> str:
@@ -194,10 +190,11 @@ class Arguments(ArgumentParser):
 
     def some_of(self, name: str, choices: Iterable[Any], gpu: Sequence[Any], cpu: Sequence[Any] = (), **more: Any):
         """Some of these. gpu, cpu: those where none is named; without cpu the same on both."""
-        told = f"default: {', '.join(map(str, gpu))}" + (f"; on the CPU {', '.join(map(str, cpu))}" if cpu else "")
+        choices, gpu = choices and list(choices), list(gpu)
+        told = f"default: {'all' if gpu == choices else ', '.join(map(str, gpu))}"
+        told += f"; on the CPU {', '.join(map(str, cpu))}" if cpu else ""
         more["help"] = f"{more['help']} ({told})" if "help" in more else told
-        action = self.add_argument(name, nargs="+", choices=choices and list(choices), **more)
-        self.defaults[action.dest] = (list(gpu), list(cpu or gpu))
+        self.defaults[self.add_argument(name, nargs="+", choices=choices, **more).dest] = (gpu, list(cpu or gpu))
 
     def parsed(self) -> Namespace:
         """With `on_gpu` and what nobody named; a ComfyUI that is named runs in this process from now on."""
@@ -249,11 +246,7 @@ def run_jobs(
                 store.add({**job, **row, **stamp})
             if args.on_gpu:
                 torch.cuda.empty_cache()
-    show(store.rows, args.json)
-
-
-def show(rows: list[dict[str, Any]], as_json: bool) -> None:
-    sys.stdout.write(json.dumps(rounded(rows), indent=1) + "\n" if as_json else as_csv(rows))
+    sys.stdout.write(json.dumps(rounded(store.rows), indent=1) + "\n" if args.json else as_csv(store.rows))
 
 
 MARKS: dict[str, dict[str, Any]] = {

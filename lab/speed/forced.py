@@ -39,10 +39,7 @@ def skipped(kind: str, steps: int, share: float) -> list[int]:
 
 
 def cached(model: Any, kind: str, skips: list[int]) -> tuple[Any, list[int]]:
-    """A clone with the node on it, and the list of steps that the last sampling skipped.
-
-    model: a ModelPatcher. kind: EasyCache or LazyCache. skips: steps, counted from 0.
-    """
+    """A clone of a ModelPatcher with the node on it, and the steps, counted from 0, that the last sampling skipped."""
     from comfy_extras import nodes_easycache
 
     done: list[int] = []

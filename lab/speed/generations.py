@@ -24,7 +24,7 @@ what it does is core's node TomePatchModel there. What cannot run has a row with
 from __future__ import annotations
 
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -50,6 +50,14 @@ SHORT = ("unmerged", "Balanced", "Fast", "EasyCache 0.2", "EasyCache 0.2 + Balan
 NEVER = {
     "tomesd 0.5": "replaces _forward, which ComfyUI's blocks do not have: see TomePatchModel",
     "sparse attention": "this ComfyUI has none",
+}
+
+
+# ComfyUI's own nodes: their module, class and inputs, of what follows the name.
+NODES: dict[str, tuple[str, str, Callable[[str], list[Any]]]] = {
+    "TomePatchModel": ("nodes_tomesd", "TomePatchModel", lambda ratio: [float(ratio)]),
+    "HyperTile": ("nodes_hypertile", "HyperTile", lambda tile: [int(tile), 2, 0, False]),
+    "torch.compile": ("nodes_torch_compile", "TorchCompileModel", lambda _: ["inductor"]),
 }
 
 
@@ -120,10 +128,8 @@ def share_skipped(choice: str, model: Model, args: Namespace) -> float:
 
 @dataclass
 class Ready:
-    """A choice put on a model. skips, done: the steps that a cache is to skip, and those that it did.
-
-    remark: why it cannot run, and then nothing else holds.
-    """
+    """A choice put on a model. skips, done: the steps that a cache is to skip, and those that it did. remark: why it
+    cannot run, and then nothing else holds."""
 
     model: Any
     steps: int
@@ -152,16 +158,9 @@ def made_ready(model: Any, name: str, choice: str, args: Namespace) -> Ready:
             ready.model, ready.done = forced.cached(ready.model, kind, ready.skips)
         elif part.endswith("% of the steps"):
             ready.steps = round(float(kind.rstrip("%")) / 100 * steps)
-        elif part == TOMESD:
-            ready.model = hosts.variant(ready.model, name, "comfyui core 0.5")
-        elif kind == "HyperTile":
-            from comfy_extras.nodes_hypertile import HyperTile
-
-            ready.model = HyperTile.execute(ready.model, int(amount), 2, 0, False)[0]
-        elif part == "torch.compile":
-            from comfy_extras.nodes_torch_compile import TorchCompileModel
-
-            ready.model = TorchCompileModel.execute(ready.model, "inductor")[0]
+        elif kind in NODES:
+            module, node, told = NODES[kind]
+            ready.model = hosts.core_node(ready.model, module, node, *told(amount))
         elif part == "SageAttention":
             from comfy.ldm.modules import attention
 

@@ -42,10 +42,7 @@ def grid_of_octave(tokens: int) -> tuple[int, int]:
 
 
 def exponent(tokens: list[int], times: list[float]) -> float:
-    """The slope of log(time) against log(tokens), least squares over the last three octaves.
-
-    Raises ValueError for fewer than two points.
-    """
+    """The slope of log(time) against log(tokens) over the last three octaves. Raises ValueError for one point."""
     points = sorted(zip(tokens, times, strict=True))[-4:]
     if len(points) < 2:
         raise ValueError(f"a slope needs two points or more, got {len(points)}")

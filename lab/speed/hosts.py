@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -95,6 +96,11 @@ def with_tome(model: Any, options: dict[str, Any]) -> Any:
     return patch.apply_to_model(model, patch.ToMeConfig(**options))
 
 
+def core_node(model: Any, module: str, node: str, *inputs: Any) -> Any:
+    """A clone with one of ComfyUI's own nodes on it."""
+    return getattr(import_module(f"comfy_extras.{module}"), node).execute(model, *inputs)[0]
+
+
 @contextmanager
 def choose_attention(backend: str) -> Iterator[None]:
     """ComfyUI's PyTorch attention by this kernel where it can; "default" is ComfyUI's own order.
@@ -155,9 +161,7 @@ def step_times(model: Any, kind: str, size: int, steps: int, images: int = 1) ->
 
 def variant(model: Any, kind: str, name: str) -> Any:
     if name == "comfyui core 0.5":
-        from comfy_extras.nodes_tomesd import TomePatchModel
-
-        return TomePatchModel.execute(model, 0.5)[0]
+        return core_node(model, "nodes_tomesd", "TomePatchModel", 0.5)
     if name in ("unmerged", "unmerged again", "limit"):
         return model
     return with_tome(model, {**options_of(name), "min_tokens": MODELS[kind][3]})

@@ -85,10 +85,7 @@ def merged_step(
 def tomesd_match(
     x: Tensor, grid: tuple[int, int], ratio: float
 ) -> tuple[Callable[[], tuple[Callable, Callable]], torch.Generator]:
-    """PyPI's tomesd: what finds (merge, unmerge), and the generator that it draws from.
-
-    Raises ImportError where it is not installed.
-    """
+    """What finds (merge, unmerge) of PyPI's tomesd, and the generator it draws from. Raises ImportError without it."""
     from tomesd.merge import bipartite_soft_matching_random2d
 
     generator = torch.Generator(x.device)

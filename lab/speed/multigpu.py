@@ -44,10 +44,8 @@ def two_devices(device: torch.device) -> Iterator[None]:
 
 
 def build(kind: str, device: torch.device, dtype: torch.dtype) -> dict[int, Any]:
-    """{number of GPUs: ModelPatcher}: the model on `device`, and the same one with a copy on a second device.
-
-    Raises ValueError where there is no second one.
-    """
+    """{number of GPUs: ModelPatcher}: the model on `device`, and the same one with a copy on a second device. Raises
+    ValueError where there is no second one."""
     import comfy.multigpu
 
     model = hosts.build(kind, device, dtype, seed=0)

@@ -33,10 +33,7 @@ GREY = 0.5  # the share of subjects without colour, which would tell most classe
 
 
 class Task:
-    """The lab's pictures on a device, and new ones put together from them.
-
-    per_class: drawings of each class. workers: as for data.make_bank.
-    """
+    """The lab's pictures on a device, and new ones put together from them. workers: as for data.make_bank."""
 
     def __init__(self, per_class: int, seed: int, device: str = "cpu", workers: int | None = None):
         bank = torch.from_numpy(make_bank(per_class, seed, workers))
