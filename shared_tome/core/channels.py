@@ -36,37 +36,23 @@ def extend_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor,
         the three with d + p channels, p from 2 to 9, to be used with scale d ** -0.5; the result's first d
         channels are the attention's (v's further channels are zero).
     """
-    return extend_query(q), extend_key(k, bias), extend_value(v)
+    return extend_one(q, QUERY), extend_one(k, KEY, bias), extend_one(v, VALUE)
 
 
 def extend_one(x: Tensor, kind: int, bias: Tensor | None = None) -> Tensor:
     """One of the three alone. kind: QUERY, KEY (with its bias) or VALUE."""
-    if kind == KEY:
-        return extend_key(x, bias)
-    return extend_query(x) if kind == QUERY else extend_value(x)
-
-
-def extend_query(q: Tensor) -> Tensor:
-    """q [..., N, d] -> [..., N, d + p]."""
-    room = extra_channels(q.shape[-1])
-    ones = F.pad(q.new_ones(2), (0, room - 2)).expand(*q.shape[:-1], room)
-    return torch.cat((q, ones), dim=-1)
-
-
-def extend_key(k: Tensor, bias: Tensor) -> Tensor:
-    """k [..., M, d] -> [..., M, d + p]; bias as in extend_heads."""
-    d = k.shape[-1]
-    # Two channels, the second with the first one's rounding error: in bfloat16 one alone is off by 0.4%.
-    scaled = bias.float() * d**0.5
-    high = scaled.to(k.dtype)
-    low = (scaled - high.float()).to(k.dtype)
-    extra = torch.stack((high, low), dim=-1).expand(*k.shape[:-1], 2)
-    return torch.cat((k, F.pad(extra, (0, extra_channels(d) - 2))), dim=-1)
-
-
-def extend_value(v: Tensor) -> Tensor:
-    """v [..., M, d] -> [..., M, d + p]."""
-    return F.pad(v, (0, extra_channels(v.shape[-1])))
+    d, room = x.shape[-1], extra_channels(x.shape[-1])
+    if kind == VALUE:
+        return F.pad(x, (0, room))
+    if kind == QUERY:
+        extra = F.pad(x.new_ones(2), (0, room - 2)).expand(*x.shape[:-1], room)
+    else:
+        # Two channels, the second with the first one's rounding error: in bfloat16 one alone is off by 0.4%.
+        scaled = bias.float() * d**0.5
+        high = scaled.to(x.dtype)
+        low = (scaled - high.float()).to(x.dtype)
+        extra = F.pad(torch.stack((high, low), dim=-1).expand(*x.shape[:-1], 2), (0, room - 2))
+    return torch.cat((x, extra), dim=-1)
 
 
 def attend_wider(

@@ -220,8 +220,7 @@ def test_widen_is_equal_bit_for_bit(d, rows, dtype):
     v = torch.cat((v, v), dim=-1)[..., ::2]
     bias = torch.randint(1, 40, (rows, 333), device="cuda").float().log()
     for parts, weight in (((q, k, v), bias[:, :, None]), ([x.transpose(1, 2) for x in (q, k, v)], bias[:, None])):
-        expected = channels.extend_query(parts[0]), channels.extend_key(parts[1], weight)
-        expected = *expected, channels.extend_value(parts[2])
+        expected = channels.extend_heads(*parts, weight)
         got = kernels.extend_heads(*parts, weight)
         biases = None, weight, None
         alone = [kernels.extend_one(x, kind, b) for kind, (x, b) in enumerate(zip(parts, biases, strict=True))]

@@ -107,8 +107,7 @@ def test_widen_is_equal_bit_for_bit(d, dtype):
             biases = None, weight, None
             alone = [kernels.extend_one(x, kind, b) for kind, (x, b) in enumerate(zip(parts, biases, strict=True))]
             assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
-            expected = [channels.extend_query(parts[0]), channels.extend_key(parts[1], weight)]
-            expected.append(channels.extend_value(parts[2]))
+            expected = channels.extend_heads(*parts, weight)
             for here, there in zip(got, expected, strict=True):
                 if dtype == torch.bfloat16:  # what the interpreter cuts off is in the second channel
                     assert torch.equal(here[..., :d], there[..., :d])
