@@ -66,17 +66,17 @@ def attend_tokens(
     """
     batch, tokens, channels = q.shape
     d = channels // heads
+    root = d**-0.5
+    scale = root if scale is None else scale
     q, k, v = (x.reshape(batch, -1, heads, d) for x in (q, k, v))  # (B, N, H, d)
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     if is_torchs and kernels.can_attend(*heads_first, bias):
-        made = kernels.attend(*heads_first, bias, d**-0.5 if scale is None else scale)
-        return made.transpose(1, 2).flatten(2)
+        return kernels.attend(*heads_first, bias, scale).transpose(1, 2).flatten(2)
     if minds:
-        bias = bias if scale is None else bias * (d**-0.5 / scale)
-        rest = (d**-0.5 if scale is None else scale,)
+        bias, rest = bias if scale == root else bias * (root / scale), (scale,)
     else:
         wide = d + extra_channels(d)
-        q = q * ((d**-0.5 if scale is None else scale) * wide**0.5)
+        q = q * (scale * wide**0.5)
         bias, rest = bias * (wide / d) ** 0.5, ()
     q, k, v = kernels.extend_heads(q, k, v, bias[:, :, None])
     q, k, v = (x.flatten(2) for x in (q, k, v))  # (B, N, H * (d + p))

@@ -166,10 +166,8 @@ def attend_with_self_token(
     Elsewhere it calls missed() and all keys stay. q, k, v: [B, H, N, d] -> [B, H, N, d]. keeping: what has some steps
     exact, and the layer's name.
     """
-    if joint is None or plan is None or not attention.is_plain or not q.shape == k.shape == v.shape:
-        missed()
-        return attention(q, k, v)
-    if (q.shape[0], q.shape[2]) != (plan.batch, plan.tokens):
+    able = joint is not None and plan is not None and attention.is_plain and q.shape == k.shape == v.shape
+    if not able or (q.shape[0], q.shape[2]) != (plan.batch, plan.tokens):
         missed()
         return attention(q, k, v)
     drawn = functools.partial(attend_sampled, joint, attention, q, k, v, 0, plan)

@@ -1,9 +1,7 @@
 """levels "auto" on a GPU: whether merging a layer pays there, measured once and kept in a file.
 
-What a layer takes whole and merged depends on the GPU, the attention kernel and the host's processor, and no rule of
-thumb holds for all. So at its first use a layer of that shape is run a few times on made-up tokens, both ways,
-everything that merging needs included. The outcome is kept for the device, and with it the picture that a seed gives
-on it. Large layers always pay and are not measured; nor is anything on other devices.
+At its first use a layer of a shape is run a few times on made-up tokens, whole and merged, everything that merging
+needs included. Why: docs/design.md, "Whether merging pays is measured".
 """
 
 from __future__ import annotations

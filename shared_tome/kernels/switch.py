@@ -1,7 +1,6 @@
 """Whether the kernels may be used: in this process, in this context, on these tensors.
 
-Importing this package imports no triton; the first tensor on a CUDA device does. TOME_KERNELS=reference, or
-use("reference"), leaves everything to plain torch.
+Importing this package imports no triton; the first tensor on a CUDA device does.
 """
 
 from __future__ import annotations

@@ -172,23 +172,15 @@ class ModelCall:
         if plan is None:
             return None
         kind = self.config.kind
-        if keeps_self:
-            bias = plan.key_bias() if self.config.weighs_keys else None
-            return MergedAttention(plan, q, k, v, bias, merges_queries=False)
+        merges_queries = kind.queries and not keeps_self
         # By what they are and not by id(), which torch 2.11 cannot trace.
-        queries = plan.merge(q) if kind.queries else q
+        queries = plan.merge(q) if merges_queries else q
         keys, values = k, v
-        if kind.keys:
-            keys = queries if kind.queries and k is q else plan.merge(k)
-            values = keys if v is k else queries if kind.queries and v is q else plan.merge(v)
-        return MergedAttention(
-            plan=plan,
-            q=queries,
-            k=keys,
-            v=values,
-            bias=plan.key_bias() if self.config.weighs_keys else None,
-            merges_queries=kind.queries,
-        )
+        if kind.keys and not keeps_self:
+            keys = queries if merges_queries and k is q else plan.merge(k)
+            values = keys if v is k else queries if merges_queries and v is q else plan.merge(v)
+        bias = plan.key_bias() if self.config.weighs_keys else None
+        return MergedAttention(plan, queries, keys, values, bias, merges_queries)
 
 
 @dataclass(frozen=True, eq=False)
