@@ -10,6 +10,7 @@ tell their options and so are met one step later, where they call torch: DiTMode
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -76,11 +77,30 @@ class DiTCall(TransformerCall):
         self.key = repr((call_key(call), layout, order, instead, by_times, self._sparse, by))
         self.guarded, self.outside = compiled and facts.compiles, compiled and not facts.compiles
         self._entry = outside(self.attention) if self.outside else self.attention
-        self.options = {**options, OVERRIDE: self._entry}
+        self.options = {**options, OVERRIDE: self._entry, **self._around_replaced(options)}
         if self.guarded:
             wrappers = dict(options.get("wrappers", {}))
             wrappers[DIFFUSION_MODEL] = {**wrappers.get(DIFFUSION_MODEL, {}), KEY: [self._check_key]}
             self.options["wrappers"] = wrappers
+
+    def _around_replaced(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Of the options: the blocks that other nodes replace, with _replaced around them."""
+        replaced = options.get("patches_replace", {})
+        if not replaced.get("dit"):
+            return {}
+        blocks = {place: functools.partial(self._replaced, place, block) for place, block in replaced["dit"].items()}
+        return {"patches_replace": {**replaced, "dit": blocks}}
+
+    def _replaced(self, place: tuple[str, int], block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A block by another node. One that is skipped counts all the same, since other calls may run it
+        (SkipLayerGuidance): those behind it keep their choices."""
+        came = self._came
+        out = block(*args, **kwargs)
+        for _ in range(0 if self._came > came else 2 if place[1] in self.layout.twice else 1):
+            self.call.pass_over(self.layout.grid)
+            if self._record is not None:
+                self._record.count(self.layout.grid)
+        return out
 
     def _check_key(self, executor: Any, *args: Any, tome: str = "", **kwargs: Any) -> Tensor:
         if tome != self.key:  # reading it is what makes torch.compile guard on it

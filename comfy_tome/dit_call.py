@@ -60,6 +60,7 @@ class TransformerCall:
         self._decisions = DiTDecisions(call.config, layout, log, judge)
         self._joint, self._instead = self.combines(order), self.combines(instead)
         self._met, self._served = False, 0
+        self._came = 0  # attentions so far that are ours
         self._plan: Plan | None = None
         self._queries = 0  # that a layer has brought so far, where they come in parts
         self._kinds: dict[tuple | None, Kind] = {}
@@ -209,7 +210,7 @@ class TransformerCall:
             )
         if start is None:
             return None
-        self._met = True
+        self._met, self._came = True, self._came + 1
         if length in self.layout.others:
             self.skip("ToMe skips an image of as many tokens as its prompt: self- and cross-attention look alike")
             return None

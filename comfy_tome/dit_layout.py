@@ -17,7 +17,7 @@ class Layout:
 
     alone: how many stand before the image in layers without text; None: there are none. others: lengths of attentions
     to other tokens. together: attention calls of one layer that want the same tokens. parts: some bring a part of the
-    queries (DiTModel.parts). elsewhere: queries of each layer that never come.
+    queries (DiTModel.parts). elsewhere: queries of each layer that never come. twice: blocks that hold two layers.
     """
 
     grid: Grid
@@ -28,6 +28,7 @@ class Layout:
     together: int = 1
     parts: bool = False
     elsewhere: int = 0
+    twice: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -57,6 +58,7 @@ class Layout:
             facts.calls(model),
             facts.parts,
             facts.elsewhere(model, arguments, grid),
+            facts.twice(model),
         )
 
     def start(self, length: int, img_slice: list[int] | None = None) -> int | None:

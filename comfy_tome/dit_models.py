@@ -40,6 +40,7 @@ DIT_MODELS: tuple[DiTModel, ...] = (
         head=lambda model, arguments: model.register_length + of.prompt(model, arguments),
         tail=of.nothing,
         alone=of.nothing,  # SD3.5 medium's second attention of a block
+        twice=of.blocks_with_two,
         compiles=False,
         forge=("mmditx.MMDiTX",),
         blocks=("joint_blocks",),

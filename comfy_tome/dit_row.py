@@ -15,6 +15,10 @@ def _one(model: Any) -> int:
     return 1
 
 
+def _none(model: Any) -> tuple[int, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class DiTModel:
     """A family of models with one order of tokens: [head, image, tail].
@@ -32,6 +36,7 @@ class DiTModel:
     others(model, told): lengths of attentions to other tokens (cross-attentions, refiners, sound), to be told from the
         image's by their length alone.
     calls(model): attention calls of one layer that want the same tokens.
+    twice(model): numbers of the blocks that hold two layers to be served.
     parts: some layers call attention with a part of the queries and all keys, once or several times.
     elsewhere(model, told, grid): queries of each layer that never come, because the model has them already or asks
         another attention.
@@ -50,6 +55,7 @@ class DiTModel:
     alone: Callable[[Any, CallArguments], int] | None = None
     others: Callable[[Any, CallArguments], tuple[int, ...]] | None = None
     calls: Callable[[Any], int] = _one
+    twice: Callable[[Any], tuple[int, ...]] = _none
     parts: bool = False
     elsewhere: Callable[[Any, CallArguments, Grid], int] = of.nothing
     compiles: bool = True

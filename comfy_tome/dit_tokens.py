@@ -180,6 +180,12 @@ def calls_of_stable_audio(model: Any) -> int:
     return 2 if getattr(model.transformer.layers[0].self_attn, "differential", False) else 1
 
 
+def blocks_with_two(model: Any) -> tuple[int, ...]:
+    """SD3.5 medium's first blocks attend with the text and without it."""
+    blocks = enumerate(model.joint_blocks)
+    return tuple(number for number, block in blocks if getattr(block.x_block, "x_block_self_attn", False))
+
+
 def whole_attentions(model: Any, options: dict[str, Any]) -> list[Any]:
     """Every other layer of ACE-Step attends to 128 tokens each way alone; those stay as they are."""
     found = (layer.self_attn for layer in model.decoder.layers)

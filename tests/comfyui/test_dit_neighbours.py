@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import itertools
 import logging
 import types
 
@@ -14,6 +16,7 @@ from .dit_host import attention_alone, call
 from .test_dit import log, nothing
 from .test_dit_weights import HEADS, alike, full, same
 
+EMBEDDER = {"target": "torch.nn.Linear", "params": {"in_features": 48, "out_features": 192}}  # of SD3 with 3 blocks
 NOT_KEPT = "[ToMe] own token has no effect: another attention than PyTorch's is in use"
 
 
@@ -313,6 +316,43 @@ def test_a_swapped_class_that_runs_in_another_way_is_left_alone(tome, comfy_node
         assert torch.equal(call(merged, "flux"), plain)
     reason = "ToMe skips this model: another node has replaced it by one that ToMe does not know"
     assert log(caplog) == nothing(reason, "ReFlux")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "skipped"),
+    [
+        ("flux", {"depth": 2, "depth_single_blocks": 2}, ("0", "0")),
+        ("sd3", {"depth": 3, "context_embedder_config": EMBEDDER}, ("0", "")),  # its first block attends twice
+        ("wan", {"num_layers": 3}, ("1", "")),
+    ],
+)
+def test_layers_behind_a_skipped_block_keep_their_choices(
+    tome, comfy_nodes, merged_layers, monkeypatch, name, changes, skipped
+):
+    """SkipLayerGuidanceDiT runs a call of its own without some blocks, and scales up the difference of two calls: it is
+    not to be one of draws."""
+    import nodes
+
+    file = host.comfyui_dir() / "comfy_extras" / "nodes_slg.py"
+    asyncio.run(nodes.load_custom_node(str(file), module_parent="comfy_extras"))
+    told, numbers = host.pack_module("record").CallRecord, []
+    real = told.layer
+    monkeypatch.setattr(told, "layer", lambda *args, **kwargs: numbers.append(real(*args, **kwargs)))
+    model, _ = comfy_nodes["ToMeRecord"].execute(model=tome(dit_host.small(name, **changes), ratio=0.5)).result
+    guided = host.run_node(
+        nodes.NODE_CLASS_MAPPINGS["SkipLayerGuidanceDiT"],
+        model=model,
+        scale=3.0, start_percent=0.0, end_percent=1.0, double_layers=skipped[0], single_layers=skipped[1],
+    )  # fmt: skip
+    dit_host.sample(guided, name, steps=1, cfg=1.0)
+    drawn = [layer[0].choice[0] for layer in merged_layers]
+    gone = {"flux": {0, 2}, "sd3": {0, 1}, "wan": {1}}[name]
+    layers = (len(drawn) + len(gone)) // 2
+    whole, behind = drawn[:layers], drawn[layers:]
+    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(whole))
+    left = [one for place, one in enumerate(whole) if place not in gone]
+    assert len(left) == len(behind) and all(map(torch.equal, behind, left))
+    assert numbers == [*range(layers), *(place for place in range(layers) if place not in gone)]  # of the map
 
 
 @pytest.mark.parametrize("tome_first", [True, False], ids=["tome first", "tome last"])
