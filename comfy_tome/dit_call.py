@@ -115,8 +115,10 @@ class TransformerCall:
         """An attention's plan, and what is known of its kind; None where it is left alone."""
         block = self.block(call)
         key = self._key(call, block)
-        kind = self._kinds.get(key) or self._look(call, block)
-        if kind is None:
+        kind = self._kinds.get(key)
+        if kind is not None:
+            self._came += 1
+        elif (kind := self._look(call, block)) is None:
             return None
         if first := self._is_first(kind):
             self._plan = self.call.plan(self._metric(call, kind.start), self.layout.grid)

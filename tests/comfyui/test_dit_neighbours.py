@@ -318,6 +318,15 @@ def test_a_swapped_class_that_runs_in_another_way_is_left_alone(tome, comfy_node
     assert log(caplog) == nothing(reason, "ReFlux")
 
 
+def test_a_block_that_another_node_only_stands_around_counts_once(tome):
+    model = tome(dit_host.small("flux", depth=3, depth_single_blocks=2), ratio=0.5)
+    expected = dit_host.sample(model, "flux")
+    around = model.clone()
+    for place in (("double_block", 1), ("double_block", 2), ("single_block", 1)):
+        around.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", *place)
+    assert torch.equal(dit_host.sample(around, "flux"), expected)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "skipped"),
     [
