@@ -54,11 +54,6 @@ def _unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(tiny)
 
 
-def keep_first(similarity: Tensor) -> Tensor:
-    """similarity [B, S] with the first src, the class token, similar to nothing, so that it stays."""
-    return torch.cat((torch.full_like(similarity[:, :1], -torch.inf), similarity[:, 1:]), dim=1)
-
-
 def grouped(
     similarity: Tensor, target: Tensor, src: Tensor, dst: Tensor, goes: int, in_order: bool
 ) -> tuple[Tensor, Tensor]:
@@ -107,8 +102,8 @@ def match(
         class_token, distill_token: see match_tokens. find, group: or kernels in their place.
     """
     similarity, target = find(metric, src, dst, distill_token)
-    if class_token:
-        similarity = keep_first(similarity)
+    if class_token:  # the first src, similar to nothing, so that it stays
+        similarity = torch.cat((torch.full_like(similarity[:, :1], -torch.inf), similarity[:, 1:]), dim=1)
     index, groups = group(similarity, target, src, dst, goes, class_token)
     return distill_second(index, groups, src.shape[1] - goes) if distill_token else (index, groups)
 
