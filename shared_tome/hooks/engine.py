@@ -193,6 +193,10 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
         """What attn1 is given for its queries where its heads, of d channels, will be widened."""
         return now.layer.q
 
+    def given_instead(self, now: Pass, attn1: nn.Module, given: Given, q: Tensor) -> tuple[tuple, dict[str, Any]]:
+        """What attn1 is given for its layer's queries q and keys, (args, kwargs)."""
+        return given.replaced(q, now.layer.k)
+
     # --- The walk -----------------------------------------------------------------------------------------------------
 
     def _before_attention(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -245,7 +249,7 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
             now.drawn_plan = layer.plan
             return None  # attn1 gets all tokens; some of their keys are taken where they meet the queries
         now.plan = layer.plan if call.config.kind.matches else None
-        return given.replaced(self._weigh(now, attn1), layer.k)
+        return self.given_instead(now, attn1, given, self._weigh(now, attn1))
 
     def _weigh(self, now: Pass, attn1: nn.Module) -> Tensor:
         """Get ready to give keys their weights, where they have any. Returns what attn1 is given for its queries."""

@@ -89,6 +89,7 @@ def find_rule(
     layer: Callable[..., Any] = SimpleNamespace,
     heads: int = 2,
     context: str = "context",
+    widens_x: bool = True,
 ) -> str | None:
     """How an attention's forward(self, x, context) scales: OWN, GIVEN, or None where widened heads do not go.
 
@@ -97,6 +98,7 @@ def find_rule(
     Args:
         layer: makes the `self` that forward gets, from its parts by name (to_q, heads, scale, ...).
         heads: how many it is told that there are. context: the name of the argument that keys are made from.
+        widens_x: whether x will have the channels of the wider heads, too. Codes may take the heads' size from it.
     """
     tokens, keys = 6, 5
     q, k, v = (_waves(n, heads * d, phase) for n, phase in ((tokens, 0.0), (keys, 1.0), (keys, 2.0)))
@@ -104,7 +106,7 @@ def find_rule(
     q = q * d**0.5 / 4  # logits of a few units, so that a wrong scale shows
     expected = _attention(q, k, v, heads, bias)
     given = [t.to(device, dtype) for t in (q, k, v)]
-    x = given[0].new_zeros(1, tokens, width(heads, d))
+    x = given[0].new_zeros(1, tokens, width(heads, d) if widens_x else heads * d)
     arguments = {context: given[0].new_zeros(1, keys, heads * d)}
     errors = {}
     for rule in (OWN, GIVEN):

@@ -46,7 +46,7 @@ class Trials:
         key = *self._code(attn1), *kind
         if key not in self._meets:
             forward, more = self._how(attn1)
-            more = {name: value for name, value in more.items() if name != "context"}
+            more = {name: value for name, value in more.items() if name not in ("context", "widens_x")}
             self._meets[key] = meets_at_sdpa(forward, *kind, **more)
         return self._meets[key]
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.combine import TORCHS
@@ -19,15 +16,14 @@ from ..core.curve import is_compiling
 from ..core.grid import Grid
 from ..hooks import engine
 from ..hooks.engine import Given, MergedBlock, Pass
-from ..hooks.guard import is_replaced as is_replaced_here
 from ..hooks.guard import why_left_whole
-from ..hooks.heads import PROJECTIONS, head_size, stand_in
+from ..hooks.heads import PROJECTIONS, head_size
 from ..hooks.parts import argument, output_of, with_tokens
 from ..hooks.portable import Portable
-from ..hooks.trials import Kind, Trials
 from ..merging.plan import Plan
 from . import base
 from .outcome import CallOutcome
+from .trials import code_of, is_diffusers, is_replaced, names_of
 
 if TYPE_CHECKING:
     from .hooks import UNetAttachment
@@ -35,9 +31,10 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class BlockPass(Pass):
-    """block: the module."""
+    """block: the module. keys: [B, M, C], what to_k and to_v get in the place of attn1's input."""
 
     block: nn.Module | None = None
+    keys: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -194,14 +191,42 @@ class ScriptBlock(Portable, MergedBlock):
             self.say("fused projections take no weights of keys; proportional attention is off")
         return not is_fused(attn1)
 
+    def given_instead(self, now: Pass, attn1: nn.Module, given: Given, q: Tensor) -> tuple[tuple, dict[str, Any]]:
+        args, kwargs = super().given_instead(now, attn1, given, q)
+        is_told = argument(args, kwargs, 1, given.context_name) is not None and given.context is None
+        if not is_told or is_compiling() or not self.owner.trials.projects_itself(attn1, given.x):
+            return args, kwargs
+        # Many processors take what is given keys for an attention to the prompt, and do another thing there.
+        now.keys = now.layer.k
+        self._follow_projections(attn1)
+        return given.replaced(q)
+
+    def hook_projections(self, attn1: nn.Module, heads: int) -> list[Any]:
+        handles = super().hook_projections(attn1, heads)
+        return [*handles, *(getattr(attn1, n).register_forward_pre_hook(self._give_keys) for n in ("to_k", "to_v"))]
+
+    def _give_keys(self, module: nn.Module, args: tuple) -> tuple | None:
+        now = self.now
+        if now is None or now.keys is None or args[0].shape != now.layer.q.shape:
+            return None
+        return (now.keys, *args[1:])
+
+    def _after_attention(self, attn1: nn.Module, args: tuple, out: Any) -> Tensor | None:
+        if self.now is not None:
+            self.now.keys = None
+        return super()._after_attention(attn1, args, out)
+
     def widened_input(self, now: Pass, attn1: nn.Module, d: int) -> Tensor:
+        self._follow_projections(attn1)
+        return now.layer.q
+
+    def _follow_projections(self, attn1: nn.Module) -> None:
         """Has the hooks on the projections that are there now: a LoRA loaded later puts others in their place."""
         modules = [*(getattr(attn1, name) for name in PROJECTIONS), output_of(attn1)]
         if [ref() for ref in self._hooked] != modules:
             self.forget_projections()
             self._hooked = [weakref.ref(module) for module in modules]
             self._projection_handles = self.hook_projections(attn1, attn1.heads)
-        return now.layer.q
 
     def forget_projections(self) -> None:
         """Take the hooks off the projections."""
@@ -225,7 +250,7 @@ class ScriptBlock(Portable, MergedBlock):
         made = type(module).forward.__module__.partition(".")[0]
         if is_replaced(module) or made != type(module).__module__.partition(".")[0]:
             return why_left_whole(name, None, 0, 0, replaced=True)
-        if processor is not None and not _is_diffusers(processor):
+        if processor is not None and not is_diffusers(processor):
             why = f"{type(processor).__name__} replaces its attention"
         elif kwargs.get("ip_adapter_masks") is not None:
             why = "an IP-Adapter masks parts of the picture"
@@ -242,63 +267,9 @@ def is_answered(module: nn.Module) -> bool:
     return bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", None))
 
 
-def is_replaced(module: nn.Module) -> bool:
-    """guard.is_replaced, but for accelerate's forward, which moves weights and then runs the class's."""
-    return is_replaced_here(module) and not hasattr(module, "_hf_hook")
-
-
 def is_fused(attention: nn.Module) -> bool:
     """Whether one projection makes queries, keys and values. diffusers' U-Nets keep the mark after
     unfuse_qkv_projections(), and its plain processors pay no heed to it."""
     processor = getattr(attention, "processor", None)
-    plain = _is_diffusers(processor) and not type(processor).__name__.startswith("Fused")
+    plain = is_diffusers(processor) and not type(processor).__name__.startswith("Fused")
     return getattr(attention, "fused_projections", False) and not plain
-
-
-def _is_diffusers(processor: Any) -> bool:
-    return type(processor).__module__.partition(".")[0] == "diffusers"
-
-
-def code_of(attention: nn.Module) -> tuple:
-    """What decides how a layer attends: its forward, its processor with that one's settings, and torch's function,
-    which may have been replaced."""
-    processor = getattr(attention, "processor", None)
-    state: Any = ()
-    if processor is not None and _is_diffusers(processor):
-        simple = (bool, int, float, str)
-        state = tuple((key, x) for key, x in getattr(processor, "__dict__", {}).items() if isinstance(x, simple))
-    elif hasattr(processor, "__weakref__"):
-        state = weakref.ref(processor)
-    return type(attention).forward, type(processor), state, F.scaled_dot_product_attention
-
-
-@functools.lru_cache(maxsize=64)
-def names_of(forward: Callable[..., Any]) -> tuple[str, str]:
-    """What diffusers or ldm call the tokens and what the keys are made from."""
-    if "encoder_hidden_states" in inspect.signature(forward).parameters:
-        return "hidden_states", "encoder_hidden_states"
-    return "x", "context"
-
-
-class ScriptTrials(Trials):
-    """On copies of the layers, since processors read what diffusers keeps there."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda attn1: (*code_of(attn1), attn1.heads), _how)
-
-    def __reduce__(self) -> tuple:
-        return ScriptTrials, ()
-
-    def rule(self, attn1: nn.Module, kind: Kind) -> str | None:
-        # A forward of its own, or keys in fewer heads, are not what a trial runs.
-        channels = attn1.heads * kind[0]
-        alike = all(getattr(getattr(attn1, name), "out_features", channels) == channels for name in PROJECTIONS)
-        return super().rule(attn1, kind) if alike and not is_replaced(attn1) else None
-
-    def meets(self, attn1: nn.Module, kind: Kind) -> bool:
-        return not base.compiles() and super().meets(attn1, kind)
-
-
-def _how(attn1: nn.Module) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-    forward = type(attn1).forward
-    return forward, {"layer": stand_in(attn1), "heads": attn1.heads, "context": names_of(forward)[1]}

@@ -25,8 +25,9 @@ from ..hooks.parts import argument
 from ..merging.call import ModelCall
 from ..merging.residual import ResidualCall, why_no_effect
 from . import base
-from .block import ScriptBlock, ScriptCall, ScriptTrials
+from .block import ScriptBlock, ScriptCall
 from .residuals import RunResiduals
+from .trials import ScriptTrials
 from .whole_steps import Step, WholeSteps
 
 

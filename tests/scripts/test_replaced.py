@@ -137,6 +137,83 @@ def test_a_processor_without_keys_of_their_own_is_left_alone(caplog):
     assert torch.equal(models.run(unet, 15, 17), before) and models.count_hooks(unet) == 0
 
 
+class FirstRow:
+    """Every row attends to the first one's tokens, unless what keys are made of is given, as in an attention to the
+    prompt: so do diffusers' CrossFrameAttnProcessor and many packages' processors.
+
+    minds: whether it tells the two apart by that.
+    """
+
+    def __init__(self, minds):
+        self.minds, self.kinds = minds, []
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        is_cross = encoder_hidden_states is not None
+        self.kinds.append(is_cross)
+        context = encoder_hidden_states if is_cross else hidden_states
+        q, k, v = (
+            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        if not (is_cross and self.minds):
+            k, v = k[:1].expand_as(k), v[:1].expand_as(v)
+        return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("proportional", [False, True])
+@pytest.mark.parametrize("method", ["sample", "downsample", "merge", "merge_keys", "merge_queries", "prune"])
+def test_a_processor_that_asks_whether_it_has_keys_takes_merged_ones_for_its_own(method, proportional):
+    made = []
+    for minds in (False, True):
+        unet, processor = models.sd15(), FirstRow(minds)
+        unet.set_attn_processor({n: processor if "attn1" in n else p for n, p in unet.attn_processors.items()})
+        before = models.run(unet)
+        shared_tome.apply_patch(unet, config=config(method=method, proportional=proportional, own_token=False))
+        models.run(unet)  # the trials are over
+        processor.kinds.clear()
+        made.append(models.run(unet))
+        assert len(processor.kinds) == 7 and not any(processor.kinds) and not torch.equal(made[-1], before)
+        shared_tome.remove_patch(unet)
+        assert torch.equal(models.run(unet), before) and models.count_hooks(unet) == 0
+    torch.testing.assert_close(*made, rtol=1e-4, atol=1e-5)
+
+
+def test_diffusers_own_processors_are_given_their_keys():
+    """Under fused projections no hook of ours would see them."""
+    unet, given = models.sd15(), []
+    shared_tome.apply_patch(unet, config=config(method="merge_keys"))
+    for block in served_blocks(unet):
+        block.attn1.register_forward_pre_hook(
+            lambda m, args, kwargs: given.append(kwargs["encoder_hidden_states"].shape[1]), with_kwargs=True
+        )
+    models.run(unet)
+    assert set(given) == {160, 40}
+
+
+class OfChannels:
+    """Takes the size of a head from the channels of the tokens, as diffusers' own did before 0.15."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        batch, size = hidden_states.shape[0], hidden_states.shape[-1] // attn.heads
+        q, k, v = (
+            project(x).view(batch, -1, attn.heads, size).transpose(1, 2)
+            for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, -1, attn.heads * size)
+        return attn.to_out[0](out)
+
+
+def test_a_processor_that_counts_channels_gets_no_wider_heads(caplog):
+    unet = models.sd15()
+    unet.set_attn_processor({n: OfChannels() if "attn1" in n else p for n, p in unet.attn_processors.items()})
+    shared_tome.apply_patch(unet, config=config(proportional=False))
+    plain = models.run(unet)
+    shared_tome.apply_patch(unet, config=config())
+    assert torch.equal(models.run(unet), plain)
+    assert "takes no weights of keys" in caplog.text
+
+
 class WithReference:
     """Attends to the first row's tokens, too, as reference and style processors do."""
 

@@ -1,0 +1,109 @@
+"""What an attention of diffusers or ldm does with its heads and keys: found out by trying (hooks/trials.py)."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.failures import is_out_of_memory
+from ..hooks.guard import is_replaced as is_replaced_here
+from ..hooks.heads import PROJECTIONS, stand_in
+from ..hooks.trials import Kind, Trials, kind_of
+from . import base
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """guard.is_replaced, but for accelerate's forward, which moves weights and then runs the class's."""
+    return is_replaced_here(module) and not hasattr(module, "_hf_hook")
+
+
+def is_diffusers(processor: Any) -> bool:
+    return type(processor).__module__.partition(".")[0] == "diffusers"
+
+
+def code_of(attention: nn.Module) -> tuple:
+    """What decides how a layer attends: its forward, its processor with that one's settings, and torch's function,
+    which may have been replaced."""
+    processor = getattr(attention, "processor", None)
+    state: Any = ()
+    if processor is not None and is_diffusers(processor):
+        simple = (bool, int, float, str)
+        state = tuple((key, x) for key, x in getattr(processor, "__dict__", {}).items() if isinstance(x, simple))
+    elif hasattr(processor, "__weakref__"):
+        state = weakref.ref(processor)
+    return type(attention).forward, type(processor), state, F.scaled_dot_product_attention
+
+
+@functools.lru_cache(maxsize=64)
+def names_of(forward: Callable[..., Any]) -> tuple[str, str]:
+    """What diffusers or ldm call the tokens and what the keys are made from."""
+    if "encoder_hidden_states" in inspect.signature(forward).parameters:
+        return "hidden_states", "encoder_hidden_states"
+    return "x", "context"
+
+
+class ScriptTrials(Trials):
+    """On copies of the layers, since processors read what diffusers keeps there."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda attn1: (*code_of(attn1), attn1.heads), _how)
+        self._itself: dict[tuple, bool] = {}
+
+    def __reduce__(self) -> tuple:
+        return ScriptTrials, ()
+
+    def rule(self, attn1: nn.Module, kind: Kind) -> str | None:
+        # A forward of its own, or keys in fewer heads, are not what a trial runs.
+        channels = attn1.heads * kind[0]
+        alike = all(getattr(getattr(attn1, name), "out_features", channels) == channels for name in PROJECTIONS)
+        return super().rule(attn1, kind) if alike and not is_replaced(attn1) else None
+
+    def projects_itself(self, attn1: nn.Module, x: Tensor) -> bool:
+        """Whether a layer that is given x [B, N, C] has a processor that may mind whether it is given what keys are
+        made of, and makes them of just that; of x where it is given nothing."""
+        processor = getattr(attn1, "processor", None)
+        if processor is None or type(processor).__module__.startswith("diffusers.models."):
+            return False
+        key = *code_of(attn1), attn1.heads, *(kind := kind_of(attn1, attn1.heads, x))
+        if key not in self._itself:
+            self._itself[key] = _projects_itself(attn1, *kind)
+        return self._itself[key]
+
+    def meets(self, attn1: nn.Module, kind: Kind) -> bool:
+        return not base.compiles() and super().meets(attn1, kind)
+
+
+def _how(attn1: nn.Module) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+    forward = type(attn1).forward
+    return forward, {"layer": stand_in(attn1), "heads": attn1.heads, "context": names_of(forward)[1], "widens_x": False}
+
+
+def _projects_itself(attn1: nn.Module, d: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """See ScriptTrials. Runs the processor on a few tokens in place of the layer, without other keys and with some."""
+    forward = type(attn1).forward
+    x, keys = (torch.zeros(2, tokens, attn1.heads * d, device=device, dtype=dtype) for tokens in (6, 5))
+    for context, wanted in (({}, x), ({names_of(forward)[1]: keys}, keys)):
+        seen = []
+
+        def project(tokens: Tensor, seen: list = seen) -> Tensor:
+            seen.append(tokens.shape)
+            return tokens
+
+        parts = {"to_q": nn.Identity(), "to_k": project, "to_v": project}
+        layer = stand_in(attn1)(**parts, to_out=nn.Sequential(nn.Identity(), nn.Identity()))
+        try:
+            with torch.no_grad():
+                forward(layer, x, **context)
+        except Exception as error:  # whatever another's processor raises, behind its projections
+            if is_out_of_memory(error):
+                raise
+        if seen != [wanted.shape] * 2:
+            return False
+    return True
