@@ -218,31 +218,34 @@ Job = dict[str, Any]
 def run_jobs(
     args: Namespace,
     jobs: Sequence[Job],
-    measure: Callable[[Job, list[Any]], Iterable[dict[str, Any]]],
+    measure: Callable[..., Iterable[dict[str, Any]]],
     names: Callable[[Job], Sequence[Any]] | None = None,
-    by: Sequence[str] = ("variant",),
+    model: Callable[[str], Any] | None = None,
+    by: str = "variant",
     first: Sequence[Any] = ("unmerged",),
     packages: Sequence[str] = ("triton",),
     about: dict[str, str] | None = None,
 ) -> None:
     """Measures what the file lacks and shows all rows.
 
-    names: what a job has in the column `by` (in several: tuples); None: args.variants. measure: the rows of a job for
-    these names, without the job's own columns. first: names that every job measures. about: columns in place of the
-    machine's own.
+    names: what a job has in the column `by` (in several: tuples); None: args.variants. measure(job, names, args): the
+    rows of a job for these names, without the job's own columns; before these the model where `model` makes one by its
+    name. first: names that every job measures. about: columns in place of the machine's own.
     """
-    store, budget = Store(args.out, (*jobs[0], *by)), Budget(args.minutes)
+    told = by.split()
+    store, budget = Store(args.out, (*jobs[0], *told)), Budget(args.minutes)
     stamp = {**machine(args.device, args.commit), "versions": versions(*packages), **(about or {})}
     with torch.no_grad():
         for job in tqdm(jobs, file=sys.stderr):
             own = names(job) if names else args.variants
-            keys = {name: zip(by, (name,) if len(by) == 1 else name, strict=True) for name in own}
+            keys = {name: zip(told, name if told[1:] else (name,), strict=True) for name in own}
             wanted = [name for name, key in keys.items() if not store.has(**job, **dict(key))]
             if not wanted:
                 continue
             if budget.spent:
                 break
-            for row in measure(job, list(dict.fromkeys([*first, *wanted]))):
+            given = (model(job["model"]),) if model else ()
+            for row in measure(*given, job, list(dict.fromkeys([*first, *wanted])), args):
                 store.add({**job, **row, **stamp})
             if args.on_gpu:
                 torch.cuda.empty_cache()

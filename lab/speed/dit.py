@@ -235,7 +235,7 @@ def main() -> None:
     ]
     # One at a time: two of them fill a GPU.
     model = lru_cache(1)(lambda name: build(name, torch.device(args.device), DTYPES[args.dtype]))
-    run_jobs(args, jobs, lambda job, wanted: measure(model(job["model"]), job, wanted, args))
+    run_jobs(args, jobs, measure, model=model)
 
 
 if __name__ == "__main__":

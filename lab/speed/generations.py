@@ -264,15 +264,13 @@ def main() -> None:
         if (size in args.sizes if args.sizes else size not in LEFT_OUT)
     ]
     model = lru_cache(1)(lambda name: build(name, torch.device(args.device)))
-    run_jobs(
-        args,
-        jobs,
-        lambda job, wanted: measure(model(job["model"]), job, wanted, args),
-        lambda job: args.choices or MODELS[job["model"]].sizes[job["size"]],
-        by=("choice",),
-        packages=("triton", "sageattention"),
-        about={"comfyui": import_module("comfyui_version").__version__},
-    )
+
+    def choices(job: Job) -> Sequence[str]:
+        return args.choices or MODELS[job["model"]].sizes[job["size"]]
+
+    about = {"comfyui": import_module("comfyui_version").__version__}
+    packages = ("triton", "sageattention")
+    run_jobs(args, jobs, measure, choices, model, by="choice", packages=packages, about=about)
 
 
 if __name__ == "__main__":

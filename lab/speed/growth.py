@@ -21,7 +21,7 @@ from torch import Tensor
 from shared_tome import ModelCall, ToMeConfig, kernels, match_tokens
 
 from ..timing import columns
-from .common import DTYPES, Arguments, attention_by, microseconds, run_jobs
+from .common import DTYPES, Arguments, Job, attention_by, microseconds, run_jobs
 from .layer import tomesd_match
 
 CHANNELS, HEADS = 320, 8
@@ -84,7 +84,8 @@ def attention(x: Tensor, grid: tuple[int, int]) -> Calls:
     yield "attention", (lambda: F.scaled_dot_product_attention(heads, heads, heads)), []
 
 
-def measure(tokens: int, who: str, args: Namespace) -> Iterator[dict[str, Any]]:
+def measure(job: Job, _: Any, args: Namespace) -> Iterator[dict[str, Any]]:
+    tokens, who = job["tokens"], job["who"]
     torch.manual_seed(0)
     x = torch.randn(args.batch, tokens, CHANNELS, device=args.device, dtype=DTYPES[args.dtype])
     made = {"tomesd": tomesd, "attention": attention}.get(who, ours)
@@ -118,14 +119,7 @@ def main() -> None:
         # Attention at the largest size takes most of a second.
         if (with_kernels or who != "kernels") and (who != "attention" or tokens < SIZES[-1])
     ]
-    run_jobs(
-        args,
-        jobs,
-        lambda job, _: measure(job["tokens"], job["who"], args),
-        lambda job: WHO[job["who"]],
-        by=("what",),
-        packages=("tomesd", "triton"),
-    )
+    run_jobs(args, jobs, measure, lambda job: WHO[job["who"]], by="what", first=(), packages=("tomesd", "triton"))
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def main() -> None:
     ]
     dtype = DTYPES["float16" if args.on_gpu else "float32"]
     model = lru_cache(lambda kind: build(kind, torch.device(args.device), dtype))
-    run_jobs(args, jobs, lambda job, wanted: measure(model(job["model"]), job, wanted, args))
+    run_jobs(args, jobs, measure, model=model)
 
 
 if __name__ == "__main__":

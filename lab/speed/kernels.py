@@ -225,8 +225,10 @@ def launches(call: Callable[[], Any]) -> int:
     return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
 
 
-def measure(case: Case, args: Namespace, count: bool) -> Iterator[dict[str, Any]]:
-    """The rows of one shape. count: whether launches are counted."""
+def measure(job: Job, _: Any, args: Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of one shape."""
+    side, count = math.isqrt(job["tokens"]), job == args.counted
+    case = Case((side, side), job["channels"], args.batch, DTYPES[job["dtype"]])
     together = 2 if case.tokens > 2**15 else 10
     copy = 0.0
 
@@ -267,13 +269,8 @@ def main() -> None:
         for grid, width in SHAPES
         if dtype != "float32" or math.prod(grid) <= 4096  # without matrix units a large shape takes seconds
     ]
-
-    def rows(job: Job, _: Any) -> Iterator[dict[str, Any]]:
-        side = math.isqrt(job["tokens"])
-        case = Case((side, side), job["channels"], args.batch, DTYPES[job["dtype"]])
-        return measure(case, args, args.launches and job == todo[0])
-
-    run_jobs(args, todo, rows, lambda _: [("4 x sample", "")], by=("kernel", "variant"))  # the last of a shape's rows
+    args.counted, last = todo[0] if args.launches else None, [("4 x sample", "")]  # the last of a shape's rows
+    run_jobs(args, todo, measure, lambda _: last, by="kernel variant", first=())
 
 
 if __name__ == "__main__":

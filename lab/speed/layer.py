@@ -18,7 +18,7 @@ from shared_tome import METHODS, ModelCall, ToMeConfig
 from shared_tome.attention.bias import attend
 
 from ..timing import columns
-from .common import BACKENDS, DTYPES, Arguments, attention_by, microseconds, run_jobs
+from .common import BACKENDS, DTYPES, Arguments, Job, attention_by, microseconds, run_jobs
 
 # (name, grid, channels, heads): SD1.5 levels 0 and 1, SDXL levels 1 and 2.
 SHAPES = {
@@ -99,8 +99,8 @@ def tomesd_layer(layer: Layer, x: Tensor, match: Callable[[], tuple[Callable, Ca
     return unmerge(layer(y, y, y))
 
 
-def measure(shape: str, names: list[tuple[str, float]], args: Namespace) -> Iterator[dict[str, Any]]:
-    grid, channels, heads = SHAPES[shape]
+def measure(job: Job, names: list[tuple[str, float]], args: Namespace) -> Iterator[dict[str, Any]]:
+    grid, channels, heads = SHAPES[job["shape"]]
     layer, x = layer_and_tokens(channels, heads, grid[0] * grid[1], args)
 
     def time(call: Callable[[], Any], *generators: torch.Generator) -> dict[str, float]:
@@ -147,14 +147,7 @@ def main() -> None:
     names = [(method, ratio) for method in METHODS for ratio in RATIOS.get(method, (0.5, 0.75))]
     jobs = [{"shape": shape, **fixed} for shape in args.shapes]
     with attention_by(args.backend):
-        run_jobs(
-            args,
-            jobs,
-            lambda job, wanted: measure(job["shape"], wanted, args),
-            lambda _: names,
-            by=("method", "ratio"),
-            first=(),
-        )
+        run_jobs(args, jobs, measure, lambda _: names, by="method ratio", first=())
 
 
 if __name__ == "__main__":

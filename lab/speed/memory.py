@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shared_tome import METHODS, ModelCall
 
-from .common import Arguments, run_jobs
+from .common import Arguments, Job, run_jobs
 from .layer import Layer, config_of, layer_and_tokens, merged_step, tomesd_layer, tomesd_match
 
 SIDES = (64, 128, 256)
@@ -69,8 +69,8 @@ def calls(
     return merged_step(layer, x, grid, config, 1), alone
 
 
-def measure(tokens: int, channels: int, names: list[tuple[str, float]], args: Namespace) -> Iterator[dict[str, Any]]:
-    side = round(tokens**0.5)
+def measure(job: Job, names: list[tuple[str, float]], args: Namespace) -> Iterator[dict[str, Any]]:
+    tokens, channels, side = job["tokens"], job["channels"], round(job["tokens"] ** 0.5)
     layer, x = layer_and_tokens(channels, CHANNELS[channels], tokens, args)
     tensor, full = x.numel() * x.element_size(), peak_bytes(lambda: layer(x, x, x), args.device)
     for method, ratio in names:
@@ -103,15 +103,7 @@ def main() -> None:
         for side in args.sides
         for channels in args.channels
     ]
-    run_jobs(
-        args,
-        jobs,
-        lambda job, wanted: measure(job["tokens"], job["channels"], wanted, args),
-        lambda _: names,
-        by=("method", "ratio"),
-        first=(),
-        packages=("tomesd", "triton"),
-    )
+    run_jobs(args, jobs, measure, lambda _: names, by="method ratio", first=(), packages=("tomesd", "triton"))
 
 
 if __name__ == "__main__":

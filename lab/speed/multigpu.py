@@ -110,14 +110,14 @@ def main() -> None:
         for size in args.sizes
     ]
     models = lru_cache(lambda kind: build(kind, device, DTYPES["float16" if args.on_gpu else "float32"]))
-    run_on_gpus(args, jobs, lambda job, wanted: measure(models(job["model"]), job, wanted, args))
+    run_on_gpus(args, jobs, measure, model=models)
 
 
-def run_on_gpus(args: Namespace, jobs: Sequence[Job], measure: Any, packages: Sequence[str] = ("triton",)) -> None:
+def run_on_gpus(args: Namespace, jobs: Sequence[Job], measure: Any, **more: Any) -> None:
     """run_jobs with every variant on one and on two GPUs, beside unmerged on one."""
     cases = [(name, gpus) for name in args.variants for gpus in GPUS]
     about = {"machine": f"{max(GPUS)} x {machine(args.device)['machine']}"} if args.on_gpu else {}
-    run_jobs(args, jobs, measure, lambda _: cases, ("variant", "gpus"), [("unmerged", 1)], packages, about)
+    run_jobs(args, jobs, measure, lambda _: cases, by="variant gpus", first=[("unmerged", 1)], about=about, **more)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from shared_tome.core import multires
 from shared_tome.core.grid import Grid
 
 from ..timing import columns, spread, take_turns
-from .common import DTYPES, Arguments, attention_by, captured, run_jobs, speedup, turn_of
+from .common import DTYPES, Arguments, Job, attention_by, captured, run_jobs, speedup, turn_of
 
 # name: (grid of the image, text tokens, heads, channels of a head).
 SHAPES: dict[str, tuple[Grid, int, int, int]] = {
@@ -102,8 +102,9 @@ def exactly(q, k, v, tiles, drawn, lists, counts, scale) -> Tensor:
     return logits.softmax(-1) @ v.gather(2, place).float()
 
 
-def measure(shape: str, args: Namespace) -> Iterator[dict[str, Any]]:
+def measure(job: Job, _: Any, args: Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one shape, all from the same rounds; speedups are over cuDNN's attention to all tokens."""
+    shape = job["shape"]
     grid, text, heads, d = SHAPES[shape]
     tiles = multires.cut_tiles(grid, torch.device("cuda"), text, text + math.prod(grid))
     turns, errors = {}, {}
@@ -133,14 +134,8 @@ def main() -> None:
     if not args.on_gpu:
         parser.error("there is no CUDA GPU here")
     fixed = {"dtype": args.dtype, "beside": "/".join(map(str, BESIDE))}
-    run_jobs(
-        args,
-        [{"shape": shape, **fixed} for shape in args.shapes],
-        lambda job, _: measure(job["shape"], args),
-        lambda _: ["choosing"],  # a way that every shape has
-        by=("way",),
-        packages=("triton", "comfy-kitchen"),
-    )
+    jobs, every = [{"shape": shape, **fixed} for shape in args.shapes], ["choosing"]  # a way that every shape has
+    run_jobs(args, jobs, measure, lambda _: every, by="way", first=(), packages=("triton", "comfy-kitchen"))
 
 
 if __name__ == "__main__":

@@ -191,10 +191,10 @@ def main() -> None:
         parser.error(f"{max(GPUS)} GPUs are needed, torch sees {torch.cuda.device_count()}")
     jobs = [{"model": name, "pixels": size, "dtype": args.dtype} for name in args.models for size in args.sizes]
 
-    def rows(job: Job, wanted: Sequence[Case]) -> list[dict[str, Any]]:
-        return in_processes(measure, (job, wanted, args), args.device)[0]
+    def rows(*given: Any) -> list[dict[str, Any]]:
+        return in_processes(measure, given, args.device)[0]
 
-    run_on_gpus(args, jobs, rows, ("diffusers", "triton"))
+    run_on_gpus(args, jobs, rows, packages=("diffusers", "triton"))
 
 
 if __name__ == "__main__":

@@ -283,8 +283,7 @@ def main() -> None:
         if args.pixels is None or pixels in args.pixels
     ]
     model = lru_cache(lambda name: build(name, args.device, DTYPES[args.dtype]))
-    packages = ("diffusers", "tomesd", "triton")
-    run_jobs(args, jobs, lambda job, wanted: measure(model(job["model"]), job, wanted, args), packages=packages)
+    run_jobs(args, jobs, measure, model=model, packages=("diffusers", "tomesd", "triton"))
 
 
 if __name__ == "__main__":

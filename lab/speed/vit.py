@@ -43,9 +43,10 @@ UNMERGED = ("unmerged", "", 0)
 SHARES = (0.25, 0.5, 0.75, 0.95)  # of the patches that are gone
 
 
-def variants(model: Model) -> list[tuple[str, str, int]]:
+def variants(job: Job) -> list[tuple[str, str, int]]:
     """(method, schedule, r): unmerged; merged with a constant and a falling r, and without weights for keys; and the
     limit."""
+    model = MODELS[job["model"]]
     found = [UNMERGED]
     for method in ("bipartite", "bipartite, unweighted", "limit"):
         found += [(method, "constant", model.r(share)) for share in SHARES]
@@ -81,19 +82,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="times that each variant is measured")
     args = parser.parsed()
     fixed = {"device": args.device, "backend": args.backend}
-    run_jobs(
-        args,
-        [
-            {"model": name, "batch": args.batch or MODELS[name].batch, "dtype": dtype, **fixed}
-            for dtype in args.dtypes
-            for name in args.models
-        ],
-        lambda job, names: measure(job, names, args),
-        lambda job: variants(MODELS[job["model"]]),
-        by=("method", "schedule", "r"),
-        first=[UNMERGED],
-        about={"timm": version("timm")},
-    )
+    jobs = [
+        {"model": name, "batch": args.batch or MODELS[name].batch, "dtype": dtype, **fixed}
+        for dtype in args.dtypes
+        for name in args.models
+    ]
+    about = {"timm": version("timm")}
+    run_jobs(args, jobs, measure, variants, by="method schedule r", first=[UNMERGED], about=about)
 
 
 if __name__ == "__main__":
