@@ -30,16 +30,14 @@ STYLES: dict[str, tuple[str, str, str]] = {
 WHO = {"kernels": ("#0072b2", "o", "-"), "torch": ("#56b4e9", "v", "--"), "tomesd": ("#d55e00", "X", "-")}
 
 
-def _figure(columns: int, title: str, width: float = 4.6, height: float = 4.4, **kwargs: Any) -> tuple[Any, list[Any]]:
-    figure, panels = figure_of(columns, width, height, 120, **kwargs)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+def _figure(rows: Sequence[Row], columns: int, title: str, width: float, height: float) -> tuple[Any, list[Any]]:
+    """Panels of the same height; the title ends with the rows' machines."""
+    figure, panels = figure_of(columns, width, height, 120, sharey=True)
+    machines = " and ".join(dict.fromkeys(row["machine"] for row in rows))
+    figure.suptitle(f"{title}, {machines}", x=0.01, ha="left", fontsize=12)
     for each in panels:
         each.tick_params(labelsize=8)
     return figure, panels
-
-
-def _machines(rows: Sequence[Row]) -> str:
-    return " and ".join(dict.fromkeys(row["machine"] for row in rows))
 
 
 _SPREAD = ("speedup_p20", "speedup", "speedup_p80")
@@ -69,9 +67,11 @@ def _lines(axes: Any, rows: Sequence[Row], low: float, high: float) -> None:
 
 
 def _by_model(rows: Sequence[Row], title: str, path: Path) -> None:
+    """With the attention that was measured first."""
+    rows = [row for row in rows if row["backend"] == rows[0]["backend"]]
     models = list(dict.fromkeys(row["model"] for row in rows))
     shown = [float(row[name]) for row in rows if row["speedup"] and row["variant"] in STYLES for name in _SPREAD]
-    figure, panels = _figure(len(models), title, sharey=True)
+    figure, panels = _figure(rows, len(models), title, 4.6, 4.4)
     for axes, model in zip(panels, models, strict=True):
         _lines(axes, [row for row in rows if row["model"] == model], min(shown, default=1.0), max(shown, default=1.0))
         axes.set_title(MODELS.get(model, model), fontsize=10)
@@ -81,26 +81,23 @@ def _by_model(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def steps(rows: Sequence[Row], path: Path) -> None:
-    """diffusers' U-Nets with the first attention kernel measured, as a graph where there is one."""
+    """diffusers' U-Nets, as a graph where there is one."""
     rows = [row for row in rows if row["mode"] == "graph"] or rows
-    mode, backend = rows[0]["mode"].replace("graph", "CUDA graph"), rows[0]["backend"]
-    chosen = [row for row in rows if row["backend"] == backend]
-    _by_model(chosen, f"A step of diffusers' U-Nets, {mode}, {backend} attention, {_machines(chosen)}", path)
+    mode = rows[0]["mode"].replace("graph", "CUDA graph")
+    _by_model(rows, f"A step of diffusers' U-Nets, {mode}, {rows[0]['backend']} attention", path)
 
 
 def hosts(rows: Sequence[Row], path: Path) -> None:
-    backend = rows[0]["backend"]
-    chosen = [row for row in rows if row["backend"] == backend]
-    named = "its own choice of attention" if backend == "default" else f"{backend} attention"
-    _by_model(chosen, f"A step of ComfyUI's KSampler, {named}, {_machines(chosen)}", path)
+    named = f"{rows[0]['backend']} attention".replace("default", "its own choice of")
+    _by_model(rows, f"A step of ComfyUI's KSampler, {named}", path)
 
 
 def growth(rows: Sequence[Row], path: Path) -> None:
     """Time against tokens, a panel for each part."""
     rows = [row for row in rows if row["us"]]
     parts = [what for what in ("match", "merge", "unmerge", "draw", "gather") if any(r["what"] == what for r in rows)]
-    title = f"How cost grows: 320 channels, batch {rows[0]['batch']}, {rows[0]['dtype']}, {_machines(rows)}"
-    figure, panels = _figure(len(parts), title, width=3.3, height=3.8, sharey=True)
+    title = f"How cost grows: 320 channels, batch {rows[0]['batch']}, {rows[0]['dtype']}"
+    figure, panels = _figure(rows, len(parts), title, 3.3, 3.8)
     attention = sorted((int(r["tokens"]), float(r["us"])) for r in rows if r["what"] == "attention")
     for axes, part in zip(panels, parts, strict=True):
         if attention:
@@ -138,8 +135,8 @@ def memory(rows: Sequence[Row], path: Path) -> None:
     rows = [row for row in rows if row["merged_mb"] and row["channels"] == rows[0]["channels"]]
     groups = grouped(({**row, "name": f"{row['method']} {row['ratio']}"} for row in rows), ("tokens",), "name")
     names = list(dict.fromkeys(name for found in groups.values() for name in found))
-    title = f"Peak memory that merging adds to a layer of {rows[0]['channels']} channels, {_machines(rows)}"
-    figure, panels = _figure(len(groups), title, width=3.6, height=3.8, sharey=True)
+    title = f"Peak memory that merging adds to a layer of {rows[0]['channels']} channels"
+    figure, panels = _figure(rows, len(groups), title, 3.6, 3.8)
     for axes, (tokens,) in zip(panels, sorted(groups, key=lambda key: int(key[0])), strict=True):
         added = {name: float(row["added_tensors"]) for name, row in groups[tokens,].items()}
         _bars(axes, names, {name: (x, f" {x:+.1f}") for name, x in added.items()}, 0.0, axes is panels[0])
@@ -154,8 +151,8 @@ def dit(rows: Sequence[Row], path: Path) -> None:
     rows = [row for row in rows if row["backend"] == rows[0]["backend"]]
     jobs = grouped(rows, ("model", "size"), "variant")
     names = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != "unmerged"]
-    title = f"Transformers in ComfyUI, {rows[0]['backend']} attention, {_machines(rows)}"
-    figure, panels = _figure(len(jobs), title, width=3.2, height=3.4, sharey=True)
+    title = f"Transformers in ComfyUI, {rows[0]['backend']} attention"
+    figure, panels = _figure(rows, len(jobs), title, 3.2, 3.4)
     for axes, ((model, size), found) in zip(panels, jobs.items(), strict=True):
         speeds = {name: float(row["speedup"]) for name, row in found.items()}
         _bars(axes, names, {name: (x, f" {x:.2f}x") for name, x in speeds.items()}, 1.0, axes is panels[0])
