@@ -39,12 +39,17 @@ def unscaled(patcher, monkeypatch):
     monkeypatch.setattr(patcher.model, "process_latent_out", lambda latent: latent)
 
 
+@pytest.fixture(scope="module")
+def short(comfy_nodes):
+    return host.short_unet()
+
+
 @pytest.fixture
-def unet(sd15, tome, monkeypatch):
-    unscaled(sd15, monkeypatch)
+def unet(short, tome, monkeypatch):
+    unscaled(short, monkeypatch)
     start = {"samples": torch.zeros(1, 4, 16, 16)}
     conds = host.conditioning(1), host.conditioning(2)
-    return lambda **options: tome(sd15, min_tokens=0, **options), start, conds
+    return lambda **options: tome(short, min_tokens=0, **options), start, conds
 
 
 OPTIONS = [

@@ -37,7 +37,7 @@ def split(comfy_nodes):
 
     devices = [torch.device("cpu"), torch.device("cpu", 0)]
 
-    def apply(model, factory=host.small_unet):
+    def apply(model, factory=host.short_unet):
         model.cached_patcher_init = (factory, ())
         # The node takes offence at a loaded model whose patcher is gone, which an earlier test may have left.
         management.current_loaded_models[:] = [one for one in management.current_loaded_models if one.model is not None]
@@ -54,7 +54,7 @@ def split(comfy_nodes):
 @pytest.fixture(scope="module")
 def unmerged(comfy_nodes, split):
     """The model's picture on one device, and how far from it the one on two is."""
-    model = host.small_unet()
+    model = host.short_unet()
     one = picture(model)
     two = picture(split(model))
     with pytest.MonkeyPatch.context() as patch:
@@ -85,7 +85,7 @@ def distance(one, other):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_picture_of_one_device(tome, split, unmerged, monkeypatch, case):
-    model = host.small_unet()
+    model = host.short_unet()
     merged = tome(model, **CASES[case])
     plain, own = unmerged
     one, halves = picture(merged), split(merged)
@@ -100,7 +100,7 @@ def test_the_picture_of_one_device(tome, split, unmerged, monkeypatch, case):
 
 
 def test_both_devices_merge_each_in_a_thread(comfy_nodes, tome, split):
-    model = split(tome(host.small_unet(), ratio=0.75, own_token=False))  # keys drawn before they are projected
+    model = split(tome(host.small_unet(), ratio=0.75, own_token=False), host.small_unet)  # keys drawn before they are projected
     seen: dict[str, set] = {"cpu": set(), "cpu:0": set()}
 
     def note(executor, *args, **kwargs):
@@ -123,7 +123,7 @@ def test_both_devices_merge_each_in_a_thread(comfy_nodes, tome, split):
 @pytest.mark.parametrize("case", ["sample, from 20%", "merge"])
 def test_several_images_and_prompts(comfy_nodes, tome, split, case):
     """Three prompts over two devices, two of them in one batch; two images in each."""
-    model = host.small_unet()
+    model = host.short_unet()
     prompts = {"batch": 2, "positive": conditioning(1) + conditioning(3), "negative": conditioning(2)}
     prompts |= {"height": 256, "width": 256}  # here no two similarities are so near that rounding decides the match
     merged = tome(model, **CASES[case])
@@ -132,7 +132,7 @@ def test_several_images_and_prompts(comfy_nodes, tome, split, case):
 
 
 def test_a_failure_on_one_device_leaves_nothing_behind(comfy_nodes, tome, split):
-    model = split(tome(host.small_unet(), method="merge", mlp=True))
+    model = split(tome(host.short_unet(), method="merge", mlp=True))
     before, options = picture(model), repr(model.model_options)
 
     def explode(executor, *args, **kwargs):
@@ -154,7 +154,7 @@ def test_a_failure_on_one_device_leaves_nothing_behind(comfy_nodes, tome, split)
 @pytest.mark.parametrize("method", ["sample", "merge"])
 def test_a_record_counts_both(comfy_nodes, tome, split, method):
     model, kept = comfy_nodes["ToMeRecord"].execute(model=tome(host.small_unet(), method=method, ratio=0.5)).result
-    two = split(model)
+    two = split(model, host.small_unet)
     for _ in range(2):  # two runs, each a record of its own
         picture(two)
         data = json.loads(comfy_nodes["ToMeReport"].execute(record=kept, after=None, measure_time=False).result[1])
@@ -165,7 +165,7 @@ def test_a_record_counts_both(comfy_nodes, tome, split, method):
 
 def test_the_report_times_calls_side_by_side_once(comfy_nodes, tome, split):
     """A step of two GPUs, a call each, takes as long as one of these calls."""
-    model, kept = comfy_nodes["ToMeRecord"].execute(model=tome(host.small_unet(), ratio=0.5)).result
+    model, kept = comfy_nodes["ToMeRecord"].execute(model=tome(host.short_unet(), ratio=0.5)).result
     picture(split(model))
     data = json.loads(comfy_nodes["ToMeReport"].execute(record=kept, after=None, measure_time=True).result[1])
     assert data["time"]["calls"] == 1
