@@ -159,8 +159,11 @@ def measure(rank: int, job: Job, wanted: Sequence[Case], args: Namespace) -> lis
 def in_processes(work: Callable[..., Any], args: tuple, device: str, count: int = 2) -> list[Any]:
     """What work(rank, *args) gave in each of `count` processes that can talk: on GPUs, one a process, by NCCL, on the
     CPU by gloo. work: a function of a module. Raises what one of them raised."""
+    # A fork need not import torch and diffusers again, but may not use a GPU that this process holds.
+    method = "fork" if device == "cpu" and "fork" in torch.multiprocessing.get_all_start_methods() else "spawn"
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (work, args, device, count, Path(folder)), nprocs=count)
+        given = work, args, device, count, Path(folder)
+        torch.multiprocessing.start_processes(_process, given, nprocs=count, start_method=method)
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(count)]
 
 
