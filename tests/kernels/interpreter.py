@@ -1,4 +1,4 @@
-"""Runs a suite that needs Triton's interpreter in a process of its own.
+"""Runs a suite that needs Triton's interpreter in a process where triton is not imported yet.
 
 Each suite has a test file of its own: the runner gives whole files to its workers.
 """
@@ -6,13 +6,11 @@ Each suite has a test file of its own: the runner gives whole files to its worke
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import forks
 
 HERE = Path(__file__).resolve().parent
 
@@ -26,14 +24,11 @@ def suite(file: str) -> Callable[[], None]:
     @pytest.mark.slow
     @pytest.mark.timeout(1200)  # a minute on an idle core
     def test_kernels_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-c", str(HERE.parent / "pytest.ini")]
-        done = subprocess.run(
-            [*command, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", str(HERE / file)],
-            env={**os.environ, "TRITON_INTERPRET": "1", "TOME_KERNELS": "1", "PYTHONPATH": str(HERE.parents[1])},
-            cwd=HERE.parents[1],
-            capture_output=True,
-            text=True,
-            check=False,
+        done = forks.with_torch(
+            *("-m", "pytest", "-c", str(HERE.parent / "pytest.ini"), "-q", "-x"),
+            *("-p", "no:cacheprovider", "-p", "no:hypothesispytest", str(HERE / file)),
+            TRITON_INTERPRET="1",
+            TOME_KERNELS="1",
         )
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert " passed" in done.stdout

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support import forks
 
 from shared_tome import kernels
 
@@ -24,14 +22,8 @@ WORK = (
 
 
 def python(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        check=False,
-    )
+    """What it says where torch alone is imported."""
+    done = forks.with_torch("-c", code, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

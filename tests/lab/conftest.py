@@ -17,14 +17,14 @@ for folder in (ROOT, ROOT / "tests"):
 
 @pytest.fixture(scope="session")
 def run_in_comfyui() -> Callable[..., str]:
-    """run_in_comfyui("-m", module, ...) -> what it says on stdout (support/comfy_forks.py)."""
+    """run_in_comfyui("-m", module, ...) -> what it says on stdout (support/forks.py)."""
     folder = os.environ.get("COMFYUI_DIR")
     if not folder or not (Path(folder) / "comfy").is_dir():
         pytest.skip("COMFYUI_DIR does not name a ComfyUI (`python install.py test` brings one)")
-    from support import comfy_forks
+    from support import forks
 
     def run(*command: str) -> str:
-        done = comfy_forks.run(*command)
+        done = forks.in_comfyui(*command)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
