@@ -8,7 +8,7 @@ weights and the noise schedule are ours. The model paints pixels (3 channels, -1
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import comfy.sd
 import comfy.supported_models
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 MODEL_FILE = Path(__file__).with_name("model.safetensors")
 UNET_PREFIX = "model.diffusion_model."
@@ -71,32 +72,31 @@ def host_unet_config(unet: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_metadata(path: Path = MODEL_FILE) -> dict[str, str]:
+def read_metadata() -> dict[str, str]:
     """The file's metadata; reads the header alone."""
-    if not path.is_file():
-        raise FileNotFoundError(f"the demo model is missing: {path} (train one: python -m lab.models.train)")
-    with safe_open(str(path), framework="pt") as file:
+    if not MODEL_FILE.is_file():
+        raise FileNotFoundError(f"the demo model is missing: {MODEL_FILE} (train one: python -m lab.models.train)")
+    with safe_open(str(MODEL_FILE), framework="pt") as file:
         return file.metadata()
 
 
-def class_names(path: Path = MODEL_FILE) -> list[str]:
+def class_names() -> list[str]:
     """What the model can paint."""
-    return json.loads(read_metadata(path)["classes"])
+    return json.loads(read_metadata()["classes"])
 
 
-@lru_cache(maxsize=4)
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(str(path), framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}
+@cache
+def _read() -> dict[str, torch.Tensor]:
+    return load_file(MODEL_FILE)
 
 
-@lru_cache(maxsize=4)
-def _build(path: Path, dtype: torch.dtype | None) -> comfy.model_patcher.ModelPatcher:
-    weights = {k: v for k, v in _read(path).items() if k.startswith(UNET_PREFIX)}
-    config = DemoConfig(host_unet_config(json.loads(read_metadata(path)["unet"])))
+@cache
+def _build() -> comfy.model_patcher.ModelPatcher:
+    weights = {k: v for k, v in _read().items() if k.startswith(UNET_PREFIX)}
+    config = DemoConfig(host_unet_config(json.loads(read_metadata()["unet"])))
     load_device = comfy.model_management.get_torch_device()
     supported = config.supported_inference_dtypes
-    weight_dtype = dtype or comfy.model_management.unet_dtype(
+    weight_dtype = comfy.model_management.unet_dtype(
         device=load_device,
         model_params=sum(v.numel() for v in weights.values()),
         supported_dtypes=list(supported),
@@ -108,28 +108,25 @@ def _build(path: Path, dtype: torch.dtype | None) -> comfy.model_patcher.ModelPa
     model.diffusion_model.to(weight_dtype).load_state_dict(
         {k.removeprefix(UNET_PREFIX): v.to(weight_dtype) for k, v in weights.items()}, strict=True
     )
-    model.model_sampling.set_sigmas(_read(path)["sigmas"])
+    model.model_sampling.set_sigmas(_read()["sigmas"])
     model.eval().to(comfy.model_management.unet_offload_device())
     return comfy.model_patcher.ModelPatcher(
         model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device()
     )
 
 
-def load_model(path: Path = MODEL_FILE, dtype: torch.dtype | None = None) -> comfy.model_patcher.ModelPatcher:
-    """The model, ready for KSampler. Each call gives a fresh clone; the weights are loaded once.
-
-    dtype: of the weights; None lets ComfyUI choose for the device.
-    """
-    return _build(path, dtype).clone()
+def load_model() -> comfy.model_patcher.ModelPatcher:
+    """The model, ready for KSampler. Each call gives a fresh clone; the weights are loaded once."""
+    return _build().clone()
 
 
-def conditioning(name: str | None, path: Path = MODEL_FILE) -> list:
+def conditioning(name: str | None) -> list:
     """CONDITIONING of a class: its tokens [1, M, D]. None is "any class", the negative for guidance."""
-    names = class_names(path)
+    names = class_names()
     if name is not None and name not in names:
         raise ValueError(f"the demo model cannot paint {name!r}; it paints {', '.join(names)}")
     index = len(names) if name is None else names.index(name)
-    return [[_read(path)["class_tokens"][index : index + 1].float(), {}]]  # (1, M, D)
+    return [[_read()["class_tokens"][index : index + 1].float(), {}]]  # (1, M, D)
 
 
 def load_vae() -> comfy.sd.VAE:
@@ -137,7 +134,7 @@ def load_vae() -> comfy.sd.VAE:
     return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
 
 
-def empty_latent(size: int = SIZE, batch_size: int = 1) -> dict[str, Any]:
+def empty_latent(size: int, batch_size: int = 1) -> dict[str, Any]:
     """LATENT of zeros, samples [batch_size, 3, size, size]; size in pixels within SIZE_RANGE."""
     if not SIZE_RANGE[0] <= size <= SIZE_RANGE[1]:
         raise ValueError(f"size {size} is not from {SIZE_RANGE[0]} to {SIZE_RANGE[1]}")

@@ -262,10 +262,19 @@ def _end(process: subprocess.Popen, told: bool) -> None:
 
 FULL = "The disk is full. The packages need about 2 GB, with CUDA about 7 GB."
 SERVED = ("3.10", "3.11", "3.12", "3.13")  # Pythons that the pinned packages are made for
-UNREACHABLE = (
+HINTS = {  # what pip says, and what to do then; the first that fits
+    "SSLError|CERTIFICATE_VERIFY_FAILED":
+        "The registry's certificate was refused. Check this machine's clock, and the proxy or virus scanner.",
     "NewConnectionError|Temporary failure in name|Name or service not known|ConnectTimeout|ReadTimeout|"
-    "Read timed out|ProxyError|getaddrinfo|Connection reset|Connection aborted|IncompleteRead"
-)
+    "Read timed out|ProxyError|getaddrinfo|Connection reset|Connection aborted|IncompleteRead":
+        "The package registry was not reached. Check the network, then run this again.",
+    "No space left|Errno 28|WinError 112|Disk quota exceeded": FULL,
+    "No module named pip": f"The environment is damaged. Delete {VENV}, then run this again.",
+    r"Permission denied|WinError (5|32)\b|Read-only file system":
+        f"A file cannot be written. Check who owns {VENV}, and close the programs that use it.",
+    "DO NOT MATCH THE HASHES":
+        "A package was changed on its way. Run this again; if it fails again, try another network.",
+}  # fmt: skip
 
 
 def explain_pip(lines: Sequence[str], log: Path, code: int = 1) -> tuple[str, str]:
@@ -274,28 +283,16 @@ def explain_pip(lines: Sequence[str], log: Path, code: int = 1) -> tuple[str, st
     errors = [line for line in lines if line.startswith("ERROR")] or list(lines[-5:])
     said = "\n  ".join(errors[-5:])
     missing = re.search(r"No matching distribution found for (\S+)", text)
-    if re.search(r"SSLError|CERTIFICATE_VERIFY_FAILED", text):
-        hint = "The registry's certificate was refused. Check this machine's clock, and the proxy or virus scanner."
-    elif re.search(UNREACHABLE, text):
-        hint = "The package registry was not reached. Check the network, then run this again."
-    elif re.search(r"No space left|Errno 28|WinError 112|Disk quota exceeded", text):
-        hint = FULL
-    elif "No module named pip" in text:
-        hint = f"The environment is damaged. Delete {VENV}, then run this again."
-    elif re.search(r"Permission denied|WinError (5|32)\b|Read-only file system", text):
-        hint = f"A file cannot be written. Check who owns {VENV}, and close the programs that use it."
-    elif "DO NOT MATCH THE HASHES" in text:
-        hint = "A package was changed on its way. Run this again; if it fails again, try another network."
+    known = next((hint for pattern, hint in HINTS.items() if re.search(pattern, text)), None)
+    here = f"for Python {_minor()} on this {sys.platform} {platform.machine()} machine"
+    if known is not None:
+        hint = known
     elif missing and _minor() in SERVED:
-        hint = (
-            f"The package registry that pip uses has no {missing.group(1)} for Python {_minor()} on this "
-            f"{sys.platform} {platform.machine()} machine. Check pip's own settings: python -m pip config list"
-        )
+        hint = f"The package registry that pip uses has no {missing[1]} {here}. "
+        hint += "Check pip's own settings: python -m pip config list"
     elif missing:
-        hint = (
-            f"There seems to be no package {missing.group(1)} for Python {_minor()} on this {sys.platform} "
-            f"{platform.machine()} machine. Run install.py with Python {', '.join(SERVED[:-1])} or {SERVED[-1]}."
-        )
+        hint = f"There seems to be no package {missing[1]} {here}. "
+        hint += f"Run install.py with Python {', '.join(SERVED[:-1])} or {SERVED[-1]}."
     elif code in (-9, 137):
         hint = "The system ended pip, which it does when memory runs out. Close other programs, then run this again."
     else:
