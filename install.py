@@ -12,10 +12,9 @@ if sys.version_info < (3, 10):  # noqa: UP036 (the one file that an older Python
     sys.exit(f"ToMe needs Python 3.10 or newer; this is Python {sys.version_info[0]}.{sys.version_info[1]}.")
 
 import argparse
-import signal
 from pathlib import Path
 
-from installer.console import SetupError, complain, say
+from installer.console import exit_status
 
 ROOT = Path(__file__).resolve().parent
 
@@ -40,27 +39,21 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="command")
 
     demo = commands.add_parser("demo", help="make pictures in a real ComfyUI without and with ToMe")
-    of_your_own = "a ComfyUI of your own (default: COMFYUI_DIR, else one is fetched)"
-    demo.add_argument("--comfyui", metavar="DIR", type=given, help=of_your_own)
-    stable = "a Stable Diffusion checkpoint instead of the small demo model"
-    demo.add_argument("--checkpoint", metavar="FILE", type=given, help=stable)
-    demo.add_argument("--out", metavar="DIR", type=given, default="out", help="where the results go (default: out)")
-
     about = "compare unmerged, ToMe's presets, fewer steps and EasyCache on your own model"
     compare = commands.add_parser("compare", help=about, description=COMPARE)
-    compare.add_argument(
-        "--checkpoint", metavar="FILE", type=given, help="a Stable Diffusion checkpoint (default: the demo model)"
-    )
-    compare.add_argument("--comfyui", metavar="DIR", type=given, help=of_your_own)
+    for command, out in ((demo, "out"), (compare, "out/compare")):
+        of_your_own = "a ComfyUI of your own (default: COMFYUI_DIR, else one is fetched)"
+        command.add_argument("--comfyui", metavar="DIR", type=given, help=of_your_own)
+        stable = "a Stable Diffusion checkpoint (default: the small demo model)"
+        command.add_argument("--checkpoint", metavar="FILE", type=given, help=stable)
+        where = f"where the results go (default: {out})"
+        command.add_argument("--out", metavar="DIR", type=given, default=out, help=where)
     api = "a workflow of your own in API form; it runs whatever nodes it names, with the custom nodes of --comfyui"
     compare.add_argument("--workflow", metavar="FILE.json", type=given, help=api)
     sizes = "sides or WIDTHxHEIGHT in pixels (default: what the model was trained for, or the workflow's own)"
     compare.add_argument("--sizes", metavar="SIZE", nargs="+", help=sizes)
-    compare.add_argument(
-        "--prompts", metavar="FILE", type=given, help="a text file with a prompt a line, which stays with you"
-    )
-    where = "where the results go (default: out/compare)"
-    compare.add_argument("--out", metavar="DIR", type=given, default="out/compare", help=where)
+    lines = "a text file with a prompt a line, which stays with you"
+    compare.add_argument("--prompts", metavar="FILE", type=given, help=lines)
 
     about = "run ruff and every test; further arguments go to pytest"
     tests = commands.add_parser("test", help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
@@ -90,10 +83,6 @@ def main(arguments: list[str]) -> int:
         if found:
             print(found)
         return 1 if found else 0
-    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP: so do we then
-            signal.signal(number, lambda number, _: sys.exit(128 + number))  # a kill cleans up as Ctrl-C does
     if options.command == "demo":
         from installer.run import demo
 
@@ -117,11 +106,4 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a path that the console's code page does not know
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (SetupError, OSError) as error:
-        complain(error)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        say("\nStopped.")
-        sys.exit(130)
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

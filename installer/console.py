@@ -86,18 +86,20 @@ def complain(error: SetupError | OSError) -> None:
     sys.stderr.flush()
 
 
-def exit_status(work: Callable[[], None], stopped: str = "Stopped.") -> int:
+def exit_status(work: Callable[[], int | None], stopped: str = "Stopped.") -> int:
     """Do the work of a program and return its exit status; an error and Ctrl-C (`stopped`) are told in a line."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a plain kill stops the server too
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP: so do we then
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # a kill cleans up as Ctrl-C does
     try:
-        work()
+        return work() or 0
     except (SetupError, OSError) as error:
         complain(error)
         return 1
     except KeyboardInterrupt:
         say(f"\n{stopped}")
         return 130
-    return 0
 
 
 class Stage:
