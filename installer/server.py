@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def machine(stats: Mapping[str, Any]) -> str:
     return f"ComfyUI {system.get('comfyui_version')}, torch {system.get('pytorch_version')}, {device(stats)}"
 
 
+@dataclass
 class ComfyServer:
     """Starts `comfyui`'s main.py with `python` on a free loopback port, with this pack in its custom_nodes.
 
@@ -41,25 +43,18 @@ class ComfyServer:
     Entering returns a ComfyClient. Raises SetupError, with the end of the log, when it does not start.
     """
 
-    def __init__(
-        self,
-        comfyui: Path,
-        base: Path,
-        python: Path | str = sys.executable,
-        pack: Path | None = ROOT,
-        arguments: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
-        timeout: float = 180.0,
-    ) -> None:
-        self.comfyui = Path(comfyui).resolve()
-        self.base = Path(base).resolve()
-        self.python = str(python)
-        self.pack = pack
-        self.arguments = tuple(arguments)
-        self.environment = dict(environment or {})
-        self.timeout = timeout
+    comfyui: Path
+    base: Path
+    python: Path = Path(sys.executable)
+    pack: Path | None = ROOT
+    arguments: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    timeout: float = 180.0
+    process: subprocess.Popen[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        self.comfyui, self.base = self.comfyui.resolve(), self.base.resolve()
         self.log = self.base / "server.log"
-        self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> ComfyClient:
         try:
@@ -82,7 +77,7 @@ class ComfyServer:
             port = probe.getsockname()[1]
         runner = Path(__file__).with_name("serve.py")
         command = [
-            self.python, str(runner), str(self.comfyui / "main.py"),
+            str(self.python), str(runner), str(self.comfyui / "main.py"),
             "--listen", "127.0.0.1", "--port", str(port),
             "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
             "--disable-auto-launch", "--disable-api-nodes", "--use-pytorch-cross-attention",
@@ -109,10 +104,8 @@ class ComfyServer:
         if process is None:
             return
         _end_group(process, signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             process.wait(timeout=5)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            pass
         _end_group(process, getattr(signal, "SIGKILL", signal.SIGTERM))
         process.wait()
         if process.stdin is not None:
@@ -124,9 +117,7 @@ class ComfyServer:
         # On few cores, one of them busy, threads that spin while they wait made a step 3 to 6 times slower;
         # threads that sleep cost nothing there, and use all cores where they are free.
         if (os.cpu_count() or 1) <= SMALL_MACHINE:
-            environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            environment.setdefault("GOMP_SPINCOUNT", "0")
-            environment.setdefault("KMP_BLOCKTIME", "0")
+            environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0", **environment}
         environment.pop("PYTHONPATH", None)
         return {**environment, **self.environment}
 
@@ -134,16 +125,16 @@ class ComfyServer:
         assert self.process is not None
         end = time.monotonic() + self.timeout
         while time.monotonic() < end:
-            code = self.process.poll()
-            if code is not None:
-                stopped = f"ComfyUI stopped while it started (exit code {code})."
-                raise SetupError(f"{stopped}\n{self.log_end()}", HINT)
-            try:
+            if (code := self.process.poll()) is not None:
+                what = f"ComfyUI stopped while it started (exit code {code})."
+                break
+            with suppress(PromptError):
                 client.get("/system_stats")
                 return
-            except PromptError:
-                time.sleep(0.2)
-        raise SetupError(f"ComfyUI did not answer within {self.timeout:.0f} s.\n{self.log_end()}", HINT)
+            time.sleep(0.2)
+        else:
+            what = f"ComfyUI did not answer within {self.timeout:.0f} s."
+        raise SetupError(f"{what}\n{self.log_end()}", HINT)
 
     def log_end(self) -> str:
         """The end of the log, for an error message."""
@@ -192,7 +183,5 @@ def _end_group(process: subprocess.Popen[bytes], how: int) -> None:
             tree = ["taskkill", "/T", "/F", "/PID", str(process.pid)]
             subprocess.run(tree, capture_output=True, check=False)
         return
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, how)
-    except (ProcessLookupError, PermissionError):
-        pass
