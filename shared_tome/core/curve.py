@@ -8,11 +8,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .grid import Grid, split_frames
 
 # Torch 2.1 and 2.2 (AUTOMATIC1111 1.10 pins 2.1.2) do not have it.
 is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
+
+
+def is_traced() -> bool:
+    """Whether new tensors may be stand-ins (torch.compile's, torch.export's, FakeTensorMode's). None may be kept."""
+    return is_compiling() or bool(_get_current_dispatch_mode_stack())
+
+
+def is_stand_in(x: Tensor) -> bool:
+    """Whether a tensor is another one's stand-in, of a trace or of torch.func. It means nothing after the call."""
+    return type(x) is not Tensor or (not is_compiling() and _is_wrapped(x))
+
+
+# Torch 2.1 asks for each kind.
+_is_wrapped = getattr(
+    torch._C._functorch,
+    "is_functorch_wrapped_tensor",
+    lambda x: torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_gradtrackingtensor(x),
+)
 
 
 def _table(*rows: tuple[int, int, int, int]) -> int:
@@ -39,7 +58,7 @@ def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(make)
     def found(*given: Any) -> Any:
-        return make(*given) if is_compiling() else known(*given)
+        return make(*given) if is_traced() else known(*given)
 
     return found
 

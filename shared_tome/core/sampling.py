@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..methods import MAX_RUN
-from .curve import curve_order, is_compiling, remembered
+from .curve import curve_order, is_traced, remembered
 from .grid import Grid
 from .noise import bits, key
 
@@ -30,7 +30,7 @@ def run_lengths(tokens: int, kept: int, device: torch.device) -> tuple[Tensor, T
 
 def run_of_token(grid: Grid, kept: int, order: Tensor) -> Tensor:
     """The number of each token's run, [N] int64; do not write to it. order: curve_order of the grid."""
-    return _run_of_token(order, kept) if is_compiling() else _remembered_runs(grid, kept, order.device)
+    return _run_of_token(order, kept) if is_traced() else _remembered_runs(grid, kept, order.device)
 
 
 @remembered

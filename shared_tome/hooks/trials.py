@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .heads import find_rule, head_size, meets_at_sdpa, trial_dtype, why_no_self_token
 
@@ -38,7 +39,8 @@ class Trials:
         key = *self._code(attn1), *kind
         if key not in self._rules:
             forward, more = self._how(attn1)
-            self._rules[key] = find_rule(forward, *kind, **more)
+            with _disable_current_modes(), torch._C.DisableTorchFunction():  # a trace has stand-ins, and no numbers
+                self._rules[key] = find_rule(forward, *kind, **more)
         return self._rules[key]
 
     def meets(self, attn1: nn.Module, kind: Kind) -> bool:

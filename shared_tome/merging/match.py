@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import ToMeConfig
-from ..core.curve import curve_order, is_compiling, remembered
+from ..core.curve import curve_order, is_traced, remembered
 from ..core.grid import Grid
 from ..core.matching import downsample
 from ..core.multires import shares_of, work
@@ -76,7 +76,7 @@ def match_tokens(
     if goes <= 0 or dst_tokens <= int(distill_token):
         return Plan(batch, tokens, tokens, metric.device)
     if config.method == "downsample":
-        if is_compiling():
+        if is_traced():
             return _downsample(batch, grid, goes, config, metric.device)
         return _remembered_downsample(batch, grid, goes, config.stride, metric.device)
     src, dst = parts or kernels.split(grid, config, seed, step, layer, 1)[0]

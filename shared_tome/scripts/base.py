@@ -145,6 +145,11 @@ class BaseAttachment(Portable):
         return alike
 
 
+def grid_of_sizes(*sizes: Any) -> Grid:
+    """Sizes of a call's tensors as a grid. Under torch.jit.trace they are tensors, which nothing is found by."""
+    return tuple(map(int, sizes)) if not is_compiling() and torch.jit.is_tracing() else sizes
+
+
 def captures(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured, in which nothing can wait for the device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

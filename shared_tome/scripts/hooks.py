@@ -89,7 +89,7 @@ class UNetAttachment(base.BaseAttachment):
         if self.is_checkpointed(module):
             return
         timestep = argument(args, kwargs, 1, "timestep", "timesteps", "t")
-        config, grid = self.config_now(timestep), (x.shape[2], x.shape[3])
+        config, grid = self.config_now(timestep), base.grid_of_sizes(*x.shape[2:])
         kind: tuple = (grid, config.ratio, x.dtype, x.device)
         if config.ratio > 0.0 and not (self._hooks.is_idle(kind) or self._whole_steps.is_known(kind)):
             step = Step(module, args, kwargs, config, grid, x, ROWS)

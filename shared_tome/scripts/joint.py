@@ -33,7 +33,7 @@ from ..hooks.served import served_as
 from ..merging.call import ModelCall
 from ..merging.plan import Plan
 from ..merging.residual import why_no_effect
-from .base import BaseAttachment, hooking
+from .base import BaseAttachment, grid_of_sizes, hooking
 from .block import is_answered, is_replaced
 from .joint_autotune import JointDecisions
 from .masks import Group, attend_padded, group_rows
@@ -120,7 +120,7 @@ class JointAttachment(BaseAttachment):
             return
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
         place = self.row.place(model, arguments, self._grid_of)
-        grid, x = place.grid, place.latent
+        grid, x = grid_of_sizes(*place.grid), place.latent
         if math.prod(grid) == 0:
             self.say("ToMe skips image tokens that are not rows of one image")
             return

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.curve import is_stand_in
 from ..core.progress import percent_of_flow, percent_of_time
 
 # Of diffusers. Each makes its noise levels from one shift, unless its configuration names one of the other ways.
@@ -158,11 +159,12 @@ class Steps:
             again = torch.nn.functional.pad(known[1:] == known[:-1], (1, 0))
             return ((known > now) & ~again).sum()
         if self._last is None or self._last.device != now.device:
-            self._count = torch.zeros((), dtype=torch.int64, device=device)
+            count = torch.zeros((), dtype=torch.int64, device=device)
         else:
-            self._count = torch.where(now > self._last, 0, self._count + (now != self._last))
-        self._last = now
-        return self._count
+            count = torch.where(now > self._last, 0, self._count + (now != self._last))
+        if not (is_stand_in(now) or is_stand_in(count)):
+            self._last, self._count = now, count
+        return count
 
     def progress(self, timestep: Any) -> float:
         """How far the model is, 0 to 1. Synchronises; only a schedule asks.
