@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..shared_tome import ToMeConfig
-from ..shared_tome.inspect.record import CallRecord, Run, StepFacts
-from ..shared_tome.inspect.resolutions import ChoosingTimer
+from ..shared_tome.inspect.record import CallRecord, ChoosingTimer, Run, StepFacts
 from .dit_tokens import latent_shape
 from .log import say_once
 from .model_call import DIFFUSION_MODEL, draw_of, find_options, step_of

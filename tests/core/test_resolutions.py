@@ -11,11 +11,10 @@ from shared_tome import ModelCall, kernels
 from shared_tome.attention.sequence import JointCall
 from shared_tome.core import multires
 from shared_tome.core.resolutions import packed, resolution_of_tokens
-from shared_tome.inspect import resolutions
+from shared_tome.inspect import record
 from shared_tome.inspect.maps import draw_maps
-from shared_tome.inspect.record import CallRecord, Run, StepFacts
+from shared_tome.inspect.record import CallRecord, ChoosingTimer, Run, StepFacts
 from shared_tome.inspect.report import StepTime, Tally
-from shared_tome.inspect.resolutions import ChoosingTimer
 
 from .helpers import config
 
@@ -171,7 +170,7 @@ def test_choosing_is_timed_once_a_shape_and_told_by_the_report(monkeypatch):
         is_cuda = True
 
     times, asked = iter([(2.0, 0.0), (100.0, 0.0), (5.0, 0.0), (50.0, 0.0)]), []
-    monkeypatch.setattr(resolutions, "times_of", lambda call, device: asked.append(call().shape) or next(times))
+    monkeypatch.setattr(record, "times_of", lambda call, device: asked.append(call().shape) or next(times))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     timer, joint = ChoosingTimer(), JointCall(True, ("torch",), lambda *_: None)
     ours = config(method="multires", ratio=0.75)
@@ -200,7 +199,7 @@ def kernels_outcome(given, grid, layer):
 
 
 def test_without_a_gpu_nothing_is_timed(monkeypatch):
-    monkeypatch.setattr(resolutions, "times_of", lambda *_: 1 / 0)
+    monkeypatch.setattr(record, "times_of", lambda *_: 1 / 0)
     timer, plan = ChoosingTimer(), ModelCall(config(method="multires"), (8, 8), CPU).plan(torch.zeros(2, 64, 1), (8, 8))
     timer.watch(plan)
     assert JointCall(True, ("torch",), lambda *_: None).attend(*heads(64), 0, plan) is not None

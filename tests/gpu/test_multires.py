@@ -95,7 +95,7 @@ def test_a_mask(name, kind):
 @pytest.mark.parametrize("name", ["128 channels", "40 channels, small tiles"])
 def test_what_is_seen_of_the_choice_is_the_launches(name):
     """And it is timed: some share of the attention's time."""
-    from shared_tome.inspect.resolutions import ChoosingTimer
+    from shared_tome.inspect.record import ChoosingTimer
     from shared_tome.kernels.impl.multires import launch_choose
 
     tiles, q, k, v = made(name, torch.bfloat16)
