@@ -19,37 +19,23 @@ _TIMM_BLOCKS = ("vision_transformer.Block",)
 # Layers of transformers' and ComfyUI's towers, by the names of their attention, of the norm before the MLP and of the
 # last module of the MLP's branch (which may stand behind the attention too). Others may add a bias for each place.
 _LAYERS = {
-    name: ("self_attn", "layer_norm2", "mlp")
-    for name in (
-        "AltCLIPEncoderLayer",
-        "Blip2EncoderLayer",
-        "CLIPEncoderLayer",
-        "CLIPSegEncoderLayer",
-        "ChineseCLIPVisionLayer",
-        "InstructBlipEncoderLayer",
-        "JanusVisionEncoderLayer",
-        "MetaClip2EncoderLayer",
-        "OwlViTEncoderLayer",
-        "Owlv2EncoderLayer",
-        "Siglip2EncoderLayer",
-        "SiglipEncoderLayer",
-        "clip_model.CLIPLayer",
-    )
-}
-_LAYERS |= {name: ("attention", "layernorm_after", "dropout") for name in ("ViTLayer", "DeiTLayer", "ViTMSNLayer")}
-_LAYERS |= {
-    name: ("attention", "norm2", "drop_path") for name in ("Dinov2Layer", "Dinov2WithRegistersLayer", "DINOv3ViTLayer")
+    name: parts
+    for parts, names in {
+        ("self_attn", "layer_norm2", "mlp"): (
+            "AltCLIPEncoderLayer Blip2EncoderLayer CLIPEncoderLayer CLIPSegEncoderLayer ChineseCLIPVisionLayer "
+            "InstructBlipEncoderLayer JanusVisionEncoderLayer MetaClip2EncoderLayer OwlViTEncoderLayer "
+            "Owlv2EncoderLayer Siglip2EncoderLayer SiglipEncoderLayer clip_model.CLIPLayer"
+        ),
+        ("attention", "layernorm_after", "dropout"): "ViTLayer DeiTLayer ViTMSNLayer",
+        ("attention", "norm2", "drop_path"): "Dinov2Layer Dinov2WithRegistersLayer DINOv3ViTLayer",
+    }.items()
+    for name in names.split()
 }
 # Those that turn queries and keys by their place.
 _ROTATING = ("DINOv3ViTLayer",)
 
 # Models that read the tokens between the blocks, or have a part that does.
-_READERS = (
-    "CLIPSegForImageSegmentation",
-    "DINOv3ViTBackbone",
-    "Dinov2Backbone",
-    "Dinov2WithRegistersBackbone",
-)
+_READERS = ("CLIPSegForImageSegmentation", "DINOv3ViTBackbone", "Dinov2Backbone", "Dinov2WithRegistersBackbone")
 
 
 @dataclass(frozen=True, eq=False)
