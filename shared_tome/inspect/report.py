@@ -156,25 +156,18 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: numbers and words alone."""
-        layers = [dataclasses.asdict(layer) for layer in self.layers]
-        time = None
-        if self.time is not None:
-            time = {**dataclasses.asdict(self.time), "speedup": self.time.speedup}
-            time = {{"without": "without_ms", "merged": "with_ms"}.get(key, key): value for key, value in time.items()}
-        return {
-            "options": dataclasses.asdict(self.config),
+        told = dataclasses.asdict(self)
+        told = {
+            "options": told.pop("config"),
             "ratio_cap": self.config.ratio_cap,
-            "capped": capped(self.config) is not None,
-            "steps": self.steps,
-            "of_steps": self.of_steps,
-            "merged_steps": self.merged_steps,
-            "calls": self.calls,
-            "layers": layers,
-            "time": time,
-            "decisions": self.decisions,
-            "decisions_as_set": self.follows,
-            "notes": list(self.notes),
-        }
+            "capped": bool(capped(self.config)),
+        } | told
+        told["decisions_as_set"], told["notes"] = told.pop("follows"), told.pop("notes")
+        if self.time is not None:
+            names = {"without": "without_ms", "merged": "with_ms"}
+            time = told["time"] | {"speedup": self.time.speedup}
+            told["time"] = {names.get(key, key): value for key, value in time.items()}
+        return told
 
 
 class Tally:
