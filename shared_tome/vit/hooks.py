@@ -19,11 +19,11 @@ from .. import kernels
 from ..attention.bias import attend_tokens, minds_scale
 from ..attention.sdpa import Handler, HostAttention, SdpaHooks, leave_left_modes
 from ..config import ToMeConfig
+from ..core.groups import group_counts, group_mean
 from ..merging.match import match_tokens
 from ..merging.plan import Plan
 from .options import Options
 from .padding import Padding
-from .places import mean_rotations
 from .towers import Tower, find_tower, reads_between
 
 NAME = "_shared_tome_vit"  # the attribute of a patched model that keeps its attachment
@@ -219,7 +219,7 @@ class _VitBlock:
             return None
         x = args[0] if args else kwargs[_name(kwargs)]
         prefix = self.owner.prefix
-        rotations = mean_rotations(kwargs["position_embeddings"], call.sources, prefix, x.shape[1] - prefix)
+        rotations = _mean_rotations(kwargs["position_embeddings"], call.sources, prefix, x.shape[1] - prefix)
         return args, {**kwargs, "position_embeddings": rotations}
 
     def _give_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -316,3 +316,22 @@ def detach(model: nn.Module) -> None:
 def _name(kwargs: dict[str, Any]) -> str:
     """What a block calls its tokens."""
     return "hidden_states" if "hidden_states" in kwargs else "x"
+
+
+def _mean_rotations(
+    rotations: tuple[Tensor, Tensor], sources: Tensor, prefix: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """The mean turn of the patches that each merged token stands for, where keys turn by their place (RoPE).
+
+    A turned key is linear in the cosine and the sine of its angles. So a merged token of equal patches gets the mean of
+    their turned keys, which is what merging makes of tokens everywhere else.
+
+    Args:
+        rotations: cosines and sines [N, d] of the patches. sources: [B, prefix + N], which merged token each went into;
+            the first `prefix` tokens stay in place and do not turn. count: M, how many merged patches there are.
+    Returns:
+        both [B, 1, M, d].
+    """
+    index = sources[:, prefix:] - prefix  # (B, N)
+    sizes = group_counts(index, count)
+    return tuple(group_mean(x.expand(len(index), -1, -1), index, sizes)[:, None] for x in rotations)
