@@ -31,7 +31,7 @@ _SPLIT_AT_ONCE = 16
 _HEAD_DRAWS = 16
 
 
-def _backward_pass() -> int:
+def backward_pass() -> int:
     """The number of torch's backward pass that is under way in this thread; -1: none."""
     if is_compiling():
         return -1
@@ -74,7 +74,7 @@ class ModelCall:
         self.config, self.full, self.step = config, full, step
         self.alike = alike
         self._draws = config.samples or (config.kind.matches and config.partition.startswith("random"))
-        self._backward_pass = _backward_pass()  # that it was made in
+        self._backward_pass = backward_pass()  # that it was made in
         self._matching = config if alike or not config.share_match else config.replace(share_match=False)
         seed = config.seed if seed is None else seed
         if not isinstance(seed, Tensor):
@@ -103,7 +103,7 @@ class ModelCall:
         """
         if not self.serves(grid):
             return None
-        if self._draws and _backward_pass() != self._backward_pass:  # other tokens, and so a wrong gradient
+        if self._draws and backward_pass() != self._backward_pass:  # other tokens, and so a wrong gradient
             raise RuntimeError("ToMe does not work with gradient checkpointing, which runs layers twice; turn it off")
         layer = self._layers.get(grid, 0)
         self._layers[grid] = layer + 1

@@ -19,13 +19,16 @@ from .. import kernels
 from ..attention.bias import attend_tokens, minds_scale
 from ..attention.sdpa import Handler, HostAttention, SdpaHooks, leave_left_modes
 from ..config import ToMeConfig
+from ..core.curve import is_compiling
 from ..core.groups import group_counts, group_mean
+from ..merging.call import backward_pass
 from ..merging.match import match_tokens
 from ..merging.plan import Plan
 from .options import Options
 from .padding import Padding
 from .towers import Tower, find_tower, reads_between
 
+_CHECKPOINTED = "ToMe does not work with gradient checkpointing, which runs blocks twice; turn it off"
 NAME = "_shared_tome_vit"  # the attribute of a patched model that keeps its attachment
 
 
@@ -49,7 +52,7 @@ class VitCall:
         """x [B, N, C] -> [B, N - goes, C], by the block's keys; None where nothing is to go."""
         metric, self.metric = self.metric, None
         prefix = self.prefix
-        goes = min(goes, (x.shape[1] - prefix) // 2)
+        goes = min(goes, (_count(x) - prefix) // 2)
         if goes <= 0 or metric is None:
             return None
         # Registers beyond the two tokens that matching can keep in place are put aside.
@@ -126,7 +129,7 @@ class VitAttachment:
 
     def match(self, metric: Tensor, prefix: int, goes: int) -> Plan:
         """Which tokens of metric [B, M, d] merge: `goes` fewer, the first `prefix` (at most 2) alone and in place."""
-        count = metric.shape[1]
+        count = _count(metric)
         config = _config(goes, count)
         return match_tokens(metric, (1, count), config, class_token=prefix > 0, distill_token=prefix == 2)
 
@@ -138,8 +141,9 @@ class VitAttachment:
         leave_left_modes()
         if threading.get_ident() in self._paused:
             return
-        per_block = self.options.per_block(self.depth, x.shape[1] - self.prefix)
-        self._calls[threading.get_ident()] = self.call_type(self, per_block, x.shape[1])
+        tokens = _count(x)
+        per_block = self.options.per_block(self.depth, tokens - self.prefix)
+        self._calls[threading.get_ident()] = self.call_type(self, per_block, tokens)
 
     def drop(self) -> None:
         """Forget this thread's call."""
@@ -181,10 +185,13 @@ class _VitBlock:
 
     def _before_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         if getattr(block, "gradient_checkpointing", False) and block.training:
-            raise ValueError("ToMe does not work with gradient checkpointing, which runs blocks twice; turn it off")
+            raise ValueError(_CHECKPOINTED)
         if self.place == 0:
             self.owner.begin(args[0] if args else kwargs[_name(kwargs)])
         call = self.owner.call
+        # A block that runs again by itself would have other tokens than it had, and so a wrong gradient.
+        if call is None and self.place > 0 and self.owner.thread is None and backward_pass() >= 0:
+            raise RuntimeError(_CHECKPOINTED)
         if call is None or call.out is None:
             return None
         out, call.out = call.out, None  # the merged tokens, where the host got them restored
@@ -335,3 +342,8 @@ def _mean_rotations(
     index = sources[:, prefix:] - prefix  # (B, N)
     sizes = group_counts(index, count)
     return tuple(group_mean(x.expand(len(index), -1, -1), index, sizes)[:, None] for x in rotations)
+
+
+def _count(x: Tensor) -> int:
+    """How many tokens x [B, N, C] has. Under torch.jit.trace sizes are tensors, which nothing is found by."""
+    return int(x.shape[1]) if not is_compiling() and torch.jit.is_tracing() else x.shape[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 SCHEDULES = ("constant", "falling")
 RESTORES = ("last", "all", "none")
@@ -25,24 +26,28 @@ class Options:
         """Raises ValueError naming what is out of range for that many blocks."""
         if (self.r is None) == (self.ratio is None):
             raise ValueError(f"give r or ratio, one of the two, got r={self.r!r} and ratio={self.ratio!r}")
-        if self.ratio is not None and not (isinstance(self.ratio, int | float) and 0.0 <= self.ratio < 1.0):
+        number = isinstance(self.ratio, Real) and not isinstance(self.ratio, bool)  # numpy's are real, too
+        if self.ratio is not None and not (number and 0.0 <= self.ratio < 1.0):
             raise ValueError(f"ratio must lie in 0 to 1, without 1, got {self.ratio!r}")
         for name, choices in (("schedule", SCHEDULES), ("restore", RESTORES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("proportional", "trace"):
+            if getattr(self, name) not in (True, False):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.r is None:
             return
         numbers = tuple(self.r) if isinstance(self.r, Sequence) else (self.r,)
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+        if any(isinstance(n, bool) or not isinstance(n, Integral) or n < 0 for n in numbers):
             raise ValueError(f"r must be a whole number from 0 on, or a list of them, got {self.r!r}")
-        if not isinstance(self.r, int) and len(numbers) != depth:
+        if not isinstance(self.r, Integral) and len(numbers) != depth:
             raise ValueError(f"r must have one number for each of the {depth} blocks, got {len(numbers)}")
 
     def per_block(self, depth: int, tokens: int) -> tuple[int, ...]:
         """How many of that many tokens (without the prefix) go in each block, before each block's own limit."""
-        if self.r is not None and not isinstance(self.r, int):
-            return tuple(self.r)
-        total = self.r * depth if self.r is not None else int(tokens * self.ratio)
+        if self.r is not None and not isinstance(self.r, Integral):
+            return tuple(map(int, self.r))
+        total = int(self.r) * depth if self.r is not None else int(tokens * self.ratio)
         return spread_total(total, depth, self.schedule)
 
 

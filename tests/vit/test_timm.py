@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 
+import numpy
 import pytest
 import torch
 
@@ -346,6 +347,9 @@ def test_threads_do_not_mix():
         ({"ratio": 1.0}, "ratio must lie in 0 to 1"),
         ({"r": -1}, "from 0 on, or a list"),
         ({"r": 1.5}, "from 0 on, or a list of them, got 1.5"),
+        ({"ratio": False}, "without 1, got False"),
+        ({"r": 1, "proportional": "no"}, "proportional must be true or false, got 'no'"),
+        ({"r": 1, "trace": 2}, "trace must be true or false, got 2"),
         ({"ratio": "0.5"}, "ratio must lie in 0 to 1, without 1, got '0.5'"),
         ({"r": [1, 2]}, "each of the 5 blocks, got 2"),
         ({"r": 1, "schedule": "rising"}, "constant, falling, got 'rising'"),
@@ -357,6 +361,38 @@ def test_arguments_out_of_range(arguments, words):
     with pytest.raises(ValueError, match=words):
         vit.apply_patch(model, **arguments)
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"r": numpy.int64(3)}, {"r": 3}),
+        ({"r": list(numpy.array([1, 2, 3, 0, 1]))}, {"r": [1, 2, 3, 0, 1]}),
+        ({"ratio": numpy.float32(0.5)}, {"ratio": 0.5}),
+    ],
+)
+def test_numpys_numbers_are_numbers(given, plain):
+    model = make()
+    with torch.no_grad():
+        outs = [vit.apply_patch(model, **arguments)(images(model)) for arguments in (given, plain)]
+    assert torch.equal(*outs)
+
+
+def test_checkpointing_that_is_switched_on_later_is_told():
+    model = vit.apply_patch(make().train(), 3)
+    model.set_grad_checkpointing(True)
+    out = model(images(model))
+    with pytest.raises(RuntimeError, match="does not work with gradient checkpointing"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("arguments", [{"r": 3}, {"ratio": 0.5, "schedule": "falling"}])
+def test_a_traced_model_merges_as_the_model_does(arguments):
+    model = vit.apply_patch(make(), **arguments)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images(model), check_trace=False)
+        others = images(model, seed=2)
+        torch.testing.assert_close(traced(others), model(others), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(not timm.list_models("naflexvit*"), reason="this timm has no NaFlexVit")
