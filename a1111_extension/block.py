@@ -6,20 +6,18 @@ import functools
 import re
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..shared_tome.attention.combine import TORCHS
 from ..shared_tome.autotune.detached import about_model, run_detached
 from ..shared_tome.core.grid import Grid
-from ..shared_tome.hooks import engine
-from ..shared_tome.hooks.engine import Given, MergedBlock, Pass
+from ..shared_tome.hooks.call import HookedCall, Pass
+from ..shared_tome.hooks.engine import MergedBlock
 from ..shared_tome.hooks.guard import is_replaced, why_left_whole
 from ..shared_tome.hooks.heads import width
 from ..shared_tome.inspect.reasons import counted, why_not_served
-from ..shared_tome.inspect.report import CallTally
 from ..shared_tome.merging.plan import Plan
 
 if TYPE_CHECKING:
@@ -28,113 +26,80 @@ if TYPE_CHECKING:
 NO_WEIGHTS = "the active attention optimization takes no weights of keys; proportional attention is off"
 
 
-@dataclass(eq=False)
-class WebUICall(engine.HookedCall):
-    """One call of the model. call_tally: where somebody wants a report or a map. unpaid: why no layer is merged after
-    all, which was said already."""
-
-    call_tally: CallTally | None = None
-    unpaid: str | None = None
-
-
 class WebUIBlock(MergedBlock):
     """The hooks of one transformer block."""
 
     owner: PassAttachment
     NO_WEIGHTS = NO_WEIGHTS
+    OTHER_KEYS = "ToMe skips calls in which another extension gives the self-attention other keys"
 
     def __init__(self, owner: PassAttachment, block: nn.Module, name: str):
         super().__init__(owner)
         self.where, self.part = block_place(name)
-        self.heads = getattr(block.attn1, "heads", None)
         self._block = weakref.ref(block)
 
     def hook(self) -> list[Any]:
         """Register; returns the handles."""
         block = self._block()
-        if block is None:
-            return []
-        handles = self.hook_layers(block)
-        if self.owner.config.weighs_keys and self.heads:
-            handles.append(block.attn1.to_q.register_forward_pre_hook(self._before_query, prepend=True))
-            handles += self.hook_projections(block.attn1, self.heads)
-        return handles
+        return [] if block is None else self.hook_layers(block)
 
-    def begin(self, attn1: nn.Module) -> Pass | None:
-        call = self.owner.call
-        if call is None:
+    def code_of(self, attn1: nn.Module) -> Any:
+        if is_taken(attn1):
             return None
-        now = call.passes[self] = Pass()
-        return now
+        return plain_forward(attn1) if "forward" in attn1.__dict__ else type(attn1).forward
 
-    def is_served(self, now: Pass, given: Given) -> bool:
-        if not isinstance(given.x, Tensor) or given.x.dim() != 3:
-            return False
-        if not given.is_itself:
-            self.leave("ToMe skips calls in which another extension gives the self-attention other keys")
-        return given.is_itself
+    def decision(
+        self, call: HookedCall, now: Pass, attn1: nn.Module, x: Tensor, grid: Grid, kernels: tuple[str, ...]
+    ) -> Any:
+        about, heads = functools.partial(about_model, attn1, x.device, is_left_behind), getattr(attn1, "heads", None)
+        return call.decisions.decision(x, grid, heads, kernels=kernels, block=self._run_detached, about=about)
 
-    def off_grid(self, x: Tensor) -> str:
-        call = self.owner.call
+    def off_grid(self, call: HookedCall, x: Tensor) -> str:
         return (
             f"{x.shape[1]} tokens in {counted(x.shape[0], 'row')} are no level of {call.model.full[0]}x"
             f"{call.model.full[1]} in {counted(call.batch, 'row')}; ToMe skips such layers"
         )
 
-    def leave(self, reason: str, grid: Grid | None = None) -> None:
-        self.say(reason)
-        if self.owner.call.call_tally is not None:
-            self.owner.call.call_tally.left_alone(reason.partition(";")[0], self.where, grid, self.part)
+    def leave(self, call: HookedCall, reason: str, grid: Grid | None = None) -> None:
+        is_said = call.unpaid is not None and reason.startswith(call.unpaid)
+        if not is_said:
+            self.say(reason)
+        self._tell_left(call, call.unpaid if is_said else reason.partition(";")[0], grid)
 
-    def leave_unpaid(self, reason: str, tokens: int, grid: Grid) -> None:
-        call = self.owner.call
-        if call.unpaid is None:
-            super().leave_unpaid(reason, tokens, grid)
-        elif call.call_tally is not None:
-            call.call_tally.left_alone(reason, self.where, grid, self.part)
+    def leave_unserved(self, call: HookedCall, grid: Grid) -> None:
+        self._tell_left(call, why_not_served(call.model.config, grid, call.model.full), grid)
 
-    def leave_unserved(self, grid: Grid) -> None:
-        call = self.owner.call
-        if call.call_tally is not None:
-            call.call_tally.left_alone(
-                why_not_served(call.model.config, grid, call.model.full), self.where, grid, self.part
-            )
+    def tell(self, call: HookedCall, now: Pass, plan: Plan | None, exact: str | None = None) -> None:
+        if exact is not None:
+            self._tell_left(call, exact, now.kind.grid)
+        else:
+            call.tally.layer(self.where, now.kind.grid, plan, self.part, now.kind.decision)
+
+    def _tell_left(self, call: HookedCall, reason: str, grid: Grid | None) -> None:
+        if call.tally is not None:
+            call.tally.left_alone(reason, self.where, grid, self.part)
 
     def why_left(self, name: str, module: nn.Module, x: Any, kwargs: dict[str, Any], plan: Plan) -> str | None:
         return why_left_whole(name, x, plan.batch, plan.tokens, is_taken(module))
 
-    def why_attention_left(self, attn1: nn.Module, given: Given) -> str | None:
-        return why_left_whole("attn1", given.x, *given.x.shape[:2], is_taken(attn1))
+    def pass_over(self, call: HookedCall, grid: Grid) -> None:
+        super().pass_over(call, grid)
+        if call.tally is not None:
+            call.tally.count(grid)
 
-    def pass_over(self, grid: Grid) -> None:
-        super().pass_over(grid)
-        if self.owner.call.call_tally is not None:
-            self.owner.call.call_tally.count(grid)
+    def hook_projections(self, attn1: nn.Module, heads: int) -> list[Any]:
+        before_query = attn1.to_q.register_forward_pre_hook(self._before_query, prepend=True)
+        return [before_query, *super().hook_projections(attn1, heads)]
 
-    def why_not_paid(self, now: Pass, attn1: nn.Module, x: Tensor, grid: Grid, keeps_self: bool) -> str | None:
-        if self.owner.call.unpaid is not None:
-            return self.owner.call.unpaid
-        decisions, about = self.owner.call.decisions, functools.partial(about_model, attn1, x.device, is_left_behind)
-        kernels = TORCHS if keeps_self else ()
-        now.decision = decisions.decision(x, grid, self.heads, kernels=kernels, block=self._run_detached, about=about)
-        return decisions.why_not_paid(now.decision)
-
-    def tell(self, now: Pass, grid: Grid, plan: Plan | None) -> None:
-        if self.owner.call.call_tally is not None:
-            self.owner.call.call_tally.layer(self.where, grid, plan, self.part, now.decision)
-
-    def tell_exact(self, grid: Grid, reason: str) -> None:
-        if self.owner.call.call_tally is not None:
-            self.owner.call.call_tally.left_alone(reason, self.where, grid, self.part)
-
-    def widened_input(self, now: Pass, attn1: nn.Module, d: int) -> Tensor:
+    def widened_input(self, now: Pass, q: Tensor, heads: int, d: int) -> Tensor:
         # The sdp code takes the head size from x's channels: it gets a stand-in of that shape (no memory), and
         # to_q gets the real one.
-        now.query = now.layer.q
-        return now.query.new_zeros(1, 1, 1).expand(*now.query.shape[:2], width(self.heads, d))
+        now.query = q
+        return q.new_zeros(1, 1, 1).expand(*q.shape[:2], width(heads, d))
 
     def _before_query(self, module: nn.Module, args: tuple) -> tuple | None:
-        now = self.now
+        call = self.owner.calls.get(get_ident())
+        now = None if call is None else call.passes.get(self)
         if now is None or now.query is None:
             return None
         query, now.query = now.query, None
@@ -176,7 +141,7 @@ def _under_hypertile(module: Any) -> Any:
 
 def is_taken(module: Any) -> bool:
     """Whether somebody replaced this very layer's forward: what stands there may go by the number of tokens."""
-    if not is_replaced(module):
+    if "forward" not in getattr(module, "__dict__", ()) or not is_replaced(module):
         return False
     forward = _under_hypertile(module)  # the host's own, though perhaps of an attention that was chosen before
     return forward is not type(module).forward and (forward is None or package_of(forward) not in HOSTS)

@@ -231,8 +231,8 @@ class ForgeCall(PatchedCall, AtSdpa):
 
         return [block.register_forward_pre_hook(begin), block.register_forward_hook(end)] if found else []
 
-    def meeting(self) -> tuple[JointCall | None, Plan | None, Tensor | None]:
-        return self._joint, self._drawn, None
+    def meeting(self) -> tuple[JointCall | None, Plan | None]:
+        return self._joint, self._drawn
 
     @property
     def pending(self) -> Tensor | None:

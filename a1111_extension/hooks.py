@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,12 +22,13 @@ from ..shared_tome.autotune.decisions import Decisions
 from ..shared_tome.autotune.paying import Decision, Judge
 from ..shared_tome.core.progress import percent_of_time
 from ..shared_tome.hooks.blocks import BlockHooks
+from ..shared_tome.hooks.call import HookedCall
 from ..shared_tome.hooks.heads import served_blocks
 from ..shared_tome.hooks.served import is_tomesds
 from ..shared_tome.hooks.trials import Trials
 from ..shared_tome.inspect.record import CallRecord
 from ..shared_tome.inspect.report import CallTally
-from .block import WebUIBlock, WebUICall, plain_forward
+from .block import WebUIBlock, plain_forward
 from .sampling import Sampling
 from .whole_step import WholeSteps, decision_on_copies
 
@@ -76,7 +78,7 @@ class PassAttachment:
         self.sampling, self._judge, self._steps = sampling, judge, WholeSteps(sampling)
         self._called = called
         self.model: nn.Module | None = None
-        self.call: WebUICall | None = None
+        self.calls: dict[int, HookedCall] = {}  # by thread: the call under way
         self._call_tally: CallTally | None = None  # the call's, which may be told although nothing is merged
         # The active optimization cannot change in a pass.
         self.trials = Trials(lambda attn1: (plain_forward(attn1),), lambda attn1: (plain_forward(attn1), {}))
@@ -120,7 +122,9 @@ class PassAttachment:
             handle.remove()
         self._handles.clear()
         self._blocks, self._steps = [], WholeSteps(self.sampling)
-        self.model = self.call = self._call_tally = None
+        self.model = self._call_tally = None
+        self.calls.clear()
+        leave_left_modes()
         _attached.discard(self)
 
     def _hook(self) -> Iterator[tuple[WebUIBlock, Callable[[], list[Any]]]]:
@@ -143,7 +147,8 @@ class PassAttachment:
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("x")
-        self.call = self._call_tally = None
+        self._call_tally = None
+        self.calls.clear()
         leave_left_modes()
         if not isinstance(x, Tensor) or x.dim() != 4:  # (B, C, H, W)
             return
@@ -168,8 +173,8 @@ class PassAttachment:
         # A report wants to know of every layer.
         self._hooks.on(self._hook, kind if self._call_tally is None else None)
         decisions = Decisions(call, log=self.sampling.decided, judge=judge)
-        given = call, decisions, x.shape[0], self._joint(call), self.sampling.residual, kind
-        self.call = WebUICall(*given, call_tally=self._call_tally, unpaid=unpaid)
+        given = x.shape[0], self._joint(call), self.sampling.residual, kind, self._call_tally, unpaid
+        self.calls[get_ident()] = HookedCall(call, decisions, *given)
 
     def _try_step(
         self, model: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any], config: ToMeConfig
@@ -193,7 +198,7 @@ class PassAttachment:
         return JointCall.of(call.config, TORCHS, lambda *told: self.say(with_detail(*told)))
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
-        call, call_tally, self.call, self._call_tally = self.call, self._call_tally, None, None
+        call, call_tally, self._call_tally = self.calls.pop(get_ident(), None), self._call_tally, None
         if isinstance(call_tally, CallRecord):
             call_tally.end()
         if call is not None:

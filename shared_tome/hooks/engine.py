@@ -2,122 +2,83 @@
 
 Hooks around attn1 merge what attn1 is given and unmerge what attn1 gives. Keys get their weights where they meet the
 queries, or by wider heads. attn2 and ff follow the block's match. Each host has a policy, a class made from
-`MergedBlock`: how arguments are named, which layers are left alone, and who is told.
+`MergedBlock`: which layers are left alone, and who is told. Steps with small layers wait for the processor, so a hook
+does little: what layers of one kind have in common is asked once a call (call.LayerKind).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from threading import get_ident
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention.sequence import JointCall
+from ..attention.combine import TORCHS
+from ..attention.sdpa import NOT_AS_TRIED, AroundSdpa, HostAttention, attend_weighed, attend_with_self_token
+from ..core.curve import is_compiling
 from ..core.grid import Grid, grid_of
 from ..core.groups import spread_rows
-from ..merging.call import MergedAttention, ModelCall
 from ..merging.plan import Plan
-from ..merging.residual import UNSEEN, ResidualCall
-from .blocks import LayersSeen
-from .heads import is_met, may_meet
-from .parts import AroundParts, AtSdpa, Wide, Widening, argument, with_tokens
+from ..merging.residual import UNSEEN
+from .call import MET, NONE, HookedCall, LayerKind, Pass
+from .guard import why_left_whole
+from .heads import is_met
+from .parts import AroundParts, Wide, Widening, output_of
 from .trials import kind_of
 
 
-@dataclass(eq=False)
-class Pass:
-    """One block in one call: what its hooks hand to each other.
-
-    metric: [B, N, C], what similarity is measured on; None: attn1's own tokens.
-    """
-
-    metric: Tensor | None = None
-    layer: MergedAttention | None = None
-    drawn_plan: Plan | None = None  # the layer's, whose keys and values are taken where they meet the queries
-    plan: Plan | None = None  # the block's match, for attn2, ff, and attn1's queries alone
-    open: dict[str, Plan] = field(default_factory=dict)
-    bias: Tensor | None = None  # [b, M], of keys that get it where they meet the queries
-    wide: Wide | None = None  # of keys that get it in wider heads
-    query: Tensor | None = None  # what to_q gets in the place of attn1's input
-    decision: Any = None  # what is known of the layer's times
-
-
-@dataclass(eq=False)
-class HookedCall:
-    """One call of the model. decisions: what tells its policy which layers pay. joint: what lets queries keep their own
-    tokens, None where they shall not. residual: what has some steps exact, None where nothing has. kind, layers_seen:
-    see blocks.BlockHooks."""
-
-    model: ModelCall
-    decisions: Any
-    batch: int
-    joint: JointCall | None = None
-    residual: ResidualCall | None = None
-    kind: tuple = ()
-    layers_seen: LayersSeen = field(default_factory=LayersSeen)
-    passes: dict[MergedBlock, Pass] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class Given:
-    """What an attention is given: its arguments, the names of the tokens and of what keys are made from, and both.
-
-    is_itself: whether the tokens attend to themselves.
-    """
-
-    args: tuple
-    kwargs: dict[str, Any]
-    name: str
-    context_name: str
-    x: Any
-    context: Any
-    is_itself: bool
-
-    def replaced(self, q: Tensor, k: Tensor | None = None) -> tuple[tuple, dict[str, Any]]:
-        """(args, kwargs) with the tokens q, and with k for the keys, which is left out where the host would take q."""
-        args, kwargs = with_tokens(self.args, self.kwargs, self.name, q)
-        if k is None or (k is q and self.context is None):
-            return args, kwargs
-        if len(args) > 1:
-            return (*args[:1], k, *args[2:]), kwargs
-        return args, {**kwargs, self.context_name: k}
-
-
-class MergedBlock(AroundParts, AtSdpa, Widening):
+class MergedBlock(AroundParts, Widening):
     """The hooks of one transformer block. It holds nothing of a call: see Pass.
 
-    owner: what holds the hooks of the model, with its options (`config`), this thread's call (`call`), what its
-    attention codes do (`trials`), `say`, which tells a line once, and `tell_self_token`, which is told why the queries
-    of a layer cannot keep their own tokens, or None.
-    NO_WEIGHTS: said where an attention code takes no wider heads.
+    owner: what holds the hooks of the model, with its options (`config`), the calls under way by thread (`calls`), what
+    its attention codes do (`trials`), `say`, which tells a line once, and `tell_self_token`, which is told why the
+    queries of a layer cannot keep their own tokens, or None.
+    NO_WEIGHTS: said where an attention code takes no wider heads. OTHER_TOKENS, OTHER_KEYS: said where attn1 gets other
+    tokens than its block, or keys of others, and is left alone; None: nothing is said, or they may be others'.
+    BEGINS: whether a pass begins with attn1; else a hook of the policy begins it.
     """
 
     NO_WEIGHTS: str
+    OTHER_TOKENS: str | None = None
+    OTHER_KEYS: str | None = None
+    BEGINS = True
 
     def __init__(self, owner: Any):
         self.owner = owner
+        self._hooked: list[weakref.ref] = []  # the projections that carry their hooks
+        self._projection_handles: list[Any] = []
 
     def hook_layers(self, block: nn.Module) -> list[Any]:
         """Register around the block's layers; returns the handles."""
         config, attn1 = self.owner.config, block.attn1
-        # Ours is the last to see attn1's inputs and the first to see its output: right around the attention.
+        # Ours is the last to see attn1's inputs and the first to see its output: right around the attention. The second
+        # runs after an exception too: a mode must not stay behind.
         handles = [
             attn1.register_forward_pre_hook(self._before_attention, with_kwargs=True),
-            attn1.register_forward_hook(self._after_attention, prepend=True),
+            attn1.register_forward_hook(self._after_attention, prepend=True, always_call=True),
+            SimpleNamespace(remove=self.forget_projections),
         ]
-        if (config.wants_heads or config.keeps_exact or may_meet(config)) and getattr(attn1, "heads", None):
-            handles += self.hook_sdpa(attn1)
         for name, wanted in (("attn2", config.cross_attention), ("ff", config.mlp)):
             module = getattr(block, name, None)
             if wanted and isinstance(module, nn.Module):
                 handles += self.hook_part(name, module)
         return handles
 
+    def forget_projections(self) -> None:
+        """Take the hooks off the projections."""
+        for handle in self._projection_handles:
+            handle.remove()
+        self._projection_handles, self._hooked = [], []
+
     @property
     def now(self) -> Pass | None:
         """This block's pass in this thread's call."""
-        call = self.owner.call
+        call = self.owner.calls.get(get_ident())
         return None if call is None else call.passes.get(self)
 
     def say(self, message: str) -> None:
@@ -126,177 +87,235 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
 
     # --- What a host's policy says ------------------------------------------------------------------------------------
 
-    def begin(self, attn1: nn.Module) -> Pass | None:
-        """The block's pass, of which attn1 is about to run; None where the block is left alone."""
-        return self.now
-
-    def names(self, attn1: nn.Module) -> tuple[str, str]:
-        """What attn1 calls its tokens and what it makes keys from."""
-        return "x", "context"
-
-    def is_served(self, now: Pass, given: Given) -> bool:
-        """Whether attn1 is given tokens to look at, [B, N, C]; if not, says why."""
+    def code_of(self, attn1: nn.Module) -> Any:
+        """What decides how a layer attends, to be compared; None: another extension answers in its place, in this call
+        perhaps alone."""
         raise NotImplementedError
 
-    def off_grid(self, x: Tensor) -> str:
+    def decision(
+        self, call: HookedCall, now: Pass, attn1: nn.Module, x: Tensor, grid: Grid, kernels: tuple[str, ...]
+    ) -> Any:
+        """What is known of a layer's times. kernels: of torch's, where they are called for it."""
+        raise NotImplementedError
+
+    def off_grid(self, call: HookedCall, x: Tensor) -> str:
         """What is said of tokens that are no level of the latent."""
         raise NotImplementedError
 
-    def leave(self, reason: str, grid: Grid | None = None) -> None:
+    def leave(self, call: HookedCall, reason: str, grid: Grid | None = None) -> None:
         """A layer is left alone."""
         self.say(reason)
 
-    def leave_unpaid(self, reason: str, tokens: int, grid: Grid) -> None:
-        """Merging does not pay in a layer of so many tokens."""
-        self.leave(f"{reason}; ToMe skips layers of {tokens} tokens", grid)
-
-    def leave_unserved(self, grid: Grid) -> None:
+    def leave_unserved(self, call: HookedCall, grid: Grid) -> None:
         """The options leave out the layers on a grid."""
 
     def why_left(self, name: str, module: nn.Module, x: Any, kwargs: dict[str, Any], plan: Plan) -> str | None:
         """Why attn2 or ff, which is given x, is left alone, or None. plan: the block's."""
         raise NotImplementedError
 
-    def why_attention_left(self, attn1: nn.Module, given: Given) -> str | None:
-        """Why an attn1 on a grid that is served is left alone, or None; asked before its times are."""
-        return None
+    def pass_over(self, call: HookedCall, grid: Grid) -> None:
+        """A layer that another extension has counts all the same: those behind it keep their choices."""
+        call.model.pass_over(grid)
 
-    def pass_over(self, grid: Grid) -> None:
-        """Such an attn1 counts all the same: the layers behind it keep their choices."""
-        self.owner.call.model.pass_over(grid)
-
-    def keeps_self(self, attn1: nn.Module, given: Given) -> bool:
-        """Whether the queries of this call of a layer meet all keys: for their own tokens, or three resolutions."""
-        heads, owner = getattr(attn1, "heads", None), self.owner
-        if owner.call.joint is None or not heads:
-            return False
-        multires = owner.call.model.config.method == "multires"
-        reason = owner.trials.why_no_self_token(attn1, kind_of(attn1, heads, given.x), multires)
+    def meets(self, call: HookedCall, attn1: nn.Module, x: Tensor) -> bool:
+        """Whether the queries of a layer's kind meet all keys: for their own tokens, or three resolutions."""
+        owner = self.owner
+        multires = call.model.config.method == "multires"
+        reason = owner.trials.why_no_self_token(attn1, kind_of(attn1, attn1.heads, x), multires)
         owner.tell_self_token(reason)
         return reason is None
 
-    def why_not_paid(self, now: Pass, attn1: nn.Module, x: Tensor, grid: Grid, keeps_self: bool) -> str | None:
-        """Why merging does not pay in a layer, or None."""
-        raise NotImplementedError
-
-    def tell(self, now: Pass, grid: Grid, plan: Plan | None) -> None:
-        """A layer is merged by a plan; None: the ratio takes away no whole token."""
-
-    def tell_exact(self, grid: Grid, reason: str) -> None:
-        """A layer is whole in this step, as the option exact_every wants it."""
+    def tell(self, call: HookedCall, now: Pass, plan: Plan | None, exact: str | None = None) -> None:
+        """To the call's tally: a layer is merged by a plan; None: the ratio takes away no whole token. exact: why it is
+        whole in this step, as the option exact_every wants it."""
 
     def takes_weights(self, attn1: nn.Module) -> bool:
         """Whether keys of a layer may get weights at all; if not, says why."""
         return True
 
-    def widened_input(self, now: Pass, attn1: nn.Module, d: int) -> Tensor:
-        """What attn1 is given for its queries where its heads, of d channels, will be widened."""
-        return now.layer.q
-
-    def given_instead(self, now: Pass, attn1: nn.Module, given: Given, q: Tensor) -> tuple[tuple, dict[str, Any]]:
-        """What attn1 is given for its layer's queries q and keys, (args, kwargs)."""
-        return given.replaced(q, now.layer.k)
+    def widened_input(self, now: Pass, q: Tensor, heads: int, d: int) -> Tensor:
+        """What attn1 is given for its queries q where its heads, of d channels, will be widened."""
+        return q
 
     # --- The walk -----------------------------------------------------------------------------------------------------
 
     def _before_attention(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        now = self.begin(attn1)
+        call = self.owner.calls.get(get_ident())
+        if call is None:
+            return None
+        if self.BEGINS:
+            call.passes[self] = Pass()
+        now = call.passes.get(self)
         if now is None:
             return None
-        name, context_name = self.names(attn1)
-        x, context = argument(args, kwargs, 0, name), argument(args, kwargs, 1, context_name)
-        given = Given(args, kwargs, name, context_name, x, context, context is None or context is x)
-        call = self.owner.call
-        call.layers_seen.begin(self)
-        if not self.is_served(now, given):
+        names, seen, is_traced = names_of(type(attn1).forward), call.layers_seen, is_compiling()
+        x = args[0] if args else kwargs.get(names[0])
+        context = args[1] if len(args) > 1 else kwargs.get(names[1])
+        is_itself = context is None or context is x
+        seen.others += 1
+        if not is_traced:  # a graph that is traced keeps its hooks
+            seen.busy.add(self)
+        metric = x if now.metric is None else now.metric
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[:2] != metric.shape[:2]:
+            if self.OTHER_TOKENS is not None:
+                self.say(self.OTHER_TOKENS)
             return None
-        grid = grid_of(x.shape[1], call.model.full)
-        if grid is None or x.shape[0] != call.batch:
-            self.leave(self.off_grid(x))
+        if not is_itself and self.OTHER_KEYS is not None:
+            self.leave(call, self.OTHER_KEYS)
             return None
-        if not call.model.serves(grid):
-            call.layers_seen.leave(self)
-            self.leave_unserved(grid)
-            return None
-        reason = self.why_attention_left(attn1, given)
-        if reason is not None:
-            self.leave(reason, grid)
-            self.pass_over(grid)
-            return None
-        meets = self.keeps_self(attn1, given)
-        if self.residual is not None and not meets:
-            self.residual.turn_off(UNSEEN)
-        keeps_self = meets and (call.model.config.wants_heads or self.residual is not None)
-        unpaid = self.why_not_paid(now, attn1, x, grid, meets and call.model.config.wants_heads)
-        if unpaid is not None:
-            self.leave_unpaid(unpaid, x.shape[1], grid)
-            call.layers_seen.leave(self, unpaid=True)
-            return None
-        return self.merge_attention(now, attn1, given, grid, keeps_self)
-
-    def merge_attention(self, now: Pass, attn1: nn.Module, given: Given, grid: Grid, keeps_self: bool) -> tuple | None:
-        """What attn1 is given instead, (args, kwargs), or None."""
-        call, x = self.owner.call.model, given.x
-        layer = call.attention(x, x, x, grid, metric=now.metric, keeps_self=keeps_self)
-        if layer is not None and self.residual is not None and self.residual.begin(self, x, grid):
-            self.tell_exact(grid, self.residual.told)
+        code, heads = self.code_of(attn1), getattr(attn1, "heads", None)
+        if is_traced:
+            kind = self._find_kind(call, now, attn1, x, code, is_itself)
         else:
-            self.tell(now, grid, None if layer is None else layer.plan)
+            size = getattr(attn1.to_q, "out_features", None)
+            key = code, is_itself, heads, size, x.shape, x.dtype, x.device, x.requires_grad
+            kind = call.kinds.get(key)
+            if kind is None:
+                kind = call.kinds[key] = self._find_kind(call, now, attn1, x, code, is_itself)
+        if kind.is_merged:
+            now.kind, keeps_exact = kind, call.residual is not None and call.residual.is_on
+            now.is_drawn = kind.meets and (kind.wants_heads or keeps_exact)
+            return self.merge_attention(call, now, attn1, args, kwargs, x)
+        if kind.grid is None:
+            self.leave(call, self.off_grid(call, x))
+        elif not kind.is_served:
+            seen.leave(self)
+            self.leave_unserved(call, kind.grid)
+        elif code is None:
+            self.leave(call, why_left_whole("attn1", x, *x.shape[:2], replaced=True), kind.grid)
+            self.pass_over(call, kind.grid)
+        else:
+            seen.leave(self, unpaid=True)
+            self.leave(call, f"{kind.unpaid}; ToMe skips layers of {x.shape[1]} tokens", kind.grid)
+        return None
+
+    def _find_kind(
+        self, call: HookedCall, now: Pass, attn1: nn.Module, x: Tensor, code: Any, is_itself: bool
+    ) -> LayerKind:
+        """What holds for attn1, which is given x, and for the layers like it."""
+        kind, model, heads = LayerKind(code, is_itself), call.model, getattr(attn1, "heads", None)
+        kind.grid = grid_of(x.shape[1], model.full) if x.shape[0] == call.batch else None
+        kind.is_served = kind.grid is not None and model.serves(kind.grid)
+        if not kind.is_served or code is None:
+            return kind
+        kind.meets = call.joint is not None and is_itself and bool(heads) and self.meets(call, attn1, x)
+        if call.residual is not None and not kind.meets:
+            call.residual.turn_off(UNSEEN)
+        kind.wants_heads, kind.unpaid = model.config.wants_heads, call.unpaid
+        if kind.unpaid is None:
+            kernels = TORCHS if kind.meets and kind.wants_heads else ()
+            kind.decision = self.decision(call, now, attn1, x, kind.grid, kernels)
+            kind.unpaid = call.decisions.why_not_paid(kind.decision)
+        kind.is_merged = kind.unpaid is None
+        return kind
+
+    def merge_attention(
+        self, call: HookedCall, now: Pass, attn1: nn.Module, args: tuple, kwargs: dict[str, Any], x: Tensor
+    ) -> tuple | None:
+        """What attn1 is given instead, (args, kwargs), or None."""
+        residual, grid, exact = call.residual, now.kind.grid, None
+        layer = now.layer = call.model.attention(x, x, x, grid, metric=now.metric, keeps_self=now.is_drawn)
+        if layer is not None and residual is not None and residual.begin(self, x, grid):
+            exact = residual.told
+        if call.tally is not None:
+            self.tell(call, now, None if layer is None else layer.plan, exact)
         if layer is None:
             return None
-        now.layer = layer
-        if keeps_self:
-            now.drawn_plan = layer.plan
-            return None  # attn1 gets all tokens; some of their keys are taken where they meet the queries
-        now.plan = layer.plan if call.config.kind.matches else None
-        return self.given_instead(now, attn1, given, self._weigh(now, attn1))
+        if now.is_drawn:  # attn1 gets all tokens
+            self._go_around(now, attn1)
+            return None
+        now.plan = layer.plan if call.model.config.kind.matches else None
+        q, k = layer.q if layer.bias is None else self._weigh(now, attn1), layer.k
+        name, context_name = names_of(type(attn1).forward)
+        if len(args) > 1:
+            return (q, None if k is q and args[1] is None else k, *args[2:]), kwargs
+        if k is not q or kwargs.get(context_name) is not None:  # else the host takes the tokens for the keys too
+            kwargs = {**kwargs, context_name: k}
+        return ((q,), kwargs) if args else (args, {**kwargs, name: q})
 
     def _weigh(self, now: Pass, attn1: nn.Module) -> Tensor:
-        """Get ready to give keys their weights, where they have any. Returns what attn1 is given for its queries."""
-        layer, owner = now.layer, self.owner
-        heads = getattr(attn1, "heads", None)
-        if layer.bias is None or not heads or not self.takes_weights(attn1):
+        """Get ready to give keys their weights. Returns what attn1 is given for its queries."""
+        layer, kind, heads = now.layer, now.kind, getattr(attn1, "heads", None)
+        if kind.weights is None:
+            kind.weights = self._find_weights(kind, attn1, heads, layer.q)
+        if kind.weights == NONE:
             return layer.q
-        d, *_ = kind = kind_of(attn1, heads, layer.q)
-        if is_met(owner.config, d, layer.q, lambda: owner.trials.meets(attn1, kind)):
+        if kind.weights == MET:
             now.bias = layer.bias
+            self._go_around(now, attn1)
             return layer.q
-        rule = owner.trials.rule(attn1, kind)
+        now.wide = Wide(kind.weights, spread_rows(layer.bias, layer.k.shape[0]), kind.d)
+        self._hook_projections(attn1, heads)
+        return self.widened_input(now, layer.q, heads, kind.d)
+
+    def _find_weights(self, kind: LayerKind, attn1: nn.Module, heads: int | None, q: Tensor) -> str:
+        """How the keys of a layer that is given q get their weights (LayerKind.weights)."""
+        if not heads or not self.takes_weights(attn1):
+            return NONE
+        owner, given = self.owner, kind_of(attn1, heads, q)
+        kind.d = given[0]
+        if is_met(owner.config, kind.d, q, lambda: owner.trials.meets(attn1, given)):
+            return MET
+        rule = owner.trials.rule(attn1, given)
         if rule is None:
             self.say(self.NO_WEIGHTS)
-            return layer.q
-        now.wide = Wide(rule, spread_rows(layer.bias, layer.k.shape[0]), d)
-        return self.widened_input(now, attn1, d)
+        return NONE if rule is None else rule
+
+    def _hook_projections(self, attn1: nn.Module, heads: int) -> None:
+        """On the projections that are there now: a LoRA loaded later puts others in their place."""
+        modules = [attn1.to_q, attn1.to_k, attn1.to_v, output_of(attn1)]
+        for module, hooked in zip(modules, self._hooked or (lambda: None,) * len(modules), strict=True):
+            if hooked() is not module:
+                self.forget_projections()
+                self._hooked = [weakref.ref(module) for module in modules]
+                self._projection_handles = self.hook_projections(attn1, heads)
+                return
+
+    def _go_around(self, now: Pass, attn1: nn.Module) -> None:
+        """Have attn1's attention come to `_attend` until attn1 ends."""
+        now.mode = AroundSdpa(self._attend, attn1)
+        now.mode.__enter__()
+
+    def _attend(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Where attn1's keys meet its queries: some are drawn, or each gets its weight. Asks anew what is to be done,
+        since an interrupt can leave the mode on that calls it.
+
+        q [B, H, N, d], k and v [B, H, M, d] -> [B, H, N, d].
+        """
+        call = self.owner.calls.get(get_ident())
+        now = None if call is None else call.passes.get(self)
+        if now is None or now.layer is None or not now.is_drawn:
+            return attend_weighed(None if now is None else now.bias, self._missed, attention, q, k, v)
+        keeping = None if call.residual is None else (call.residual, self)
+        return attend_with_self_token(call.joint, now.layer.plan, self._missed, attention, q, k, v, keeping)
+
+    def _missed(self) -> None:
+        self.say(NOT_AS_TRIED)
 
     def _after_attention(self, attn1: nn.Module, args: tuple, out: Any) -> Tensor | None:
-        now = self.now
+        call = self.owner.calls.get(get_ident())
+        now = None if call is None else call.passes.get(self)
         if now is None:
             return None
-        if now.drawn_plan is not None and self.residual is not None:
-            self.residual.end(self)
-        layer, now.layer, now.drawn_plan, now.bias, now.wide, now.query = now.layer, None, None, None, None, None
+        mode, now.mode = now.mode, None
+        if mode is not None:
+            mode.__exit__(None, None, None)
+        if out is None:  # an exception
+            return None
+        if mode is not None and not mode.calls:
+            self._missed()
+        layer, now.layer, now.bias, now.wide, now.query, now.keys = now.layer, None, None, None, None, None
+        if now.is_drawn and layer is not None and call.residual is not None:
+            call.residual.end(self)
         if layer is None:  # queries alone may be merged, as those of attn2
             return self._after_part("attn1", attn1, args, out)
         return self.unmerge(layer.plan, out) if layer.merges_queries else None
 
     # --- What the hooks of parts.py ask -------------------------------------------------------------------------------
 
-    def meeting(self) -> tuple[JointCall | None, Plan | None, Tensor | None]:
-        now = self.now
-        return (None, None, None) if now is None else (self.owner.call.joint, now.drawn_plan, now.bias)
-
-    @property
-    def residual(self) -> ResidualCall | None:
-        """What has some steps exact, as long as it does."""
-        found = None if self.owner.call is None else self.owner.call.residual
-        return found if found is not None and found.is_on else None
-
-    def keeping(self) -> tuple[ResidualCall, Hashable] | None:
-        residual = self.residual
-        return None if residual is None else (residual, self)
-
     def wide(self) -> Wide | None:
-        now = self.now
+        call = self.owner.calls.get(get_ident())
+        now = None if call is None else call.passes.get(self)
         return None if now is None else now.wide
 
     def open_plans(self) -> dict[str, Plan]:
@@ -305,11 +324,17 @@ class MergedBlock(AroundParts, AtSdpa, Widening):
 
     def part_plan(self, name: str, module: nn.Module, x: Any, kwargs: dict[str, Any]) -> Plan | None:
         now = self.now
-        if now is None or now.plan is None:
-            return None
-        plan = now.plan
-        reason = self.why_left(name, module, x, kwargs, plan)
+        plan = None if now is None else now.plan
+        reason = None if plan is None else self.why_left(name, module, x, kwargs, plan)
         if reason is not None:
-            self.leave(reason, grid_of(plan.tokens, self.owner.call.model.full))
-            return None
-        return plan
+            call = self.owner.calls[get_ident()]
+            self.leave(call, reason, grid_of(plan.tokens, call.model.full))
+        return plan if reason is None else None
+
+
+@functools.lru_cache(maxsize=64)
+def names_of(forward: Callable[..., Any]) -> tuple[str, str]:
+    """What diffusers or ldm call an attention's tokens and what its keys are made from."""
+    if "encoder_hidden_states" in inspect.signature(forward).parameters:
+        return "hidden_states", "encoder_hidden_states"
+    return "x", "context"

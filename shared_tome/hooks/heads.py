@@ -32,9 +32,10 @@ PROJECTIONS = ("to_q", "to_k", "to_v")
 
 def served_blocks(model: nn.Module, *more: str) -> Iterator[nn.Module]:
     """The transformer blocks whose self-attention `attn1` has its projections as modules of their own, and `more`."""
+    names = *PROJECTIONS, "to_out", *more
     for module in model.modules():
         attn1 = getattr(module, "attn1", None)
-        if isinstance(attn1, nn.Module) and all(hasattr(attn1, name) for name in (*PROJECTIONS, "to_out", *more)):
+        if isinstance(attn1, nn.Module) and all(map(hasattr, (attn1,) * len(names), names)):
             yield module
 
 

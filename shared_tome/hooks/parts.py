@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention.sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_weighed, attend_with_self_token
+from ..attention.sdpa import NOT_AS_TRIED, Handler, HostAttention, SdpaHooks, attend_with_self_token
 from ..attention.sequence import JointCall
 from ..merging.plan import Plan
 from ..merging.residual import ResidualCall
@@ -24,7 +24,10 @@ def argument(args: tuple, kwargs: dict[str, Any], place: int, *names: str) -> An
     """An argument by place or by one of its names."""
     if len(args) > place:
         return args[place]
-    return next((kwargs[name] for name in names if name in kwargs), None)
+    for name in names:
+        if name in kwargs:
+            return kwargs[name]
+    return None
 
 
 def with_tokens(args: tuple, kwargs: dict[str, Any], name: str, x: Tensor) -> tuple[tuple, dict[str, Any]]:
@@ -78,14 +81,14 @@ class AroundParts:
 
 
 class AtSdpa:
-    """What becomes of a layer's keys where they meet the queries, at torch's scaled_dot_product_attention: some of them
-    are drawn, or each gets its weight. say: tells a line once."""
+    """Draws a layer's keys where they meet the queries, at torch's scaled_dot_product_attention, for hosts whose own
+    patches around a layer do not run after an exception in it. say: tells a line once."""
 
     say: Callable[[str], None]
 
-    def meeting(self) -> tuple[JointCall | None, Plan | None, Tensor | None]:
-        """Of the layer that runs now: what lets queries keep their own tokens, the plan that keys are drawn by, and the
-        bias [b, M] that they get; None for what is not to be done."""
+    def meeting(self) -> tuple[JointCall | None, Plan | None]:
+        """Of the layer that runs now: what lets queries keep their own tokens, and the plan by which keys are drawn,
+        None where none are."""
         raise NotImplementedError
 
     def keeping(self) -> tuple[ResidualCall, Hashable] | None:
@@ -97,18 +100,11 @@ class AtSdpa:
         return SdpaHooks(attn1, self._begin, self._missed).handles
 
     def _begin(self, attn1: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
-        _, plan, bias = self.meeting()
-        return self._attend_with_self_token if plan is not None else self._attend_weighed if bias is not None else None
+        return None if self.meeting()[1] is None else self._attend
 
-    # Both ask anew: an interrupt can leave the mode on that calls them.
-    def _attend_with_self_token(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [B, H, N, d] -> [B, H, N, d]."""
-        joint, plan, _ = self.meeting()
-        return attend_with_self_token(joint, plan, self._missed, attention, q, k, v, self.keeping())
-
-    def _attend_weighed(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, H, N, d], k and v [B, H, M, d] -> [B, H, N, d]."""
-        return attend_weighed(self.meeting()[2], self._missed, attention, q, k, v)
+    def _attend(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [B, H, N, d] -> [B, H, N, d]. Asks anew: an interrupt can leave the mode on that calls it."""
+        return attend_with_self_token(*self.meeting(), self._missed, attention, q, k, v, self.keeping())
 
     def _missed(self, attn1: nn.Module | None = None) -> None:
         self.say(NOT_AS_TRIED)

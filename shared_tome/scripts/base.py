@@ -48,7 +48,7 @@ class BaseAttachment(Portable):
         self.merge_attn, self.judge = merge_attn, judge  # before anything is said
         self.config, self.steps = config, Steps(pipe, *(clock or Clock()))
         self._handles: list[Any] = []
-        self._calls: dict[int, Any] = {}
+        self.calls: dict[int, Any] = {}  # by thread: what its call of the model knows
         self._said: set[str] = set()
         self._last_alike = False
         self.decided = DecisionLog()
@@ -66,23 +66,23 @@ class BaseAttachment(Portable):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._calls.clear()
+        self.calls.clear()
         leave_left_modes()
 
     def afresh(self) -> dict[str, Any]:
-        return {"_calls": {}, "_said": set()}
+        return {"calls": {}, "_said": set()}
 
     @property
     def call(self) -> Any:
         """What this thread's call of the model knows, or None."""
-        return self._calls.get(threading.get_ident())
+        return self.calls.get(threading.get_ident())
 
     @call.setter
     def call(self, value: Any) -> None:
         if value is None:
-            self._calls.pop(threading.get_ident(), None)
+            self.calls.pop(threading.get_ident(), None)
         else:
-            self._calls[threading.get_ident()] = value
+            self.calls[threading.get_ident()] = value
 
     def say(self, message: str) -> None:
         """Tell once what is left alone and why."""

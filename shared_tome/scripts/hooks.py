@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,12 +21,14 @@ from ..autotune.layer import ROWS
 from ..autotune.paying import Judge
 from ..config import ToMeConfig
 from ..hooks.blocks import BlockHooks
+from ..hooks.call import HookedCall
 from ..hooks.heads import served_blocks as blocks_with
 from ..hooks.parts import argument
 from ..merging.call import ModelCall
 from ..merging.residual import ResidualCall, why_no_effect
 from . import base
-from .block import ScriptBlock, ScriptCall
+from .block import ScriptBlock
+from .outcome import CallOutcome
 from .residuals import RunResiduals
 from .trials import ScriptTrials
 from .whole_steps import Step, WholeSteps
@@ -80,7 +83,7 @@ class UNetAttachment(base.BaseAttachment):
             yield hooked, functools.partial(hooked.hook, block)
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.call = None  # of one that was interrupted: KeyboardInterrupt runs no hook
+        self.calls.pop(get_ident(), None)  # of one that was interrupted: KeyboardInterrupt runs no hook
         leave_left_modes()
         x = argument(args, kwargs, 0, "sample", "x")
         if not isinstance(x, Tensor) or x.dim() != 4:  # (B, C, H, W)
@@ -106,22 +109,22 @@ class UNetAttachment(base.BaseAttachment):
         draw = None if residual is None else residual.draw
         call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x, draw)
         with base.hooking:
-            alone = not self._calls  # another thread may be in the midst of a call
+            alone = not self.calls  # another thread may be in the midst of a call
             if idle and alone:
                 self._hooks.off()
             elif call is not None and not idle:
                 decisions = Decisions(call, log=self.decided, judge=self.judge or Judge(waits))
                 joint = self._joint(call, residual, compiled)
-                self.call = ScriptCall(call, decisions, x.shape[0], joint, residual, kind)
+                self.call = HookedCall(call, decisions, x.shape[0], joint, residual, kind, CallOutcome())
                 self._hooks.on(lambda: self._hook(module), kind, alone)
 
     def _after_model(self, module: nn.Module, args: tuple, out: Any) -> None:
-        call, self.call = self.call, None
+        call = self.calls.pop(get_ident(), None)
         self._residuals.end_call(failed=out is None)
         if call is not None and out is not None:  # None: the call ended in an exception
             self._hooks.remember(call.kind, call.layers_seen)
             if not base.compiles():
-                self._outcome.end_call(call.kind, call.outcome)
+                self._outcome.end_call(call.kind, call.tally)
 
     def _joint(self, call: ModelCall, residual: ResidualCall | None, compiled: bool) -> JointCall | None:
         """What lets queries keep their own tokens, or None where they shall not."""

@@ -13,6 +13,7 @@ import math
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -34,12 +35,12 @@ from ..merging.call import ModelCall
 from ..merging.plan import Plan
 from ..merging.residual import why_no_effect
 from .base import BaseAttachment, grid_of_sizes, hooking
-from .block import is_answered, is_replaced
 from .joint_autotune import JointDecisions
 from .masks import Group, attend_padded, group_rows
 from .outcome import CallOutcome
 from .parallel import Shard, why_not_parallel
 from .rows import ROWS, Place, Row, attentions_of
+from .trials import is_answered, is_replaced
 from .whole_steps import Step, WholeSteps
 
 # What the log says.
@@ -110,7 +111,7 @@ class JointAttachment(BaseAttachment):
         return {**super().afresh(), "_grid": None, "_groups": None, "_agreed": {}}
 
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.call = None  # of one that was interrupted: KeyboardInterrupt runs no hook
+        self.calls.pop(get_ident(), None)  # of one that was interrupted: KeyboardInterrupt runs no hook
         leave_left_modes()
         reason = why_not_parallel(model)
         if reason is not None:
@@ -138,7 +139,7 @@ class JointAttachment(BaseAttachment):
         call = None if idle and self.steps.tells(timestep) else self.model_call(config, grid, timestep, x)
         groups = None if idle or call is None else self._groups_of(place)
         with hooking:
-            alone = not self._calls
+            alone = not self.calls
             if idle and alone:
                 self._hooks.off()
             elif call is not None and not idle:
@@ -151,7 +152,7 @@ class JointAttachment(BaseAttachment):
                 self._hooks.on(lambda: self._hook(model), narrow=alone)
 
     def _after_model(self, model: nn.Module, args: tuple, out: Any) -> None:
-        call, self.call = self.call, None
+        call = self.calls.pop(get_ident(), None)
         if call is not None and out is not None:  # None: the call ended in an exception
             self._outcome.end_call(call.grid, call.outcome)
             if call.unpaid is not None:  # and what else keeps it from being merged has been told
@@ -167,7 +168,7 @@ class JointAttachment(BaseAttachment):
             rows = (ids[0] if ids.dim() == 3 else ids).detach().cpu().float()  # (N, 3)
             own = int((rows[:, 0] == 0).sum())
             image = rows[:own]
-            height, width = (int(image[:, i].max() - image[:, i].min()) + 1 for i in (1, 2)) if own else (0, 0)
+            height, width = (image.amax(0) - image.amin(0)).int().add(1).tolist()[1:] if own else (0, 0)
             count = torch.arange(height * width)
             place = torch.stack((count // max(1, width), count % max(1, width)), dim=1)  # (H * W, 2)
             regular = height * width == own and torch.equal((image - image[:1])[:, 1:].long(), place)
@@ -188,9 +189,10 @@ class JointAttachment(BaseAttachment):
         return known[2]
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
-        if self.call is None:
+        call = self.calls.get(get_ident())
+        if call is None:
             return None
-        return self._attend if self.call.shard is None else functools.partial(self._attend_part, attention.heads)
+        return self._attend if call.shard is None else functools.partial(self._attend_part, attention.heads)
 
     def _missed(self, attention: nn.Module) -> None:
         """The attention came to an end without torch's. Raises RuntimeError where it runs another one itself."""
@@ -207,7 +209,7 @@ class JointAttachment(BaseAttachment):
 
     def _attend(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, H, L, d] -> [B, H, L, d]."""
-        call = self.call
+        call = self.calls.get(get_ident())
         if call is None:
             return attention(q, k, v)
         image, length = math.prod(call.grid), k.shape[2]
@@ -240,21 +242,15 @@ class JointAttachment(BaseAttachment):
             return attention(q, k, v)
         call.outcome.merged = True
         plan = plan if call.shard is None else call.shard.of_heads(plan)
+        matches, given = call.model.config.kind.matches, (attention, q, k, v, start, plan)
+        attend = self._merged if matches else functools.partial(attend_sampled, call.joint)
         if is_padded:
-            splits = not call.model.config.kind.matches
-            given = attention, q, k, v, start, plan
-            return attend_padded(self._planned, call.groups, *given, splits, self._tell_masked)
-        return self._planned(attention, q, k, v, start, plan)
+            return attend_padded(attend, call.groups, *given, not matches, self._tell_masked)
+        return attend(*given)
 
     def _tell_masked(self) -> None:
         if self.call.joint.keeps_self:
             self.say("own token has no effect under a mask")
-
-    def _planned(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
-        """By the plan for the image's tokens, which begin at `start`; q, k, v [B, H, L, d] -> [B, H, L, d]."""
-        if self.call.model.config.kind.matches:
-            return self._merged(attention, q, k, v, start, plan)
-        return attend_sampled(self.call.joint, attention, q, k, v, start, plan)
 
     def _serves_mask(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int) -> bool:
         """Whether the attention can be had under its mask: at three resolutions (attention/masks.py)."""
@@ -266,7 +262,8 @@ class JointAttachment(BaseAttachment):
         )
 
     def _merged(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int, plan: Plan) -> Tensor:
-        """Methods that match: the image's part of queries, keys and values merged; the queries' outcome unmerged."""
+        """Methods that match: the image's part of queries, keys and values merged, which begins at `start`; what the
+        queries get unmerged. q, k, v [B, H, L, d] -> [B, H, L, d]."""
         kind, length = self.call.model.config.kind, k.shape[2]
         bias = image_bias(plan, start, length) if self.call.joint.weighs else None
 

@@ -49,7 +49,7 @@ class JointDecisions:
             return None
         heads = q.shape[1] if self.shard is None else self.shard.heads
         layer = self.grid, heads * q.shape[3], heads
-        others = -(-(q.shape[2] - self.call_tokens) // _OTHERS)
+        others = -(-(q.shape[2] - math.prod(self.grid)) // _OTHERS)
         shape = (self.grid, others, q.shape[1], q.shape[3], q.dtype)
         if shape not in self._unpaid:
             known = self.log.layer(config, *layer, others * _OTHERS)
@@ -78,17 +78,12 @@ class JointDecisions:
         pays = waiting if self.judge.waits else busy
         return None if pays else self.judge.why_not_paid(found) or ELSEWHERE
 
-    @property
-    def call_tokens(self) -> int:
-        """How many tokens the image has."""
-        return math.prod(self.grid)
-
     def _timed(self, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor, start: int) -> Callable[[], Decision]:
         """What measures one row. Its draws are its own: those of the call stay what they are."""
 
         def measure() -> Decision:
             config = self.call.config
-            plan = ModelCall(config, self.grid, q.device).plan(q.new_empty(1, self.call_tokens, 1), self.grid)
+            plan = ModelCall(config, self.grid, q.device).plan(q.new_empty(1, math.prod(self.grid), 1), self.grid)
             if plan is None:
                 return Decision(0.0, 0.0, 0.0)
             joint = JointCall(config.weighs_keys, TORCHS, lambda *_: None, config.keeps_self)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.failures import is_out_of_memory
+from ..hooks.engine import names_of
 from ..hooks.guard import is_replaced as is_replaced_here
 from ..hooks.heads import PROJECTIONS, stand_in
 from ..hooks.trials import Kind, Trials, kind_of
@@ -24,29 +24,33 @@ def is_replaced(module: nn.Module) -> bool:
     return is_replaced_here(module) and not hasattr(module, "_hf_hook")
 
 
-def is_diffusers(processor: Any) -> bool:
-    return type(processor).__module__.partition(".")[0] == "diffusers"
+@functools.lru_cache(maxsize=64)
+def is_diffusers(processor: type) -> bool:
+    """Whether a class is one of diffusers'."""
+    return processor.__module__.partition(".")[0] == "diffusers"
 
 
-def code_of(attention: nn.Module) -> tuple:
-    """What decides how a layer attends: its forward, its processor with that one's settings, and torch's function,
-    which may have been replaced."""
-    processor = getattr(attention, "processor", None)
-    state: Any = ()
-    if processor is not None and is_diffusers(processor):
-        simple = (bool, int, float, str)
-        state = tuple((key, x) for key, x in getattr(processor, "__dict__", {}).items() if isinstance(x, simple))
+def is_answered(module: nn.Module) -> bool:
+    """Whether diffusers' own hooks on an attention may answer in its place: caches (PyramidAttentionBroadcast,
+    TaylorSeer), guidance that skips layers."""
+    return bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", None))
+
+
+def code_of(attention: nn.Module) -> tuple | None:
+    """What decides how a layer attends: its forward, its processor with that one's settings, the mark of fused
+    projections, and torch's function, which may have been replaced. None where a cache may answer: what it answers was
+    given with another step's merged tokens."""
+    if is_answered(attention):
+        return None
+    processor, state = getattr(attention, "processor", None), ()
+    if processor is not None and is_diffusers(type(processor)):
+        for key, x in getattr(processor, "__dict__", {}).items():
+            if isinstance(x, (bool, int, float, str)):
+                state += ((key, x),)
     elif hasattr(processor, "__weakref__"):
         state = weakref.ref(processor)
-    return type(attention).forward, type(processor), state, F.scaled_dot_product_attention
-
-
-@functools.lru_cache(maxsize=64)
-def names_of(forward: Callable[..., Any]) -> tuple[str, str]:
-    """What diffusers or ldm call the tokens and what the keys are made from."""
-    if "encoder_hidden_states" in inspect.signature(forward).parameters:
-        return "hidden_states", "encoder_hidden_states"
-    return "x", "context"
+    mark = getattr(attention, "fused_projections", False)
+    return type(attention).forward, type(processor), state, mark, F.scaled_dot_product_attention
 
 
 class ScriptTrials(Trials):

@@ -89,7 +89,6 @@ def test_keys_weighed_where_they_meet(tome, monkeypatch, name):
     from ldm.modules.attention import CrossAttention
 
     monkeypatch.setattr(CrossAttention, "forward", variants.SERVED.get(name, variants.fixed_size))
-    monkeypatch.setattr(tome.engine, "may_meet", lambda config: True)
     monkeypatch.setattr(tome.engine, "is_met", lambda config, d, x, meets: meets())
     monkeypatch.setattr(tome.parts, "widen_query", lambda *_: 1 / 0 if name != "own_scale" else widened(*_))
     widened = tome.heads.widen_query

@@ -18,7 +18,6 @@ from . import models
 @pytest.fixture
 def met(monkeypatch):
     """As if a kernel of ours were there; nothing may be widened."""
-    monkeypatch.setattr(engine, "may_meet", lambda config: True)
     monkeypatch.setattr(engine, "is_met", lambda config, d, x, meets: meets())
     monkeypatch.setattr(parts, "widen_query", lambda *_: 1 / 0)
 
