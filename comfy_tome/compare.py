@@ -19,6 +19,8 @@ def check_alike(image: torch.Tensor, other: torch.Tensor) -> None:
     if image.shape != other.shape:
         one, two = (f"{b} of {w}x{h} with {c} channels" for b, h, w, c in (image.shape, other.shape))
         raise ValueError(f"ToMe Compare needs as many pictures of one size: image is {one}, other is {two}")
+    if not len(image):
+        raise ValueError("ToMe Compare needs at least one picture, got none")
     if min(image.shape[1:3]) < WINDOW:
         raise ValueError(f"ToMe Compare needs at least {WINDOW} pixels a side, got {image.shape[2]}x{image.shape[1]}")
 

@@ -130,6 +130,8 @@ class ToMeMap(io.ComfyNode):
         cls, record: Record, image: torch.Tensor, show: str, level: int, layer: int, step: int, opacity: float,
         picture: int = 0, legend: bool = True, sampling: int = 0, x: int = -1, y: int = -1, head: int = -1,
     ) -> io.NodeOutput:  # fmt: skip
+        if not len(image):
+            raise ValueError("ToMe Map needs at least one picture, got none")
         if not -1 <= picture < image.shape[0]:
             raise ValueError(f"picture must be -1 (all) or in 0 to {image.shape[0] - 1}, got {picture}")
         pictures = range(image.shape[0]) if picture == -1 else [picture]

@@ -89,6 +89,11 @@ def test_other_sizes_are_refused_with_both(compare, other, words):
         compare(pictures(1), other)
 
 
+def test_no_picture_is_refused(compare):
+    with pytest.raises(ValueError, match="ToMe Compare needs at least one picture, got none"):
+        compare(pictures(0), pictures(0))
+
+
 def test_pictures_smaller_than_the_window_are_refused(compare):
     with pytest.raises(ValueError, match="at least 11 pixels a side, got 40x10"):
         compare(pictures(1, 10), pictures(1, 10))

@@ -244,6 +244,9 @@ def test_each_image_of_a_batch_has_its_own(sd15, tome, record, draw):
         assert torch.equal(draw(kept, images, picture=number)[0], every[number])
     with pytest.raises(ValueError, match=r"picture must be -1 \(all\) or in 0 to 2, got 3"):
         draw(kept, images, picture=3)
+    for picture in (-1, 0):
+        with pytest.raises(ValueError, match="ToMe Map needs at least one picture, got none"):
+            draw(kept, images[:0], picture=picture)
 
 
 def test_a_second_pass_is_a_sampling_of_its_own(sd15, tome, record):
