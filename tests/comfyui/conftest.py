@@ -51,6 +51,12 @@ def sd15(comfy_nodes):
 
 
 @pytest.fixture(scope="session")
+def short(comfy_nodes):
+    """Of sd15's kind, for what three layers show as well as ten."""
+    return host.short_unet()
+
+
+@pytest.fixture(scope="session")
 def sdxl(comfy_nodes):
     return host.small_unet("SDXL")
 

@@ -83,23 +83,23 @@ def test_steps_draw_what_the_exact_one_drew(sd15, tome, monkeypatch):
     assert drawn[:6] == [0, 0, 0, 3, 3, 3]
 
 
-def test_samplers_that_ask_twice_a_step(sd15, tome, steps_of, watched):
-    sample(tome(sd15, ratio=0.75, exact_every=2), steps=4, sampler="heun")
+def test_samplers_that_ask_twice_a_step(short, tome, steps_of, watched):
+    sample(tome(short, ratio=0.75, exact_every=2), steps=4, sampler="heun")
     # At each level but the first and the last: what closes a step, what begins the next one.
     assert [exact for exact, _ in steps_of] == [True, False, False, True, True, False, False]
     assert len({draw for exact, draw in steps_of[3:5]}) == 1 and watched[1] == []
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_sde", "uni_pc", "dpm_fast", "lcm"])
-def test_other_samplers_come_nearer_too(sd15, tome, sampler, watched):
-    plain = sample(sd15, steps=6, sampler=sampler)
-    without, kept = (sample(tome(sd15, ratio=0.75, exact_every=n), steps=6, sampler=sampler) for n in (0, 2))
+def test_other_samplers_come_nearer_too(short, tome, sampler, watched):
+    plain = sample(short, steps=6, sampler=sampler)
+    without, kept = (sample(tome(short, ratio=0.75, exact_every=n), steps=6, sampler=sampler) for n in (0, 2))
     assert psnr(kept, plain) > psnr(without, plain) + 3 and watched[1] == []
 
 
-def test_a_sampler_that_chooses_its_steps_goes_by_the_noise_levels(sd15, tome, steps_of, watched):
+def test_a_sampler_that_chooses_its_steps_goes_by_the_noise_levels(short, tome, steps_of, watched):
     """Its own levels lie between those of the list."""
-    sample(tome(sd15, ratio=0.75, exact_every=2), steps=4, sampler="dpm_adaptive")
+    sample(tome(short, ratio=0.75, exact_every=2), steps=4, sampler="dpm_adaptive")
     exact = [exact for exact, _ in steps_of]
     assert exact[0] and 2 <= exact.count(True) < len(exact) and watched[1] == []
 
@@ -128,17 +128,17 @@ def split_batches(monkeypatch, patcher, rule):
 
 
 @pytest.mark.parametrize("rule", [lambda n: True, lambda n: n % 3 == 0, lambda n: n > 4], ids=["always", "now", "then"])
-def test_it_does_not_matter_how_memory_splits_the_batch(sd15, tome, monkeypatch, rule):
-    together = sample(tome(sd15, **KEEPS), steps=6)
+def test_it_does_not_matter_how_memory_splits_the_batch(short, tome, monkeypatch, rule):
+    together = sample(tome(short, **KEEPS), steps=6)
     with monkeypatch.context() as patched:
-        split_batches(patched, sd15, rule)
-        apart = sample(tome(sd15, **KEEPS), steps=6)
+        split_batches(patched, short, rule)
+        apart = sample(tome(short, **KEEPS), steps=6)
     assert psnr(apart, together) > 110
 
 
-def test_a_batch_is_its_pictures(sd15, tome):
+def test_a_batch_is_its_pictures(short, tome):
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    model = tome(sd15, **KEEPS)
+    model = tome(short, **KEEPS)
     together = sample(model, steps=5, latent=latents, denoise=0.9, sampler="ddim")
     noise = {"seed": 1}
     import comfy.sample

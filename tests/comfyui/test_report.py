@@ -191,9 +191,9 @@ class Calls:
         monkeypatch.setattr(model.model.diffusion_model, "forward", counted)
 
 
-def test_times_are_those_of_calls_without_and_with(sd15, tome, record, report, monkeypatch):
-    model, kept = record(tome(sd15))
-    calls = Calls(sd15, monkeypatch)
+def test_times_are_those_of_calls_without_and_with(short, tome, record, report, monkeypatch):
+    model, kept = record(tome(short))
+    calls = Calls(short, monkeypatch)
     sample(model, steps=3)
     assert (calls.merged, calls.plain) == (3, 0)
     text, data = report(kept, measure_time=True)
@@ -205,27 +205,27 @@ def test_times_are_those_of_calls_without_and_with(sd15, tome, record, report, m
     assert " with ToMe: " in text and data["calls"] == 3, "measuring is not counted as sampling"
 
 
-def test_the_clock_is_read_around_each_call(sd15, tome, record, report, monkeypatch):
+def test_the_clock_is_read_around_each_call(short, tome, record, report, monkeypatch):
     """With a clock that goes on 10 ms in a plain call and 4 ms in a merged one, these are the figures."""
     measure = pack_module("measure")
     now = [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
-    model, kept = record(tome(sd15))
+    model, kept = record(tome(short))
     sample(model, steps=2)
-    forward = sd15.model.diffusion_model.forward
+    forward = short.model.diffusion_model.forward
 
     def slow(*args, **kwargs):
         now[0] += 0.004 if "ToMe" in kwargs["transformer_options"]["wrappers"]["apply_model"] else 0.010
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(sd15.model.diffusion_model, "forward", slow)
+    monkeypatch.setattr(short.model.diffusion_model, "forward", slow)
     time = report(kept, measure_time=True)[1]["time"]
     assert (round(time["without_ms"], 6), round(time["with_ms"], 6)) == (10.0, 4.0)
 
 
-def test_a_step_of_several_calls(sd15, tome, record, report):
+def test_a_step_of_several_calls(short, tome, record, report):
     """Prompts of other lengths cannot share a batch, so a step is two calls."""
-    model, kept = record(tome(sd15))
+    model, kept = record(tome(short))
     sample(model, steps=2, positive=conditioning(1, tokens=7), negative=conditioning(2, tokens=11, strength=0.5))
     _, data = report(kept, measure_time=True)
     if data["calls"] == 4:
@@ -241,14 +241,14 @@ def test_a_slow_model_is_not_measured_for_long(sd15, tome, record, report, monke
     assert report(kept, measure_time=True)[1]["time"]["rounds"] == 1
 
 
-def test_the_last_merged_step_is_measured(sd15, tome, record, report):
-    model, kept = record(tome(sd15, end=0.5))
+def test_the_last_merged_step_is_measured(short, tome, record, report):
+    model, kept = record(tome(short, end=0.5))
     sample(model, steps=4)
     assert report(kept, measure_time=True)[1]["time"]["step"] == 1
 
 
-def test_times_are_measured_once_and_what_they_need_is_let_go(sd15, tome, record, report, monkeypatch):
-    model, kept = record(tome(sd15))
+def test_times_are_measured_once_and_what_they_need_is_let_go(short, tome, record, report, monkeypatch):
+    model, kept = record(tome(short))
     sample(model, steps=1)
     assert report(kept)[1]["time"] is None, "off"
     last = weakref.ref(kept.run().last.args[0])
@@ -256,7 +256,7 @@ def test_times_are_measured_once_and_what_they_need_is_let_go(sd15, tome, record
     first = report(kept, measure_time=True)[1]["time"]
     gc.collect()
     assert kept.run().last is None and last() is None
-    calls = Calls(sd15, monkeypatch)
+    calls = Calls(short, monkeypatch)
     assert report(kept, measure_time=True)[1]["time"] == first
     assert calls.merged == calls.plain == 0
 
@@ -266,19 +266,19 @@ def hooks(model):
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "merge", "mlp": True, "cross_attention": True}])
-def test_a_measured_model_is_what_it_was(sd15, tome, record, report, options):
-    before, merged = sample(sd15), sample(tome(sd15, **options))
-    model, kept = record(tome(sd15, **options))
+def test_a_measured_model_is_what_it_was(short, tome, record, report, options):
+    before, merged = sample(short), sample(tome(short, **options))
+    model, kept = record(tome(short, **options))
     state = repr(model.model_options)
     sample(model)
     report(kept, measure_time=True)
-    assert hooks(sd15) == 0 and repr(model.model_options) == state
-    assert sd15.model.current_patcher is None
-    assert torch.equal(sample(sd15), before) and torch.equal(sample(model), merged)
+    assert hooks(short) == 0 and repr(model.model_options) == state
+    assert short.model.current_patcher is None
+    assert torch.equal(sample(short), before) and torch.equal(sample(model), merged)
 
 
-def test_random_numbers_are_not_touched(sd15, tome, record, report):
-    model, kept = record(tome(sd15))
+def test_random_numbers_are_not_touched(short, tome, record, report):
+    model, kept = record(tome(short))
     sample(model)
     state = torch.random.get_rng_state()
     report(kept, measure_time=True)
@@ -310,7 +310,7 @@ def test_an_interrupt_while_measuring_goes_through(sd15, tome, record, report):
     assert sd15.model.current_patcher is None
 
 
-def test_a_control_network_is_left_out_of_the_measurement_alone(sd15, tome, record, report):
+def test_a_control_network_is_left_out_of_the_measurement_alone(short, tome, record, report):
     """The model empties the lists of a control network: run again they would be wrong, so they are not kept."""
     import comfy.controlnet
 
@@ -319,7 +319,7 @@ def test_a_control_network_is_left_out_of_the_measurement_alone(sd15, tome, reco
             return {"input": [], "middle": [torch.zeros(x.shape[0], 64, 8, 8)], "output": []}
 
     control = Control()
-    model, kept = record(tome(sd15))
+    model, kept = record(tome(short))
     sample(
         model, steps=1,
         positive=conditioning(1, control=control, control_apply_to_uncond=True),

@@ -39,11 +39,6 @@ def unscaled(patcher, monkeypatch):
     monkeypatch.setattr(patcher.model, "process_latent_out", lambda latent: latent)
 
 
-@pytest.fixture(scope="module")
-def short(comfy_nodes):
-    return host.short_unet()
-
-
 @pytest.fixture
 def unet(short, tome, monkeypatch):
     unscaled(short, monkeypatch)
