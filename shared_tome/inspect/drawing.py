@@ -37,14 +37,10 @@ def coverage(latent: tuple[int, int], grid: Grid) -> tuple[float, float]:
 
     latent: (height, width) that the grid was made from, by halving or in patches of 1, 2, 4, ...
     """
-    return tuple(_spanned(size, count) for size, count in zip(latent, grid[-2:], strict=True))
-
-
-def _spanned(size: int, count: int) -> float:
-    for shift in range(8):
-        if -(-size // 2**shift) == count:
-            return size / 2**shift
-    return float(count)
+    return tuple(
+        next((size / 2**shift for shift in range(8) if -(-size // 2**shift) == count), float(count))
+        for size, count in zip(latent, grid[-2:], strict=True)
+    )
 
 
 def draw_map(
@@ -174,12 +170,13 @@ class _Tokens:
     def _borders(self) -> Tensor:
         """[H, W]: the lines between different groups, single tokens among each other left out."""
         width = min(6, int(self.side / 8 + 0.5)) if self.side >= 3 else 0
-        label = torch.where(self.alone, -1, self.owner)
-        label = self._pixels(label)
+        label = self._pixels(torch.where(self.alone, -1, self.owner))
         line = torch.zeros(label.shape, dtype=torch.bool)
         for shift in range(1, width + 1):
-            line[:, :-shift] |= (label[:, :-shift] != label[:, shift:]) & _near_edge(self.column, shift)
-            line[:-shift] |= (label[:-shift] != label[shift:]) & _near_edge(self.row, shift)[:, None]
+            # Whether the token changes within that many pixels further on.
+            column, row = (place[:-shift] != place[shift:] for place in (self.column, self.row))
+            line[:, :-shift] |= (label[:, :-shift] != label[:, shift:]) & column
+            line[:-shift] |= (label[:-shift] != label[shift:]) & row[:, None]
         return line
 
     def _marks(self, marked: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,20 +194,14 @@ class _Tokens:
         """(sign, what it means) for the legend, those that occur."""
         if show == "kept tokens":
             return [("plain", "stays"), ("dark", "goes")]
-        found = [("colours", "a group"), ("dot", "stands for its group"), ("plain", "on its own")]
-        present = [not self.alone.all(), not self.alone.all(), bool(self.alone.any())]
-        return [key for key, there in zip(found, present, strict=True) if there]
+        groups = [] if self.alone.all() else [("colours", "a group"), ("dot", "stands for its group")]
+        return groups + ([("plain", "on its own")] if self.alone.any() else [])
 
 
 def _places(pixels: int, count: int, covers: float) -> Tensor:
     """[pixels]: the token of each pixel along one side."""
     middle = (torch.arange(pixels, dtype=torch.float64) + 0.5) / pixels
     return (middle * covers).long().clamp_max(count - 1)
-
-
-def _near_edge(place: Tensor, distance: int) -> Tensor:
-    """[pixels - distance]: whether the token changes within that many pixels further on."""
-    return place[:-distance] != place[distance:]
 
 
 def _offsets(place: Tensor) -> Tensor:
@@ -227,18 +218,9 @@ def _colours(owner: Tensor) -> Tensor:
     palette, lab = _palette()
     alike = torch.cdist(lab, lab) < _ALIKE  # (P, P)
     names, group = owner.unique(return_inverse=True)  # (G,), (rows, columns)
-    sides = torch.cat(
-        [
-            torch.stack((a.flatten(), b.flatten()))
-            for a, b in (
-                (group[:, :-1], group[:, 1:]),
-                (group[:-1], group[1:]),
-                (group[:-1, :-1], group[1:, 1:]),
-                (group[:-1, 1:], group[1:, :-1]),
-            )
-        ],
-        dim=1,
-    )
+    beside = (group[:, :-1], group[:, 1:]), (group[:-1], group[1:])
+    diagonal = (group[:-1, :-1], group[1:, 1:]), (group[:-1, 1:], group[1:, :-1])
+    sides = torch.cat([torch.stack((a.flatten(), b.flatten())) for a, b in (*beside, *diagonal)], dim=1)
     low, high = sides.amin(0), sides.amax(0)
     pair = (low * len(names) + high)[low != high].unique()  # neighbours, each pair once
     low, high = pair // len(names), pair % len(names)

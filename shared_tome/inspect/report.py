@@ -289,14 +289,12 @@ class CallTally:
             saves, kept, before = None if decision is None else decision.saves_us, plan.kept, math.prod(grid)
             level = level_of(grid, self.full)
             layer = Layer(where, part, level, grid, number, before, (kept, kept), 1, saves_us=saves)
-            self._tally.add(layer, self.step, self._count((where, part, grid)))
+            self._tally.add(layer, self.step, self.count((where, part, grid)))
         return number
 
-    def count(self, grid: Grid) -> int:
-        """The number of the next layer on a grid: for one that had a plan and is left alone all the same."""
-        return self._count(grid)
-
-    def _count(self, what: tuple) -> int:
+    def count(self, what: Grid | tuple) -> int:
+        """The number of the next layer on a grid (for one that had a plan and is left alone all the same), or at a
+        place: (block, part, grid)."""
         self._counts[what] += 1
         return self._counts[what] - 1
 
