@@ -9,6 +9,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,10 +55,9 @@ class ComfyClient:
                 return answer.read()
         except urllib.error.HTTPError as error:
             raw = error.read()
-            try:
+            told: Any = None
+            with suppress(ValueError):
                 told = json.loads(raw)
-            except ValueError:
-                told = {}
             told = told if isinstance(told, dict) else {}
             message = _refusal(told) or raw.decode(errors="replace")[:500] or error.reason
             raise PromptError(f"ComfyUI answered {error.code}: {message}", error.code, told) from error
@@ -141,21 +141,17 @@ class ComfyClient:
 
     def images(self, result: Result) -> list[bytes]:
         """The files of all pictures that a prompt put out, in the order of its nodes."""
-        found = []
-        for node in sorted(result.outputs):
-            for image in result.outputs[node].get("images", []):
-                found.append(self.request("/view?" + urllib.parse.urlencode(image)))
-        return found
+        outputs = [result.outputs[node] for node in sorted(result.outputs)]
+        images = [image for output in outputs for image in output.get("images", [])]
+        return [self.request("/view?" + urllib.parse.urlencode(image)) for image in images]
 
 
 def _refusal(told: dict[str, Any]) -> str:
     """ComfyUI's reasons for a refused prompt, in one text."""
-    error = told.get("error")
-    lines = []
+    error = told.get("error") or ""
+    lines = [str(error)]
     if isinstance(error, dict):
-        lines.append(" ".join(filter(None, (error.get("message"), error.get("details")))))
-    elif error:
-        lines.append(str(error))
+        lines = [" ".join(filter(None, (error.get("message"), error.get("details"))))]
     for node, entry in (told.get("node_errors") or {}).items():
         for reason in entry.get("errors", []):
             lines.append(f"{entry.get('class_type', node)}: {reason.get('message')}: {reason.get('details')}")

@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import venv
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,16 +57,12 @@ def fingerprint(group: Group, requirements: Path = REQUIREMENTS) -> str:
     """A hash over the group's requirement files, those they include, and this Python and machine."""
     digest = hashlib.sha256()
     digest.update(f"{_minor()} {platform.machine()} {sys.platform}".encode())
-    pending = deque([CONSTRAINTS, *(name for name, _ in group.files)])
-    seen: set[str] = set()
-    while pending:
-        name = pending.popleft()
-        if name in seen:
-            continue
-        seen.add(name)
+    names = [CONSTRAINTS, *(name for name, _ in group.files)]
+    for name in names:  # which grows on the way
         text = (requirements / name).read_text(encoding="utf-8")
         digest.update(f"\n{name}\n{text}".encode())
-        pending.extend(re.findall(r"^-r\s+(\S+)", text, flags=re.MULTILINE))
+        included = dict.fromkeys(re.findall(r"^-r\s+(\S+)", text, flags=re.MULTILINE))
+        names += [one for one in included if one not in names]
     for name, options in group.files:
         digest.update(" ".join((name, *options)).encode())
     return digest.hexdigest()

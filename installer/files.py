@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import stat
@@ -153,10 +154,8 @@ def digest(file: Path, copy_to: Path | None = None) -> str:
 
 def free_name(place: Path) -> Path:
     """`place`-1, or the first number after it that nothing has."""
-    number = 1
-    while os.path.lexists(place.with_name(f"{place.name}-{number}")):
-        number += 1
-    return place.with_name(f"{place.name}-{number}")
+    names = (place.with_name(f"{place.name}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 @contextmanager
@@ -193,11 +192,9 @@ def _locked(file: Path) -> IO[str]:
             raise SetupError(busy, "Wait until it is done, then run this again.") from error
         except OSError:
             return handle  # some network disks have no locks
-        try:
+        with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle.fileno()), os.stat(file)):
                 return handle
-        except FileNotFoundError:
-            pass
         handle.close()  # the process before us removed this file as it ended
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,19 +136,14 @@ def _remove(place: Path, host: Host, root: Path) -> list[str]:
 
 def _lies_in(root: Path, extensions: Path) -> Path | None:
     """The entry of `extensions` that is the repository itself, not a link to it."""
-    for entry in _entries(extensions):
-        if not is_link(entry) and os.path.isdir(entry) and _same(entry, root):
-            return entry
-    return None
+    entries = (entry for entry in _entries(extensions) if not is_link(entry) and os.path.isdir(entry))
+    return next((entry for entry in entries if _same(entry, root)), None)
 
 
 def _other_clone(extensions: Path, place: Path) -> Path | None:
-    for entry in _entries(extensions):
-        if entry == place or entry.suffix == ".disabled":
-            continue
-        if os.path.isdir(entry / "comfy_tome") and os.path.isdir(entry / "shared_tome"):
-            return entry
-    return None
+    others = (entry for entry in _entries(extensions) if entry != place and entry.suffix != ".disabled")
+    parts = ("comfy_tome", "shared_tome")
+    return next((entry for entry in others if all(os.path.isdir(entry / part) for part in parts)), None)
 
 
 def _entries(extensions: Path) -> list[Path]:
@@ -164,17 +160,13 @@ def _same(one: Path, two: Path) -> bool:
 
 def _link(place: Path, root: Path) -> bool:
     """Make a symlink, or on Windows, where those need a right, a junction. False: neither went."""
-    try:
+    with suppress(OSError, NotImplementedError):
         place.symlink_to(root, target_is_directory=True)
         return True
-    except (OSError, NotImplementedError):
-        pass
     if sys.platform == "win32":
-        try:
+        with suppress(OSError, AttributeError, ImportError):
             import _winapi
 
             _winapi.CreateJunction(str(root), str(place))
             return True
-        except (OSError, AttributeError, ImportError):
-            pass
     return False

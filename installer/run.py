@@ -139,10 +139,8 @@ def _run(python: Path, arguments: Sequence[str], extra: Mapping[str, str] | None
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         while True:
-            try:
+            with suppress(KeyboardInterrupt):  # it got the same Ctrl-C; let it stop its server and come to its own end
                 return process.wait()
-            except KeyboardInterrupt:
-                pass  # it got the same Ctrl-C; let it stop its server and come to its own end
     finally:
         signal.signal(signal.SIGTERM, before)
 

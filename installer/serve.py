@@ -13,6 +13,7 @@ import runpy
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -20,11 +21,9 @@ def end_with_parent() -> None:
     """Exit when standard input closes: the parent holds the other end for as long as it lives."""
 
     def watch() -> None:
-        try:
+        with suppress(OSError):
             while os.read(0, 1024):
                 pass
-        except OSError:
-            pass
         os._exit(0)
 
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
