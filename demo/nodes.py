@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import ComfyExtension, io
+from comfy_api.latest import io
 
 from . import model as demo
 
@@ -52,14 +52,3 @@ class ToMeDemoModel(io.ComfyNode):
 
 
 NODES: list[type[io.ComfyNode]] = [ToMeDemoModel]
-
-
-class DemoExtension(ComfyExtension):
-    """The demo alone, for loading this folder by itself."""
-
-    async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return list(NODES)
-
-
-async def comfy_entrypoint() -> DemoExtension:
-    return DemoExtension()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from .. import workflow as nodes
@@ -190,12 +190,10 @@ class Graph:
 
     def loaded(self) -> list[str]:
         """Names of the files that the models come from, without folders."""
-        found = []
-        for node in self.workflow.values():
-            for name, value in node["inputs"].items():
-                if name in ("ckpt_name", "unet_name", "model_name", "gguf_name") and isinstance(value, str):
-                    found.append(value.replace("\\", "/").rpartition("/")[2])
-        return found
+        names = ("ckpt_name", "unet_name", "model_name", "gguf_name")
+        inputs = (one for node in self.workflow.values() for one in node["inputs"].items())
+        found = [value for name, value in inputs if name in names and isinstance(value, str)]
+        return [PureWindowsPath(value).name for value in found]  # it takes both kinds of slashes
 
     # -- what is put in
 
