@@ -24,6 +24,7 @@ _COLOURS = 24
 _ALIKE = 0.12  # colours of neighbours are at least this far apart in OKLab, where that can be had
 _PASSES = 6  # of mending neighbours that are alike; more gain nothing
 _DARK = 0.05
+_SEEN = (("dot", "the query"), ("plain", "whole"), ("dim", "half resolution"), ("dark", "quarter"))  # the legend's keys
 _QUERY = (0.42, 0.78, 0.55)  # the legend's green
 
 
@@ -79,33 +80,9 @@ def draw_map(
         raise ValueError(f"opacity must be a number in 0 to 1, got {opacity}")
     if not 0 <= frame < frames:
         raise ValueError(f"frame must be in 0 to {frames - 1}, got {frame}")
-    tokens = _Tokens(owner.detach().cpu().long(), grid, frame, image, covers)
+    tokens = Tokens(owner.detach().cpu().long(), grid, frame, image, covers)
     drawn = tokens.groups(opacity) if show == "groups" else tokens.kept(opacity)
     return draw_legend(drawn, caption, tokens.keys(show)) if caption else drawn
-
-
-def draw_seen(
-    image: Tensor,
-    dark: Tensor,
-    token: int,
-    grid: Grid,
-    *,
-    frame: int = 0,
-    covers: tuple[float, float] | None = None,
-    opacity: float = 0.6,
-    caption: Sequence[str] = (),
-) -> Tensor:
-    """The image with what one query token saw: the coarser the darker.
-
-    Args:
-        image, grid, frame, covers, opacity, caption: as for draw_map. dark: [N], 0 where a token was whole, 1 at the
-            coarsest resolution. token: the query's place in the grid; it is marked where the frame has it.
-    Returns:
-        [H, W, 3] float32 on the CPU.
-    """
-    drawn = _Tokens(torch.arange(len(dark)), grid, frame, image, covers).seen(dark, token, opacity)
-    keys = [("dot", "the query"), ("plain", "whole"), ("dim", "half resolution"), ("dark", "quarter")]
-    return draw_legend(drawn, caption, keys) if caption else drawn
 
 
 def token_at(x: int, y: int, size: tuple[int, int], grid: Grid, frame: int, covers: tuple[float, float]) -> int:
@@ -115,7 +92,7 @@ def token_at(x: int, y: int, size: tuple[int, int], grid: Grid, frame: int, cove
     return int((frame * rows + row) * columns + column)
 
 
-class _Tokens:
+class Tokens:
     """The tokens of a frame over an image [H, W, 3], and the pixels of each."""
 
     def __init__(self, owner: Tensor, grid: Grid, frame: int, image: Tensor, covers: tuple[float, float] | None):
@@ -147,11 +124,15 @@ class _Tokens:
         out = torch.where(self._borders()[..., None], out * (1 - 0.75 * min(1.0, opacity * 1.5)), out)
         return self._marked(out, self.stays & ~self.alone)
 
-    def seen(self, dark: Tensor, token: int, opacity: float) -> Tensor:
-        """The picture, darker and greyer by `dark` [N] of each token; the query token in green, with a dot."""
+    def seen(self, dark: Tensor, token: int, opacity: float, caption: Sequence[str] = ()) -> Tensor:
+        """The picture as a query token saw it: the coarser the darker and greyer. The query is green, with a dot.
+
+        dark: [N], 0 where a token was whole, 1 at the coarsest resolution. token: the query's place in the grid.
+        """
         out = self._dimmed(opacity, self._pixels(dark[self.owner])[..., None])
         query = self.owner == token
-        return self._marked(torch.where(self._pixels(query)[..., None], out.new_tensor(_QUERY), out), query)
+        drawn = self._marked(torch.where(self._pixels(query)[..., None], out.new_tensor(_QUERY), out), query)
+        return draw_legend(drawn, caption, _SEEN) if caption else drawn
 
     def kept(self, opacity: float) -> Tensor:
         """The picture where tokens stay, dark and grey where they went."""

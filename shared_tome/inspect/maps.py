@@ -15,7 +15,7 @@ from ..core.noise import fold_seed
 from ..core.resolutions import HALVED, QUARTERED, WHOLE, resolution_of_tokens
 from ..merging.match import match_tokens
 from ..methods import MAX_LEVEL
-from .drawing import coverage, draw_map, draw_seen, owners, token_at
+from .drawing import Tokens, coverage, draw_map, owners, token_at
 from .legend import draw_legend
 from .reasons import counted, why_not_served
 from .record import Run, StepFacts
@@ -65,7 +65,7 @@ class Chosen:
         return f"level {self.level} ({grid}), layer {self.layer}{where}, step {self.step}{of}"
 
     def of_query(self, row: int, token: int, head: int) -> tuple[Tensor, tuple[str, ...]]:
-        """What a query token saw: how dark each token is [N] (drawing.draw_seen), and what the legend says.
+        """What a query token saw: how dark each token is [N] (drawing.Tokens.seen), and what the legend says.
 
         row: of the images. head: -1 is the mean of all. Raises NoMap where there is no such head.
         """
@@ -200,10 +200,10 @@ def draw_maps(
     maps, covers = [], coverage(chosen.facts.latent, chosen.grid)
     for number in pictures:
         row, frame = _place(number, len(image), chosen)
-        place = {"frame": frame, "covers": covers, "opacity": opacity}
         if chosen.seen is None:
+            how = {"frame": frame, "covers": covers, "show": show, "opacity": opacity}
             lines = chosen.caption() if legend else ()
-            maps.append(draw_map(image[number], chosen.owner[row], chosen.grid, **place, show=show, caption=lines))
+            maps.append(draw_map(image[number], chosen.owner[row], chosen.grid, **how, caption=lines))
             continue
         token = token_at(*_pixel(image, x, y), image.shape[1:3], chosen.grid, frame, covers)
         try:
@@ -211,7 +211,8 @@ def draw_maps(
         except NoMap as why:
             maps.append(draw_legend(image[number], why.args))
         else:
-            maps.append(draw_seen(image[number], dark, token, chosen.grid, **place, caption=lines if legend else ()))
+            tokens = Tokens(torch.arange(len(dark)), chosen.grid, frame, image[number], covers)
+            maps.append(tokens.seen(dark, token, opacity, lines if legend else ()))
     return torch.stack(maps)
 
 

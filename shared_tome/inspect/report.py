@@ -179,7 +179,7 @@ class Tally:
         self._layers: dict[tuple, Layer] = {}
         self._steps: dict[int, float] = {}
         self._merged_in: dict[int, bool] = {}  # of the steps whose layers were told: whether one was merged
-        self._calls = 0
+        self.calls = 0
         self._asked: list[tuple[int, float]] = []
         self.why_not_exact: str | None = None  # why the option exact_every went off, where it did
 
@@ -190,14 +190,14 @@ class Tally:
 
     def settle(self) -> None:
         """Where layers were met but no call was counted, the model does not tell its runs: all asked calls count."""
-        if not self._calls and self._layers:
+        if not self.calls and self._layers:
             for step, ratio in self._asked:
                 self.call(step, ratio)
 
     def call(self, step: int, ratio: float) -> None:
         """One call of the model that is run. ratio: what holds there, 0 where nothing is merged."""
         with self._lock:
-            self._calls += 1
+            self.calls += 1
             self._steps[step] = max(ratio, self._steps.get(step, 0.0))
 
     def not_exact(self, step: int, ratio: float) -> None:
@@ -230,10 +230,6 @@ class Tally:
         with self._lock:
             return sorted(self._steps)
 
-    @property
-    def calls(self) -> int:
-        return self._calls
-
     def report(self, time: StepTime | None = None, notes: Sequence[str] = ()) -> Report:
         """What has been counted so far."""
         layers = self.layers()
@@ -241,22 +237,20 @@ class Tally:
             exact = exact_told(self.config.exact_every)
             merged = {(layer.where, layer.part, layer.grid) for layer in layers if not layer.reason}
             layers = tuple(
-                layer
-                for layer in layers
-                if layer.reason != exact or (layer.where, layer.part, layer.grid) not in merged
+                one for one in layers if one.reason != exact or (one.where, one.part, one.grid) not in merged
             )
             notes = (*notes, self.why_not_exact)
         with self._lock:
             steps = len(self._steps)
             merged = sum(ratio > 0 and self._merged_in.get(step, True) for step, ratio in self._steps.items())
-            unanswered = len(self._asked) - self._calls
+            unanswered = len(self._asked) - self.calls
         if unanswered > 0:
             asked = counted(len(self._asked), "call")
             notes = (*notes, f"another node answered {unanswered} of {asked} without the model")
         if layers and all(layer.reason for layer in layers):
             merged = 0
         told = time, (*notes, *self.decided.notes()), self.decided.text, self.decided.follows
-        return Report(self.config, steps, self.of_steps, merged, self._calls, layers, *told)
+        return Report(self.config, steps, self.of_steps, merged, self.calls, layers, *told)
 
 
 class CallTally:
