@@ -144,9 +144,15 @@ class Tokens:
         return self.image + min(1.0, opacity * 1.4) * share * (deep - self.image)
 
     def _marked(self, out: Tensor, tokens: Tensor) -> Tensor:
-        """With a light disc in a dark rim on these tokens."""
-        ring, dot = self._marks(tokens)
-        return torch.where(dot[..., None], 1.0, torch.where(ring[..., None], _DARK, out))
+        """With a light disc in a dark rim on these tokens [rows, columns]; all of a token is light where it is tiny."""
+        there = self._pixels(tokens)[..., None]
+        if self.side < 5:
+            return torch.where(there, 1.0, out)
+        y, x = _offsets(self.row)[:, None], _offsets(self.column)[None]  # from the token's middle, in pixels
+        distance = (y**2 + x**2).sqrt()[..., None]
+        radius = max(1.0, self.side * 0.17)
+        rim = radius + max(0.7, self.side * 0.07)
+        return torch.where(there & (distance <= radius), 1.0, torch.where(there & (distance <= rim), _DARK, out))
 
     def _borders(self) -> Tensor:
         """[H, W]: the lines between different groups, single tokens among each other left out."""
@@ -159,17 +165,6 @@ class Tokens:
             line[:, :-shift] |= (label[:, :-shift] != label[:, shift:]) & column
             line[:-shift] |= (label[:-shift] != label[shift:]) & row[:, None]
         return line
-
-    def _marks(self, marked: Tensor) -> tuple[Tensor, Tensor]:
-        """[H, W] twice: the rim and the inside of a disc in each marked token; whole tokens where these are tiny."""
-        there = self._pixels(marked)
-        if self.side < 5:
-            return torch.zeros_like(there), there
-        y, x = _offsets(self.row)[:, None], _offsets(self.column)[None]  # from the token's middle, in pixels
-        distance = (y**2 + x**2).sqrt()
-        radius = max(1.0, self.side * 0.17)
-        rim = radius + max(0.7, self.side * 0.07)
-        return there & (distance <= rim) & (distance > radius), there & (distance <= radius)
 
     def keys(self, show: str) -> list[tuple[str, str]]:
         """(sign, what it means) for the legend, those that occur."""
