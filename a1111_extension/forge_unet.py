@@ -179,20 +179,18 @@ class ForgeCall(PatchedCall, AtSdpa):
         options: dict[str, Any],
         batch: int,
         notes: Notes,
-        call_tally: CallTally | None = None,
-        self_tokens: SelfTokens | None = None,
-        wide: dict[tuple, bool] | None = None,
-        decisions: Decisions | None = None,
-        residual: ResidualCall | None = None,
-        unpaid: str | None = None,
+        call_tally: CallTally | None,
+        self_tokens: SelfTokens | None,
+        wide: dict[tuple, bool],
+        decisions: Decisions,
+        residual: ResidualCall | None,
+        unpaid: str | None,
     ):
-        decisions = Decisions(call) if decisions is None else decisions
         joint = None if self_tokens is None else self_tokens.joint()
         if residual is not None and joint is None:
             residual.turn_off(UNSEEN)
         super().__init__(call, options, decisions, joint, call_tally, residual=residual)
-        self._notes, self._batch, self._unpaid = notes, batch, unpaid
-        self._wide = {} if wide is None else wide
+        self._notes, self._batch, self._unpaid, self._wide = notes, batch, unpaid, wide
         self._taken: frozenset[str] = frozenset()  # of the block that runs now: see is_taken
         self.options = self.patched(options)
 

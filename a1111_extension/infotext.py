@@ -39,23 +39,7 @@ def write(
         kept_exact: whether exact_every had an effect; None: not known. Where it had none, the picture is the one
             without the option.
     """
-    texts = _texts(settings, merged or {}, kept_self_token, decisions, kept_exact)
-    for label in (*LABELS.values(), VERSION):
-        if label in texts:
-            parameters[label] = texts[label]
-        else:
-            parameters.pop(label, None)
-
-
-def _texts(
-    settings: Settings,
-    merged: Mapping[bool, bool],
-    kept_self_token: bool | None,
-    decisions: str | None,
-    kept_exact: bool | None,
-) -> dict[str, Any]:
-    if settings.is_off or (merged and not any(merged.values())):
-        return {}
+    merged = merged or {}
     values = values_of(settings)
     if merged.get(False) is False:
         values.update(ratio=0.0, hires_ratio=settings.for_pass(True).ratio)
@@ -67,12 +51,15 @@ def _texts(
         values["decisions"] = decisions
     if kept_exact is False:
         values["exact_every"] = 0
-    texts = {
-        LABELS[widget.name]: values[widget.name]
-        for widget in _TEXTS
-        if widget.name in _ALWAYS or values[widget.name] != widget.default
-    }
-    return {**texts, VERSION: version()}
+    told = [widget for widget in _TEXTS if widget.name in _ALWAYS or values[widget.name] != widget.default]
+    texts = {**{LABELS[widget.name]: values[widget.name] for widget in told}, VERSION: version()}
+    if settings.is_off or (merged and not any(merged.values())):
+        texts = {}
+    for label in (*LABELS.values(), VERSION):  # one that is there keeps its place
+        if label in texts:
+            parameters[label] = texts[label]
+        else:
+            parameters.pop(label, None)
 
 
 def erase(parameters: dict[str, Any]) -> None:
