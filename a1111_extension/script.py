@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from modules import script_callbacks, scripts
@@ -301,16 +302,11 @@ def _check_alone(p: Any, hires: bool) -> None:
         raise hooks.NotServed(
             "is off, because the built-in token merging is on (Settings, Optimizations, Token merging ratio)"
         )
-    if getattr(_sd_unet(), "current_unet", None) is not None:
-        raise hooks.NotServed("is off, because another U-Net is active (Settings, Stable Diffusion, SD Unet)")
-
-
-def _sd_unet() -> Any:
-    try:
+    with suppress(ImportError):  # Forge has no such module
         from modules import sd_unet
-    except ImportError:  # Forge has none
-        return None
-    return sd_unet
+
+        if getattr(sd_unet, "current_unet", None) is not None:
+            raise hooks.NotServed("is off, because another U-Net is active (Settings, Stable Diffusion, SD Unet)")
 
 
 def _seeds(p: Any, chosen: Settings) -> list[int]:
