@@ -45,28 +45,20 @@ class AbsentModule(ModuleType):
         return Absent(f"{self.__name__}.{name}")
 
 
-class AbsentLoader(importlib.abc.Loader):
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return AbsentModule(spec.name)
+class Loader(importlib.abc.Loader):
+    """Loads the real package, and empties it when that fails; without a real one the module is empty."""
 
-    def exec_module(self, module: ModuleType) -> None:
-        pass
-
-
-class TryLoader(importlib.abc.Loader):
-    """Loads the real package, and empties it when that fails."""
-
-    def __init__(self, real: importlib.abc.Loader, finder: Finder) -> None:
-        self.real = real
-        self.finder = finder
+    def __init__(self, finder: Finder, real: importlib.abc.Loader | None = None) -> None:
+        self.finder, self.real = finder, real
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self.real.create_module(spec)
+        return AbsentModule(spec.name) if self.real is None else self.real.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         try:
-            self.real.exec_module(module)
+            if self.real is not None:
+                self.real.exec_module(module)
         except Exception:  # a build for another torch fails in many ways: RuntimeError, OSError, ImportError
             for loaded in [loaded for loaded in sys.modules if loaded.startswith(f"{name}.")]:
                 del sys.modules[loaded]
@@ -86,12 +78,12 @@ class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         package = name.partition(".")[0]
         if package in self.absent:
-            return importlib.machinery.ModuleSpec(name, AbsentLoader(), is_package=True)
+            return importlib.machinery.ModuleSpec(name, Loader(self), is_package=True)
         if name not in self.packages:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
-            spec.loader = TryLoader(spec.loader, self)
+            spec.loader = Loader(self, spec.loader)
         return spec
 
 

@@ -39,10 +39,9 @@ def load(path: Path) -> Workflow:
     if not isinstance(found, dict) or not found:
         raise SetupError(f"{path} is no workflow in API form", FORM_HINT)
     for id, node in found.items():
-        if not (isinstance(node, dict) and isinstance(node.get("class_type"), str)):
-            raise SetupError(f"{path} is no workflow in API form: node {id} has no class_type", FORM_HINT)
-        if not isinstance(node.get("inputs"), dict):
-            raise SetupError(f"{path} is no workflow in API form: node {id} has no inputs", FORM_HINT)
+        for name, kind in (("class_type", str), ("inputs", dict)):
+            if not (isinstance(node, dict) and isinstance(node.get(name), kind)):
+                raise SetupError(f"{path} is no workflow in API form: node {id} has no {name}", FORM_HINT)
     return found
 
 
@@ -112,12 +111,9 @@ class Graph:
 
     def _find_image(self) -> list[Any]:
         """The link whose pictures are compared: of the last node that saves, or else shows."""
-        found = []
-        for id, node in self.workflow.items():
-            if self.known[node["class_type"]].get("output_node"):
-                link = self._image_of(id)
-                if link is not None:
-                    found.append(("Save" in node["class_type"], max(self.before(link[0]).values()), link))
+        kinds = {id: node["class_type"] for id, node in self.workflow.items()}
+        links = {id: self._image_of(id) for id, kind in kinds.items() if self.known[kind].get("output_node")}
+        found = [("Save" in kinds[id], max(self.before(link[0]).values()), link) for id, link in links.items() if link]
         if not found:
             raise SetupError("the workflow saves and shows no picture", "Add a SaveImage node and export it again.")
         return max(found, key=lambda one: one[:2])[2]
