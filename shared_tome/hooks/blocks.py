@@ -21,14 +21,9 @@ class LayersSeen:
     alone: set[Hashable] = field(default_factory=set)
     busy: set[Hashable] = field(default_factory=set)
 
-    def begin(self, block: Hashable) -> None:
-        """A layer of the block is looked at."""
-        self.others += 1
-        if not is_compiling():  # a graph that is traced keeps its hooks
-            self.busy.add(block)
-
     def leave(self, block: Hashable, unpaid: bool = False) -> None:
-        """It is not served or, unpaid, merging does not pay: so it will be in all calls that are alike."""
+        """A layer of a block, counted as others', is not served or, unpaid, merging does not pay: so it will be in all
+        calls that are alike."""
         self.others -= 1
         self.unpaid += unpaid
         if not is_compiling():

@@ -27,7 +27,7 @@ from ..merging.plan import Plan
 from ..merging.residual import UNSEEN
 from .call import MET, NONE, HookedCall, LayerKind, Pass
 from .guard import why_left_whole
-from .heads import is_met
+from .heads import is_met, why_no_self_token
 from .parts import AroundParts, Wide, Widening, output_of
 from .trials import kind_of
 
@@ -75,12 +75,6 @@ class MergedBlock(AroundParts, Widening):
             handle.remove()
         self._projection_handles, self._hooked = [], []
 
-    @property
-    def now(self) -> Pass | None:
-        """This block's pass in this thread's call."""
-        call = self.owner.calls.get(get_ident())
-        return None if call is None else call.passes.get(self)
-
     def say(self, message: str) -> None:
         """Tell a line once."""
         self.owner.say(message)
@@ -119,9 +113,8 @@ class MergedBlock(AroundParts, Widening):
 
     def meets(self, call: HookedCall, attn1: nn.Module, x: Tensor) -> bool:
         """Whether the queries of a layer's kind meet all keys: for their own tokens, or three resolutions."""
-        owner = self.owner
-        multires = call.model.config.method == "multires"
-        reason = owner.trials.why_no_self_token(attn1, kind_of(attn1, attn1.heads, x), multires)
+        owner, kind, multires = self.owner, kind_of(attn1, attn1.heads, x), call.model.config.method == "multires"
+        reason = why_no_self_token(lambda: owner.trials.meets(attn1, kind), *kind, multires)
         owner.tell_self_token(reason)
         return reason is None
 
@@ -319,15 +312,14 @@ class MergedBlock(AroundParts, Widening):
         return None if now is None else now.wide
 
     def open_plans(self) -> dict[str, Plan]:
-        now = self.now
-        return {} if now is None else now.open
+        call = self.owner.calls.get(get_ident())
+        return call.passes[self].open if call is not None and self in call.passes else {}
 
     def part_plan(self, name: str, module: nn.Module, x: Any, kwargs: dict[str, Any]) -> Plan | None:
-        now = self.now
-        plan = None if now is None else now.plan
+        call = self.owner.calls.get(get_ident())
+        plan = call.passes[self].plan if call is not None and self in call.passes else None
         reason = None if plan is None else self.why_left(name, module, x, kwargs, plan)
         if reason is not None:
-            call = self.owner.calls[get_ident()]
             self.leave(call, reason, grid_of(plan.tokens, call.model.full))
         return plan if reason is None else None
 

@@ -175,16 +175,13 @@ def why_no_self_token(
     return None
 
 
-def may_meet(config: ToMeConfig) -> bool:
-    """Whether keys of different weights are to be expected, and a kernel that weighs them where they meet the queries.
-    Sampling by a whole number leaves all alike as a rule."""
-    uneven = config.kind.matches or config.ratio_end >= 0.0 or 1.0 % (1.0 - config.ratio) > 0.0
-    return config.weighs_keys and uneven and torch.cuda.is_available()
-
-
 def is_met(config: ToMeConfig, d: int, x: Tensor, meets: Callable[[], bool]) -> bool:
-    """Whether such a kernel takes the heads of a layer that is given x. meets: as in why_no_self_token."""
-    return may_meet(config) and kernels.attends(d, trial_dtype(x)) and kernels.serves(x) and meets()
+    """Whether a kernel that weighs keys where they meet the queries takes the heads of a layer that is given x, where
+    keys of different weights are to be expected: sampling by a whole number leaves all alike as a rule. meets: as in
+    why_no_self_token."""
+    uneven = config.kind.matches or config.ratio_end >= 0.0 or 1.0 % (1.0 - config.ratio) > 0.0
+    wanted = config.weighs_keys and uneven and torch.cuda.is_available()
+    return wanted and kernels.attends(d, trial_dtype(x)) and kernels.serves(x) and meets()
 
 
 def stand_in(attention: nn.Module) -> Callable[..., nn.Module]:

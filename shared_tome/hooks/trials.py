@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .heads import find_rule, head_size, meets_at_sdpa, trial_dtype, why_no_self_token
+from .heads import find_rule, head_size, meets_at_sdpa, trial_dtype
 
 # Of a layer in a call: the channels of a head, the device, and a dtype to try its code in.
 Kind = tuple[int, torch.device, torch.dtype]
@@ -51,8 +51,3 @@ class Trials:
             more = {name: value for name, value in more.items() if name not in ("context", "widens_x")}
             self._meets[key] = meets_at_sdpa(forward, *kind, **more)
         return self._meets[key]
-
-    def why_no_self_token(self, attn1: nn.Module, kind: Kind, multires: bool) -> str | None:
-        """See heads.why_no_self_token."""
-        d, device, dtype = kind
-        return why_no_self_token(lambda: self.meets(attn1, kind), d, device, dtype, multires)

@@ -129,7 +129,8 @@ class ScriptBlock(Portable, MergedBlock):
         return [*handles, *(getattr(attn1, n).register_forward_pre_hook(self._give_keys) for n in ("to_k", "to_v"))]
 
     def _give_keys(self, module: nn.Module, args: tuple) -> tuple | None:
-        now = self.now
+        call = self.owner.calls.get(get_ident())
+        now = None if call is None else call.passes.get(self)
         if now is None or now.keys is None or args[0].shape != now.layer.q.shape:
             return None
         return (now.keys, *args[1:])

@@ -214,6 +214,26 @@ def test_a_processor_that_counts_channels_gets_no_wider_heads(caplog):
     assert "takes no weights of keys" in caplog.text
 
 
+def test_a_processor_of_one_layer_alone_says_nothing_of_the_others(caplog):
+    """What is found of a layer holds for those of its kind: with its code, and not of its shape alone."""
+    unet = models.sd15()
+    first, *others = (name for name in unet.attn_processors if "attn1" in name)
+    unet.set_attn_processor({n: Itself() if n == first else p for n, p in unet.attn_processors.items()})
+    before = [keys_of(block) for block in served_blocks(unet)]
+    shared_tome.apply_patch(unet, config=config(method="sample", own_token=False))
+    for _ in range(2):
+        models.run(unet)
+    whole = [keys[-1] in (320, 80) for keys in before]
+    assert whole == [True] + [False] * len(others)
+
+
+def keys_of(block):
+    """From how many tokens a block's self-attention makes its keys, call after call."""
+    seen = []
+    block.attn1.to_k.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[1]))
+    return seen
+
+
 class WithReference:
     """Attends to the first row's tokens, too, as reference and style processors do."""
 
