@@ -95,24 +95,17 @@ def one_layer(picture: np.ndarray, tome: Mapping[str, Any], side: int) -> tuple[
 def table(summary: Summary) -> str:
     """The numbers as a Markdown table with what they mean below it."""
     total, stay = summary.kept.size, int(summary.kept.sum())
-    rows = (
-        ("unmerged", f"{summary.unmerged:.3f}", "", "", f"{total:,}"),
-        (
-            "ToMe",
-            f"{summary.merged:.3f}",
-            f"{summary.speed_up:.2f} x",
-            decibels(summary.psnr),
-            f"{stay:,} ({100 * stay / total:.0f} %)",
-        ),
-    )
-    return "\n".join([*console.table(TABLE_HEAD, rows), "", *notes(summary)])
+    kept, psnr = f"{stay:,} ({100 * stay / total:.0f} %)", decibels(summary.psnr)
+    unmerged = ("unmerged", f"{summary.unmerged:.3f}", "", "", f"{total:,}")
+    merged = ("ToMe", f"{summary.merged:.3f}", f"{summary.speed_up:.2f} x", psnr, kept)
+    return "\n".join([*console.table(TABLE_HEAD, (unmerged, merged)), "", *notes(summary)])
 
 
 def notes(summary: Summary) -> list[str]:
     settings, tome = summary.settings, summary.tome
-    several = summary.pictures > 1
-    median = f"; the median of {summary.pictures} pictures" if several else "; one picture"
-    mean = ", the mean of them" if several else ""
+    median, mean = f"; the median of {summary.pictures} pictures", ", the mean of them"
+    if summary.pictures == 1:
+        median, mean = "; one picture", ""
     lines = [
         f"{summary.model}, {settings.size}x{settings.size} pixels, {settings.steps} steps of {settings.sampler}, "
         f"cfg {settings.cfg:g}; ToMe: {tome['method']}, ratio {tome['ratio']:g}, the node's defaults.",
@@ -139,14 +132,12 @@ def write(summary: Summary, outcomes: Sequence[Outcome], out: Path) -> list[Path
     rows = []
     for outcome, gap in zip(outcomes, differences, strict=True):
         unmerged, tome = outcome.pictures["unmerged"], outcome.pictures["ToMe"]
-        rows.append(
-            [
-                (sheet.enlarge(unmerged), f"{outcome.subject.name}, seed {outcome.subject.seed}"),
-                (sheet.enlarge(tome), f"{outcome.seconds['ToMe']:.3f} s a step, {outcome.speed_up:.2f} x"),
-                (sheet.amplified(gap, factor), f"PSNR {decibels(outcome.psnr)}"),
-                (sheet.token_map(tome, summary.groups, summary.kept), f"{stay:,} of {total:,} tokens stay (the dots)"),
-            ]
-        )
+        rows.append([
+            (sheet.enlarge(unmerged), f"{outcome.subject.name}, seed {outcome.subject.seed}"),
+            (sheet.enlarge(tome), f"{outcome.seconds['ToMe']:.3f} s a step, {outcome.speed_up:.2f} x"),
+            (sheet.amplified(gap, factor), f"PSNR {decibels(outcome.psnr)}"),
+            (sheet.token_map(tome, summary.groups, summary.kept), f"{stay:,} of {total:,} tokens stay (the dots)"),
+        ])  # fmt: skip
     columns = ("Unmerged", "ToMe", f"Difference x {factor}", "Who stands for whom")
     subtitle = f"Same seed, same steps: {summary.speed_up:.2f} times as fast, PSNR {decibels(summary.psnr)}"
     picture, text = (out / name for name in RESULTS)

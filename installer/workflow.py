@@ -42,24 +42,28 @@ class Settings:
     size: int = 64
 
 
+def inputs_of(known: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """A node's inputs, [type or choices, options] each, from what /object_info tells of it."""
+    return {**(known["input"].get("required") or {}), **(known["input"].get("optional") or {})}
+
+
 def defaults(known: Mapping[str, Any]) -> dict[str, Any]:
-    """A node's widgets at their defaults, from what /object_info tells of it."""
+    """A node's widgets at their defaults."""
     values = {}
-    for part in ("required", "optional"):
-        for name, (kind, *rest) in (known["input"].get(part) or {}).items():
-            options = rest[0] if rest else {}
-            if "default" in options:
-                values[name] = options["default"]
-            elif isinstance(kind, list) and kind:
-                values[name] = kind[0]
-            elif kind == "COMBO" and options.get("options"):
-                values[name] = options["options"][0]
+    for name, (kind, *rest) in inputs_of(known).items():
+        options = rest[0] if rest else {}
+        if "default" in options:
+            values[name] = options["default"]
+        elif isinstance(kind, list) and kind:
+            values[name] = kind[0]
+        elif kind == "COMBO" and options.get("options"):
+            values[name] = options["options"][0]
     return values
 
 
 def choices(known: Mapping[str, Any], name: str) -> list[str]:
     """What a node's list widget offers."""
-    kind, *rest = {**known["input"].get("required", {}), **known["input"].get("optional", {})}[name]
+    kind, *rest = inputs_of(known)[name]
     return list(kind if isinstance(kind, list) else rest[0]["options"])
 
 
@@ -77,8 +81,8 @@ def demo_workflow(
     """The small demo model (`known` is its node), with a ToMe node of the values `tome` or (None) without."""
     values = defaults(known) | {"subject": subject.text, "size": settings.size}
     workflow: Workflow = {"model": {"class_type": "ToMeDemoModel", "inputs": values}}
-    outputs = {"model": ["model", 0], "positive": ["model", 1], "negative": ["model", 2]}
-    return _finish(workflow, outputs, ["model", 3], ["model", 4], subject, settings, tome)
+    names = ("model", "positive", "negative", "vae", "latent_image")
+    return _finish(workflow, {name: ["model", place] for place, name in enumerate(names)}, subject, settings, tome)
 
 
 def checkpoint_workflow(name: str, subject: Subject, settings: Settings, tome: Mapping[str, Any] | None) -> Workflow:
@@ -90,27 +94,23 @@ def checkpoint_workflow(name: str, subject: Subject, settings: Settings, tome: M
         "negative": {"class_type": "CLIPTextEncode", "inputs": {"text": NEGATIVE, "clip": ["model", 1]}},
         "latent": {"class_type": "EmptyLatentImage", "inputs": size},
     }
-    outputs = {"model": ["model", 0], "positive": ["positive", 0], "negative": ["negative", 0]}
-    return _finish(workflow, outputs, ["model", 2], ["latent", 0], subject, settings, tome)
+    parts = {"model": ["model", 0], "vae": ["model", 2], "latent_image": ["latent", 0]}
+    parts |= {name: [name, 0] for name in ("positive", "negative")}
+    return _finish(workflow, parts, subject, settings, tome)
 
 
 def _finish(
-    workflow: Workflow,
-    outputs: dict[str, list[Any]],
-    vae: list[Any],
-    latent: list[Any],
-    subject: Subject,
-    settings: Settings,
-    tome: Mapping[str, Any] | None,
+    workflow: Workflow, parts: dict[str, Any], subject: Subject, settings: Settings, tome: Mapping[str, Any] | None
 ) -> Workflow:
+    """Add what all have: ToMe, the sampler, the picture. parts: the links of the sampler's inputs and of the vae."""
+    vae = parts.pop("vae")
     if tome is not None:
-        workflow["tome"] = {"class_type": "ToMe", "inputs": {**tome, "model": outputs["model"]}}
-        outputs = {**outputs, "model": ["tome", 0]}
+        workflow["tome"] = {"class_type": "ToMe", "inputs": {**tome, "model": parts["model"]}}
+        parts["model"] = ["tome", 0]
     workflow[SAMPLER] = {
         "class_type": "KSampler",
         "inputs": {
-            **outputs,
-            "latent_image": latent,
+            **parts,
             "seed": subject.seed,
             "steps": settings.steps,
             "cfg": settings.cfg,

@@ -90,8 +90,7 @@ class Graph:
 
     def wants(self, id: str, name: str) -> str:
         """The type that a node's input is declared with."""
-        declared = self.known[self.workflow[id]["class_type"]]["input"]
-        kind = {**(declared.get("required") or {}), **(declared.get("optional") or {})}.get(name, [""])[0]
+        kind = nodes.inputs_of(self.known[self.workflow[id]["class_type"]]).get(name, [""])[0]
         return kind if isinstance(kind, str) else "COMBO"
 
     def before(self, id: str) -> dict[str, int]:
