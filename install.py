@@ -38,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="install.py", description=__doc__.split("\n\n")[0])
     commands = top.add_subparsers(dest="command", metavar="command")
 
+    def add_path(to: argparse.ArgumentParser, name: str, metavar: str, text: str, default: str | None = None) -> None:
+        to.add_argument(name, metavar=metavar, type=given, help=text, default=default)
+
     demo = commands.add_parser("demo", help="make pictures in a real ComfyUI without and with ToMe")
     about = "compare unmerged, ToMe's presets, fewer steps and EasyCache on your own model"
     compare = commands.add_parser("compare", help=about, description=COMPARE)
@@ -49,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         where = f"where the results go (default: {out})"
         command.add_argument("--out", metavar="DIR", type=given, default=out, help=where)
     api = "a workflow of your own in API form; it runs whatever nodes it names, with the custom nodes of --comfyui"
-    compare.add_argument("--workflow", metavar="FILE.json", type=given, help=api)
+    add_path(compare, "--workflow", "FILE.json", api)
     sizes = "sides or WIDTHxHEIGHT in pixels (default: what the model was trained for, or the workflow's own)"
     compare.add_argument("--sizes", metavar="SIZE", nargs="+", help=sizes)
     lines = "a text file with a prompt a line, which stays with you"
@@ -58,9 +61,7 @@ def parser() -> argparse.ArgumentParser:
     about = "run ruff and every test; further arguments go to pytest"
     tests = commands.add_parser("test", help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
     tests.add_argument("--fast", action="store_true", help="some tests of every room, in 90 s (tests/fast.txt)")
-    tests.add_argument(
-        "--comfyui", metavar="DIR", type=given, help="the tests of ComfyUI's nodes, on a ComfyUI of your own"
-    )
+    add_path(tests, "--comfyui", "DIR", "the tests of ComfyUI's nodes, on a ComfyUI of your own")
 
     for name, title in (("comfyui", "ComfyUI"), ("a1111", "AUTOMATIC1111, Forge or reForge")):
         host = commands.add_parser(name, help=f"link this repository into {title}")
@@ -83,18 +84,14 @@ def main(arguments: list[str]) -> int:
         if found:
             print(found)
         return 1 if found else 0
-    if options.command == "demo":
-        from installer.run import demo
+    if options.command in ("demo", "compare", "test"):
+        from installer import run  # not for links: a host's embedded Python has no venv
 
-        return demo(options.comfyui, options.checkpoint, options.out)
-    if options.command == "compare":
-        from installer.run import compare
-
-        return compare(options)
-    if options.command == "test":
-        from installer.run import test
-
-        return test(rest, fast=options.fast, host=options.comfyui)
+        if options.command == "demo":
+            return run.demo(options.comfyui, options.checkpoint, options.out)
+        if options.command == "compare":
+            return run.compare(options)
+        return run.test(rest, fast=options.fast, host=options.comfyui)
     from installer import link
 
     host = link.COMFYUI if options.command == "comfyui" else link.A1111
