@@ -13,6 +13,7 @@ import atexit
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,8 +46,8 @@ def _run(comfyui: str, command: tuple[str, ...], environment: dict[str, str]) ->
             server.stdin.write(json.dumps([list(command), environment, *map(str, said)]) + "\n")
             server.stdin.flush()
             status = server.stdout.readline()
-        except BaseException:  # its answer would be taken for the next one's
-            server.kill()
+        except BaseException:  # its answer would be taken for the next one's, and the fork would go on
+            os.killpg(server.pid, signal.SIGKILL)
             status = ""
             raise
         finally:
@@ -61,7 +62,8 @@ def _run(comfyui: str, command: tuple[str, ...], environment: dict[str, str]) ->
 def _server(comfyui: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(Path(__file__).resolve()), *([comfyui] if comfyui else [])]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    started = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)  # a group of its own
     atexit.register(started.stdin.close)  # which ends it
     return started
 
