@@ -76,7 +76,7 @@ class PassAttachment:
         judge: Judge | None = None,
     ):
         self.sampling, self._judge, self._steps = sampling, judge, WholeSteps(sampling)
-        self._called = called
+        self._called, self.tell_self_token = called, sampling.tell_self_token
         self.model: nn.Module | None = None
         self.calls: dict[int, HookedCall] = {}  # by thread: the call under way
         self._call_tally: CallTally | None = None  # the call's, which may be told although nothing is merged
@@ -140,10 +140,6 @@ class PassAttachment:
     def config(self) -> ToMeConfig:
         """The pass's options."""
         return self.sampling.config
-
-    def tell_self_token(self, refused: str | None) -> None:
-        """Why the queries of a layer cannot keep their own tokens, or None."""
-        self.sampling.tell_self_token(refused)
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("x")

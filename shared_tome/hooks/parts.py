@@ -82,18 +82,16 @@ class AroundParts:
 
 class AtSdpa:
     """Draws a layer's keys where they meet the queries, at torch's scaled_dot_product_attention, for hosts whose own
-    patches around a layer do not run after an exception in it. say: tells a line once."""
+    patches around a layer do not run after an exception in it. say: tells a line once. keeping: of the layer that runs
+    now, what has some steps exact, and the layer's name; None: nothing has."""
 
     say: Callable[[str], None]
+    keeping: Callable[[], tuple[ResidualCall, Hashable] | None]
 
     def meeting(self) -> tuple[JointCall | None, Plan | None]:
         """Of the layer that runs now: what lets queries keep their own tokens, and the plan by which keys are drawn,
         None where none are."""
         raise NotImplementedError
-
-    def keeping(self) -> tuple[ResidualCall, Hashable] | None:
-        """Of the layer that runs now: what has some steps exact, and the layer's name; None: nothing has."""
-        return None
 
     def hook_sdpa(self, attn1: nn.Module) -> list[Any]:
         """Register; returns the handles."""
