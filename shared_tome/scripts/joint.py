@@ -53,7 +53,7 @@ _ANSWERED = (
 class _TransformerCall:
     """One call of the model. grid: the image's; head, tail: tokens before and behind it; groups: its rows by what a
     mask hides of these, None where no mask is known; shard: this process's part, where several share the call. kind:
-    see WholeSteps; unpaid: why all of it is left alone."""
+    see WholeSteps; unpaid: why all of it is left alone. next: the number of the attention to come."""
 
     model: ModelCall
     joint: JointCall
@@ -66,6 +66,7 @@ class _TransformerCall:
     shard: Shard | None = None
     kind: Hashable = None
     unpaid: str | None = None
+    next: int = 0
     outcome: CallOutcome = field(default_factory=CallOutcome)
 
 
@@ -100,7 +101,8 @@ class JointAttachment(BaseAttachment):
     def _hook(self, model: nn.Module) -> Iterator[tuple[int, Callable[[], list[Any]]]]:
         """The attentions by their numbers, and what puts their hooks on."""
         for number, attention in enumerate(attentions_of(model, self.row)):
-            yield number, lambda attention=attention: SdpaHooks(attention, self._before_attention, self._missed).handles
+            begin = functools.partial(self._before_attention, number)
+            yield number, lambda given=(attention, begin): SdpaHooks(*given, self._missed).handles
 
     @property
     def row(self) -> Row:
@@ -188,10 +190,15 @@ class JointAttachment(BaseAttachment):
             known = self._groups = (weakref.ref(mask), sizes, group_rows(valid, *sizes, place.latent.device))
         return known[2]
 
-    def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Handler | None:
+    def _before_attention(
+        self, number: int, attention: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> Handler | None:
         call = self.calls.get(get_ident())
         if call is None:
             return None
+        for _ in range(call.next, number):  # guidance by skipped layers: those behind keep their choices
+            call.model.pass_over(call.grid)
+        call.next = number + 1
         return self._attend if call.shard is None else functools.partial(self._attend_part, attention.heads)
 
     def _missed(self, attention: nn.Module) -> None:
@@ -199,6 +206,7 @@ class JointAttachment(BaseAttachment):
         if not (is_replaced(attention) or is_answered(attention)):
             raise not_torchs(attention)
         self.say(_ANSWERED)
+        self.call.model.pass_over(self.call.grid)
 
     def _attend_part(self, heads: int, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """_attend with some of a layer's `heads` heads."""

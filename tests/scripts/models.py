@@ -184,11 +184,13 @@ def sd3() -> nn.Module:
 
 
 @torch.no_grad()
-def run_sd3(model: nn.Module, height: int = 6, width: int = 10, timestep: float = 500.0, rows: slice = ALL) -> Tensor:
+def run_sd3(
+    model: nn.Module, height: int = 6, width: int = 10, timestep: float = 500.0, rows: slice = ALL, **told: Any
+) -> Tensor:
     return model(
         hidden_states=noise(2, 4, 2 * height, 2 * width, seed=1)[rows],
         encoder_hidden_states=noise(2, 5, 16, seed=2)[rows],
-        pooled_projections=noise(2, 8, seed=3)[rows], timestep=torch.full((2,), timestep)[rows],
+        pooled_projections=noise(2, 8, seed=3)[rows], timestep=torch.full((2,), timestep)[rows], **told,
     ).sample  # fmt: skip
 
 

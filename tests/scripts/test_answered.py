@@ -116,3 +116,22 @@ def test_on_a_u_net_such_attentions_stay_whole(method, own, tome_first, caplog):
     assert kwargs.get("encoder_hidden_states") is None
     torch.testing.assert_close(out, attn1.to_out[0](attn1.to_v(x)), rtol=1e-5, atol=1e-6)
     assert caplog.text.count("ToMe skips a self-attention that another node or extension replaces") == 1
+
+
+@pytest.mark.parametrize("method", ["sample", "merge"])
+def test_layers_behind_skipped_ones_keep_their_choices(method, monkeypatch):
+    """Stable Diffusion 3's skip_guidance_layers: a call of its own without some blocks, whose difference is scaled up.
+    The first of the two blocks has two attentions."""
+    plan, seen = shared_tome.ModelCall.plan, []
+
+    def watched(call, metric, grid):
+        number = call._layers.get(grid, 0)
+        seen.append(number)
+        return plan(call, metric, grid)
+
+    monkeypatch.setattr(shared_tome.ModelCall, "plan", watched)
+    model = shared_tome.apply_patch(models.sd3(), config=config(method))
+    models.run_sd3(model)
+    models.run_sd3(model, skip_layers=[0])
+    models.run_sd3(model, skip_layers=[1])
+    assert seen == [0, 1, 2] + [2] + [0, 1]

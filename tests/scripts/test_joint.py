@@ -93,7 +93,7 @@ def test_nothing_stays_behind(name):
         handle.remove()
         if error is not KeyboardInterrupt:  # for which torch runs no hook
             assert torch._C._len_torch_function_stack() == 0
-            assert not model._shared_tome._calls, "no tensor of the call is kept"
+            assert not model._shared_tome.calls, "no tensor of the call is kept"
         assert torch.equal(F.scaled_dot_product_attention(*heads), attended), "somebody else's attention"
         assert torch.equal(run(model), merged) and torch._C._len_torch_function_stack() == 0
     shared_tome.apply_patch(model, config=config(ratio=0.0))
