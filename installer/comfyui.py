@@ -34,9 +34,10 @@ def locate(named: str | os.PathLike[str] | None, python: Path) -> Path:
 
     Raises SetupError when the named folder is no ComfyUI or the download fails.
     """
-    variable = os.environ.get("COMFYUI_DIR")
-    if named or not variable:
-        return find_host(Path(named), COMFYUI) if named else fetch(python)
+    if named:
+        return find_host(Path(named), COMFYUI)
+    if not (variable := os.environ.get("COMFYUI_DIR")):
+        return fetch(python)
     try:
         return find_host(Path(variable), COMFYUI)
     except SetupError as error:
@@ -64,11 +65,9 @@ def models_of(host: Path, packs: Sequence[str]) -> tuple[str, ...]:
 
     packs: what of our own custom_nodes is loaded too.
     """
-    models, custom = ([*sorted(folder.iterdir())] if folder.is_dir() else []
-                      for folder in (host / "models", host / "custom_nodes"))  # fmt: skip
-    paths = {folder.name: f"models/{folder.name}" for folder in models if folder.is_dir()}
+    paths = {folder.name: f"models/{folder.name}" for folder in sorted(host.glob("models/*")) if folder.is_dir()}
     paths |= {"base_path": str(host), "custom_nodes": "custom_nodes"}
-    theirs = [node.name for node in custom if not (node / "comfy_tome").is_dir()]
+    theirs = [node.name for node in sorted(host.glob("custom_nodes/*")) if not (node / "comfy_tome").is_dir()]
     white = ("--disable-all-custom-nodes", "--whitelist-custom-nodes", *packs, *theirs)
     return (*_more_paths("host", paths), "--input-directory", str(host / "input"), *white)
 
@@ -84,10 +83,10 @@ def fetch(python: Path, into: Path = FETCHED) -> Path:
 
     What stands at `into` and is not from here is kept aside. Raises SetupError.
     """
-    if _is_fetched(into) and not _left_over():
+    if _is_fetched(into) and not any(CACHE.glob(f"{SCRATCH}*")):
         return into
     with files.alone(CACHE / LOCK):
-        for left in _left_over():
+        for left in list(CACHE.glob(f"{SCRATCH}*")):  # by downloads that were killed
             with or_failed(f"{left}, left by an interrupted download, could not be removed"):
                 files.delete(left)
         if not _is_fetched(into):
@@ -111,11 +110,6 @@ def _fetch(python: Path, into: Path, current: Stage) -> None:
                 files.move(into, kept)
                 say(f"  {into} was not whole, or not from here. Kept as {kept}.")
             files.move(unpacked, into)
-
-
-def _left_over() -> list[Path]:
-    """What downloads that were killed left."""
-    return list(CACHE.glob(f"{SCRATCH}*"))
 
 
 def _is_fetched(into: Path) -> bool:
