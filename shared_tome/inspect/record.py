@@ -183,16 +183,12 @@ class CallRecord(CallTally):
             plan.watch = watcher.see
             self._watched.append((grid, number, watcher))
 
-    @property
-    def _of_one(self) -> Sequence[int] | None:
-        """The image of a call that is one image's; None: what all rows share is all images'."""
-        return self._images if self._images is not None and len(self._images) == 1 else None
-
     def end(self) -> None:
         """Take what was chosen to the CPU: after the call, so that a GPU is waited for once."""
         for grid, number, plan in self._plans:
-            shared = plan.groups.stride(0) == 0
-            rows, images = (slice(0, 1), self._of_one) if shared else (self._rows, self._images)
+            rows, images = self._rows, self._images
+            if plan.groups.stride(0) == 0:  # the same for all rows: of all images, or of the one that this call is for
+                rows, images = slice(0, 1), images if images and len(images) == 1 else None
             owner = plan.index[rows].gather(1, plan.groups[rows]).to(torch.int32)
             self.run.keep(self.step, grid, number, owner.cpu(), images)
         for grid, number, watcher in self._watched:

@@ -96,8 +96,7 @@ class Report:
 
     def line(self) -> str:
         """The shortest form, for a log or a picture's text: "sample 0.75, level 0: 4096 to 1024 tokens in 5 layers"."""
-        moves = f" to {self.config.ratio_end:g}" if self.config.ratio_end >= 0 else ""
-        parts = [f"{self.config.method} {self.config.ratio:g}{moves}"]
+        parts = [f"{self.config.method} {self._ratio()}"]
         for group in _alike(self.merged):
             parts.append(f"{_place(group[0])}: {_change(group[0])} in {counted(len(group), 'layer')}")
         if not self.merged:
@@ -108,12 +107,12 @@ class Report:
 
     def text(self) -> str:
         """Lines for people; they read as Markdown too."""
-        config = self.config
-        head = f"ToMe: method {config.method}, ratio {config.ratio:g}"
-        head += f" to {config.ratio_end:g}" if config.ratio_end >= 0 else ""
-        choosing = None if self.time is None else self.time.choosing
-        lines = [f"{head}, seed {config.seed}", self._steps(), *resolutions(config, choosing), ""]
-        lines.append("Merged:" if self.merged else f"Nothing was merged{self._why_no_step()}.")
+        config, choosing = self.config, None if self.time is None else self.time.choosing
+        lines = [f"ToMe: method {config.method}, ratio {self._ratio()}, seed {config.seed}", self._steps()]
+        lines += [*resolutions(config, choosing), ""]
+        skipped = self.steps and not self.layers and not self.merged_steps
+        why = f": {why_no_step(config, 'this run')}" if skipped else ""
+        lines.append("Merged:" if self.merged else f"Nothing was merged{why}.")
         for group in _alike(self.merged):
             first = group[0]
             lines.append(
@@ -135,9 +134,8 @@ class Report:
             lines += ["", "Note:", *(f"- {note}" for note in notes)]
         return "\n".join(lines)
 
-    def _why_no_step(self) -> str:
-        skipped = self.steps and not self.layers and not self.merged_steps
-        return f": {why_no_step(self.config, 'this run')}" if skipped else ""
+    def _ratio(self) -> str:
+        return f"{self.config.ratio:g}" + (f" to {self.config.ratio_end:g}" if self.config.ratio_end >= 0 else "")
 
     def _steps(self) -> str:
         part = self.of_steps and self.of_steps != self.steps
