@@ -45,6 +45,7 @@ class Chosen:
         override: another node's; None where there is none, or where it stands for a backend.
         sparse: whether that is a sparse attention (dit_attention.is_sparse).
         host: what runs where no override does and no layer has a preference of its own.
+        changes: whether another function than the one that ComfyUI gives may run (`func`).
         options: transformer_options with which a block alone runs the same attention.
     """
 
@@ -62,6 +63,7 @@ class Chosen:
         if len(functions) > 1 and compiled:
             say_once(_LOST)
         self.host = self._backend or self._everywhere or _started_with()
+        self.changes = self.override is None and bool(self._backend or self._preferred)
 
     def func(self, func: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """What runs where ComfyUI gives func to an override."""

@@ -121,7 +121,7 @@ class DiTCall(TransformerCall):
 
     def attention(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         """optimized_attention_override: q, k, v [B, L, H * d], or [B, H, L, d] with skip_reshape."""
-        if "transformer_options" in kwargs:  # else no override would have been asked (DiTModel.silent)
+        if self._chosen.changes and "transformer_options" in kwargs:  # else no override was asked (DiTModel.silent)
             func = self._chosen.func(func)
         if not self._sparse:
             return self.merge(self._override, func, q, k, v, heads, *args, **kwargs)

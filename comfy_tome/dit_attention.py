@@ -188,12 +188,13 @@ class AttentionCall:
         q, k, v = (x.transpose(1, 2).flatten(2) if self.split else x for x in (self.q, self.k, self.v))
         return self.replace(q=q, k=k, v=v, kwargs={**self.kwargs, **off}, split=False)
 
-    def by_head(self) -> list[Tensor]:
+    def by_head(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as [B, H, L, d]."""
-        found = [self.q, self.k, self.v]
+        q, k, v, d = self.q, self.k, self.v, self.d
         if not self.split:  # unflatten takes twice as long
-            found = [x.view(*x.shape[:2], -1, self.d).transpose(1, 2) for x in found]
-        return found
+            q, k = q.view(*q.shape[:2], -1, d).transpose(1, 2), k.view(*k.shape[:2], -1, d).transpose(1, 2)
+            v = v.view(*v.shape[:2], -1, d).transpose(1, 2)
+        return q, k, v
 
     def shaped(self, out: Tensor) -> Tensor:
         """An outcome [B, L, H, d] as the host wants it."""
@@ -232,11 +233,6 @@ class Kind:
         by = call.by_torch() if instead else call
         self.torchs, self.any_size = by.is_torchs, by.takes_any_size
 
-    @property
-    def combines(self) -> bool:
-        """Whether kernels of ours may take the place of torch's."""
-        return self.torchs and bool(self.joint.kernels)
-
 
 def is_sparse(override: Any) -> bool:
     """Whether another node's attention override says by its name, or by that of its module, that it is sparse."""
@@ -249,7 +245,8 @@ def is_sparse(override: Any) -> bool:
 
 def attend_joint(joint: JointCall, call: AttentionCall, start: int, plan: Plan) -> Tensor | None:
     """JointCall.attend in place of this call of PyTorch's attention: its outcome as the host wants it, or None."""
-    out = joint.attend(*call.by_head(), start, plan, call.kwargs.get("scale"), call.mask)  # (B, L, H, d)
+    given = call.kwargs
+    out = joint.attend(*call.by_head(), start, plan, given.get("scale"), given.get("mask"))  # (B, L, H, d)
     return None if out is None else call.shaped(out)
 
 
@@ -263,7 +260,7 @@ def tell_not_own(joint: JointCall, call: AttentionCall, torchs: bool) -> None:
 
 def attend_sampled(kind: Kind, call: AttentionCall, plan: Plan) -> Tensor:
     """Keys and values from some of the image's tokens, the same for all rows, and all others: no unmerge."""
-    joint, combines = kind.joint, kind.combines
+    joint, combines = kind.joint, kind.torchs and bool(kind.joint.kernels)
     out = attend_joint(joint, call, kind.start, plan) if combines else None
     if out is not None:
         return out
@@ -293,7 +290,8 @@ def attend_weighed(kind: Kind, call: AttentionCall, bias: Tensor | None) -> Tens
     if bias is None:
         return call.run()
     d, scale = call.d, call.kwargs.get("scale") or call.d**-0.5
-    if kind.combines and call.mask is None and kernels.can_attend(*(by_head := call.by_head()), bias):
+    combines = kind.torchs and kind.joint.kernels and call.mask is None
+    if combines and kernels.can_attend(*(by_head := call.by_head()), bias):
         return call.shaped(kernels.attend(*by_head, bias, scale).transpose(1, 2))
     q, k, v = (x if call.split else x.unflatten(-1, (-1, d)) for x in (call.q, call.k, call.v))  # or (B, L, H, d)
     bias = bias[:, None] if call.split else bias[:, :, None]

@@ -114,13 +114,21 @@ class TransformerCall:
     def find(self, call: AttentionCall) -> tuple[Plan, Kind] | None:
         """An attention's plan, and what is known of its kind; None where it is left alone."""
         block = self.block(call)
-        key = self._key(call, block)
+        key = None if is_compiling() else self._key(call, block)  # a compiled graph keeps nothing
         kind = self._kinds.get(key)
         if kind is not None:
             self._came += 1
         elif (kind := self._look(call, block)) is None:
             return None
-        if first := self._is_first(kind):
+        # The first attention of a layer: the others want the same tokens.
+        brought, self._queries = self._queries, self._queries + kind.queries
+        first = brought == 0
+        if self._queries >= kind.wanted:
+            self._queries = 0
+            if first:
+                self._served += 1
+            first = first and (self._served - 1) % self.layout.together == 0
+        if first:
             self._plan = self.call.plan(self._metric(call, kind.start), self.layout.grid)
         plan = self._plan
         if plan is None:
@@ -155,22 +163,10 @@ class TransformerCall:
             return image
         return image.mean(1) if call.split else image.unflatten(-1, (-1, call.d)).mean(2)
 
-    def _is_first(self, kind: Kind) -> bool:
-        """Whether this is the first attention of a layer: the others want the same tokens."""
-        count, self._queries = self._queries, self._queries + kind.queries
-        if self._queries < kind.wanted:
-            return count == 0
-        self._queries = 0
-        if count == 0:
-            self._served += 1
-        return count == 0 and (self._served - 1) % self.layout.together == 0
-
     # --- Of each kind of attentions, once -----------------------------------------------------------------------------
 
-    def _key(self, call: AttentionCall, block: dict[str, Any]) -> tuple | None:
-        """What tells kinds of attentions apart; None in a compiled graph, which keeps nothing."""
-        if is_compiling():
-            return None
+    def _key(self, call: AttentionCall, block: dict[str, Any]) -> tuple:
+        """What tells kinds of attentions apart."""
         mask, text = call.kwargs.get("mask"), block.get("img_slice")
         given = call.func, call.override, call.heads, call.split, "block_index" in block, text and tuple(text)
         return *given, call.q.shape, call.k.shape, call.v.shape, call.k.dtype, None if mask is None else mask.shape

@@ -252,7 +252,7 @@ class UNetCall(PatchedCall):
     def attention(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         """optimized_attention_override: what becomes of the layer that runs now; another node's override is called, not
         lost."""
-        func, override = self._chosen.func(func), self._attention
+        func, override = self._chosen.func(func) if self._chosen.changes else func, self._attention
         bias, plan, self._bias, self._drawn = self._bias, self._drawn, None, None
         if bias is None and plan is None:
             if self._layer is not None and self._chosen.sparse:  # merged tokens are in no place
@@ -271,7 +271,8 @@ class UNetCall(PatchedCall):
         if self._chosen.sparse:
             call = call.replace(override=None)
             say_once(_DENSE)
-        is_torchs = bool(self._kernels) and call.mask is None and (call.func is self._torchs or call.is_torchs)
+        is_torchs = bool(self._kernels) and call.kwargs.get("mask") is None
+        is_torchs = is_torchs and (call.func is self._torchs or call.is_torchs)
         if plan is not None:
             if is_torchs and self._joint is not None:
                 out = attend_joint(self._joint, call, 0, plan)

@@ -112,9 +112,15 @@ class PatchedCall(AroundParts):
     def before_attention(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple:
         """attn1_patch: q, k, v [B, N, C] before their projections."""
         self._layer = self._bias = self._drawn = self._block_plan = self._keeping = None
-        grid = self._grid(q, k, v, extra_options)
+        key = None
+        if not (is_compiling() or self.is_replaced("attn1", extra_options)):
+            shape = tuple(extra_options.get("activations_shape") or ())
+            key = shape, q.shape, k.shape, v.shape, q.dtype, extra_options.get("n_heads")
+        grid = self._grids.get(key) or self._look(q, k, v, extra_options)
         if grid is None:
             return q, k, v
+        if key is not None:
+            self._grids[key] = grid
         residual = self._residual if self._residual is not None and self._residual.is_on else None
         behind = self._joint is not None or residual is not None
         layer = self._layer = self.call.attention(q, k, v, grid, keeps_self=behind)
@@ -163,21 +169,6 @@ class PatchedCall(AroundParts):
         """attn2_output_patch."""
         plan = self._open.pop("attn2", None)
         return out if plan is None else plan.unmerge(out)
-
-    def _grid(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Grid | None:
-        """The grid of this call's tokens, or None where it is to be left alone."""
-        if self.is_replaced("attn1", extra_options):
-            return self._look(q, k, v, extra_options)
-        if is_compiling():
-            return self._look(q, k, v, extra_options)
-        shape = tuple(extra_options.get("activations_shape") or ())
-        key = shape, q.shape, k.shape, v.shape, q.dtype, extra_options.get("n_heads")
-        if key not in self._grids:
-            grid = self._look(q, k, v, extra_options)
-            if grid is None:
-                return None
-            self._grids[key] = grid
-        return self._grids[key]
 
     def _look(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Grid | None:
         """Whether a kind of layers is merged: the grid of its tokens, or None."""
