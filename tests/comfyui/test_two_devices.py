@@ -100,9 +100,8 @@ def test_the_picture_of_one_device(tome, split, unmerged, monkeypatch, case):
 
 
 def test_both_devices_merge_each_in_a_thread(comfy_nodes, tome, split):
-    model = split(
-        tome(host.small_unet(), ratio=0.75, own_token=False), host.small_unet
-    )  # keys drawn before they are projected
+    # Keys are drawn before they are projected.
+    model = split(tome(host.small_unet(), ratio=0.75, own_token=False), host.small_unet)
     seen: dict[str, set] = {"cpu": set(), "cpu:0": set()}
 
     def note(executor, *args, **kwargs):
