@@ -450,13 +450,13 @@ def test_another_extension_beside_what_hypertile_left_sees_all_tokens(host, firs
 @pytest.mark.parametrize("map_", [False, True], ids=["", "map"])
 def test_layers_behind_a_replaced_one_keep_their_choices(host, tome, monkeypatch, map_):
     """The first block is another extension's: the others on its grid draw what they draw without it."""
-    drawn, real = [], tome.core.merging.call.ModelCall._sample
+    drawn, real = [], tome.core.merging.call.ModelCall._draw
 
-    def sample(call, batch, grid, layer):
+    def draw(call, grid, kept, layer):
         drawn.append((grid, layer))
-        return real(call, batch, grid, layer)
+        return real(call, grid, kept, layer)
 
-    monkeypatch.setattr(tome.core.merging.call.ModelCall, "_sample", sample)
+    monkeypatch.setattr(tome.core.merging.call.ModelCall, "_draw", draw)
     told = []
     for replaced in (False, True):
         if replaced:
