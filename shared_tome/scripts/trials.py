@@ -37,9 +37,9 @@ def is_answered(module: nn.Module) -> bool:
 
 
 def code_of(attention: nn.Module) -> tuple | None:
-    """What decides how a layer attends: its forward, its processor with that one's settings, the mark of fused
-    projections, and torch's function, which may have been replaced. None where a cache may answer: what it answers was
-    given with another step's merged tokens."""
+    """What decides how a layer attends: its class's forward and whether another stands in its place, its processor with
+    that one's settings, the mark of fused projections, and torch's function, which may have been replaced. None where a
+    cache may answer: what it answers was given with another step's merged tokens."""
     if is_answered(attention):
         return None
     processor, state = getattr(attention, "processor", None), ()
@@ -50,7 +50,8 @@ def code_of(attention: nn.Module) -> tuple | None:
     elif hasattr(processor, "__weakref__"):
         state = weakref.ref(processor)
     mark = getattr(attention, "fused_projections", False)
-    return type(attention).forward, type(processor), state, mark, F.scaled_dot_product_attention
+    own = "forward" in attention.__dict__ and is_replaced(attention)
+    return type(attention).forward, own, type(processor), state, mark, F.scaled_dot_product_attention
 
 
 class ScriptTrials(Trials):

@@ -290,22 +290,38 @@ def test_an_attention_function_that_is_swapped_in_later_is_tried_again(monkeypat
     torch.testing.assert_close(models.run(unet), expected, rtol=1e-4, atol=1e-5)
 
 
+def attend_sharply(attn, hidden_states, encoder_hidden_states=None, **kwargs):
+    q, k, v = (
+        project(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        for project in (attn.to_q, attn.to_k, attn.to_v)
+    )
+    out = SDPA(q, k, v, scale=1.5 * q.shape[-1] ** -0.5)
+    return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
 def test_a_forward_of_its_own_is_not_taken_for_the_classs(caplog):
     """A trial of the class's code says nothing about it."""
     unet = models.sd15()
-
-    def attend(attn, hidden_states, encoder_hidden_states=None, **kwargs):
-        q, k, v = (
-            project(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        out = SDPA(q, k, v, scale=1.5 * q.shape[-1] ** -0.5)
-        return attn.to_out[0](out.transpose(1, 2).flatten(2))
-
     for block in served_blocks(unet):
-        block.attn1.forward = attend.__get__(block.attn1)
+        block.attn1.forward = attend_sharply.__get__(block.attn1)
     shared_tome.apply_patch(unet, config=config(proportional=False))
     plain = models.run(unet)
     shared_tome.apply_patch(unet, config=config())
     assert torch.equal(models.run(unet), plain)
     assert "takes no weights of keys" in caplog.text
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_forward_of_one_layer_alone_says_nothing_of_the_others(which):
+    """All three have one shape."""
+    unet, wide = models.one_level(), {}
+    blocks = list(served_blocks(unet))
+    blocks[which].attn1.forward = attend_sharply.__get__(blocks[which].attn1)
+    shared_tome.apply_patch(unet, config=config())
+    models.run(unet)  # puts the hooks on the projections
+    for number, block in enumerate(blocks):
+        block.attn1.to_out[0].register_forward_pre_hook(
+            lambda m, args, n=number: wide.update({n: args[0].shape[-1] > m.in_features}), prepend=True
+        )
+    models.run(unet)
+    assert wide == {number: number != which for number in range(len(blocks))}
