@@ -110,12 +110,15 @@ class ScriptBlock(Portable, MergedBlock):
                 what = type(getattr(attn1, "processor", None) or attn1).__name__
                 self.say(f"ToMe skips the self-attention of {what}, which makes its keys itself; choose method merge")
                 return None
+        name, context_name = names_of(type(attn1).forward)
+        is_told = args[1] if len(args) > 1 else kwargs.get(context_name)
+        # Asked before a mode is entered, which would see the trial.
+        is_given = is_uneven and is_told is None and not (now.is_drawn or is_compiling())
+        is_given = is_given and self.owner.trials.projects_itself(attn1, x)
         made = super().merge_attention(call, now, attn1, args, kwargs, x)
         if made is None or not is_uneven or is_compiling():
             return made
-        name, context_name = names_of(type(attn1).forward)
-        is_told = args[1] if len(args) > 1 else kwargs.get(context_name)
-        if is_told is None and self.owner.trials.projects_itself(attn1, x):
+        if is_given:
             # Many processors take what is given keys for an attention to the prompt, and do another thing there.
             now.keys = now.layer.k
             self._hook_projections(attn1, attn1.heads)
