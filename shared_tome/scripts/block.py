@@ -124,7 +124,7 @@ class ScriptBlock(Portable, MergedBlock):
             self._hook_projections(attn1, attn1.heads)
             made = with_tokens(args, kwargs, name, made[0][0] if made[0] else made[1][name])
         if takes_keys is None:
-            self._watch_keys(now.kind.code, attn1, now.layer.k.shape[1])
+            self._watch_keys(now.kind.code, attn1)
         return made
 
     def hook_projections(self, attn1: nn.Module, heads: int) -> list[Any]:
@@ -156,12 +156,16 @@ class ScriptBlock(Portable, MergedBlock):
         now.open["attn1"] = plan
         return with_tokens(args, kwargs, names_of(type(attn1).forward)[0], plan.merge(x))
 
-    def _watch_keys(self, code: tuple, attn1: nn.Module, tokens: int) -> None:
+    def _watch_keys(self, code: tuple, attn1: nn.Module) -> None:
         """See once for each attention code whether its keys come from the context that it is given."""
 
         def see(module: nn.Module, args: tuple) -> None:
-            self.owner.takes_keys[code] = args[0].shape[1] == tokens
-            self._stop_watching()
+            call = self.owner.calls.get(get_ident())
+            now = None if call is None else call.passes.get(self)
+            # Another thread's layer may run before, or one that an exception left its watch on.
+            if now is not None and now.layer is not None and now.kind.code == code:
+                self.owner.takes_keys[code] = args[0].shape[1] == now.layer.k.shape[1]
+                self._stop_watching()
 
         self._stop_watching()
         self._watch = attn1.to_k.register_forward_pre_hook(see)

@@ -137,6 +137,21 @@ def test_a_processor_without_keys_of_their_own_is_left_alone(caplog):
     assert torch.equal(models.run(unet, 15, 17), before) and models.count_hooks(unet) == 0
 
 
+def test_a_layer_that_failed_says_nothing_of_the_next_call(caplog):
+    """What watches its keys waits for a merged layer: a small picture's are made of all tokens."""
+    unet = models.sd15()
+    shared_tome.apply_patch(unet, config=config(method="sample", own_token=False, min_tokens=300))
+    block = next(served_blocks(unet))
+    fails = block.attn1.to_q.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        models.run(unet)
+    fails.remove()
+    keys = keys_of(block)
+    models.run(unet, 8, 8)
+    models.run(unet)
+    assert keys == [64, 160] and "which makes its keys itself" not in caplog.text
+
+
 class FirstRow:
     """Every row attends to the first one's tokens, unless what keys are made of is given, as in an attention to the
     prompt: so do diffusers' CrossFrameAttnProcessor and many packages' processors.
