@@ -166,9 +166,10 @@ class TransformerCall:
     # --- Of each kind of attentions, once -----------------------------------------------------------------------------
 
     def _key(self, call: AttentionCall, block: dict[str, Any]) -> tuple:
-        """What tells kinds of attentions apart."""
+        """What tells kinds of attentions apart. A call of the model has one override at most, which need not have a
+        hash."""
         mask, text = call.kwargs.get("mask"), block.get("img_slice")
-        given = call.func, call.override, call.heads, call.split, "block_index" in block, text and tuple(text)
+        given = call.func, call.override is None, call.heads, call.split, "block_index" in block, text and tuple(text)
         return *given, call.q.shape, call.k.shape, call.v.shape, call.k.dtype, None if mask is None else mask.shape
 
     def _look(self, call: AttentionCall, block: dict[str, Any]) -> Kind | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import itertools
 import logging
@@ -226,6 +227,27 @@ def test_an_unknown_override_gets_merged_tokens_and_that_is_said(dit, tome, capl
         "nodes, because sparse attention needs all tokens in their places"
     )
     assert log(caplog) == ([said, NOT_KEPT] if method == "sample" else [said])
+
+
+@dataclasses.dataclass
+class Unhashable:
+    """A dataclass that may change has no hash."""
+
+    calls: int = 0
+
+    def __call__(self, func, *args, **kwargs):
+        self.calls += 1
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("method", ["sample", "merge"])
+def test_an_override_without_a_hash_is_called_as_any_other(dit, tome, method):
+    override = Unhashable()
+    assert torch.equal(
+        call(tome(with_override(dit("wan"), override), method=method), "wan"),
+        call(tome(with_override(dit("wan"), plainly), method=method), "wan"),
+    )
+    assert override.calls > 0
 
 
 @pytest.mark.parametrize("name", ["basic", "sub_quad", "split", "pytorch"])
