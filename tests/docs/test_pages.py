@@ -36,6 +36,14 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_a_page_names_are_there(page):
+    """By their path in the repository, or in the core. Other programs' files lie in folders that we do not have."""
+    for name in re.findall(r"[\w./]+/\w+\.py\b", page.read_text(encoding="utf-8")):
+        ours = (ROOT / name.split("/")[0]).is_dir()
+        assert not ours or any((ROOT / core / name).is_file() for core in ("", "shared_tome")), f"{page.name}: {name}"
+
+
 def test_readme_fits_two_screens_and_names_what_there_is():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text) <= 9000
