@@ -12,7 +12,8 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from threading import get_ident
+from contextlib import nullcontext
+from threading import Lock, get_ident
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,8 @@ from .guard import why_left_whole
 from .heads import is_met, why_no_self_token
 from .parts import AroundParts, Wide, Widening, output_of
 from .trials import kind_of
+
+_hooking = Lock()  # around the putting on of a layer's hooks: threads may share a model
 
 
 class MergedBlock(AroundParts, Widening):
@@ -257,12 +260,16 @@ class MergedBlock(AroundParts, Widening):
     def _hook_projections(self, attn1: nn.Module, heads: int) -> None:
         """On the projections that are there now: a LoRA loaded later puts others in their place."""
         modules = [attn1.to_q, attn1.to_k, attn1.to_v, output_of(attn1)]
-        for module, hooked in zip(modules, self._hooked or (lambda: None,) * len(modules), strict=True):
-            if hooked() is not module:
+        if self._are_hooked(modules):
+            return
+        with nullcontext() if is_compiling() else _hooking:
+            if not self._are_hooked(modules):  # another thread may have been here meanwhile
                 self.forget_projections()
-                self._hooked = [weakref.ref(module) for module in modules]
                 self._projection_handles = self.hook_projections(attn1, heads)
-                return
+                self._hooked = [weakref.ref(module) for module in modules]
+
+    def _are_hooked(self, modules: list[nn.Module]) -> bool:
+        return bool(self._hooked) and all(ref() is one for ref, one in zip(self._hooked, modules, strict=True))
 
     def _go_around(self, now: Pass, attn1: nn.Module) -> None:
         """Have attn1's attention come to `_attend` until attn1 ends."""

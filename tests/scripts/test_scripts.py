@@ -6,6 +6,8 @@ import contextlib
 import copy
 import gc
 import math
+import threading
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from torch import nn
 
 import shared_tome
 from shared_tome import METHODS, ModelCall, ToMeConfig
+from shared_tome.scripts.block import ScriptBlock
 from shared_tome.scripts.hooks import served_blocks
 from shared_tome.scripts.steps import Steps
 
@@ -453,6 +456,28 @@ def test_threads_do_not_mix():
     unet = models.sd15()
     shared_tome.apply_patch(unet, config=config(method="merge"))
     models.check_threads(unet, lambda block: (block.attn1.to_q, block.attn2))
+
+
+def test_threads_that_meet_in_the_first_call_do_not_mix(monkeypatch):
+    """The first of them puts the hooks on the projections, which takes its time."""
+    put = ScriptBlock.hook_projections
+    monkeypatch.setattr(ScriptBlock, "hook_projections", lambda *given: time.sleep(0.1) or put(*given))
+    unet, twin = models.sd15(), models.sd15()
+    for model in (unet, twin):
+        shared_tome.apply_patch(model, config=config(method="merge"))
+    barrier, wanted, found = threading.Barrier(2, timeout=20), models.run(twin), []
+
+    def meet(*_):
+        barrier.wait()
+
+    next(served_blocks(unet)).attn1.register_forward_pre_hook(meet, prepend=True)
+    threads = [threading.Thread(target=lambda: found.append(models.run(unet))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 and all(torch.equal(out, wanted) for out in found)
+    assert models.count_hooks(unet) == models.count_hooks(twin) + 1  # the barrier's
 
 
 def test_a_self_attention_with_a_mask_is_left_alone(caplog):
