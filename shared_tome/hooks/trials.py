@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..core.curve import is_compiling
 from .heads import find_rule, head_size, meets_at_sdpa, trial_dtype
 
 # Of a layer in a call: the channels of a head, the device, and a dtype to try its code in.
@@ -36,6 +37,10 @@ class Trials:
 
     def rule(self, attn1: nn.Module, kind: Kind) -> str | None:
         """How a layer's code scales (heads.find_rule)."""
+        # What torch.compile makes of a look-up among keys that hold functions fails its own guards.
+        return (torch.compiler.disable(self._find_rule) if is_compiling() else self._find_rule)(attn1, kind)
+
+    def _find_rule(self, attn1: nn.Module, kind: Kind) -> str | None:
         key = *self._code(attn1), *kind
         if key not in self._rules:
             forward, more = self._how(attn1)

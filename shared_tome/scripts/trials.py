@@ -47,7 +47,7 @@ def code_of(attention: nn.Module) -> tuple | None:
         for key, x in getattr(processor, "__dict__", {}).items():
             if isinstance(x, (bool, int, float, str)):
                 state += ((key, x),)
-    elif hasattr(processor, "__weakref__"):
+    elif hasattr(type(processor), "__weakref__"):  # the class's: torch.compile cannot guard the processor's own
         state = weakref.ref(processor)
     mark = getattr(attention, "fused_projections", False)
     own = "forward" in attention.__dict__ and is_replaced(attention)

@@ -1,9 +1,11 @@
-"""A patched model under torch.export, torch.jit.trace, FakeTensorMode and torch.vmap, and in plain calls afterwards."""
+"""A patched model under torch.compile, torch.export, torch.jit.trace, FakeTensorMode and torch.vmap, and in plain calls
+afterwards."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import shared_tome
@@ -80,3 +82,34 @@ def test_nothing_of_a_vectorized_call_stays(name):
     with torch.no_grad():
         torch.vmap(call)(torch.tensor([500, 400]))
     check_plain_calls(name, unet, [(16, 20)])
+
+
+class Plain:
+    """Another package's processor."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("first", "processor"), [("called", None), ("compiled", Plain)])
+def test_a_compiled_model_merges_as_the_model_does(first, processor):
+    """With what was found out in plain calls before, and without."""
+    torch._dynamo.reset()
+    unet = models.one_level()
+    if processor is not None:
+        unet.set_attn_processor(
+            {name: processor() if "attn1" in name else known for name, known in unet.attn_processors.items()}
+        )
+    shared_tome.apply_patch(unet, **OPTIONS["merge"])
+    if first == "called":
+        models.run(unet)
+    compiled = torch.compile(unet, backend="eager")
+    with torch.no_grad():
+        out = compiled(*given(), return_dict=False)[0]
+    torch.testing.assert_close(out, models.run(unet), rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
