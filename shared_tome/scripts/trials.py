@@ -36,6 +36,25 @@ def is_answered(module: nn.Module) -> bool:
     return bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", None))
 
 
+class _Itself(weakref.ref):
+    """Of an object without a hash (a dataclass): equal to those of this very object alone."""
+
+    __slots__ = ("_hash",)
+
+    def __init__(self, of: Any):
+        super().__init__(of)
+        self._hash = id(of)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Itself) and self() is not None and self() is other())
+
+    def __deepcopy__(self, memo: dict) -> _Itself:  # as that of weakref.ref
+        return self
+
+
 def code_of(attention: nn.Module) -> tuple | None:
     """What decides how a layer attends: its class's forward and whether another stands in its place, its processor with
     that one's settings, the mark of fused projections, and torch's function, which may have been replaced. None where a
@@ -48,7 +67,7 @@ def code_of(attention: nn.Module) -> tuple | None:
             if isinstance(x, (bool, int, float, str)):
                 state += ((key, x),)
     elif hasattr(type(processor), "__weakref__"):  # the class's: torch.compile cannot guard the processor's own
-        state = weakref.ref(processor)
+        state = weakref.ref(processor) if type(processor).__hash__ else _Itself(processor)
     mark = getattr(attention, "fused_projections", False)
     own = "forward" in attention.__dict__ and is_replaced(attention)
     return type(attention).forward, own, type(processor), state, mark, F.scaled_dot_product_attention

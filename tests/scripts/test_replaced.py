@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import shared_tome
 from shared_tome.scripts.hooks import served_blocks
+from shared_tome.scripts.trials import code_of
 
 from . import models
 
@@ -247,6 +251,34 @@ def keys_of(block):
     seen = []
     block.attn1.to_k.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[1]))
     return seen
+
+
+@dataclasses.dataclass
+class Sharp:
+    """Has no hash: two of the same numbers are equal."""
+
+    by: float = 1.0
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        out = F.scaled_dot_product_attention(q * self.by, k, v)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("method", ["merge", "merge_keys", "sample"])
+def test_a_processor_without_a_hash_is_served(method):
+    unet = models.sd15()
+    shared_tome.apply_patch(unet, config=config(method=method, own_token=False))
+    expected = models.run(unet)
+    unet.set_attn_processor({n: Sharp() if "attn1" in n else p for n, p in unet.attn_processors.items()})
+    torch.testing.assert_close(models.run(unet), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(models.run(copy.deepcopy(unet)), expected, rtol=1e-4, atol=1e-5)
+    one, other = (block.attn1 for block in list(served_blocks(unet))[:2])
+    assert code_of(one) == code_of(one) and code_of(one) != code_of(other)
 
 
 class WithReference:
