@@ -300,11 +300,12 @@ class MergedBlock(AroundParts, Widening):
         mode, now.mode = now.mode, None
         if mode is not None:
             mode.__exit__(None, None, None)
-        if out is None:  # an exception
+        layer, now.layer, now.bias, now.wide, now.query, now.keys = now.layer, None, None, None, None, None
+        if out is None:  # an exception, after which another package may run the layer again
+            now.open.pop("attn1", None)
             return None
         if mode is not None and not mode.calls:
             self._missed()
-        layer, now.layer, now.bias, now.wide, now.query, now.keys = now.layer, None, None, None, None, None
         if now.is_drawn and layer is not None and call.residual is not None:
             call.residual.end(self)
         if layer is None:  # queries alone may be merged, as those of attn2

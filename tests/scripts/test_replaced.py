@@ -156,6 +156,38 @@ def test_a_layer_that_failed_says_nothing_of_the_next_call(caplog):
     assert keys == [64, 160] and "which makes its keys itself" not in caplog.text
 
 
+class RowByRow(torch.nn.Module):
+    """Runs a layer again for each row where it failed for all, as packages do where memory ends."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states, **told):
+        try:
+            return self.layer(hidden_states, **told)
+        except ZeroDivisionError:
+            return torch.cat([self.layer(row[None], **told) for row in hidden_states])
+
+
+@pytest.mark.parametrize("options", [{"proportional": True}, {"proportional": False}], ids=["weights", "none"])
+def test_a_layer_that_runs_again_in_a_call_is_whole_there(options, caplog):
+    """Its rows are not the block's: nothing of what failed is taken for it."""
+    unet, keys = models.one_level(), []
+    shared_tome.apply_patch(unet, config=config(**options))
+    models.run(unet)
+    block = next(served_blocks(unet))
+    layer = block.attn1
+    block.attn1 = RowByRow(layer)
+    layer.to_v.register_forward_pre_hook(lambda m, args: None if 1 / (len(args[0]) - 2) else None)
+    layer.to_k.register_forward_pre_hook(lambda m, args: keys.append(tuple(args[0].shape[:2])))
+    models.run(unet)
+    assert keys == [(2, 160), (1, 320), (1, 320)]
+    assert [record.message for record in caplog.records] == [
+        "[ToMe] ToMe skips a self-attention that is given other tokens than its block"
+    ]
+
+
 class FirstRow:
     """Every row attends to the first one's tokens, unless what keys are made of is given, as in an attention to the
     prompt: so do diffusers' CrossFrameAttnProcessor and many packages' processors.
