@@ -45,18 +45,14 @@ def parser() -> argparse.ArgumentParser:
     about = "compare unmerged, ToMe's presets, fewer steps and EasyCache on your own model"
     compare = commands.add_parser("compare", help=about, description=COMPARE)
     for command, out in ((demo, "out"), (compare, "out/compare")):
-        of_your_own = "a ComfyUI of your own (default: COMFYUI_DIR, else one is fetched)"
-        command.add_argument("--comfyui", metavar="DIR", type=given, help=of_your_own)
-        stable = "a Stable Diffusion checkpoint (default: the small demo model)"
-        command.add_argument("--checkpoint", metavar="FILE", type=given, help=stable)
-        where = f"where the results go (default: {out})"
-        command.add_argument("--out", metavar="DIR", type=given, default=out, help=where)
+        add_path(command, "--comfyui", "DIR", "a ComfyUI of your own (default: COMFYUI_DIR, else one is fetched)")
+        add_path(command, "--checkpoint", "FILE", "a Stable Diffusion checkpoint (default: the small demo model)")
+        add_path(command, "--out", "DIR", f"where the results go (default: {out})", out)
     api = "a workflow of your own in API form; it runs whatever nodes it names, with the custom nodes of --comfyui"
     add_path(compare, "--workflow", "FILE.json", api)
     sizes = "sides or WIDTHxHEIGHT in pixels (default: what the model was trained for, or the workflow's own)"
     compare.add_argument("--sizes", metavar="SIZE", nargs="+", help=sizes)
-    lines = "a text file with a prompt a line, which stays with you"
-    compare.add_argument("--prompts", metavar="FILE", type=given, help=lines)
+    add_path(compare, "--prompts", "FILE", "a text file with a prompt a line, which stays with you")
 
     about = "run ruff and every test; further arguments go to pytest"
     tests = commands.add_parser("test", help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
@@ -65,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
     for name, title in (("comfyui", "ComfyUI"), ("a1111", "AUTOMATIC1111, Forge or reForge")):
         host = commands.add_parser(name, help=f"link this repository into {title}")
-        host.add_argument("folder", metavar="DIR", type=given, help=f"the folder that {title} lies in")
+        add_path(host, "folder", "DIR", f"the folder that {title} lies in")
         how = host.add_mutually_exclusive_group()
         how.add_argument("--copy", action="store_true", help="copy instead of linking")
         how.add_argument("--remove", action="store_true", help="take the link or the copy out again")
