@@ -96,11 +96,19 @@ class DiTCall(TransformerCall):
         (SkipLayerGuidance): those behind it keep their choices."""
         came = self._came
         out = block(*args, **kwargs)
-        for _ in range(0 if self._came > came else 2 if place[1] in self.layout.twice else 1):
+        for _ in range(0 if self._came > came else self._layers_of(place[1])):
             self.call.pass_over(self.layout.grid)
             if self._record is not None:
                 self._record.count(self.layout.grid)
         return out
+
+    def _layers_of(self, number: int) -> int:
+        """How many layers of a block count: of those with the text and without it the ones that were merged so far."""
+        if not self.layout.twice:
+            return 1
+        starts = (self.layout.head, self.layout.alone)[: 2 if number in self.layout.twice else 1]
+        merged = {kind.start for kind in self._kinds.values()} or starts
+        return sum(start in merged for start in starts)
 
     def _check_key(self, executor: Any, *args: Any, tome: str = "", **kwargs: Any) -> Tensor:
         if tome != self.key:  # reading it is what makes torch.compile guard on it

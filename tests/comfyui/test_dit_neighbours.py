@@ -386,6 +386,21 @@ def test_layers_behind_a_skipped_block_keep_their_choices(
     assert numbers == [*range(layers), *(place for place in range(layers) if place not in gone)]  # of the map
 
 
+def test_a_skipped_block_counts_as_often_as_it_is_merged(tome, merged_layers, monkeypatch):
+    """Of the two attentions of SD3.5 medium's first blocks merging may pay in one alone."""
+    given = host.pack_module("dit_auto").Given
+    monkeypatch.setattr(host.pack_module("dit").DiTCall, "_decision", lambda self, call, start: given(start > 0))
+    config = {"depth": 3, "context_embedder_config": EMBEDDER, "x_block_self_attn_layers": [0, 1]}
+    model = tome(dit_host.small("sd3", **config), ratio=0.5)
+    dit_host.sample(model, "sd3", steps=1, cfg=1.0)
+    whole = [layer[0].choice[0] for layer in merged_layers]
+    merged_layers.clear()
+    model.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", 1)
+    dit_host.sample(model, "sd3", steps=1, cfg=1.0)
+    assert len(whole) == 3 and not torch.equal(whole[1], whole[2])
+    assert all(torch.equal(layer[0].choice[0], one) for layer, one in zip(merged_layers, whole[::2], strict=True))
+
+
 @pytest.mark.parametrize("tome_first", [True, False], ids=["tome first", "tome last"])
 def test_no_keyword_of_tomes_reaches_other_wrappers(dit, tome, tome_first):
     """They may take the model's own keywords alone. (Compiled models need one: test_dit_compile.py.)"""
