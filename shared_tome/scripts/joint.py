@@ -206,7 +206,8 @@ class JointAttachment(BaseAttachment):
         if not (is_replaced(attention) or is_answered(attention)):
             raise not_torchs(attention)
         self.say(_ANSWERED)
-        self.call.model.pass_over(self.call.grid)
+        if self.call is not None:  # a call inside of this one has ended it
+            self.call.model.pass_over(self.call.grid)
 
     def _attend_part(self, heads: int, attention: HostAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """_attend with some of a layer's `heads` heads."""
