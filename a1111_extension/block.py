@@ -6,7 +6,6 @@ import functools
 import re
 import weakref
 from collections.abc import Callable
-from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -98,8 +97,7 @@ class WebUIBlock(MergedBlock):
         return q.new_zeros(1, 1, 1).expand(*q.shape[:2], width(heads, d))
 
     def _before_query(self, module: nn.Module, args: tuple) -> tuple | None:
-        call = self.owner.calls.get(get_ident())
-        now = None if call is None else call.passes.get(self)
+        now = self.now
         if now is None or now.query is None:
             return None
         query, now.query = now.query, None

@@ -29,7 +29,7 @@ from ..merging.residual import UNSEEN
 from .call import MET, NONE, HookedCall, LayerKind, Pass
 from .guard import why_left_whole
 from .heads import is_met, why_no_self_token
-from .parts import AroundParts, Wide, Widening, output_of
+from .parts import AroundParts, Wide, Widening, output_of, with_tokens
 from .trials import kind_of
 
 _hooking = Lock()  # around the putting on of a layer's hooks: threads may share a model
@@ -77,6 +77,12 @@ class MergedBlock(AroundParts, Widening):
         for handle in self._projection_handles:
             handle.remove()
         self._projection_handles, self._hooked = [], []
+
+    @property
+    def now(self) -> Pass | None:
+        """This block's pass in this thread's call."""
+        call = self.owner.calls.get(get_ident())
+        return None if call is None else call.passes.get(self)
 
     def say(self, message: str) -> None:
         """Tell a line once."""
@@ -227,7 +233,7 @@ class MergedBlock(AroundParts, Widening):
             return (q, None if k is q and args[1] is None else k, *args[2:]), kwargs
         if k is not q or kwargs.get(context_name) is not None:  # else the host takes the tokens for the keys too
             kwargs = {**kwargs, context_name: k}
-        return ((q,), kwargs) if args else (args, {**kwargs, name: q})
+        return with_tokens(args, kwargs, name, q)
 
     def _weigh(self, now: Pass, attn1: nn.Module) -> Tensor:
         """Get ready to give keys their weights. Returns what attn1 is given for its queries."""
@@ -315,19 +321,19 @@ class MergedBlock(AroundParts, Widening):
     # --- What the hooks of parts.py ask -------------------------------------------------------------------------------
 
     def wide(self) -> Wide | None:
-        call = self.owner.calls.get(get_ident())
-        now = None if call is None else call.passes.get(self)
+        now = self.now
         return None if now is None else now.wide
 
     def open_plans(self) -> dict[str, Plan]:
-        call = self.owner.calls.get(get_ident())
-        return call.passes[self].open if call is not None and self in call.passes else {}
+        now = self.now
+        return {} if now is None else now.open
 
     def part_plan(self, name: str, module: nn.Module, x: Any, kwargs: dict[str, Any]) -> Plan | None:
-        call = self.owner.calls.get(get_ident())
-        plan = call.passes[self].plan if call is not None and self in call.passes else None
+        now = self.now
+        plan = None if now is None else now.plan
         reason = None if plan is None else self.why_left(name, module, x, kwargs, plan)
         if reason is not None:
+            call = self.owner.calls[get_ident()]
             self.leave(call, reason, grid_of(plan.tokens, call.model.full))
         return plan if reason is None else None
 

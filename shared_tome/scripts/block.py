@@ -132,8 +132,7 @@ class ScriptBlock(Portable, MergedBlock):
         return [*handles, *(getattr(attn1, n).register_forward_pre_hook(self._give_keys) for n in ("to_k", "to_v"))]
 
     def _give_keys(self, module: nn.Module, args: tuple) -> tuple | None:
-        call = self.owner.calls.get(get_ident())
-        now = None if call is None else call.passes.get(self)
+        now = self.now
         if now is None or now.keys is None or args[0].shape != now.layer.q.shape:
             return None
         return (now.keys, *args[1:])
@@ -160,8 +159,7 @@ class ScriptBlock(Portable, MergedBlock):
         """See once for each attention code whether its keys come from the context that it is given."""
 
         def see(module: nn.Module, args: tuple) -> None:
-            call = self.owner.calls.get(get_ident())
-            now = None if call is None else call.passes.get(self)
+            now = self.now
             # Another thread's layer may run before, or one that an exception left its watch on.
             if now is not None and now.layer is not None and now.kind.code == code:
                 self.owner.takes_keys[code] = args[0].shape[1] == now.layer.k.shape[1]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared_tome.scripts.hooks import served_blocks
@@ -192,6 +193,18 @@ def run_sd3(
         encoder_hidden_states=noise(2, 5, 16, seed=2)[rows],
         pooled_projections=noise(2, 8, seed=3)[rows], timestep=torch.full((2,), timestep)[rows], **told,
     ).sample  # fmt: skip
+
+
+class Torchs:
+    """Another's processor that meets there: torch's attention, of keys from what is given or from the tokens."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def put_forward(module: nn.Module) -> None:

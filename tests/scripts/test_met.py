@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.overrides import _get_current_function_mode_stack
 
 import shared_tome
@@ -80,24 +79,12 @@ def test_a_processor_elsewhere_gets_wider_heads(met, monkeypatch):
     assert rules and rules <= {OWN, GIVEN}
 
 
-class Torchs:
-    """Another's processor that meets there: torch's attention, of keys from what is given or from the tokens."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
-        )
-        return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 def test_a_trial_of_a_layer_is_not_taken_for_the_layer(met, caplog):
     """Whether a processor makes its keys of the tokens is tried out before anything stands around torch's attention."""
     unet = models.sd15()
     config = ToMeConfig(method="merge_keys", ratio=0.5, min_tokens=0)
     shared_tome.apply_patch(unet, config=config)
     expected = models.run(unet)
-    unet.set_attn_processor({n: Torchs() if "attn1" in n else p for n, p in unet.attn_processors.items()})
+    unet.set_attn_processor({n: models.Torchs() if "attn1" in n else p for n, p in unet.attn_processors.items()})
     torch.testing.assert_close(models.run(unet), expected, rtol=1e-5, atol=1e-5)
     assert not caplog.text

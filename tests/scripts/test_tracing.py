@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import shared_tome
@@ -84,19 +83,7 @@ def test_nothing_of_a_vectorized_call_stays(name):
     check_plain_calls(name, unet, [(16, 20)])
 
 
-class Plain:
-    """Another package's processor."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for project, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
-        )
-        return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-@pytest.mark.parametrize(("first", "processor"), [("called", None), ("compiled", Plain)])
+@pytest.mark.parametrize(("first", "processor"), [("called", None), ("compiled", models.Torchs)])
 def test_a_compiled_model_merges_as_the_model_does(first, processor):
     """With what was found out in plain calls before, and without."""
     torch._dynamo.reset()
